@@ -1,0 +1,255 @@
+"""Checkpoints: safetensors and JSON only, complete or not there.
+
+Promise: a folder `step_<n>` was written aside, flushed to the disk, hashed in its manifest and renamed, in this
+order, and only then are older ones removed. One that does not agree with its manifest is never loaded; the one
+before it is, loudly. There is no pickle anywhere, so reading a checkpoint runs no code.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from tlscale.errors import CheckpointError
+from tlscale.run_folder import write_text
+
+FORMAT = 1
+_MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint holds: named groups of tensors, and a state of plain JSON values."""
+
+    step: int
+    tensors: Mapping[str, Mapping[str, Tensor]]
+    state: Mapping[str, Any]
+
+
+def save_checkpoint(root: Path, checkpoint: Checkpoint) -> Path:
+    """Write `root/step_<n>` and point LATEST to it; nothing to do where a valid one is there already.
+
+    Raises:
+        CheckpointError: the disk is full or cannot be written; the checkpoints before are untouched.
+    """
+    target = root / f"step_{checkpoint.step:08d}"
+    num_bytes = sum(t.numel() * t.element_size() for group in checkpoint.tensors.values() for t in group.values())
+    aside = root / f".{target.name}.{os.getpid()}"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        _remove_left_overs(root)
+        aside.mkdir()
+        _write_files(aside, checkpoint)
+        if target.exists():
+            shutil.rmtree(target)
+        aside.rename(target)
+        _flush(root)
+        write_text(root / "LATEST", target.name + "\n")
+    except (OSError, safetensors.SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        full = getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error)
+        reason = "the disk is full" if full else str(error)
+        raise CheckpointError(
+            f"cannot save the checkpoint of step {checkpoint.step} ({num_bytes / 2**20:.0f} MiB) in '{root}': {reason}. "
+            "The checkpoints before it are untouched; make room and go on with --resume."
+        ) from error
+    return target
+
+
+def _write_files(folder: Path, checkpoint: Checkpoint) -> None:
+    manifest: dict[str, Any] = {"format": FORMAT, "step": checkpoint.step, "files": {}}
+    for name, group in checkpoint.tensors.items():
+        tensors = {key: value.detach().cpu().contiguous().clone() for key, value in group.items()}
+        safetensors.torch.save_file(tensors, folder / f"{name}.safetensors", metadata={"format": "pt"})
+    (folder / "state.json").write_text(json.dumps(checkpoint.state))
+    for path in sorted(folder.iterdir()):
+        _flush(path)
+        manifest["files"][path.name] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
+    write_text(folder / _MANIFEST, json.dumps(manifest, indent=2) + "\n")
+    _flush(folder)
+
+
+def _remove_left_overs(root: Path) -> None:
+    """Folders of writers that were killed; the run folder's lock says that none is at work."""
+    for path in root.glob(".step_*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def list_checkpoints(root: Path) -> list[Path]:
+    """Folders of checkpoints, oldest first, valid or not."""
+    return sorted(path for path in root.glob("step_*") if path.is_dir())
+
+
+def fault_of(folder: Path) -> str | None:
+    """Why a checkpoint cannot be trusted; None where every file is as its manifest says."""
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text())
+        if manifest["format"] > FORMAT:
+            return f"it has format {manifest['format']}, this tlscale reads up to {FORMAT}"
+        for name, facts in manifest["files"].items():
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != facts["bytes"]:
+                return f"{name} has {path.stat().st_size} bytes instead of {facts['bytes']}"
+            if _digest(path) != facts["sha256"]:
+                return f"{name} has changed since it was written"
+        if f"step_{manifest['step']:08d}" != folder.name:
+            return f"it was written as step {manifest['step']}"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"its {_MANIFEST} cannot be read ({type(error).__name__})"
+    return None
+
+
+def load_checkpoint(folder: Path) -> Checkpoint:
+    """A checkpoint, its tensors on the CPU.
+
+    Raises:
+        CheckpointError: it does not agree with its manifest.
+    """
+    fault = fault_of(folder)
+    if fault is not None:
+        raise CheckpointError(f"the checkpoint '{folder}' is damaged: {fault}")
+    tensors = {path.stem: safetensors.torch.load_file(path) for path in folder.glob("*.safetensors")}
+    state = json.loads((folder / "state.json").read_text())
+    return Checkpoint(int(folder.name.removeprefix("step_")), tensors, state)
+
+
+def newest_valid(root: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that agrees with its manifest, and what was found wrong with newer ones.
+
+    Raises:
+        CheckpointError: there are checkpoints, and none is valid: starting afresh would lose the run in silence.
+    """
+    faults = []
+    for folder in reversed(list_checkpoints(root)):
+        fault = fault_of(folder)
+        if fault is None:
+            return folder, faults
+        faults.append(f"the checkpoint '{folder}' is damaged and passed over: {fault}")
+    if faults:
+        lines = "\n  ".join(faults)
+        raise CheckpointError(f"no checkpoint in '{root}' can be used:\n  {lines}\n  --overwrite starts afresh.")
+    return None, []
+
+
+def mark_best(root: Path, step: int) -> None:
+    """Point BEST to the checkpoint of `step`."""
+    write_text(root / "BEST", f"step_{step:08d}\n")
+
+
+def pointed_to(root: Path, pointer: str) -> Path | None:
+    """The folder that LATEST or BEST names; None where there is none."""
+    try:
+        name = (root / pointer).read_text().strip()
+    except OSError:
+        return None
+    # Only a name of ours: a pointer is data, and must not lead out of the folder.
+    return next((path for path in list_checkpoints(root) if path.name == name), None)
+
+
+def prune(root: Path, *, keep: int, keep_steps: Collection[int]) -> None:
+    """Remove all but the newest `keep` valid checkpoints and those of `keep_steps`.
+
+    The newest is never removed, and a damaged one does not count as one that is kept.
+    """
+    kept = 0
+    for folder in reversed(list_checkpoints(root)):
+        step = int(folder.name.removeprefix("step_"))
+        if step in keep_steps:
+            continue
+        if kept < keep and (folder / _MANIFEST).is_file():
+            kept += 1
+            continue
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """State by parameter name: tensors for safetensors, the rest as JSON.
+
+    Raises:
+        CheckpointError: the optimizer keeps something that is neither a tensor nor a plain value.
+    """
+    whole = optimizer.state_dict()
+    names = [name for group in optimizer.param_groups for name in group["names"]]
+    tensors: dict[str, Tensor] = {}
+    state = {names[index]: _pack(value, names[index], tensors) for index, value in whole["state"].items()}
+    groups = [
+        {key: value for key, value in group.items() if isinstance(value, bool | int | float) and key != "lr"}
+        for group in whole["param_groups"]
+    ]
+    return tensors, {"state": state, "groups": groups}
+
+
+def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
+    """Give `optimizer` the state that `pack_optimizer` packed, by parameter name.
+
+    Raises:
+        CheckpointError: it is the state of other parameters.
+    """
+    names = [name for group in optimizer.param_groups for name in group["names"]]
+    unknown = set(plain["state"]) - set(names)
+    if unknown:
+        raise CheckpointError(f"the checkpoint has optimizer state of other parameters: {', '.join(sorted(unknown)[:3])}")
+    whole = optimizer.state_dict()
+    whole["state"] = {
+        index: _unpack(plain["state"][name], tensors) for index, name in enumerate(names) if name in plain["state"]
+    }
+    for group, saved in zip(whole["param_groups"], plain["groups"], strict=True):
+        group.update(saved)
+    optimizer.load_state_dict(whole)
+
+
+def _pack(value: object, key: str, tensors: dict[str, Tensor]) -> Any:
+    match value:
+        case Tensor():
+            tensors[key] = value
+            return {"tensor": key}
+        case dict():
+            return {"dict": [[name, _pack(item, f"{key}.{name}", tensors)] for name, item in value.items()]}
+        case list() | tuple():
+            items = [_pack(item, f"{key}.{number}", tensors) for number, item in enumerate(value)]
+            return {type(value).__name__: items}
+        case None | bool() | int() | float() | str():
+            return value
+    raise CheckpointError(f"the optimizer keeps a {type(value).__name__} for '{key}', which cannot be saved; use another")
+
+
+def _unpack(packed: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if not isinstance(packed, dict):
+        return packed
+    kind, value = next(iter(packed.items()))
+    match kind:
+        case "tensor":
+            return tensors[value]
+        case "dict":
+            return {name: _unpack(item, tensors) for name, item in value}
+        case "list":
+            return [_unpack(item, tensors) for item in value]
+        case "tuple":
+            return tuple(_unpack(item, tensors) for item in value)
+    raise CheckpointError(f"the checkpoint's optimizer state has an unknown kind '{kind}'")

@@ -1,0 +1,154 @@
+"""A folder per class: `path/train/CLASS/IMAGE`, with validation and test beside train, or `path/CLASS/IMAGE`.
+
+Promise: every file below a class folder is either an image of the split or an error; nothing is left out in silence,
+save hidden files and what desktops leave behind. Symbolic links are followed. A class folder holds images only: with
+folders inside it, nobody can tell which level is the class, and a manifest says it better.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import pyarrow as pa
+
+from tlscale.data.images import EXTENSIONS
+from tlscale.data.tables import (
+    VALIDATION_NAMES,
+    FileStore,
+    Role,
+    Source,
+    SourceSplit,
+    digest,
+    first_few,
+    pick_splits,
+    quoted,
+    sort_labels,
+)
+from tlscale.errors import DataError, did_you_mean
+from tlscale.recipe.schema import DataSection
+
+_LEFT_BY_DESKTOPS = frozenset(("Thumbs.db", "desktop.ini", "__MACOSX"))
+_SPLIT_WORDS = frozenset(("train", "training", "test", "testing", "dev", *VALIDATION_NAMES))
+
+
+def read_folder_source(section: DataSection, root: Path) -> Source:
+    """All splits of a folder.
+
+    Raises:
+        DataError: no folder, no classes, an empty class, files that are no images, a split that is not there.
+    """
+    if not root.is_dir():
+        raise DataError(f"data.path: {root} {'is not a folder' if root.exists() else 'does not exist'}")
+    picked = _pick(section, root)
+    notes = list(_unused(root, picked.values())) if picked else []
+    splits: dict[Role, SourceSplit] = {}
+    for role, name in (picked or {"train": "."}).items():
+        splits[role], strangers = _read_split(root, name)
+        notes.extend(strangers)
+    return Source(str(root), splits, notes=tuple(notes))
+
+
+def _pick(section: DataSection, root: Path) -> dict[Role, str] | None:
+    """Role -> folder; None where the class folders lie directly in `root`."""
+    named = [section.train_split, section.validation_split, section.test_split, *VALIDATION_NAMES]
+    for name in filter(None, named):
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise DataError(f"split {name!r} lies outside {root}; a split is a folder inside data.path")
+    top = [entry.name for entry in _visible(root) if entry.is_dir()]
+    nested = [name for name in filter(None, named) if "/" in name and (root / name).is_dir()]
+    if section.train_split in (*top, *nested):
+        return pick_splits(section, [*top, *nested], str(root))
+    telling = [name for name in top if name.lower() in _SPLIT_WORDS]
+    if telling or section.train_split != "train" or section.validation_split or section.test_split != "test":
+        raise DataError(
+            f"{root} has no folder {section.train_split!r} (data.train_split); its folders are "
+            f"{first_few(quoted(top), 20) or 'none'}.{did_you_mean(section.train_split, [*top, *telling])}"
+        )
+    return None
+
+
+def _unused(root: Path, picked: Iterable[str]) -> Iterator[str]:
+    used = {PurePosixPath(name).parts[0] for name in picked}
+    rest = [entry.name for entry in _visible(root) if entry.is_dir() and entry.name not in used]
+    if rest:
+        yield f"{root}: not used, as no split has their name: {first_few(quoted(rest))}"
+
+
+def _visible(folder: Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            kept = [e for e in entries if not e.name.startswith(".") and e.name not in _LEFT_BY_DESKTOPS]
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be listed: {error.strerror or error}") from None
+    return sorted(kept, key=lambda entry: entry.name)
+
+
+def _read_split(root: Path, name: str) -> tuple[SourceSplit, list[str]]:
+    """The split, and notes on files that lie beside the class folders."""
+    folder = root / name
+    entries = _visible(folder)
+    classes = [entry.name for entry in entries if entry.is_dir()]
+    beside = [entry.name for entry in entries if not entry.is_dir()]
+    lost = [file for file in beside if _is_image_name(file)]
+    if lost:
+        raise DataError(f"{folder}: images that lie in no class folder: {first_few(lost)}; move them into their class")
+    if not classes:
+        raise DataError(f"{folder} has no class folders; expected {folder}/CLASS/IMAGE for each class")
+    notes = [f"{folder}: not used, as they are no images: {first_few(beside)}"] if beside else []
+    return _collect(root, name, classes), notes
+
+
+def _collect(root: Path, name: str, classes: list[str]) -> SourceSplit:
+    order = sort_labels(classes)
+    chunks, counts = [], []
+    facts: list[str | bytes] = []
+    problems: list[str] = []
+    for label in order:
+        paths, sizes_and_times, wrong = _read_class(root, name, label)
+        problems.extend(wrong)
+        if not paths and not wrong:
+            problems.append(f"{root / name / label} is empty: a class needs at least one image")
+        chunks.append(pa.array(paths, type=pa.large_string()))
+        counts.append(len(paths))
+        facts.extend(("\0".join(paths), sizes_and_times))
+    if problems:
+        rest = len(problems) - 5
+        more = [f"and {rest:,} more of this kind"] if rest > 0 else []
+        raise DataError("\n".join([*problems[:5], *more]))
+    codes_N = np.repeat(np.arange(len(order), dtype=np.int64), counts)
+    store = FileStore(str(root), pa.concat_arrays(chunks), digest(facts))
+    return SourceSplit(name, store, order, codes_N)
+
+
+def _read_class(root: Path, name: str, label: str) -> tuple[list[str], bytes, list[str]]:
+    """Paths below `root`, sizes and times of change as bytes, and what is wrong."""
+    folder = root / name / label
+    prefix = "" if name == "." else f"{name}/"
+    paths: list[str] = []
+    facts: list[int] = []
+    wrong: list[str] = []
+    for entry in _visible(folder):
+        try:
+            stat = entry.stat()
+        except OSError as error:
+            wrong.append(f"{entry.path}: {error.strerror or error} (a link to nowhere?)")
+            continue
+        if entry.is_dir():
+            wrong.append(f"{entry.path} is a folder inside a class folder; use source 'manifest' for nested folders")
+        elif not _is_image_name(entry.name):
+            wrong.append(f"{entry.path} has no ending of an image ({_endings()}); take it out of the class folder")
+        else:
+            paths.append(f"{prefix}{label}/{entry.name}")
+            facts.extend((stat.st_size, stat.st_mtime_ns))
+    return paths, np.array(facts, dtype="<i8").tobytes(), wrong
+
+
+def _is_image_name(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in EXTENSIONS
+
+
+def _endings() -> str:
+    return " ".join(sorted(EXTENSIONS))

@@ -1,0 +1,258 @@
+"""Data sets of the Hugging Face hub, and those that `datasets` saved on disk.
+
+Promise: no code of a data set is ever run; images come as they are stored, for our own decoder; and the commit that was
+read is known. The hub is asked once, with a short time-out, before anything is loaded, because its client would try for
+half a minute; where it cannot be reached, what `datasets` prepared before is used, if it is the revision asked for.
+
+Shape letters: N rows.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tlscale.data.tables import (
+    NO_LABEL,
+    Ints,
+    Role,
+    Source,
+    SourceSplit,
+    digest,
+    encode_labels,
+    first_few,
+    pick_column,
+    pick_splits,
+    quoted,
+)
+from tlscale.errors import DataError
+from tlscale.recipe.schema import DataSection
+
+if TYPE_CHECKING:  # importing datasets takes a second; only these sources pay it
+    from datasets import Dataset
+
+IMAGE_COLUMNS = ("image", "img")
+LABEL_COLUMNS = ("label", "labels", "class", "class_name", "target")
+TIMEOUT_S = 10.0
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class HubStore:
+    """One split of a data set of `datasets`, its images not decoded."""
+
+    split: Dataset
+    """With the one column only."""
+    column: str
+    name: str
+    content: str
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def where(self, row: int) -> str:
+        return f"{self.name} row {row}"
+
+    def read(self, row: int) -> bytes:
+        cell = self.split[row][self.column]
+        raw, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, Mapping) else (cell, None)
+        if raw is not None:
+            return bytes(raw)
+        if path is None:
+            raise DataError(f"{self.where(row)}: there is no image")
+        try:
+            return Path(path).read_bytes()
+        except OSError as error:
+            raise DataError(f"{self.where(row)}: {path} cannot be read: {error.strerror or error}") from None
+
+
+def read_disk_source(section: DataSection, folder: Path) -> Source:
+    """What `save_to_disk` of `datasets` wrote.
+
+    Raises:
+        DataError: it is not that, or has no usable columns or splits.
+    """
+    import datasets
+
+    if not folder.is_dir():
+        raise DataError(f"data.path: {folder} {'is not a folder' if folder.exists() else 'does not exist'}")
+    try:
+        loaded = datasets.load_from_disk(str(folder))
+    except Exception as error:  # whatever the library makes of a folder that somebody else filled
+        raise DataError(f"{folder}: not a data set that `save_to_disk` of datasets wrote: {_line(error)}") from None
+    splits = loaded if isinstance(loaded, datasets.DatasetDict) else {section.train_split: loaded}
+    return _source(section, splits, str(folder), {})
+
+
+def read_hub_source(section: DataSection, name: str) -> Source:
+    """A data set by its name on the hub, or a local folder that `datasets` can load (Parquet, image folder).
+
+    Raises:
+        DataError: not there, not reachable and not in the cache, not the revision, no usable columns or splits.
+    """
+    if os.path.isdir(name):
+        if section.revision is not None:
+            raise DataError(f"data.revision has no effect: data.path {name!r} is a local folder")
+        return _source(section, _load(name, section.config, None), name, {})
+    if name.count("/") > 1 or name.startswith((".", "/", "~")):
+        raise DataError(f"data.path: {name!r} is neither a folder here nor a name on the hub such as 'user/dataset'")
+    commit = hub_commit(name, section.revision)
+    if commit is not None:
+        return _source(section, _load(name, section.config, commit), name, {"commit": commit})
+    splits, commit = _load_cached(name, section.config, section.revision)
+    return _source(section, splits, name, {"commit": commit})
+
+
+def hub_commit(name: str, revision: str | None) -> str | None:
+    """The commit that `revision` of the data set stands for; None where the hub cannot be reached.
+
+    Raises:
+        DataError: the hub answers, but has no such data set or revision, or not for us.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        return HfApi().dataset_info(name, revision=revision, timeout=TIMEOUT_S).sha
+    except HFValidationError as error:
+        raise DataError(f"data.path: {name!r} is no name on the hub: {_line(error)}") from None
+    except GatedRepoError:
+        raise DataError(f"hub data set {name!r} asks for its terms to be accepted, on its page and logged in") from None
+    except RevisionNotFoundError:
+        raise DataError(f"hub data set {name!r} has no revision {revision!r} (data.revision)") from None
+    except RepositoryNotFoundError:
+        raise DataError(f"the hub has no data set {name!r}, or it is private and you are not logged in") from None
+    except Exception as error:  # no network, a proxy's error page, offline mode: many types, one meaning
+        _log.debug("the hub cannot be reached: %r", error)
+        return None
+
+
+def _load(name: str, config: str | None, commit: str | None) -> Mapping[str, Dataset]:
+    import datasets
+
+    try:
+        loaded = datasets.load_dataset(name, config, revision=commit)
+    except Exception as error:  # the library's errors for wrong configurations and broken files share no type
+        raise DataError(f"data set {name!r} cannot be loaded: {_line(error)}") from None
+    splits: Mapping[str, Dataset] = loaded
+    return splits
+
+
+def _load_cached(name: str, config: str | None, revision: str | None) -> tuple[Mapping[str, Dataset], str]:
+    import datasets
+    from datasets.packaged_modules.cache.cache import Cache
+
+    cache = datasets.config.HF_DATASETS_CACHE
+    ways_out = (
+        "Ways out: load it once on a machine with a network and the same cache (HF_HOME or HF_DATASETS_CACHE says "
+        "where), or save it there with `save_to_disk` and use source 'disk'"
+    )
+    try:
+        builder = Cache(dataset_name=name.split("/")[-1], repo_id=name, config_name=config, version="auto", hash="auto")
+        builder.download_and_prepare()
+        loaded = builder.as_dataset()
+    except Exception as error:
+        raise DataError(
+            f"the hub cannot be reached, and data set {name!r} is not in the cache {cache} ({_line(error)}). {ways_out}"
+        ) from None
+    commit = str(builder.hash)
+    if revision is not None and revision != commit:
+        what = "is not that commit" if _COMMIT.fullmatch(revision) else "may be another"
+        raise DataError(
+            f"the hub cannot be reached; data set {name!r} is in the cache {cache} at commit {commit}, which {what}: "
+            f"data.revision is {revision!r}. Give that commit as data.revision if it is the one you mean. {ways_out}"
+        )
+    return loaded, commit
+
+
+def _source(section: DataSection, loaded: Mapping[str, Dataset], place: str, identity: Mapping[str, object]) -> Source:
+    picked = pick_splits(section, list(loaded), place)
+    train = loaded[picked["train"]]
+    image, label = _image_column(section, train, place), _label_column(section, train, place)
+    splits: dict[Role, SourceSplit] = {}
+    for role, name in picked.items():
+        splits[role] = _read_split(loaded[name], name, image, label, f"{place}, split {name!r}")
+    unused = [name for name in loaded if name not in picked.values()]
+    notes = (f"{place}: splits that are not used: {first_few(quoted(unused))}",) if unused else ()
+    return Source(place, splits, _declared(train, label), identity, notes)
+
+
+def _read_split(split: Dataset, name: str, image: str, label: str, where: str) -> SourceSplit:
+    import datasets
+
+    for column in (image, label):
+        if column not in split.column_names:
+            raise DataError(f"{where} has no column {column!r}; it has {first_few(quoted(split.column_names), 20)}")
+    label_names, codes_N = _labels(split, label, where)
+    if isinstance(split.features[image], datasets.Image):
+        split = split.cast_column(image, datasets.Image(decode=False))
+    elif not _is_bytes(split.features[image]):
+        raise DataError(f"{where}: column {image!r} is {split.features[image]}; expected images, or binary")
+    images = split.select_columns([image])
+    files = [(file["filename"], os.stat(file["filename"]).st_size) for file in split.cache_files]
+    content = digest([split._fingerprint, repr([(os.path.basename(file), size) for file, size in files])])
+    return SourceSplit(name, HubStore(images, image, where, content), label_names, codes_N)
+
+
+def _is_bytes(feature: object) -> bool:
+    import datasets
+
+    return isinstance(feature, datasets.Value) and feature.dtype in ("binary", "large_binary")
+
+
+def _labels(split: Dataset, label: str, where: str) -> tuple[tuple[str, ...], Ints]:
+    import datasets
+
+    feature = split.features[label]
+    column = split.select_columns([label]).with_format("arrow")[:][label]
+    if not isinstance(feature, datasets.ClassLabel):
+        return encode_labels(column, f"{where}, column {label!r}")
+    codes_N: Ints = np.asarray(column.fill_null(NO_LABEL).to_numpy(), dtype=np.int64)
+    outside = np.unique(codes_N[(codes_N < NO_LABEL) | (codes_N >= feature.num_classes)])
+    if len(outside):
+        raise DataError(f"{where}, column {label!r}: labels {outside[:5].tolist()} have no name among its classes")
+    return tuple(feature.names), codes_N
+
+
+def _declared(split: Dataset, label: str) -> tuple[str, ...] | None:
+    import datasets
+
+    feature = split.features[label]
+    return tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else None
+
+
+def _image_column(section: DataSection, split: Dataset, place: str) -> str:
+    import datasets
+
+    typed = [name for name, feature in split.features.items() if isinstance(feature, datasets.Image)]
+    if section.image_column is None and len(typed) == 1:
+        return str(typed[0])
+    return pick_column(section.image_column, IMAGE_COLUMNS, split.column_names, "image_column", place)
+
+
+def _label_column(section: DataSection, split: Dataset, place: str) -> str:
+    import datasets
+
+    typed = [name for name, feature in split.features.items() if isinstance(feature, datasets.ClassLabel)]
+    if section.label_column is None and len(typed) == 1:
+        return str(typed[0])
+    return pick_column(section.label_column, LABEL_COLUMNS, split.column_names, "label_column", place)
+
+
+def _line(error: BaseException) -> str:
+    """The error's first line, with its type."""
+    first = str(error).strip().splitlines()[:1]
+    return f"{type(error).__name__}: {first[0][:300]}" if first else type(error).__name__

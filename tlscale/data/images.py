@@ -1,0 +1,176 @@
+"""From the bytes of an image file, or an array, to pixels: uint8, height x width x channels.
+
+Promise: what cannot be read whole is a `BadImageError` that names the place, never another image and never a part of
+one. Only the formats below are tried (Pillow would run Ghostscript on an EPS that calls itself .jpg), and the size in
+the header is checked before a pixel is decoded.
+
+What becomes of what is not plain grey or RGB:
+- EXIF orientation is applied.
+- Transparent pixels lie over white, also those of palettes and of PNG's colour key.
+- 16-bit grey is scaled to 8 bits (Pillow would clip it); 32-bit integers count as 16-bit ones and must lie in
+  0..65535; floating point must lie in 0..1. There is no telling what other ranges mean, so they are bad images.
+- CMYK and YCbCr become RGB without a colour profile; of an animation or a multi-page file the first frame is taken.
+- One channel is ITU-R 601 luma; three channels from grey are three times the same.
+
+Shape letters: H height, W width, C channels.
+"""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, UnidentifiedImageError
+
+from tlscale.errors import DataError
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
+"""Pillow's names of the formats that are read; MPO (phone cameras) comes in as JPEG."""
+EXTENSIONS = frozenset(
+    (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".bmp", ".dib")
+    + (".tif", ".tiff", ".gif", ".ppm", ".pgm", ".pbm", ".pnm")
+)
+"""File name endings, in small letters, of those formats."""
+
+Pixels = npt.NDArray[np.uint8]
+_ORIENTATION_TAG = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_WITH_ALPHA = ("RGBA", "RGBa", "LA", "La", "PA")
+
+
+class BadImageError(DataError):
+    """One image cannot be read, or is too large; the message starts with its place."""
+
+
+def decode_image(raw: bytes | npt.NDArray[Any], *, in_chans: int, max_pixels: int, where: str) -> Pixels:
+    """The pixels of one image.
+
+    Args:
+        raw: an encoded file, or decoded uint8 pixels as H x W, H x W x 1 or H x W x 3.
+        in_chans: channels wanted, 1 or 3.
+        max_pixels: most height x width that is accepted.
+        where: the place of the image, for messages.
+
+    Returns:
+        A new uint8 array, H x W x C, C = `in_chans`.
+
+    Raises:
+        BadImageError: not readable as a whole, not of `FORMATS`, or too large.
+    """
+    assert in_chans in (1, 3), in_chans
+    try:
+        image = _from_array(raw, max_pixels) if isinstance(raw, np.ndarray) else _from_bytes(raw, max_pixels)
+        return _channels(image, in_chans)
+    except _BadError as error:
+        raise BadImageError(f"{where}: {error}") from None
+    except Exception as error:  # on hostile bytes Pillow's decoders raise nearly anything
+        raise BadImageError(f"{where}: the image is damaged or cut short ({type(error).__name__}: {error})") from error
+
+
+class _BadError(Exception):
+    """What is wrong with the image; `decode_image` puts the place in front."""
+
+
+def _from_array(pixels: npt.NDArray[Any], max_pixels: int) -> Image.Image:
+    if pixels.ndim == 3 and pixels.shape[2] == 1:
+        pixels = pixels[:, :, 0]
+    if pixels.dtype != np.uint8 or not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] == 3)):
+        raise _BadError(
+            f"an array of shape {pixels.shape} and type {pixels.dtype}; expected uint8 of H x W, H x W x 1 or H x W x 3"
+        )
+    _check_size(pixels.shape[1], pixels.shape[0], max_pixels)
+    return Image.fromarray(pixels)
+
+
+def _from_bytes(raw: bytes, max_pixels: int) -> Image.Image:
+    try:
+        image = Image.open(io.BytesIO(raw), formats=FORMATS)
+    except UnidentifiedImageError:
+        raise _BadError(f"not an image of the formats {', '.join(FORMATS)}{_looks_like(raw)}") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise _BadError(f"too many pixels: {error}") from None
+    _check_size(image.width, image.height, max_pixels)
+    image.load()
+    return _upright(image)
+
+
+def _looks_like(raw: bytes) -> str:
+    known = (
+        (b"%!PS", "PostScript"),
+        (b"\xc5\xd0\xd3\xc6", "PostScript"),
+        (b"%PDF", "PDF"),
+        (b"<", "HTML, XML or SVG"),
+        (b"version https://git-lfs", "a pointer of Git LFS; 'git lfs pull' fetches the file"),
+    )
+    if not raw:
+        return "; it is empty"
+    return next((f"; it looks like {name}" for start, name in known if raw.lstrip()[:32].startswith(start)), "")
+
+
+def _check_size(width: int, height: int, max_pixels: int) -> None:
+    if width < 1 or height < 1:
+        raise _BadError(f"{width} x {height} pixels: nothing to see")
+    if width * height > max_pixels:
+        raise _BadError(
+            f"{width} x {height} pixels, {width * height / 1e6:.1f} megapixels, more than the "
+            f"{max_pixels / 1e6:.1f} of data.max_megapixels"
+        )
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    # Read after load(): TIFF has been turned by then, and PNG may carry EXIF behind the pixels.
+    try:
+        turn = _TURNS.get(image.getexif().get(_ORIENTATION_TAG, 1))
+    except Exception:  # damaged metadata do not make the pixels bad
+        turn = None
+    return image if turn is None else image.transpose(turn)
+
+
+def _channels(image: Image.Image, in_chans: int) -> Pixels:
+    image = _eight_bits(image)
+    if image.mode in _WITH_ALPHA or "transparency" in image.info:
+        image = _over_white(image)
+    if image.mode not in ("L", "RGB"):
+        image = image.convert("L" if image.mode == "1" else "RGB")
+    mode = "L" if in_chans == 1 else "RGB"
+    pixels_HWC = np.array(image if image.mode == mode else image.convert(mode), dtype=np.uint8)
+    return pixels_HWC[:, :, None] if in_chans == 1 else pixels_HWC
+
+
+def _over_white(image: Image.Image) -> Image.Image:
+    rgba = image if image.mode == "RGBA" else image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        return _from_float(np.asarray(image))
+    if image.mode != "I" and not image.mode.startswith("I;16"):
+        return image
+    wide_HW = np.asarray(image).astype(np.int64)
+    if wide_HW.min() < 0 or wide_HW.max() > 65535:
+        raise _BadError(
+            f"32-bit integers from {wide_HW.min()} to {wide_HW.max()}, and no telling which is white; "
+            "save it as 8 or 16 bits"
+        )
+    grey_HW = ((wide_HW * 255 + 32767) // 65535).astype(np.uint8)
+    clear = image.info.get("transparency")
+    if isinstance(clear, int):
+        grey_HW[wide_HW == clear] = 255
+    return Image.fromarray(grey_HW)
+
+
+def _from_float(grey_HW: npt.NDArray[Any]) -> Image.Image:
+    if not (np.isfinite(grey_HW).all() and grey_HW.min() >= 0 and grey_HW.max() <= 1):
+        raise _BadError("floating point outside 0..1, and no telling which is white; save it as 8 or 16 bits")
+    return Image.fromarray(np.rint(grey_HW * 255).astype(np.uint8))

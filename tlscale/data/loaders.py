@@ -1,0 +1,312 @@
+"""From the images of a split to batches: decoded, cached, augmented, in the sampler's order.
+
+Promise: the batches of a step are the same whatever the workers, the cache and the step that the run began with. A
+bad image is an error here, never another image in its place.
+
+Shape letters: N images of a split, B images of a batch, C channels, H height, W width, S image size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from tlscale.data.augment import Augmenter
+from tlscale.data.images import decode_image
+from tlscale.data.sampler import (
+    BatchSplit,
+    DataOrder,
+    Ints,
+    MicroBatch,
+    Stream,
+    eval_rows,
+    image_keys,
+    micro_batches,
+)
+from tlscale.data.sources import ImageSplit
+from tlscale.data.transforms import ImageBatch, InputSpec, Pixels, eval_transform
+from tlscale.data.workers import load_in_order, map_in_threads, num_cores
+from tlscale.errors import DataError
+from tlscale.recipe.schema import DataSection
+
+_MIB = 2**20
+_MOST_WORKERS = 4
+_BLOCK = 256  # images that a thread takes at once while a cache is filled
+_FIRST_FEW = 100
+_SAMPLE = 64  # images whose sizes stand for those of all
+
+
+@dataclass(frozen=True)
+class _Originals:
+    """Decoded images of any size, one after the other in one buffer."""
+
+    pixels: Pixels
+    starts_N: Ints
+    shapes_N3: Ints  # H, W, C
+
+    def __getitem__(self, row: int) -> Pixels:
+        shape, start = self.shapes_N3[row], self.starts_N[row]
+        return self.pixels[start : start + int(shape.prod())].reshape(shape)
+
+
+class ImageStore:
+    """The images of a split, decoded; kept in memory where all of them fit into `cache_mib`.
+
+    Images are kept as the backbone sees them or, where training crops at random, as decoded. Each process keeps its
+    own; worker processes share their parent's.
+    """
+
+    def __init__(self, split: ImageSplit, section: DataSection, spec: InputSpec, *, crops: bool = False) -> None:
+        """
+        Args:
+            crops: `images` gives originals of any size, for a random crop, rather than images of the spec's size.
+
+        Raises:
+            DataError: an image cannot be read (at once where images are kept, else when it is used).
+        """
+        self.split, self.spec, self.crops = split, spec, crops
+        self._section = section
+        self._prepared_NCSS = None if crops else self._keep_prepared()
+        self._originals = self._keep_originals() if crops and section.cache_mib else None
+
+    @staticmethod
+    def image_hw(split: ImageSplit, section: DataSection, *, in_chans: int) -> tuple[int, int]:
+        """Height and width of the first image that can be read, among the first few.
+
+        Raises:
+            DataError: none of them can be read; or the first cannot, and `on_bad_image` is `error`.
+        """
+        last = len(split) if section.on_bad_image == "skip" else 1
+        for row in range(min(_FIRST_FEW, last)):
+            try:
+                return _decoded(split, row, section, in_chans).shape[:2]
+            except DataError as error:
+                bad = error
+        raise bad
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    @property
+    def cached(self) -> bool:
+        """Whether all images are in memory."""
+        return self._prepared_NCSS is not None or self._originals is not None
+
+    @property
+    def kept_mib(self) -> float:
+        """Memory of the images that are kept, in MiB."""
+        if self._prepared_NCSS is not None:
+            return self._prepared_NCSS.nbytes / _MIB
+        return self._originals.pixels.nbytes / _MIB if self._originals is not None else 0.0
+
+    def describe(self) -> str:
+        """What is kept and how much memory it takes, in one line."""
+        what = f"{self.split.name}: {len(self):,} images"
+        if not self.cached:
+            return f"{what}, decoded each time they are used (data.cache_mib is {self._section.cache_mib})"
+        size = f"{self.spec.image_size} x {self.spec.image_size} x {self.spec.in_chans}"
+        return f"{what}, decoded once and kept {'as they are' if self.crops else f'as {size}'}: {self.kept_mib:.1f} MiB"
+
+    def labels(self, rows_B: Ints) -> Tensor:
+        """The class numbers of these images: int64 (B,)."""
+        return torch.from_numpy(self.split.labels_N[rows_B])
+
+    def images(self, rows_B: Ints) -> Tensor | list[Tensor]:
+        """The images before augmentation, as uint8.
+
+        Returns:
+            (B, C, S, S); or, where training crops, a list of B tensors (C, H, W), each of its own size.
+        """
+        if self._prepared_NCSS is not None:
+            return torch.from_numpy(self._prepared_NCSS).index_select(0, torch.from_numpy(rows_B))
+        if self._originals is not None:
+            return [_as_chw(self._originals[row]) for row in rows_B.tolist()]
+        images = map_in_threads(self._decode if self.crops else self._prepare, rows_B.tolist())
+        return [_as_chw(image) for image in images] if self.crops else torch.from_numpy(_stacked(images))
+
+    def _decode(self, row: int) -> Pixels:
+        return _decoded(self.split, row, self._section, self.spec.in_chans)
+
+    def _prepare(self, row: int) -> Pixels:
+        return eval_transform(self._decode(row), self.spec)
+
+    def _keep_prepared(self) -> Pixels | None:
+        shape_CSS = (self.spec.in_chans, self.spec.image_size, self.spec.image_size)
+        if len(self) * int(np.prod(shape_CSS)) > self._section.cache_mib * _MIB:
+            return None
+        kept_NCSS = np.empty((len(self), *shape_CSS), np.uint8)
+
+        def fill(rows: range) -> None:
+            kept_NCSS[rows.start : rows.stop] = _stacked(map(self._prepare, rows))
+
+        for _ in map_in_threads(fill, _blocks(len(self))):
+            pass
+        return kept_NCSS
+
+    def _keep_originals(self) -> _Originals | None:
+        budget = self._section.cache_mib * _MIB
+        expected = self._expected_bytes()
+        if expected > budget:
+            return None
+        pixels = np.empty(expected, np.uint8)
+        starts_N, shapes_N3 = np.zeros(len(self), np.int64), np.zeros((len(self), 3), np.int64)
+        row = end = 0
+        for images in map_in_threads(lambda rows: [self._decode(row) for row in rows], _blocks(len(self))):
+            for image in images:
+                if end + image.size > budget:
+                    return None  # the first images were smaller than the rest
+                if end + image.size > pixels.size:
+                    pixels.resize(min(budget, (end + image.size) * 5 // 4), refcheck=False)
+                pixels[end : end + image.size] = image.ravel()
+                starts_N[row], shapes_N3[row] = end, image.shape
+                row, end = row + 1, end + image.size
+        pixels.resize(end, refcheck=False)
+        return _Originals(pixels, starts_N, shapes_N3)
+
+    def _expected_bytes(self) -> int:
+        rows = np.unique(np.linspace(0, len(self) - 1, min(_SAMPLE, len(self))).astype(np.int64)).tolist()
+        sizes = [image.size for image in map_in_threads(self._decode, rows)]
+        return round(sum(sizes) / len(sizes) * len(self))
+
+
+def find_bad_images(
+    split: ImageSplit, section: DataSection, *, in_chans: int, rows: Sequence[int] | None = None
+) -> list[tuple[int, str]]:
+    """The images that cannot be read, each with the reason; for `on_bad_image: skip`, before the first step.
+
+    Args:
+        rows: which to try; None: all. Processes may share the work and put their lists together.
+    """
+
+    def reason(row: int) -> tuple[int, str] | None:
+        try:
+            _decoded(split, row, section, in_chans)
+        except DataError as error:
+            return row, str(error)
+        return None
+
+    rows = range(len(split)) if rows is None else rows
+    blocks = [rows[start : start + _BLOCK] for start in range(0, len(rows), _BLOCK)]
+    found = map_in_threads(lambda block: [reason(row) for row in block], blocks)
+    return [bad for block in found for bad in block if bad is not None]
+
+
+def default_workers(section: DataSection, *, cached: bool, augmented: bool, processes: int = 1) -> int:
+    """How many worker processes read images beside each training process.
+
+    Args:
+        processes: training processes that share this machine's cores.
+    """
+    if section.workers is not None:
+        return section.workers
+    if cached and not augmented:
+        return 0
+    cores = num_cores() // processes
+    return min(_MOST_WORKERS, cores) if cores > 1 else 0  # a worker on the only core can take nothing over
+
+
+def train_batches(
+    store: ImageStore,
+    order: DataOrder,
+    split: BatchSplit,
+    rank: int,
+    *,
+    seed: int,
+    augment: Mapping[str, float | None],
+    start_step: int,
+    stop_step: int,
+    workers: int = 0,
+    pin_memory: bool = False,
+) -> Iterator[list[ImageBatch]]:
+    """For each step from `start_step` on, up to before `stop_step`, this process's micro-batches.
+
+    Close the iterator (or use it up) to end its worker processes.
+
+    Args:
+        store: with `crops` exactly where `augment` has a crop.
+        seed: of the augmentation; streams of its own, so it may be the order's.
+        augment: as `augmentation_values` gives it.
+
+    Raises:
+        DataError: an image cannot be read.
+    """
+    assert store.crops == ("crop" in augment)
+    assert len(store) == order.num_images
+    augmenter = Augmenter(
+        augment,
+        image_size=store.spec.image_size,
+        interpolation=store.spec.interpolation,
+        erase_color=store.spec.mean_color,
+    )
+    steps = range(start_step, stop_step)
+    wanted = (micro_batch for step in steps for micro_batch in micro_batches(order, step, split, rank))
+    batches = load_in_order(partial(_train_batch, store, augmenter, seed), wanted, workers, pin_memory)
+    try:
+        for step in steps:
+            yield list(islice(batches, split.num_micro_batches(order.num_images_in(step))))
+    finally:
+        batches.close()
+
+
+def eval_batches(
+    store: ImageStore, rank: int, world_size: int, batch_size: int, workers: int = 0, pin_memory: bool = False
+) -> Iterator[ImageBatch]:
+    """This process's share of all images, each once over all processes, without padding or augmentation.
+
+    Args:
+        store: without `crops`.
+        batch_size: most images of one batch.
+    """
+    assert not store.crops
+    wanted = eval_rows(len(store), rank, world_size, batch_size)
+    return load_in_order(partial(_eval_batch, store), wanted, workers, pin_memory)
+
+
+def _eval_batch(store: ImageStore, rows_B: Ints) -> ImageBatch:
+    images_BCHW = store.images(rows_B)
+    assert isinstance(images_BCHW, Tensor)
+    return ImageBatch(images_BCHW, store.labels(rows_B), torch.from_numpy(rows_B), len(rows_B))
+
+
+def _train_batch(store: ImageStore, augmenter: Augmenter, seed: int, micro_batch: MicroBatch) -> ImageBatch:
+    rows_B = micro_batch.rows_B
+    keys = partial(image_keys, seed, micro_batch.epoch, rows_B)
+    batch = ImageBatch(
+        augmenter.augment(store.images(rows_B), keys(Stream.OWN)),
+        store.labels(rows_B),
+        torch.from_numpy(rows_B),
+        micro_batch.num_real,
+    )
+    if augmenter.mixes:
+        mixes = augmenter.draw_mixes(keys(Stream.MIX), len(store))
+        batch.partners_BCHW = augmenter.augment(store.images(mixes.partners_B), keys(Stream.PARTNER))
+        batch.partner_labels_B = store.labels(mixes.partners_B)
+        batch.lam_B, batch.boxes_B4 = torch.from_numpy(mixes.lam_B), torch.from_numpy(mixes.boxes_B4)
+    return batch
+
+
+def _decoded(split: ImageSplit, row: int, section: DataSection, in_chans: int) -> Pixels:
+    max_pixels = round(section.max_megapixels * 1e6)
+    return decode_image(split.read(row), in_chans=in_chans, max_pixels=max_pixels, where=split.where(row))
+
+
+def _blocks(count: int) -> list[range]:
+    return [range(start, min(start + _BLOCK, count)) for start in range(0, count, _BLOCK)]
+
+
+def _stacked(images: Iterable[Pixels]) -> npt.NDArray[np.uint8]:
+    """(B, C, H, W), contiguous, from images (H, W, C) of one size."""
+    return np.ascontiguousarray(np.stack(list(images)).transpose(0, 3, 1, 2))
+
+
+def _as_chw(image_HWC: Pixels) -> Tensor:
+    # A tensor over memory that is not ours to write would be a warning; the augmentations write into none of them.
+    writable_HWC = image_HWC if image_HWC.flags.writeable else image_HWC.copy()
+    return torch.from_numpy(writable_HWC).permute(2, 0, 1)

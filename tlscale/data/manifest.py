@@ -1,0 +1,222 @@
+"""A table of images and labels: CSV (`.csv`, or `.tsv` with tabs) or Parquet, with or without a column `split`.
+
+Promise: the table stays in Arrow, and a file that the table names and that is not there is found before anything else
+happens, for all splits at once.
+
+Paths are relative to the folder of the manifest and stay inside it; an absolute path is taken as it is. Parquet may
+hold the images themselves, as binary or as the struct {bytes, path} of the Hugging Face hub; those are kept in memory,
+so there is a limit (`source: hub` with the folder as `path` maps larger tables from disk).
+
+Shape letters: N rows.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.parquet as pq
+
+from tlscale.data.tables import (
+    BytesStore,
+    FileStore,
+    ImageStore,
+    Role,
+    Source,
+    SourceSplit,
+    digest,
+    encode_labels,
+    first_few,
+    pick_column,
+    pick_splits,
+    quoted,
+)
+from tlscale.errors import DataError, did_you_mean
+from tlscale.recipe.schema import DataSection
+
+IMAGE_COLUMNS = ("image", "img", "path", "file", "filename", "file_name", "filepath", "file_path", "image_path")
+LABEL_COLUMNS = ("label", "labels", "class", "class_name", "target")
+SPLIT_COLUMN = "split"
+MOST_EMBEDDED_BYTES = 2 << 30
+
+
+def read_manifest_source(section: DataSection, file: Path) -> Source:
+    """All splits of a manifest.
+
+    Raises:
+        DataError: not readable, columns missing, unknown splits, rows without a label, files that are not there.
+    """
+    if not file.is_file():
+        raise DataError(f"data.path: {file} {'is not a file' if file.exists() else 'does not exist'}{_hint(file)}")
+    table = _read_table(section, file)
+    image, label = table.column_names[:2]
+    if len(table) == 0:
+        raise DataError(f"{file} has no rows")
+    rows = _rows_of_splits(section, file, table)
+    column = _image_column(table[image], f"{file}, column {image!r}")
+    content = _content(file, column)
+    splits: dict[Role, SourceSplit] = {}
+    for role, (name, rows_N) in rows.items():
+        names, codes_N = encode_labels(table[label].take(rows_N), f"{file}, column {label!r}, split {name!r}")
+        splits[role] = SourceSplit(name, _store(file, column, rows_N, content), names, codes_N)
+    return Source(str(file), splits, notes=tuple(_repeated(file, column)))
+
+
+def _hint(file: Path) -> str:
+    return "; for a folder of Parquet files use source 'hub' with the folder as 'path'" if file.is_dir() else ""
+
+
+def _read_table(section: DataSection, file: Path) -> pa.Table:
+    """The columns image, label and, where there is one, split, in this order."""
+    try:
+        match file.suffix.lower():
+            case ".csv" | ".tsv":
+                return _read_csv(section, file)
+            case ".parquet" | ".pq":
+                return _read_parquet(section, file)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{file}: cannot be read as a table: {error}") from None
+    raise DataError(f"{file}: a manifest ends in .csv, .tsv, .parquet or .pq")
+
+
+def _columns(section: DataSection, columns: list[str], file: Path) -> list[str]:
+    twice = sorted({name for name in columns if columns.count(name) > 1})
+    if twice:
+        raise DataError(f"{file} has columns of the same name: {first_few(quoted(twice))}")
+    image = pick_column(section.image_column, IMAGE_COLUMNS, columns, "image_column", str(file))
+    label = pick_column(section.label_column, LABEL_COLUMNS, columns, "label_column", str(file))
+    if image == label:
+        raise DataError(f"{file}: column {image!r} cannot be both data.image_column and data.label_column")
+    return [image, label, *([SPLIT_COLUMN] if SPLIT_COLUMN in columns else [])]
+
+
+def _read_csv(section: DataSection, file: Path) -> pa.Table:
+    parse = pyarrow.csv.ParseOptions(delimiter="\t" if file.suffix.lower() == ".tsv" else ",")
+    with pyarrow.csv.open_csv(file, parse_options=parse) as reader:
+        columns = _columns(section, reader.schema.names, file)
+    # All as text: label 007 is not label 7, and a file may be called 1.
+    convert = pyarrow.csv.ConvertOptions(
+        column_types={name: pa.string() for name in columns}, include_columns=columns, strings_can_be_null=False
+    )
+    return pyarrow.csv.read_csv(file, parse_options=parse, convert_options=convert)
+
+
+def _read_parquet(section: DataSection, file: Path) -> pa.Table:
+    with pq.ParquetFile(file) as parquet:
+        columns = _columns(section, parquet.schema_arrow.names, file)
+        meta = parquet.metadata
+        groups = [meta.row_group(i) for i in range(meta.num_row_groups)]
+        size = sum(
+            group.column(j).total_uncompressed_size
+            for group in groups
+            for j in range(group.num_columns)
+            if group.column(j).path_in_schema.split(".")[0] in columns
+        )
+        if size > MOST_EMBEDDED_BYTES:
+            raise DataError(
+                f"{file}: {size / 2**30:.1f} GiB of images in the table, more than the {MOST_EMBEDDED_BYTES >> 30} GiB "
+                f"that are kept in memory; 'source: hub' with 'path: {file.parent}' maps them from disk"
+            )
+        return parquet.read(columns=columns)
+
+
+def _rows_of_splits(section: DataSection, file: Path, table: pa.Table) -> dict[Role, tuple[str, npt.NDArray[np.int64]]]:
+    if table.num_columns == 2:
+        picked = pick_splits(section, [section.train_split], f"{file} (it has no column {SPLIT_COLUMN!r})")
+        return {"train": (picked["train"], np.arange(len(table), dtype=np.int64))}
+    names_N = table[SPLIT_COLUMN].cast(pa.large_string()).combine_chunks()
+    available = sorted(pc.unique(names_N).drop_null().to_pylist())
+    picked = pick_splits(section, available, f"{file}, column {SPLIT_COLUMN!r},")
+    strange = [name for name in available if name not in picked.values()]
+    if strange or names_N.null_count:
+        shown = first_few([*quoted(strange), *(["empty"] if names_N.null_count else [])])
+        known = [section.train_split, section.validation_split or "validation", section.test_split]
+        raise DataError(
+            f"{file}, column {SPLIT_COLUMN!r}: unknown split {shown}; the splits are {', '.join(known)} "
+            f"(data.train_split, data.validation_split, data.test_split).{did_you_mean(strange[0], known) if strange else ''}"
+        )
+    found = ((role, name, pc.indices_nonzero(pc.equal(names_N, name)).to_numpy()) for role, name in picked.items())
+    return {role: (name, rows_N.astype(np.int64)) for role, name, rows_N in found}
+
+
+def _image_column(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
+    """The column as binary (the images) or large_string (their paths)."""
+    kind = column.type
+    if pa.types.is_struct(kind) and {field.name for field in kind} >= {"bytes", "path"}:
+        raw, path = pc.struct_field(column, "bytes"), pc.struct_field(column, "path")
+        column, kind = (path, path.type) if raw.null_count == len(raw) else (raw, raw.type)
+    if column.null_count:
+        raise DataError(f"{where}: {column.null_count:,} of {len(column):,} rows have no image")
+    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+        return column
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        return column.cast(pa.large_string())
+    raise DataError(f"{where}: of type {kind}; expected paths (text), images (binary) or a struct {{bytes, path}}")
+
+
+def _content(file: Path, column: pa.ChunkedArray) -> str:
+    if not pa.types.is_large_string(column.type):
+        with file.open("rb") as stream:
+            return digest(iter(lambda: stream.read(1 << 20), b""))
+    return digest(_facts(file, column))
+
+
+def _facts(file: Path, column: pa.ChunkedArray) -> Iterable[str | bytes]:
+    """Paths, sizes and times of change of all files; raises on those that are not there."""
+    root = str(file.parent)
+    missing: list[str] = []
+    facts = np.zeros((len(column), 2), dtype="<i8")
+    for row, path in enumerate(_paths(column)):
+        _check_inside(file, row, path)
+        try:
+            stat = os.stat(os.path.join(root, path))
+        except (OSError, ValueError):
+            missing.append(path)
+            continue
+        if not os.path.isfile(os.path.join(root, path)):
+            missing.append(path)
+        facts[row] = stat.st_size, stat.st_mtime_ns
+    if missing:
+        raise DataError(
+            f"{file}: {len(missing):,} of {len(column):,} files are not there: {first_few(quoted(missing))}; "
+            f"paths are relative to {root}"
+        )
+    yield from _paths(column)
+    yield facts.tobytes()
+
+
+def _paths(column: pa.ChunkedArray) -> Iterable[str]:
+    for chunk in column.chunks:
+        for start in range(0, len(chunk), 65536):
+            yield from chunk.slice(start, 65536).to_pylist()
+
+
+def _check_inside(file: Path, row: int, path: str) -> None:
+    if "://" in path:
+        raise DataError(f"{file} row {row}: {path!r} is an address; a manifest names files")
+    if not path.strip():
+        raise DataError(f"{file} row {row}: the path is empty")
+    if not os.path.isabs(path) and os.path.normpath(path).split(os.sep)[0] == "..":
+        raise DataError(
+            f"{file} row {row}: {path!r} leaves the manifest's folder {file.parent}; "
+            "give an absolute path if that is meant"
+        )
+
+
+def _store(file: Path, column: pa.ChunkedArray, rows_N: npt.NDArray[np.int64], content: str) -> ImageStore:
+    if pa.types.is_large_string(column.type):
+        return FileStore(str(file.parent), column.take(rows_N).combine_chunks(), content)
+    return BytesStore(file.name, column, rows_N, content)
+
+
+def _repeated(file: Path, column: pa.ChunkedArray) -> Iterable[str]:
+    if pa.types.is_large_string(column.type):
+        repeated = len(column) - pc.count_distinct(column).as_py()
+        if repeated:
+            yield f"{file}: {repeated:,} rows name a file that another row names too; across splits that is a leak"

@@ -1,0 +1,235 @@
+"""The order of the images: which image is where, in which step, on which process.
+
+Promise: a pure function of (seed, epoch, position). Nothing is remembered and nothing depends on the number of
+processes, so a run goes on at any step, on any number of processes, with exactly the images that it had left. Memory
+is O(images asked for), whatever the size of the data set.
+
+The order is a Feistel network on the smallest power of four that holds all positions, keyed by (seed, epoch), and
+cycle walking back into the range: Black and Rogaway, Ciphers with Arbitrary Finite Domains (CT-RSA 2002). Only 64-bit
+integer arithmetic, and no generator of a library, whose stream an upgrade could change; a test pins the order.
+
+Shape letters: N images of a data set, B images of a batch, P positions that are asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+import numpy.typing as npt
+
+from tlscale.errors import RecipeError
+
+Ints = npt.NDArray[np.int64]
+Keys = npt.NDArray[np.uint64]
+
+_ROUNDS = 8  # six pass the chi-square test as well; two more cost little
+_LEAST_HALF_BITS = 3  # with two, the chi-square of a handful of images is too high
+_WEYL = 0x9E3779B97F4A7C15
+_MASK64 = 2**64 - 1
+
+
+class Stream(IntEnum):
+    """What the random numbers of an image are for; each use has its own."""
+
+    OWN = 1
+    PARTNER = 2
+    MIX = 3
+
+
+def _mix64(values: Keys) -> Keys:
+    """The finalizer of splitmix64 (Steele, Lea, Flood 2014): each bit in flips half of the bits out."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def _mix_in(key: Keys, number: int | Ints) -> Keys:
+    """A new key from a key and one more number, or from one key and many numbers."""
+    added = np.atleast_1d(np.asarray(number, dtype=np.int64)).astype(np.uint64)
+    return _mix64((key ^ _mix64(added + np.uint64(_WEYL))) + np.uint64(_WEYL))
+
+
+def _epoch_key(seed: int, epoch: int) -> Keys:
+    return _mix_in(_mix_in(np.zeros(1, np.uint64), seed), epoch)
+
+
+def image_keys(seed: int, epoch: int, rows_B: Ints, stream: Stream) -> Keys:
+    """A 64-bit key for what is random about each image in this epoch: shape (B,)."""
+    return _mix_in(_mix_in(_epoch_key(seed, epoch), int(stream)), rows_B)
+
+
+def permute(positions_P: Ints, *, num_images: int, seed: int, epoch: int) -> Ints:
+    """The images at these positions of the epoch's order.
+
+    Args:
+        positions_P: 0 <= position < num_images, in any order.
+        num_images: at least 1.
+
+    Returns:
+        int64 of shape (P,); over all positions, each of 0..num_images-1 once.
+    """
+    half_bits = max(_LEAST_HALF_BITS, -(-(num_images - 1).bit_length() // 2))
+    round_keys = _mix_in(_epoch_key(seed, epoch), np.arange(-_ROUNDS, 0))
+    values_P = _feistel(np.asarray(positions_P, dtype=np.int64).astype(np.uint64), half_bits, round_keys)
+    # Cycle walking: who fell out of the range goes on until it comes back in; a bijection stays one.
+    outside = np.flatnonzero(values_P >= np.uint64(num_images))
+    while outside.size:
+        values_P[outside] = _feistel(values_P[outside], half_bits, round_keys)
+        outside = outside[values_P[outside] >= np.uint64(num_images)]
+    return values_P.astype(np.int64)
+
+
+def _feistel(values_P: Keys, half_bits: int, round_keys: Keys) -> Keys:
+    shift, low = np.uint64(half_bits), np.uint64(2**half_bits - 1)
+    left, right = values_P >> shift, values_P & low
+    for key in round_keys:
+        # The high bits of the mix: the low ones of a product depend on few bits of its factors.
+        left, right = right, left ^ (_mix64(right + key) >> (np.uint64(64) - shift))
+    return (left << shift) | right
+
+
+@dataclass(frozen=True, slots=True)
+class DataOrder:
+    """The training images in the order in which the steps take them, the same for any number of processes.
+
+    Raises:
+        RecipeError: `drop_last` would leave no batch at all.
+    """
+
+    num_images: int
+    batch_size: int  # over all processes
+    seed: int
+    drop_last: bool
+
+    def __post_init__(self) -> None:
+        if self.num_images < 1:
+            raise RecipeError("there are no training images")
+        if self.steps_per_epoch == 0:
+            raise RecipeError(
+                f"drop_last: true leaves no step: batch_size is {self.batch_size}, but there are only "
+                f"{self.num_images:,} training images. Set batch_size to at most that, or take drop_last out."
+            )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        full, rest = divmod(self.num_images, self.batch_size)
+        return full if self.drop_last or not rest else full + 1
+
+    @property
+    def images_per_epoch(self) -> int:
+        return self.steps_per_epoch * self.batch_size if self.drop_last else self.num_images
+
+    def epoch(self, step: int) -> int:
+        """The epoch, from 0, that `step` belongs to."""
+        return step // self.steps_per_epoch
+
+    def images_seen(self, step: int) -> int:
+        """The number of images that the steps before `step` took, over all processes and epochs."""
+        epochs, rest = divmod(step, self.steps_per_epoch)
+        return epochs * self.images_per_epoch + rest * self.batch_size
+
+    def num_images_in(self, step: int) -> int:
+        """The size of the global batch of `step`; only the last one of an epoch may be short."""
+        start = step % self.steps_per_epoch * self.batch_size
+        return min(self.batch_size, self.num_images - start)
+
+    def rows_at(self, step: int, offsets_P: Ints) -> Ints:
+        """The images at these offsets (from 0) inside the global batch of `step`."""
+        start = step % self.steps_per_epoch * self.batch_size
+        return permute(start + offsets_P, num_images=self.num_images, seed=self.seed, epoch=self.epoch(step))
+
+    def rows(self, step: int) -> Ints:
+        """The global batch of `step`, in order: int64 of shape (B,)."""
+        return self.rows_at(step, np.arange(self.num_images_in(step)))
+
+
+@dataclass(frozen=True, slots=True)
+class BatchSplit:
+    """How one global batch becomes forward passes."""
+
+    world_size: int
+    micro_batch_size: int  # images of one process in one forward pass
+    accumulation: int  # forward passes of one process in one step
+
+    def describe(self) -> str:
+        """The arithmetic: `256 images a step = 2 processes x 4 micro-batches x 32`."""
+        total = self.world_size * self.accumulation * self.micro_batch_size
+        processes = "process" if self.world_size == 1 else "processes"
+        micro_batches = "micro-batch" if self.accumulation == 1 else "micro-batches"
+        return (
+            f"{total} images a step = {self.world_size} {processes} x {self.accumulation} {micro_batches} "
+            f"x {self.micro_batch_size}"
+        )
+
+    def num_micro_batches(self, num_images: int) -> int:
+        """Forward passes of each process for a global batch of so many images: fewer where the batch is short."""
+        return -(-num_images // (self.world_size * self.micro_batch_size))
+
+
+def split_batch_size(batch_size: int, world_size: int, limit: int | None) -> BatchSplit:
+    """The split with the fewest forward passes.
+
+    Args:
+        batch_size: images in a step over all processes.
+        limit: most images of one process in one forward pass; None: its whole share.
+
+    Raises:
+        RecipeError: the processes cannot have equal shares.
+    """
+    share, rest = divmod(batch_size, world_size)
+    if rest or not share:
+        near = [size for size in (share * world_size, (share + 1) * world_size) if size]
+        raise RecipeError(
+            f"batch_size: {batch_size} cannot be shared equally by {world_size} processes. "
+            f"Set batch_size to {' or '.join(map(str, near))}, or start another number of processes."
+        )
+    most = share if limit is None else min(limit, share)
+    micro_batch_size = next(size for size in range(most, 0, -1) if share % size == 0)
+    return BatchSplit(world_size, micro_batch_size, share // micro_batch_size)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """The images of one process in one forward pass; rows from `num_real` on are padding and weigh nothing."""
+
+    epoch: int
+    rows_B: Ints
+    num_real: int
+
+
+def micro_batches(order: DataOrder, step: int, split: BatchSplit, rank: int) -> list[MicroBatch]:
+    """The forward passes of process `rank` in `step`; every process has the same number of them.
+
+    The global batch is cut into chunks of `world_size * micro_batch_size`, and process r takes the r-th part of each.
+    In a short chunk the parts differ by one image at most; a process that gets none takes the chunk's first image as
+    padding, because it must run a forward and a backward pass for the others' sake.
+    """
+    num_images, chunk = order.num_images_in(step), split.world_size * split.micro_batch_size
+    spans = [
+        (start, *_part(min(chunk, num_images - start), split.world_size, rank)) for start in range(0, num_images, chunk)
+    ]
+    # Only this process's positions are permuted, all of them at once.
+    offsets = [start + np.arange(first, last) if last > first else np.array([start]) for start, first, last in spans]
+    rows = np.split(order.rows_at(step, np.concatenate(offsets)), np.cumsum([len(part) for part in offsets])[:-1])
+    epoch = order.epoch(step)
+    return [MicroBatch(epoch, part, last - first) for part, (_, first, last) in zip(rows, spans, strict=True)]
+
+
+def _part(count: int, parts: int, index: int) -> tuple[int, int]:
+    """First and last (exclusive) of the `index`-th of `parts` contiguous parts, the longer ones first."""
+    size, longer = divmod(count, parts)
+    first = index * size + min(index, longer)
+    return first, first + size + (index < longer)
+
+
+def eval_rows(num_images: int, rank: int, world_size: int, batch_size: int) -> Iterator[Ints]:
+    """The images that process `rank` evaluates, in batches: over all processes each image once, and no padding.
+
+    A process may have fewer batches than others, or none: nothing in evaluation waits for the others inside a batch.
+    """
+    first, last = _part(num_images, world_size, rank)
+    for start in range(first, last, batch_size):
+        yield np.arange(start, min(start + batch_size, last))

@@ -1,0 +1,115 @@
+"""Where the images come from: one function for all sources.
+
+Promise: what `open_data` gives is complete. One class list holds for all splits, the files are there, and `identity`
+says what was used well enough to find out whether something else is used another time. No image has been decoded.
+
+The fingerprint is a SHA-256 over, for each whole split of the source (before limit and hold-out, which follow from the
+recipe and its seed): class names, labels by row, and the content. Content is the checksum where files are read whole
+(IDX, images inside a Parquet manifest); for image files their paths, sizes and times of change, so that a copy counts
+as other data unless it keeps the times; for data sets of the hub the fingerprint of `datasets` and its file sizes.
+`labels_sha256` leaves the content out: equal for copies.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from tlscale.data.fashion_mnist import read_fashion_mnist
+from tlscale.data.folder import read_folder_source
+from tlscale.data.hub import read_disk_source, read_hub_source
+from tlscale.data.idx import read_idx_source
+from tlscale.data.manifest import read_manifest_source
+from tlscale.data.splits import Chosen, choose_splits
+from tlscale.data.tables import ImageSplit, ImageTable, LabelledTable, Role, Source, digest
+from tlscale.recipe.schema import DataSection
+
+__all__ = ["ImageData", "ImageSplit", "ImageTable", "open_data"]
+
+_ROLES: tuple[Role, ...] = ("train", "validation", "test")
+
+
+@dataclass(frozen=True, eq=False)
+class ImageData:
+    """The images of a run."""
+
+    classes: tuple[str, ...]
+    """Class names in the order of their numbers."""
+    train: ImageSplit
+    validation: ImageSplit | None
+    test: ImageSplit | None
+    identity: dict[str, object]
+    """What was used, as JSON: source, place, commit or checksums, fingerprint, number of images."""
+    notes: tuple[str, ...]
+    """What a person should know; those that must not be missed start with a word in capitals."""
+    is_sample: bool
+    """The shipped sample stands in for the real data set."""
+
+
+def open_data(section: DataSection, seed: int) -> ImageData:
+    """Find the images of a recipe.
+
+    Args:
+        section: `data` of the recipe; relative paths start at the current folder.
+        seed: of the recipe; decides which images a limit keeps and which are held out.
+
+    Raises:
+        DataError: missing or wrong, with the place and what to do.
+    """
+    source = _read(section)
+    chosen = choose_splits(section, source, seed)
+    splits = chosen.splits
+    return ImageData(
+        classes=chosen.classes,
+        train=splits["train"],
+        validation=splits.get("validation"),
+        test=splits.get("test"),
+        identity=_identity(section, source, chosen),
+        notes=(*source.notes, *chosen.notes),
+        is_sample=source.is_sample,
+    )
+
+
+def _read(section: DataSection) -> Source:
+    if section.source == "fashion_mnist":
+        return read_fashion_mnist(section)
+    assert section.path is not None, "the schema sees to it"
+    place = Path(section.path).expanduser()
+    match section.source:
+        case "folder":
+            return read_folder_source(section, place)
+        case "manifest":
+            return read_manifest_source(section, place)
+        case "idx":
+            return read_idx_source(section, place)
+        case "disk":
+            return read_disk_source(section, place)
+        case "hub":
+            return read_hub_source(section, section.path)
+
+
+def _identity(section: DataSection, source: Source, chosen: Chosen) -> dict[str, object]:
+    splits = chosen.splits
+    return {
+        "source": section.source,
+        "place": source.place if "commit" in source.identity else str(Path(source.place).absolute()),
+        "is_sample": source.is_sample,
+        **source.identity,
+        "fingerprint": _sha256(chosen, {role: table.store.content for role, table in chosen.tables.items()}),
+        "labels_sha256": _sha256(chosen, dict.fromkeys(chosen.tables, "")),
+        "num_classes": len(chosen.classes),
+        "num_images": {role: len(splits[role]) for role in _ROLES if role in splits},
+    }
+
+
+def _sha256(chosen: Chosen, contents: Mapping[str, str]) -> str:
+    parts: list[bytes | str] = [str(len(chosen.classes)), *chosen.classes]
+    for role, table in sorted(chosen.tables.items()):
+        parts.extend((role, _label_sum(table), contents[role]))
+    return digest(parts)
+
+
+def _label_sum(table: LabelledTable) -> str:
+    return hashlib.sha256(table.labels_N.astype("<i8").tobytes()).hexdigest()

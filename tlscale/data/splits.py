@@ -1,0 +1,242 @@
+"""From what a source holds to what a run uses: one class list, a stratified limit, a stratified hold-out.
+
+Promise: every choice is a pure function of (seed, labels): integer arithmetic on row numbers, no generator of a
+library. With one seed, a smaller `train_limit` gives a subset of a larger one.
+
+The shares of the classes are those of Webster's method (Sainte-Lague): the k-th image of a class of n has the place
+(k - 1/2) / n in line, and who comes first is taken. Unlike rounding the shares it never takes from a class what a
+larger limit or fraction would not also take. https://en.wikipedia.org/wiki/Sainte-Lagu%C3%AB_method
+
+Shape letters: N images or rows, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from tlscale.data.tables import (
+    NO_LABEL,
+    ImageSplit,
+    Ints,
+    LabelledTable,
+    Role,
+    Source,
+    SourceSplit,
+    first_few,
+    is_integer,
+    quoted,
+    sort_labels,
+)
+from tlscale.errors import DataError, did_you_mean
+from tlscale.recipe.schema import DataSection
+from tlscale.seeds import derive_seed
+
+_DEFAULT_FRACTION = DataSection.model_fields["validation_fraction"].default
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The splits of a run."""
+
+    classes: tuple[str, ...]
+    tables: Mapping[Role, LabelledTable]
+    """Whole splits of the source."""
+    splits: Mapping[Role, ImageSplit]
+    notes: tuple[str, ...]
+
+
+def choose_splits(section: DataSection, source: Source, seed: int) -> Chosen:
+    """Number the classes, limit the training images, hold out a validation split.
+
+    Raises:
+        DataError: labels outside the classes, fewer than two classes, a limit or hold-out that cannot be had.
+    """
+    labelled, notes = _with_labels(source)
+    classes = _class_list(section, source, labelled)
+    tables = {role: _number(split, classes, role, source.place) for role, split in _by_name(labelled, classes).items()}
+    notes += _absences(classes, tables)
+    rows_N, held_N, said = _divide_train(section, tables, classes, seed)
+    splits = {role: ImageSplit(role, table, np.arange(len(table))) for role, table in tables.items()}
+    splits["train"] = ImageSplit("train", tables["train"], rows_N)
+    if held_N is not None:
+        splits["validation"] = ImageSplit("validation", tables["train"], held_N)
+    return Chosen(classes, tables, splits, (*notes, *said))
+
+
+def stratified_subset(labels_N: Ints, rows_N: Ints, count: int, seed: int, *, keep_all_classes: bool) -> Ints:
+    """Positions of `count` images, each class by its share.
+
+    Args:
+        labels_N: class numbers of all candidates.
+        rows_N: their row numbers, which decide (with the seed) who of a class is taken first.
+        count: at most `len(labels_N)`, and at least the number of classes with `keep_all_classes`.
+        seed: another seed, another choice.
+        keep_all_classes: the first image of each class goes before all others.
+
+    Returns:
+        Positions in `labels_N`, ascending.
+    """
+    assert 0 <= count <= len(labels_N)
+    places_N, lots_N = _places_in_line(labels_N, rows_N, seed)
+    if keep_all_classes:
+        first_N = places_N.ranks == 1
+        line_N = np.where(first_N, 0.0, places_N.shares)
+    else:
+        line_N = places_N.shares
+    return np.sort(np.lexsort((rows_N, lots_N, line_N))[:count]).astype(np.int64)
+
+
+def stratified_holdout(labels_N: Ints, rows_N: Ints, fraction: float, seed: int) -> Ints:
+    """Positions of about `fraction` of the images, each class by its share, and never the last image of a class.
+
+    Returns:
+        Positions in `labels_N`, ascending: at least one where any class has two images, else none.
+    """
+    places_N, lots_N = _places_in_line(labels_N, rows_N, seed)
+    spare_N = np.flatnonzero(places_N.ranks < places_N.sizes)
+    count = min(max(1, round(fraction * len(labels_N))), len(spare_N))
+    order = np.lexsort((rows_N[spare_N], lots_N[spare_N], places_N.shares[spare_N]))
+    return np.sort(spare_N[order[:count]]).astype(np.int64)
+
+
+@dataclass(frozen=True, eq=False)
+class _Places:
+    ranks: Ints
+    """1 for the first of its class, 2 for the next."""
+    sizes: Ints
+    """Images of that class."""
+    shares: npt.NDArray[np.float64]
+
+
+def _places_in_line(labels_N: Ints, rows_N: Ints, seed: int) -> tuple[_Places, npt.NDArray[np.uint64]]:
+    """Where each image stands in its class, and the lots that it drew."""
+    lots_N = draw_lots(rows_N, seed)
+    order_N = np.lexsort((rows_N, lots_N, labels_N))
+    _, starts_C, sizes_C = np.unique(labels_N[order_N], return_index=True, return_counts=True)
+    ranks_N, sizes_N = np.empty_like(labels_N), np.empty_like(labels_N)
+    ranks_N[order_N] = np.arange(len(labels_N)) - np.repeat(starts_C, sizes_C) + 1
+    sizes_N[order_N] = np.repeat(sizes_C, sizes_C)
+    return _Places(ranks_N, sizes_N, (ranks_N - 0.5) / sizes_N), lots_N
+
+
+def draw_lots(rows_N: Ints, seed: int) -> npt.NDArray[np.uint64]:
+    """A 64-bit number for each row, as if at random: the output function of SplitMix64 (Steele et al., OOPSLA 2014)."""
+    bits_N = rows_N.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(seed)
+    bits_N = (bits_N ^ (bits_N >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    bits_N = (bits_N ^ (bits_N >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return bits_N ^ (bits_N >> np.uint64(31))
+
+
+def _with_labels(source: Source) -> tuple[dict[Role, SourceSplit], tuple[str, ...]]:
+    """The splits that can be used; a test split whose labels are withheld (hub contests do that) cannot."""
+    kept: dict[Role, SourceSplit] = {}
+    notes: tuple[str, ...] = ()
+    for role, split in source.splits.items():
+        if not len(split.codes_N):
+            raise DataError(f"{source.place}: the {role} split {split.name!r} has no images")
+        without_N = np.flatnonzero(split.codes_N == NO_LABEL)
+        if role == "test" and len(without_N) == len(split.codes_N):
+            notes = (f"{source.place}: the test split {split.name!r} is not used: its labels are withheld",)
+            continue
+        if len(without_N):
+            raise DataError(
+                f"{source.place}: {len(without_N):,} of {len(split.codes_N):,} images of the {role} split have no "
+                f"label, the first is {split.store.where(int(without_N[0]))}"
+            )
+        kept[role] = split
+    return kept, notes
+
+
+def _class_list(section: DataSection, source: Source, splits: Mapping[Role, SourceSplit]) -> tuple[str, ...]:
+    used = splits["train"].used_names()
+    if len(used) < 2:
+        raise DataError(
+            f"{source.place}: the training split has one class only, {used[0]!r}; there is nothing to tell apart"
+        )
+    return tuple(section.classes or source.declared_classes or sort_labels(used))
+
+
+def _by_name(splits: Mapping[Role, SourceSplit], classes: tuple[str, ...]) -> dict[Role, SourceSplit]:
+    """The splits with labels that are class names: integers count from 0 where `classes` gives them names."""
+    used = {name for split in splits.values() for name in split.used_names()}
+    if used & set(classes) or not all(is_integer(name) for name in used):
+        return dict(splits)
+    named = {str(i): name for i, name in enumerate(classes)}
+    return {
+        role: SourceSplit(s.name, s.store, tuple(named.get(name, name) for name in s.label_names), s.codes_N)
+        for role, s in splits.items()
+    }
+
+
+def _number(split: SourceSplit, classes: tuple[str, ...], role: Role, place: str) -> LabelledTable:
+    number = {name: i for i, name in enumerate(classes)}
+    outside = [name for name in split.used_names() if name not in number]
+    if outside:
+        code = split.label_names.index(outside[0])
+        first = split.store.where(int(np.flatnonzero(split.codes_N == code)[0]))
+        raise DataError(
+            f"{place}: labels of the {role} split that are no class: {first_few(quoted(outside))} (first at {first}); "
+            f"the {len(classes)} classes are {first_few(quoted(classes), 10)}.{did_you_mean(outside[0], classes)}"
+        )
+    numbers_C = np.array([number.get(name, NO_LABEL) for name in split.label_names], dtype=np.int64)
+    return LabelledTable(split.store, numbers_C[split.codes_N])
+
+
+def _absences(classes: tuple[str, ...], tables: Mapping[Role, LabelledTable]) -> tuple[str, ...]:
+    notes = []
+    for role, table in tables.items():
+        absent = [classes[i] for i in np.flatnonzero(np.bincount(table.labels_N, minlength=len(classes)) == 0)]
+        if absent:
+            notes.append(f"{role}: no images of {len(absent)} of {len(classes)} classes: {first_few(quoted(absent))}")
+    return tuple(notes)
+
+
+def _divide_train(
+    section: DataSection, tables: Mapping[Role, LabelledTable], classes: tuple[str, ...], seed: int
+) -> tuple[Ints, Ints | None, list[str]]:
+    """Rows to train on, rows held out for validation, and notes."""
+    labels_N = tables["train"].labels_N
+    rows_N = np.arange(len(labels_N), dtype=np.int64)
+    notes = []
+    if section.train_limit is not None:
+        _check_limit(section.train_limit, labels_N)
+        limit_seed = derive_seed(seed, "data", "train_limit")
+        rows_N = stratified_subset(labels_N, rows_N, section.train_limit, limit_seed, keep_all_classes=True)
+        notes.append(f"train: {len(rows_N):,} of {len(labels_N):,} images, stratified (data.train_limit)")
+    fraction = section.validation_fraction
+    if "validation" in tables:
+        if fraction not in (0.0, _DEFAULT_FRACTION):
+            raise DataError(
+                f"data.validation_fraction: {fraction} has no effect, as the source has a validation split; take it out"
+            )
+        return rows_N, None, notes
+    if fraction == 0.0:
+        return rows_N, None, [*notes, "no validation split, and none is held out (data.validation_fraction: 0)"]
+    held = stratified_holdout(labels_N[rows_N], rows_N, fraction, derive_seed(seed, "data", "validation"))
+    if not len(held):
+        raise DataError(
+            "no validation split, and none can be held out: each class has one training image. Bring a validation "
+            "split, more images, or set data.validation_fraction: 0"
+        )
+    held_N = rows_N[held]
+    notes.append(f"validation: {len(held_N):,} images held out of train, stratified (data.validation_fraction)")
+    notes.extend(_single(labels_N[rows_N], classes))
+    return np.delete(rows_N, held), held_N, notes
+
+
+def _check_limit(limit: int, labels_N: Ints) -> None:
+    num_classes = len(np.unique(labels_N))
+    if limit > len(labels_N):
+        raise DataError(f"data.train_limit: {limit:,} is more than the {len(labels_N):,} training images there are")
+    if limit < num_classes:
+        raise DataError(f"data.train_limit: {limit:,} is less than one image for each of the {num_classes:,} classes")
+
+
+def _single(labels_N: Ints, classes: tuple[str, ...]) -> list[str]:
+    single = [classes[i] for i in np.flatnonzero(np.bincount(labels_N, minlength=len(classes)) == 1)]
+    shown = first_few(quoted(single))
+    return [f"validation: none of {shown}, whose only training image stays in train"] if single else []

@@ -1,0 +1,331 @@
+"""What every source gives: images by row, and labels beside them.
+
+Promise: a table is cheap to hold and to send to another process (Arrow and NumPy buffers, no Python object an image),
+and can always say where a person finds one of its images.
+
+Readers give a `Source`: the splits as they lie, with labels as text. `data.splits` turns that into class numbers.
+
+Shape letters: N rows of a table or images of a split, C classes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from tlscale.errors import DataError, did_you_mean
+from tlscale.recipe.schema import DataSection
+
+Ints = npt.NDArray[np.int64]
+Raw = bytes | npt.NDArray[Any]
+Role = Literal["train", "validation", "test"]
+VALIDATION_NAMES = ("validation", "valid", "val")
+"""Names of a validation split that are found without being told."""
+NO_LABEL = -1
+_INTEGER = re.compile(r"-?(0|[1-9][0-9]*)")
+
+
+class ImageStore(Protocol):
+    """Images by row."""
+
+    @property
+    def content(self) -> str:
+        """A cheap identity of the images: equal images give equal text; changed images give other text."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, row: int) -> Raw:
+        """Encoded bytes, or decoded uint8 pixels; `DataError` where there is nothing to be read."""
+
+    def where(self, row: int) -> str:
+        """The place of the image, for messages."""
+
+
+class ImageTable(Protocol):
+    """A whole split as the source holds it, with class numbers."""
+
+    @property
+    def labels_N(self) -> Ints:  # noqa: N802
+        """Class numbers by row."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, row: int) -> Raw:
+        """Encoded bytes, or decoded uint8 pixels; `DataError` where there is nothing to be read."""
+
+    def where(self, row: int) -> str:
+        """The place of the image, for messages."""
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledTable:
+    """An `ImageTable`: a store, and the class number of each of its rows."""
+
+    store: ImageStore
+    labels_N: Ints
+
+    def __len__(self) -> int:
+        return len(self.labels_N)
+
+    def read(self, row: int) -> Raw:
+        return self.store.read(row)
+
+    def where(self, row: int) -> str:
+        return self.store.where(row)
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSplit:
+    """The rows of a table that belong to one split; `i` below is a position, 0 <= i < len(split)."""
+
+    name: Role
+    table: ImageTable
+    rows_N: Ints
+    """Rows of the table, ascending."""
+
+    @cached_property
+    def labels_N(self) -> Ints:  # noqa: N802
+        """Class numbers by position."""
+        return self.table.labels_N[self.rows_N]
+
+    def __len__(self) -> int:
+        return len(self.rows_N)
+
+    def read(self, i: int) -> Raw:
+        """Encoded bytes, or decoded uint8 pixels; `DataError` where there is nothing to be read."""
+        return self.table.read(int(self.rows_N[i]))
+
+    def where(self, i: int) -> str:
+        """The place of the image, for messages."""
+        return self.table.where(int(self.rows_N[i]))
+
+    def without(self, positions: Collection[int]) -> ImageSplit:
+        """The same split less these positions, such as those of bad images."""
+        kept_N = np.ones(len(self), dtype=bool)
+        kept_N[np.fromiter(positions, dtype=np.int64, count=len(positions))] = False
+        return ImageSplit(self.name, self.table, self.rows_N[kept_N])
+
+
+@dataclass(frozen=True, eq=False)
+class SourceSplit:
+    """One split as it lies, before anybody chose from it."""
+
+    name: str
+    """Its name in the source."""
+    store: ImageStore
+    label_names: tuple[str, ...]
+    """Label texts; not all of them need occur."""
+    codes_N: Ints
+    """Places in `label_names`, by row; `NO_LABEL` where the source withholds the label."""
+
+    def used_names(self) -> list[str]:
+        """The label texts that occur, in the order of `label_names`."""
+        used_C = np.unique(self.codes_N[self.codes_N != NO_LABEL])
+        return [self.label_names[code] for code in used_C]
+
+
+@dataclass(frozen=True)
+class Source:
+    """All that a reader found."""
+
+    place: str
+    """Where it was found: a folder, a file, or a name on the hub."""
+    splits: Mapping[Role, SourceSplit]
+    declared_classes: tuple[str, ...] | None = None
+    """Class names in order, where the source itself fixes them."""
+    identity: Mapping[str, object] = field(default_factory=dict)
+    """What identifies the data beyond their content: a commit, checksums."""
+    notes: tuple[str, ...] = ()
+    is_sample: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class FileStore:
+    """Image files below a folder (or, with absolute paths, anywhere)."""
+
+    root: str
+    paths_N: pa.LargeStringArray
+    content: str
+
+    def __len__(self) -> int:
+        return len(self.paths_N)
+
+    def where(self, row: int) -> str:
+        return str(Path(self.root, self.paths_N[row].as_py()))
+
+    def read(self, row: int) -> bytes:
+        try:
+            return Path(self.where(row)).read_bytes()
+        except OSError as error:
+            raise DataError(f"{self.where(row)}: cannot be read: {error.strerror or error}") from None
+
+
+@dataclass(frozen=True, eq=False)
+class BytesStore:
+    """Encoded images in some of the rows of an Arrow column of binary (whole, so that splits share it)."""
+
+    file: str
+    images: pa.ChunkedArray
+    rows_N: Ints
+    """Row numbers in the file, and in `images`, from 0."""
+    content: str
+
+    def __len__(self) -> int:
+        return len(self.rows_N)
+
+    def where(self, row: int) -> str:
+        return f"{self.file} row {self.rows_N[row]}"
+
+    def read(self, row: int) -> bytes:
+        raw: bytes = self.images[int(self.rows_N[row])].as_py()
+        return raw
+
+
+@dataclass(frozen=True, eq=False)
+class ArrayStore:
+    """Decoded grey images of one size, as in an IDX file."""
+
+    file: str
+    images_NHW: npt.NDArray[np.uint8]
+    content: str
+
+    def __len__(self) -> int:
+        return len(self.images_NHW)
+
+    def where(self, row: int) -> str:
+        return f"{self.file} image {row}"
+
+    def read(self, row: int) -> npt.NDArray[np.uint8]:
+        pixels: npt.NDArray[np.uint8] = self.images_NHW[row]
+        return pixels
+
+
+def is_integer(text: str) -> bool:
+    """Whether a label is an integer as a computer writes it (`7`, not `007` and not `7.0`)."""
+    return _INTEGER.fullmatch(text) is not None
+
+
+def sort_labels(names: Iterable[str]) -> tuple[str, ...]:
+    """Each name once: by number where all of them are integers, else by code point."""
+    distinct = set(names)
+    return tuple(sorted(distinct, key=int) if all(map(is_integer, distinct)) else sorted(distinct))
+
+
+def encode_labels(labels_N: pa.ChunkedArray, where: str) -> tuple[tuple[str, ...], Ints]:
+    """Label texts, sorted, and the place of each row's label among them.
+
+    Args:
+        labels_N: a column of text, whole numbers, booleans, or a dictionary of such.
+        where: the column, for messages.
+
+    Raises:
+        DataError: another type, or rows with an empty label.
+    """
+    if pa.types.is_dictionary(labels_N.type):
+        labels_N = labels_N.cast(labels_N.type.value_type)
+    kind = labels_N.type
+    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    if not (is_text or pa.types.is_integer(kind) or pa.types.is_boolean(kind)):
+        raise DataError(f"{where}: labels are of type {kind}; expected text or whole numbers")
+    text_N = labels_N.cast(pa.large_string()).combine_chunks()
+    empty = len(text_N) - (pc.sum(pc.not_equal(pc.utf8_trim_whitespace(text_N), "")).as_py() or 0)
+    if empty:
+        raise DataError(f"{where}: {empty:,} of {len(text_N):,} rows have no label; fill them in or take them out")
+    encoded = text_N.dictionary_encode()
+    texts = encoded.dictionary.to_pylist()
+    spaced = [text for text in texts if text != text.strip()]
+    if spaced:
+        raise DataError(f"{where}: labels with spaces around them: {first_few(quoted(spaced))}; take the spaces out")
+    names = sort_labels(texts)
+    place = {name: i for i, name in enumerate(names)}
+    sorted_C = np.array([place[text] for text in texts], dtype=np.int64)
+    return names, sorted_C[encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64)]
+
+
+def pick_splits(section: DataSection, available: Sequence[str], where: str) -> dict[Role, str]:
+    """Which split of the source plays which role; validation and test may be missing.
+
+    Raises:
+        DataError: a split that the recipe names is not there, or one split has two roles.
+    """
+    picked: dict[Role, str] = {"train": _named_split(section.train_split, "train_split", available, where)}
+    validation = section.validation_split
+    if validation is not None:
+        picked["validation"] = _named_split(validation, "validation_split", available, where)
+    else:
+        usual = [name for name in VALIDATION_NAMES if name in available and name not in (picked["train"], "test")]
+        usual = [name for name in usual if name != section.test_split]
+        if len(usual) > 1:
+            raise DataError(f"{where} has validation splits {_quoted(usual)}; say which in data.validation_split")
+        if usual:
+            picked["validation"] = usual[0]
+    if section.test_split in available or section.test_split != "test":
+        picked["test"] = _named_split(section.test_split, "test_split", available, where)
+    for role, name in picked.items():
+        twin = next((other for other, its in picked.items() if its == name and other != role), None)
+        if twin is not None:
+            raise DataError(f"{where}: split {name!r} would be both {role} and {twin}; each needs its own")
+    return picked
+
+
+def _named_split(name: str, key: str, available: Sequence[str], where: str) -> str:
+    if name not in available:
+        raise DataError(
+            f"{where} has no split {name!r} (data.{key}); it has {_quoted(available)}.{did_you_mean(name, available)}"
+        )
+    return name
+
+
+def pick_column(given: str | None, usual: Sequence[str], columns: Sequence[str], key: str, where: str) -> str:
+    """The column that the recipe names, or the one with a usual name.
+
+    Raises:
+        DataError: not there; none or several have a usual name.
+    """
+    if given is not None:
+        if given not in columns:
+            raise DataError(
+                f"{where} has no column {given!r} (data.{key}); it has {_quoted(columns)}."
+                f"{did_you_mean(given, columns)}"
+            )
+        return given
+    found = [column for column in columns if column.lower() in usual]
+    if len(found) != 1:
+        what = f"columns {_quoted(found)} may all be it" if found else f"no column is called {' or '.join(usual)}"
+        raise DataError(f"{where}: {what}; say which in data.{key}. The columns are {_quoted(columns)}")
+    return found[0]
+
+
+def digest(parts: Iterable[bytes | str]) -> str:
+    """SHA-256, in hex, of parts and their lengths."""
+    total = hashlib.sha256()
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else part
+        total.update(len(data).to_bytes(8, "little"))
+        total.update(data)
+    return total.hexdigest()
+
+
+def first_few(items: Sequence[str], limit: int = 5) -> str:
+    """`a, b, c and 7 more`."""
+    rest = len(items) - limit
+    return ", ".join(items[:limit]) + (f" and {rest:,} more" if rest > 0 else "")
+
+
+def quoted(names: Sequence[str]) -> list[str]:
+    """The names as a message shows them, in quotes and with what cannot be printed escaped."""
+    return [repr(name) for name in names]
+
+
+def _quoted(names: Sequence[str], limit: int = 20) -> str:
+    return first_few(quoted(names), limit) if names else "none"

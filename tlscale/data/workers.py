@@ -1,0 +1,115 @@
+"""Work in other processes and threads, whose results come in order as if there were none.
+
+Promise: worker processes change no result and no random generator, outlive the signals that a scheduler sends to all
+processes at once, and end with the iterator.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from tlscale.errors import TlscaleError
+
+
+class Pinnable(Protocol):
+    """What torch's loader can carry into page-locked memory."""
+
+    def pin_memory(self) -> Any: ...  # noqa: ANN401 (of its own type)
+
+
+K = TypeVar("K")
+R = TypeVar("R")
+B = TypeVar("B", bound=Pinnable)
+
+_MOST_THREADS = 4
+
+
+class _Loads(Dataset[Any]):
+    """What a worker process does: one key of the sampler in, one batch out."""
+
+    def __init__(self, load: Callable[[Any], Any]) -> None:
+        self._load = load
+
+    def __getitem__(self, key: Any) -> Any:  # noqa: ANN401 (whatever `load` takes and gives)
+        try:
+            return self._load(key)
+        except TlscaleError as error:
+            return error  # as a value: torch would wrap a raised one, its traceback included, into its message
+
+
+def load_in_order(
+    load: Callable[[K], B], wanted: Iterable[K], workers: int, pin_memory: bool
+) -> Generator[B, None, None]:
+    """`load` of each of `wanted`, in order, here or in worker processes."""
+    if workers == 0:
+        for key in wanted:
+            batch = load(key)
+            yield batch.pin_memory() if pin_memory else batch
+        return
+    iterator = iter(
+        DataLoader(
+            _Loads(load),
+            batch_size=None,
+            sampler=wanted,
+            num_workers=workers,
+            pin_memory=pin_memory,
+            collate_fn=_as_is,
+            worker_init_fn=_begin_worker,
+            # Forked workers share the cache. Elsewhere than on Linux forking is unsafe or unknown.
+            multiprocessing_context="fork" if sys.platform == "linux" else None,
+            generator=torch.Generator(),  # else it draws a number from the global one
+        )
+    )
+    try:
+        for item in iterator:
+            if isinstance(item, TlscaleError):
+                raise item
+            yield item
+    finally:
+        del iterator  # ends the workers
+
+
+def _as_is(item: R) -> R:
+    return item
+
+
+def _begin_worker(worker: int) -> None:
+    """One thread, and deaf to the signals that are meant for the run.
+
+    A scheduler sends SIGTERM, and a terminal SIGINT, to every process. The training process then finishes its step and
+    saves, for which it needs its workers; they end when it ends them.
+    """
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_when_parent_says, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_when_parent_says(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
+
+
+def map_in_threads(function: Callable[[K], R], items: Sequence[K]) -> Iterator[R]:
+    """`map` with threads (Pillow decodes and resizes outside the interpreter's lock); plain in a worker process."""
+    threads = min(_MOST_THREADS, num_cores(), len(items))
+    if threads < 2 or get_worker_info() is not None:
+        yield from map(function, items)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        yield from pool.map(function, items)
+
+
+def num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,157 @@
+"""Process facts: the only helper over `Accelerator`.
+
+Promise: the processes that run are those that the launcher started and the recipe allows, or nothing runs. All
+agreement between processes goes over a CPU group of its own, so that it never waits for the accelerator.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as torch_dist
+from accelerate import Accelerator
+
+from tlscale.errors import LaunchError, TlscaleError
+from tlscale.recipe.schema import ComputeSection
+
+T = TypeVar("T")
+_MIXED = {"fp32": "no", "fp64": "no", "bf16": "bf16", "fp16": "fp16"}
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among all of the run."""
+
+    accelerator: Accelerator
+    rank: int
+    world_size: int
+    _control: torch_dist.ProcessGroup | None
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any process; every process gets the same answer."""
+        if self._control is None:
+            return flag
+        votes = torch.tensor([int(flag)])
+        torch_dist.all_reduce(votes, op=torch_dist.ReduceOp.MAX, group=self._control)
+        return bool(votes.item())
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum of `values` over all processes, on the CPU, in the type it came in."""
+        total = values.detach().cpu().clone()
+        if self._control is not None:
+            torch_dist.all_reduce(total, group=self._control)
+        return total
+
+    def gather(self, value: T) -> list[T]:
+        """`value` of every process, by rank."""
+        if self._control is None:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        torch_dist.all_gather_object(values, value, group=self._control)
+        return values
+
+    def on_main(self, job: Callable[[], T]) -> T:
+        """Run `job` on the main process only; its result, or its error, reaches every process.
+
+        Raises:
+            TlscaleError: what the main process raised, so that no process waits for one that has left.
+        """
+        if self._control is None:
+            return job()
+        outcome: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                outcome[0] = job()
+            except Exception as error:
+                outcome[1] = error
+        torch_dist.broadcast_object_list(outcome, src=0, group=self._control)
+        if isinstance(outcome[1], TlscaleError):
+            raise outcome[1]
+        if outcome[1] is not None:
+            raise TlscaleError(f"the main process failed: {outcome[1]!r}") from outcome[1]
+        return outcome[0]  # type: ignore[no-any-return]
+
+    @contextmanager
+    def main_holds(self, make: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
+        """The main process is within the context; if it cannot enter, no process goes on.
+
+        Raises:
+            TlscaleError: what the main process raised on entering.
+        """
+        with ExitStack() as stack:
+            self.on_main(lambda: stack.enter_context(make()) and None)
+            yield
+
+    def share_buffers(self, module: torch.nn.Module) -> None:
+        """Give every process the main one's buffers.
+
+        Batch statistics differ by rank, and DDP levels them only at the next forward pass; an evaluation or a
+        checkpoint between two steps would see each rank's own.
+        """
+        if self._control is None:
+            return
+        for buffer in module.buffers():
+            torch_dist.broadcast(buffer.data, src=0)
+
+    def close(self) -> None:
+        """End the process group; a program that leaves one open prints a warning and may hang."""
+        if torch_dist.is_initialized():
+            torch_dist.destroy_process_group()
+
+
+def start_processes(compute: ComputeSection) -> Processes:
+    """Join the processes that the launcher started.
+
+    Raises:
+        LaunchError: Accelerate did not join the launcher's processes, their number is not the recipe's, or the
+            precision cannot be had.
+    """
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    _check_precision_of_launcher(compute)
+    accelerator = Accelerator(mixed_precision=_MIXED[compute.precision], step_scheduler_with_optimizer=False)
+    world_size = accelerator.num_processes
+    if launched != world_size:
+        raise LaunchError(
+            f"the launcher started {launched} processes (WORLD_SIZE), but Accelerate joined {world_size}: each would "
+            "train alone. On a machine without accelerators set ACCELERATE_USE_CPU=true for torchrun, or use "
+            "'accelerate launch --multi_gpu'."
+        )
+    if compute.num_processes is not None and compute.num_processes != world_size:
+        raise LaunchError(
+            f"the recipe asks for compute.num_processes = {compute.num_processes}, but {world_size} run. Start it with "
+            f"'accelerate launch --num_processes {compute.num_processes}' (on CPUs: ACCELERATE_USE_CPU=true accelerate "
+            f"launch --multi_gpu --num_processes {compute.num_processes}), or change the recipe."
+        )
+    _check_device(compute, accelerator.device)
+    control = torch_dist.new_group(backend="gloo") if world_size > 1 else None
+    return Processes(accelerator, accelerator.process_index, world_size, control)
+
+
+def _check_precision_of_launcher(compute: ComputeSection) -> None:
+    """`accelerate launch` hands its own mixed precision on in the environment; `no` is also its default."""
+    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launcher not in ("no", _MIXED[compute.precision]):
+        raise LaunchError(
+            f"'accelerate launch' asks for mixed precision {launcher}, the recipe for compute.precision = "
+            f"{compute.precision}. Take one of the two out; the recipe's is the one that is kept with the run."
+        )
+
+
+def _check_device(compute: ComputeSection, device: torch.device) -> None:
+    if compute.precision == "fp16" and device.type == "cpu":
+        raise LaunchError("compute.precision = fp16 needs a GPU; on a CPU use bf16 or fp32")
+    if compute.precision == "fp64" and device.type == "mps":
+        raise LaunchError("compute.precision = fp64 is not to be had on this GPU (mps); use fp32")

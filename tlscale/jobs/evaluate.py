@@ -1,0 +1,96 @@
+"""`tlscale evaluate`: the figures of a finished run's model, on its own data or on other."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tlscale.data.loaders import ImageStore, default_workers
+from tlscale.data.sources import ImageData, ImageSplit, open_data
+from tlscale.dist import start_processes
+from tlscale.errors import DataError, RunFolderError
+from tlscale.evaluate import InputPath, evaluate
+from tlscale.model.classifier import TrainedModel, load
+from tlscale.objective import Objective
+from tlscale.progress import Progress
+from tlscale.recipe.load import load_recipe
+from tlscale.recipe.schema import LossSection, Recipe
+from tlscale.run_folder import write_json
+from tlscale.screen import show_classes
+
+
+def evaluate_run(
+    run: str | Path, overrides: Sequence[str] = (), *, split_name: str | None = None, as_json: bool = False
+) -> dict[str, Any]:
+    """Figures of the run's exported model.
+
+    Args:
+        run: a run folder.
+        overrides: changes to its recipe, such as other data.
+        split_name: train, validation or test; by itself test, or validation where there is none.
+        as_json: print the figures as JSON rather than as tables.
+
+    Returns:
+        The figures, which are also written to `evaluation_<split>.json` in the run folder.
+
+    Raises:
+        TlscaleError: no such run, or data that do not fit its classes.
+    """
+    folder = Path(run)
+    if not (folder / "recipe.yaml").is_file():
+        raise RunFolderError(f"'{run}' is not a run folder: there is no '{folder / 'recipe.yaml'}'")
+    recipe = load_recipe(folder / "recipe.yaml", overrides)
+    trained = load(folder)
+    with closing(start_processes(recipe.compute)) as processes:
+        split = _split(_open(recipe, trained), split_name)
+        store = ImageStore(split, recipe.data, trained.input_spec)
+        dtype = torch.float64 if recipe.compute.precision == "fp64" else torch.float32
+        figures = evaluate(
+            trained.model.to(processes.device, dtype),
+            store,
+            input_path=InputPath(trained.input_spec, dtype, processes.device, recipe.compute.channels_last),
+            objective=Objective(LossSection(label_smoothing=recipe.loss.label_smoothing), None),
+            classes=trained.classes,
+            batch_size=recipe.evaluate.batch_size or recipe.batch_size,
+            workers=default_workers(recipe.data, cached=store.cached, augmented=False, processes=processes.world_size),
+            processes=processes,
+        )
+        figures = {"split": split.name, "source": recipe.data.source, **figures}
+        if processes.is_main:
+            write_json(folder / f"evaluation_{split.name}.json", figures)
+            _show(figures, as_json=as_json)
+    return figures
+
+
+def _open(recipe: Recipe, trained: TrainedModel) -> ImageData:
+    # The model's classes are the truth: a class list that other data would give by themselves may be in another order.
+    section = recipe.data.model_copy(update={"classes": list(trained.classes)})
+    return open_data(section, recipe.seed)
+
+
+def _split(data: ImageData, name: str | None) -> ImageSplit:
+    splits = {split.name: split for split in (data.test, data.validation, data.train) if split is not None}
+    if name is None:
+        return next(iter(splits.values()))
+    if name not in splits:
+        raise DataError(f"the data have no split '{name}'; there are: {', '.join(splits)}")
+    return splits[name]
+
+
+def _show(figures: dict[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(figures))
+        return
+    screen = Progress(0)
+    show_classes(figures, screen)
+    low, high = figures["top1_interval95"]
+    screen.say(
+        f"{figures['num_images']:,} {figures['split']} images: top1 {figures['top1']:.4f} (95% interval {low:.4f} to "
+        f"{high:.4f}), loss {figures['loss']:.4f}, macro-F1 {figures['macro_f1']:.4f}, ECE {figures['ece']:.4f}",
+        style="bold",
+    )

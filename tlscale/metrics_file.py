@@ -1,0 +1,113 @@
+"""`metrics.jsonl`: the log of a run, one JSON object a line, and the truth that trackers have a copy of.
+
+Promise: a record that was written is there after the writer was killed; a resumed run goes on where its checkpoint
+was, so that no step is in the file twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from tlscale.errors import TlscaleError
+
+_RECORD_KEYS = ("kind", "step", "epoch", "images_seen", "time_s")
+
+
+class MetricsFile:
+    """One JSON object a line, each flushed when it is written.
+
+    JSON has no NaN and no infinity: these are written as the strings "NaN", "Infinity" and "-Infinity", which
+    `float()` reads back.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Appends a record; it has at least kind ('train' or 'evaluate'), step, epoch, images_seen and time_s.
+
+        Raises:
+            TlscaleError: the file cannot be written (the disk is full).
+        """
+        missing = [key for key in _RECORD_KEYS if key not in record]
+        assert not missing, f"a record without {missing}"
+        try:
+            self._file.write(json.dumps(_spell_non_finite(record), ensure_ascii=False, allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise TlscaleError(f"cannot write {self._path}: {error.strerror or error}") from error
+
+    def truncate_after(self, step: int) -> dict[str, int]:
+        """Drops what a resumed run does again: records after `step`, and lines that a killed writer left torn.
+
+        Returns:
+            kind -> the last step that the file held before; give it to `open_trackers` as `seen`.
+        """
+        lines = self._path.read_bytes().splitlines(keepends=True)
+        records = [_parse_record(line) for line in lines]
+        last_steps: dict[str, int] = {}
+        for record in records:
+            if record is not None:
+                kind = str(record.get("kind"))
+                last_steps[kind] = max(last_steps.get(kind, -1), record["step"])
+        kept = [line for line, record in zip(lines, records, strict=True) if record and record["step"] <= step]
+        if len(kept) < len(lines):
+            self._replace(b"".join(kept))
+        return last_steps
+
+    def _replace(self, content: bytes) -> None:
+        """Puts `content` in the file's place at once, so that a crash leaves the old file or the new one."""
+        self._file.close()
+        aside = self._path.with_name(self._path.name + ".tmp")
+        with aside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(self._path)
+        self._file = self._path.open("a", encoding="utf-8")
+
+    def close(self) -> None:
+        # All that was written was flushed; what is left failed in `write`, and was said there.
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a `metrics.jsonl`, in order; torn lines are left out."""
+    records = (_parse_record(line) for line in path.read_bytes().splitlines(keepends=True))
+    return [record for record in records if record is not None]
+
+
+def _parse_record(line: bytes) -> dict[str, Any] | None:
+    """None for a torn line: one without its end, or that is no record."""
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+
+
+def _spell_non_finite(value: Any) -> Any:  # noqa: ANN401 (JSON has no narrower type)
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, Mapping):
+        return {key: _spell_non_finite(item) for key, item in value.items()}
+    return [_spell_non_finite(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,284 @@
+"""Any timm backbone, without its classifier, with the weights that the recipe names.
+
+Promise: the weights are those that were asked for, or there is an error: never random ones instead, never a file
+that fits only in part without a word.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import timm
+import torch
+from timm.models import adapt_input_conv
+from torch import Tensor, nn
+
+from tlscale.errors import ModelError, did_you_mean
+from tlscale.hub import cache_only_when_unreachable
+from tlscale.recipe.schema import BackboneSection
+from tlscale.seeds import derive_seed
+
+_PREFIXES = ("hf-hub:", "local-dir:")
+
+
+@dataclass(frozen=True)
+class WeightsReport:
+    """Where the weights came from, for `run.json` and the screen."""
+
+    origin: str
+    num_matched: int
+    num_tensors: int
+    sha256: str
+
+    def __str__(self) -> str:
+        if self.num_tensors == 0:
+            return self.origin
+        share = self.num_matched / self.num_tensors
+        return f"{self.origin}: {self.num_matched} of {self.num_tensors} tensors matched ({share:.1%})"
+
+
+def build_backbone(section: BackboneSection, *, image_size: int | None, seed: int) -> tuple[nn.Module, WeightsReport]:
+    """The backbone that gives pooled features, (B, C, H, W) to (B, D).
+
+    Args:
+        section: the recipe's backbone.
+        image_size: pixels; matters to architectures that are built for one size (most vision transformers).
+        seed: of the initial weights where they are random; the global generator is left as it was.
+
+    Raises:
+        ModelError: unknown name, weights not to be had, or weights of another network.
+    """
+    _check_name(section.name)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, "backbone"))
+        model = _create(section, {}, pretrained=False)
+        size = {"img_size": image_size} if image_size is not None and needs_fixed_size(model) else {}
+        if size or section.weights == "pretrained":
+            torch.manual_seed(derive_seed(seed, "backbone"))
+            model = _create(section, size, pretrained=section.weights == "pretrained")
+    if section.weights in ("pretrained", "none"):
+        origin = "random weights, by seed" if section.weights == "none" else _pretrained_origin(model)
+        return model, WeightsReport(origin, 0, 0, state_digest(model.state_dict()))
+    return model, _load_file(model, section)
+
+
+def needs_fixed_size(model: nn.Module) -> bool:
+    """Whether the architecture is built for one image size."""
+    return bool(model.pretrained_cfg.get("fixed_input_size", False))  # type: ignore[union-attr, operator]
+
+
+def no_weight_decay(model: nn.Module) -> frozenset[str]:
+    """Names that the architecture wants without weight decay, such as position embeddings."""
+    names = getattr(model, "no_weight_decay", None)
+    return frozenset(names()) if callable(names) else frozenset()
+
+
+def layer_numbers(model: nn.Module) -> dict[str, int]:
+    """Number of the layer of each parameter, 0 nearest the image, by timm's own grouping.
+
+    Raises:
+        ModelError: the architecture has no grouping.
+    """
+    from timm.models import group_parameters
+
+    matcher = getattr(model, "group_matcher", None)
+    if not callable(matcher):
+        raise ModelError(f"optim.layer_decay: timm does not group the layers of {type(model).__name__}; use lr_rules")
+    numbers: dict[str, int] = group_parameters(model, matcher(coarse=False), reverse=True)
+    return numbers
+
+
+def state_digest(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, types, shapes and bytes: two networks with the same digest are the same network."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _check_name(name: str) -> None:
+    if name.startswith(_PREFIXES):
+        return
+    architecture = name.split(".")[0]
+    if not timm.is_model(architecture):
+        known = timm.list_models()
+        raise ModelError(
+            f"backbone.name: timm {timm.__version__} has no model '{name}'.{did_you_mean(architecture, known)} "
+            f"It has {len(known)}; timm.list_models('*resnet*') lists those with 'resnet' in the name. Names of other "
+            "places begin with 'hf-hub:' or 'local-dir:'."
+        )
+    tags = [full.partition(".")[2] for full in timm.list_pretrained(architecture)]
+    tag = name.partition(".")[2]
+    if tag and tag not in tags:
+        raise ModelError(
+            f"backbone.name: '{architecture}' has no weights tagged '{tag}'.{did_you_mean(tag, tags)} "
+            f"There are: {', '.join(tags) or 'none'}"
+        )
+
+
+def _create(section: BackboneSection, size: dict[str, int], *, pretrained: bool) -> nn.Module:
+    rates = {key: getattr(section, key) for key in ("drop_rate", "drop_path_rate") if getattr(section, key) > 0}
+    try:
+        with cache_only_when_unreachable():
+            return timm.create_model(
+                section.name, pretrained=pretrained, num_classes=0, in_chans=section.in_chans, **size, **rates
+            )
+    except TypeError as error:
+        if not rates:
+            raise
+        raise ModelError(f"backbone: '{section.name}' does not take {' and '.join(rates)}: {error}") from error
+    except Exception as error:
+        # Hub, disk and network each raise their own; none of them says what the user can do.
+        if pretrained or section.name.startswith(_PREFIXES):
+            raise ModelError(_no_weights(section, error)) from error
+        raise ModelError(f"backbone: timm cannot build '{section.name}': {error}") from error
+
+
+def _no_weights(section: BackboneSection, error: Exception) -> str:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    cfg = timm.get_pretrained_cfg(section.name) if not section.name.startswith(_PREFIXES) else None
+    if cfg is not None and not cfg.has_weights:
+        tagged = timm.list_pretrained(section.name.split(".")[0])
+        return (
+            f"backbone.weights: timm has no pretrained weights for '{section.name}'. "
+            f"{'There are: ' + ', '.join(tagged) if tagged else 'Use weights: none, or the path of a file.'}"
+        )
+    offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
+    return (
+        f"backbone.weights: the pretrained weights of '{section.name}' are not in the cache {HF_HUB_CACHE} and cannot "
+        f"be fetched from the hub{offline}: {type(error).__name__}: {_first_line(error)}\n"
+        "  Ways out: run once where the hub can be reached and copy that folder here (HF_HOME says where it is); give "
+        "a file, backbone.weights=PATH.safetensors; or train from scratch, backbone.weights=none."
+    )
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else "no message"
+
+
+def _pretrained_origin(model: nn.Module) -> str:
+    cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+    place = cfg.get("hf_hub_id") or cfg.get("url") or cfg.get("file") or "timm"
+    tag = f".{cfg['tag']}" if cfg.get("tag") else ""
+    return f"pretrained {cfg.get('architecture', type(model).__name__)}{tag} from {place}"
+
+
+def _load_file(model: nn.Module, section: BackboneSection) -> WeightsReport:
+    path = Path(section.weights)
+    state = _best_fit(_read_state(path, section), model)
+    own = model.state_dict()
+    matched = {name: tensor for name, tensor in state.items() if name in own and tensor.shape == own[name].shape}
+    report = WeightsReport(str(path), len(matched), len(own), "")
+    if len(matched) < section.min_matched * len(own):
+        raise ModelError(_mismatch(report, section, state, own))
+    model.load_state_dict(matched, strict=False)
+    return WeightsReport(report.origin, report.num_matched, report.num_tensors, state_digest(model.state_dict()))
+
+
+def _read_state(path: Path, section: BackboneSection) -> dict[str, Tensor]:
+    """The tensors of a file, read without running anything that the file holds."""
+    if not path.is_file():
+        raise ModelError(
+            f"backbone.weights: there is no file '{path}'. It is 'pretrained', 'none' or the path of a .safetensors file."
+        )
+    if section.sha256 is not None and (found := _file_digest(path)) != section.sha256:
+        raise ModelError(f"backbone.sha256: '{path}' has the SHA-256 {found}, not {section.sha256}; it is another file")
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        if path.suffix not in (".pth", ".pt", ".bin", ".tar"):
+            raise ModelError(f"backbone.weights: '{path}' is not a .safetensors file (nor .pth, .pt, .bin)")
+        if not section.allow_pickle:
+            raise ModelError(
+                f"backbone.weights: '{path}' is a pickle, which can run code when it is read. Convert it to safetensors, "
+                "or set backbone.allow_pickle=true to have torch's restricted unpickler read it."
+            )
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ModelError(
+            f"backbone.weights: '{path}' holds more than tensors, so it is not read: {_first_line(error)}"
+        ) from error
+    except (OSError, RuntimeError, ValueError, EOFError, safetensors.SafetensorError) as error:
+        raise ModelError(f"backbone.weights: '{path}' cannot be read: {_first_line(error)}") from error
+    return _state_of(loaded, path)
+
+
+def _state_of(loaded: object, path: Path) -> dict[str, Tensor]:
+    """The state dict, bare or under the keys that training scripts use, without the prefixes of wrappers."""
+    for key in ("state_dict_ema", "model_ema", "state_dict", "model", "module"):
+        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
+            loaded = loaded[key]
+            break
+    if not isinstance(loaded, dict) or not any(isinstance(value, Tensor) for value in loaded.values()):
+        raise ModelError(f"backbone.weights: '{path}' holds no state dict")
+    state = {name: value for name, value in loaded.items() if isinstance(value, Tensor)}
+    for prefix in ("module.", "_orig_mod."):
+        if all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): value for name, value in state.items()}
+    return state
+
+
+def _best_fit(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """`state` as it is, or as the architecture's own filter makes it from a checkpoint of its authors."""
+    own = model.state_dict()
+
+    def fit(candidate: Mapping[str, Tensor]) -> int:
+        return sum(1 for name, tensor in candidate.items() if name in own and tensor.shape == own[name].shape)
+
+    candidates = [_fit_channels(dict(state), model)]
+    if fit(candidates[0]) < len(own):
+        filter_fn = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+        if callable(filter_fn):
+            try:
+                candidates.append(_fit_channels(dict(filter_fn(dict(state), model)), model))
+            except (KeyError, RuntimeError, TypeError, ValueError, AttributeError, IndexError):
+                pass  # the file is of another architecture; the share that matches tells the user so
+    return max(candidates, key=fit)
+
+
+def _fit_channels(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """First filters made for 3 channels turned into filters for the model's channels (summed for 1)."""
+    first = model.pretrained_cfg.get("first_conv")  # type: ignore[union-attr, operator]
+    for name in (first,) if isinstance(first, str) else first or ():
+        key, own = f"{name}.weight", model.state_dict().get(f"{name}.weight")
+        if key in state and own is not None and state[key].ndim == 4 and state[key].shape != own.shape:
+            state[key] = adapt_input_conv(own.shape[1], state[key], base_chans=state[key].shape[1])
+    return state
+
+
+def _mismatch(
+    report: WeightsReport, section: BackboneSection, state: Mapping[str, Tensor], own: Mapping[str, Tensor]
+) -> str:
+    missing = [name for name in own if name not in state]
+    shapes = [
+        f"{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
+        for name in own
+        if name in state and state[name].shape != own[name].shape
+    ]
+    lines = [
+        f"backbone.weights: {report} for '{section.name}'; at least {section.min_matched:.0%} must "
+        "(backbone.min_matched). Is it a file of another architecture?"
+    ]
+    if missing:
+        lines.append(f"  missing: {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''} ({len(missing)})")
+    if shapes:
+        lines.append(f"  of another shape: {', '.join(shapes[:3])}{' ...' if len(shapes) > 3 else ''} ({len(shapes)})")
+    lines.append(f"  the file has: {', '.join(list(state)[:3])} ... ({len(state)} tensors)")
+    return "\n".join(lines)
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

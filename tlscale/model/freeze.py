@@ -1,0 +1,90 @@
+"""Freezing: no gradient, and norm layers and dropout of the frozen part stay in eval mode.
+
+Promise: parameters are chosen by rules on their names and nothing else; no module is swapped, so state-dict keys
+stay those of the checkpoint (timm's own `freeze` swaps batch norms for copies without `num_batches_tracked`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from tlscale.errors import ModelError
+from tlscale.recipe.rules import Rule, match_rules
+
+
+@dataclass(frozen=True)
+class FreezeRow:
+    """One line of the table that is printed: what a rule took."""
+
+    rule: str
+    num_tensors: int
+    num_params: int
+    norm_mode: str
+
+
+def freeze_parameters(backbone: nn.Module, rules: Sequence[Rule[bool]]) -> list[FreezeRow]:
+    """Take the gradient from every backbone parameter whose first matching rule says so.
+
+    Returns:
+        One row a rule, in order, and one for what no rule matches.
+
+    Raises:
+        RecipeError: a rule has no effect.
+    """
+    params = dict(backbone.named_parameters())
+    chosen = match_rules(rules, params, "freeze")
+    for name, rule in chosen.items():
+        if rule.value:
+            params[name].requires_grad_(False)
+    rows = []
+    for rule in rules:
+        names = [name for name, by in chosen.items() if by is rule]
+        rows.append(_row(backbone, f"{rule.pattern}{'' if rule.value else '  (train)'}", names))
+    rest = [name for name in params if name not in chosen]
+    if rest:
+        rows.append(_row(backbone, "no rule  (train)", rest))
+    return rows
+
+
+def _row(backbone: nn.Module, label: str, names: Iterable[str]) -> FreezeRow:
+    params = {name: backbone.get_parameter(name) for name in names}
+    owners = {name.rpartition(".")[0] for name in params}
+    norms = [owner for owner in owners if is_norm(backbone.get_submodule(owner))]
+    frozen = [owner for owner in norms if not any(p.requires_grad for p in backbone.get_submodule(owner).parameters())]
+    if not norms:
+        mode = "no norm"
+    else:
+        mode = "eval" if len(frozen) == len(norms) else "train" if not frozen else f"eval {len(frozen)}/{len(norms)}"
+    return FreezeRow(label, len(params), sum(param.numel() for param in params.values()), mode)
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether this is a normalisation layer; torch's and timm's are all named so."""
+    return "Norm" in type(module).__name__
+
+
+def frozen_modules(root: nn.Module) -> list[nn.Module]:
+    """The largest modules all of whose parameters are frozen (and that have some).
+
+    Dropout and stochastic depth have no parameters: they count as frozen where the smallest module around them
+    that has parameters is frozen, which is why whole subtrees are taken.
+    """
+    params = list(root.parameters())
+    if params and not any(param.requires_grad for param in params):
+        return [root]
+    return [module for child in root.children() for module in frozen_modules(child)]
+
+
+def check_trainable(params: Iterable[nn.Parameter], rules: Sequence[Rule[bool]]) -> None:
+    """
+    Raises:
+        ModelError: nothing is left to train.
+    """
+    if not any(param.requires_grad for param in params):
+        raise ModelError(
+            f"freeze: the rules {', '.join(repr(rule.pattern) for rule in rules)} leave nothing to train; "
+            "narrow a rule, or add a head"
+        )

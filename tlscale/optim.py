@@ -1,0 +1,102 @@
+"""Optimizers by timm's names, with parameter groups made from rules.
+
+Promise: only trainable parameters, each in one group; a group keeps its own peak learning rate in `base_lr`, and
+the loop sets `lr = base_lr * lr_factor(step)`. No scheduler object exists.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
+from torch import nn
+
+from tlscale.errors import RecipeError, did_you_mean
+from tlscale.recipe.rules import match_rules
+from tlscale.recipe.schema import OptimSection
+
+Group = dict[str, Any]
+
+
+def parameter_groups(
+    params: Mapping[str, nn.Parameter],
+    section: OptimSection,
+    *,
+    layer_depth: Mapping[str, int],
+    never_decayed: frozenset[str],
+) -> list[Group]:
+    """Trainable parameters grouped by (learning rate, weight decay), in order of first appearance.
+
+    Args:
+        params: all parameters by name; the frozen ones are left out.
+        section: the recipe's optimizer.
+        layer_depth: layers away from the head, by name (0 is the head), for `layer_decay`.
+        never_decayed: names that the architecture wants without weight decay (position embeddings and the like).
+
+    Raises:
+        RecipeError: a rule has no effect.
+    """
+    params = {name: param for name, param in params.items() if param.requires_grad}
+    lr_factors = match_rules(section.lr_rules, params, "optim.lr_rules")
+    decays = match_rules(section.weight_decay_rules, params, "optim.weight_decay_rules")
+    groups: dict[tuple[float, float], Group] = {}
+    for name, param in params.items():
+        lr = section.lr * (lr_factors[name].value if name in lr_factors else 1.0)
+        if section.layer_decay is not None:
+            lr *= section.layer_decay ** layer_depth[name]
+        plain = (param.ndim <= 1 or name in never_decayed) and not section.decay_norm_and_bias
+        decay = decays[name].value if name in decays else 0.0 if plain else section.weight_decay
+        group = groups.setdefault(
+            (lr, decay), {"params": [], "lr": lr, "base_lr": lr, "weight_decay": decay, "names": []}
+        )
+        group["params"].append(param)
+        group["names"].append(name)
+    return list(groups.values())
+
+
+def build_optimizer(groups: list[Group], section: OptimSection) -> torch.optim.Optimizer:
+    """timm's optimizer `section.name` over `groups`.
+
+    Raises:
+        RecipeError: no such optimizer here, or an option that it does not take.
+    """
+    _check_name(section.name)
+    _check_options(section)
+    options = {key: tuple(value) if isinstance(value, list) else value for key, value in section.options.items()}
+    try:
+        optimizer = create_optimizer_v2(groups, opt=section.name, lr=section.lr, weight_decay=0.0, **options)
+    except Exception as error:  # optimizers raise whatever they like about their arguments
+        raise RecipeError(f"optim: '{section.name}' cannot be made with {dict(section.options)}: {error}") from error
+    return optimizer
+
+
+def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> float:
+    """Set every group to its own peak times `factor`; returns the highest learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * factor
+    return max(float(group["lr"]) for group in optimizer.param_groups)
+
+
+def _check_name(name: str) -> None:
+    known = list_optimizers()
+    base = name.lower().removeprefix("lookahead_")
+    if base not in known:
+        raise RecipeError(
+            f"optim.name: timm has no optimizer '{name}'.{did_you_mean(base, known)} There are: {', '.join(known)}"
+        )
+
+
+def _check_options(section: OptimSection) -> None:
+    optimizer_class = get_optimizer_info(section.name.lower().removeprefix("lookahead_")).opt_class
+    if isinstance(optimizer_class, str):
+        return  # of another package; it checks its own arguments
+    known = set(inspect.signature(optimizer_class.__init__).parameters) - {"self", "params", "lr", "weight_decay"}
+    for key in section.options:
+        if key not in known:
+            raise RecipeError(
+                f"optim.options: '{section.name}' takes no '{key}'.{did_you_mean(key, known)} "
+                f"It takes: {', '.join(sorted(known))}"
+            )

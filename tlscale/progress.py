@@ -1,0 +1,218 @@
+"""What a user sees while a run trains: a live display on a terminal, plain lines elsewhere, nothing on other ranks.
+
+Promise: no thread (so nothing is held when data workers fork), at most `REFRESHES_PER_S` redraws a second however
+often `update` is called, text of others (class names, paths) shown as it is, without markup and without control
+characters, and a terminal that is left as it was found, on exceptions too.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+from rich import box
+from rich.console import Console, Group
+from rich.live import Live
+from rich.measure import Measurement
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+REFRESHES_PER_S = 5.0
+_RATE_WINDOW = 32  # intervals between updates over which the rate for the ETA is the median
+_BAR_WIDTH = 40
+
+# C0 and C1 controls but for newline and tab (escape sequences begin with them), and what turns the text direction.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def visible(text: object, encoding: str = "utf-8") -> str:
+    """`text` with control characters, and what `encoding` lacks, spelled out (`\\x1b`)."""
+    shown = _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), str(text))
+    return shown.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def format_duration(seconds: float) -> str:
+    """`42s`, `5m12s`, `3h07m`, `2d04h`."""
+    minutes, rest = divmod(max(0, round(seconds)), 60)
+    if minutes < 1:
+        return f"{rest}s"
+    if minutes < 60:
+        return f"{minutes}m{rest:02d}s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours < 24 else f"{hours // 24}d{hours % 24:02d}h"
+
+
+@dataclass(frozen=True, slots=True)
+class _Figures:
+    """The newest figures of the run."""
+
+    step: int
+    loss: float
+    lr: float
+    images_per_s: float
+    epoch: float
+    best: float | None
+
+
+class _Eta:
+    """Time left from the median time of a step.
+
+    The median leaves out what is rare and long (the first compiled step, an evaluation, a night's suspend), so the
+    estimate is of training alone.
+    """
+
+    def __init__(self, step: int, now: float) -> None:
+        self._last = (step, now)
+        self._step_times_s: deque[float] = deque(maxlen=_RATE_WINDOW)
+
+    def update(self, step: int, now: float) -> None:
+        steps = step - self._last[0]
+        if steps > 0:
+            self._step_times_s.append((now - self._last[1]) / steps)
+            self._last = (step, now)
+
+    def left_s(self, steps: int) -> float | None:
+        return steps * statistics.median(self._step_times_s) if self._step_times_s else None
+
+
+class Progress:
+    """Shows a run; a context manager.
+
+    Args:
+        total_steps: steps of the whole run.
+        start_step: steps that were done before (a resumed run).
+        enabled: False on all ranks but the main one: then nothing is shown and every method does nothing.
+        console: where to; by itself standard output.
+        clock: seconds, for the ETA and the refresh rate.
+    """
+
+    def __init__(
+        self,
+        total_steps: int,
+        start_step: int = 0,
+        enabled: bool = True,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._total_steps = total_steps
+        self._enabled = enabled
+        self._console = console or Console(highlight=False)
+        self._clock = clock
+        self._eta = _Eta(start_step, clock())
+        self._figures: _Figures | None = None
+        self._drawn_at = -math.inf
+        self._live: Live | None = None
+
+    def __enter__(self) -> Self:
+        if self._enabled and self._console.is_terminal and not self._console.is_dumb_terminal:
+            # No refresh thread: `update` draws, so a fork never finds rich's locks taken.
+            self._live = Live(console=self._console, auto_refresh=False, vertical_overflow="crop")
+            self._live.start()
+        self._eta = _Eta(self._eta._last[0], self._clock())
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        live, self._live = self._live, None
+        if live is not None:
+            try:
+                if self._figures is not None:
+                    live.update(self._render(self._figures))
+            finally:
+                live.stop()  # draws once more, shows the cursor, gives stdout and stderr back
+
+    def update(
+        self, step: int, *, loss: float, lr: float, images_per_s: float, epoch: float, best: float | None = None
+    ) -> None:
+        """New figures: redraws the display, or prints a line where there is no terminal (so call it at log points).
+
+        Args:
+            step: steps done.
+            loss: of the last log interval.
+            lr: learning rate.
+            images_per_s: over all processes.
+            epoch: epochs done, a fraction.
+            best: best validation figure so far.
+        """
+        if not self._enabled:
+            return
+        now = self._clock()
+        self._eta.update(step, now)
+        self._figures = _Figures(step, loss, lr, images_per_s, epoch, best)
+        if self._live is None:
+            self._print(Text("  ".join([self._steps_text(self._figures), *self._figure_texts(self._figures)])))
+        elif now - self._drawn_at >= 1 / REFRESHES_PER_S or step >= self._total_steps:
+            self._drawn_at = now
+            self._live.update(self._render(self._figures), refresh=True)
+
+    def say(self, text: str, style: str | None = None) -> None:
+        """Prints `text` (above the display), as it is: no markup, no escape sequences."""
+        if self._enabled:
+            self._print(Text(visible(text, self._console.encoding), style=style or ""))
+
+    def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+        """Prints a table (above the display); columns of numbers are aligned to the right, and cells are never cut."""
+        if not self._enabled:
+            return
+        cells = [[visible(cell, self._console.encoding) for cell in row] for row in rows]
+        table = Table(title=Text(visible(title, self._console.encoding)), title_justify="left", box=box.SIMPLE_HEAD)
+        for i, name in enumerate(columns):
+            numbers = all(_is_number(row[i]) for row in cells)
+            heading = Text(visible(name, self._console.encoding))
+            table.add_column(heading, justify="right" if numbers else "left", overflow="fold")
+        for row in cells:
+            table.add_row(*(Text(cell) for cell in row))
+        self._print_table(table)
+
+    def _print_table(self, table: Table) -> None:
+        if self._console.is_terminal:
+            self._console.print(table)
+            return
+        # A file or a pipe has no width; rich would take 80 columns for it, and fold the cells.
+        width = Measurement.get(self._console, self._console.options.update(max_width=10_000), table).maximum
+        Console(file=self._console.file, width=max(width, 1), force_terminal=False).print(table)
+
+    def _print(self, text: Text) -> None:
+        self._console.print(text, soft_wrap=not self._console.is_terminal, highlight=False)
+
+    def _steps_text(self, figures: _Figures) -> str:
+        total = str(self._total_steps)
+        return f"step {figures.step:>{len(total)}}/{total}"
+
+    def _figure_texts(self, figures: _Figures) -> list[str]:
+        left_s = self._eta.left_s(max(0, self._total_steps - figures.step))
+        texts = [
+            f"epoch {figures.epoch:.1f}",
+            f"loss {figures.loss:.4f}",
+            f"lr {figures.lr:.1e}",
+            f"{figures.images_per_s:.0f} images/s"
+            if figures.images_per_s < 1e5
+            else f"{figures.images_per_s:.1e} images/s",
+            f"eta {format_duration(left_s)}" if left_s is not None else "eta --",
+        ]
+        return texts if figures.best is None else [*texts, f"best {figures.best:.4f}"]
+
+    def _render(self, figures: _Figures) -> Group:
+        share = figures.step / self._total_steps if self._total_steps else 1.0
+        bar = Table.grid(padding=(0, 1))
+        steps = self._steps_text(figures)
+        width = max(4, min(_BAR_WIDTH, self._console.width - len(steps) - len("  100% ")))
+        bar.add_row(
+            Text(steps, style="bold"),
+            ProgressBar(total=max(self._total_steps, 1), completed=figures.step, width=width),
+            Text(f"{math.floor(100 * share)}%"),
+        )
+        return Group(bar, Text("  ".join(self._figure_texts(figures)), no_wrap=True, overflow="ellipsis"))
+
+
+def _is_number(cell: str) -> bool:
+    return re.fullmatch(r"[-+]?[0-9][0-9.,_]*(e[-+]?[0-9]+)?\s?%?|-|", cell) is not None

@@ -1,0 +1,227 @@
+"""The schema as a list of keys: which there are, what each takes in plain words, and what was probably meant.
+
+Promise: everything here is read off `Recipe`; messages and the reference page therefore say what the schema checks.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+
+from tlscale.errors import did_you_mean
+from tlscale.recipe.duration import Duration
+from tlscale.recipe.rules import Rule
+from tlscale.recipe.schema import Augmentation, HeadLayer, Recipe, Section
+
+SECRET = re.compile(r"api_?key|token|passw(or)?d|secret|credential", re.IGNORECASE)
+# What other programs call it.
+SYNONYMS = {
+    "accumulation_steps": "compute.micro_batch_size",
+    "amp": "compute.precision",
+    "arch": "backbone.name",
+    "classifier": "head",
+    "dataset": "data",
+    "epochs": "duration",
+    "grad_clip": "optim.clip_grad_norm",
+    "img_size": "data.image_size",
+    "learning_rate": "optim.lr",
+    "lr_scheduler": "schedule",
+    "max_epochs": "duration",
+    "max_steps": "duration",
+    "mixed_precision": "compute.precision",
+    "mixup": "data.augment",
+    "model": "backbone",
+    "num_classes": "data.classes",
+    "num_epochs": "duration",
+    "num_workers": "data.workers",
+    "optimizer": "optim",
+    "pretrained": "backbone.weights",
+    "scheduler": "schedule",
+    "steps": "duration",
+    "transform": "data.augment",
+    "wd": "optim.weight_decay",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """One key of the recipe; `section` is set where it holds further keys."""
+
+    path: tuple[str, ...]
+    field: FieldInfo
+    section: type[Section] | None
+
+    @property
+    def dotted(self) -> str:
+        return ".".join(self.path)
+
+    @property
+    def takes(self) -> str:
+        """What values it takes, such as `a whole number from 1 to 1000`."""
+        return describe(self.field.annotation, self.field.metadata)
+
+    @property
+    def description(self) -> str:
+        return " ".join((self.field.description or "").split())
+
+    def default(self) -> Any:  # noqa: ANN401 - any YAML value
+        """Its default as a plain YAML value; meaningless where the key is required."""
+        value = self.field.get_default(call_default_factory=True)
+        if isinstance(value, Duration):
+            return str(value)
+        return list(value) if isinstance(value, tuple) else value
+
+
+@cache
+def all_keys() -> dict[str, Key]:
+    """`optim.lr` -> its key, sections included, in schema order."""
+    return {key.dotted: key for key in _walk(Recipe, ())}
+
+
+def _walk(section: type[Section], prefix: tuple[str, ...]) -> Iterator[Key]:
+    for name, info in section.model_fields.items():
+        inner = _section_in(info.annotation)
+        yield Key((*prefix, name), info, inner)
+        if inner is not None:
+            yield from _walk(inner, (*prefix, name))
+
+
+def _section_in(annotation: Any) -> type[Section] | None:  # noqa: ANN401 - annotations have no common type
+    for part in get_args(annotation) or (annotation,):
+        if isinstance(part, type) and issubclass(part, Section):
+            return part
+    return None
+
+
+def key_of(path: Sequence[str | int]) -> Key | None:
+    """The deepest key on `path`; what is below it (list items, names in a mapping) is part of its value."""
+    found = None
+    for depth in range(1, len(path) + 1):
+        key = all_keys().get(".".join(map(str, path[:depth])))
+        if key is None:
+            return found
+        found = key
+    return found
+
+
+def describe_at(path: Sequence[str | int]) -> str:
+    """What may stand at `path`, which may go into lists and mappings."""
+    key = key_of(path)
+    assert key is not None, f"no key on {path}"
+    annotation, metadata = key.field.annotation, key.field.metadata
+    for part in path[len(key.path) :]:
+        annotation, metadata = _inner(annotation, list if isinstance(part, int) else dict), []
+    return describe(annotation, metadata)
+
+
+def _inner(annotation: Any, kind: type) -> Any:  # noqa: ANN401 - annotations have no common type
+    """What the list (or mapping) in `annotation` holds."""
+    origin, args = get_origin(annotation), get_args(annotation)
+    if origin is kind:
+        return args[-1]
+    if origin in (Union, UnionType, Annotated):
+        return next((inner for part in args if (inner := _inner(part, kind)) is not None), None)
+    return None
+
+
+def describe(annotation: Any, metadata: Sequence[Any] = ()) -> str:  # noqa: ANN401 - annotations have no common type
+    """Plain words for a type with its bounds; none of them begins with a capital letter."""
+    if annotation == HeadLayer:
+        return "a head layer, such as relu or {linear: 256}"
+    if annotation == Augmentation:
+        return "an augmentation, such as flip or {crop: 0.5}"
+    origin, args = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return describe(args[0], [*args[1:], *metadata])
+    if origin in (Union, UnionType):
+        members = [part for part in args if part is not NoneType and not (part is int and float in args)]
+        words = " or ".join(describe(part, metadata) for part in members)
+        return f"{words}, or null" if NoneType in args else words
+    if origin is Literal:
+        return f"one of {', '.join(map(str, args))}" if len(args) > 1 else f"'{args[0]}'"
+    if origin is tuple:
+        return _describe_rules(args[0])
+    if origin is list:
+        return f"a list, each item {describe(args[0])}{_least_length(metadata)}"
+    if origin is dict:
+        return f"a mapping from names to {describe(args[1])}"
+    return _describe_simple(annotation, metadata)
+
+
+def _describe_rules(rule: Any) -> str:  # noqa: ANN401 - a parametrised Rule
+    if rule == Rule[bool]:
+        return "a regular expression, a list of them, or a list of {'regex': true | false}"
+    return "a list of {'regex': number}"
+
+
+def _least_length(metadata: Sequence[Any]) -> str:
+    least = next((item.min_length for item in metadata if hasattr(item, "min_length")), None)
+    return f", at least {least} of them" if least else ""
+
+
+def _describe_simple(annotation: Any, metadata: Sequence[Any]) -> str:  # noqa: ANN401 - annotations
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return "a section (keys and values, one a line, indented below it)"
+    if annotation is Duration:
+        return "a duration: '10 epochs', '500 steps', '64000 images' or '5%'"
+    if annotation is bool:
+        return "true or false"
+    if annotation in (int, float):
+        noun = "a whole number" if annotation is int else "a number"
+        return f"{noun}{_bounds(metadata)}"
+    if annotation is str:
+        pattern = next((item.pattern for item in metadata if getattr(item, "pattern", None)), None)
+        return f"text of the form {pattern}" if pattern else "text"
+    raise AssertionError(f"no words for the type {annotation!r}")
+
+
+def _bounds(metadata: Sequence[Any]) -> str:
+    """` from 0 to below 1`, ` of at least 1`, ` above 0`, or nothing."""
+    found = {name: getattr(item, name) for item in metadata for name in ("ge", "gt", "le", "lt") if hasattr(item, name)}
+    low = f"from {_number(found['ge'])}" if "ge" in found else f"above {_number(found['gt'])}" if "gt" in found else ""
+    high = (
+        f"to {_number(found['le'])}" if "le" in found else f"to below {_number(found['lt'])}" if "lt" in found else ""
+    )
+    if low and high:
+        return f" {low.replace('above', 'from above')} {high}"
+    if "ge" in found:
+        return f" of at least {_number(found['ge'])}"
+    return f" {low or high}" if low or high else ""
+
+
+def _number(value: float) -> str:
+    return "2^63-1" if value == 2**63 - 1 else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def unknown_key(path: Sequence[str]) -> str:
+    """What to say about a key that the schema does not have; `path` is whole, its section exists."""
+    name = path[-1]
+    if SECRET.search(name):
+        return "keys and passwords never belong in a recipe; log in as the service documents it, and take this out"
+    siblings = _siblings(path)
+    meant = did_you_mean(name, siblings) or _elsewhere(name) or did_you_mean(name, all_keys())
+    place = f"section '{'.'.join(path[:-1])}'" if path[1:] else "the top level"
+    return f"unknown key.{meant or f' The keys of {place} are: ' + ', '.join(siblings) + '.'}"
+
+
+def _elsewhere(name: str) -> str:
+    places = [key.dotted for key in all_keys().values() if key.path[-1] == name]
+    if name.lower() in SYNONYMS:
+        places.insert(0, SYNONYMS[name.lower()])
+    return f" Did you mean {' or '.join(repr(place) for place in places[:3])}?" if places else ""
+
+
+def near_siblings(path: Sequence[str]) -> list[str]:
+    """Keys of the same section that an unknown key may stand for."""
+    return difflib.get_close_matches(path[-1], _siblings(path), n=3, cutoff=0.6)
+
+
+def _siblings(path: Sequence[str]) -> list[str]:
+    return [key.path[-1] for key in all_keys().values() if key.path[:-1] == tuple(path[:-1])]

@@ -1,0 +1,264 @@
+"""From recipe text to a `Recipe`, and back.
+
+Promise: `load_recipe` reports every mistake of the file, of the files that it extends and of the overrides at once;
+the recipe that it returns is complete and runs from any folder; `dump_recipe` writes text that loads to an equal one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+from tlscale.errors import RecipeError
+from tlscale.recipe.keys import all_keys
+from tlscale.recipe.overrides import Override, read_override
+from tlscale.recipe.problems import check_recipe
+from tlscale.recipe.schema import Recipe
+from tlscale.recipe.shipped import shipped_recipes
+from tlscale.recipe.yaml_text import MAX_BYTES, Findings, Node, Origin, Problem, read_yaml, write_yaml
+
+MAX_EXTENDS = 5
+_LOCAL_SOURCES = ("folder", "manifest", "idx", "disk")
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a recipe file, applies overrides, checks all of it and fills in the defaults.
+
+    Args:
+        path: a YAML file. Its `extends: other.yaml` names one file to start from, in its folder or below that of
+            the file that is loaded; sections are merged key by key, everything else is replaced.
+        overrides: `key.path=value`, read by the same rules; the last of one key holds.
+
+    Returns:
+        The complete recipe, with absolute local paths (relative ones start at the current folder).
+
+    Raises:
+        RecipeError: with one line for each mistake, `file:line: key = value: what is wrong; what to do`.
+    """
+    findings = Findings()
+    tree = _read_chain(os.fspath(path), findings)
+    changes = [change for text in overrides if (change := read_override(text, findings)) is not None]
+    recipe = None
+    if tree is not None:
+        for change in changes:
+            tree = _set(tree, change, change.path, findings)
+        recipe = check_recipe(tree, findings)
+    if recipe is None or findings.problems:
+        raise RecipeError(_message(findings.problems, os.fspath(path)))
+    return _with_absolute_paths(recipe)
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The complete recipe as YAML text, in the order of the schema."""
+    return write_yaml(recipe.to_plain())
+
+
+def recipe_digest(recipe: Recipe) -> str:
+    """SHA-256 (hex) of the complete recipe; the same for equal recipes, whatever their files looked like."""
+    text = json.dumps(recipe.to_plain(), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def diff_recipes(old: Recipe, new: Recipe) -> list[tuple[str, object, object]]:
+    """`(key path, old value, new value)` for all that differs, in the order of the schema; None where there is none."""
+    before, after = _flat(old.to_plain()), _flat(new.to_plain())
+    return [
+        (key, before.get(key), after.get(key))
+        for key in dict.fromkeys([*before, *after])
+        if not _same(before.get(key), after.get(key))
+    ]
+
+
+def _flat(plain: dict[str, Any], prefix: str = "") -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for key, value in plain.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _same(one: object, other: object) -> bool:
+    return one == other and isinstance(one, bool) == isinstance(other, bool)
+
+
+def _message(problems: list[Problem], path: str) -> str:
+    """One line for each mistake: files in the order they were read, by line, and overrides last."""
+    files = list(dict.fromkeys([path, *(problem.origin.where for problem in problems if problem.origin.line)]))
+    ordered = sorted(
+        dict.fromkeys(problems),
+        key=lambda problem: (
+            (files.index(problem.origin.where), problem.origin.line) if problem.origin.line else (len(files), 0)
+        ),
+    )
+    lines = [str(problem) for problem in ordered]
+    return lines[0] if len(lines) == 1 else "\n".join([f"{len(lines)} mistakes in the recipe:", *lines])
+
+
+def _read_chain(path: str, findings: Findings) -> Node | None:
+    """The file and what it extends, merged."""
+    root = _resolved(os.path.dirname(path))
+    seen = [_resolved(path)]
+    tree = _read_file(path, Origin(path), findings)
+    if tree is None:
+        return None
+    trees = [tree]
+    while (extends := _take_extends(trees)) is not None:
+        parent = _parent_file(extends, path, root, seen, findings)
+        parent_tree = None if parent is None else _read_file(parent, extends.origin, findings)
+        if parent is None or parent_tree is None:
+            findings.incomplete = True
+            break
+        path = parent
+        seen.append(_resolved(parent))
+        trees.append(parent_tree)
+    return reduce(_merge, reversed(trees))
+
+
+def _resolved(path: str) -> Path:
+    """Absolute and without links, as far as the path can be followed; opening it reports what is wrong with it."""
+    try:
+        return Path(path).resolve()
+    except (OSError, ValueError, RuntimeError):  # too long, holds a NUL, a circle of links
+        return Path(os.path.abspath(path))
+
+
+def _take_extends(trees: list[Node]) -> Node | None:
+    """The value of `extends` of the last tree, taken out of it."""
+    entries = trees[-1].value
+    assert isinstance(entries, dict), "_read_file returns mappings only"
+    if "extends" not in entries:
+        return None
+    trees[-1] = Node({key: node for key, node in entries.items() if key != "extends"}, trees[-1].origin)
+    return entries["extends"]
+
+
+def _parent_file(extends: Node, child: str, root: Path, seen: list[Path], findings: Findings) -> str | None:
+    """The file that `extends` names, as a path to show; None when it may not be read."""
+    name = extends.value
+    if not isinstance(name, str) or not name:
+        findings.add(extends.origin, "extends: takes the name of one recipe file, such as 'extends: other.yaml'")
+        return None
+    parent = os.path.normpath(os.path.join(os.path.dirname(child), name))
+    resolved = _resolved(parent)
+    if os.path.isabs(name) or not resolved.is_relative_to(root):
+        wrong = f"lies outside '{root}', the folder of the recipe; copy that file into the folder or one below it"
+    elif resolved in seen:
+        wrong = "goes round in a circle; take one 'extends' out"
+    elif len(seen) > MAX_EXTENDS:
+        wrong = f"is more than {MAX_EXTENDS} files away from the first; write one of the files out"
+    else:
+        return parent
+    findings.add(extends.origin, f"extends = {name!r}: {wrong}")
+    return None
+
+
+def _read_file(path: str, named_in: Origin, findings: Findings) -> Node | None:
+    """The mapping in one file; `named_in` is where the file was asked for."""
+    try:
+        if Path(path).is_dir():
+            findings.add(named_in, f"'{path}' is a folder; name a recipe file{_files_in(path)}")
+            return None
+        with open(path, "rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except (FileNotFoundError, NotADirectoryError):
+        findings.add(named_in, f"there is no file '{path}'.{_near_files(path)}")
+        return None
+    except (OSError, ValueError) as error:
+        findings.add(named_in, f"'{path}' cannot be read: {getattr(error, 'strerror', None) or error}")
+        return None
+    first = Origin(path, 1)
+    if len(data) > MAX_BYTES:
+        findings.add(first, f"more than {MAX_BYTES:,} bytes; no recipe is so long. Is it another file?")
+        return None
+    return _read_bytes(data, path, findings)
+
+
+def _read_bytes(data: bytes, path: str, findings: Findings) -> Node | None:
+    first = Origin(path, 1)
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        findings.add(Origin(path, line), "not UTF-8 text; save the recipe as UTF-8. Is it another file?")
+        return None
+    so_far = len(findings.problems)
+    tree = read_yaml(text, lambda line: Origin(path, line), findings)
+    if len(findings.problems) > so_far and tree is None:
+        return None
+    if tree is None or tree.value is None:
+        findings.add(first, "the file is empty; see `tlscale recipes` for whole recipes to start from")
+        return None
+    if not isinstance(tree.value, dict):
+        findings.add(tree.origin, "not a recipe: the top level must be keys and values, such as 'name: my_run'")
+        return None
+    return Node(tree.value, first)
+
+
+def _near_files(path: str) -> str:
+    """What there is instead: recipe files nearby, then the shipped recipes."""
+    wanted = Path(path)
+    beside = [str(file) for file in sorted(wanted.parent.glob("*.y*ml")) if file.is_file()]
+    shipped = shipped_recipes()
+    near = difflib.get_close_matches(path, beside, n=3, cutoff=0.6)
+    if not near and (name := difflib.get_close_matches(wanted.stem, shipped, n=1, cutoff=0.6)):
+        near = [os.path.relpath(shipped[name[0]])]
+    meant = f" Did you mean {' or '.join(repr(name) for name in near)}?" if near else ""
+    listed = f" The shipped recipes are: {', '.join(shipped)}." if shipped else ""
+    return f"{meant}{listed}"
+
+
+def _files_in(folder: str) -> str:
+    names = [file.name for file in sorted(Path(folder).glob("*.y*ml"))][:5]
+    return f", such as {', '.join(names)}" if names else ""
+
+
+def _merge(parent: Node, child: Node, prefix: tuple[str, ...] = ()) -> Node:
+    """The child's values over the parent's: sections key by key, the rest (lists, rules, options) as a whole."""
+    if not isinstance(parent.value, dict) or not isinstance(child.value, dict):
+        return child
+    entries = dict(parent.value)
+    for name, node in child.value.items():
+        path = (*prefix, name)
+        key = all_keys().get(".".join(path))
+        is_section = key is not None and key.section is not None and name in entries
+        entries[name] = _merge(entries[name], node, path) if is_section else node
+    return Node(entries, child.origin)
+
+
+def _set(tree: Node, change: Override, rest: tuple[str, ...], findings: Findings) -> Node:
+    """`tree` with the override in it; `rest` is what is left of its path."""
+    if not isinstance(tree.value, dict) and tree.value is not None:
+        done = ".".join(change.path[: len(change.path) - len(rest)])
+        key = all_keys()[done]
+        if key.section is None:  # a section that is no mapping is reported by the schema's check
+            findings.add(change.value.origin, f"'{done}' is {tree.plain()!r} in {tree.origin}; write {done}={{...}}")
+        return tree
+    entries = dict(tree.value or {})
+    name, *below = rest
+    if below:
+        inner = entries.get(name, Node({}, change.value.origin))
+        entries[name] = _set(inner, change, tuple(below), findings)
+    else:
+        whole = Node({name: change.value}, change.value.origin)
+        prefix = change.path[:-1]
+        return Node(_merge(Node(entries, tree.origin), whole, prefix).value, tree.origin)
+    return Node(entries, tree.origin)
+
+
+def _with_absolute_paths(recipe: Recipe) -> Recipe:
+    """Local paths no longer depend on the current folder or on `~`."""
+    data, backbone = recipe.data, recipe.backbone
+    if data.source in _LOCAL_SOURCES and data.path is not None:
+        data = data.model_copy(update={"path": _absolute(data.path)})
+    if backbone.weights not in ("pretrained", "none"):
+        backbone = backbone.model_copy(update={"weights": _absolute(backbone.weights)})
+    return recipe.model_copy(update={"data": data, "backbone": backbone})
+
+
+def _absolute(path: str) -> str:
+    return os.path.abspath(os.path.expanduser(path))

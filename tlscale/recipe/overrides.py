@@ -1,0 +1,101 @@
+"""Overrides: `key.path=value` from the command line, read by the rules of recipe files.
+
+Promise: a value is what it would be in a file, except that text and regular expressions need no quotes (the shell
+took them off). The last override of a key holds, so that a launch script can append to a line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import UnionType
+from typing import Union, get_args, get_origin
+
+from tlscale.recipe.keys import SECRET, Key, all_keys, key_of, unknown_key
+from tlscale.recipe.yaml_text import Findings, Node, Origin, Scalar, read_yaml
+
+
+@dataclass(frozen=True, slots=True)
+class Override:
+    """`value` is to stand at `path`; the path may end in a name below a key that takes a mapping."""
+
+    path: tuple[str, ...]
+    value: Node
+
+
+def read_override(text: str, findings: Findings) -> Override | None:
+    """One override; None when it is wrong, which `findings` then tells."""
+    key_text, equals, value_text = text.partition("=")
+    key_text, value_text = key_text.strip(), value_text.strip()
+    origin = Origin(f"command line: {key_text}=..." if SECRET.search(text) else f"command line: {text}")
+    if not equals or not key_text:
+        findings.add(origin, "not an override; write key.path=value, such as optim.lr=1e-3")
+        return None
+    path = _path(key_text, origin, findings)
+    if path is None:
+        return None
+    if not value_text:
+        findings.add(origin, f"no value; write {key_text}=null for none, or leave the override out")
+    value = _value(path, value_text, origin, findings) if value_text else None
+    if value is None:
+        findings.lost_keys.update(path)
+        return None
+    return Override(path, value)
+
+
+def _path(key_text: str, origin: Origin, findings: Findings) -> tuple[str, ...] | None:
+    """The key's parts, checked against the schema."""
+    if key_text.startswith("-") and key_text.lstrip("-") in all_keys():
+        findings.add(origin, f"an override has no dashes; write {key_text.lstrip('-')}=...")
+        return None
+    if key_text == "extends":
+        findings.add(origin, "'extends' is read in recipe files only; write it into the file")
+        return None
+    parts = key_text.split(".")
+    key = key_of(parts)
+    known = len(key.path) if key is not None else 0
+    if known == len(parts):
+        return tuple(parts)
+    if key is None or key.section is not None:
+        wrong = parts[: known + 1]
+        findings.add(origin, f"{'.'.join(wrong)}: {unknown_key(wrong)}")
+        return None
+    if "a mapping from names" in key.takes:
+        # The names are the user's own (classes, arguments), and may hold dots.
+        return (*key.path, ".".join(parts[known:]))
+    findings.add(origin, f"'{key.dotted}' takes {key.takes} and has no keys below it; write {key.dotted}=...")
+    return None
+
+
+def _value(path: Sequence[str], text: str, origin: Origin, findings: Findings) -> Node | None:
+    key = key_of(path)
+    assert key is not None, "checked by _path"
+    if _is_text(key):
+        return Node(_text_value(key, text, origin), origin)
+    if key.path == ("freeze",) and not text.startswith(("{", "[{")):
+        return _regex_value(text, origin)
+    return read_yaml(text, lambda _line: origin, findings)
+
+
+def _is_text(key: Key) -> bool:
+    kind: object = key.field.annotation
+    return kind is str or (get_origin(kind) in (Union, UnionType) and str in get_args(kind))
+
+
+def _text_value(key: Key, text: str, origin: Origin) -> Scalar:
+    """Literal text, but for `null` where the key takes it and for quotes that survived the shell."""
+    if text in ("null", "~") and key.field.annotation is not str:
+        return None
+    if text[0] in "'\"":
+        node = read_yaml(text, lambda _line: origin, Findings())
+        if node is not None and isinstance(node.value, str):
+            return node.value
+    return text
+
+
+def _regex_value(text: str, origin: Origin) -> Node:
+    r"""A list such as `[layer1\..*, layer2\..*]` where it reads as one; quoted text; else a regular expression."""
+    node = read_yaml(text, lambda _line: origin, Findings())
+    if node is not None and (node.value is None or isinstance(node.value, list) or text[0] in "'\""):
+        return node
+    return Node(text, origin)

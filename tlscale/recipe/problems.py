@@ -1,0 +1,233 @@
+"""Every mistake of a recipe tree at once, in plain words.
+
+Promise: a mistake is reported once, with where it was written, the key, the value and the remedy; what merely follows
+from another mistake is not reported. pydantic stops at the first level that fails (a section's own check does not
+run when one of its fields is wrong), so what is wrong is set aside and the rest is checked again.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import ValidationError
+
+from tlscale.errors import did_you_mean
+from tlscale.recipe.keys import SECRET, all_keys, describe_at, key_of, near_siblings, unknown_key
+from tlscale.recipe.schema import Recipe
+from tlscale.recipe.yaml_text import Findings, Node, Origin
+
+Path = tuple[str | int, ...]
+
+# Values that pass by themselves, for required keys whose own value is missing or wrong.
+STAND_INS: dict[str, Any] = {
+    "name": "stand-in",
+    "data": {"source": "fashion_mnist"},
+    "data.source": "fashion_mnist",
+    "backbone": {"name": "stand-in"},
+    "backbone.name": "stand-in",
+}
+_MAX_PASSES = 50  # a pass sets at least one key aside, so few recipes need more than five
+_SHOWN_CHARS = 60
+
+
+def check_recipe(tree: Node, findings: Findings) -> Recipe | None:
+    """The recipe that `tree` holds, or None after adding what is wrong with it to `findings`."""
+    plain = tree.plain()
+    set_aside = set(findings.lost_keys)
+    for _ in range(_MAX_PASSES):
+        try:
+            recipe = Recipe.model_validate(plain)
+        except ValidationError as error:
+            groups = _by_place(error, tree)
+        else:
+            return recipe if not findings.problems else None
+        fields = {place: kinds for place, kinds in groups.items() if not _is_section(place, kinds)}
+        for place, mistakes in fields.items():
+            _report_field(place, mistakes, tree, set_aside, findings)
+            _set_aside(place, plain, set_aside)
+        if not fields:
+            for place, mistakes in groups.items():
+                told_by = _report_section(place, mistakes[0], tree, set_aside, findings)
+                if not told_by:
+                    return None  # about the recipe as a whole: nothing is left to set aside
+                _set_aside(told_by, plain, set_aside)
+    return None
+
+
+def _by_place(error: ValidationError, tree: Node) -> dict[Path, list[Any]]:
+    """pydantic's errors by the place in the tree that they are about; of nested places the deepest."""
+    groups: dict[Path, list[Any]] = {}
+    for mistake in error.errors(include_url=False, include_input=False):
+        place = _place(mistake["loc"], mistake["type"], tree)
+        groups.setdefault(place, []).append(mistake)
+    return {
+        place: mistakes
+        for place, mistakes in groups.items()
+        if _is_section(place, mistakes) or not any(other != place and other[: len(place)] == place for other in groups)
+    }
+
+
+def _place(loc: Sequence[str | int], kind: str, tree: Node) -> Path:
+    """`loc` without the names that pydantic puts in for the members of a union."""
+    place: list[str | int] = []
+    node: Node | None = tree
+    for part in loc:
+        inner = _child(node, part)
+        if inner is not None:
+            place.append(part)
+            node = inner
+    return (*place, loc[-1]) if kind == "missing" else tuple(place)
+
+
+def _child(node: Node | None, part: str | int) -> Node | None:
+    if node is None:
+        return None
+    if isinstance(node.value, dict):
+        return node.value.get(str(part))
+    if isinstance(node.value, list) and isinstance(part, int) and part < len(node.value):
+        return node.value[part]
+    return None
+
+
+def _is_section(place: Path, mistakes: list[Any]) -> bool:
+    """A mistake between the keys of a section, not of one value."""
+    key = all_keys().get(".".join(map(str, place)))
+    return mistakes[0]["type"] == "value_error" and (not place or (key is not None and key.section is not None))
+
+
+def _origin(place: Path, tree: Node) -> Origin:
+    """Where the value at `place`, or the nearest that holds it, was written."""
+    node = tree
+    for part in place:
+        inner = _child(node, part)
+        if inner is None:
+            break
+        node = inner
+    return node.origin
+
+
+def _report_field(place: Path, mistakes: list[Any], tree: Node, set_aside: set[str], findings: Findings) -> None:
+    kinds = {mistake["type"] for mistake in mistakes}
+    dotted = _dotted(place)
+    origin = _origin(place, tree)
+    if "missing" in kinds:
+        if not findings.incomplete and str(place[-1]) not in set_aside and not _is_misspelt(place, tree):
+            findings.add(origin, f"{dotted}: missing; {_where_to_add(place)}")
+    elif "extra_forbidden" in kinds:
+        findings.add(origin, f"{dotted}: {unknown_key([str(part) for part in place])}")
+        set_aside.update(near_siblings([str(part) for part in place]))
+    else:
+        node = _node_at(place, tree)
+        value = node.plain()
+        findings.add(origin, f"{dotted} = {_show(place, value)}: {_wrong_value(place, mistakes[0], value)}")
+
+
+def _dotted(place: Path) -> str:
+    """`data.classes[2]`, items counted from 0."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).removeprefix(".")
+
+
+def _node_at(place: Path, tree: Node) -> Node:
+    node: Node | None = tree
+    for part in place:
+        node = _child(node, part)
+    assert node is not None, f"{place} came from this tree"
+    return node
+
+
+def _is_misspelt(place: Path, tree: Node) -> bool:
+    """Whether an unknown key beside it is near to it, and is reported already."""
+    siblings = _node_at(place[:-1], tree).value
+    assert isinstance(siblings, dict), "pydantic found a key missing in it"
+    prefix = [str(part) for part in place[:-1]]
+    unknown = [name for name in siblings if ".".join([*prefix, name]) not in all_keys()]
+    return any(place[-1] in near_siblings([*prefix, name]) for name in unknown)
+
+
+def _where_to_add(place: Path) -> str:
+    key = all_keys()[".".join(map(str, place))]
+    if key.section is not None:
+        needed = [f"{name}: ..." for name, field in key.section.model_fields.items() if field.is_required()]
+        return f"add a section '{place[-1]}:' with at least '{', '.join(needed)}' below it"
+    below = f"below '{place[-2]}:'" if place[1:] else "at the top level"
+    return f"add '{place[-1]}: ...' {below}; it takes {key.takes}"
+
+
+def _show(place: Path, value: object) -> str:
+    """The value as in a recipe, on one line and short; never what looks like a secret."""
+    if place and SECRET.search(str(place[-1])):
+        return "..."
+    shown = _flow(value)
+    return shown if len(shown) <= _SHOWN_CHARS else f"{shown[: _SHOWN_CHARS - 3]}..."
+
+
+def _flow(value: object) -> str:
+    if isinstance(value, dict):
+        inside = (f"{name}: {'...' if SECRET.search(name) else _flow(item)}" for name, item in value.items())
+        return f"{{{', '.join(inside)}}}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_flow, value))}]"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return repr(value)
+
+
+def _wrong_value(place: Path, mistake: Any, value: object) -> str:  # noqa: ANN401 - pydantic's error details
+    if mistake["type"] == "value_error":
+        return str(mistake["ctx"]["error"])
+    takes = describe_at(place)
+    return f"must be {takes}{_hint(takes, place, value)}"
+
+
+def _hint(takes: str, place: Path, value: object) -> str:
+    """What probably went wrong, from what was wanted and what was written."""
+    key = key_of(place)
+    if key is not None and key.section is not None and value is None:
+        return "; take the empty section out, or write a key below it"
+    if "true or false" in takes and value in ("yes", "no", "on", "off", "True", "False", "y", "n"):
+        return "; only true and false, in lower case and without quotes, are booleans"
+    if takes.startswith("text") and isinstance(value, int | float):
+        return "; put it in quotes"
+    if "number" in takes and isinstance(value, str) and re.fullmatch(r"[-+]?[0-9.]+([eE][-+]?[0-9]+)?", value):
+        return "; take the quotes off"
+    if takes.startswith("a list") and not isinstance(value, list | dict) and value is not None:
+        return f"; write [{value}]"
+    if takes.startswith("one of") and isinstance(value, str):
+        return f".{did_you_mean(value, takes.removeprefix('one of ').split(', '))}"
+    return ""
+
+
+def _report_section(place: Path, mistake: Any, tree: Node, set_aside: set[str], findings: Findings) -> Path:  # noqa: ANN401
+    """Reports a mistake between keys, unless it speaks of one that was set aside; returns the key to set aside."""
+    text = str(mistake["ctx"]["error"])
+    words = re.findall(r"[a-z_0-9]+(?:\.[a-z_0-9]+)*", text)
+    named = [(*place, *word.split(".")) for word in words]
+    told_by = next((path for path in named if _holds(path, tree)), place)
+    known = not {word.rpartition(".")[2] for word in words}.isdisjoint(set_aside)
+    if not known and not findings.incomplete:
+        findings.add(_origin(told_by, tree), f"{_dotted(place)}: {text}" if place else text)
+    return told_by
+
+
+def _holds(path: Path, tree: Node) -> bool:
+    node: Node | None = tree
+    for part in path:
+        node = _child(node, part)
+    return node is not None
+
+
+def _set_aside(place: Path, plain: dict[str, Any], set_aside: set[str]) -> None:
+    """Takes the value out of `plain`, or puts one in that passes, and remembers that the key says nothing now."""
+    key = key_of(place)
+    path = tuple(map(str, place)) if key is None or key.section is not None else key.path
+    section = plain
+    for part in path[:-1]:
+        section = section[part]
+    section.pop(path[-1], None)
+    if ".".join(path) in STAND_INS:
+        section[path[-1]] = copy.deepcopy(STAND_INS[".".join(path)])
+    if ".".join(path) in all_keys():
+        set_aside.add(path[-1])

@@ -1,0 +1,90 @@
+"""Rules: an ordered list of regex -> value over parameter names.
+
+Promise: `re.fullmatch`, first match wins, and a rule that matches no name at all is an error. One grammar for
+freezing, learning-rate factors and weight decay, so that there is one thing to learn. (`re.match` and
+`re.search`, which other frameworks use, make `bn1` hit `bn1.weight` and `layer1.0.bn1.weight` by accident.)
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from tlscale.errors import RecipeError, did_you_mean
+
+V = TypeVar("V", bool, float)
+
+
+@dataclass(frozen=True, slots=True)
+class Rule(Generic[V]):
+    """Parameters whose whole name matches `pattern` get `value`."""
+
+    pattern: str
+    value: V
+
+    def matches(self, name: str) -> bool:
+        return re.fullmatch(self.pattern, name) is not None
+
+
+def parse_rule(pattern: object, value: V) -> Rule[V]:
+    """A rule with a checked regex.
+
+    Raises:
+        ValueError: the pattern is not a regular expression.
+    """
+    if not isinstance(pattern, str) or not pattern:
+        raise ValueError("a rule's pattern is a regular expression on parameter names, such as 'layer[12]\\..*'")
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
+    return Rule(pattern, value)
+
+
+def match_rules(rules: Sequence[Rule[V]], names: Iterable[str], where: str) -> dict[str, Rule[V]]:
+    """Which rule holds for which name; names that no rule matches are left out.
+
+    Args:
+        rules: in order; the first that matches a name wins.
+        names: parameter names.
+        where: the recipe key that the rules came from, for the message.
+
+    Raises:
+        RecipeError: a rule matches no name at all, or earlier rules take all of its names; names near it are shown.
+    """
+    names = list(names)
+    chosen: dict[str, Rule[V]] = {}
+    for name in names:
+        for rule in rules:
+            if rule.matches(name):
+                chosen[name] = rule
+                break
+    in_effect = set(map(id, chosen.values()))
+    for rule in rules:
+        if id(rule) not in in_effect:
+            raise RecipeError(_no_effect(rule, names, where))
+    return chosen
+
+
+def _no_effect(rule: Rule[V], names: list[str], where: str) -> str:
+    shadowed = [name for name in names if rule.matches(name)]
+    if shadowed:
+        return (
+            f"{where}: the rule '{rule.pattern}' never acts: all {len(shadowed)} names that it matches "
+            f"(such as '{shadowed[0]}') are taken by rules before it. Move it up, or take it out."
+        )
+    longer = next((name for name in names if re.match(rule.pattern, name)), None)
+    if longer is not None:
+        return (
+            f"{where}: the rule '{rule.pattern}' matches no whole parameter name (rules match whole names); "
+            f"'{longer}' only begins so. Write '{rule.pattern}.*' to match all that begins so."
+        )
+    # Near names: those of the modules, which is what people misspell, rather than of single tensors.
+    modules = {".".join(name.split(".")[:depth]) for name in names for depth in (1, 2)}
+    plain = re.sub(r"\\\..*|[\\^$.*+?()\[\]{}|].*", "", rule.pattern)
+    return (
+        f"{where}: the rule '{rule.pattern}' matches no parameter.{did_you_mean(plain or rule.pattern, modules)} "
+        f"The top-level names are: {', '.join(sorted({name.split('.')[0] for name in names}))}."
+    )

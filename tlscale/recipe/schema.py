@@ -1,0 +1,515 @@
+"""The recipe: every key, its default, unit and range, in this one place.
+
+Promise: strict models. An unknown key, a wrong type or a value out of range is an error, and so is an option that
+would have no effect beside the others. A `Recipe` dumped with `to_plain` and loaded again is the same recipe.
+The reference page (docs/recipe.md) is made from the descriptions here.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    WithJsonSchema,
+    model_validator,
+)
+
+from tlscale.recipe.duration import Duration, parse_duration
+from tlscale.recipe.rules import Rule, parse_rule
+
+HeadLayer = str | dict[str, int | float]
+Augmentation = str | dict[str, float]
+
+ACTIVATIONS = ("relu", "gelu", "silu", "tanh", "leaky_relu", "hardswish", "elu")
+HEAD_NORMS = ("layernorm", "batchnorm")
+# name -> (what its number means, default, lowest, highest); None: it takes no number
+AUGMENTATIONS: dict[str, tuple[str, float, float, float] | None] = {
+    "flip": ("probability of a left-right flip", 0.5, 0.0, 1.0),
+    "crop": ("least share of the image's area that a crop keeps", 0.35, 0.01, 1.0),
+    "trivialaugment": None,
+    "randaugment": ("magnitude of each of the two operations", 9.0, 0.0, 30.0),
+    "erasing": ("probability that a rectangle is erased", 0.25, 0.0, 1.0),
+    "mixup": ("alpha of the Beta distribution", 0.2, 0.01, 10.0),
+    "cutmix": ("alpha of the Beta distribution", 1.0, 0.01, 10.0),
+}
+TRACKERS = ("wandb", "tensorboard", "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "trackio")
+
+
+def _duration(value: object) -> Duration:
+    return parse_duration(value)
+
+
+def _freeze_rules(value: object) -> tuple[Rule[bool], ...]:
+    """One regex, a list of them, or a list of `{regex: true | false}`, in order."""
+    rules: list[Rule[bool]] = []
+    for item in value if isinstance(value, list | tuple) else [value]:
+        if isinstance(item, Rule):
+            rules.append(item)
+        elif isinstance(item, dict):
+            for pattern, frozen in item.items():
+                if not isinstance(frozen, bool):
+                    raise ValueError(f"a freeze rule's value is true (freeze) or false (train), not {frozen!r}")
+                rules.append(parse_rule(pattern, frozen))
+        else:
+            rules.append(parse_rule(item, True))
+    return tuple(rules)
+
+
+def _number_rules(value: object) -> tuple[Rule[float], ...]:
+    """A list of `{regex: number}`, in order (a mapping is such a list)."""
+    rules: list[Rule[float]] = []
+    for item in value if isinstance(value, list | tuple) else [value]:
+        if isinstance(item, Rule):
+            rules.append(item)
+            continue
+        if not isinstance(item, dict):
+            raise ValueError("rules are a list of 'regex: number', such as [{'layer4\\..*': 0.1}]")
+        for pattern, number in item.items():
+            if isinstance(number, bool) or not isinstance(number, int | float) or number < 0:
+                raise ValueError(f"a rule's value is a number of at least 0, not {number!r}")
+            rules.append(parse_rule(pattern, float(number)))
+    return tuple(rules)
+
+
+def _plain_rules(rules: tuple[Rule[Any], ...]) -> list[dict[str, Any]]:
+    return [{rule.pattern: rule.value} for rule in rules]
+
+
+def _named_number(item: object, what: str) -> tuple[str, Any]:
+    """`name` or `{name: number}` as (name, number or None)."""
+    if isinstance(item, str):
+        return item, None
+    if isinstance(item, dict) and len(item) == 1:
+        name, number = next(iter(item.items()))
+        if isinstance(name, str) and isinstance(number, int | float) and not isinstance(number, bool):
+            return name, number
+    raise ValueError(f"{what} is a name or one '{{name: number}}', not {item!r}")
+
+
+def _unknown(what: str, name: str, known: tuple[str, ...] | dict[str, Any]) -> ValueError:
+    from tlscale.errors import did_you_mean
+
+    return ValueError(f"unknown {what} '{name}'.{did_you_mean(name, known)} There are: {', '.join(known)}")
+
+
+def _head_layer(item: object) -> HeadLayer:
+    name, number = _named_number(item, "a head layer")
+    if name == "linear":
+        if number is not None and (not isinstance(number, int) or not 1 <= number <= 65536):
+            raise ValueError(f"the width of a linear layer is a whole number from 1 to 65536, not {number!r}")
+    elif name == "dropout":
+        if number is None or not 0 <= number < 1:
+            raise ValueError("dropout takes its probability, from 0 to below 1: {dropout: 0.2}")
+    elif name in ACTIVATIONS or name in HEAD_NORMS:
+        if number is not None:
+            raise ValueError(f"'{name}' takes no number")
+    else:
+        raise _unknown("head layer", name, ("linear", "dropout", *ACTIVATIONS, *HEAD_NORMS))
+    return name if number is None else {name: number}
+
+
+def _head(layers: list[HeadLayer]) -> list[HeadLayer]:
+    if not layers or layers[-1] != "linear":
+        raise ValueError("a head ends in 'linear' without a width: it takes the number of classes")
+    if "linear" in layers[:-1]:
+        raise ValueError("only the last 'linear' may go without a width; write {linear: 256}")
+    return layers
+
+
+def _augmentation(item: object) -> Augmentation:
+    name, number = _named_number(item, "an augmentation")
+    if name not in AUGMENTATIONS:
+        raise _unknown("augmentation", name, AUGMENTATIONS)
+    spec = AUGMENTATIONS[name]
+    if number is None:
+        return name
+    if spec is None:
+        raise ValueError(f"'{name}' takes no number")
+    meaning, _, lowest, highest = spec
+    if not lowest <= number <= highest:
+        raise ValueError(f"'{name}' takes the {meaning}, from {lowest:g} to {highest:g}, not {number!r}")
+    return {name: float(number)}
+
+
+def augmentation_values(augment: list[Augmentation]) -> dict[str, float | None]:
+    """`[flip, {mixup: 0.3}]` as `{'flip': 0.5, 'mixup': 0.3}`, defaults filled in; None for those without a number."""
+    values: dict[str, float | None] = {}
+    for item in augment:
+        name, number = _named_number(item, "an augmentation")
+        spec = AUGMENTATIONS[name]
+        values[name] = spec[1] if number is None and spec is not None else number
+    return values
+
+
+def _augment(value: object) -> object:
+    """`none` is the empty list."""
+    return [] if value == "none" or value is None else value
+
+
+def _augment_set(items: list[Augmentation]) -> list[Augmentation]:
+    names = list(augmentation_values(items))
+    if len(names) != len(items):
+        raise ValueError("an augmentation is named twice")
+    if "trivialaugment" in names and "randaugment" in names:
+        raise ValueError("trivialaugment and randaugment are two policies for the same thing; name one")
+    return items
+
+
+def _run_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+        raise ValueError("a name has 1 to 100 letters, digits, '.', '_' or '-', and begins with a letter or digit")
+    return name
+
+
+def _weights(weights: str) -> str:
+    if weights == "bundled":
+        raise ValueError("there are no bundled weights in this version; use pretrained, none or the path of a file")
+    if not weights:
+        raise ValueError("use pretrained, none or the path of a file")
+    return weights
+
+
+def _positive(duration: Duration) -> Duration:
+    if duration.amount <= 0:
+        raise ValueError("must be more than 0")
+    return duration
+
+
+_DURATION_JSON = WithJsonSchema({"type": "string", "examples": ["10 epochs", "500 steps", "64000 images", "5%"]})
+_plain_duration = PlainSerializer(str, return_type=str)
+AnyDuration = Annotated[Duration, BeforeValidator(_duration), _plain_duration, _DURATION_JSON]
+PositiveDuration = Annotated[
+    Duration, BeforeValidator(_duration), AfterValidator(_positive), _plain_duration, _DURATION_JSON
+]
+_RULES_JSON = WithJsonSchema({"type": "array", "items": {"type": "object"}})
+FreezeRules = Annotated[
+    tuple[Rule[bool], ...], BeforeValidator(_freeze_rules), PlainSerializer(_plain_rules), _RULES_JSON
+]
+NumberRules = Annotated[
+    tuple[Rule[float], ...], BeforeValidator(_number_rules), PlainSerializer(_plain_rules), _RULES_JSON
+]
+Head = Annotated[list[Annotated[HeadLayer, BeforeValidator(_head_layer)]], AfterValidator(_head)]
+Augment = Annotated[
+    list[Annotated[Augmentation, BeforeValidator(_augmentation)]],
+    BeforeValidator(_augment),
+    AfterValidator(_augment_set),
+]
+
+
+class Section(BaseModel):
+    """A part of the recipe; strict, closed and frozen."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        frozen=True,
+        allow_inf_nan=False,
+        arbitrary_types_allowed=True,
+        use_attribute_docstrings=True,
+    )
+
+
+class DataSection(Section):
+    """Where the images come from, and what is done to them before the backbone sees them."""
+
+    source: Literal["fashion_mnist", "folder", "manifest", "idx", "hub", "disk"]
+    """`fashion_mnist` by name; `folder`: a folder per class; `manifest`: a CSV or Parquet table; `idx`: (gzipped) IDX
+    files; `hub`: a data set of the Hugging Face hub; `disk`: one that `datasets` saved with `save_to_disk`."""
+    path: str | None = Field(None, min_length=1)
+    """Folder or file of the source; for `hub` its name there. Relative to the folder tlscale is started in."""
+    config: str | None = None
+    """Configuration of a hub data set."""
+    revision: str | None = None
+    """Commit, tag or branch of a hub data set; the commit it stands for is written to `run.json`."""
+    image_column: str | None = None
+    """Column that holds the image or its path; found by itself when the name is usual (`image`, `img`, `path`...)."""
+    label_column: str | None = None
+    """Column that holds the label; found by itself when the name is usual (`label`, `labels`, `class`...)."""
+    train_split: str = "train"
+    """Name of the training split in the source."""
+    validation_split: str | None = None
+    """Name of the validation split; by itself `validation`, `valid` or `val` where one is there."""
+    test_split: str = "test"
+    """Name of the test split; never used to choose anything. Without one, results are those of the validation."""
+    validation_fraction: float = Field(0.1, ge=0.0, le=0.5)
+    """Share of the training images that is held out, stratified, where the source has no validation split."""
+    classes: list[str] | None = Field(None, min_length=2)
+    """Class names in the order of their numbers; by itself those of the training split, sorted."""
+    train_limit: int | None = Field(None, ge=1)
+    """Use only so many labelled training images, a stratified subset by seed; held-out validation comes out of them."""
+    fallback: Literal["sample"] | None = None
+    """`sample`: where `fashion_mnist` cannot be had, use the 7,000 real images that ship with tlscale, and say so."""
+    on_bad_image: Literal["error", "skip"] = "error"
+    """A training image that cannot be read: stop, or leave it out and count it. At evaluation it is always an error."""
+    max_megapixels: float = Field(64.0, gt=0.0, le=89.0)
+    """Larger images are bad images (a decompression bomb is one); 89 is the limit of the library that reads them."""
+    image_size: int | None = Field(None, ge=8, le=2048)
+    """Height and width the backbone sees, in pixels; by itself the size it was pretrained at."""
+    interpolation: Literal["auto", "nearest", "bilinear", "bicubic", "lanczos"] = "auto"
+    """How images are resized; `auto`: as the backbone was pretrained."""
+    crop_pct: float | None = Field(None, gt=0.0, le=1.0)
+    """Share of the resized image that the evaluation's centre crop keeps; by itself the backbone's, or 1 where the
+    images are no larger than that crop."""
+    mean: list[float] | None = None
+    """Mean of each channel, 0..1; by itself the backbone's."""
+    std: list[float] | None = None
+    """Standard deviation of each channel, 0..1; by itself the backbone's."""
+    augment: Augment = []
+    """`none`, or a list of flip, crop, trivialaugment, randaugment, erasing, mixup, cutmix, each with or without its
+    number, such as `[flip, {crop: 0.5}, {mixup: 0.2}]`."""
+    workers: int | None = Field(None, ge=0, le=256)
+    """Processes that read images beside each training process; by itself 0 when the images are cached and not
+    augmented, else up to 4."""
+    cache_mib: int = Field(2048, ge=0)
+    """Images are decoded once and kept as uint8 when all of them need no more than this, in MiB; 0: never."""
+
+    @model_validator(mode="after")
+    def _belongs(self) -> DataSection:
+        if self.source != "fashion_mnist" and self.path is None:
+            raise ValueError(f"source '{self.source}' needs 'path': where it is")
+        if self.source == "fashion_mnist" and self.path is not None:
+            raise ValueError(
+                "source 'fashion_mnist' finds its files by itself (also below $TLSCALE_DATA); take 'path' out, "
+                "or use source 'idx'"
+            )
+        if self.source != "fashion_mnist" and self.fallback is not None:
+            raise ValueError("'fallback: sample' is for source 'fashion_mnist' only")
+        if self.source != "hub":
+            for key in ("config", "revision"):
+                if getattr(self, key) is not None:
+                    raise ValueError(f"'{key}' has an effect with source 'hub' only, not with '{self.source}'")
+        if self.source not in ("manifest", "hub", "disk"):
+            for key in ("image_column", "label_column"):
+                if getattr(self, key) is not None:
+                    raise ValueError(f"'{key}' has no effect with source '{self.source}'")
+        if self.classes is not None and len(set(self.classes)) != len(self.classes):
+            raise ValueError("'classes' names a class twice")
+        for key in ("mean", "std"):
+            if getattr(self, key) is not None and len(getattr(self, key)) not in (1, 3):
+                raise ValueError(f"'{key}' has one number per channel, 1 or 3")
+        if self.std is not None and min(self.std) <= 0:
+            raise ValueError("'std' must be more than 0")
+        return self
+
+
+class BackboneSection(Section):
+    """The network that transfer starts from."""
+
+    name: str
+    """A timm model, with or without the tag of its weights (`resnet18`, `resnet18.a1_in1k`)."""
+    weights: Annotated[str, AfterValidator(_weights)] = "pretrained"
+    """`pretrained`: timm's; `none`: random, by seed; else the path of a `.safetensors` (or `.pth`) file."""
+    sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")
+    """Refuse the file of weights unless it has this SHA-256."""
+    allow_pickle: bool = False
+    """Allow a `.pth`, `.pt` or `.bin` file, read by torch's restricted unpickler (`weights_only`)."""
+    min_matched: float = Field(0.9, ge=0.0, le=1.0)
+    """Least share of the backbone's tensors that the file of weights must hold, by name and shape."""
+    in_chans: Literal[1, 3] = 3
+    """Channels of the input; 1 reads images as grey, and sums pretrained first filters over their channels."""
+    drop_rate: float = Field(0.0, ge=0.0, lt=1.0)
+    """Dropout inside the backbone, where the architecture has it."""
+    drop_path_rate: float = Field(0.0, ge=0.0, lt=1.0)
+    """Stochastic depth, where the architecture has it."""
+
+    @model_validator(mode="after")
+    def _belongs(self) -> BackboneSection:
+        from_file = self.weights not in ("pretrained", "none")
+        for key, unset in (("sha256", None), ("allow_pickle", False), ("min_matched", 0.9)):
+            if not from_file and getattr(self, key) != unset:
+                raise ValueError(f"'{key}' has an effect only where 'weights' is the path of a file")
+        return self
+
+
+class OptimSection(Section):
+    """The optimizer and what its parameter groups get."""
+
+    name: str = "adamw"
+    """One of timm's optimizers."""
+    lr: float = Field(1e-3, gt=0.0)
+    """Peak learning rate, for the global batch size of the recipe as it stands (it is not scaled)."""
+    weight_decay: float = Field(0.05, ge=0.0)
+    """Weight decay of what no rule names; norm layers and biases have none unless `decay_norm_and_bias`."""
+    decay_norm_and_bias: bool = False
+    """Decay norm layers and biases as well."""
+    options: dict[str, float | int | bool | list[float]] = {}
+    """Other arguments of the optimizer, such as `{betas: [0.9, 0.95]}` or `{momentum: 0.9}`."""
+    lr_rules: NumberRules = ()
+    """Rules, regex -> factor on the learning rate; parameters that no rule matches have 1."""
+    weight_decay_rules: NumberRules = ()
+    """Rules, regex -> weight decay in place of `weight_decay`."""
+    layer_decay: float | None = Field(None, gt=0.0, le=1.0)
+    """Factor on the learning rate for each layer (timm's grouping) away from the head."""
+    clip_grad_norm: float | None = Field(None, gt=0.0)
+    """Scale the gradient down to this norm, taken over all trainable parameters of the global batch."""
+    ema_decay: float | None = Field(None, gt=0.0, lt=1.0)
+    """Keep an exponential moving average of the trainable parameters, and evaluate and export that."""
+
+
+class ScheduleSection(Section):
+    """The learning rate as a function of the step."""
+
+    warmup: AnyDuration = Field(default_factory=lambda: parse_duration("5%"))
+    """Linear from 0 to the peak."""
+    decay: Literal["cosine", "linear", "constant", "step"] = "cosine"
+    """What comes after the warm-up."""
+    min_factor: float = Field(0.0, ge=0.0, le=1.0)
+    """Where cosine and linear end, as a share of the peak."""
+    step_every: (
+        Annotated[
+            Duration, BeforeValidator(_duration), AfterValidator(_positive), _plain_duration, _DURATION_JSON
+        ]
+        | None
+    ) = None
+    """`decay: step` only: how long a stair is."""
+    step_factor: float | None = Field(None, gt=0.0, lt=1.0)
+    """`decay: step` only: factor from one stair to the next."""
+
+    @model_validator(mode="after")
+    def _belongs(self) -> ScheduleSection:
+        stairs = (self.step_every, self.step_factor)
+        if self.decay == "step" and None in stairs:
+            raise ValueError("'decay: step' needs 'step_every' and 'step_factor'")
+        if self.decay != "step" and stairs != (None, None):
+            raise ValueError(f"'step_every' and 'step_factor' have no effect with 'decay: {self.decay}'")
+        if self.decay in ("step", "constant") and self.min_factor != 0.0:
+            raise ValueError(f"'min_factor' has no effect with 'decay: {self.decay}'")
+        return self
+
+
+class LossSection(Section):
+    """Cross-entropy, summed over the images and divided by their number over all processes."""
+
+    label_smoothing: float = Field(0.0, ge=0.0, lt=1.0)
+    """Share of the target that is spread over all classes."""
+    class_weights: Literal["none", "balanced"] | dict[str, float] = "none"
+    """`balanced`: inverse to each class's number of training images; or a weight for each class by name. Weights are
+    scaled such that their mean over the training images is 1."""
+
+
+class ComputeSection(Section):
+    """How it is computed; nothing here changes what is learned, up to rounding."""
+
+    precision: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
+    """Of the forward and backward pass; weights are kept in float32 (float64 for `fp64`)."""
+    micro_batch_size: int | None = Field(None, ge=1)
+    """Most images that one process takes through the network at once; by itself its whole share of the batch."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass to save memory; an error where the backbone does not do it."""
+    channels_last: bool = False
+    """Keep activations in channels-last order."""
+    compile: bool = False
+    """Compile the model with `torch.compile`."""
+    deterministic: bool = False
+    """Use only deterministic algorithms (the CPU's are; on a GPU slower, and some operations have none)."""
+    num_processes: int | None = Field(None, ge=1)
+    """Refuse to run on any other number of processes; by itself as many as the launcher started."""
+
+
+class EvaluateSection(Section):
+    """When the validation images are evaluated, and which weights are best."""
+
+    every: PositiveDuration = Field(default_factory=lambda: parse_duration("1 epochs"))
+    """How often; the last step is always evaluated."""
+    batch_size: int | None = Field(None, ge=1)
+    """Images per process and forward pass; by itself what a process takes in training."""
+    select: Literal["top1", "loss", "macro_f1"] = "top1"
+    """The validation figure by which weights are best."""
+
+
+class CheckpointSection(Section):
+    """What is kept of a run while it runs."""
+
+    every: PositiveDuration = Field(default_factory=lambda: parse_duration("1 epochs"))
+    """How often; the last step, and a stop by signal, are always saved."""
+    keep: int = Field(2, ge=1, le=1000)
+    """Newest checkpoints to keep."""
+    keep_best: int = Field(1, ge=1, le=1000)
+    """Best checkpoints to keep besides, by `evaluate.select`."""
+
+
+class WandbSection(Section):
+    """Weights & Biases; keys and passwords never go into a recipe."""
+
+    project: str = "tlscale"
+    """Project there."""
+    entity: str | None = None
+    """User or team there."""
+    mode: Literal["auto", "online", "offline"] = "auto"
+    """`auto`: online where somebody is logged in, else offline (`wandb sync` uploads it later)."""
+    tags: list[str] = []
+    """Tags of the run."""
+
+
+class Recipe(Section):
+    """One run, from images to a model."""
+
+    name: Annotated[str, AfterValidator(_run_name)]
+    """Name of the run, and of its folder below `runs/`."""
+    seed: int = Field(0, ge=0, le=2**63 - 1)
+    """Everything random follows from it."""
+    data: DataSection
+    """Images."""
+    backbone: BackboneSection
+    """Pretrained network."""
+    freeze: FreezeRules = ()
+    """Rules on the backbone's parameter names: a regex (or several) whose whole-name matches are frozen; or a list of
+    `{regex: true | false}`, first match wins. The head is never matched."""
+    head: Head = ["linear"]
+    """New layers on the pooled features, always freshly initialised: `linear` (with a width, except the last), an
+    activation, `{dropout: p}`, `layernorm`, `batchnorm`."""
+    duration: PositiveDuration = Field(default_factory=lambda: parse_duration("10 epochs"))
+    """Length of the run."""
+    batch_size: int = Field(128, ge=1)
+    """Images in one optimizer step over all processes."""
+    drop_last: bool = False
+    """Leave out the last, short batch of each epoch."""
+    optim: OptimSection = OptimSection()
+    """Optimizer."""
+    schedule: ScheduleSection = Field(default_factory=ScheduleSection)
+    """Learning rate."""
+    loss: LossSection = LossSection()
+    """Loss."""
+    compute: ComputeSection = ComputeSection()
+    """Hardware."""
+    evaluate: EvaluateSection = Field(default_factory=EvaluateSection)
+    """Evaluation."""
+    checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
+    """Checkpoints."""
+    log_every: PositiveDuration = Field(default_factory=lambda: parse_duration("10 steps"))
+    """How often a line goes to `metrics.jsonl` and the trackers."""
+    track: list[Literal[TRACKERS]] = []  # type: ignore[valid-type]
+    """Trackers besides `metrics.jsonl`: wandb, tensorboard, or another of Accelerate's."""
+    wandb: WandbSection | None = None
+    """Weights & Biases; has an effect only where `track` names it."""
+
+    @model_validator(mode="after")
+    def _belongs(self) -> Recipe:
+        if self.wandb is not None and "wandb" not in self.track:
+            raise ValueError("section 'wandb' has no effect unless 'track' names wandb: track: [wandb]")
+        if self.duration.unit == "%":
+            raise ValueError(f"'duration: {self.duration}' is a share of nothing; give epochs, steps or images")
+        if len(set(self.track)) != len(self.track):
+            raise ValueError("'track' names a tracker twice")
+        if self.compute.micro_batch_size is not None and self.compute.micro_batch_size > self.batch_size:
+            raise ValueError(
+                f"'compute.micro_batch_size: {self.compute.micro_batch_size}' is more than "
+                f"'batch_size: {self.batch_size}'"
+            )
+        channels = self.backbone.in_chans
+        for key in ("mean", "std"):
+            numbers = getattr(self.data, key)
+            if numbers is not None and len(numbers) != channels:
+                raise ValueError(f"'data.{key}' has {len(numbers)} numbers, but 'backbone.in_chans' is {channels}")
+        return self
+
+    def to_plain(self) -> dict[str, Any]:
+        """The complete recipe as plain YAML values, in schema order."""
+        return self.model_dump(mode="json")

@@ -1,0 +1,37 @@
+"""What may leave the machine: plain values without secrets.
+
+Promise: what goes to a tracker, or into a note about one, went through here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+_URL_USER = re.compile(r"(?<=://)[^/\s@]+@")
+_URL_SECRET = re.compile(r"(?i)([?&][^=&\s]*(?:token|key|sig|secret|passw|credential)[^=&\s]*=)[^&\s]+")
+_SECRET_KEY = re.compile(r"(?i)api_?key|token|secret|passw|credential")
+_REDACTED = "[redacted]"
+
+
+def redact(value: Any) -> Any:  # noqa: ANN401 (plain YAML values)
+    """Plain values without secrets: no user-info and no signing parameters in URLs, no values of keys that look secret.
+
+    Keys are those that hold api_key, token, secret, passw or credential.
+    """
+    if isinstance(value, Mapping):
+        return {
+            key: _REDACTED if isinstance(item, str) and _SECRET_KEY.search(str(key)) else redact(item)
+            for key, item in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [redact(item) for item in value]
+    return _URL_SECRET.sub(rf"\1{_REDACTED}", _URL_USER.sub("", value)) if isinstance(value, str) else value
+
+
+def reason(error: Exception) -> str:
+    """An exception in one redacted line of at most 200 characters."""
+    first_line = (str(error).splitlines() or [""])[0]
+    text = f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__
+    return str(redact(text))[:200]

@@ -1,0 +1,114 @@
+"""What is written down of a run while it runs: `metrics.jsonl`, trackers and the screen."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+from tlscale.dist import Processes
+from tlscale.errors import EXIT_FAILED
+from tlscale.evaluate import scalars
+from tlscale.prepare import Prepared
+from tlscale.progress import Progress
+from tlscale.run_folder import RunFolder
+from tlscale.run_state import Clock
+from tlscale.tracking import MetricsFile, Trackers, open_trackers
+
+
+class RunBook:
+    """What is written down of the loop: `metrics.jsonl`, trackers, the screen, and the time that training took."""
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        folder: RunFolder,
+        processes: Processes,
+        clock: Clock,
+        record: dict[str, Any],
+        progress: Progress,
+    ) -> None:
+        recipe = prepared.recipe
+        self._order, self._clock, self._progress = prepared.order, clock, progress
+        self._started = time.monotonic() - clock.elapsed_s
+        self._began, self._window_images = time.monotonic(), 0
+        self._metrics = MetricsFile(folder.metrics) if processes.is_main else None
+        seen = self._metrics.truncate_after(clock.step) if self._metrics is not None else {}
+        self.trackers: Trackers = open_trackers(
+            recipe.track,
+            wandb=recipe.wandb,
+            run_name=recipe.name,
+            run_dir=folder.path,
+            config={**recipe.to_plain(), "run": record},
+            wandb_run_id=clock.wandb_run_id,
+            is_main=processes.is_main,
+            seen=seen,
+            say=progress.say,
+        )
+        clock.wandb_run_id = self.trackers.wandb_run_id
+
+    def __enter__(self) -> RunBook:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.trackers.close(0 if error is None else getattr(error, "exit_code", EXIT_FAILED))
+        if self._metrics is not None:
+            self._metrics.close()
+
+    def elapsed_s(self) -> float:
+        """Seconds of the run, over all of its starts."""
+        return time.monotonic() - self._started
+
+    def training_begins(self) -> None:
+        self._began = time.monotonic()
+
+    def trained(self, num_images: int) -> None:
+        """A step over so many images, on all processes together, is done."""
+        self._window_images += num_images
+
+    @contextmanager
+    def not_training(self) -> Iterator[None]:
+        """Time within is not counted as training."""
+        paused = time.monotonic()
+        yield
+        self._began += time.monotonic() - paused
+
+    def write_training(self, figures: dict[str, float]) -> None:
+        """A line on training since the last one, with its speed: waiting for data counts, evaluation does not."""
+        seconds = max(time.monotonic() - self._began, 1e-9)
+        speed = round(self._window_images / seconds, 1)
+        self._clock.train_s += seconds
+        self._began, self._window_images = time.monotonic(), 0
+        self._write("train", {**figures, "images_per_s": speed})
+        self._progress.update(
+            self._clock.step,
+            loss=figures["loss"],
+            lr=figures["lr"],
+            images_per_s=speed,
+            epoch=self._clock.step / self._order.steps_per_epoch,
+            best=self._clock.best[0][1] if self._clock.best else None,
+        )
+
+    def write_evaluation(self, split: str, figures: dict[str, Any], *, is_best: bool) -> None:
+        """A line on an evaluation."""
+        self._write("evaluate", {"split": split, **scalars(figures)})
+        star = "  (best so far)" if is_best else ""
+        self._progress.say(
+            f"{split} after step {self._clock.step}: top1 {figures['top1']:.4f}  loss {figures['loss']:.4f}  "
+            f"macro-F1 {figures['macro_f1']:.4f}{star}"
+        )
+
+    def _write(self, kind: str, figures: dict[str, Any]) -> None:
+        step = self._clock.step
+        where = {
+            "epoch": round(step / self._order.steps_per_epoch, 4),
+            "images_seen": self._order.images_seen(step),
+            "time_s": round(self.elapsed_s(), 3),
+        }
+        if self._metrics is not None:
+            self._metrics.write({"kind": kind, "step": step, **where, **figures})
+        self.trackers.log({f"{kind}/{key}": value for key, value in scalars({**where, **figures}).items()}, step)

@@ -1,0 +1,132 @@
+"""The run folder: who may write in it, and how, so that no run is lost to another.
+
+Promise: one job at a time; a folder that already holds a run is neither gone on with nor replaced unless the user
+said so; nothing is deleted that tlscale did not make; a file is either the old one or the new one, never half.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock, Timeout
+
+from tlscale.errors import RunFolderError
+
+Mode = Literal["fresh", "resume", "overwrite"]
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of one run; see design.md for what each holds."""
+
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        return self.path / "recipe.yaml"
+
+    @property
+    def run_json(self) -> Path:
+        return self.path / "run.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def result(self) -> Path:
+        return self.path / "result.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    @property
+    def lock(self) -> Path:
+        return self.path / ".lock"
+
+
+@contextmanager
+def claim(path: Path, mode: Mode) -> Iterator[RunFolder]:
+    """Hold the folder for this job.
+
+    Args:
+        path: is made if it is not there.
+        mode: `fresh` refuses a folder that holds anything; `resume` goes on with a run of tlscale or starts one;
+            `overwrite` removes a run of tlscale first.
+
+    Raises:
+        RunFolderError: in use, not ours, holding a run already, or not to be written.
+    """
+    folder = RunFolder(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder.lock, timeout=0)
+        lock.acquire()
+    except Timeout:
+        raise RunFolderError(
+            f"another job is writing to '{path}'. Wait for it, or give this one a folder of its own: --out DIR"
+        ) from None
+    except OSError as error:
+        raise RunFolderError(f"cannot write to the run folder '{path}': {error.strerror or error}") from error
+    try:
+        _make_ready(folder, mode)
+        yield folder
+    finally:
+        lock.release()
+
+
+def _make_ready(folder: RunFolder, mode: Mode) -> None:
+    entries = [entry for entry in folder.path.iterdir() if entry != folder.lock]
+    if not entries:
+        return
+    if not _is_run(folder):
+        raise RunFolderError(
+            f"'{folder.path}' is not empty and not a run of tlscale (it has no run.json), so nothing is written there. "
+            "Give another folder: --out DIR"
+        )
+    if mode == "fresh":
+        raise RunFolderError(
+            f"'{folder.path}' already holds a run. --resume goes on with it, --overwrite replaces it, --out DIR "
+            "writes elsewhere"
+        )
+    if mode == "overwrite":
+        for entry in entries:
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+
+
+def _is_run(folder: RunFolder) -> bool:
+    # run.json is written first of all, so a run that was killed at birth is known by it as well.
+    try:
+        return "tlscale" in json.loads(folder.run_json.read_text())
+    except (OSError, ValueError):
+        return False
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `path` whole or not at all, and to the disk before it gets its name."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with aside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write `value` as JSON, as `write_text` does."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")

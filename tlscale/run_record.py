@@ -1,0 +1,79 @@
+"""`run.json`: what made a run, so that its figures can be traced and its inputs recognised."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from tlscale import __version__
+from tlscale.prepare import Prepared, strategy_of
+from tlscale.recipe.load import recipe_digest
+from tlscale.run_folder import RunFolder
+
+_PACKAGES = ("torch", "torchvision", "timm", "accelerate", "datasets", "safetensors", "numpy", "pillow")
+
+
+def make_record(prepared: Prepared, *, world_size: int, device: str) -> dict[str, Any]:
+    """The facts of a run that is about to begin."""
+    return {
+        "tlscale": __version__,
+        "name": prepared.recipe.name,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "strategy": strategy_of(prepared),
+        "recipe_sha256": recipe_digest(prepared.recipe),
+        "git": git_state(),
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "world_size": world_size,
+        "device": device,
+        "batch": prepared.split.describe(),
+        "total_steps": prepared.total_steps,
+        "data": {
+            **prepared.data.identity,
+            "is_sample": prepared.data.is_sample,
+            "notes": list(prepared.data.notes),
+            "classes": list(prepared.data.classes),
+        },
+        "bad_images": [list(row) for row in prepared.bad_images],
+        "input": prepared.spec.to_plain(),
+        "weights": {
+            "origin": prepared.weights.origin,
+            "sha256": prepared.weights.sha256,
+            "num_matched": prepared.weights.num_matched,
+            "num_tensors": prepared.weights.num_tensors,
+        },
+        "trainable_params": prepared.trainable_params,
+        "total_params": prepared.total_params,
+    }
+
+
+def read_record(folder: RunFolder) -> dict[str, Any] | None:
+    """`run.json` of a run that began earlier; None where there is none."""
+    return dict(json.loads(folder.run_json.read_text())) if folder.run_json.exists() else None
+
+
+def git_state() -> dict[str, Any] | None:
+    """Commit of the checkout that the run is started in, and whether it has changes; None outside of one."""
+    try:
+        commit = _git("rev-parse", "HEAD")
+        return {"commit": commit, "changed": bool(_git("status", "--porcelain", "--untracked-files=no"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(*words: str) -> str:
+    done = subprocess.run(["git", *words], capture_output=True, text=True, timeout=10, check=True)
+    return done.stdout.strip()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,121 @@
+"""What a run remembers: the little that is not a function of the step, and how all of it is saved and comes back.
+
+Promise: after `restore` the run is where `snapshot` found it, on any number of processes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from tlscale.checkpoint import Checkpoint, mark_best, pack_optimizer, prune, save_checkpoint, unpack_optimizer
+from tlscale.dist import Processes
+from tlscale.model.classifier import Classifier
+from tlscale.model.ema import Ema
+from tlscale.recipe.schema import CheckpointSection, EvaluateSection
+
+
+@dataclass
+class Clock:
+    """The step, and what is kept beside it in a checkpoint's `state.json`."""
+
+    step: int = 0
+    elapsed_s: float = 0.0  # over all starts of the run, as of the last checkpoint
+    train_s: float = 0.0  # of it, without evaluation and checkpoints
+    window_loss: float = 0.0  # summed since the last log line, over all processes
+    window_images: int = 0
+    best: list[tuple[int, float]] = field(default_factory=list)  # (step, validation figure), best first
+    wandb_run_id: str | None = None
+
+    @property
+    def best_step(self) -> int | None:
+        return self.best[0][0] if self.best else None
+
+    def rank_step(self, figure: float, evaluation: EvaluateSection, keeping: CheckpointSection) -> bool:
+        """Enter this step's validation figure; whether it is among the best, the earlier one winning a tie."""
+        sign = 1 if evaluation.select == "loss" else -1
+        entries = sorted([*self.best, (self.step, figure)], key=lambda entry: (sign * entry[1], entry[0]))
+        self.best = entries[: keeping.keep_best]
+        return any(step == self.step for step, _ in self.best)
+
+
+class LossWindow:
+    """Loss since the last log line, summed on the device so that no step waits for it.
+
+    `settle` is where the host waits: it adds up over processes and finds the first step whose loss was not finite.
+    """
+
+    def __init__(self, clock: Clock, processes: Processes) -> None:
+        self._clock = clock
+        self._processes = processes
+        self._sums: list[tuple[int, Tensor]] = []
+
+    def add(self, loss_sum: Tensor, num_images: int, step: int) -> None:
+        """Enter a step (counted from 1): the loss summed over this process's images, and the global count."""
+        self._sums.append((step, loss_sum))
+        self._clock.window_images += num_images
+
+    def settle(self) -> int | None:
+        """Move what was added into the clock; the first step with a non-finite loss on any process, or None."""
+        if not self._sums:
+            return None
+        steps = [step for step, _ in self._sums]
+        totals = self._processes.sum(torch.stack([loss.double() for _, loss in self._sums]).cpu())
+        self._sums.clear()
+        for step, total in zip(steps, totals.tolist(), strict=True):
+            if not math.isfinite(total):
+                return step
+            self._clock.window_loss += total
+        return None
+
+    def take_mean(self) -> float:
+        """Mean loss of an image since the last call."""
+        mean = self._clock.window_loss / max(self._clock.window_images, 1)
+        self._clock.window_loss, self._clock.window_images = 0.0, 0
+        return mean
+
+
+def snapshot(
+    clock: Clock,
+    network: Classifier,
+    optimizer: torch.optim.Optimizer,
+    ema: Ema | None,
+    accelerator: Accelerator,
+    *,
+    elapsed_s: float,
+) -> Checkpoint:
+    """All that a run is, as a checkpoint."""
+    tensors, plain = pack_optimizer(optimizer)
+    groups: dict[str, dict[str, Tensor]] = {"model": dict(network.state_dict()), "optimizer": tensors}
+    if ema is not None:
+        groups["ema"] = ema.averages
+    scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
+    state = {"clock": {**asdict(clock), "elapsed_s": elapsed_s}, "optimizer": plain, "scaler": scaler}
+    return Checkpoint(clock.step, groups, state)
+
+
+def restore(
+    checkpoint: Checkpoint, network: Classifier, optimizer: torch.optim.Optimizer, ema: Ema | None
+) -> Clock:
+    """Put a checkpoint back into the objects of a run; the clock that it was saved at."""
+    network.load_state_dict(dict(checkpoint.tensors["model"]))
+    unpack_optimizer(optimizer, checkpoint.tensors["optimizer"], checkpoint.state["optimizer"])
+    if ema is not None:
+        ema.load(checkpoint.tensors["ema"])
+    saved = checkpoint.state["clock"]
+    return Clock(**{**saved, "best": [(int(step), float(figure)) for step, figure in saved["best"]]})
+
+
+def write_checkpoint(root: Path, checkpoint: Checkpoint, clock: Clock, section: CheckpointSection) -> None:
+    """Save, point BEST to the best step, and only then remove what need not be kept."""
+    save_checkpoint(root, checkpoint)
+    steps = [step for step, _ in clock.best]
+    if clock.best_step is not None:
+        mark_best(root, clock.best_step)
+    prune(root, keep=section.keep, keep_steps=steps)

@@ -1,0 +1,113 @@
+"""The tables that a person reads: the plan before a run, the figures after it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tlscale.prepare import Prepared, strategy_of
+from tlscale.progress import Progress, format_duration
+
+_WORST_SHOWN = 5
+
+
+def show_plan(prepared: Prepared, screen: Progress, *, device: str) -> None:
+    """What is about to happen, with the arithmetic of every derived number."""
+    recipe, data = prepared.recipe, prepared.data
+    for note in data.notes:
+        screen.say(note, style="bold red" if data.is_sample else None)
+    for row, why in prepared.bad_images[:_WORST_SHOWN]:
+        screen.say(f"left out, training image {row}: {why}", style="yellow")
+    if prepared.bad_images:
+        screen.say(f"{len(prepared.bad_images)} bad training images are left out; all are listed in run.json")
+    screen.table("Plan", ("what", "how"), _plan_rows(prepared, device))
+    columns = ("freeze rule", "tensors", "parameters", "norm layers")
+    rows = [(row.rule, row.num_tensors, f"{row.num_params:,}", row.norm_mode) for row in prepared.freeze_rows]
+    head = [param for name, param in prepared.classifier.head.named_parameters()]
+    rows.append(("head  (train)", len(head), f"{sum(param.numel() for param in head):,}", "train"))
+    screen.table("Parameters", columns, rows)
+    groups = [(g["base_lr"], g["weight_decay"], len(g["names"]), _names(g["names"])) for g in prepared.groups]
+    screen.table(f"Groups of {recipe.optim.name}", ("peak lr", "weight decay", "tensors", "such as"), groups)
+
+
+def _plan_rows(prepared: Prepared, device: str) -> list[tuple[str, str]]:
+    recipe, data, order, spec = prepared.recipe, prepared.data, prepared.order, prepared.spec
+    splits = [split for split in (data.train, data.validation, data.test) if split is not None]
+    trained, total = prepared.trainable_params, prepared.total_params
+    code_mib = len(data.train) * prepared.code_width * 4 / 2**20
+    return [
+        ("strategy", strategy_of(prepared)),
+        ("data", f"{recipe.data.source}: " + ", ".join(f"{split.name} {len(split):,}" for split in splits)),
+        ("classes", f"{len(data.classes)}: {', '.join(data.classes[:10])}{' ...' if len(data.classes) > 10 else ''}"),
+        (
+            "input",
+            f"{spec.in_chans} x {spec.image_size} x {spec.image_size}, {spec.interpolation}, crop_pct "
+            f"{spec.crop_pct:g}, mean {_numbers(spec.mean)}, std {_numbers(spec.std)}",
+        ),
+        ("augment", ", ".join(_augmentation(*item) for item in prepared.augment.items()) or "none"),
+        ("backbone", f"{recipe.backbone.name}, {prepared.code_width} features"),
+        ("weights", str(prepared.weights)),
+        ("trainable", f"{trained:,} of {total:,} parameters ({trained / total:.1%})"),
+        ("codes", f"{len(data.train):,} x {prepared.code_width} in float32: {code_mib:.1f} MiB, were they kept"),
+        ("batch", prepared.split.describe()),
+        (
+            "steps",
+            f"{recipe.duration} = {prepared.total_steps:,} steps ({order.steps_per_epoch:,} an epoch of "
+            f"{order.images_per_epoch:,} images)",
+        ),
+        (
+            "schedule",
+            f"{recipe.schedule.warmup} warm-up = {_to_steps_text(prepared)}, then {recipe.schedule.decay}, "
+            f"peak lr {recipe.optim.lr:g}",
+        ),
+        ("device", f"{device}, {recipe.compute.precision}"),
+    ]
+
+
+def _to_steps_text(prepared: Prepared) -> str:
+    warmup = prepared.recipe.schedule.warmup
+    steps = prepared.to_steps(warmup) if warmup.amount > 0 else 0
+    return f"{steps} steps"
+
+
+def _augmentation(name: str, value: float | None) -> str:
+    return name if value is None else f"{name} {value:g}"
+
+
+def _numbers(values: tuple[float, ...]) -> str:
+    return "/".join(f"{value:.3f}" for value in values)
+
+
+def _names(names: list[str]) -> str:
+    return ", ".join(names[:2]) + (" ..." if len(names) > 2 else "")
+
+
+def show_result(result: dict[str, Any], screen: Progress, *, folder: Path, how_to_load: str) -> None:
+    """The final figures, and where everything is."""
+    rows = []
+    for name in ("best", "last"):
+        figures = result[name]
+        rows.append(
+            (name, figures["step"], f"{figures['top1']:.4f}", f"{figures['loss']:.4f}", f"{figures['macro_f1']:.4f}")
+        )
+    title = f"{result['num_images']:,} {result['split']} images"
+    screen.table(title, ("weights", "step", "top1", "loss", "macro-F1"), rows)
+    show_classes(result, screen)
+    low, high = result["top1_interval95"]
+    screen.say(
+        f"top1 {result['top1']:.4f} (95% interval {low:.4f} to {high:.4f}) with the {result['weights']} weights; "
+        f"{result['epochs']:g} epochs in {format_duration(result['wall_s'])}, {result['images_per_s']:.0f} images/s",
+        style="bold",
+    )
+    if result["is_sample"]:
+        screen.say("FALLBACK SAMPLE: these are figures of the small shipped sample, not of Fashion-MNIST", style="bold red")
+    screen.say(f"figures: {folder / 'result.json'}   curves: {folder / 'metrics.jsonl'}   model: {folder / 'model'}")
+    screen.say(f"load it with {how_to_load}")
+
+
+def show_classes(figures: dict[str, Any], screen: Progress) -> None:
+    """The classes that are recognised worst."""
+    known = [(name, row) for name, row in figures["per_class"].items() if row["accuracy"] is not None]
+    worst = sorted(known, key=lambda item: item[1]["accuracy"])[:_WORST_SHOWN]
+    rows = [(name, row["num_images"], f"{row['accuracy']:.4f}", f"{row['f1']:.4f}") for name, row in worst]
+    screen.table("Hardest classes", ("class", "images", "accuracy", "F1"), rows)

@@ -1,0 +1,40 @@
+"""Being asked to stop: SIGTERM (a cluster takes the machine back) or SIGINT (Ctrl-C).
+
+Promise: the first signal only sets a flag, so that the step is finished and saved; a second Ctrl-C ends at once.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class StopRequest:
+    """A context in which `requested` becomes true when the process is asked to stop."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self.by = ""
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        # Python allows signal handlers in the main thread only; elsewhere (a notebook's worker) there is no asking.
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._receive) for number in _SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = True
+        self.by = signal.Signals(number).name

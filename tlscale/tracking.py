@@ -1,0 +1,269 @@
+"""Trackers (W&B, TensorBoard, ...): they get a copy of the log of a run, whose truth is `metrics.jsonl`.
+
+Promise: a tracker never ends a run and never prompts. A tracker whose package is missing is an error at the start; one
+that fails later (no network, a dead service) is switched off, said once, and training goes on. Trackers run on the
+main process only and keep their files inside the run folder. They get the recipe without secrets; no argv, no
+environment, no code, no git diff, no host or user name, no console output.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from tlscale.errors import RecipeError
+from tlscale.metrics_file import MetricsFile, read_metrics
+from tlscale.recipe.schema import WandbSection
+from tlscale.redact import reason, redact
+from tlscale.wandb_session import WandbSession, environment, new_run_id
+
+__all__ = ["MetricsFile", "Trackers", "open_trackers", "read_metrics"]
+
+# Where a tracker's package has another name than the tracker, or where one of several will do.
+_PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX")}
+_REQUIREMENTS = {"tensorboard": "'tlscale[tensorboard]'"}
+
+
+class _Tracker(Protocol):
+    """One service; whatever it raises is caught by `Trackers`."""
+
+    name: str
+
+    def log(self, record: Mapping[str, float], step: int) -> None: ...
+    def summary(self, figures: Mapping[str, Any]) -> None: ...
+    def close(self, exit_code: int) -> None: ...
+    def abandon(self) -> None: ...
+
+
+class Trackers:
+    """The trackers that are on; made by `open_trackers`. None of its methods raises because of a tracker.
+
+    Attributes:
+        notes: what to show the user (where a run is recorded, which tracker failed), in order.
+        wandb_run_id: keep it with the run and give it to `open_trackers` on resume; None without W&B.
+    """
+
+    def __init__(
+        self,
+        wandb_run_id: str | None = None,
+        seen: Mapping[str, int] | None = None,
+        say: Callable[[str], None] | None = None,
+    ) -> None:
+        self.notes: list[str] = []
+        self.wandb_run_id = wandb_run_id
+        self._seen = dict(seen or {})
+        self._say = say
+        self._trackers: list[_Tracker] = []
+        self._environment = contextlib.ExitStack()
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+        if self._say is not None:
+            self._say(text)
+
+    def log(self, record: Mapping[str, float], step: int) -> None:
+        """Sends figures; keys are `<kind>/<figure>` (`train/loss`).
+
+        Figures that the tracker had before the run was resumed (their kind's step is in `seen`) are not sent again.
+        """
+        new = {key: value for key, value in record.items() if step > self._seen.get(key.split("/")[0], -1)}
+        if new:
+            self._each("logging", lambda tracker: tracker.log(new, step))
+
+    def summary(self, figures: Mapping[str, Any]) -> None:
+        """Sends final figures; only numbers and strings, no lists and no tables."""
+        plain = {key: redact(value) for key, value in figures.items() if isinstance(value, str | int | float)}
+        self._each("writing the summary", lambda tracker: tracker.summary(plain))
+
+    def close(self, exit_code: int = 0) -> None:
+        """Ends all trackers; a second call does nothing."""
+        self._each("closing", lambda tracker: tracker.close(exit_code))
+        self._trackers.clear()
+        self._environment.close()
+
+    def start(self, name: str, make: Callable[[], _Tracker | None], environment: Mapping[str, str]) -> None:
+        """Adds the tracker that `make` starts; `environment` holds until `close`, except what the user has set."""
+        self._environment.enter_context(_environment_defaults(environment))
+        try:
+            tracker = make()
+        except Exception as error:  # a tracker may raise anything, and must not end the run
+            self.note(f"{name} could not be started, so it is off for this run ({reason(error)})")
+        else:
+            if tracker is not None:
+                self._trackers.append(tracker)
+
+    def _each(self, doing: str, act: Callable[[_Tracker], None]) -> None:
+        for tracker in list(self._trackers):
+            try:
+                act(tracker)
+            except Exception as error:
+                self._trackers.remove(tracker)
+                self.note(
+                    f"{tracker.name} failed while {doing} and is switched off ({reason(error)}); the run goes on, "
+                    "and metrics.jsonl has everything"
+                )
+                with contextlib.suppress(Exception):
+                    tracker.abandon()
+
+
+def open_trackers(
+    names: Sequence[str],
+    *,
+    wandb: WandbSection | None,
+    run_name: str,
+    run_dir: Path,
+    config: Mapping[str, Any],
+    wandb_run_id: str | None,
+    is_main: bool,
+    seen: Mapping[str, int] | None = None,
+    say: Callable[[str], None] | None = None,
+) -> Trackers:
+    """Starts the trackers `names`, on the main process; on others the same object that does nothing.
+
+    Args:
+        names: of `tlscale.recipe.schema.TRACKERS`.
+        wandb: the recipe's section; None: its defaults.
+        run_name: how the run is called there.
+        run_dir: the run folder; each tracker has a folder in it.
+        config: plain values (the resolved recipe, git sha, versions, world size); redacted here.
+        wandb_run_id: that of the run that is resumed; None: a new one.
+        is_main: False on all processes but one.
+        seen: on resume, kind -> the last step that was logged before (`MetricsFile.truncate_after` gives it).
+        say: shows a note as soon as there is one; they are in `notes` as well.
+
+    Raises:
+        RecipeError: the package of a tracker is not installed; on every process, so that none is left waiting.
+    """
+    _check_installed(names)
+    if "wandb" in names and wandb_run_id is None:
+        wandb_run_id = new_run_id()
+    trackers = Trackers(wandb_run_id if "wandb" in names else None, seen, say)
+    if not is_main:
+        return trackers
+    run_dir, config = run_dir.resolve(), redact(config)
+    for name in names:
+        if name == "wandb":
+            assert wandb_run_id is not None
+            session = WandbSession(wandb or WandbSection(), run_name, run_dir, config, wandb_run_id, trackers.note)
+            trackers.start("W&B", session.start, environment(run_dir / "wandb"))
+        else:
+            folder = run_dir / name
+            trackers.start(
+                name,
+                lambda name=name, folder=folder: _AccelerateTracker(name, run_name, folder, config),  # type: ignore[misc]
+                _accelerate_environment(name, folder),
+            )
+    return trackers
+
+
+def _check_installed(names: Sequence[str]) -> None:
+    missing = [
+        name
+        for name in names
+        if not any(importlib.util.find_spec(package) is not None for package in _PACKAGES.get(name, (name,)))
+    ]
+    if missing:
+        wanted = " ".join(_REQUIREMENTS.get(name, name) for name in missing)
+        raise RecipeError(
+            f"'track' names {' and '.join(missing)}, but the package is not installed. "
+            f"Install it (pip install {wanted}), or take it out of 'track'."
+        )
+
+
+@contextlib.contextmanager
+def _environment_defaults(values: Mapping[str, str]) -> Iterator[None]:
+    added = [key for key in values if key not in os.environ]
+    os.environ.update({key: values[key] for key in added})
+    try:
+        yield
+    finally:
+        for key in added:
+            os.environ.pop(key, None)
+
+
+# --- The others, through Accelerate -----------------------------------------------------------------------------------
+
+
+def _accelerate_environment(name: str, folder: Path) -> dict[str, str]:
+    """Keeps files inside the run folder where the tracker reads the place from the environment."""
+    offline = {"comet_ml": "COMET_API_KEY", "swanlab": "SWANLAB_API_KEY"}.get(name, "") not in os.environ
+    match name:
+        case "mlflow":
+            return {"MLFLOW_TRACKING_URI": f"sqlite:///{folder / 'mlflow.db'}"}
+        case "trackio":
+            return {"TRACKIO_DIR": str(folder)}
+        case "comet_ml":
+            start = {"COMET_START_ONLINE": "0"} if offline else {}
+            return {"COMET_OFFLINE_DIRECTORY": str(folder), **start}
+        case "swanlab":
+            return {"SWANLAB_MODE": "offline"} if offline else {}
+        case "clearml":
+            return {"CLEARML_CACHE_DIR": str(folder)}
+    return {}
+
+
+def _accelerate_arguments(name: str, run_name: str, folder: Path) -> dict[str, Any]:
+    match name:
+        case "tensorboard":
+            return {"run_name": folder.name, "logging_dir": folder.parent}
+        case "aim":
+            return {"run_name": run_name, "logging_dir": str(folder)}
+        case "mlflow":
+            artifacts = (folder / "artifacts").as_uri()
+            return {"experiment_name": "tlscale", "logging_dir": artifacts, "run_name": run_name}
+        case "dvclive":
+            return {"dir": str(folder), "save_dvc_exp": False}
+        case "swanlab":
+            return {"run_name": "tlscale", "experiment_name": run_name, "logdir": str(folder)}
+        case "trackio":
+            return {"run_name": "tlscale", "name": run_name}
+        case "clearml":
+            # By itself it takes argv and the console along.
+            private = {"auto_connect_arg_parser": False, "auto_connect_streams": False}
+            return {"run_name": run_name, **private, "auto_connect_frameworks": False}
+    return {"run_name": "tlscale"}
+
+
+class _AccelerateTracker:
+    """One of Accelerate's tracker classes; used as `Accelerator.init_trackers` uses it, but one at a time."""
+
+    def __init__(self, name: str, run_name: str, folder: Path, config: Mapping[str, Any]) -> None:
+        from accelerate import PartialState
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+        PartialState()  # the classes ask it for the main process
+        self.name = name
+        self._step = 0
+        folder.mkdir(parents=True, exist_ok=True)
+        self._tracker = LOGGER_TYPE_TO_CLASS[name](**_accelerate_arguments(name, run_name, folder))
+        self._tracker.start()
+        self._tracker.store_init_configuration(dict(_flat(config)))
+
+    def log(self, record: Mapping[str, float], step: int) -> None:
+        self._step = step
+        self._tracker.log(dict(record), step=step)
+
+    def summary(self, figures: Mapping[str, Any]) -> None:
+        """They have no summary: the numbers become figures of the last step, below `final/`."""
+        numbers = {f"final/{key}": value for key, value in figures.items() if not isinstance(value, str)}
+        self._tracker.log(numbers, step=self._step)
+
+    def close(self, exit_code: int) -> None:
+        self._tracker.finish()
+
+    def abandon(self) -> None:
+        self._tracker.finish()
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str | int | float | bool]]:
+    """`optim.lr: 0.1`; the trackers take only strings and numbers."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value if isinstance(value, str | int | float) else json.dumps(value)

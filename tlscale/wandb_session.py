@@ -1,0 +1,178 @@
+"""W&B by its own library, such that it never prompts, never ends a run and takes along only what is ours to give.
+
+Promise: offline when nobody is logged in or the network is gone; one run id over all segments of a run; records carry
+their own step; files stay inside the run folder. No argv, no environment, no code, no git diff, no host or user name.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shlex
+import signal
+import string
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from tlscale.errors import EXIT_STOPPED
+from tlscale.recipe.schema import WandbSection
+from tlscale.redact import reason
+
+STEP_KEY = "trainer/step"
+"""The step of a record in W&B: its own step refuses to go back, so a resumed run would lose records."""
+
+_INIT_TIMEOUT_S = 30.0
+_FINISH_TIMEOUT_S = 300.0  # what is not uploaded by then is on the disk, and `wandb sync` takes it
+
+
+def new_run_id() -> str:
+    return "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(8))
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """W&B's settings and log-in stay where they are (they are read); what it writes goes below the run folder."""
+    return {
+        "WANDB_CACHE_DIR": str(folder / "cache"),
+        "WANDB_DATA_DIR": str(folder / "data"),
+        "WANDB_ERROR_REPORTING": "false",
+        "WANDB_SILENT": "true",
+    }
+
+
+class WandbSession:
+    """One segment of a W&B run: from `start` to `close`."""
+
+    name = "W&B"
+
+    def __init__(
+        self,
+        section: WandbSection,
+        run_name: str,
+        run_dir: Path,
+        config: Mapping[str, Any],
+        run_id: str,
+        note: Callable[[str], None],
+    ) -> None:
+        self._section = section
+        self._run_name = run_name
+        self._run_dir = run_dir
+        self._config = config
+        self._run_id = run_id
+        self._note = note
+        self._run: Any = None
+
+    def start(self) -> Self | None:
+        """Online if that is asked for or left open and somebody is logged in, else offline; None when disabled."""
+        import wandb
+
+        mode, why = _mode(self._section)
+        if mode == "disabled":
+            self._note(f"W&B: off ({why})")
+            return None
+        try:
+            self._run = self._init(mode)
+        except Exception as error:
+            if mode == "offline" or wandb.run is not None:
+                raise
+            why = f"the start online failed, {reason(error)}"
+            wandb.teardown()  # the failed start keeps the run id until its service has ended
+            mode, self._run = "offline", self._init("offline")
+        self._run.define_metric(STEP_KEY)
+        self._run.define_metric("*", step_metric=STEP_KEY)
+        if mode == "offline":
+            folder = shlex.quote(str(self._run.settings.sync_dir))
+            self._note(f"W&B: offline ({why}); to upload later: wandb sync {folder}")
+        else:
+            self._note(f"W&B: {self._run.url}")
+        return self
+
+    def _init(self, mode: Literal["online", "offline"]) -> Any:  # noqa: ANN401 (wandb is not typed)
+        import wandb
+
+        return wandb.init(
+            project=self._section.project,
+            entity=self._section.entity,
+            name=self._run_name,
+            tags=self._section.tags,
+            id=self._run_id,
+            resume="allow",
+            config=dict(self._config),
+            allow_val_change=True,
+            settings=wandb.Settings(
+                mode=mode,
+                root_dir=str(self._run_dir),
+                reinit="create_new",  # in a notebook the user may have a run of their own
+                init_timeout=float(os.environ.get("WANDB_INIT_TIMEOUT", _INIT_TIMEOUT_S)),
+                finish_timeout=float(os.environ.get("WANDB_FINISH_TIMEOUT", _FINISH_TIMEOUT_S)),
+                stop_fn=_stop_run,
+                x_transaction_log_flush_interval=5.0,
+                **_PRIVATE,
+            ),
+        )
+
+    def log(self, record: Mapping[str, float], step: int) -> None:
+        self._run.log({**record, STEP_KEY: step})
+
+    def summary(self, figures: Mapping[str, Any]) -> None:
+        self._run.summary.update(dict(figures))
+
+    def close(self, exit_code: int) -> None:
+        if exit_code == EXIT_STOPPED:
+            self._run.mark_preempting()
+        self._run.finish(exit_code=exit_code)
+
+    def abandon(self) -> None:
+        """Without this W&B tries again when Python exits, and prints a traceback."""
+        import wandb
+
+        wandb.teardown(exit_code=1)
+
+
+# What W&B would take with it: argv, host, user, git remote and diff, code, package list, console. Its system figures
+# (load, memory, GPU) stay on; they name nobody.
+_PRIVATE: dict[str, Any] = {
+    "host": "-",
+    "console": "off",
+    "disable_code": True,
+    "disable_git": True,
+    "disable_job_creation": True,
+    "sagemaker_disable": True,
+    "save_code": False,
+    "silent": True,
+    "symlink": False,
+    "x_disable_meta": True,
+    "x_save_requirements": False,
+}
+
+
+def _mode(section: WandbSection) -> tuple[Literal["online", "offline", "disabled"], str]:
+    """The mode and the reason for it; never asks, never uses the network."""
+    import wandb
+
+    settings = wandb.setup().settings
+    asked = os.environ.get("WANDB_MODE")
+    who = f"WANDB_MODE={asked}" if asked else f"the recipe says 'wandb.mode: {section.mode}'"
+    mode = asked or (section.mode if section.mode != "auto" else settings.mode)
+    if mode == "disabled":
+        return "disabled", who
+    if mode in ("offline", "dryrun"):
+        return "offline", who if asked or section.mode != "auto" else "W&B's settings say so"
+    try:
+        logged_in = _is_logged_in(settings.base_url)
+    except Exception as error:  # a broken key, or another version of wandb
+        return "offline", f"the log-in cannot be used, {reason(error)}"
+    return ("online", who) if logged_in else ("offline", "nobody is logged in")
+
+
+def _is_logged_in(base_url: str) -> bool:
+    """Whether W&B finds a key by its own means: the environment, netrc, its settings file."""
+    from wandb.sdk.lib import wbauth
+
+    return wbauth.authenticate_session(host=base_url, source="tlscale", prompt=False, update_session=False) is not None
+
+
+def _stop_run() -> None:
+    """The stop button of W&B's page: SIGTERM where it is handled, so that the run saves itself first."""
+    handled = callable(signal.getsignal(signal.SIGTERM))
+    os.kill(os.getpid(), signal.SIGTERM if handled else signal.SIGINT)
