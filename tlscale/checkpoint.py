@@ -61,8 +61,8 @@ def save_checkpoint(root: Path, checkpoint: Checkpoint) -> Path:
         full = getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error)
         reason = "the disk is full" if full else str(error)
         raise CheckpointError(
-            f"cannot save the checkpoint of step {checkpoint.step} ({num_bytes / 2**20:.0f} MiB) in '{root}': {reason}. "
-            "The checkpoints before it are untouched; make room and go on with --resume."
+            f"cannot save the checkpoint of step {checkpoint.step} ({num_bytes / 2**20:.0f} MiB) in '{root}': {reason}."
+            " The checkpoints before it are untouched; make room and go on with --resume."
         ) from error
     return target
 
@@ -145,7 +145,7 @@ def newest_valid(root: Path) -> tuple[Path | None, list[str]]:
     Raises:
         CheckpointError: there are checkpoints, and none is valid: starting afresh would lose the run in silence.
     """
-    faults = []
+    faults: list[str] = []
     for folder in reversed(list_checkpoints(root)):
         fault = fault_of(folder)
         if fault is None:
@@ -214,7 +214,9 @@ def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Ten
     names = [name for group in optimizer.param_groups for name in group["names"]]
     unknown = set(plain["state"]) - set(names)
     if unknown:
-        raise CheckpointError(f"the checkpoint has optimizer state of other parameters: {', '.join(sorted(unknown)[:3])}")
+        raise CheckpointError(
+            f"the checkpoint has optimizer state of other parameters: {', '.join(sorted(unknown)[:3])}"
+        )
     whole = optimizer.state_dict()
     whole["state"] = {
         index: _unpack(plain["state"][name], tensors) for index, name in enumerate(names) if name in plain["state"]
@@ -236,7 +238,9 @@ def _pack(value: object, key: str, tensors: dict[str, Tensor]) -> Any:
             return {type(value).__name__: items}
         case None | bool() | int() | float() | str():
             return value
-    raise CheckpointError(f"the optimizer keeps a {type(value).__name__} for '{key}', which cannot be saved; use another")
+    raise CheckpointError(
+        f"the optimizer keeps a {type(value).__name__} for '{key}', which cannot be saved; use another"
+    )
 
 
 def _unpack(packed: Any, tensors: Mapping[str, Tensor]) -> Any:

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as torch_dist
 from accelerate import Accelerator
 
+from tlscale.cores import num_cores
 from tlscale.errors import LaunchError, TlscaleError
 from tlscale.recipe.schema import ComputeSection
 
@@ -38,7 +39,8 @@ class Processes:
 
     @property
     def device(self) -> torch.device:
-        return self.accelerator.device
+        device: torch.device = self.accelerator.device
+        return device
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any process; every process gets the same answer."""
@@ -136,7 +138,8 @@ def start_processes(compute: ComputeSection) -> Processes:
             f"launch --multi_gpu --num_processes {compute.num_processes}), or change the recipe."
         )
     _check_device(compute, accelerator.device)
-    control = torch_dist.new_group(backend="gloo") if world_size > 1 else None
+    _set_threads(compute, accelerator.device)
+    control: Any = torch_dist.new_group(backend="gloo") if world_size > 1 else None
     return Processes(accelerator, accelerator.process_index, world_size, control)
 
 
@@ -148,6 +151,20 @@ def _check_precision_of_launcher(compute: ComputeSection) -> None:
             f"'accelerate launch' asks for mixed precision {launcher}, the recipe for compute.precision = "
             f"{compute.precision}. Take one of the two out; the recipe's is the one that is kept with the run."
         )
+
+
+def _set_threads(compute: ComputeSection, device: torch.device) -> None:
+    """CPU threads of this process.
+
+    `accelerate launch` and torchrun set OMP_NUM_THREADS=1 unless told otherwise, which on a CPU leaves all cores but
+    one idle; a process that was started by hand keeps what torch chose.
+    """
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "LOCAL_WORLD_SIZE" in os.environ
+    if compute.threads is not None:
+        torch.set_num_threads(compute.threads)
+    elif device.type == "cpu" and launched and os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(max(num_cores() // local, 1))
 
 
 def _check_device(compute: ComputeSection, device: torch.device) -> None:

@@ -58,7 +58,7 @@ class NonFiniteLossError(TlscaleError):
     """The loss became NaN or infinite."""
 
 
-class Stopped(TlscaleError):
+class Stopped(TlscaleError):  # noqa: N818 (a stop is no error)
     """Not a failure: the run was asked to stop, and saved itself first."""
 
     exit_code = EXIT_STOPPED

@@ -34,9 +34,7 @@ class Objective:
         weights_C = self._class_weights_C
         if weights_C is not None and weights_C.dtype != logits_BC.dtype:
             weights_C = weights_C.to(logits_BC.dtype)
-        return F.cross_entropy(
-            logits_BC, labels_B, weight=weights_C, label_smoothing=self._smoothing, reduction="none"
-        )
+        return F.cross_entropy(logits_BC, labels_B, weight=weights_C, label_smoothing=self._smoothing, reduction="none")
 
     def mixed_losses(self, logits_BC: Tensor, labels_B: Tensor, partner_labels_B: Tensor, lam_B: Tensor) -> Tensor:
         """Loss of images that are `lam` of one label and 1 - `lam` of another (mixup, cutmix).

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
+from timm.optim._optim_factory import create_optimizer_v2, get_optimizer_info, list_optimizers
 from torch import nn
 
 from tlscale.errors import RecipeError, did_you_mean
@@ -65,7 +65,9 @@ def build_optimizer(groups: list[Group], section: OptimSection) -> torch.optim.O
     """
     _check_name(section.name)
     _check_options(section)
-    options = {key: tuple(value) if isinstance(value, list) else value for key, value in section.options.items()}
+    options: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in section.options.items()
+    }
     try:
         optimizer = create_optimizer_v2(groups, opt=section.name, lr=section.lr, weight_decay=0.0, **options)
     except Exception as error:  # optimizers raise whatever they like about their arguments
@@ -81,7 +83,7 @@ def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> float:
 
 
 def _check_name(name: str) -> None:
-    known = list_optimizers()
+    known = [str(known_name) for known_name in list_optimizers()]
     base = name.lower().removeprefix("lookahead_")
     if base not in known:
         raise RecipeError(

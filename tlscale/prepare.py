@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tlscale.data.images import BadImageError, decode_image
+from tlscale.data.images import decode_image
 from tlscale.data.loaders import ImageStore, default_workers, find_bad_images
 from tlscale.data.sampler import BatchSplit, DataOrder, split_batch_size
 from tlscale.data.sources import ImageData, ImageSplit, open_data
@@ -106,9 +106,7 @@ def prepare(recipe: Recipe, *, world_size: int, bad_images: list[tuple[int, str]
     classifier, freeze_rows, code_width = _assemble(recipe, data, backbone, spec)
     params = classifier.rule_names()
     depth = classifier.layer_depth() if recipe.optim.layer_decay is not None else {}
-    groups = parameter_groups(
-        params, recipe.optim, layer_depth=depth, never_decayed=classifier.never_decayed()
-    )
+    groups = parameter_groups(params, recipe.optim, layer_depth=depth, never_decayed=classifier.never_decayed())
     order = DataOrder(len(data.train), recipe.batch_size, recipe.seed, recipe.drop_last)
     total_steps = _to_steps(recipe.duration, order, None)
     lr_factor = make_lr_factor(
@@ -139,7 +137,7 @@ def _first_image_hw(recipe: Recipe, split: ImageSplit) -> tuple[int, int]:
             image_HWC = decode_image(
                 split.read(row), in_chans=recipe.backbone.in_chans, max_pixels=max_pixels, where=split.where(row)
             )
-        except BadImageError:
+        except DataError:
             if recipe.data.on_bad_image == "error":
                 raise
             continue
@@ -177,7 +175,7 @@ def _assemble(
     if recipe.compute.precision == "fp64":
         classifier.double()
     if recipe.compute.channels_last:
-        classifier.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        classifier.to(memory_format=torch.channels_last)
     return classifier.train(), rows, width
 
 

@@ -50,6 +50,11 @@ def format_duration(seconds: float) -> str:
     return f"{hours}h{minutes:02d}m" if hours < 24 else f"{hours // 24}d{hours % 24:02d}h"
 
 
+def number(value: float | None) -> str:
+    """Four decimals; `-` for a figure that there is none of."""
+    return "-" if value is None else f"{value:.4f}"
+
+
 @dataclass(frozen=True, slots=True)
 class _Figures:
     """The newest figures of the run."""

@@ -12,7 +12,7 @@ from tlscale.dist import Processes
 from tlscale.errors import EXIT_FAILED
 from tlscale.evaluate import scalars
 from tlscale.prepare import Prepared
-from tlscale.progress import Progress
+from tlscale.progress import Progress, number
 from tlscale.run_folder import RunFolder
 from tlscale.run_state import Clock
 from tlscale.tracking import MetricsFile, Trackers, open_trackers
@@ -96,11 +96,8 @@ class RunBook:
     def write_evaluation(self, split: str, figures: dict[str, Any], *, is_best: bool) -> None:
         """A line on an evaluation."""
         self._write("evaluate", {"split": split, **scalars(figures)})
-        star = "  (best so far)" if is_best else ""
-        self._progress.say(
-            f"{split} after step {self._clock.step}: top1 {figures['top1']:.4f}  loss {figures['loss']:.4f}  "
-            f"macro-F1 {figures['macro_f1']:.4f}{star}"
-        )
+        shown = "  ".join(f"{key} {number(figures[key])}" for key in ("top1", "loss", "macro_f1"))
+        self._progress.say(f"{split} after step {self._clock.step}: {shown}{'  (best so far)' if is_best else ''}")
 
     def _write(self, kind: str, figures: dict[str, Any]) -> None:
         step = self._clock.step

@@ -10,6 +10,8 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import torch
+
 from tlscale import __version__
 from tlscale.prepare import Prepared, strategy_of
 from tlscale.recipe.load import recipe_digest
@@ -32,6 +34,7 @@ def make_record(prepared: Prepared, *, world_size: int, device: str) -> dict[str
         "packages": {name: _version(name) for name in _PACKAGES},
         "world_size": world_size,
         "device": device,
+        "threads": torch.get_num_threads(),
         "batch": prepared.split.describe(),
         "total_steps": prepared.total_steps,
         "data": {

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -37,8 +36,13 @@ class Clock:
     def best_step(self) -> int | None:
         return self.best[0][0] if self.best else None
 
-    def rank_step(self, figure: float, evaluation: EvaluateSection, keeping: CheckpointSection) -> bool:
-        """Enter this step's validation figure; whether it is among the best, the earlier one winning a tie."""
+    def rank_step(self, figure: float | None, evaluation: EvaluateSection, keeping: CheckpointSection) -> bool:
+        """Enter this step's validation figure; whether it is among the best, the earlier one winning a tie.
+
+        None (a loss that is not finite) is never among the best.
+        """
+        if figure is None:
+            return False
         sign = 1 if evaluation.select == "loss" else -1
         entries = sorted([*self.best, (self.step, figure)], key=lambda entry: (sign * entry[1], entry[0]))
         self.best = entries[: keeping.keep_best]
@@ -100,9 +104,7 @@ def snapshot(
     return Checkpoint(clock.step, groups, state)
 
 
-def restore(
-    checkpoint: Checkpoint, network: Classifier, optimizer: torch.optim.Optimizer, ema: Ema | None
-) -> Clock:
+def restore(checkpoint: Checkpoint, network: Classifier, optimizer: torch.optim.Optimizer, ema: Ema | None) -> Clock:
     """Put a checkpoint back into the objects of a run; the clock that it was saved at."""
     network.load_state_dict(dict(checkpoint.tensors["model"]))
     unpack_optimizer(optimizer, checkpoint.tensors["optimizer"], checkpoint.state["optimizer"])

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tlscale.prepare import Prepared, strategy_of
-from tlscale.progress import Progress, format_duration
+from tlscale.progress import Progress, format_duration, number
 
 _WORST_SHOWN = 5
 
@@ -88,19 +88,21 @@ def show_result(result: dict[str, Any], screen: Progress, *, folder: Path, how_t
     for name in ("best", "last"):
         figures = result[name]
         rows.append(
-            (name, figures["step"], f"{figures['top1']:.4f}", f"{figures['loss']:.4f}", f"{figures['macro_f1']:.4f}")
+            (name, figures["step"], number(figures["top1"]), number(figures["loss"]), number(figures["macro_f1"]))
         )
     title = f"{result['num_images']:,} {result['split']} images"
     screen.table(title, ("weights", "step", "top1", "loss", "macro-F1"), rows)
     show_classes(result, screen)
     low, high = result["top1_interval95"]
     screen.say(
-        f"top1 {result['top1']:.4f} (95% interval {low:.4f} to {high:.4f}) with the {result['weights']} weights; "
+        f"top1 {number(result['top1'])} (95% interval {low:.4f} to {high:.4f}) with the {result['weights']} weights; "
         f"{result['epochs']:g} epochs in {format_duration(result['wall_s'])}, {result['images_per_s']:.0f} images/s",
         style="bold",
     )
     if result["is_sample"]:
-        screen.say("FALLBACK SAMPLE: these are figures of the small shipped sample, not of Fashion-MNIST", style="bold red")
+        screen.say(
+            "FALLBACK SAMPLE: these are figures of the small shipped sample, not of Fashion-MNIST", style="bold red"
+        )
     screen.say(f"figures: {folder / 'result.json'}   curves: {folder / 'metrics.jsonl'}   model: {folder / 'model'}")
     screen.say(f"load it with {how_to_load}")
 
@@ -109,5 +111,5 @@ def show_classes(figures: dict[str, Any], screen: Progress) -> None:
     """The classes that are recognised worst."""
     known = [(name, row) for name, row in figures["per_class"].items() if row["accuracy"] is not None]
     worst = sorted(known, key=lambda item: item[1]["accuracy"])[:_WORST_SHOWN]
-    rows = [(name, row["num_images"], f"{row['accuracy']:.4f}", f"{row['f1']:.4f}") for name, row in worst]
+    rows = [(name, row["num_images"], number(row["accuracy"]), number(row["f1"])) for name, row in worst]
     screen.table("Hardest classes", ("class", "images", "accuracy", "F1"), rows)

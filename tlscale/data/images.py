@@ -29,7 +29,7 @@ from tlscale.errors import DataError
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 """Pillow's names of the formats that are read; MPO (phone cameras) comes in as JPEG."""
 EXTENSIONS = frozenset(
-    (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".bmp", ".dib")
+    (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".bmp")
     + (".tif", ".tiff", ".gif", ".ppm", ".pgm", ".pbm", ".pnm")
 )
 """File name endings, in small letters, of those formats."""

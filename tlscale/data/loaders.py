@@ -8,7 +8,7 @@ Shape letters: N images of a split, B images of a batch, C channels, H height, W
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from tlscale.cores import num_cores
 from tlscale.data.augment import Augmenter
 from tlscale.data.images import decode_image
 from tlscale.data.sampler import (
@@ -32,14 +33,13 @@ from tlscale.data.sampler import (
 )
 from tlscale.data.sources import ImageSplit
 from tlscale.data.transforms import ImageBatch, InputSpec, Pixels, eval_transform
-from tlscale.data.workers import load_in_order, map_in_threads, num_cores
+from tlscale.data.workers import load_in_order, map_in_threads
 from tlscale.errors import DataError
 from tlscale.recipe.schema import DataSection
 
 _MIB = 2**20
 _MOST_WORKERS = 4
 _BLOCK = 256  # images that a thread takes at once while a cache is filled
-_FIRST_FEW = 100
 _SAMPLE = 64  # images whose sizes stand for those of all
 
 
@@ -75,21 +75,6 @@ class ImageStore:
         self._section = section
         self._prepared_NCSS = None if crops else self._keep_prepared()
         self._originals = self._keep_originals() if crops and section.cache_mib else None
-
-    @staticmethod
-    def image_hw(split: ImageSplit, section: DataSection, *, in_chans: int) -> tuple[int, int]:
-        """Height and width of the first image that can be read, among the first few.
-
-        Raises:
-            DataError: none of them can be read; or the first cannot, and `on_bad_image` is `error`.
-        """
-        last = len(split) if section.on_bad_image == "skip" else 1
-        for row in range(min(_FIRST_FEW, last)):
-            try:
-                return _decoded(split, row, section, in_chans).shape[:2]
-            except DataError as error:
-                bad = error
-        raise bad
 
     def __len__(self) -> int:
         return len(self.split)
@@ -132,7 +117,7 @@ class ImageStore:
         return [_as_chw(image) for image in images] if self.crops else torch.from_numpy(_stacked(images))
 
     def _decode(self, row: int) -> Pixels:
-        return _decoded(self.split, row, self._section, self.spec.in_chans)
+        return _decoded(self.split, row, self.spec.in_chans, round(self._section.max_megapixels * 1e6))
 
     def _prepare(self, row: int) -> Pixels:
         return eval_transform(self._decode(row), self.spec)
@@ -177,7 +162,7 @@ class ImageStore:
 
 
 def find_bad_images(
-    split: ImageSplit, section: DataSection, *, in_chans: int, rows: Sequence[int] | None = None
+    split: ImageSplit, *, in_chans: int, max_pixels: int, rows: Sequence[int] | None = None
 ) -> list[tuple[int, str]]:
     """The images that cannot be read, each with the reason; for `on_bad_image: skip`, before the first step.
 
@@ -187,7 +172,7 @@ def find_bad_images(
 
     def reason(row: int) -> tuple[int, str] | None:
         try:
-            _decoded(split, row, section, in_chans)
+            _decoded(split, row, in_chans, max_pixels)
         except DataError as error:
             return row, str(error)
         return None
@@ -224,7 +209,7 @@ def train_batches(
     stop_step: int,
     workers: int = 0,
     pin_memory: bool = False,
-) -> Iterator[list[ImageBatch]]:
+) -> Generator[list[ImageBatch], None, None]:
     """For each step from `start_step` on, up to before `stop_step`, this process's micro-batches.
 
     Close the iterator (or use it up) to end its worker processes.
@@ -257,7 +242,7 @@ def train_batches(
 
 def eval_batches(
     store: ImageStore, rank: int, world_size: int, batch_size: int, workers: int = 0, pin_memory: bool = False
-) -> Iterator[ImageBatch]:
+) -> Generator[ImageBatch, None, None]:
     """This process's share of all images, each once over all processes, without padding or augmentation.
 
     Args:
@@ -292,8 +277,7 @@ def _train_batch(store: ImageStore, augmenter: Augmenter, seed: int, micro_batch
     return batch
 
 
-def _decoded(split: ImageSplit, row: int, section: DataSection, in_chans: int) -> Pixels:
-    max_pixels = round(section.max_megapixels * 1e6)
+def _decoded(split: ImageSplit, row: int, in_chans: int, max_pixels: int) -> Pixels:
     return decode_image(split.read(row), in_chans=in_chans, max_pixels=max_pixels, where=split.where(row))
 
 

@@ -13,6 +13,7 @@ Shape letters: N rows.
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -139,7 +140,8 @@ def _rows_of_splits(section: DataSection, file: Path, table: pa.Table) -> dict[R
         known = [section.train_split, section.validation_split or "validation", section.test_split]
         raise DataError(
             f"{file}, column {SPLIT_COLUMN!r}: unknown split {shown}; the splits are {', '.join(known)} "
-            f"(data.train_split, data.validation_split, data.test_split).{did_you_mean(strange[0], known) if strange else ''}"
+            "(data.train_split, data.validation_split, data.test_split)."
+            f"{did_you_mean(strange[0], known) if strange else ''}"
         )
     found = ((role, name, pc.indices_nonzero(pc.equal(names_N, name)).to_numpy()) for role, name in picked.items())
     return {role: (name, rows_N.astype(np.int64)) for role, name, rows_N in found}
@@ -175,13 +177,13 @@ def _facts(file: Path, column: pa.ChunkedArray) -> Iterable[str | bytes]:
     for row, path in enumerate(_paths(column)):
         _check_inside(file, row, path)
         try:
-            stat = os.stat(os.path.join(root, path))
+            found = os.stat(os.path.join(root, path))
         except (OSError, ValueError):
             missing.append(path)
             continue
-        if not os.path.isfile(os.path.join(root, path)):
+        if not stat.S_ISREG(found.st_mode):
             missing.append(path)
-        facts[row] = stat.st_size, stat.st_mtime_ns
+        facts[row] = found.st_size, found.st_mtime_ns
     if missing:
         raise DataError(
             f"{file}: {len(missing):,} of {len(column):,} files are not there: {first_few(quoted(missing))}; "

@@ -17,6 +17,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from tlscale.cores import num_cores
 from tlscale.errors import TlscaleError
 
 
@@ -109,7 +110,3 @@ def map_in_threads(function: Callable[[K], R], items: Sequence[K]) -> Iterator[R
         return
     with ThreadPoolExecutor(threads) as pool:
         yield from pool.map(function, items)
-
-
-def num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

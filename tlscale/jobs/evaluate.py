@@ -17,7 +17,7 @@ from tlscale.errors import DataError, RunFolderError
 from tlscale.evaluate import InputPath, evaluate
 from tlscale.model.classifier import TrainedModel, load
 from tlscale.objective import Objective
-from tlscale.progress import Progress
+from tlscale.progress import Progress, number
 from tlscale.recipe.load import load_recipe
 from tlscale.recipe.schema import LossSection, Recipe
 from tlscale.run_folder import write_json
@@ -90,7 +90,8 @@ def _show(figures: dict[str, Any], *, as_json: bool) -> None:
     show_classes(figures, screen)
     low, high = figures["top1_interval95"]
     screen.say(
-        f"{figures['num_images']:,} {figures['split']} images: top1 {figures['top1']:.4f} (95% interval {low:.4f} to "
-        f"{high:.4f}), loss {figures['loss']:.4f}, macro-F1 {figures['macro_f1']:.4f}, ECE {figures['ece']:.4f}",
+        f"{figures['num_images']:,} {figures['split']} images: top1 {number(figures['top1'])} "
+        f"(95% interval {low:.4f} to {high:.4f}), loss {number(figures['loss'])}, "
+        f"macro-F1 {number(figures['macro_f1'])}, ECE {number(figures['ece'])}",
         style="bold",
     )

@@ -201,7 +201,12 @@ def _train(
             num_images = prepared.order.num_images_in(clock.step)
             lr = set_lr(parts.optimizer, prepared.lr_factor(clock.step))
             loss_sum, grad_norm = train_step(
-                batches, model, optimizer, parts, num_images=num_images, seed=derive_seed(recipe.seed, "step", clock.step)
+                batches,
+                model,
+                optimizer,
+                parts,
+                num_images=num_images,
+                seed=derive_seed(recipe.seed, "step", clock.step),
             )
             clock.step += 1
             window.add(loss_sum, num_images, clock.step)
@@ -258,7 +263,11 @@ def _finish(
     with parts.averaged():
         how = processes.on_main(
             lambda: export_model(
-                parts.network, folder.model, head=prepared.recipe.head, classes=prepared.data.classes, spec=prepared.spec
+                parts.network,
+                folder.model,
+                head=prepared.recipe.head,
+                classes=prepared.data.classes,
+                spec=prepared.spec,
             )
         )
     result = _result(prepared, clock, split.name, wall_s=book.elapsed_s(), best=best, last=last)
@@ -351,7 +360,7 @@ def _refuse_other_inputs(record: dict[str, Any], prepared: Prepared, folder: Run
         if record[what][key] != now[what]:
             raise CheckpointError(
                 f"'{folder.path}' cannot be resumed: its {what} are not those that it was started with "
-                f"({record[what][key][:12]} then, {now[what][:12]} now). Bring them back, or start another run: --out DIR"
+                f"({record[what][key][:12]} then, {now[what][:12]} now). Bring them back, or start another: --out DIR"
             )
 
 
@@ -372,8 +381,8 @@ def _non_finite(bad_step: int, finite_step: int, folder: RunFolder) -> str:
     return (
         f"the loss became NaN or infinite at step {bad_step}; it was finite up to step "
         f"{max(finite_step, bad_step - 1)}. "
-        f"{f'The last checkpoint is {newest}' if newest else 'There is no checkpoint yet'}; no weights were saved after "
-        "it. Lower optim.lr, lengthen schedule.warmup, set optim.clip_grad_norm=1.0, or use compute.precision=fp32."
+        f"{f'The last checkpoint is {newest}' if newest else 'There is no checkpoint yet'}; nothing was saved after. "
+        "Lower optim.lr, lengthen schedule.warmup, set optim.clip_grad_norm=1.0, or use compute.precision=fp32."
     )
 
 

@@ -6,6 +6,7 @@ that fits only in part without a word.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import pickle
@@ -126,8 +127,10 @@ def _check_name(name: str) -> None:
         )
 
 
-def _create(section: BackboneSection, size: dict[str, int], *, pretrained: bool) -> nn.Module:
-    rates = {key: getattr(section, key) for key in ("drop_rate", "drop_path_rate") if getattr(section, key) > 0}
+def _create(section: BackboneSection, size: dict[str, Any], *, pretrained: bool) -> nn.Module:
+    rates: dict[str, Any] = {
+        key: getattr(section, key) for key in ("drop_rate", "drop_path_rate") if getattr(section, key) > 0
+    }
     try:
         with cache_only_when_unreachable():
             return timm.create_model(
@@ -191,7 +194,7 @@ def _read_state(path: Path, section: BackboneSection) -> dict[str, Tensor]:
     """The tensors of a file, read without running anything that the file holds."""
     if not path.is_file():
         raise ModelError(
-            f"backbone.weights: there is no file '{path}'. It is 'pretrained', 'none' or the path of a .safetensors file."
+            f"backbone.weights: there is no file '{path}'. Give 'pretrained', 'none' or the path of a .safetensors."
         )
     if section.sha256 is not None and (found := _file_digest(path)) != section.sha256:
         raise ModelError(f"backbone.sha256: '{path}' has the SHA-256 {found}, not {section.sha256}; it is another file")
@@ -202,8 +205,8 @@ def _read_state(path: Path, section: BackboneSection) -> dict[str, Tensor]:
             raise ModelError(f"backbone.weights: '{path}' is not a .safetensors file (nor .pth, .pt, .bin)")
         if not section.allow_pickle:
             raise ModelError(
-                f"backbone.weights: '{path}' is a pickle, which can run code when it is read. Convert it to safetensors, "
-                "or set backbone.allow_pickle=true to have torch's restricted unpickler read it."
+                f"backbone.weights: '{path}' is a pickle, which can run code when it is read. Convert it to "
+                "safetensors, or set backbone.allow_pickle=true to have torch's restricted unpickler read it."
             )
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -241,10 +244,9 @@ def _best_fit(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     if fit(candidates[0]) < len(own):
         filter_fn = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
         if callable(filter_fn):
-            try:
+            # A file of another architecture breaks its filter; the share that matches tells the user so.
+            with contextlib.suppress(KeyError, RuntimeError, TypeError, ValueError, AttributeError, IndexError):
                 candidates.append(_fit_channels(dict(filter_fn(dict(state), model)), model))
-            except (KeyError, RuntimeError, TypeError, ValueError, AttributeError, IndexError):
-                pass  # the file is of another architecture; the share that matches tells the user so
     return max(candidates, key=fit)
 
 

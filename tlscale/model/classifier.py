@@ -106,7 +106,7 @@ def enable_gradient_checkpointing(classifier: Classifier, *, in_chans: int, imag
     Raises:
         ModelError: it does not act in this backbone, or has nothing to act on.
     """
-    from timm.layers import set_reentrant_ckpt
+    from timm.layers.config import set_reentrant_ckpt
 
     backbone = classifier.backbone
     if not any(param.requires_grad for param in backbone.parameters()):
@@ -125,9 +125,9 @@ def enable_gradient_checkpointing(classifier: Classifier, *, in_chans: int, imag
 def _no_checkpointing(backbone: nn.Module) -> str:
     return (
         f"compute.gradient_checkpointing: {type(backbone).__name__} does not recompute anything in the backward pass "
-        "(with these layers frozen). timm's resnet, resnext, regnet, efficientnet, mobilenetv3, convnext, densenet, vit, deit, "
-        "beit, eva, swin and maxvit families do; vgg, the inceptions, xception, dpn, dla, hrnet, cspnet, senet, "
-        "nasnet, pit, coat, crossvit, twins and rdnet do not. Take the key out, or lower compute.micro_batch_size."
+        "(with these layers frozen). timm's resnet, resnext, regnet, efficientnet, mobilenetv3, convnext, "
+        "densenet, vit, deit, beit, eva, swin and maxvit families do; vgg, the inceptions, xception, dpn, dla, hrnet, "
+        "cspnet, senet, nasnet, pit, coat, crossvit, twins and rdnet do not. Take the key out, or lower compute.micro_batch_size."
     )
 
 
@@ -225,7 +225,11 @@ def _write_config(
     save_config_for_hf(
         model,
         str(path),
-        model_config={"pretrained_cfg": transform, "tlscale": ours, **({"label_names": list(classes)} if whole else {})},
+        model_config={
+            "pretrained_cfg": transform,
+            "tlscale": ours,
+            **({"label_names": list(classes)} if whole else {}),
+        },
         model_args={"in_chans": spec.in_chans},
     )
     config = json.loads(path.read_text())
@@ -240,7 +244,7 @@ def _as_timm_model(classifier: Classifier, spec: InputSpec) -> nn.Module | None:
     cfg: dict[str, Any] = backbone.pretrained_cfg  # type: ignore[assignment]
     args = {**getattr(backbone, "_model_args", {}), "num_classes": linear.out_features}
     model = timm.create_model(cfg["architecture"], pretrained=False, **args)
-    model.pretrained_cfg = {**cfg, "num_classes": linear.out_features}
+    model.pretrained_cfg = {**cfg, "num_classes": linear.out_features}  # type: ignore[assignment]
     names = cfg.get("classifier") or ()
     state = {name: tensor.cpu() for name, tensor in backbone.state_dict().items()}
     for name in (names,) if isinstance(names, str) else names:
@@ -276,10 +280,14 @@ def load(run: str | Path) -> TrainedModel:
     folder = folder / "model" if (folder / "model" / "config.json").is_file() else folder
     path = folder / "config.json"
     if not path.is_file():
-        raise RunFolderError(f"'{run}' holds no model: there is no '{path}'. Has the run ended? (tlscale run ... --resume)")
+        raise RunFolderError(
+            f"'{run}' holds no model: there is no '{path}'. Has the run ended? (tlscale run ... --resume)"
+        )
     ours = json.loads(path.read_text()).get("tlscale")
     if ours is None:
-        raise RunFolderError(f"'{path}' was not written by tlscale; load it with timm.create_model('local-dir:{folder}')")
+        raise RunFolderError(
+            f"'{path}' was not written by tlscale; load it with timm.create_model('local-dir:{folder}')"
+        )
     if ours["format"] > FORMAT:
         raise RunFolderError(f"'{path}' has format {ours['format']}, this tlscale reads up to {FORMAT}; update tlscale")
     model = timm.create_model(f"local-dir:{folder}", pretrained=True)

@@ -363,9 +363,7 @@ class ScheduleSection(Section):
     min_factor: float = Field(0.0, ge=0.0, le=1.0)
     """Where cosine and linear end, as a share of the peak."""
     step_every: (
-        Annotated[
-            Duration, BeforeValidator(_duration), AfterValidator(_positive), _plain_duration, _DURATION_JSON
-        ]
+        Annotated[Duration, BeforeValidator(_duration), AfterValidator(_positive), _plain_duration, _DURATION_JSON]
         | None
     ) = None
     """`decay: step` only: how long a stair is."""
@@ -409,6 +407,9 @@ class ComputeSection(Section):
     """Compile the model with `torch.compile`."""
     deterministic: bool = False
     """Use only deterministic algorithms (the CPU's are; on a GPU slower, and some operations have none)."""
+    threads: int | None = Field(None, ge=1, le=1024)
+    """CPU threads of a process; by itself the machine's cores divided among its processes. Sums on a CPU depend on it
+    in the last bit, so a run that is to be repeated exactly elsewhere names it."""
     num_processes: int | None = Field(None, ge=1)
     """Refuse to run on any other number of processes; by itself as many as the launcher started."""
 

@@ -1,0 +1,94 @@
+# The two commands of the README are `make demo` and `make test`. They need git, GNU make and Python 3.11 or newer, no root.
+#
+#   make VENV=/tmp/venv test        another place for the virtual environment
+#   make PYTHON=python3.12 test     another Python to make it with
+#   make TEST_ARGS='-k rules' test-unit
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+TEST_ARGS ?=
+# As many test workers as cores, up to 4, each with one thread: torch's threads would get in each other's way.
+WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(4, os.cpu_count() or 1))')
+RECIPE := recipes/resnet_fmnist.yaml
+RUN := runs/resnet_fmnist
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all test-unit test-dist lint format wheel constraints clean
+.DELETE_ON_ERROR:
+
+help: ## what there is
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{ printf "%-20s %s\n", $$1, $$2 }'
+
+# --- The environment: made when missing, brought up to date when pyproject.toml or constraints.txt changed ------------
+
+$(VENV)/.tlscale: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "tlscale needs Python 3.11 or newer, and $(PYTHON) is " + sys.version.split()[0] + "; say which: make PYTHON=python3.12 ...")'
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	@echo "Installing tlscale and what it needs; the first time that is several GB on Linux, torch's CUDA libraries included."
+	$(BIN)/python -m pip install -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.tlscale-dev: $(VENV)/.tlscale
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# --- The README's first command ---------------------------------------------------------------------------------------
+
+demo: $(VENV)/.tlscale ## train a ResNet on Fashion-MNIST, from nothing to a model in runs/
+	bash scripts/get_fashion_mnist.sh
+	$(BIN)/accelerate launch tlscale/run.py $(RECIPE) --resume
+	@echo
+	@echo "Figures:  $(RUN)/result.json"
+	@echo "Model:    $(RUN)/model/  (timm.create_model('local-dir:$(RUN)/model') loads it)"
+	@echo "Log:      $(RUN)/metrics.jsonl"
+	@echo "A second 'make demo' goes on from the last checkpoint; to start anew, remove $(RUN)/."
+
+# --- The README's second command, and its parts -----------------------------------------------------------------------
+
+test: lint test-all ## everything that needs no special machine: lint, types, layers, tests
+
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=10
+PARALLEL = -n $(WORKERS) --dist loadfile
+
+test-all: $(VENV)/.tlscale-dev
+	bash scripts/get_fashion_mnist.sh
+	$(PYTEST) $(PARALLEL) $(TEST_ARGS)
+
+test-unit: $(VENV)/.tlscale-dev ## only the tests in one process
+	$(PYTEST) $(PARALLEL) -m 'not dist' tests $(TEST_ARGS)
+
+test-dist: $(VENV)/.tlscale-dev ## only the tests with several processes
+	$(PYTEST) -m dist tests $(TEST_ARGS)
+
+lint: $(VENV)/.tlscale-dev ## ruff, its formatter as a check, mypy, import-linter
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+format: $(VENV)/.tlscale-dev ## let ruff repair and format what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# --- Less often -------------------------------------------------------------------------------------------------------
+
+wheel: $(VENV)/.tlscale ## dist/tlscale-*.whl, with the recipes and the sample of images in it
+	rm -f dist/tlscale-*.whl
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	@for part in $(RECIPE:recipes/%=tlscale/_recipes/%) tlscale/data/sample/; do \
+	  $(BIN)/python -m zipfile -l dist/tlscale-*.whl | grep "^$$part" >/dev/null || { echo "the wheel lacks $$part" >&2; exit 1; }; \
+	done
+	@ls dist/tlscale-*.whl
+
+constraints: $(VENV)/.tlscale-dev ## write constraints.txt anew from what is installed in $(VENV)
+	@{ sed -n '/^#/p' constraints.txt; \
+	   $(BIN)/python -m pip freeze --exclude-editable \
+	   | grep -v '^setuptools=' | sed -E '/^(nvidia-|cuda-|triton=)/ s/$$/ ; sys_platform == "linux"/'; } > constraints.txt.new
+	mv constraints.txt.new constraints.txt
+
+clean: ## remove what was built (not .venv, not runs/)
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -not -path './.git/*' -prune -exec rm -rf {} +

@@ -1,0 +1,196 @@
+"""Augmentation depends on an image and its key, and on nothing else."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tlscale.data.augment import Augmenter
+from tlscale.data.sampler import Stream, image_keys
+from tlscale.recipe.schema import AUGMENTATIONS, DataSection, augmentation_values
+
+SIZE = 20
+RECIPES = {
+    "none": [],
+    "flip": ["flip"],
+    "crop": [{"crop": 0.2}],
+    "trivialaugment": ["trivialaugment"],
+    "randaugment": [{"randaugment": 30.0}],
+    "erasing": [{"erasing": 1.0}],
+    "all": ["flip", "crop", "randaugment", "erasing", "mixup", "cutmix"],
+}
+GOLDEN_PARTNERS = [915, 412, 898, 99]
+GOLDEN_LAM = [0.7417203, 0.7802572, 0.9975, 1.87e-05]
+GOLDEN_BOXES = [[0, 0, 0, 0], [0, 0, 0, 0], [8, 9, 12, 13], [0, 0, 0, 0]]
+
+
+def augmenter(items: list, chans: int = 3, interpolation: str = "bicubic") -> Augmenter:
+    values = augmentation_values(DataSection(source="fashion_mnist", augment=items).augment)
+    return Augmenter(values, image_size=SIZE, interpolation=interpolation, erase_color=(100, 110, 120)[:chans])
+
+
+def images(count: int, chans: int = 3, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (count, chans, SIZE, SIZE), dtype=torch.uint8, generator=generator)
+
+
+def keys(rows, epoch: int = 0, stream: Stream = Stream.OWN) -> np.ndarray:
+    return image_keys(3, epoch, np.asarray(rows), stream)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("chans", [1, 3])
+def test_an_image_is_augmented_alike_in_any_batch(name, chans):
+    augment, some = augmenter(RECIPES[name], chans), images(12, chans)
+    together = augment.augment(some, keys(range(12)))
+    assert together.shape == (12, chans, SIZE, SIZE)
+    assert together.dtype == torch.uint8
+    for order in ([5], [11, 3], list(range(11, -1, -1))):
+        assert torch.equal(augment.augment(some[order], keys(order)), together[order])
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name != "none"])
+def test_epochs_and_images_differ(name):
+    augment, some = augmenter(RECIPES[name]), images(1).expand(64, -1, -1, -1)
+    first, second = augment.augment(some, keys(range(64))), augment.augment(some, keys(range(64), epoch=1))
+    assert not torch.equal(first, second)
+    assert len({image.numpy().tobytes() for image in first}) >= (2 if name == "flip" else 12)
+
+
+def test_without_augmentation_images_are_left_alone():
+    some = images(3)
+    assert augmenter([]).augment(some, keys(range(3))) is some
+    assert augmenter(["mixup"]).augment(some, keys(range(3))) is some
+
+
+def test_no_generator_notices():
+    np_state, py_state, torch_state = np.random.get_state(), random.getstate(), torch.get_rng_state()
+    threads = torch.get_num_threads()
+    for name in RECIPES:
+        augment = augmenter(RECIPES[name])
+        augment.augment(images(4), keys(range(4)))
+        if augment.mixes:
+            augment.draw_mixes(keys(range(4)), 100)
+    assert random.getstate() == py_state
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    assert all(np.array_equal(a, b) for a, b in zip(np.random.get_state(), np_state, strict=True))
+    assert torch.get_num_threads() == threads
+
+
+def test_the_generator_is_given_back_after_an_error():
+    state = torch.get_rng_state()
+    with pytest.raises(ValueError, match="shorter"):
+        augmenter(["flip"]).augment(images(2), keys(range(1)))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_no_other_generator_has_a_part():
+    augment, some = augmenter(RECIPES["all"]), images(8)
+    wanted, mixes = augment.augment(some, keys(range(8))), augment.draw_mixes(keys(range(8)), 50)
+    random.seed(1)
+    np.random.seed(1)
+    torch.manual_seed(1)
+    assert torch.equal(augment.augment(some, keys(range(8))), wanted)
+    assert np.array_equal(augment.draw_mixes(keys(range(8)), 50).lam_B, mixes.lam_B)
+
+
+def test_flip_flips_as_often_as_asked():
+    some = images(1).expand(1000, -1, -1, -1)
+    for probability in (0.0, 0.3, 1.0):
+        flipped = augmenter([{"flip": probability}]).augment(some, keys(range(1000)))
+        share = (flipped == some[0].flip(-1)).flatten(1).all(1).float().mean().item()
+        assert abs(share - probability) <= 4 * (probability * (1 - probability) / 1000) ** 0.5
+
+
+def test_a_crop_takes_originals_of_any_size_and_keeps_at_least_its_share():
+    """Of an image whose red channel counts its columns and whose green one its rows, a crop's spread is its size."""
+    height, width, least = 60, 90, 0.5
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    ramp = torch.stack([columns * 2, rows * 2, rows * 0]).to(torch.uint8)
+    crops = augmenter([{"crop": least}], interpolation="nearest").augment([ramp] * 200, keys(range(200))).float()
+    spread = (crops.amax((2, 3)) - crops.amin((2, 3)))[:, :2] / 2 + 1
+    shares = spread.prod(1) / (height * width)
+    assert shares.min() > least - 0.12  # nearest neighbours of 20 samples may miss up to a twentieth on each side
+    assert shares.max() > 0.8
+    assert shares.std() > 0.05
+
+
+@pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic", "lanczos", "hamming", "box"])
+def test_a_crop_works_with_every_interpolation(interpolation):
+    assert augmenter(["crop"], interpolation=interpolation).augment(images(2), keys([0, 1])).shape[2:] == (SIZE, SIZE)
+
+
+@pytest.mark.parametrize("chans", [1, 3])
+def test_erasing_fills_a_rectangle_with_the_mean_color(chans):
+    some = images(40, chans)
+    erased = augmenter([{"erasing": 1.0}], chans).augment(some, keys(range(40)))
+    changed = (erased != some).any(1)
+    color = torch.tensor((100, 110, 120)[:chans], dtype=torch.uint8)
+    num_changed = 0
+    for image, mask in zip(erased, changed, strict=True):
+        if not mask.any():  # torchvision gives up after ten rectangles that do not fit
+            continue
+        ys, xs = mask.nonzero(as_tuple=True)
+        box = image[:, ys.min() : ys.max() + 1, xs.min() : xs.max() + 1]
+        assert (box == color[:, None, None]).all()
+        num_changed += 1
+    assert num_changed >= 30
+
+
+@given(rows=st.lists(st.integers(0, 10**9), min_size=1, max_size=20), num_images=st.integers(1, 10**9))
+@settings(max_examples=40, deadline=None)
+def test_mixes_are_in_range_and_independent_of_the_batch(rows, num_images):
+    augment = augmenter([{"mixup": 0.01}, {"cutmix": 1.0}])
+    mixes = augment.draw_mixes(keys(rows, stream=Stream.MIX), num_images)
+    alone = [augment.draw_mixes(keys([row], stream=Stream.MIX), num_images) for row in rows]
+    assert mixes.partners_B.tolist() == [one.partners_B[0] for one in alone]
+    assert mixes.boxes_B4.tolist() == [one.boxes_B4[0].tolist() for one in alone]
+    assert ((mixes.partners_B >= 0) & (mixes.partners_B < num_images)).all()
+    assert ((mixes.lam_B >= 0) & (mixes.lam_B <= 1)).all()
+    y0, y1, x0, x1 = mixes.boxes_B4.T
+    assert ((y0 >= 0) & (y0 <= y1) & (y1 <= SIZE) & (x0 >= 0) & (x0 <= x1) & (x1 <= SIZE)).all()
+
+
+@pytest.mark.parametrize("alpha", [0.2, 1.0, 5.0])
+def test_mixup_shares_follow_the_beta_distribution(alpha):
+    mixes = augmenter([{"mixup": alpha}]).draw_mixes(keys(range(3000), stream=Stream.MIX), 10)
+    assert not mixes.boxes_B4.any()
+    variance = 1 / (4 * (2 * alpha + 1))
+    assert mixes.lam_B.mean() == pytest.approx(0.5, abs=4 * (variance / 3000) ** 0.5)
+    assert mixes.lam_B.var() == pytest.approx(variance, rel=0.1)
+    counts = np.bincount(mixes.partners_B, minlength=10)
+    assert ((counts - 300) ** 2 / 300).sum() < 9 + 4 * 18**0.5
+
+
+def test_cutmix_share_is_what_the_box_leaves():
+    mixes = augmenter(["cutmix"]).draw_mixes(keys(range(500), stream=Stream.MIX), 10)
+    y0, y1, x0, x1 = mixes.boxes_B4.T
+    assert np.allclose(mixes.lam_B, 1 - (y1 - y0) * (x1 - x0) / SIZE**2, atol=1e-6)
+    assert ((y1 - y0) != (x1 - x0)).any()  # cut off at an edge
+    assert mixes.lam_B.std() > 0.15
+
+
+def test_both_named_each_image_takes_one_or_the_other():
+    mixes = augmenter(["mixup", "cutmix"]).draw_mixes(keys(range(2000), stream=Stream.MIX), 10)
+    share = ((mixes.boxes_B4 != 0).any(1)).mean()
+    assert 0.4 < share < 0.52  # half, less the boxes that are too small to hold a pixel
+
+
+def test_the_draws_of_mixing_are_pinned():
+    """A library that changes its streams changes every run; this is where it would be noticed."""
+    mixes = augmenter(["mixup", "cutmix"]).draw_mixes(keys(range(4), stream=Stream.MIX), 1000)
+    assert mixes.partners_B.tolist() == GOLDEN_PARTNERS
+    assert mixes.lam_B.tolist() == pytest.approx(GOLDEN_LAM, abs=1e-6)
+    assert mixes.boxes_B4.tolist() == GOLDEN_BOXES
+
+
+def test_every_augmentation_of_the_schema_acts():
+    for name in AUGMENTATIONS:
+        augment, some = augmenter([name]), images(32)
+        acts = augment.mixes or not torch.equal(augment.augment(some, keys(range(32))), some)
+        assert acts, name

@@ -1,0 +1,244 @@
+"""The display on a terminal, as plain lines, and switched off; text of others; a terminal that is given back."""
+
+import io
+import os
+import pty
+import re
+import subprocess
+import sys
+import threading
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from tlscale.progress import Progress, format_duration, visible
+
+SHOW_CURSOR, HIDE_CURSOR = "\x1b[?25h", "\x1b[?25l"
+
+
+class Clock:
+    """Seconds that pass when the test says so."""
+
+    def __init__(self):
+        self.now = 1000.0
+
+    def __call__(self):
+        return self.now
+
+
+def terminal(width=100):
+    return Console(file=io.StringIO(), force_terminal=True, width=width, color_system="standard", legacy_windows=False)
+
+
+def plain():
+    return Console(file=io.StringIO(), force_terminal=False)
+
+
+def text_of(console):
+    return console.file.getvalue()
+
+
+def figures(**changes):
+    return {"loss": 0.43123, "lr": 9.8e-4, "images_per_s": 711.6, "epoch": 1.26, **changes}
+
+
+def test_a_plain_line():
+    console, clock = plain(), Clock()
+    with Progress(940, console=console, clock=clock) as progress:
+        clock.now += 12.0
+        progress.update(20, **figures())
+        clock.now += 60.0
+        progress.update(120, **figures(), best=0.91234)
+    lines = text_of(console).splitlines()
+    assert lines[0] == "step  20/940  epoch 1.3  loss 0.4312  lr 9.8e-04  712 images/s  eta 9m12s"
+    assert lines[1] == "step 120/940  epoch 1.3  loss 0.4312  lr 9.8e-04  712 images/s  eta 8m12s  best 0.9123"
+    assert len(lines) == 2
+
+
+def test_every_plain_update_is_a_line_without_escape_sequences():
+    console, clock = plain(), Clock()
+    with Progress(10**7, console=console, clock=clock) as progress:
+        for step in range(50):
+            progress.update(step, **figures(loss=float("nan"), images_per_s=1.2e6), best=0.5)
+        progress.say("note", style="bold red")
+    lines = text_of(console).splitlines()
+    assert len(lines) == 51
+    assert "\x1b" not in text_of(console)
+    assert "loss nan" in lines[0]
+    assert all(len(line) < 120 for line in lines)
+
+
+def test_other_ranks_show_nothing_and_leave_the_terminal_alone():
+    console = terminal()
+    with Progress(10, enabled=False, console=console) as progress:
+        progress.update(10, **figures())
+        progress.say("text")
+        progress.table("title", ["a"], [["b"]])
+    assert text_of(console) == ""
+
+
+def test_a_live_display_shows_all_figures():
+    console, clock = terminal(), Clock()
+    with Progress(940, console=console, clock=clock) as progress:
+        clock.now += 12.0
+        progress.update(120, **figures(), best=0.91)
+    shown = text_of(console)
+    for part in ("120/940", "12%", "epoch 1.3", "loss 0.4312", "lr 9.8e-04", "712 images/s", "eta 1m22s", "best 0.91"):
+        assert part in shown
+
+
+def test_a_narrow_terminal_is_not_overrun():
+    console = terminal(width=30)
+    with Progress(940, console=console) as progress:
+        progress.update(120, **figures(), best=0.91)
+    assert "120/940" in text_of(console)
+    assert "best" not in text_of(console)
+
+
+def test_a_live_display_redraws_at_most_five_times_a_second_and_ends_on_the_last_figures():
+    console, clock = terminal(), Clock()
+    with Progress(100_000, console=console, clock=clock) as progress:
+        for step in range(1, 2001):  # two seconds
+            clock.now += 0.001
+            progress.update(step, **figures(loss=step))
+    drawn = text_of(console).count("images/s")
+    assert 8 <= drawn <= 14
+    assert "loss 2000.0000" in text_of(console)
+
+
+def test_the_last_step_is_drawn_at_once():
+    console, clock = terminal(), Clock()
+    with Progress(2, console=console, clock=clock) as progress:
+        progress.update(1, **figures())
+        progress.update(2, **figures())
+        assert "100%" in text_of(console)
+
+
+def test_no_thread_is_started():
+    before = threading.active_count()
+    with Progress(10, console=terminal()) as progress:
+        progress.update(1, **figures())
+        assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
+def test_an_exception_leaves_the_terminal_as_it_was(error):
+    console, stdout, stderr = terminal(), sys.stdout, sys.stderr
+
+    def run():
+        with Progress(10, console=console) as progress:
+            progress.update(1, **figures())
+            raise error
+
+    with pytest.raises(error):
+        run()
+    shown = text_of(console)
+    assert shown.count(HIDE_CURSOR) == shown.count(SHOW_CURSOR) == 1
+    assert shown.index(HIDE_CURSOR) < shown.index(SHOW_CURSOR)
+    assert (sys.stdout, sys.stderr) == (stdout, stderr)
+
+
+@pytest.mark.parametrize("make", [terminal, plain])
+def test_text_is_shown_as_it_is(make):
+    console = make()
+    name = "[bold]cat[/bold] [link=x]y \x1b[31mred\x1b[0m \x9b2J \u202eabc :smile: {0} é"
+    with Progress(10, console=console) as progress:
+        progress.update(1, **figures())
+        progress.say(name, style="bold")
+        progress.table("[red]title", ["[a]", "n"], [[name, 1]])
+    shown = text_of(console)
+    spelled = r"[bold]cat[/bold] [link=x]y \x1b[31mred\x1b[0m \x9b2J \u202eabc :smile: {0} é"
+    assert shown.count(spelled) == 2
+    assert "[red]title" in shown
+    assert "[a]" in shown
+    assert "\x1b[31m" not in shown
+    assert "\x9b" not in shown
+
+
+@given(st.text())
+def test_visible_text_has_no_control_characters_and_keeps_the_rest(text):
+    shown = visible(text)
+    assert not any(ord(c) < 32 and c not in "\n\t" or 127 <= ord(c) < 160 for c in shown)
+    if text.isprintable():
+        assert shown == text.encode("utf-8", "backslashreplace").decode()
+    visible(text, "ascii").encode("ascii")
+
+
+def test_a_console_that_cannot_spell_a_name_does_not_stop_the_run():
+    raw = io.BytesIO()
+    console = Console(file=io.TextIOWrapper(raw, encoding="ascii", write_through=True), force_terminal=False)
+    with Progress(10, console=console) as progress:
+        progress.say("naïve 猫")
+        progress.table("猫", ["猫"], [["猫"]])
+        progress.update(1, **figures())
+    assert rb"na\xefve \u732b" in raw.getvalue()
+
+
+def test_a_table_in_a_file_is_never_cut_or_folded():
+    console = plain()
+    name = "x" * 150
+    with Progress(10, console=console) as progress:
+        progress.table("Freeze rules", ["rule", "tensors", "share"], [[name, 12, "50%"], ["b", 1234, "1%"]])
+    lines = [line.rstrip() for line in text_of(console).splitlines() if line.strip()]
+    assert lines[0].strip() == "Freeze rules"
+    assert any(re.search(rf"{name} +12 +50%$", line) for line in lines)
+    assert any(re.search(r"b +1234 +1%$", line) for line in lines)
+    assert len({len(line) for line in lines[-2:]}) == 1  # numbers stand to the right
+
+
+def test_long_text_in_a_file_is_one_line():
+    console = plain()
+    Progress(10, console=console).say("word " * 60)
+    assert len(text_of(console).splitlines()) == 1
+
+
+def test_the_eta_is_not_moved_by_a_pause_or_a_slow_first_step():
+    console, clock = plain(), Clock()
+    with Progress(1000, start_step=500, console=console, clock=clock) as progress:
+        clock.now += 300.0  # compiles
+        progress.update(510, **figures())
+        for step in range(520, 620, 10):
+            clock.now += 3600.0 if step == 560 else 10.0  # evaluates once
+            progress.update(step, **figures())
+    assert "eta 4h05m" in text_of(console).splitlines()[0]
+    assert "eta 6m30s" in text_of(console).splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0s"), (59.4, "59s"), (59.6, "1m00s"), (312, "5m12s"), (11220, "3h07m"), (187200, "2d04h"), (-3, "0s")],
+)
+def test_durations(seconds, text):
+    assert format_duration(seconds) == text
+
+
+def test_in_a_real_terminal_prints_of_others_go_above_the_display_and_the_cursor_comes_back():
+    program = (
+        "from tlscale.progress import Progress\n"
+        "with Progress(10) as progress:\n"
+        "    progress.update(5, loss=1.0, lr=0.1, images_per_s=5, epoch=0.5)\n"
+        "    print('from elsewhere')\n"
+        "    progress.say('said')\n"
+        "    raise SystemExit(3)\n"
+    )
+    master, slave = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "80"}
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=slave, stderr=slave, env=environment)
+    os.close(slave)
+    shown = b""
+    while True:
+        try:
+            chunk = os.read(master, 4096)
+        except OSError:  # the other end is closed
+            break
+        if not chunk:
+            break
+        shown += chunk
+    os.close(master)
+    assert process.wait() == 3
+    text = shown.decode()
+    assert text.rindex(SHOW_CURSOR) > text.rindex(HIDE_CURSOR)
+    assert "from elsewhere\r\n" in text
+    assert text.rindex("5/10") > text.index("said")

@@ -1,0 +1,47 @@
+"""Every row of the table of wrong recipes gives its message, and nothing that merely follows from it."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from tlscale.errors import RecipeError
+from tlscale.recipe.load import load_recipe
+
+_TABLE = Path(__file__).resolve().parents[1] / "recipes" / "wrong_recipes.py"
+
+
+def _rows():
+    spec = importlib.util.spec_from_file_location("wrong_recipes", _TABLE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.AT, module.GOOD, module.WRONG_RECIPES
+
+
+AT, GOOD, WRONG_RECIPES = _rows()
+
+
+@pytest.mark.parametrize(("text", "overrides", "fragments"), [row[1:] for row in WRONG_RECIPES],
+                         ids=[row[0] for row in WRONG_RECIPES])  # fmt: skip
+def test_message(text, overrides, fragments, tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(file, overrides)
+    message = str(caught.value)
+    for fragment in fragments:
+        assert fragment.replace(AT, str(file)) in message
+    if not any("mistakes in the recipe" in fragment for fragment in fragments):
+        assert "\n" not in message, "one mistake, one line"
+    assert "hunter2" not in message
+
+
+def test_the_recipe_that_the_rows_spoil_is_right(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(GOOD)
+    assert load_recipe(tmp_path / "recipe.yaml").name == "a"
+
+
+def test_rows_have_ids_of_their_own():
+    assert len({row[0] for row in WRONG_RECIPES}) == len(WRONG_RECIPES) >= 30
