@@ -87,6 +87,32 @@ class Processes:
         return outcome[0]  # type: ignore[no-any-return]
 
     @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """The main process does what is within before the others, which then find its downloads on disk.
+
+        Raises:
+            TlscaleError: what the main process raised, on every process.
+        """
+        if self._control is None:
+            yield
+            return
+        outcome: list[Any] = [None]
+        if not self.is_main:
+            torch_dist.broadcast_object_list(outcome, src=0, group=self._control)
+            if outcome[0] is not None:
+                raise outcome[0]
+        try:
+            yield
+        except Exception as error:
+            outcome[0] = (
+                error if isinstance(error, TlscaleError) else TlscaleError(f"the main process failed: {error!r}")
+            )
+            raise
+        finally:
+            if self.is_main:
+                torch_dist.broadcast_object_list(outcome, src=0, group=self._control)
+
+    @contextmanager
     def main_holds(self, make: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
         """The main process is within the context; if it cannot enter, no process goes on.
 

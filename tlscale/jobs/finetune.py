@@ -90,7 +90,8 @@ def run(
 
         # -- data, model and weights: whatever is wrong with them ends the run here -------------------------------
         bad_images = [(int(row), str(why)) for row, why in record["bad_images"]] if record else None
-        prepared = prepare(recipe, world_size=processes.world_size, bad_images=bad_images)
+        with processes.main_first():  # what a hub has to give is fetched once
+            prepared = prepare(recipe, world_size=processes.world_size, bad_images=bad_images)
 
         # -- plan: shown, and written before the first step -------------------------------------------------------
         show_plan(prepared, screen, device=str(processes.device))
