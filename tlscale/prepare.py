@@ -27,6 +27,7 @@ from tlscale.recipe.duration import Duration
 from tlscale.recipe.schema import Recipe, augmentation_values
 from tlscale.schedule import make_lr_factor
 from tlscale.seeds import derive_seed
+from tlscale.tracking import check_installed
 
 
 @dataclass
@@ -98,7 +99,10 @@ def prepare(recipe: Recipe, *, world_size: int, bad_images: list[tuple[int, str]
     Raises:
         TlscaleError: whatever is wrong, of the kind that says where.
     """
+    check_installed(recipe.track)
     data = open_data(recipe.data, recipe.seed)
+    if data.test is None and data.validation is None:
+        raise DataError("there is nothing to evaluate on: no test split, and data.validation_fraction is 0")
     backbone, weights = build_backbone(recipe.backbone, image_size=recipe.data.image_size, seed=recipe.seed)
     spec = _input_spec(recipe, data, backbone)
     bad_images = _find_bad(recipe, data, spec) if bad_images is None else bad_images

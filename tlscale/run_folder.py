@@ -57,6 +57,16 @@ class RunFolder:
         return self.path / ".lock"
 
 
+def clear(folder: RunFolder) -> None:
+    """Remove the run that is in a claimed folder.
+
+    Not done when the folder is claimed: a new run may yet turn out to be wrong, and then the old one is still there.
+    """
+    for entry in folder.path.iterdir():
+        if entry != folder.lock:
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+
+
 @contextmanager
 def claim(path: Path, mode: Mode) -> Iterator[RunFolder]:
     """Hold the folder for this job.
@@ -64,7 +74,7 @@ def claim(path: Path, mode: Mode) -> Iterator[RunFolder]:
     Args:
         path: is made if it is not there.
         mode: `fresh` refuses a folder that holds anything; `resume` goes on with a run of tlscale or starts one;
-            `overwrite` removes a run of tlscale first.
+            `overwrite` takes a run of tlscale as well, to be removed by `clear` when the new one is ready to begin.
 
     Raises:
         RunFolderError: in use, not ours, holding a run already, or not to be written.
@@ -101,9 +111,6 @@ def _make_ready(folder: RunFolder, mode: Mode) -> None:
             f"'{folder.path}' already holds a run. --resume goes on with it, --overwrite replaces it, --out DIR "
             "writes elsewhere"
         )
-    if mode == "overwrite":
-        for entry in entries:
-            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
 
 def _is_run(folder: RunFolder) -> bool:

@@ -139,7 +139,7 @@ def open_trackers(
     Raises:
         RecipeError: the package of a tracker is not installed; on every process, so that none is left waiting.
     """
-    _check_installed(names)
+    check_installed(names)
     if "wandb" in names and wandb_run_id is None:
         wandb_run_id = new_run_id()
     trackers = Trackers(wandb_run_id if "wandb" in names else None, seen, say)
@@ -161,7 +161,7 @@ def open_trackers(
     return trackers
 
 
-def _check_installed(names: Sequence[str]) -> None:
+def check_installed(names: Sequence[str]) -> None:
     missing = [
         name
         for name in names

@@ -2,25 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 
+from tests.recipes.wrong_recipes import AT, GOOD, WRONG_RECIPES
 from tlscale.errors import RecipeError
 from tlscale.recipe.load import load_recipe
-
-_TABLE = Path(__file__).resolve().parents[1] / "recipes" / "wrong_recipes.py"
-
-
-def _rows():
-    spec = importlib.util.spec_from_file_location("wrong_recipes", _TABLE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.AT, module.GOOD, module.WRONG_RECIPES
-
-
-AT, GOOD, WRONG_RECIPES = _rows()
 
 
 @pytest.mark.parametrize(("text", "overrides", "fragments"), [row[1:] for row in WRONG_RECIPES],

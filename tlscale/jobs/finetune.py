@@ -35,7 +35,7 @@ from tlscale.progress import Progress
 from tlscale.recipe.load import diff_recipes, dump_recipe, load_recipe
 from tlscale.recipe.schema import Recipe
 from tlscale.run_book import RunBook
-from tlscale.run_folder import Mode, RunFolder, claim, write_json, write_text
+from tlscale.run_folder import Mode, RunFolder, claim, clear, write_json, write_text
 from tlscale.run_record import make_record, read_record
 from tlscale.run_state import Clock, LossWindow, restore, snapshot, write_checkpoint
 from tlscale.screen import show_plan, show_result
@@ -81,7 +81,7 @@ def run(
     # -- folder: the main process holds it for all ----------------------------------------------------------------
     with closing(processes), StopRequest() as stop, processes.main_holds(lambda: claim(folder.path, mode)):
         screen = Progress(0, enabled=processes.is_main)
-        record = processes.on_main(lambda: read_record(folder))
+        record = None if overwrite else processes.on_main(lambda: read_record(folder))
         if record is not None:
             processes.on_main(lambda: _refuse_other_recipe(recipe, folder))
             if folder.result.exists():
@@ -93,12 +93,9 @@ def run(
         with processes.main_first():  # what a hub has to give is fetched once
             prepared = prepare(recipe, world_size=processes.world_size, bad_images=bad_images)
 
-        # -- plan: shown, and written before the first step -------------------------------------------------------
+        # -- plan -------------------------------------------------------------------------------------------------
         show_plan(prepared, screen, device=str(processes.device))
-        if record is None:
-            record = make_record(prepared, world_size=processes.world_size, device=str(processes.device))
-            processes.on_main(partial(_begin, folder, recipe, record))
-        else:
+        if record is not None:
             _refuse_other_inputs(record, prepared, folder)
         return _train(prepared, folder, processes, stop, record, screen)
 
@@ -154,7 +151,7 @@ def _train(
     folder: RunFolder,
     processes: Processes,
     stop: StopRequest,
-    record: dict[str, Any],
+    record: dict[str, Any] | None,
     screen: Progress,
 ) -> dict[str, Any]:
     recipe, accelerator = prepared.recipe, processes.accelerator
@@ -162,7 +159,7 @@ def _train(
 
     # -- resume: into the bare objects, before Accelerate wraps them ------------------------------------------------
     clock, scaler_state = Clock(), None
-    newest = processes.on_main(lambda: _newest(folder, screen))
+    newest = processes.on_main(lambda: _newest(folder, screen)) if record is not None else None
     if newest is not None:
         checkpoint = load_checkpoint(newest)
         clock, scaler_state = restore(checkpoint, parts.network, parts.optimizer, parts.ema), checkpoint.state["scaler"]
@@ -173,14 +170,17 @@ def _train(
     if scaler_state is not None and accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(scaler_state)
 
-    # -- the loop -------------------------------------------------------------------------------------------------
+    # -- the loop: its first file is written when all images are there, so that bad ones leave no half-begun run ----
+    stores = {"train": prepared.train_store()}
+    if prepared.data.validation is not None:
+        stores["validation"] = prepared.eval_store(prepared.data.validation)
+    if record is None:
+        record = make_record(prepared, world_size=processes.world_size, device=str(processes.device))
+        processes.on_main(partial(_begin, folder, recipe, record))
     with (
         Progress(prepared.total_steps, clock.step, enabled=processes.is_main) as progress,
         RunBook(prepared, folder, processes, clock, record, progress) as book,
     ):
-        stores = {"train": prepared.train_store()}
-        if prepared.data.validation is not None:
-            stores["validation"] = prepared.eval_store(prepared.data.validation)
         window = LossWindow(clock, processes)
         due = Due(prepared, validates="validation" in stores)
         finite_step = clock.step
@@ -366,6 +366,7 @@ def _refuse_other_inputs(record: dict[str, Any], prepared: Prepared, folder: Run
 
 
 def _begin(folder: RunFolder, recipe: Recipe, record: dict[str, Any]) -> None:
+    clear(folder)  # only --overwrite finds anything there
     write_json(folder.run_json, record)
     write_text(folder.recipe, dump_recipe(recipe))
 
