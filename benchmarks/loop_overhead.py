@@ -52,7 +52,7 @@ def plain_loop(recipe: Recipe) -> tuple[dict[str, torch.Tensor], float]:
     )
     total = prepared.total_steps
     warmup = math.ceil(0.05 * total)
-    mean, std = torch.tensor(prepared.spec.mean).mul(255), torch.tensor(prepared.spec.std).mul(255)
+    mean, std = (255 * torch.tensor([prepared.spec.mean, prepared.spec.std], dtype=torch.float64)).float()
     began = time.perf_counter()
     num_images = 0
     for step in range(total):
@@ -79,7 +79,7 @@ def tlscale_loop(recipe: Recipe, out: Path) -> tuple[dict[str, torch.Tensor], fl
     return load(out).model.state_dict(), result["images_per_s"]
 
 
-def make_recipe(*, backbone: str, steps: int, batch_size: int) -> Recipe:
+def make_recipe(*, backbone: str, steps: int, batch_size: int, image_size: int = 28) -> Recipe:
     """Plain training on 6,000 real images (those that ship, where Fashion-MNIST is not at hand)."""
     return Recipe.model_validate(
         {
@@ -88,7 +88,7 @@ def make_recipe(*, backbone: str, steps: int, batch_size: int) -> Recipe:
                 "source": "fashion_mnist",
                 "fallback": "sample",
                 "train_limit": 6000,
-                "image_size": 28,
+                "image_size": image_size,
                 "validation_fraction": 0.0,
             },
             "backbone": {"name": backbone, "weights": "none", "in_chans": 1},

@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from tlscale.run_folder import write_text
 
 FORMAT = 1
 _MANIFEST = "manifest.json"
+_STATE = "state.json"
+_NAME = re.compile(r"step_\d{8,18}", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -38,12 +41,12 @@ class Checkpoint:
 
 
 def save_checkpoint(root: Path, checkpoint: Checkpoint) -> Path:
-    """Write `root/step_<n>` and point LATEST to it; nothing to do where a valid one is there already.
+    """Write `root/step_<n>` and point LATEST to it; one of this step that is there (a damaged one) is replaced.
 
     Raises:
         CheckpointError: the disk is full or cannot be written; the checkpoints before are untouched.
     """
-    target = root / f"step_{checkpoint.step:08d}"
+    target = checkpoint_folder(root, checkpoint.step)
     num_bytes = sum(t.numel() * t.element_size() for group in checkpoint.tensors.values() for t in group.values())
     aside = root / f".{target.name}.{os.getpid()}"
     try:
@@ -58,13 +61,22 @@ def save_checkpoint(root: Path, checkpoint: Checkpoint) -> Path:
         write_text(root / "LATEST", target.name + "\n")
     except (OSError, safetensors.SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
-        full = getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error)
-        reason = "the disk is full" if full else str(error)
         raise CheckpointError(
-            f"cannot save the checkpoint of step {checkpoint.step} ({num_bytes / 2**20:.0f} MiB) in '{root}': {reason}."
+            f"cannot save the checkpoint of step {checkpoint.step} ({num_bytes / 2**20:.1f} MiB) in '{root}': "
+            f"{_reason(error)}."
             " The checkpoints before it are untouched; make room and go on with --resume."
         ) from error
     return target
+
+
+def checkpoint_folder(root: Path, step: int) -> Path:
+    """Where the checkpoint of `step` is, if there is one."""
+    return root / f"step_{step:08d}"
+
+
+def _reason(error: Exception) -> str:
+    full = getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error)
+    return "the disk is full" if full else str(error)
 
 
 def _write_files(folder: Path, checkpoint: Checkpoint) -> None:
@@ -72,7 +84,7 @@ def _write_files(folder: Path, checkpoint: Checkpoint) -> None:
     for name, group in checkpoint.tensors.items():
         tensors = {key: value.detach().cpu().contiguous().clone() for key, value in group.items()}
         safetensors.torch.save_file(tensors, folder / f"{name}.safetensors", metadata={"format": "pt"})
-    (folder / "state.json").write_text(json.dumps(checkpoint.state))
+    (folder / _STATE).write_text(json.dumps(checkpoint.state))
     for path in sorted(folder.iterdir()):
         _flush(path)
         manifest["files"][path.name] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
@@ -100,8 +112,13 @@ def _digest(path: Path) -> str:
 
 
 def list_checkpoints(root: Path) -> list[Path]:
-    """Folders of checkpoints, oldest first, valid or not."""
-    return sorted(path for path in root.glob("step_*") if path.is_dir())
+    """Folders of checkpoints, oldest first, valid or not; a name that is not ours is none."""
+    folders = (path for path in root.glob("step_*") if _NAME.fullmatch(path.name) and path.is_dir())
+    return sorted(folders, key=_step_of)
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))
 
 
 def fault_of(folder: Path) -> str | None:
@@ -110,6 +127,9 @@ def fault_of(folder: Path) -> str | None:
         manifest = json.loads((folder / _MANIFEST).read_text())
         if manifest["format"] > FORMAT:
             return f"it has format {manifest['format']}, this tlscale reads up to {FORMAT}"
+        missing = {_STATE, *(path.name for path in folder.glob("*.safetensors"))} - manifest["files"].keys()
+        if missing:
+            return f"{', '.join(sorted(missing))} is not in its {_MANIFEST}"
         for name, facts in manifest["files"].items():
             path = folder / name
             if not path.is_file():
@@ -135,8 +155,8 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     if fault is not None:
         raise CheckpointError(f"the checkpoint '{folder}' is damaged: {fault}")
     tensors = {path.stem: safetensors.torch.load_file(path) for path in folder.glob("*.safetensors")}
-    state = json.loads((folder / "state.json").read_text())
-    return Checkpoint(int(folder.name.removeprefix("step_")), tensors, state)
+    state = json.loads((folder / _STATE).read_text())
+    return Checkpoint(_step_of(folder), tensors, state)
 
 
 def newest_valid(root: Path) -> tuple[Path | None, list[str]]:
@@ -158,8 +178,15 @@ def newest_valid(root: Path) -> tuple[Path | None, list[str]]:
 
 
 def mark_best(root: Path, step: int) -> None:
-    """Point BEST to the checkpoint of `step`."""
-    write_text(root / "BEST", f"step_{step:08d}\n")
+    """Point BEST to the checkpoint of `step`.
+
+    Raises:
+        CheckpointError: the disk is full or cannot be written.
+    """
+    try:
+        write_text(root / "BEST", f"{checkpoint_folder(root, step).name}\n")
+    except OSError as error:
+        raise CheckpointError(f"cannot write '{root / 'BEST'}': {_reason(error)}. Make room, then --resume.") from error
 
 
 def pointed_to(root: Path, pointer: str) -> Path | None:
@@ -175,16 +202,16 @@ def pointed_to(root: Path, pointer: str) -> Path | None:
 def prune(root: Path, *, keep: int, keep_steps: Collection[int]) -> None:
     """Remove all but the newest `keep` valid checkpoints and those of `keep_steps`.
 
-    The newest is never removed, and a damaged one does not count as one that is kept.
+    A damaged one does not count as one that is kept; where none is valid, none is removed.
     """
-    kept = 0
-    for folder in reversed(list_checkpoints(root)):
-        step = int(folder.name.removeprefix("step_"))
-        if step in keep_steps:
-            continue
-        if kept < keep and (folder / _MANIFEST).is_file():
-            kept += 1
-            continue
+    folders = [folder for folder in reversed(list_checkpoints(root)) if _step_of(folder) not in keep_steps]
+    if len(folders) <= keep:
+        return  # the usual case of a first save; nothing needs to be read
+    kept: list[Path] = []
+    for folder in folders:
+        if len(kept) < keep and fault_of(folder) is None:
+            kept.append(folder)
+    for folder in set(folders) - set(kept) if kept else ():
         shutil.rmtree(folder, ignore_errors=True)
 
 

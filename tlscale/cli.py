@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tlscale import __version__
-from tlscale.errors import EXIT_BAD_INPUT, TlscaleError
+from tlscale.errors import TlscaleError
 
 if TYPE_CHECKING:
     from tlscale.recipe.schema import Recipe
@@ -27,7 +27,7 @@ def _reports_errors(verb: Callable[..., None]) -> Callable[..., None]:
         except TlscaleError as error:
             if os.environ.get("TLSCALE_TRACEBACK"):
                 raise
-            if int(os.environ.get("RANK", "0")) == 0 or error.exit_code != EXIT_BAD_INPUT:
+            if int(os.environ.get("RANK", "0")) == 0 or not error.said_by_main:
                 click.echo(f"tlscale: {error}", err=True)
             sys.stdout.flush()
             sys.exit(error.exit_code)

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as torch_dist
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, is_initialized
 
 from tlscale.cores import num_cores
 from tlscale.errors import LaunchError, TlscaleError
@@ -32,6 +33,7 @@ class Processes:
     rank: int
     world_size: int
     _control: torch_dist.ProcessGroup | None
+    _is_guest: bool  # in a program that had an Accelerator of its own
 
     @property
     def is_main(self) -> bool:
@@ -81,10 +83,32 @@ class Processes:
                 outcome[1] = error
         torch_dist.broadcast_object_list(outcome, src=0, group=self._control)
         if isinstance(outcome[1], TlscaleError):
-            raise outcome[1]
+            raise outcome[1] if self.is_main else _echo(outcome[1])
         if outcome[1] is not None:
-            raise TlscaleError(f"the main process failed: {outcome[1]!r}") from outcome[1]
+            failure = TlscaleError(f"the main process failed: {outcome[1]!r}")
+            raise (failure if self.is_main else _echo(failure)) from outcome[1]
         return outcome[0]  # type: ignore[no-any-return]
+
+    def on_all(self, job: Callable[[], T]) -> T:
+        """Run `job` on every process; if it fails on one, it fails on all, and only the first of them says why.
+
+        Raises:
+            TlscaleError: what the first process that failed raised.
+        """
+        if self._control is None:
+            return job()
+        outcome, error = None, None
+        try:
+            outcome = job()
+        except TlscaleError as raised:
+            error = raised
+        errors = self.gather(error)
+        first = next((rank for rank, found in enumerate(errors) if found is not None), None)
+        if first is None:
+            return outcome  # type: ignore[return-value]
+        found = errors[first]
+        assert found is not None
+        raise error if error is not None and first == self.rank else _echo(found)
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
@@ -100,7 +124,7 @@ class Processes:
         if not self.is_main:
             torch_dist.broadcast_object_list(outcome, src=0, group=self._control)
             if outcome[0] is not None:
-                raise outcome[0]
+                raise _echo(outcome[0])
         try:
             yield
         except Exception as error:
@@ -135,9 +159,27 @@ class Processes:
             torch_dist.broadcast(buffer.data, src=0)
 
     def close(self) -> None:
-        """End the process group; a program that leaves one open prints a warning and may hang."""
-        if torch_dist.is_initialized():
-            torch_dist.destroy_process_group()
+        """End the process group; a program that leaves one open prints a warning and may hang.
+
+        Accelerate keeps device and precision for the life of the process, so it is made to forget them: the next run
+        in this process may want others. An Accelerator that was there before stays as it was.
+        """
+        if self._is_guest:
+            return
+        _end_processes()
+
+
+def _end_processes() -> None:
+    if torch_dist.is_initialized():
+        torch_dist.destroy_process_group()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def _echo(error: TlscaleError) -> TlscaleError:
+    """Another process's error, which that one says."""
+    error.said_by_main = True
+    return error
 
 
 def start_processes(compute: ComputeSection) -> Processes:
@@ -147,9 +189,27 @@ def start_processes(compute: ComputeSection) -> Processes:
         LaunchError: Accelerate did not join the launcher's processes, their number is not the recipe's, or the
             precision cannot be had.
     """
+    is_guest = is_initialized()
+    try:
+        return _join(compute, is_guest)
+    except Exception:
+        if not is_guest:
+            _end_processes()
+        raise
+
+
+def _join(compute: ComputeSection, is_guest: bool) -> Processes:
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     _check_precision_of_launcher(compute)
-    accelerator = Accelerator(mixed_precision=_MIXED[compute.precision], step_scheduler_with_optimizer=False)
+    try:
+        accelerator = Accelerator(mixed_precision=_MIXED[compute.precision], step_scheduler_with_optimizer=False)
+    except ValueError as error:
+        if not is_guest:
+            raise
+        raise LaunchError(
+            f"this program has an Accelerator of its own, with another precision than compute.precision = "
+            f"{compute.precision}. Run tlscale in a process of its own, or make both the same."
+        ) from error
     world_size = accelerator.num_processes
     if launched != world_size:
         raise LaunchError(
@@ -166,7 +226,7 @@ def start_processes(compute: ComputeSection) -> Processes:
     _check_device(compute, accelerator.device)
     _set_threads(compute, accelerator.device)
     control: Any = torch_dist.new_group(backend="gloo") if world_size > 1 else None
-    return Processes(accelerator, accelerator.process_index, world_size, control)
+    return Processes(accelerator, accelerator.process_index, world_size, control, is_guest)
 
 
 def _check_precision_of_launcher(compute: ComputeSection) -> None:

@@ -57,8 +57,12 @@ def make_record(prepared: Prepared, *, world_size: int, device: str) -> dict[str
 
 
 def read_record(folder: RunFolder) -> dict[str, Any] | None:
-    """`run.json` of a run that began earlier; None where there is none."""
-    return dict(json.loads(folder.run_json.read_text())) if folder.run_json.exists() else None
+    """`run.json` of a run that began earlier; None where there is none.
+
+    `recipe.yaml` is written after it, so a folder without that was killed before its first step: nothing began.
+    """
+    begun = folder.run_json.exists() and folder.recipe.exists()
+    return dict(json.loads(folder.run_json.read_text())) if begun else None
 
 
 def git_state() -> dict[str, Any] | None:

@@ -85,6 +85,12 @@ class LossWindow:
         return mean
 
 
+def are_finite(network: Classifier) -> bool:
+    """Whether all that is trained is a number; what is not must never become a checkpoint."""
+    trained = [param.detach() for param in network.parameters() if param.requires_grad]
+    return bool(torch.stack([param.isfinite().all() for param in trained]).all())
+
+
 def snapshot(
     clock: Clock,
     network: Classifier,

@@ -20,7 +20,7 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
-from tlscale.checkpoint import load_checkpoint, newest_valid, pointed_to
+from tlscale.checkpoint import checkpoint_folder, load_checkpoint, newest_valid, pointed_to
 from tlscale.data.loaders import ImageStore, train_batches
 from tlscale.data.transforms import ImageBatch
 from tlscale.dist import Processes, start_processes
@@ -37,7 +37,7 @@ from tlscale.recipe.schema import Recipe
 from tlscale.run_book import RunBook
 from tlscale.run_folder import Mode, RunFolder, claim, clear, write_json, write_text
 from tlscale.run_record import make_record, read_record
-from tlscale.run_state import Clock, LossWindow, restore, snapshot, write_checkpoint
+from tlscale.run_state import Clock, LossWindow, are_finite, restore, snapshot, write_checkpoint
 from tlscale.screen import show_plan, show_result
 from tlscale.seeds import derive_seed
 from tlscale.stop import StopRequest
@@ -84,7 +84,7 @@ def run(
         record = None if overwrite else processes.on_main(lambda: read_record(folder))
         if record is not None:
             processes.on_main(lambda: _refuse_other_recipe(recipe, folder))
-            if folder.result.exists():
+            if processes.on_main(folder.result.exists):
                 screen.say(f"'{folder.path}' is complete already; its figures are in {folder.result}")
                 return dict(json.loads(folder.result.read_text()))
 
@@ -96,7 +96,7 @@ def run(
         # -- plan -------------------------------------------------------------------------------------------------
         show_plan(prepared, screen, device=str(processes.device))
         if record is not None:
-            _refuse_other_inputs(record, prepared, folder)
+            processes.on_main(partial(_refuse_other_inputs, record, prepared, folder))
         return _train(prepared, folder, processes, stop, record, screen)
 
 
@@ -161,7 +161,7 @@ def _train(
     clock, scaler_state = Clock(), None
     newest = processes.on_main(lambda: _newest(folder, screen)) if record is not None else None
     if newest is not None:
-        checkpoint = load_checkpoint(newest)
+        checkpoint = processes.on_all(partial(load_checkpoint, newest))
         clock, scaler_state = restore(checkpoint, parts.network, parts.optimizer, parts.ema), checkpoint.state["scaler"]
         screen.say(f"resumed from {newest}, at step {clock.step} of {prepared.total_steps}")
     if recipe.compute.compile:
@@ -171,9 +171,9 @@ def _train(
         accelerator.scaler.load_state_dict(scaler_state)
 
     # -- the loop: its first file is written when all images are there, so that bad ones leave no half-begun run ----
-    stores = {"train": prepared.train_store()}
+    stores = {"train": processes.on_all(prepared.train_store)}
     if prepared.data.validation is not None:
-        stores["validation"] = prepared.eval_store(prepared.data.validation)
+        stores["validation"] = processes.on_all(partial(prepared.eval_store, prepared.data.validation))
     if record is None:
         record = make_record(prepared, world_size=processes.world_size, device=str(processes.device))
         processes.on_main(partial(_begin, folder, recipe, record))
@@ -219,6 +219,8 @@ def _train(
             due_save = due.save(clock.step) or stopping
             if due.log(clock.step) or due.evaluate(clock.step) or due_save:
                 bad_step = window.settle()
+                if bad_step is None and due_save and not are_finite(parts.network):
+                    bad_step = clock.step  # in the backward pass: the loss would show it in the next step
                 if bad_step is not None:
                     raise NonFiniteLossError(_non_finite(bad_step, finite_step, folder))
                 finite_step = clock.step
@@ -257,10 +259,13 @@ def _finish(
     last = {"step": clock.step, **parts.figures(store)}
     best = last
     if clock.best_step is not None and clock.best_step != clock.step:
-        best_folder = pointed_to(folder.checkpoints, "BEST")
-        assert best_folder is not None, "the best checkpoint is never pruned"
-        restore(load_checkpoint(best_folder), parts.network, parts.optimizer, parts.ema)
+        # By its step, and not by what BEST points to: that is for people, and may be older than the clock.
+        best_folder = checkpoint_folder(folder.checkpoints, clock.best_step)
+        checkpoint = processes.on_all(partial(load_checkpoint, best_folder))
+        restore(checkpoint, parts.network, parts.optimizer, parts.ema)
         best = {"step": clock.best_step, **parts.figures(store)}
+    # Mixed precision was put into the network's own forward; the exported model has to give its logits without.
+    processes.accelerator.unwrap_model(parts.network, keep_fp32_wrapper=False)
     with parts.averaged():
         how = processes.on_main(
             lambda: export_model(
@@ -340,8 +345,6 @@ class Due:
 
 
 def _refuse_other_recipe(recipe: Recipe, folder: RunFolder) -> None:
-    if not folder.recipe.exists():
-        return  # killed between the two files of `_begin`: nothing was trained yet
     changes = [
         f"{key}: {old!r} -> {new!r}"
         for key, old, new in diff_recipes(load_recipe(folder.recipe), recipe)
@@ -381,7 +384,7 @@ def _newest(folder: RunFolder, progress: Progress) -> Path | None:
 def _non_finite(bad_step: int, finite_step: int, folder: RunFolder) -> str:
     newest = pointed_to(folder.checkpoints, "LATEST")
     return (
-        f"the loss became NaN or infinite at step {bad_step}; it was finite up to step "
+        f"the loss or the weights became NaN or infinite at step {bad_step}; all was finite up to step "
         f"{max(finite_step, bad_step - 1)}. "
         f"{f'The last checkpoint is {newest}' if newest else 'There is no checkpoint yet'}; nothing was saved after. "
         "Lower optim.lr, lengthen schedule.warmup, set optim.clip_grad_norm=1.0, or use compute.precision=fp32."
