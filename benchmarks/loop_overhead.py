@@ -49,6 +49,7 @@ def plain_loop(recipe: Recipe) -> tuple[dict[str, torch.Tensor], float]:
     optimizer = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": recipe.optim.weight_decay}, {"params": others, "weight_decay": 0.0}],
         lr=recipe.optim.lr,
+        fused=True,
     )
     total = prepared.total_steps
     warmup = math.ceil(0.05 * total)

@@ -27,6 +27,7 @@ from tlscale.run_folder import write_text
 
 FORMAT = 1
 _MANIFEST = "manifest.json"
+_USUAL = ("state", "param_groups")  # what every optimizer's state dict has
 _STATE = "state.json"
 _NAME = re.compile(r"step_\d{8,18}", re.ASCII)
 
@@ -193,7 +194,7 @@ def pointed_to(root: Path, pointer: str) -> Path | None:
     """The folder that LATEST or BEST names; None where there is none."""
     try:
         name = (root / pointer).read_text().strip()
-    except OSError:
+    except (OSError, ValueError):
         return None
     # Only a name of ours: a pointer is data, and must not lead out of the folder.
     return next((path for path in list_checkpoints(root) if path.name == name), None)
@@ -225,11 +226,17 @@ def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor],
     names = [name for group in optimizer.param_groups for name in group["names"]]
     tensors: dict[str, Tensor] = {}
     state = {names[index]: _pack(value, names[index], tensors) for index, value in whole["state"].items()}
+    # Some optimizers count steps in their groups, or keep a random generator beside them.
     groups = [
-        {key: value for key, value in group.items() if isinstance(value, bool | int | float) and key != "lr"}
-        for group in whole["param_groups"]
+        {
+            key: _pack(value, f"group/{number}/{key}", tensors)
+            for key, value in group.items()
+            if isinstance(value, bool | int | float | Tensor) and key != "lr"
+        }
+        for number, group in enumerate(whole["param_groups"])
     ]
-    return tensors, {"state": state, "groups": groups}
+    others = {key: _pack(value, f"other/{key}", tensors) for key, value in whole.items() if key not in _USUAL}
+    return tensors, {"state": state, "groups": groups, "others": others}
 
 
 def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
@@ -245,12 +252,29 @@ def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Ten
             f"the checkpoint has optimizer state of other parameters: {', '.join(sorted(unknown)[:3])}"
         )
     whole = optimizer.state_dict()
+    if len(plain["groups"]) != len(whole["param_groups"]):
+        raise CheckpointError(
+            f"the checkpoint has {len(plain['groups'])} groups of parameters, the recipe makes "
+            f"{len(whole['param_groups'])}"
+        )
     whole["state"] = {
         index: _unpack(plain["state"][name], tensors) for index, name in enumerate(names) if name in plain["state"]
     }
     for group, saved in zip(whole["param_groups"], plain["groups"], strict=True):
-        group.update(saved)
+        group.update({key: _unpack(value, tensors) for key, value in saved.items()})
+    whole.update({key: _unpack(value, tensors) for key, value in plain["others"].items()})
     optimizer.load_state_dict(whole)
+    _undo_casts(optimizer, whole["state"])
+
+
+def _undo_casts(optimizer: torch.optim.Optimizer, saved: Mapping[int, Mapping[str, Any]]) -> None:
+    """PyTorch loads every number as the type of its parameter, which is not always the one it was kept in."""
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    for index, values in saved.items():
+        state = optimizer.state.get(params[index], {})
+        for key, value in values.items():
+            if isinstance(value, Tensor) and key in state and state[key].dtype != value.dtype:
+                state[key] = value.to(state[key].device)
 
 
 def _pack(value: object, key: str, tensors: dict[str, Tensor]) -> Any:

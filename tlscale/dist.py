@@ -76,17 +76,17 @@ class Processes:
         if self._control is None:
             return job()
         outcome: list[Any] = [None, None]
+        cause: Exception | None = None
         if self.is_main:
             try:
                 outcome[0] = job()
             except Exception as error:
-                outcome[1] = error
+                cause, outcome[1] = error, _to_send(error)
         torch_dist.broadcast_object_list(outcome, src=0, group=self._control)
-        if isinstance(outcome[1], TlscaleError):
-            raise outcome[1] if self.is_main else _echo(outcome[1])
+        if cause is not None:
+            raise cause
         if outcome[1] is not None:
-            failure = TlscaleError(f"the main process failed: {outcome[1]!r}")
-            raise (failure if self.is_main else _echo(failure)) from outcome[1]
+            raise _echo(outcome[1])
         return outcome[0]  # type: ignore[no-any-return]
 
     def on_all(self, job: Callable[[], T]) -> T:
@@ -128,9 +128,7 @@ class Processes:
         try:
             yield
         except Exception as error:
-            outcome[0] = (
-                error if isinstance(error, TlscaleError) else TlscaleError(f"the main process failed: {error!r}")
-            )
+            outcome[0] = _to_send(error)
             raise
         finally:
             if self.is_main:
@@ -174,6 +172,11 @@ def _end_processes() -> None:
         torch_dist.destroy_process_group()
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+
+
+def _to_send(error: Exception) -> TlscaleError:
+    """The error as it goes to the other processes; one that is not ours may not even be picklable."""
+    return error if isinstance(error, TlscaleError) else TlscaleError(f"the main process failed: {error!r}")
 
 
 def _echo(error: TlscaleError) -> TlscaleError:

@@ -65,14 +65,37 @@ def build_optimizer(groups: list[Group], section: OptimSection) -> torch.optim.O
     """
     _check_name(section.name)
     _check_options(section)
+    if get_optimizer_info(_base_name(section.name)).second_order:
+        raise RecipeError(
+            f"optim.name: '{section.name}' needs second derivatives, which the training loop does not compute. "
+            "Use another, such as adamw, lamb, or muon"
+        )
     options: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value for key, value in section.options.items()
     }
+    if _runs_fused(groups, section):
+        options["fused"] = True
     try:
         optimizer = create_optimizer_v2(groups, opt=section.name, lr=section.lr, weight_decay=0.0, **options)
     except Exception as error:  # optimizers raise whatever they like about their arguments
-        raise RecipeError(f"optim: '{section.name}' cannot be made with {dict(section.options)}: {error}") from error
+        given = f" with {dict(section.options)}" if section.options else ""
+        raise RecipeError(f"optim: '{section.name}' cannot be made{given}: {error}") from error
     return optimizer
+
+
+def _runs_fused(groups: list[Group], section: OptimSection) -> bool:
+    """Whether to take torch's fused step, which does all of an update in one pass over the parameters.
+
+    torch takes a loop over the tensors by itself (on a CPU), which benchmarks/optimizer_step.py compares. The
+    recipe's own choice among torch's implementations wins.
+    """
+    optimizer_class = get_optimizer_info(_base_name(section.name)).opt_class
+    if isinstance(optimizer_class, str) or not optimizer_class.__module__.startswith("torch.optim"):
+        return False
+    known = inspect.signature(optimizer_class.__init__).parameters
+    chosen = {"fused", "foreach", "capturable", "differentiable"} & set(section.options)
+    devices = {param.device.type for group in groups for param in group["params"]}
+    return "fused" in known and not chosen and devices <= {"cpu", "cuda"}
 
 
 def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> float:
@@ -82,9 +105,14 @@ def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> float:
     return max(float(group["lr"]) for group in optimizer.param_groups)
 
 
+def _base_name(name: str) -> str:
+    """timm's name without the prefix that wraps any optimizer in Lookahead."""
+    return name.lower().removeprefix("lookahead_")
+
+
 def _check_name(name: str) -> None:
     known = [str(known_name) for known_name in list_optimizers()]
-    base = name.lower().removeprefix("lookahead_")
+    base = _base_name(name)
     if base not in known:
         raise RecipeError(
             f"optim.name: timm has no optimizer '{name}'.{did_you_mean(base, known)} There are: {', '.join(known)}"
@@ -92,7 +120,7 @@ def _check_name(name: str) -> None:
 
 
 def _check_options(section: OptimSection) -> None:
-    optimizer_class = get_optimizer_info(section.name.lower().removeprefix("lookahead_")).opt_class
+    optimizer_class = get_optimizer_info(_base_name(section.name)).opt_class
     if isinstance(optimizer_class, str):
         return  # of another package; it checks its own arguments
     known = set(inspect.signature(optimizer_class.__init__).parameters) - {"self", "params", "lr", "weight_decay"}

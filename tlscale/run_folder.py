@@ -62,9 +62,8 @@ def clear(folder: RunFolder) -> None:
 
     Not done when the folder is claimed: a new run may yet turn out to be wrong, and then the old one is still there.
     """
-    for entry in folder.path.iterdir():
-        if entry != folder.lock:
-            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+    for entry in _entries(folder):
+        shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
 
 @contextmanager
@@ -82,6 +81,7 @@ def claim(path: Path, mode: Mode) -> Iterator[RunFolder]:
     folder = RunFolder(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
+        _refuse_foreign(folder)  # before the lock's file is put there
         lock = FileLock(folder.lock, timeout=0)
         lock.acquire()
     except Timeout:
@@ -98,27 +98,33 @@ def claim(path: Path, mode: Mode) -> Iterator[RunFolder]:
 
 
 def _make_ready(folder: RunFolder, mode: Mode) -> None:
-    entries = [entry for entry in folder.path.iterdir() if entry != folder.lock]
-    if not entries:
-        return
-    if not _is_run(folder):
-        raise RunFolderError(
-            f"'{folder.path}' is not empty and not a run of tlscale (it has no run.json), so nothing is written there. "
-            "Give another folder: --out DIR"
-        )
-    if mode == "fresh":
+    _refuse_foreign(folder)
+    if mode == "fresh" and _entries(folder):
         raise RunFolderError(
             f"'{folder.path}' already holds a run. --resume goes on with it, --overwrite replaces it, --out DIR "
             "writes elsewhere"
         )
 
 
+def _entries(folder: RunFolder) -> list[Path]:
+    return [entry for entry in folder.path.iterdir() if entry != folder.lock]
+
+
+def _refuse_foreign(folder: RunFolder) -> None:
+    if _entries(folder) and not _is_run(folder):
+        raise RunFolderError(
+            f"'{folder.path}' is not empty and not a run of tlscale (it has no run.json), so nothing is written there. "
+            "Give another folder: --out DIR"
+        )
+
+
 def _is_run(folder: RunFolder) -> bool:
     # run.json is written first of all, so a run that was killed at birth is known by it as well.
     try:
-        return "tlscale" in json.loads(folder.run_json.read_text())
+        facts = json.loads(folder.run_json.read_text())
     except (OSError, ValueError):
         return False
+    return isinstance(facts, dict) and "tlscale" in facts
 
 
 def write_text(path: Path, text: str) -> None:

@@ -59,21 +59,22 @@ def build_backbone(section: BackboneSection, *, image_size: int | None, seed: in
     """
     _check_name(section.name)
     with torch.random.fork_rng(devices=[]):
+        size = {"img_size": image_size} if image_size is not None and _is_built_for_one_size(section) else {}
         torch.manual_seed(derive_seed(seed, "backbone"))
-        model = _create(section, {}, pretrained=False)
-        size = {"img_size": image_size} if image_size is not None and needs_fixed_size(model) else {}
-        if size or section.weights == "pretrained":
-            torch.manual_seed(derive_seed(seed, "backbone"))
-            model = _create(section, size, pretrained=section.weights == "pretrained")
+        model = _create(section, size, pretrained=section.weights == "pretrained")
     if section.weights in ("pretrained", "none"):
         origin = "random weights, by seed" if section.weights == "none" else _pretrained_origin(model)
         return model, WeightsReport(origin, 0, 0, state_digest(model.state_dict()))
     return model, _load_file(model, section)
 
 
-def needs_fixed_size(model: nn.Module) -> bool:
-    """Whether the architecture is built for one image size."""
-    return bool(model.pretrained_cfg.get("fixed_input_size", False))  # type: ignore[union-attr, operator]
+def _is_built_for_one_size(section: BackboneSection) -> bool:
+    """Whether the architecture wants `img_size`; the others do not know the word."""
+    if section.name.startswith(_PREFIXES):  # only building it tells
+        model = _create(section, {}, pretrained=False)
+        return bool(model.pretrained_cfg.get("fixed_input_size", False))  # type: ignore[union-attr, operator]
+    cfg = timm.get_pretrained_cfg(section.name)
+    return cfg is not None and bool(cfg.fixed_input_size)
 
 
 def no_weight_decay(model: nn.Module) -> frozenset[str]:
@@ -150,6 +151,8 @@ def _create(section: BackboneSection, size: dict[str, Any], *, pretrained: bool)
 def _no_weights(section: BackboneSection, error: Exception) -> str:
     from huggingface_hub.constants import HF_HUB_CACHE
 
+    if section.name.startswith("local-dir:"):
+        return f"backbone.name: '{section.name}' cannot be opened: {type(error).__name__}: {_first_line(error)}"
     cfg = timm.get_pretrained_cfg(section.name) if not section.name.startswith(_PREFIXES) else None
     if cfg is not None and not cfg.has_weights:
         tagged = timm.list_pretrained(section.name.split(".")[0])
@@ -198,36 +201,43 @@ def _read_state(path: Path, section: BackboneSection) -> dict[str, Tensor]:
         )
     if section.sha256 is not None and (found := _file_digest(path)) != section.sha256:
         raise ModelError(f"backbone.sha256: '{path}' has the SHA-256 {found}, not {section.sha256}; it is another file")
+    is_pickle = path.suffix in (".pth", ".pt", ".bin", ".tar")
+    if not is_pickle and path.suffix != ".safetensors":
+        raise ModelError(f"backbone.weights: '{path}' is not a .safetensors file (nor .pth, .pt, .bin)")
+    if is_pickle and not section.allow_pickle:
+        raise ModelError(
+            f"backbone.weights: '{path}' is a pickle, which can run code when it is read. Convert it to "
+            "safetensors, or set backbone.allow_pickle=true to have torch's restricted unpickler read it."
+        )
     try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        if path.suffix not in (".pth", ".pt", ".bin", ".tar"):
-            raise ModelError(f"backbone.weights: '{path}' is not a .safetensors file (nor .pth, .pt, .bin)")
-        if not section.allow_pickle:
-            raise ModelError(
-                f"backbone.weights: '{path}' is a pickle, which can run code when it is read. Convert it to "
-                "safetensors, or set backbone.allow_pickle=true to have torch's restricted unpickler read it."
-            )
+        if not is_pickle:
+            return _without_wrappers(safetensors.torch.load_file(path))
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ModelError(
             f"backbone.weights: '{path}' holds more than tensors, so it is not read: {_first_line(error)}"
         ) from error
-    except (OSError, RuntimeError, ValueError, EOFError, safetensors.SafetensorError) as error:
-        raise ModelError(f"backbone.weights: '{path}' cannot be read: {_first_line(error)}") from error
+    except Exception as error:  # bytes that are no pickle break the unpickler in many ways
+        raise ModelError(
+            f"backbone.weights: '{path}' cannot be read: {type(error).__name__}: {_first_line(error)}"
+        ) from error
     return _state_of(loaded, path)
 
 
 def _state_of(loaded: object, path: Path) -> dict[str, Tensor]:
-    """The state dict, bare or under the keys that training scripts use, without the prefixes of wrappers."""
+    """The state dict, bare or under the keys that training scripts use."""
     for key in ("state_dict_ema", "model_ema", "state_dict", "model", "module"):
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
             loaded = loaded[key]
             break
     if not isinstance(loaded, dict) or not any(isinstance(value, Tensor) for value in loaded.values()):
         raise ModelError(f"backbone.weights: '{path}' holds no state dict")
-    state = {name: value for name, value in loaded.items() if isinstance(value, Tensor)}
-    for prefix in ("module.", "_orig_mod."):
+    return _without_wrappers({name: value for name, value in loaded.items() if isinstance(value, Tensor)})
+
+
+def _without_wrappers(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without the prefixes of DDP and torch.compile, whichever was around the other."""
+    for prefix in ("_orig_mod.", "module.", "_orig_mod."):
         if all(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): value for name, value in state.items()}
     return state
@@ -244,8 +254,8 @@ def _best_fit(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     if fit(candidates[0]) < len(own):
         filter_fn = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
         if callable(filter_fn):
-            # A file of another architecture breaks its filter; the share that matches tells the user so.
-            with contextlib.suppress(KeyError, RuntimeError, TypeError, ValueError, AttributeError, IndexError):
+            # A file of another architecture breaks its filter somehow; the share that matches tells the user so.
+            with contextlib.suppress(Exception):
                 candidates.append(_fit_channels(dict(filter_fn(dict(state), model)), model))
     return max(candidates, key=fit)
 

@@ -9,9 +9,11 @@ Shapes: B images, C classes, D features.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,17 +22,19 @@ import timm
 import torch
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
+from torch.utils.module_tracker import ModuleTracker
 
 from tlscale.data.transforms import InputSpec
 from tlscale.errors import ModelError, RunFolderError
 from tlscale.model.backbone import layer_numbers, no_weight_decay
-from tlscale.model.freeze import frozen_modules
+from tlscale.model.freeze import frozen_modules, is_norm
 from tlscale.model.heads import build_head, is_single_linear
 from tlscale.recipe.schema import HeadLayer
 
 FORMAT = 1
 LOGITS_TOLERANCE = 1e-5
 _HEAD_FILE = "head.safetensors"
+_TRACKER = ModuleTracker()  # only asked whether a backward pass is under way
 
 
 class Classifier(nn.Module):
@@ -59,7 +63,9 @@ class Classifier(nn.Module):
 
     def rule_names(self) -> dict[str, nn.Parameter]:
         """Parameters by the names that rules match."""
-        return {name.removeprefix("backbone."): param for name, param in self.named_parameters()}
+        params = {name.removeprefix("backbone."): param for name, param in self.named_parameters()}
+        assert len(params) == len(list(self.parameters())), "a backbone with parameters named as our head's"
+        return params
 
     def layer_depth(self) -> dict[str, int]:
         """Layers away from the head by rule name, 0 for the head itself.
@@ -114,6 +120,7 @@ def enable_gradient_checkpointing(classifier: Classifier, *, in_chans: int, imag
             "compute.gradient_checkpointing has no effect: the whole backbone is frozen, so no activation of it is kept"
         )
     set_reentrant_ckpt(False)
+    _keep_statistics_when_recomputed(backbone)
     try:
         backbone.set_grad_checkpointing(True)  # type: ignore[operator]
     except (AssertionError, AttributeError, TypeError):
@@ -127,9 +134,37 @@ def _no_checkpointing(backbone: nn.Module) -> str:
         f"compute.gradient_checkpointing: {type(backbone).__name__} does not recompute anything in the backward pass "
         "(with these layers frozen). timm's resnet, resnext, regnet, efficientnet, mobilenetv3, convnext, "
         "densenet, vit, deit, beit, eva, swin and maxvit families do; vgg, the inceptions, xception, dpn, dla, hrnet, "
-        "cspnet, senet, nasnet, pit, coat, crossvit, twins and rdnet do not. Take the key out, or lower "
+        "cspnet, senet, nasnet, pit, coat, crossvit and twins do not. Take the key out, or lower "
         "compute.micro_batch_size."
     )
+
+
+def _keep_statistics_when_recomputed(backbone: nn.Module) -> None:
+    """Let a norm layer that runs again in the backward pass work on copies of its buffers.
+
+    Else each step would move batch statistics twice, and gradient checkpointing would change what is learned.
+    """
+    for module in backbone.modules():
+        names = [name for name, _ in module.named_buffers(recurse=False)]
+        if is_norm(module) and names:
+            own: dict[str, Tensor] = {}
+            module.register_forward_pre_hook(partial(_lend_copies, own, names))
+            module.register_forward_hook(partial(_take_back, own), always_call=True)
+
+
+def _lend_copies(own: dict[str, Tensor], names: Sequence[str], module: nn.Module, _: object) -> None:
+    # The compiler recomputes by itself and moves no buffer twice.
+    if torch.compiler.is_compiling() or not (module.training and _TRACKER.is_bw):
+        return
+    for name in names:
+        own[name] = module.get_buffer(name)
+        setattr(module, name, own[name].clone())
+
+
+def _take_back(own: dict[str, Tensor], module: nn.Module, *_: object) -> None:
+    for name, buffer in own.items():
+        setattr(module, name, buffer)
+    own.clear()
 
 
 def _recomputed_layers(classifier: Classifier, in_chans: int, image_size: int) -> int:
@@ -177,7 +212,7 @@ def export_model(
     """Write `config.json` and `model.safetensors` (and `head.safetensors` for a longer head) to `folder`.
 
     Args:
-        classifier: on any device; it is put in eval mode.
+        classifier: on any device, in any mode; it is left as it is.
         folder: is made; files of the same names are replaced.
         head: the recipe's head.
         classes: names of the C classes in the order of the logits.
@@ -189,25 +224,41 @@ def export_model(
     Raises:
         ModelError: what was written does not give the logits of `classifier`.
     """
-    classifier = classifier.eval()
+    plain = _plain_copy(classifier)
     folder.mkdir(parents=True, exist_ok=True)
-    as_timm = _as_timm_model(classifier, spec) if is_single_linear(head) else None
-    plain = as_timm if as_timm is not None else classifier.backbone
-    _write_config(plain, folder, head=head, classes=classes, spec=spec, whole=as_timm is not None)
-    _write_tensors(plain.state_dict(), folder / "model.safetensors")
+    as_timm = _as_timm_model(plain, spec) if is_single_linear(head) else None
+    whole = as_timm is not None
+    body = as_timm if as_timm is not None else plain.backbone
+    _write_config(body, folder, head=head, classes=classes, spec=spec, whole=whole)
+    _write_tensors(body.state_dict(), folder / "model.safetensors")
     (folder / _HEAD_FILE).unlink(missing_ok=True)
-    if as_timm is None:
-        _write_tensors(classifier.head.state_dict(), folder / _HEAD_FILE)
-    difference = _logits_difference(classifier, load(folder).model, spec)
+    if not whole:
+        _write_tensors(plain.head.state_dict(), folder / _HEAD_FILE)
+    difference = _logits_difference(plain, load(folder).model, spec)
     if difference > LOGITS_TOLERANCE:
         raise ModelError(f"the exported model in {folder} gives other logits than the run (by {difference:.2g})")
-    return f"timm.create_model('local-dir:{folder}', pretrained=True)" if as_timm else f"tlscale.load('{folder}')"
+    return f"timm.create_model('local-dir:{folder}', pretrained=True)" if whole else f"tlscale.load('{folder}')"
+
+
+def _plain_copy(classifier: Classifier) -> Classifier:
+    """A copy in eval mode on the CPU, without what a run wraps its network in (autocast, compiled code, memory order).
+
+    Logits are compared on it: two devices, precisions or memory orders agree less closely than two files must.
+    """
+    on_cpu: dict[int, Any] = {id(buffer): buffer.detach().cpu().contiguous() for buffer in classifier.buffers()}
+    for param in classifier.parameters():
+        on_cpu[id(param)] = nn.Parameter(param.detach().cpu().contiguous(), param.requires_grad)
+    parts = copy.deepcopy((classifier.backbone, classifier.head), on_cpu)
+    # train() first: some transformers keep what they computed from their parameters until then.
+    return Classifier(*parts).train().eval()
 
 
 def _write_tensors(state: Mapping[str, Tensor], path: Path) -> None:
-    """Each tensor once, on the CPU, with storage of its own, as safetensors wants it."""
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
+    """Each tensor once, with storage of its own, as safetensors wants it."""
+    tensors = {name: tensor.detach().contiguous().clone() for name, tensor in state.items()}
     safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+    # safetensors lets nobody else read its files; they are for whoever may read the configuration beside them.
+    path.chmod((path.parent / "config.json").stat().st_mode)
 
 
 def _write_config(
@@ -234,7 +285,10 @@ def _write_config(
         model_args={"in_chans": spec.in_chans},
     )
     config = json.loads(path.read_text())
-    config["pretrained_cfg"].update(transform)
+    cfg = config["pretrained_cfg"]
+    cfg.update(transform)
+    for key in [key for key in cfg if key.startswith("test_")]:
+        del cfg[key]  # the size and crop that the pretrained weights are best tested at are not those of this run
     path.write_text(json.dumps(config, indent=2) + "\n")
 
 
@@ -244,30 +298,30 @@ def _as_timm_model(classifier: Classifier, spec: InputSpec) -> nn.Module | None:
     backbone = classifier.backbone
     cfg: dict[str, Any] = backbone.pretrained_cfg  # type: ignore[assignment]
     args = {**getattr(backbone, "_model_args", {}), "num_classes": linear.out_features}
-    model = timm.create_model(cfg["architecture"], pretrained=False, **args)
+    with torch.random.fork_rng(devices=[]):
+        model = timm.create_model(cfg["architecture"], pretrained=False, **args)
     model.pretrained_cfg = {**cfg, "num_classes": linear.out_features}  # type: ignore[assignment]
     names = cfg.get("classifier") or ()
-    state = {name: tensor.cpu() for name, tensor in backbone.state_dict().items()}
+    state = backbone.state_dict()
     for name in (names,) if isinstance(names, str) else names:
         own = model.state_dict().get(f"{name}.weight")
         if own is None or own.numel() != linear.weight.numel():
             return None
-        state[f"{name}.weight"] = linear.weight.detach().cpu().reshape(own.shape)
-        state[f"{name}.bias"] = linear.bias.detach().cpu()
+        state[f"{name}.weight"] = linear.weight.detach().reshape(own.shape)
+        state[f"{name}.bias"] = linear.bias.detach()
     if set(state) != set(model.state_dict()):
         return None
-    model.to(linear.weight.dtype).load_state_dict(state)
-    return model.eval() if _logits_difference(classifier, model, spec) <= LOGITS_TOLERANCE else None
+    model.to(linear.weight.dtype).eval().load_state_dict(state)
+    return model if _logits_difference(classifier, model, spec) <= LOGITS_TOLERANCE else None
 
 
 def _logits_difference(ours: nn.Module, other: nn.Module, spec: InputSpec) -> float:
     """Largest difference of two networks' logits on random images, as a share of the largest logit (at least 1)."""
-    param = next(ours.parameters())
+    dtype = next(ours.parameters()).dtype
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(4, spec.in_chans, spec.image_size, spec.image_size, generator=generator).to(param.dtype)
-    other = other.eval().to(param.device, param.dtype)
+    images = torch.randn(4, spec.in_chans, spec.image_size, spec.image_size, generator=generator).to(dtype)
     with torch.inference_mode():
-        logits, others = ours(images.to(param.device)), other(images.to(param.device))
+        logits, others = ours(images), other.to(dtype)(images)
     return float((logits - others).abs().max() / logits.abs().max().clamp(min=1.0))
 
 
@@ -275,7 +329,7 @@ def load(run: str | Path) -> TrainedModel:
     """The model of a run folder (or of its `model/` folder), in eval mode on the CPU.
 
     Raises:
-        RunFolderError: there is no model there, or one of a newer format.
+        RunFolderError: there is no model there, a damaged one, or one of a newer format.
     """
     folder = Path(run)
     folder = folder / "model" if (folder / "model" / "config.json").is_file() else folder
@@ -284,17 +338,32 @@ def load(run: str | Path) -> TrainedModel:
         raise RunFolderError(
             f"'{run}' holds no model: there is no '{path}'. Has the run ended? (tlscale run ... --resume)"
         )
-    ours = json.loads(path.read_text()).get("tlscale")
-    if ours is None:
+    ours = _own_config(path)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            model = timm.create_model(f"local-dir:{folder}", pretrained=True)
+            if not ours["whole"]:
+                model = _with_head(model, folder, ours)
+    except (OSError, RuntimeError, ValueError, safetensors.SafetensorError) as error:
+        raise RunFolderError(f"the model in '{folder}' cannot be loaded: {error}") from error
+    return TrainedModel(model.eval(), tuple(ours["classes"]), InputSpec.from_plain(ours["input"]))
+
+
+def _own_config(path: Path) -> dict[str, Any]:
+    """What `export_model` noted in `config.json`."""
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise RunFolderError(f"'{path}' is damaged: {error}") from error
+    ours = config.get("tlscale") if isinstance(config, dict) else None
+    if not isinstance(ours, dict):
         raise RunFolderError(
-            f"'{path}' was not written by tlscale; load it with timm.create_model('local-dir:{folder}')"
+            f"'{path}' was not written by tlscale; load it with "
+            f"timm.create_model('local-dir:{path.parent}', pretrained=True)"
         )
     if ours["format"] > FORMAT:
         raise RunFolderError(f"'{path}' has format {ours['format']}, this tlscale reads up to {FORMAT}; update tlscale")
-    model = timm.create_model(f"local-dir:{folder}", pretrained=True)
-    if not ours["whole"]:
-        model = _with_head(model, folder, ours)
-    return TrainedModel(model.eval(), tuple(ours["classes"]), InputSpec.from_plain(ours["input"]))
+    return ours
 
 
 def _with_head(backbone: nn.Module, folder: Path, ours: Mapping[str, Any]) -> Classifier:

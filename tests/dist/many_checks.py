@@ -1,0 +1,140 @@
+"""What several processes do together; launched by the tests of test_processes.py, its facts go to a JSON file a rank.
+
+One launch does many runs, because a start costs more than all of them.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed
+from accelerate.state import PartialState
+
+import tlscale
+from tests.small_runs import small_recipe
+from tlscale.data.sampler import DataOrder, micro_batches, split_batch_size
+from tlscale.dist import start_processes
+from tlscale.errors import CheckpointError, DataError, TlscaleError
+from tlscale.jobs import finetune
+from tlscale.recipe.schema import ComputeSection
+
+# Nothing divides: 77 training images in batches of 16, 19 validation images, 37 test images.
+EXACT = {
+    "compute": {"precision": "fp64"},
+    "data": {"augment": ["flip", {"mixup": 0.4}], "workers": 0},
+    "loss": {"label_smoothing": 0.1, "class_weights": "balanced"},
+    "optim": {"clip_grad_norm": 1.0, "ema_decay": 0.9},
+    "schedule": {"warmup": "3 steps"},
+}
+SPLIT = {**EXACT, "compute": {"precision": "fp64", "micro_batch_size": 3}}
+BATCH_NORM = {"backbone": {"name": "test_resnet"}, "evaluate": {"every": "3 steps"}, "checkpoint": {"every": "4 steps"}}
+
+
+def recipe(folder, name, data, **changes):
+    rank = PartialState().process_index
+    return small_recipe(folder / f"{name}.{rank}.yaml", data, **changes)
+
+
+def rows_of_all_steps(rank, world_size):
+    """The images of each step on this rank, padding left out, as positions in the training split."""
+    order, split = DataOrder(77, 16, 0, False), split_batch_size(16, world_size, 3)
+    return [
+        [part.rows_B[: part.num_real].tolist() for part in micro_batches(order, step, split, rank)] for step in range(10)
+    ]
+
+
+def error_of(job):
+    try:
+        job()
+    except TlscaleError as error:
+        return {"kind": type(error).__name__, "message": str(error), "said_by_main": error.said_by_main}
+    return None
+
+
+def batch_norm_buffers(folder, data):
+    """Whether the buffers of all ranks are equal when a checkpoint is made of them, and whether they differ before."""
+    seen = []
+    snapshot = finetune.snapshot
+
+    def spy(clock, network, *args, **options):
+        flat = torch.cat([buffer.double().flatten() for buffer in network.buffers()])
+        flats = [torch.zeros_like(flat) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(flats, flat)
+        seen.append(all(torch.equal(flats[0], other) for other in flats))
+        return snapshot(clock, network, *args, **options)
+
+    finetune.snapshot = spy
+    try:
+        tlscale.run(recipe(folder, "bn", data, **BATCH_NORM), folder / "bn")
+    finally:
+        finetune.snapshot = snapshot
+    return seen
+
+
+def together(facts):
+    """The agreements of `Processes`, on real processes."""
+    processes = start_processes(ComputeSection(threads=1))
+    rank = processes.rank
+    facts["rank"], facts["world_size"] = rank, processes.world_size
+    facts["any"] = [processes.any(rank == 1), processes.any(False), processes.any(True)]
+    facts["sum"] = processes.sum(torch.tensor([rank + 1, 10])).tolist()
+    facts["gather"] = processes.gather(f"of {rank}")
+    facts["on_main"] = processes.on_main(lambda: f"by {rank}")
+
+    def fails(where, kind, message):
+        def job():
+            if rank in where:
+                raise kind(message)
+
+        return job
+
+    facts["main fails"] = error_of(lambda: processes.on_main(fails([0], DataError, "main's")))
+    facts["main fails oddly"] = error_of(lambda: _as_ours(lambda: processes.on_main(fails([0], OddError, "odd"))))
+    facts["last fails"] = error_of(lambda: processes.on_all(fails([processes.world_size - 1], CheckpointError, "last's")))
+    facts["all fail"] = error_of(lambda: processes.on_all(fails(range(9), CheckpointError, f"of {rank}")))
+    facts["none fails"] = processes.on_all(lambda: rank)
+    facts["rows"] = rows_of_all_steps(rank, processes.world_size)
+    processes.close()
+
+
+class OddError(Exception):
+    """One that cannot be sent to another process."""
+
+    def __init__(self, message):
+        super().__init__(message)
+        self.keeps = lambda: None
+
+
+def _as_ours(job):
+    try:
+        job()
+    except OddError as error:
+        raise TlscaleError(str(error)) from error
+
+
+def run_all(facts, folder, data):
+    tlscale.run(recipe(folder, "exact", data, **EXACT), folder / "exact")
+    tlscale.run(recipe(folder, "split", data, **SPLIT), folder / "split")
+    facts["buffers equal"] = batch_norm_buffers(folder, data)
+    # Begun by one process elsewhere and gone on with here.
+    if (folder / "begun").exists():
+        tlscale.run(recipe(folder, "begun", data, **EXACT), folder / "begun", resume=True)
+    # Begun here, to be gone on with by one process: a run that is complete is taken back to its first checkpoint.
+    facts["taken"] = error_of(lambda: tlscale.run(recipe(folder, "exact", data, **EXACT), folder / "exact"))
+    wrong = {**EXACT, "compute": {"num_processes": 7}}
+    facts["wrong number"] = error_of(lambda: tlscale.run(recipe(folder, "wrong", data, **wrong), folder / "wrong"))
+    odd = {**EXACT, "batch_size": 15}
+    facts["no equal shares"] = error_of(lambda: tlscale.run(recipe(folder, "odd", data, **odd), folder / "odd"))
+
+
+def main():
+    folder, data = Path(sys.argv[1]), Path(sys.argv[2])
+    facts = {}
+    together(facts)
+    run_all(facts, folder, data)
+    (folder / f"facts{facts['rank']}.json").write_text(json.dumps(facts))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""timm's tiny networks under a new head, and steps of training on noise."""
+
+import torch
+from torch import nn
+
+from tlscale.model.backbone import build_backbone
+from tlscale.model.classifier import Classifier, feature_width
+from tlscale.model.freeze import freeze_parameters
+from tlscale.model.heads import build_head
+from tlscale.recipe.schema import BackboneSection, Recipe
+
+# Seven ways to build a network, each a few hundred thousand parameters; all take 32 pixels.
+TINY = ("test_resnet", "test_vit", "test_efficientnet", "test_convnext", "test_nfnet", "test_byobnet", "test_mambaout")
+
+
+def section(name="test_resnet", weights="none", **keys) -> BackboneSection:
+    return BackboneSection(name=name, weights=weights, **keys)
+
+
+def recipe_rules(freeze):
+    """The recipe's `freeze` as the schema reads it."""
+    plain = {"name": "x", "data": {"source": "fashion_mnist"}, "backbone": {"name": "x"}, "freeze": freeze}
+    return Recipe.model_validate(plain).freeze
+
+
+def classifier(
+    name="test_resnet", *, image_size=32, head=("linear",), num_classes=5, in_chans=3, freeze=(), seed=0, **keys
+) -> Classifier:
+    backbone, _ = build_backbone(section(name, in_chans=in_chans, **keys), image_size=image_size, seed=seed)
+    width = feature_width(backbone, in_chans=in_chans, image_size=image_size)
+    freeze_parameters(backbone, recipe_rules(list(freeze)))
+    new_head = build_head(head, in_features=width, num_classes=num_classes, seed=seed + 1)
+    return Classifier(backbone, new_head).train()
+
+
+def noise(seed=0, count=4, in_chans=3, image_size=32) -> torch.Tensor:
+    return torch.randn(count, in_chans, image_size, image_size, generator=torch.Generator().manual_seed(seed))
+
+
+def loss_of(network: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    logits = network(images)
+    return nn.functional.cross_entropy(logits, torch.arange(len(images)) % logits.shape[1])
+
+
+def state_of(network: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
+
+
+def train(network: nn.Module, steps=3, lr=0.1) -> None:
+    optimizer = torch.optim.SGD([p for p in network.parameters() if p.requires_grad], lr=lr)
+    network.train()
+    for step in range(steps):
+        loss_of(network, noise(step)).backward()
+        optimizer.step()
+        optimizer.zero_grad()

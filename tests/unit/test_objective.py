@@ -1,0 +1,171 @@
+"""The loss of each image, against the formula written out and against PyTorch's own sums."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tlscale.errors import RecipeError
+from tlscale.objective import Objective, class_weights
+from tlscale.recipe.schema import LossSection
+
+CLASSES = ("ant", "bee", "cat", "dog")
+
+
+def draw(seed=0, count=7, num_classes=4, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    logits_BC = 3 * torch.randn(count, num_classes, generator=generator, dtype=dtype)
+    return logits_BC, torch.randint(num_classes, (count,), generator=generator)
+
+
+def by_hand(logits_BC, targets_BC, weights_C=None):
+    """Cross-entropy with a target for each class: what smoothed and mixed labels are."""
+    weights_C = torch.ones(logits_BC.shape[1], dtype=logits_BC.dtype) if weights_C is None else weights_C
+    return -(targets_BC * weights_C * (logits_BC - logits_BC.logsumexp(1, keepdim=True))).sum(1)
+
+
+def soft(labels_B, num_classes, smoothing):
+    one_hot_BC = F.one_hot(labels_B, num_classes).double()
+    return one_hot_BC * (1 - smoothing) + smoothing / num_classes
+
+
+SMOOTHING = st.sampled_from([0.0, 0.1, 0.6])
+WEIGHTS = st.one_of(st.none(), st.lists(st.floats(0.0, 5.0), min_size=4, max_size=4))
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 999), smoothing=SMOOTHING, weights=WEIGHTS)
+def test_losses_are_the_formula(seed, smoothing, weights):
+    logits_BC, labels_B = draw(seed)
+    weights_C = None if weights is None else torch.tensor(weights, dtype=torch.float64)
+    objective = Objective(LossSection(label_smoothing=smoothing), weights_C)
+    found_B = objective.losses(logits_BC, labels_B)
+    assert found_B.shape == (7,)
+    # Smoothing weighs each class by its own weight, the image's own label by its.
+    torch.testing.assert_close(found_B, by_hand(logits_BC, soft(labels_B, 4, smoothing), weights_C))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_sums_are_pytorchs(smoothing, weighted):
+    logits_BC, labels_B = draw()
+    weights_C = torch.tensor([0.5, 2.0, 1.0, 0.0], dtype=torch.float64) if weighted else None
+    found = Objective(LossSection(label_smoothing=smoothing), weights_C).losses(logits_BC, labels_B).sum()
+    theirs = F.cross_entropy(logits_BC, labels_B, weight=weights_C, label_smoothing=smoothing, reduction="sum")
+    assert torch.equal(found, theirs)
+    mean = F.cross_entropy(logits_BC, labels_B, weight=weights_C, label_smoothing=smoothing)
+    divisor = 7 if weights_C is None else weights_C[labels_B].sum()
+    torch.testing.assert_close(found / divisor, mean)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 999), smoothing=SMOOTHING, weights=WEIGHTS)
+def test_mixed_losses_are_those_of_the_mixed_target(seed, smoothing, weights):
+    logits_BC, labels_B = draw(seed)
+    _, partners_B = draw(seed + 1000)
+    lam_B = torch.rand(7, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    weights_C = None if weights is None else torch.tensor(weights, dtype=torch.float64)
+    objective = Objective(LossSection(label_smoothing=smoothing), weights_C)
+    found_B = objective.mixed_losses(logits_BC, labels_B, partners_B, lam_B)
+    lam_B1 = lam_B[:, None]
+    target_BC = lam_B1 * soft(labels_B, 4, smoothing) + (1 - lam_B1) * soft(partners_B, 4, smoothing)
+    torch.testing.assert_close(found_B, by_hand(logits_BC, target_BC, weights_C))
+    if weights_C is None:
+        torch.testing.assert_close(found_B, F.cross_entropy(logits_BC, target_BC, reduction="none"))
+
+
+def test_all_of_one_label_is_no_mixing():
+    logits_BC, labels_B = draw()
+    objective = Objective(LossSection(label_smoothing=0.1), None)
+    _, partners_B = draw(1)
+    for lam, labels in ((1.0, labels_B), (0.0, partners_B)):
+        found_B = objective.mixed_losses(logits_BC, labels_B, partners_B, torch.full((7,), lam))
+        assert torch.equal(found_B, objective.losses(logits_BC, labels))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_half_precision_logits_give_float32_losses(dtype):
+    logits_BC, labels_B = draw(dtype=torch.float32)
+    logits_BC = logits_BC.to(dtype)
+    objective = Objective(LossSection(), torch.ones(4, dtype=torch.float64))
+    expected = torch.float64 if dtype == torch.float64 else torch.float32
+    for found_B in (
+        objective.losses(logits_BC, labels_B),
+        objective.mixed_losses(logits_BC, labels_B, labels_B, torch.full((7,), 0.3)),
+    ):
+        assert found_B.dtype == expected
+        torch.testing.assert_close(found_B, F.cross_entropy(logits_BC.to(expected), labels_B, reduction="none"))
+
+
+def test_confident_half_precision_logits_lose_nothing():
+    logits_BC = torch.tensor([[12.0, 0.0]], dtype=torch.bfloat16)
+    loss = Objective(LossSection(), None).losses(logits_BC, torch.tensor([0]))
+    assert loss.item() == pytest.approx(np.log1p(np.exp(-12.0)), rel=0.02)
+    assert F.cross_entropy(logits_BC, torch.tensor([0])).item() != pytest.approx(np.log1p(np.exp(-12.0)), rel=0.02)
+
+
+# -- class weights ------------------------------------------------------------------------------------------------
+
+
+def weigh(class_weights_key, labels=(0, 0, 0, 1, 2, 2, 3, 3)):
+    return class_weights(LossSection(class_weights=class_weights_key), np.array(labels), CLASSES)
+
+
+def test_no_weights():
+    assert weigh("none") is None
+
+
+def test_balanced_gives_each_class_the_same_say():
+    weights_C = weigh("balanced")
+    counts_C = torch.tensor([3.0, 1.0, 2.0, 2.0], dtype=torch.float64)
+    assert weights_C.dtype == torch.float64
+    torch.testing.assert_close(weights_C * counts_C, torch.full((4,), 2.0, dtype=torch.float64))
+    sklearn = pytest.importorskip("sklearn.utils.class_weight")
+    theirs = sklearn.compute_class_weight("balanced", classes=np.arange(4), y=[0, 0, 0, 1, 2, 2, 3, 3])
+    assert weights_C.numpy() == pytest.approx(theirs)
+
+
+def test_a_class_without_images_does_no_harm():
+    weights_C = weigh("balanced", (0, 0, 1, 3))
+    assert torch.isfinite(weights_C).all()
+    assert weights_C[[0, 0, 1, 3]].mean() == pytest.approx(1.0)
+
+
+def test_by_name_in_any_order():
+    weights_C = weigh({"dog": 4, "ant": 1.0, "cat": 3.0, "bee": 2.0})
+    assert (weights_C / weights_C[0]).tolist() == pytest.approx([1.0, 2.0, 3.0, 4.0])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    labels=st.lists(st.integers(0, 3), min_size=1, max_size=40),
+    weights=st.one_of(st.just("balanced"), st.lists(st.floats(0.01, 100), min_size=4, max_size=4)),
+)
+def test_the_mean_over_the_training_images_is_one(labels, weights):
+    key = weights if isinstance(weights, str) else dict(zip(CLASSES, weights, strict=True))
+    weights_C = weigh(key, labels)
+    assert weights_C[labels].mean().item() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({"ant": 1, "bee": 1, "cat": 1, "dogg": 1}, "there is no class 'dogg'. Did you mean 'dog'.*ant, bee, cat, dog"),
+        ({"ant": 1, "bee": 1}, "no weight for cat, dog; give one for every class"),
+        ({"ant": 1, "bee": -1, "cat": 1, "dog": 1}, "the weight of 'bee' is -1"),
+        (dict.fromkeys(CLASSES, 0), "all weights of the training images are 0"),
+    ],
+)
+def test_wrong_weights(weights, message):
+    section = LossSection.model_construct(class_weights=weights, label_smoothing=0.0)
+    with pytest.raises(RecipeError, match=f"loss.class_weights: {message}"):
+        class_weights(section, np.array([0, 1, 2, 3]), CLASSES)
+
+
+def test_only_classes_with_images_count_for_nothing_to_learn():
+    weights = {"ant": 0, "bee": 0, "cat": 0, "dog": 1}
+    with pytest.raises(RecipeError, match="nothing to learn"):
+        weigh(weights, (0, 1, 2))
+    assert weigh(weights, (0, 1, 2, 3)).tolist() == [0, 0, 0, 4]

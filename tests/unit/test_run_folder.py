@@ -1,0 +1,142 @@
+"""The run folder: one job at a time, and nothing of anybody else's is touched."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.small_runs import environment
+from tlscale.errors import EXIT_BAD_INPUT, RunFolderError
+from tlscale.run_folder import RunFolder, claim, clear, write_json, write_text
+
+HOLD = """
+import sys
+from pathlib import Path
+from tlscale.run_folder import claim
+with claim(Path(sys.argv[1]), "fresh"):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def put_run(path):
+    path.mkdir(parents=True, exist_ok=True)
+    write_json(path / "run.json", {"tlscale": "0.1.0"})
+    (path / "checkpoints").mkdir()
+    (path / "checkpoints" / "LATEST").write_text("step_00000001\n")
+
+
+def contents(path):
+    return {str(entry.relative_to(path)): entry.read_bytes() if entry.is_file() else None for entry in path.rglob("*")}
+
+
+@pytest.mark.parametrize("mode", ["fresh", "resume", "overwrite"])
+def test_a_new_or_empty_folder_is_taken(tmp_path, mode):
+    with claim(tmp_path / "deep" / "run", mode) as folder:
+        assert folder.path.is_dir()
+    with claim(tmp_path / "deep" / "run", mode):  # only the lock's file is there
+        pass
+
+
+def test_fresh_refuses_a_run_and_says_the_ways_out(tmp_path):
+    put_run(tmp_path / "run")
+    before = contents(tmp_path / "run")
+    with pytest.raises(RunFolderError, match="already holds a run") as caught, claim(tmp_path / "run", "fresh"):
+        pass
+    (tmp_path / "run" / ".lock").unlink(missing_ok=True)
+    assert all(word in str(caught.value) for word in ("--resume", "--overwrite", "--out"))
+    assert caught.value.exit_code == EXIT_BAD_INPUT
+    assert contents(tmp_path / "run") == before
+
+
+def test_resume_keeps_and_overwrite_clears(tmp_path):
+    put_run(tmp_path / "run")
+    before = contents(tmp_path / "run")
+    with claim(tmp_path / "run", "resume"):
+        assert contents(tmp_path / "run") == {**before, ".lock": b""}
+    with claim(tmp_path / "run", "overwrite") as folder:
+        assert contents(tmp_path / "run") == {**before, ".lock": b""}  # until the new run is ready
+        clear(folder)
+        assert contents(tmp_path / "run") == {".lock": b""}
+
+
+def test_clear_follows_no_link(tmp_path):
+    put_run(tmp_path / "run")
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.tex").write_text("x")
+    (tmp_path / "run" / "link").symlink_to(precious)
+    clear(RunFolder(tmp_path / "run"))
+    assert (precious / "thesis.tex").read_text() == "x"
+    assert contents(tmp_path / "run") == {}
+
+
+@pytest.mark.parametrize("mode", ["fresh", "resume", "overwrite"])
+@pytest.mark.parametrize("run_json", [None, "{}", "[]", "not json", "null", '"tlscale', "3", b"\xff\xfe"])
+def test_a_foreign_folder_is_never_touched(tmp_path, mode, run_json):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "1.jpg").write_bytes(b"x")
+    if run_json is not None:
+        (tmp_path / "run.json").write_bytes(run_json if isinstance(run_json, bytes) else run_json.encode())
+    before = contents(tmp_path)
+    with pytest.raises(RunFolderError, match="is not empty and not a run of tlscale"), claim(tmp_path, mode):
+        pass
+    assert contents(tmp_path) == before
+
+
+def test_a_second_job_is_refused_until_the_first_has_ended(tmp_path):
+    run = tmp_path / "run"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(run)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment()
+    )
+    try:
+        assert holder.stdout.readline() == b"held\n"
+        for mode in ("fresh", "resume", "overwrite"):
+            with pytest.raises(RunFolderError, match=r"another job is writing to .*--out DIR"), claim(run, mode):
+                pass
+    finally:
+        holder.kill()  # a job that is killed holds nothing
+        holder.communicate()
+    with claim(run, "fresh"):
+        pass
+
+
+def test_the_lock_goes_when_the_job_fails(tmp_path):
+    with pytest.raises(ZeroDivisionError), claim(tmp_path / "run", "fresh"):
+        raise ZeroDivisionError
+    with claim(tmp_path / "run", "fresh"):
+        pass
+
+
+def test_a_link_to_a_folder_is_that_folder(tmp_path):
+    put_run(tmp_path / "real")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with pytest.raises(RunFolderError, match="already holds a run"), claim(tmp_path / "link", "fresh"):
+        pass
+    with claim(tmp_path / "link", "resume"), pytest.raises(RunFolderError, match="another job"):  # noqa: SIM117
+        with claim(tmp_path / "real", "resume"):
+            pass
+
+
+def test_places_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "dangling").symlink_to(tmp_path / "gone")
+    places = [tmp_path / "file", tmp_path / "file" / "run", tmp_path / "dangling", tmp_path / ("x" * 300)]
+    if os.path.isdir("/proc"):
+        places.append(RunFolder(type(tmp_path)("/proc/tlscale")).path)
+    for place in places:
+        with pytest.raises(RunFolderError, match="cannot write to the run folder"), claim(place, "fresh"):
+            pass
+
+
+def test_files_are_whole_or_as_before(tmp_path):
+    path = tmp_path / "result.json"
+    write_json(path, {"top1": 0.5})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(path, {"top1": float("nan")})
+    with pytest.raises(UnicodeEncodeError):
+        write_text(path, "a\ud800")
+    assert json.loads(path.read_text()) == {"top1": 0.5}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["result.json"]
