@@ -16,7 +16,7 @@ from tlscale.data.loaders import ImageStore, default_workers, find_bad_images
 from tlscale.data.sampler import BatchSplit, DataOrder, split_batch_size
 from tlscale.data.sources import ImageData, ImageSplit, open_data
 from tlscale.data.transforms import InputSpec, resolve_input
-from tlscale.errors import DataError
+from tlscale.errors import DataError, RecipeError
 from tlscale.model.backbone import WeightsReport, build_backbone
 from tlscale.model.classifier import Classifier, enable_gradient_checkpointing, feature_width
 from tlscale.model.freeze import FreezeRow, check_trainable, freeze_parameters
@@ -72,9 +72,11 @@ class Prepared:
         """The images of a split as evaluation wants them."""
         return ImageStore(split, self.recipe.data, self.spec)
 
-    def workers(self, store: ImageStore, *, augmented: bool, processes: int) -> int:
+    def workers(self, store: ImageStore, device: torch.device, *, augmented: bool, processes: int) -> int:
         """Worker processes for `store`, when so many training processes share the machine."""
-        return default_workers(self.recipe.data, cached=store.cached, augmented=augmented, processes=processes)
+        return default_workers(
+            self.recipe.data, cached=store.cached, augmented=augmented, device=device, processes=processes
+        )
 
     @property
     def eval_batch_size(self) -> int:
@@ -113,6 +115,7 @@ def prepare(recipe: Recipe, *, world_size: int, bad_images: list[tuple[int, str]
     groups = parameter_groups(params, recipe.optim, layer_depth=depth, never_decayed=classifier.never_decayed())
     order = DataOrder(len(data.train), recipe.batch_size, recipe.seed, recipe.drop_last)
     total_steps = _to_steps(recipe.duration, order, None)
+    _refuse_long_warmup(recipe, order, total_steps)
     lr_factor = make_lr_factor(
         recipe.schedule, total_steps=total_steps, to_steps=lambda duration: _to_steps(duration, order, total_steps)
     )
@@ -125,6 +128,23 @@ def prepare(recipe: Recipe, *, world_size: int, bad_images: list[tuple[int, str]
 
 def _to_steps(duration: Duration, order: DataOrder, total_steps: int | None) -> int:
     return duration.to_steps(num_images=order.images_per_epoch, batch_size=order.batch_size, total_steps=total_steps)
+
+
+def _refuse_long_warmup(recipe: Recipe, order: DataOrder, total_steps: int) -> None:
+    warmup_steps = _to_steps(recipe.schedule.warmup, order, total_steps)
+    if warmup_steps > total_steps:
+        raise RecipeError(
+            f"schedule.warmup = {recipe.schedule.warmup} is {warmup_steps} steps, and duration = {recipe.duration} is "
+            f"{total_steps}: the learning rate would never reach its peak. Shorten the warm-up"
+        )
+
+
+def _refuse_idle_rates(recipe: Recipe, backbone: torch.nn.Module) -> None:
+    if any(param.requires_grad for param in backbone.parameters()):
+        return
+    for key in ("drop_rate", "drop_path_rate"):
+        if getattr(recipe.backbone, key) > 0:
+            raise RecipeError(f"backbone.{key} has no effect: the whole backbone is frozen, and so in eval mode")
 
 
 def _input_spec(recipe: Recipe, data: ImageData, backbone: torch.nn.Module) -> InputSpec:
@@ -170,6 +190,7 @@ def _assemble(
 ) -> tuple[Classifier, list[FreezeRow], int]:
     width = feature_width(backbone, in_chans=spec.in_chans, image_size=spec.image_size)
     rows = freeze_parameters(backbone, recipe.freeze)
+    _refuse_idle_rates(recipe, backbone)
     seed = derive_seed(recipe.seed, "head")
     head = build_head(recipe.head, in_features=width, num_classes=len(data.classes), seed=seed)
     classifier = Classifier(backbone, head)

@@ -4,12 +4,12 @@ One launch does many runs, because a start costs more than all of them.
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
 import torch
 import torch.distributed
-from accelerate.state import PartialState
 
 import tlscale
 from tests.small_runs import small_recipe
@@ -31,9 +31,8 @@ SPLIT = {**EXACT, "compute": {"precision": "fp64", "micro_batch_size": 3}}
 BATCH_NORM = {"backbone": {"name": "test_resnet"}, "evaluate": {"every": "3 steps"}, "checkpoint": {"every": "4 steps"}}
 
 
-def recipe(folder, name, data, **changes):
-    rank = PartialState().process_index
-    return small_recipe(folder / f"{name}.{rank}.yaml", data, **changes)
+def recipe(folder, name, place, **changes):
+    return small_recipe(folder / f"{name}.{os.environ['RANK']}.yaml", place, **changes)
 
 
 def rows_of_all_steps(rank, world_size):

@@ -37,7 +37,7 @@ def launch(processes, *words, log, launcher="accelerate", cpu="true"):
     if launcher == "accelerate":
         command = ["accelerate", "launch", "--multi_gpu", "--num_processes", processes, "--main_process_port", "0"]
     else:
-        command = ["torchrun", "--nproc-per-node", processes, "--master-port", "0"]
+        command = ["torchrun", "--standalone", "--nproc-per-node", processes]
     changes = {"ACCELERATE_USE_CPU": cpu} if cpu else {}
     with log.open("w") as file:
         return subprocess.Popen(
@@ -46,7 +46,18 @@ def launch(processes, *words, log, launcher="accelerate", cpu="true"):
             stderr=subprocess.STDOUT,
             env=environment(**changes),
             cwd=REPO,
+            start_new_session=True,
         )
+
+
+def exit_code_of(launched, log, timeout_s=120):
+    """Waits; a launch that hangs is ended, with all its processes, and is a failure."""
+    try:
+        return launched.wait(timeout_s)
+    except subprocess.TimeoutExpired:
+        os.killpg(launched.pid, signal.SIGKILL)
+        launched.wait()
+        pytest.fail(f"hangs: {log.read_text()[-3000:]}")
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +95,7 @@ def several(request, idx, alone, tmp_path_factory):
     back_at_first_checkpoint(alone / "exact", folder / "begun")
     words = (REPO / "tests" / "dist" / "many_checks.py", folder, idx)
     done = launch(processes, *words, log=folder / "log", launcher=launcher)
-    exit_code, output = done.wait(200), (folder / "log").read_text()
+    exit_code, output = exit_code_of(done, folder / "log"), (folder / "log").read_text()
     assert exit_code == 0, output[-5000:]
     facts = [json.loads((folder / f"facts{rank}.json").read_text()) for rank in range(processes)]
     assert [fact["world_size"] for fact in facts] == [processes] * processes
@@ -208,7 +219,7 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step(idx, tmp_path):
     workers = workers_of(launched.pid)
     assert set(workers) == {0, 1}
     os.kill(workers[1], signal.SIGTERM)
-    assert launched.wait(60) != 0
+    assert exit_code_of(launched, log, 60) != 0
     output = log.read_text()
     assert output.count("stopped by") == 1
     assert "stopped by a signal to another process after step" in output
@@ -249,7 +260,7 @@ def test_wrong_launches_end_soon_with_one_message(idx, tmp_path):
         ),
     }  # fmt: skip
     for name, said in (("wrong", "asks for compute.num_processes = 3, but 2 run"), ("apart", "Accelerate joined 1")):
-        assert started[name].wait(90) != 0
+        assert exit_code_of(started[name], tmp_path / name, 60) != 0
         output = (tmp_path / name).read_text()
         assert output.count(said) == 1, output
         assert f"exitcode  : {EXIT_BAD_INPUT}" in output

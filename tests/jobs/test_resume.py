@@ -90,7 +90,7 @@ def test_stopped_and_resumed_equals_not_stopped(name, idx, tmp_path):
 
 
 def test_a_signal_during_evaluation_is_obeyed_after_the_next_step(idx, tmp_path):
-    # One image at a time makes the evaluation long: the line of step 5 is written before it, and the signal comes in it.
+    # One image at a time makes the evaluation long: the line of step 5 is written before it, the signal comes in it.
     changes = {"evaluate": {"batch_size": 1, "every": "5 steps"}, "duration": f"{STEPS} steps"}
     recipe = small_recipe(tmp_path / "recipe.yaml", idx, **changes, **{"data": {"validation_fraction": 0.5}})
     with pytest.raises(Stopped, match="after step 6 of"), stop_at(tmp_path / "parts", 5):

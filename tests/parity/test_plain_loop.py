@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from benchmarks.loop_overhead import largest_difference, make_recipe, plain_loop, tlscale_loop
 
 

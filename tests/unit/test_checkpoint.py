@@ -1,5 +1,6 @@
 """Checkpoints: written whole, found damaged by whatever damage, never unpickled, never lost to the one after."""
 
+import contextlib
 import json
 import os
 import pickle
@@ -262,7 +263,7 @@ def test_a_full_disk_at_the_small_files(small_disk):
     root = small_disk / "checkpoints"
     save_checkpoint(root, make(1))
     filler = small_disk / "filler"
-    with pytest.raises(OSError, match="No space"), filler.open("wb", buffering=0) as file:
+    with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while file.write(b"\0" * 4096):
             pass
     with pytest.raises(CheckpointError, match="the disk is full"):

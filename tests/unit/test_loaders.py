@@ -319,12 +319,14 @@ def test_what_a_worker_needs_can_be_sent_to_it():
 
 def test_default_workers():
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    assert default_workers(section(), cached=True, augmented=False) == 0
-    assert default_workers(section(workers=7), cached=True, augmented=False) == 7
-    assert default_workers(section(workers=0), cached=False, augmented=True) == 0
-    for cached, augmented in ((False, False), (True, True)):
-        assert default_workers(section(), cached=cached, augmented=augmented) == (min(4, cores) if cores > 1 else 0)
-        assert default_workers(section(), cached=cached, augmented=augmented, processes=cores) == 0
+    gpu, cpu = {"device": torch.device("cuda")}, {"device": torch.device("cpu")}
+    assert default_workers(section(), cached=True, augmented=False, **gpu) == 0
+    assert default_workers(section(workers=7), cached=True, augmented=False, **cpu) == 7
+    assert default_workers(section(workers=0), cached=False, augmented=True, **gpu) == 0
+    for need in ({"cached": False, "augmented": False}, {"cached": True, "augmented": True}):
+        assert default_workers(section(), **need, **gpu) == (min(4, cores) if cores > 1 else 0)
+        assert default_workers(section(), **need, **gpu, processes=cores) == 0
+        assert default_workers(section(), **need, **cpu) == 0
 
 
 def test_pinned_memory_on_a_gpu():

@@ -183,15 +183,20 @@ def find_bad_images(
     return [bad for block in found for bad in block if bad is not None]
 
 
-def default_workers(section: DataSection, *, cached: bool, augmented: bool, processes: int = 1) -> int:
+def default_workers(
+    section: DataSection, *, cached: bool, augmented: bool, device: torch.device, processes: int = 1
+) -> int:
     """How many worker processes read images beside each training process.
 
     Args:
+        cached: the images are in memory.
+        augmented: they are augmented.
+        device: where the network runs; on the CPU it has all cores at work, and workers would take them from it.
         processes: training processes that share this machine's cores.
     """
     if section.workers is not None:
         return section.workers
-    if cached and not augmented:
+    if device.type == "cpu" or (cached and not augmented):
         return 0
     cores = num_cores() // processes
     return min(_MOST_WORKERS, cores) if cores > 1 else 0  # a worker on the only core can take nothing over

@@ -57,7 +57,13 @@ def evaluate_run(
             objective=Objective(LossSection(label_smoothing=recipe.loss.label_smoothing), None),
             classes=trained.classes,
             batch_size=recipe.evaluate.batch_size or recipe.batch_size,
-            workers=default_workers(recipe.data, cached=store.cached, augmented=False, processes=processes.world_size),
+            workers=default_workers(
+                recipe.data,
+                cached=store.cached,
+                augmented=False,
+                device=processes.device,
+                processes=processes.world_size,
+            ),
             processes=processes,
         )
         figures = {"split": split.name, "source": recipe.data.source, **figures}

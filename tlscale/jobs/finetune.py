@@ -123,7 +123,9 @@ class Parts:
                 objective=self.objective,
                 classes=self.prepared.data.classes,
                 batch_size=self.prepared.eval_batch_size,
-                workers=self.prepared.workers(store, augmented=False, processes=self.processes.world_size),
+                workers=self.prepared.workers(
+                    store, self.processes.device, augmented=False, processes=self.processes.world_size
+                ),
                 processes=self.processes,
             )
 
@@ -194,7 +196,9 @@ def _train(
             augment=prepared.augment,
             start_step=clock.step,
             stop_step=prepared.total_steps,
-            workers=prepared.workers(stores["train"], augmented=bool(prepared.augment), processes=processes.world_size),
+            workers=prepared.workers(
+                stores["train"], processes.device, augmented=bool(prepared.augment), processes=processes.world_size
+            ),
             pin_memory=processes.device.type == "cuda",
         )
         book.training_begins()

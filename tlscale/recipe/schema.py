@@ -266,7 +266,7 @@ class DataSection(Section):
     number, such as `[flip, {crop: 0.5}, {mixup: 0.2}]`."""
     workers: int | None = Field(None, ge=0, le=256)
     """Processes that read images beside each training process; by itself 0 when the images are cached and not
-    augmented, else up to 4."""
+    augmented, or when training runs on the CPU, whose cores they would take; else up to 4."""
     cache_mib: int = Field(2048, ge=0)
     """Images are decoded once and kept as uint8 when all of them need no more than this, in MiB; 0: never."""
 
@@ -332,7 +332,7 @@ class OptimSection(Section):
     """The optimizer and what its parameter groups get."""
 
     name: str = "adamw"
-    """One of timm's optimizers."""
+    """One of timm's optimizers; its `sgd` has Nesterov momentum of 0.9, plain momentum is `momentum`."""
     lr: float = Field(1e-3, gt=0.0)
     """Peak learning rate, for the global batch size of the recipe as it stands (it is not scaled)."""
     weight_decay: float = Field(0.05, ge=0.0)
