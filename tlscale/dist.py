@@ -6,6 +6,7 @@ agreement between processes goes over a CPU group of its own, so that it never w
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -157,21 +158,26 @@ class Processes:
             torch_dist.broadcast(buffer.data, src=0)
 
     def close(self) -> None:
-        """End the process group; a program that leaves one open prints a warning and may hang.
+        """Leave the run; the next one in this process may want another precision.
 
-        Accelerate keeps device and precision for the life of the process, so it is made to forget them: the next run
-        in this process may want others. An Accelerator that was there before stays as it was.
+        Accelerate keeps precision and device for the life of the process, so it is made to forget them. An Accelerator
+        that was there before stays as it was.
         """
-        if self._is_guest:
-            return
-        _end_processes()
+        if not self._is_guest:
+            _forget_run()
 
 
-def _end_processes() -> None:
+def _forget_run() -> None:
+    # The processes stay joined until the program ends: a launcher's store cannot be joined twice, it would hang.
+    AcceleratorState._reset_state(reset_partial_state=not torch_dist.is_initialized())
+    GradientState._reset_state()
+
+
+@atexit.register
+def _leave_group() -> None:
+    """A program that leaves its process group open prints a warning and may hang."""
     if torch_dist.is_initialized():
         torch_dist.destroy_process_group()
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 def _to_send(error: Exception) -> TlscaleError:
@@ -197,7 +203,7 @@ def start_processes(compute: ComputeSection) -> Processes:
         return _join(compute, is_guest)
     except Exception:
         if not is_guest:
-            _end_processes()
+            _forget_run()
         raise
 
 

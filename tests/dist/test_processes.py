@@ -50,7 +50,7 @@ def launch(processes, *words, log, launcher="accelerate", cpu="true"):
         )
 
 
-def exit_code_of(launched, log, timeout_s=120):
+def exit_code_of(launched, log, timeout_s=70):
     """Waits; a launch that hangs is ended, with all its processes, and is a failure."""
     try:
         return launched.wait(timeout_s)

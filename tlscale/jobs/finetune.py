@@ -10,6 +10,7 @@ Shapes: B images, C classes.
 from __future__ import annotations
 
 import json
+from collections.abc import Generator
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -157,15 +158,10 @@ def _train(
     screen: Progress,
 ) -> dict[str, Any]:
     recipe, accelerator = prepared.recipe, processes.accelerator
-    parts = _make_parts(prepared, processes)
 
     # -- resume: into the bare objects, before Accelerate wraps them ------------------------------------------------
-    clock, scaler_state = Clock(), None
-    newest = processes.on_main(lambda: _newest(folder, screen)) if record is not None else None
-    if newest is not None:
-        checkpoint = processes.on_all(partial(load_checkpoint, newest))
-        clock, scaler_state = restore(checkpoint, parts.network, parts.optimizer, parts.ema), checkpoint.state["scaler"]
-        screen.say(f"resumed from {newest}, at step {clock.step} of {prepared.total_steps}")
+    parts = _make_parts(prepared, processes)
+    clock, scaler_state = _resume(parts, folder, screen) if record is not None else (Clock(), None)
     if recipe.compute.compile:
         parts.network.compile()
     model, optimizer = accelerator.prepare(parts.network, parts.optimizer)
@@ -173,61 +169,35 @@ def _train(
         accelerator.scaler.load_state_dict(scaler_state)
 
     # -- the loop: its first file is written when all images are there, so that bad ones leave no half-begun run ----
-    stores = {"train": processes.on_all(prepared.train_store)}
-    if prepared.data.validation is not None:
-        stores["validation"] = processes.on_all(partial(prepared.eval_store, prepared.data.validation))
+    stores = _open_stores(prepared, processes)
     if record is None:
         record = make_record(prepared, world_size=processes.world_size, device=str(processes.device))
         processes.on_main(partial(_begin, folder, recipe, record))
     with (
         Progress(prepared.total_steps, clock.step, enabled=processes.is_main) as progress,
         RunBook(prepared, folder, processes, clock, record, progress) as book,
+        closing(_batches_from(clock.step, prepared, stores["train"], processes)) as steps,
     ):
-        window = LossWindow(clock, processes)
-        due = Due(prepared, validates="validation" in stores)
-        finite_step = clock.step
+        window, due = LossWindow(clock, processes), Due(prepared, validates="validation" in stores)
         parts.network.train()
-        steps = train_batches(
-            stores["train"],
-            prepared.order,
-            prepared.split,
-            processes.rank,
-            seed=recipe.seed,
-            augment=prepared.augment,
-            start_step=clock.step,
-            stop_step=prepared.total_steps,
-            workers=prepared.workers(
-                stores["train"], processes.device, augmented=bool(prepared.augment), processes=processes.world_size
-            ),
-            pin_memory=processes.device.type == "cuda",
-        )
         book.training_begins()
         for batches in steps:
+            # Train.
             num_images = prepared.order.num_images_in(clock.step)
             lr = set_lr(parts.optimizer, prepared.lr_factor(clock.step))
-            loss_sum, grad_norm = train_step(
-                batches,
-                model,
-                optimizer,
-                parts,
-                num_images=num_images,
-                seed=derive_seed(recipe.seed, "step", clock.step),
-            )
+            seed = derive_seed(recipe.seed, "step", clock.step)
+            loss_sum, grad_norm = train_step(batches, model, optimizer, parts, num_images=num_images, seed=seed)
             clock.step += 1
-            window.add(loss_sum, num_images, clock.step)
-            book.trained(num_images)
             if parts.ema is not None:
                 parts.ema.update(clock.step)
+            window.add(loss_sum, num_images, clock.step)
+            book.trained(num_images)
 
+            # Log, evaluate, save, stop: the host waits for the device only where one of them is due.
             stopping = processes.any(stop.requested)
             due_save = due.save(clock.step) or stopping
             if due.log(clock.step) or due.evaluate(clock.step) or due_save:
-                bad_step = window.settle()
-                if bad_step is None and due_save and not are_finite(parts.network):
-                    bad_step = clock.step  # in the backward pass: the loss would show it in the next step
-                if bad_step is not None:
-                    raise NonFiniteLossError(_non_finite(bad_step, finite_step, folder))
-                finite_step = clock.step
+                _refuse_non_finite(window.settle(), clock, parts, folder, saving=due_save)
             if due.log(clock.step):
                 norm = {} if grad_norm is None else {"grad_norm": float(grad_norm)}
                 book.write_training({"loss": window.take_mean(), "lr": lr, **norm})
@@ -239,17 +209,61 @@ def _train(
                 due_save = due_save or improved
             if due_save:
                 with book.not_training():
-                    processes.share_buffers(parts.network)
-                    checkpoint = snapshot(
-                        clock, parts.network, parts.optimizer, parts.ema, accelerator, elapsed_s=book.elapsed_s()
-                    )
-                    processes.on_main(
-                        partial(write_checkpoint, folder.checkpoints, checkpoint, clock, recipe.checkpoint)
-                    )
+                    _save(parts, clock, folder, elapsed_s=book.elapsed_s())
             if stopping and clock.step < prepared.total_steps:
-                steps.close()
                 raise Stopped(_stopped(stop, clock, prepared, folder))
         return _finish(parts, stores, clock, book, folder, progress)
+
+
+def _resume(parts: Parts, folder: RunFolder, screen: Progress) -> tuple[Clock, dict[str, Any] | None]:
+    """Put the newest valid checkpoint into `parts`; its clock, and the state of the gradient scaler."""
+    processes = parts.processes
+    newest = processes.on_main(lambda: _newest(folder, screen))
+    if newest is None:
+        return Clock(), None
+    checkpoint = processes.on_all(partial(load_checkpoint, newest))
+    clock = restore(checkpoint, parts.network, parts.optimizer, parts.ema)
+    screen.say(f"resumed from {newest}, at step {clock.step} of {parts.prepared.total_steps}")
+    return clock, checkpoint.state["scaler"]
+
+
+def _open_stores(prepared: Prepared, processes: Processes) -> dict[str, ImageStore]:
+    stores = {"train": processes.on_all(prepared.train_store)}
+    if prepared.data.validation is not None:
+        stores["validation"] = processes.on_all(partial(prepared.eval_store, prepared.data.validation))
+    return stores
+
+
+def _batches_from(
+    step: int, prepared: Prepared, store: ImageStore, processes: Processes
+) -> Generator[list[ImageBatch], None, None]:
+    augmented, device = bool(prepared.augment), processes.device
+    return train_batches(
+        store,
+        prepared.order,
+        prepared.split,
+        processes.rank,
+        seed=prepared.recipe.seed,
+        augment=prepared.augment,
+        start_step=step,
+        stop_step=prepared.total_steps,
+        workers=prepared.workers(store, device, augmented=augmented, processes=processes.world_size),
+        pin_memory=device.type == "cuda",
+    )
+
+
+def _refuse_non_finite(bad_step: int | None, clock: Clock, parts: Parts, folder: RunFolder, *, saving: bool) -> None:
+    if bad_step is None and saving and not are_finite(parts.network):
+        bad_step = clock.step  # in the backward pass: the loss would show it in the next step
+    if bad_step is not None:
+        raise NonFiniteLossError(_non_finite(bad_step, folder))
+
+
+def _save(parts: Parts, clock: Clock, folder: RunFolder, *, elapsed_s: float) -> None:
+    processes, keeping = parts.processes, parts.prepared.recipe.checkpoint
+    processes.share_buffers(parts.network)
+    checkpoint = snapshot(clock, parts.network, parts.optimizer, parts.ema, processes.accelerator, elapsed_s=elapsed_s)
+    processes.on_main(partial(write_checkpoint, folder.checkpoints, checkpoint, clock, keeping))
 
 
 def _finish(
@@ -385,11 +399,10 @@ def _newest(folder: RunFolder, progress: Progress) -> Path | None:
     return path
 
 
-def _non_finite(bad_step: int, finite_step: int, folder: RunFolder) -> str:
+def _non_finite(bad_step: int, folder: RunFolder) -> str:
     newest = pointed_to(folder.checkpoints, "LATEST")
     return (
-        f"the loss or the weights became NaN or infinite at step {bad_step}; all was finite up to step "
-        f"{max(finite_step, bad_step - 1)}. "
+        f"the loss or the weights became NaN or infinite at step {bad_step}; up to step {bad_step - 1} all was finite. "
         f"{f'The last checkpoint is {newest}' if newest else 'There is no checkpoint yet'}; nothing was saved after. "
         "Lower optim.lr, lengthen schedule.warmup, set optim.clip_grad_norm=1.0, or use compute.precision=fp32."
     )
