@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
-from tlscale.errors import RunFolderError
+from tlscale.errors import RunFolderError, TlscaleError
 
 Mode = Literal["fresh", "resume", "overwrite"]
 
@@ -125,6 +126,21 @@ def _is_run(folder: RunFolder) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(facts, dict) and "tlscale" in facts
+
+
+@contextmanager
+def naming_disk_errors(path: Path) -> Iterator[None]:
+    """Within: a full or failing disk is an error that says where, and how the run goes on.
+
+    Raises:
+        TlscaleError: in place of what the disk, or safetensors for it, raised.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise TlscaleError(
+            f"cannot write to '{path}': {error}. The checkpoints are untouched; make room and go on with --resume"
+        ) from error
 
 
 def write_text(path: Path, text: str) -> None:

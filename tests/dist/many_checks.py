@@ -1,4 +1,4 @@
-"""What several processes do together; launched by the tests of test_processes.py, its facts go to a JSON file a rank.
+"""What several processes do together; test_two_processes.py launches it and reads its facts, a JSON file a rank.
 
 One launch does many runs, because a start costs more than all of them.
 """
@@ -14,7 +14,7 @@ import torch.distributed
 import tlscale
 from tests.small_runs import small_recipe
 from tlscale.data.sampler import DataOrder, micro_batches, split_batch_size
-from tlscale.dist import start_processes
+from tlscale.dist import Processes, start_processes
 from tlscale.errors import CheckpointError, DataError, TlscaleError
 from tlscale.jobs import finetune
 from tlscale.recipe.schema import ComputeSection
@@ -39,7 +39,8 @@ def rows_of_all_steps(rank, world_size):
     """The images of each step on this rank, padding left out, as positions in the training split."""
     order, split = DataOrder(77, 16, 0, False), split_batch_size(16, world_size, 3)
     return [
-        [part.rows_B[: part.num_real].tolist() for part in micro_batches(order, step, split, rank)] for step in range(10)
+        [part.rows_B[: part.num_real].tolist() for part in micro_batches(order, step, split, rank)]
+        for step in range(10)
     ]
 
 
@@ -51,8 +52,8 @@ def error_of(job):
     return None
 
 
-def batch_norm_buffers(folder, data):
-    """Whether the buffers of all ranks are equal when a checkpoint is made of them, and whether they differ before."""
+def batch_norm_buffers(folder, name, data):
+    """For each checkpoint, whether the buffers of all ranks are equal when it is made."""
     seen = []
     snapshot = finetune.snapshot
 
@@ -65,7 +66,7 @@ def batch_norm_buffers(folder, data):
 
     finetune.snapshot = spy
     try:
-        tlscale.run(recipe(folder, "bn", data, **BATCH_NORM), folder / "bn")
+        tlscale.run(recipe(folder, name, data, **BATCH_NORM), folder / name)
     finally:
         finetune.snapshot = snapshot
     return seen
@@ -90,7 +91,9 @@ def together(facts):
 
     facts["main fails"] = error_of(lambda: processes.on_main(fails([0], DataError, "main's")))
     facts["main fails oddly"] = error_of(lambda: _as_ours(lambda: processes.on_main(fails([0], OddError, "odd"))))
-    facts["last fails"] = error_of(lambda: processes.on_all(fails([processes.world_size - 1], CheckpointError, "last's")))
+    facts["last fails"] = error_of(
+        lambda: processes.on_all(fails([processes.world_size - 1], CheckpointError, "last's"))
+    )
     facts["all fail"] = error_of(lambda: processes.on_all(fails(range(9), CheckpointError, f"of {rank}")))
     facts["none fails"] = processes.on_all(lambda: rank)
     facts["rows"] = rows_of_all_steps(rank, processes.world_size)
@@ -115,11 +118,13 @@ def _as_ours(job):
 def run_all(facts, folder, data):
     tlscale.run(recipe(folder, "exact", data, **EXACT), folder / "exact")
     tlscale.run(recipe(folder, "split", data, **SPLIT), folder / "split")
-    facts["buffers equal"] = batch_norm_buffers(folder, data)
+    facts["buffers equal"] = batch_norm_buffers(folder, "bn", data)
+    share, Processes.share_buffers = Processes.share_buffers, lambda processes, module: None
+    facts["buffers equal unless shared"] = batch_norm_buffers(folder, "apart", data)
+    Processes.share_buffers = share
     # Begun by one process elsewhere and gone on with here.
     if (folder / "begun").exists():
         tlscale.run(recipe(folder, "begun", data, **EXACT), folder / "begun", resume=True)
-    # Begun here, to be gone on with by one process: a run that is complete is taken back to its first checkpoint.
     facts["taken"] = error_of(lambda: tlscale.run(recipe(folder, "exact", data, **EXACT), folder / "exact"))
     wrong = {**EXACT, "compute": {"num_processes": 7}}
     facts["wrong number"] = error_of(lambda: tlscale.run(recipe(folder, "wrong", data, **wrong), folder / "wrong"))

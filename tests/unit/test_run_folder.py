@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from tests.small_runs import environment
-from tlscale.errors import EXIT_BAD_INPUT, RunFolderError
-from tlscale.run_folder import RunFolder, claim, clear, write_json, write_text
+from tlscale.errors import EXIT_BAD_INPUT, RunFolderError, TlscaleError
+from tlscale.run_folder import RunFolder, claim, clear, naming_disk_errors, write_json, write_text
 
 HOLD = """
 import sys
@@ -140,3 +140,12 @@ def test_files_are_whole_or_as_before(tmp_path):
         write_text(path, "a\ud800")
     assert json.loads(path.read_text()) == {"top1": 0.5}
     assert [entry.name for entry in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_a_file_that_cannot_be_written_is_named_with_the_way_on(tmp_path):
+    target = tmp_path / "result.json"
+    target.mkdir()
+    with pytest.raises(TlscaleError, match="--resume") as caught, naming_disk_errors(target):
+        write_json(target, {"top1": 1.0})
+    assert str(target) in str(caught.value)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["result.json"], "nothing half-written is left"

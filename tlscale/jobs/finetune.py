@@ -36,7 +36,7 @@ from tlscale.progress import Progress
 from tlscale.recipe.load import diff_recipes, dump_recipe, load_recipe
 from tlscale.recipe.schema import Recipe
 from tlscale.run_book import RunBook
-from tlscale.run_folder import Mode, RunFolder, claim, clear, write_json, write_text
+from tlscale.run_folder import Mode, RunFolder, claim, clear, naming_disk_errors, write_json, write_text
 from tlscale.run_record import make_record, read_record
 from tlscale.run_state import Clock, LossWindow, are_finite, restore, snapshot, write_checkpoint
 from tlscale.screen import show_plan, show_result
@@ -285,20 +285,29 @@ def _finish(
     # Mixed precision was put into the network's own forward; the exported model has to give its logits without.
     processes.accelerator.unwrap_model(parts.network, keep_fp32_wrapper=False)
     with parts.averaged():
-        how = processes.on_main(
-            lambda: export_model(
-                parts.network,
-                folder.model,
-                head=prepared.recipe.head,
-                classes=prepared.data.classes,
-                spec=prepared.spec,
-            )
-        )
+        how = processes.on_main(partial(_export, parts, folder))
     result = _result(prepared, clock, split.name, wall_s=book.elapsed_s(), best=best, last=last)
-    processes.on_main(lambda: write_json(folder.result, result))
+    processes.on_main(partial(_write_result, result, folder))
     book.trackers.summary(scalars(result))
     show_result(result, progress, folder=folder.path, how_to_load=how)
     return result
+
+
+def _export(parts: Parts, folder: RunFolder) -> str:
+    prepared = parts.prepared
+    with naming_disk_errors(folder.model):
+        return export_model(
+            parts.network,
+            folder.model,
+            head=prepared.recipe.head,
+            classes=prepared.data.classes,
+            spec=prepared.spec,
+        )
+
+
+def _write_result(result: dict[str, Any], folder: RunFolder) -> None:
+    with naming_disk_errors(folder.result):
+        write_json(folder.result, result)
 
 
 def train_step(
@@ -387,9 +396,10 @@ def _refuse_other_inputs(record: dict[str, Any], prepared: Prepared, folder: Run
 
 
 def _begin(folder: RunFolder, recipe: Recipe, record: dict[str, Any]) -> None:
-    clear(folder)  # only --overwrite finds anything there
-    write_json(folder.run_json, record)
-    write_text(folder.recipe, dump_recipe(recipe))
+    with naming_disk_errors(folder.path):
+        clear(folder)  # only --overwrite finds anything there
+        write_json(folder.run_json, record)
+        write_text(folder.recipe, dump_recipe(recipe))
 
 
 def _newest(folder: RunFolder, progress: Progress) -> Path | None:

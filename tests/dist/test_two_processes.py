@@ -46,7 +46,6 @@ def launch(processes, *words, log, launcher="accelerate", cpu="true"):
             stderr=subprocess.STDOUT,
             env=environment(**changes),
             cwd=REPO,
-            start_new_session=True,
         )
 
 
@@ -55,8 +54,8 @@ def exit_code_of(launched, log, timeout_s=70):
     try:
         return launched.wait(timeout_s)
     except subprocess.TimeoutExpired:
-        os.killpg(launched.pid, signal.SIGKILL)
-        launched.wait()
+        launched.terminate()  # the launcher ends its workers, which are not of its process group
+        launched.wait(60)
         pytest.fail(f"hangs: {log.read_text()[-3000:]}")
 
 
@@ -167,7 +166,10 @@ def test_every_image_is_evaluated_once(several, alone):
 
 def test_batch_statistics_are_those_of_the_main_process(several):
     folder, facts = several
-    assert all(fact["buffers equal"] == [True] * 5 for fact in facts)  # steps 3, 4 or 6, ... and the last
+    for fact in facts:
+        assert len(fact["buffers equal"]) >= 4  # steps 3, 4, 8 and 10 at least
+        assert all(fact["buffers equal"])
+        assert not any(fact["buffers equal unless shared"]), "this run was to show that they differ by themselves"
     assert result(folder / "bn")["num_images"] == 37
 
 
@@ -200,7 +202,7 @@ def test_wrong_starts_end_all_processes(several):
 def test_only_the_main_process_prints(several):
     folder, facts = several
     output = (folder / "log").read_text()
-    finished = ["exact", "split", "bn", "begun"]
+    finished = ["exact", "split", "bn", "apart", "begun"]
     assert output.count("load it with timm.create_model") == len(finished)
     assert output.count("step 10/10") == len(finished)
     assert f"= {len(facts)} processes x" in output
@@ -227,7 +229,7 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step(idx, tmp_path):
     step = int(output.split("another process after step ")[1].split()[0])
     assert (out / "checkpoints" / "LATEST").read_text().strip() == f"step_{step:08}"
     assert max(record["step"] for record in lines(out)) == step
-    assert "Traceback (most recent call last):\n  File \"" + str(REPO / "tlscale") not in output
+    assert 'Traceback (most recent call last):\n  File "' + str(REPO / "tlscale") not in output
 
 
 def workers_of(launcher):
@@ -264,6 +266,6 @@ def test_wrong_launches_end_soon_with_one_message(idx, tmp_path):
         output = (tmp_path / name).read_text()
         assert output.count(said) == 1, output
         assert f"exitcode  : {EXIT_BAD_INPUT}" in output
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 100
     assert not (tmp_path / "a").exists()
     assert not (tmp_path / "b").exists()
