@@ -331,7 +331,7 @@ def train_step(
     loss_sums = []
     for number, batch in enumerate(batches):
         # Dropout and stochastic depth differ between processes and micro-batches, and are the same after a resume.
-        torch.manual_seed(derive_seed(seed, processes.rank, number))
+        processes.seed(derive_seed(seed, processes.rank, number))
         batch = batch.to(processes.device, non_blocking=True)
         is_last = number == len(batches) - 1
         with nullcontext() if is_last else accelerator.no_sync(model):
