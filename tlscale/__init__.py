@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 _HOMES = {"load": "tlscale.model.classifier", "load_recipe": "tlscale.recipe.load", "run": "tlscale.jobs.finetune"}
 
 
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'tlscale' has no attribute {name!r}")

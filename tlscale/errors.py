@@ -62,6 +62,12 @@ class CheckpointError(TlscaleError):
     """A checkpoint is damaged, or was made by another recipe."""
 
 
+class ResumeError(CheckpointError):
+    """The run cannot go on with this recipe or these inputs; its checkpoints are fine."""
+
+    exit_code = EXIT_BAD_INPUT
+
+
 class NonFiniteLossError(TlscaleError):
     """The loss became NaN or infinite."""
 

@@ -63,8 +63,7 @@ def build_optimizer(groups: list[Group], section: OptimSection) -> torch.optim.O
     Raises:
         RecipeError: no such optimizer here, or an option that it does not take.
     """
-    _check_name(section.name)
-    _check_options(section)
+    check_optimizer(section)
     if get_optimizer_info(_base_name(section.name)).second_order:
         raise RecipeError(
             f"optim.name: '{section.name}' needs second derivatives, which the training loop does not compute. "
@@ -108,6 +107,15 @@ def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> float:
 def _base_name(name: str) -> str:
     """timm's name without the prefix that wraps any optimizer in Lookahead."""
     return name.lower().removeprefix("lookahead_")
+
+
+def check_optimizer(section: OptimSection) -> None:
+    """
+    Raises:
+        RecipeError: timm has no such optimizer, or it does not take an option.
+    """
+    _check_name(section.name)
+    _check_options(section)
 
 
 def _check_name(name: str) -> None:

@@ -22,7 +22,7 @@ from tlscale.model.classifier import Classifier, enable_gradient_checkpointing, 
 from tlscale.model.freeze import FreezeRow, check_trainable, freeze_parameters
 from tlscale.model.heads import build_head, is_single_linear
 from tlscale.objective import Objective, class_weights
-from tlscale.optim import Group, parameter_groups
+from tlscale.optim import Group, check_optimizer, parameter_groups
 from tlscale.recipe.duration import Duration
 from tlscale.recipe.schema import Recipe, augmentation_values
 from tlscale.schedule import make_lr_factor
@@ -102,6 +102,7 @@ def prepare(recipe: Recipe, *, world_size: int, bad_images: list[tuple[int, str]
         TlscaleError: whatever is wrong, of the kind that says where.
     """
     check_installed(recipe.track)
+    check_optimizer(recipe.optim)
     data = open_data(recipe.data, recipe.seed)
     if data.test is None and data.validation is None:
         raise DataError("there is nothing to evaluate on: no test split, and data.validation_fraction is 0")

@@ -20,6 +20,9 @@ def show_plan(prepared: Prepared, screen: Progress, *, device: str) -> None:
         screen.say(f"left out, training image {row}: {why}", style="yellow")
     if prepared.bad_images:
         screen.say(f"{len(prepared.bad_images)} bad training images are left out; all are listed in run.json")
+    frozen = any(not param.requires_grad for param in prepared.classifier.backbone.parameters())
+    if frozen and recipe.backbone.weights == "none":
+        screen.say("the frozen layers are random: backbone.weights is none", style="yellow")
     screen.table("Plan", ("what", "how"), _plan_rows(prepared, device))
     columns = ("freeze rule", "tensors", "parameters", "norm layers")
     rows = [(row.rule, row.num_tensors, f"{row.num_params:,}", row.norm_mode) for row in prepared.freeze_rows]
@@ -48,7 +51,7 @@ def _plan_rows(prepared: Prepared, device: str) -> list[tuple[str, str]]:
         ("backbone", f"{recipe.backbone.name}, {prepared.code_width} features"),
         ("weights", str(prepared.weights)),
         ("trainable", f"{trained:,} of {total:,} parameters ({trained / total:.1%})"),
-        ("codes", f"{len(data.train):,} x {prepared.code_width} in float32: {code_mib:.1f} MiB, were they kept"),
+        ("codes", f"{len(data.train):,} images x {prepared.code_width} pooled features, float32: {code_mib:.1f} MiB"),
         ("batch", prepared.split.describe()),
         (
             "steps",

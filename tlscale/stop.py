@@ -5,12 +5,29 @@ Promise: the first signal only sets a flag, so that the step is finished and sav
 
 from __future__ import annotations
 
+import ctypes
+import os
 import signal
+import sys
 import threading
 from types import FrameType, TracebackType
 from typing import Any
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+_PR_SET_PDEATHSIG = 1  # of prctl(2)
+
+
+def stop_with_launcher() -> None:
+    """Have this process asked to stop when its launcher dies (Linux).
+
+    `accelerate launch` of one process neither hands SIGTERM on nor ends its child: a cluster that takes the machine
+    back would end the launcher alone, and the run would go on, unsaved and unwatched.
+    """
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "LOCAL_RANK" in os.environ
+    if launched and sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 class StopRequest:

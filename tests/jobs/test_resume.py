@@ -24,7 +24,7 @@ from tests.small_runs import (
     start,
     wait_until,
 )
-from tlscale.errors import EXIT_FAILED, EXIT_STOPPED, CheckpointError, Stopped, TlscaleError
+from tlscale.errors import EXIT_BAD_INPUT, EXIT_STOPPED, CheckpointError, Stopped, TlscaleError
 
 RESNET = {"name": "test_resnet"}
 PLAIN = {"checkpoint": {"every": "5 steps"}}
@@ -216,7 +216,7 @@ def test_another_recipe_is_refused_with_the_difference(stopped, tmp_path):
     assert "seed: 0 -> 3" in message
     assert "head: ['linear'] -> [{'linear': 8}, 'linear']" in message
     assert "log_every" not in message
-    assert caught.value.exit_code == EXIT_FAILED
+    assert caught.value.exit_code == EXIT_BAD_INPUT
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 

@@ -44,6 +44,8 @@ def evaluate_run(
     folder = Path(run)
     if not (folder / "recipe.yaml").is_file():
         raise RunFolderError(f"'{run}' is not a run folder: there is no '{folder / 'recipe.yaml'}'")
+    if any(override.startswith("data.source=") for override in overrides):
+        overrides = ["data.fallback=null", *overrides]  # other data have no shipped sample to fall back to
     recipe = load_recipe(folder / "recipe.yaml", overrides)
     trained = load(folder)
     with closing(start_processes(recipe.compute)) as processes:

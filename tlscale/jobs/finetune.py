@@ -25,7 +25,7 @@ from tlscale.checkpoint import checkpoint_folder, load_checkpoint, newest_valid,
 from tlscale.data.loaders import ImageStore, train_batches
 from tlscale.data.transforms import ImageBatch
 from tlscale.dist import Processes, start_processes
-from tlscale.errors import CheckpointError, NonFiniteLossError, Stopped
+from tlscale.errors import NonFiniteLossError, ResumeError, Stopped
 from tlscale.evaluate import InputPath, evaluate, scalars
 from tlscale.model.classifier import Classifier, export_model
 from tlscale.model.ema import Ema
@@ -379,9 +379,9 @@ def _refuse_other_recipe(recipe: Recipe, folder: RunFolder) -> None:
     ]
     if changes:
         lines = "\n  ".join(changes)
-        raise CheckpointError(
-            f"'{folder.path}' cannot be resumed with another recipe:\n  {lines}\n  Give the recipe that it was started "
-            "with, or another folder: --out DIR"
+        raise ResumeError(
+            f"'{folder.path}' cannot be resumed with another recipe:\n  {lines}\n  Its own recipe is "
+            f"'{folder.recipe}'; another recipe wants another folder: --out DIR"
         )
 
 
@@ -389,7 +389,7 @@ def _refuse_other_inputs(record: dict[str, Any], prepared: Prepared, folder: Run
     now = {"data": str(prepared.data.identity["fingerprint"]), "weights": prepared.weights.sha256}
     for what, key in (("data", "fingerprint"), ("weights", "sha256")):
         if record[what][key] != now[what]:
-            raise CheckpointError(
+            raise ResumeError(
                 f"'{folder.path}' cannot be resumed: its {what} are not those that it was started with "
                 f"({record[what][key][:12]} then, {now[what][:12]} now). Bring them back, or start another: --out DIR"
             )

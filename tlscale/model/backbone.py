@@ -171,7 +171,7 @@ def _no_weights(section: BackboneSection, error: Exception) -> str:
 
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else "no message"
+    return lines[0].split(". ")[0][:200] if lines else "no message"
 
 
 def _pretrained_origin(model: nn.Module) -> str:

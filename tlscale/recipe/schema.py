@@ -280,7 +280,9 @@ class DataSection(Section):
                 "or use source 'idx'"
             )
         if self.source != "fashion_mnist" and self.fallback is not None:
-            raise ValueError("'fallback: sample' is for source 'fashion_mnist' only")
+            raise ValueError(
+                "'fallback: sample' is for source 'fashion_mnist' only; take it out, or add data.fallback=null"
+            )
         if self.source != "hub":
             for key in ("config", "revision"):
                 if getattr(self, key) is not None:
