@@ -89,6 +89,25 @@ class Prepared:
         return torch.float64 if self.recipe.compute.precision == "fp64" else torch.float32
 
 
+class Due:
+    """Which steps are followed by what; a function of the step (counted from 1)."""
+
+    def __init__(self, prepared: Prepared, *, validates: bool) -> None:
+        recipe = prepared.recipe
+        self._last = prepared.total_steps
+        self._log, self._save = prepared.to_steps(recipe.log_every), prepared.to_steps(recipe.checkpoint.every)
+        self._evaluate = prepared.to_steps(recipe.evaluate.every) if validates else None
+
+    def log(self, step: int) -> bool:
+        return step % self._log == 0 or step == self._last
+
+    def save(self, step: int) -> bool:
+        return step % self._save == 0 or step == self._last
+
+    def evaluate(self, step: int) -> bool:
+        return self._evaluate is not None and (step % self._evaluate == 0 or step == self._last)
+
+
 def prepare(recipe: Recipe, *, world_size: int, bad_images: list[tuple[int, str]] | None = None) -> Prepared:
     """Open the data, build the model, match the rules, do the arithmetic.
 

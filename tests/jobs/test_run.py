@@ -17,7 +17,6 @@ from tests.small_runs import (
     last_checkpoint,
     lines,
     put_small_folder,
-    put_small_idx,
     result,
     sample_images,
     small_recipe,
@@ -43,11 +42,6 @@ KEYS_OF_RESULT = (
 )  # fmt: skip
 AUGMENT = ["flip", {"crop": 0.5}, {"mixup": 0.2}, "cutmix"]
 RESNET = {"name": "test_resnet"}
-
-
-@pytest.fixture(scope="module")
-def idx(tmp_path_factory):
-    return put_small_idx(tmp_path_factory.mktemp("idx"))
 
 
 @pytest.fixture(scope="module")
@@ -453,6 +447,15 @@ def test_weights_that_are_no_numbers_are_never_saved(run, tmp_path):
     # The loss of the only step is finite; its update is what goes wrong.
     with pytest.raises(NonFiniteLossError, match="step 1"):
         run(optim={"name": "sgd", "lr": 1e38, "weight_decay": 1e3}, duration="1 steps", schedule={"warmup": "0 steps"})
+    assert list((tmp_path / "run").rglob("*.safetensors")) == []
+
+
+def test_weights_that_are_no_numbers_are_never_the_best_so_far(run, tmp_path):
+    # As above, at a step that is evaluated but not due to be saved: any first figure is the best, which is saved.
+    optim = {"name": "sgd", "lr": 1e38, "weight_decay": 1e3}
+    rarely = {"checkpoint": {"every": "5 steps"}, "log_every": "5 steps", "evaluate": {"every": "1 steps"}}
+    with pytest.raises(NonFiniteLossError, match="step 1"):
+        run(optim=optim, duration="5 steps", schedule={"warmup": "0 steps"}, **rarely)
     assert list((tmp_path / "run").rglob("*.safetensors")) == []
 
 

@@ -31,7 +31,7 @@ from tlscale.model.classifier import Classifier, export_model
 from tlscale.model.ema import Ema
 from tlscale.objective import Objective
 from tlscale.optim import build_optimizer, set_lr
-from tlscale.prepare import Prepared, make_objective, prepare, strategy_of
+from tlscale.prepare import Due, Prepared, make_objective, prepare, strategy_of
 from tlscale.progress import Progress
 from tlscale.recipe.load import diff_recipes, dump_recipe, load_recipe
 from tlscale.recipe.schema import Recipe
@@ -196,8 +196,9 @@ def _train(
             # Log, evaluate, save, stop: the host waits for the device only where one of them is due.
             stopping = processes.any(stop.requested)
             due_save = due.save(clock.step) or stopping
-            if due.log(clock.step) or due.evaluate(clock.step) or due_save:
-                _refuse_non_finite(window.settle(), clock, parts, folder, saving=due_save)
+            may_save = due_save or due.evaluate(clock.step)  # the best so far is saved too
+            if due.log(clock.step) or may_save:
+                _refuse_non_finite(window.settle(), clock, parts, folder, may_save=may_save)
             if due.log(clock.step):
                 norm = {} if grad_norm is None else {"grad_norm": float(grad_norm)}
                 book.write_training({"loss": window.take_mean(), "lr": lr, **norm})
@@ -252,8 +253,8 @@ def _batches_from(
     )
 
 
-def _refuse_non_finite(bad_step: int | None, clock: Clock, parts: Parts, folder: RunFolder, *, saving: bool) -> None:
-    if bad_step is None and saving and not are_finite(parts.network):
+def _refuse_non_finite(bad_step: int | None, clock: Clock, parts: Parts, folder: RunFolder, *, may_save: bool) -> None:
+    if bad_step is None and may_save and not are_finite(parts.network):
         bad_step = clock.step  # in the backward pass: the loss would show it in the next step
     if bad_step is not None:
         raise NonFiniteLossError(_non_finite(bad_step, folder))
@@ -350,25 +351,6 @@ def _losses(objective: Objective, logits_BC: Tensor, batch: ImageBatch) -> Tenso
     if batch.partner_labels_B is None or batch.lam_B is None:
         return objective.losses(logits_BC, batch.labels_B)
     return objective.mixed_losses(logits_BC, batch.labels_B, batch.partner_labels_B, batch.lam_B)
-
-
-class Due:
-    """Which steps are followed by what; a function of the step (counted from 1)."""
-
-    def __init__(self, prepared: Prepared, *, validates: bool) -> None:
-        recipe = prepared.recipe
-        self._last = prepared.total_steps
-        self._log, self._save = prepared.to_steps(recipe.log_every), prepared.to_steps(recipe.checkpoint.every)
-        self._evaluate = prepared.to_steps(recipe.evaluate.every) if validates else None
-
-    def log(self, step: int) -> bool:
-        return step % self._log == 0 or step == self._last
-
-    def save(self, step: int) -> bool:
-        return step % self._save == 0 or step == self._last
-
-    def evaluate(self, step: int) -> bool:
-        return self._evaluate is not None and (step % self._evaluate == 0 or step == self._last)
 
 
 def _refuse_other_recipe(recipe: Recipe, folder: RunFolder) -> None:
