@@ -112,3 +112,11 @@ def fashion_mnist_dir() -> Path:
     if not found:
         pytest.skip("the files of Fashion-MNIST are not on this machine; scripts/get_fashion_mnist.sh fetches them")
     return Path(found)
+
+
+@pytest.fixture(scope="module")
+def idx(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small data set of real images as IDX files; a test that changes it takes a copy."""
+    from tests.small_runs import put_small_idx  # imports torch, which must find the environment that is set above
+
+    return put_small_idx(tmp_path_factory.mktemp("idx"))

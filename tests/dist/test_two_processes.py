@@ -60,11 +60,6 @@ def exit_code_of(launched, log, timeout_s=70):
 
 
 @pytest.fixture(scope="module")
-def idx(tmp_path_factory):
-    return put_small_idx(tmp_path_factory.mktemp("idx"))
-
-
-@pytest.fixture(scope="module")
 def alone(idx, tmp_path_factory):
     """The same runs by one process."""
     folder = tmp_path_factory.mktemp("alone")

@@ -18,7 +18,6 @@ from tests.small_runs import (
     exported,
     lines,
     logged,
-    put_small_idx,
     result,
     small_recipe,
     start,
@@ -57,11 +56,6 @@ OUTSIDE = {
     "ctrl-c": ({}, [signal.SIGINT]),
     "ctrl-c twice": ({"checkpoint": {"every": "10 epochs"}}, [signal.SIGINT, signal.SIGINT]),
 }
-
-
-@pytest.fixture(scope="module")
-def idx(tmp_path_factory):
-    return put_small_idx(tmp_path_factory.mktemp("idx"))
 
 
 def stop_at(out, step, number=signal.SIGTERM):

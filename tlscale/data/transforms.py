@@ -224,8 +224,9 @@ class ImageBatch:
 
 
 def normalise(images_BCHW: Tensor, spec: InputSpec, dtype: torch.dtype) -> Tensor:
-    """uint8 images as numbers of mean 0 and deviation 1; in float32 at least, then as `dtype`."""
-    return _normalise(images_BCHW, spec, _work_dtype(dtype)).to(dtype)
+    """uint8 images as numbers of mean 0 and deviation 1, computed in and given as `dtype`."""
+    mean_C11, std_C11 = _mean_std(spec.mean, spec.std, dtype, images_BCHW.device)
+    return images_BCHW.to(dtype).sub_(mean_C11).div_(std_C11)
 
 
 def to_input(batch: ImageBatch, spec: InputSpec, dtype: torch.dtype) -> Tensor:
@@ -235,10 +236,10 @@ def to_input(batch: ImageBatch, spec: InputSpec, dtype: torch.dtype) -> Tensor:
         (B, C, H, W) of `dtype`. Computed in float32, or float64 for float64.
     """
     work_dtype = _work_dtype(dtype)
-    images_BCHW = _normalise(batch.images_BCHW, spec, work_dtype)
+    images_BCHW = normalise(batch.images_BCHW, spec, work_dtype)
     if batch.partners_BCHW is None or batch.lam_B is None or batch.boxes_B4 is None:
         return images_BCHW.to(dtype)
-    partners_BCHW = _normalise(batch.partners_BCHW, spec, work_dtype)
+    partners_BCHW = normalise(batch.partners_BCHW, spec, work_dtype)
     height, width = images_BCHW.shape[2:]
     y0_B11, y1_B11, x0_B11, x1_B11 = batch.boxes_B4[:, :, None, None].unbind(1)
     y_H1 = torch.arange(height, device=images_BCHW.device)[:, None]
@@ -253,11 +254,6 @@ def to_input(batch: ImageBatch, spec: InputSpec, dtype: torch.dtype) -> Tensor:
 
 def _work_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _normalise(images_BCHW: Tensor, spec: InputSpec, dtype: torch.dtype) -> Tensor:
-    mean_C11, std_C11 = _mean_std(spec.mean, spec.std, dtype, images_BCHW.device)
-    return images_BCHW.to(dtype).sub_(mean_C11).div_(std_C11)
 
 
 @functools.lru_cache(maxsize=32)
