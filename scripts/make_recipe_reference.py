@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from tlscale.recipe.keys import Key, all_keys  # noqa: E402
-from tlscale.recipe.schema import ACTIVATIONS, AUGMENTATIONS, HEAD_NORMS  # noqa: E402
+from tlscale.recipe.values import ACTIVATIONS, AUGMENTATIONS, HEAD_NORMS  # noqa: E402
 
 REFERENCE = ROOT / "docs" / "recipe.md"
 FROZEN = ROOT / "tests" / "assets" / "recipe_schema.json"

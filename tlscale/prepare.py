@@ -24,7 +24,8 @@ from tlscale.model.heads import build_head, is_single_linear
 from tlscale.objective import Objective, class_weights
 from tlscale.optim import Group, check_optimizer, parameter_groups
 from tlscale.recipe.duration import Duration
-from tlscale.recipe.schema import Recipe, augmentation_values
+from tlscale.recipe.schema import Recipe
+from tlscale.recipe.values import augmentation_values
 from tlscale.schedule import make_lr_factor
 from tlscale.seeds import derive_seed
 from tlscale.tracking import check_installed

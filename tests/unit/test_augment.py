@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from tlscale.data.augment import Augmenter
 from tlscale.data.sampler import Stream, image_keys
-from tlscale.recipe.schema import AUGMENTATIONS, DataSection, augmentation_values
+from tlscale.recipe.schema import DataSection
+from tlscale.recipe.values import AUGMENTATIONS, augmentation_values
 
 SIZE = 20
 RECIPES = {

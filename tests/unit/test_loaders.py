@@ -22,7 +22,8 @@ from tlscale.data.sampler import DataOrder, split_batch_size
 from tlscale.data.sources import ImageSplit
 from tlscale.data.tables import FileStore, LabelledTable
 from tlscale.data.transforms import ImageBatch, InputSpec, eval_transform
-from tlscale.recipe.schema import DataSection, augmentation_values
+from tlscale.recipe.schema import DataSection
+from tlscale.recipe.values import augmentation_values
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
 NUM_IMAGES, SIZE = 37, 16

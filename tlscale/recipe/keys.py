@@ -18,7 +18,8 @@ from pydantic.fields import FieldInfo
 from tlscale.errors import did_you_mean
 from tlscale.recipe.duration import Duration
 from tlscale.recipe.rules import Rule
-from tlscale.recipe.schema import Augmentation, HeadLayer, Recipe, Section
+from tlscale.recipe.schema import Recipe, Section
+from tlscale.recipe.values import Augmentation, HeadLayer
 
 SECRET = re.compile(r"api_?key|token|passw(or)?d|secret|credential", re.IGNORECASE)
 # What other programs call it.
@@ -57,6 +58,8 @@ class Key:
     path: tuple[str, ...]
     field: FieldInfo
     section: type[Section] | None
+    in_list: bool = False
+    """Whether it is a key of the items of a list, of which there may be several."""
 
     @property
     def dotted(self) -> str:
@@ -85,38 +88,52 @@ def all_keys() -> dict[str, Key]:
     return {key.dotted: key for key in _walk(Recipe, ())}
 
 
-def _walk(section: type[Section], prefix: tuple[str, ...]) -> Iterator[Key]:
+def _walk(section: type[Section], prefix: tuple[str, ...], *, in_list: bool = False) -> Iterator[Key]:
     for name, info in section.model_fields.items():
         inner = _section_in(info.annotation)
-        yield Key((*prefix, name), info, inner)
+        yield Key((*prefix, name), info, inner, in_list)
         if inner is not None:
-            yield from _walk(inner, (*prefix, name))
+            are_items = in_list or _inner(info.annotation, list) is not None
+            yield from _walk(inner, (*prefix, name), in_list=are_items)
 
 
 def _section_in(annotation: Any) -> type[Section] | None:  # noqa: ANN401 - annotations have no common type
-    for part in get_args(annotation) or (annotation,):
-        if isinstance(part, type) and issubclass(part, Section):
-            return part
-    return None
+    """The section that a key holds, itself or in a list."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    return next((inner for part in get_args(annotation) if (inner := _section_in(part)) is not None), None)
+
+
+def names_on(path: Sequence[str | int]) -> list[str]:
+    """The keys on `path`, without the numbers of list items: `stages[1].lr` is `stages.lr`."""
+    return [part for part in path if isinstance(part, str)]
 
 
 def key_of(path: Sequence[str | int]) -> Key | None:
     """The deepest key on `path`; what is below it (list items, names in a mapping) is part of its value."""
-    found = None
-    for depth in range(1, len(path) + 1):
-        key = all_keys().get(".".join(map(str, path[:depth])))
+    return split_path(path)[0]
+
+
+def split_path(path: Sequence[str | int]) -> tuple[Key | None, Sequence[str | int]]:
+    """The deepest key on `path`, and what of the path is below it."""
+    found, rest, names = None, path, []
+    for depth, part in enumerate(path, start=1):
+        if isinstance(part, int):
+            continue
+        names.append(part)
+        key = all_keys().get(".".join(names))
         if key is None:
-            return found
-        found = key
-    return found
+            break
+        found, rest = key, path[depth:]
+    return found, rest
 
 
 def describe_at(path: Sequence[str | int]) -> str:
     """What may stand at `path`, which may go into lists and mappings."""
-    key = key_of(path)
+    key, rest = split_path(path)
     assert key is not None, f"no key on {path}"
     annotation, metadata = key.field.annotation, key.field.metadata
-    for part in path[len(key.path) :]:
+    for part in rest:
         annotation, metadata = _inner(annotation, list if isinstance(part, int) else dict), []
     return describe(annotation, metadata)
 
@@ -212,7 +229,7 @@ def unknown_key(path: Sequence[str]) -> str:
 
 
 def _elsewhere(name: str) -> str:
-    places = [key.dotted for key in all_keys().values() if key.path[-1] == name]
+    places = [key.dotted for key in all_keys().values() if key.path[-1] == name and not key.in_list]
     if name.lower() in SYNONYMS:
         places.insert(0, SYNONYMS[name.lower()])
     return f" Did you mean {' or '.join(repr(place) for place in places[:3])}?" if places else ""

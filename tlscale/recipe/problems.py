@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from tlscale.errors import did_you_mean
-from tlscale.recipe.keys import SECRET, all_keys, describe_at, key_of, near_siblings, unknown_key
+from tlscale.recipe.keys import SECRET, all_keys, describe_at, key_of, names_on, near_siblings, split_path, unknown_key
 from tlscale.recipe.schema import Recipe
 from tlscale.recipe.yaml_text import Findings, Node, Origin
 
@@ -28,6 +28,7 @@ STAND_INS: dict[str, Any] = {
     "data.source": "fashion_mnist",
     "backbone": {"name": "stand-in"},
     "backbone.name": "stand-in",
+    "stages.duration": "1 steps",
 }
 _MAX_PASSES = 50  # a pass sets at least one key aside, so few recipes need more than five
 _SHOWN_CHARS = 60
@@ -94,7 +95,7 @@ def _child(node: Node | None, part: str | int) -> Node | None:
 
 def _is_section(place: Path, mistakes: list[Any]) -> bool:
     """A mistake between the keys of a section, not of one value."""
-    key = all_keys().get(".".join(map(str, place)))
+    key = all_keys().get(".".join(names_on(place)))
     return mistakes[0]["type"] == "value_error" and (not place or (key is not None and key.section is not None))
 
 
@@ -117,8 +118,8 @@ def _report_field(place: Path, mistakes: list[Any], tree: Node, set_aside: set[s
         if not findings.incomplete and str(place[-1]) not in set_aside and not _is_misspelt(place, tree):
             findings.add(origin, f"{dotted}: missing; {_where_to_add(place)}")
     elif "extra_forbidden" in kinds:
-        findings.add(origin, f"{dotted}: {unknown_key([str(part) for part in place])}")
-        set_aside.update(near_siblings([str(part) for part in place]))
+        findings.add(origin, f"{dotted}: {unknown_key(names_on(place))}")
+        set_aside.update(near_siblings(names_on(place)))
     else:
         node = _node_at(place, tree)
         value = node.plain()
@@ -142,17 +143,18 @@ def _is_misspelt(place: Path, tree: Node) -> bool:
     """Whether an unknown key beside it is near to it, and is reported already."""
     siblings = _node_at(place[:-1], tree).value
     assert isinstance(siblings, dict), "pydantic found a key missing in it"
-    prefix = [str(part) for part in place[:-1]]
+    prefix = names_on(place[:-1])
     unknown = [name for name in siblings if ".".join([*prefix, name]) not in all_keys()]
     return any(place[-1] in near_siblings([*prefix, name]) for name in unknown)
 
 
 def _where_to_add(place: Path) -> str:
-    key = all_keys()[".".join(map(str, place))]
+    names = names_on(place)
+    key = all_keys()[".".join(names)]
     if key.section is not None:
         needed = [f"{name}: ..." for name, field in key.section.model_fields.items() if field.is_required()]
         return f"add a section '{place[-1]}:' with at least '{', '.join(needed)}' below it"
-    below = f"below '{place[-2]}:'" if place[1:] else "at the top level"
+    below = f"below '{names[-2]}:'" if names[1:] else "at the top level"
     return f"add '{place[-1]}: ...' {below}; it takes {key.takes}"
 
 
@@ -221,13 +223,16 @@ def _holds(path: Path, tree: Node) -> bool:
 
 def _set_aside(place: Path, plain: dict[str, Any], set_aside: set[str]) -> None:
     """Takes the value out of `plain`, or puts one in that passes, and remembers that the key says nothing now."""
-    key = key_of(place)
-    path = tuple(map(str, place)) if key is None or key.section is not None else key.path
-    section = plain
+    key, rest = split_path(place)
+    path = place if key is None or key.section is not None else place[: len(place) - len(rest)]
+    while isinstance(path[-1], int):  # an item that is no section: the list says nothing then
+        path = path[:-1]
+    holder: Any = plain
     for part in path[:-1]:
-        section = section[part]
-    section.pop(path[-1], None)
-    if ".".join(path) in STAND_INS:
-        section[path[-1]] = copy.deepcopy(STAND_INS[".".join(path)])
-    if ".".join(path) in all_keys():
-        set_aside.add(path[-1])
+        holder = holder[part]
+    holder.pop(path[-1], None)
+    dotted = ".".join(names_on(path))
+    if dotted in STAND_INS:
+        holder[path[-1]] = copy.deepcopy(STAND_INS[dotted])
+    if dotted in all_keys():
+        set_aside.add(str(path[-1]))

@@ -7,200 +7,24 @@ The reference page (docs/recipe.md) is made from the descriptions here.
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PlainSerializer,
-    WithJsonSchema,
-    model_validator,
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from tlscale.recipe.duration import parse_duration
+from tlscale.recipe.values import (
+    TRACKERS,
+    AnyDuration,
+    Augment,
+    FreezeRules,
+    Head,
+    Names,
+    NumberRules,
+    Pools,
+    PositiveDuration,
+    run_name,
+    weights_place,
 )
-
-from tlscale.recipe.duration import Duration, parse_duration
-from tlscale.recipe.rules import Rule, parse_rule
-
-HeadLayer = str | dict[str, int | float]
-Augmentation = str | dict[str, float]
-
-ACTIVATIONS = ("relu", "gelu", "silu", "tanh", "leaky_relu", "hardswish", "elu")
-HEAD_NORMS = ("layernorm", "batchnorm")
-# name -> (what its number means, default, lowest, highest); None: it takes no number
-AUGMENTATIONS: dict[str, tuple[str, float, float, float] | None] = {
-    "flip": ("probability of a left-right flip", 0.5, 0.0, 1.0),
-    "crop": ("least share of the image's area that a crop keeps", 0.35, 0.01, 1.0),
-    "trivialaugment": None,
-    "randaugment": ("magnitude of each of the two operations", 9.0, 0.0, 30.0),
-    "erasing": ("probability that a rectangle is erased", 0.25, 0.0, 1.0),
-    "mixup": ("alpha of the Beta distribution", 0.2, 0.01, 10.0),
-    "cutmix": ("alpha of the Beta distribution", 1.0, 0.01, 10.0),
-}
-TRACKERS = ("wandb", "tensorboard", "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "trackio")
-
-
-def _duration(value: object) -> Duration:
-    return parse_duration(value)
-
-
-def _freeze_rules(value: object) -> tuple[Rule[bool], ...]:
-    """One regex, a list of them, or a list of `{regex: true | false}`, in order."""
-    rules: list[Rule[bool]] = []
-    for item in value if isinstance(value, list | tuple) else [value]:
-        if isinstance(item, Rule):
-            rules.append(item)
-        elif isinstance(item, dict):
-            for pattern, frozen in item.items():
-                if not isinstance(frozen, bool):
-                    raise ValueError(f"a freeze rule's value is true (freeze) or false (train), not {frozen!r}")
-                rules.append(parse_rule(pattern, frozen))
-        else:
-            rules.append(parse_rule(item, True))
-    return tuple(rules)
-
-
-def _number_rules(value: object) -> tuple[Rule[float], ...]:
-    """A list of `{regex: number}`, in order (a mapping is such a list)."""
-    rules: list[Rule[float]] = []
-    for item in value if isinstance(value, list | tuple) else [value]:
-        if isinstance(item, Rule):
-            rules.append(item)
-            continue
-        if not isinstance(item, dict):
-            raise ValueError("rules are a list of 'regex: number', such as [{'layer4\\..*': 0.1}]")
-        for pattern, number in item.items():
-            if isinstance(number, bool) or not isinstance(number, int | float) or number < 0:
-                raise ValueError(f"a rule's value is a number of at least 0, not {number!r}")
-            rules.append(parse_rule(pattern, float(number)))
-    return tuple(rules)
-
-
-def _plain_rules(rules: tuple[Rule[Any], ...]) -> list[dict[str, Any]]:
-    return [{rule.pattern: rule.value} for rule in rules]
-
-
-def _named_number(item: object, what: str) -> tuple[str, Any]:
-    """`name` or `{name: number}` as (name, number or None)."""
-    if isinstance(item, str):
-        return item, None
-    if isinstance(item, dict) and len(item) == 1:
-        name, number = next(iter(item.items()))
-        if isinstance(name, str) and isinstance(number, int | float) and not isinstance(number, bool):
-            return name, number
-    raise ValueError(f"{what} is a name or one '{{name: number}}', not {item!r}")
-
-
-def _unknown(what: str, name: str, known: tuple[str, ...] | dict[str, Any]) -> ValueError:
-    from tlscale.errors import did_you_mean
-
-    return ValueError(f"unknown {what} '{name}'.{did_you_mean(name, known)} There are: {', '.join(known)}")
-
-
-def _head_layer(item: object) -> HeadLayer:
-    name, number = _named_number(item, "a head layer")
-    if name == "linear":
-        if number is not None and (not isinstance(number, int) or not 1 <= number <= 65536):
-            raise ValueError(f"the width of a linear layer is a whole number from 1 to 65536, not {number!r}")
-    elif name == "dropout":
-        if number is None or not 0 <= number < 1:
-            raise ValueError("dropout takes its probability, from 0 to below 1: {dropout: 0.2}")
-    elif name in ACTIVATIONS or name in HEAD_NORMS:
-        if number is not None:
-            raise ValueError(f"'{name}' takes no number")
-    else:
-        raise _unknown("head layer", name, ("linear", "dropout", *ACTIVATIONS, *HEAD_NORMS))
-    return name if number is None else {name: number}
-
-
-def _head(layers: list[HeadLayer]) -> list[HeadLayer]:
-    if not layers or layers[-1] != "linear":
-        raise ValueError("a head ends in 'linear' without a width: it takes the number of classes")
-    if "linear" in layers[:-1]:
-        raise ValueError("only the last 'linear' may go without a width; write {linear: 256}")
-    return layers
-
-
-def _augmentation(item: object) -> Augmentation:
-    name, number = _named_number(item, "an augmentation")
-    if name not in AUGMENTATIONS:
-        raise _unknown("augmentation", name, AUGMENTATIONS)
-    spec = AUGMENTATIONS[name]
-    if number is None:
-        return name
-    if spec is None:
-        raise ValueError(f"'{name}' takes no number")
-    meaning, _, lowest, highest = spec
-    if not lowest <= number <= highest:
-        raise ValueError(f"'{name}' takes the {meaning}, from {lowest:g} to {highest:g}, not {number!r}")
-    return {name: float(number)}
-
-
-def augmentation_values(augment: list[Augmentation]) -> dict[str, float | None]:
-    """`[flip, {mixup: 0.3}]` as `{'flip': 0.5, 'mixup': 0.3}`, defaults filled in; None for those without a number."""
-    values: dict[str, float | None] = {}
-    for item in augment:
-        name, number = _named_number(item, "an augmentation")
-        spec = AUGMENTATIONS[name]
-        values[name] = spec[1] if number is None and spec is not None else number
-    return values
-
-
-def _augment(value: object) -> object:
-    """`none` is the empty list."""
-    return [] if value == "none" or value is None else value
-
-
-def _augment_set(items: list[Augmentation]) -> list[Augmentation]:
-    names = list(augmentation_values(items))
-    if len(names) != len(items):
-        raise ValueError("an augmentation is named twice")
-    if "trivialaugment" in names and "randaugment" in names:
-        raise ValueError("trivialaugment and randaugment are two policies for the same thing; name one")
-    return items
-
-
-def _run_name(name: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
-        raise ValueError("a name has 1 to 100 letters, digits, '.', '_' or '-', and begins with a letter or digit")
-    return name
-
-
-def _weights(weights: str) -> str:
-    if weights == "bundled":
-        raise ValueError("there are no bundled weights in this version; use pretrained, none or the path of a file")
-    if not weights:
-        raise ValueError("use pretrained, none or the path of a file")
-    return weights
-
-
-def _positive(duration: Duration) -> Duration:
-    if duration.amount <= 0:
-        raise ValueError("must be more than 0")
-    return duration
-
-
-_DURATION_JSON = WithJsonSchema({"type": "string", "examples": ["10 epochs", "500 steps", "64000 images", "5%"]})
-_plain_duration = PlainSerializer(str, return_type=str)
-AnyDuration = Annotated[Duration, BeforeValidator(_duration), _plain_duration, _DURATION_JSON]
-PositiveDuration = Annotated[
-    Duration, BeforeValidator(_duration), AfterValidator(_positive), _plain_duration, _DURATION_JSON
-]
-_RULES_JSON = WithJsonSchema({"type": "array", "items": {"type": "object"}})
-FreezeRules = Annotated[
-    tuple[Rule[bool], ...], BeforeValidator(_freeze_rules), PlainSerializer(_plain_rules), _RULES_JSON
-]
-NumberRules = Annotated[
-    tuple[Rule[float], ...], BeforeValidator(_number_rules), PlainSerializer(_plain_rules), _RULES_JSON
-]
-Head = Annotated[list[Annotated[HeadLayer, BeforeValidator(_head_layer)]], AfterValidator(_head)]
-Augment = Annotated[
-    list[Annotated[Augmentation, BeforeValidator(_augmentation)]],
-    BeforeValidator(_augment),
-    AfterValidator(_augment_set),
-]
 
 
 class Section(BaseModel):
@@ -306,7 +130,7 @@ class BackboneSection(Section):
 
     name: str
     """A timm model, with or without the tag of its weights (`resnet18`, `resnet18.a1_in1k`)."""
-    weights: Annotated[str, AfterValidator(_weights)] = "pretrained"
+    weights: Annotated[str, AfterValidator(weights_place)] = "pretrained"
     """`pretrained`: timm's; `none`: random, by seed; else the path of a `.safetensors` (or `.pth`) file."""
     sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")
     """Refuse the file of weights unless it has this SHA-256."""
@@ -364,10 +188,7 @@ class ScheduleSection(Section):
     """What comes after the warm-up."""
     min_factor: float = Field(0.0, ge=0.0, le=1.0)
     """Where cosine and linear end, as a share of the peak."""
-    step_every: (
-        Annotated[Duration, BeforeValidator(_duration), AfterValidator(_positive), _plain_duration, _DURATION_JSON]
-        | None
-    ) = None
+    step_every: PositiveDuration | None = None
     """`decay: step` only: how long a stair is."""
     step_factor: float | None = Field(None, gt=0.0, lt=1.0)
     """`decay: step` only: factor from one stair to the next."""
@@ -381,6 +202,76 @@ class ScheduleSection(Section):
             raise ValueError(f"'step_every' and 'step_factor' have no effect with 'decay: {self.decay}'")
         if self.decay in ("step", "constant") and self.min_factor != 0.0:
             raise ValueError(f"'min_factor' has no effect with 'decay: {self.decay}'")
+        return self
+
+
+class CodesSection(Section):
+    """What is frozen is computed once: the codes, and how they are kept below `$TLSCALE_CACHE/codes`."""
+
+    keep: Literal["auto", "always", "never"] = "auto"
+    """`auto`: train on kept codes where that costs less than computing the frozen part again, and say so where it does
+    not; `always`: in any case; `never`: compute it in every step."""
+    layer: Names | None = None
+    """Layers by module name (`layer3`, `blocks.4`), or `penultimate`, what the backbone gives after its pooling; one or
+    a list. For a probe, which takes the best of them by held-out images, and for `tlscale codes`; training finds its
+    own: the last values that nothing trainable has a part in."""
+    pool: Pools = ["avg"]
+    """What becomes of a layer's positions: their mean `avg`, their maximum `max`, both `avgmax`, the class `token`, or
+    `none`: all of them. One or a list, of which each is tried. `penultimate` is as the backbone pools it."""
+    views: int = Field(1, ge=1, le=1000)
+    """With `data.augment`: keep so many augmented views of each training image; epoch e sees view e modulo `views`."""
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    """In what the codes are kept; `auto`: as they are computed."""
+    disk_gib: float = Field(20.0, gt=0.0)
+    """`keep: auto`: most GiB that the codes of this run may take on the disk."""
+    memory_mib: int = Field(4096, ge=0)
+    """Codes that need no more, in MiB, are read into memory once; others are mapped from the disk."""
+    cache_gib: float = Field(50.0, gt=0.0)
+    """Most GiB that the codes of all runs may take; those that were not used for longest go first."""
+
+
+class ProbeSection(Section):
+    """A classifier that is fitted on codes instead of training: the network stays as it is, and no step is made."""
+
+    kind: Literal["logistic", "ridge", "knn", "sklearn"] = "logistic"
+    """`logistic`: multinomial logistic regression; `ridge`: least squares; `knn`: nearest neighbours; `sklearn`:
+    scikit-learn's LogisticRegression."""
+    strengths: list[Annotated[float, Field(gt=0.0)]] | None = Field(None, min_length=1)
+    """Strengths of the L2 regularisation that are tried; by itself a range that fits the kind. Not for `knn`."""
+    neighbours: list[Annotated[int, Field(ge=1)]] | None = Field(None, min_length=1)
+    """Numbers of neighbours that are tried; for `knn` only."""
+    refit: bool = True
+    """Fit once more on training and held-out images together, with what the held-out images chose."""
+
+    @model_validator(mode="after")
+    def _belongs(self) -> ProbeSection:
+        if self.kind == "knn" and self.strengths is not None:
+            raise ValueError("'strengths' has no effect with 'kind: knn'; it takes 'neighbours'")
+        if self.kind != "knn" and self.neighbours is not None:
+            raise ValueError(f"'neighbours' has an effect with 'kind: knn' only, not with '{self.kind}'")
+        return self
+
+
+class StageSection(Section):
+    """A part of the run with its own frozen layers; what is left out is as in the rest of the recipe."""
+
+    freeze: FreezeRules = ()
+    """As the recipe's `freeze`, for this stage; absent: nothing is frozen."""
+    duration: PositiveDuration
+    """Length of the stage."""
+    lr: float | None = Field(None, gt=0.0)
+    """In place of `optim.lr`."""
+    lr_rules: NumberRules | None = None
+    """In place of `optim.lr_rules`."""
+    layer_decay: float | None = Field(None, gt=0.0, le=1.0)
+    """In place of `optim.layer_decay`."""
+    schedule: ScheduleSection | None = None
+    """In place of the recipe's `schedule`; shares (`5%`) are of the stage."""
+
+    @model_validator(mode="after")
+    def _belongs(self) -> StageSection:
+        if self.duration.unit == "%":
+            raise ValueError(f"'duration: {self.duration}' is a share of nothing; give epochs, steps or images")
         return self
 
 
@@ -454,7 +345,7 @@ class WandbSection(Section):
 class Recipe(Section):
     """One run, from images to a model."""
 
-    name: Annotated[str, AfterValidator(_run_name)]
+    name: Annotated[str, AfterValidator(run_name)]
     """Name of the run, and of its folder below `runs/`."""
     seed: int = Field(0, ge=0, le=2**63 - 1)
     """Everything random follows from it."""
@@ -468,6 +359,12 @@ class Recipe(Section):
     head: Head = ["linear"]
     """New layers on the pooled features, always freshly initialised: `linear` (with a width, except the last), an
     activation, `{dropout: p}`, `layernorm`, `batchnorm`."""
+    codes: CodesSection = CodesSection()
+    """Codes."""
+    probe: ProbeSection | None = None
+    """A classifier on codes instead of training."""
+    stages: list[StageSection] | None = Field(None, min_length=1, max_length=100)
+    """Several stages, one after the other, each with its own `freeze` and `duration`; in place of those."""
     duration: PositiveDuration = Field(default_factory=lambda: parse_duration("10 epochs"))
     """Length of the run."""
     batch_size: int = Field(128, ge=1)
@@ -499,6 +396,7 @@ class Recipe(Section):
             raise ValueError("section 'wandb' has no effect unless 'track' names wandb: track: [wandb]")
         if self.duration.unit == "%":
             raise ValueError(f"'duration: {self.duration}' is a share of nothing; give epochs, steps or images")
+        self._strategy_belongs()
         if len(set(self.track)) != len(self.track):
             raise ValueError("'track' names a tracker twice")
         if self.compute.micro_batch_size is not None and self.compute.micro_batch_size > self.batch_size:
@@ -513,6 +411,40 @@ class Recipe(Section):
                 raise ValueError(f"'data.{key}' has {len(numbers)} numbers, but 'backbone.in_chans' is {channels}")
         return self
 
+    def _strategy_belongs(self) -> None:
+        """What has no effect beside `probe` or `stages`; what is as it is by itself was not asked for."""
+        if self.probe is not None and self.stages is not None:
+            raise ValueError("'probe' trains nothing and 'stages' says what is trained when; take one of them out")
+        for name, why in (("probe", "a probe trains nothing"), ("stages", "each stage has its own")):
+            if getattr(self, name) is None:
+                continue
+            for key in _NO_EFFECT_BESIDE[name]:
+                if _asks_for(self, key):
+                    raise ValueError(f"'{key}' has no effect beside '{name}': {why}. Take it out")
+        if self.codes.views > 1 and not self.data.augment:
+            raise ValueError("'codes.views' has no effect without 'data.augment': all views would be the same")
+        if self.codes.keep == "never" and self.probe is not None:
+            raise ValueError("'codes.keep: never' has no effect beside 'probe', which is fitted on kept codes")
+
     def to_plain(self) -> dict[str, Any]:
         """The complete recipe as plain YAML values, in schema order."""
         return self.model_dump(mode="json")
+
+
+# optim and schedule are taken whole; of the others, only what differs from its default was asked for.
+_NO_EFFECT_BESIDE = {
+    "probe": (
+        *("freeze", "head", "duration", "drop_last", "optim", "schedule", "loss", "checkpoint", "data.augment"),
+        *("compute.gradient_checkpointing", "compute.compile", "evaluate.select", "evaluate.every", "codes.views"),
+    ),
+    "stages": ("freeze", "duration"),
+}
+
+
+def _asks_for(recipe: Recipe, dotted: str) -> bool:
+    """Whether a key has another value than it has by itself."""
+    section: Section = recipe
+    *above, name = dotted.split(".")
+    for part in above:
+        section = getattr(section, part)
+    return bool(getattr(section, name) != type(section).model_fields[name].get_default(call_default_factory=True))
