@@ -267,6 +267,21 @@ def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Ten
     _undo_casts(optimizer, whole["state"])
 
 
+def carry_moments(old: torch.optim.Optimizer, new: torch.optim.Optimizer) -> None:
+    """Give `new` the state that `old` has of the parameters of both, by name; the others start afresh.
+
+    What an optimizer keeps in its groups rather than by parameter (a count of steps in some) starts afresh, too.
+    """
+    tensors, plain = pack_optimizer(old)
+    names = [name for group in new.param_groups for name in group["names"]]
+    whole = new.state_dict()
+    whole["state"] = {
+        index: _unpack(plain["state"][name], tensors) for index, name in enumerate(names) if name in plain["state"]
+    }
+    new.load_state_dict(whole)
+    _undo_casts(new, whole["state"])
+
+
 def _undo_casts(optimizer: torch.optim.Optimizer, saved: Mapping[int, Mapping[str, Any]]) -> None:
     """PyTorch loads every number as the type of its parameter, which is not always the one it was kept in."""
     params = [param for group in optimizer.param_groups for param in group["params"]]

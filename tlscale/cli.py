@@ -60,11 +60,11 @@ def run(recipe: str, overrides: Sequence[str], out: str | None, resume: bool, ov
     if resume and overwrite:
         raise click.UsageError("--resume goes on with a run, --overwrite replaces it: give one of them")
     loaded = _load(recipe, overrides)
-    from tlscale.jobs.finetune import run as finetune
+    from tlscale.jobs.run import run as start
     from tlscale.stop import stop_with_launcher
 
     stop_with_launcher()
-    finetune(loaded, out, resume=resume, overwrite=overwrite)
+    start(loaded, out, resume=resume, overwrite=overwrite)
 
 
 @main.command()

@@ -5,14 +5,13 @@ Shapes: B images, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from tlscale.data.loaders import ImageStore, eval_batches
 from tlscale.data.transforms import ImageBatch, InputSpec, to_input
 from tlscale.dist import Processes
 from tlscale.metrics import Tally, summary
@@ -28,35 +27,43 @@ class InputPath:
     device: torch.device
     channels_last: bool
 
-    def __call__(self, batch: ImageBatch) -> Tensor:
+    def __call__(self, batch: ImageBatch) -> tuple[Tensor]:
         images_BCHW = to_input(batch.to(self.device, non_blocking=True), self.spec, self.dtype)
-        return images_BCHW.contiguous(memory_format=torch.channels_last) if self.channels_last else images_BCHW
+        return (images_BCHW.contiguous(memory_format=torch.channels_last) if self.channels_last else images_BCHW,)
+
+
+class Batch(Protocol):
+    """What evaluation needs of a batch, of images or of codes."""
+
+    @property
+    def labels_B(self) -> Tensor: ...  # noqa: N802
+
+
+B = TypeVar("B", bound=Batch)
 
 
 def evaluate(
     network: nn.Module,
-    store: ImageStore,
+    batches: Iterable[B],
     *,
-    input_path: InputPath,
+    inputs: Callable[[B], tuple[Tensor, ...]],
+    num_images: int,
     objective: Objective,
     classes: Sequence[str],
-    batch_size: int,
-    workers: int,
     processes: Processes,
 ) -> dict[str, Any]:
-    """Figures of `network` on all images of `store`, over all processes.
+    """Figures of `network` on all images of a split, over all processes.
 
     The network is the bare one: a wrapped forward pass may talk to the other processes, and they have not the same
     number of batches. It is left in the mode it came in.
 
     Args:
-        network: images to logits (B, C).
-        store: the images of one split.
-        input_path: from batch to input.
+        network: inputs to logits (B, C).
+        batches: this process's share of the split.
+        inputs: from a batch to what the network takes, on its device.
+        num_images: of the split, over all processes.
         objective: gives the loss of each image.
         classes: names of the C classes.
-        batch_size: images per process and forward pass.
-        workers: processes that read images.
         processes: this process among all.
 
     Returns:
@@ -67,8 +74,8 @@ def evaluate(
     network.eval()
     try:
         with torch.inference_mode(), processes.accelerator.autocast():
-            for batch in eval_batches(store, processes.rank, processes.world_size, batch_size, workers=workers):
-                logits_BC = network(input_path(batch))
+            for batch in batches:
+                logits_BC = network(*inputs(batch))
                 labels_B = batch.labels_B.to(logits_BC.device)
                 tally.update(logits_BC, labels_B, objective.losses(logits_BC, labels_B))
     finally:
@@ -76,7 +83,7 @@ def evaluate(
     counts, sums = tally.state()
     tally.load_state(processes.sum(counts), processes.sum(sums))
     figures = summary(tally, classes)
-    assert figures["num_images"] == len(store), f"evaluated {figures['num_images']} of {len(store)} images"
+    assert figures["num_images"] == num_images, f"evaluated {figures['num_images']} of {num_images} images"
     return figures
 
 

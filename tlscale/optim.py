@@ -27,6 +27,7 @@ def parameter_groups(
     *,
     layer_depth: Mapping[str, int],
     never_decayed: frozenset[str],
+    where: str = "",
 ) -> list[Group]:
     """Trainable parameters grouped by (learning rate, weight decay), in order of first appearance.
 
@@ -35,12 +36,13 @@ def parameter_groups(
         section: the recipe's optimizer.
         layer_depth: layers away from the head, by name (0 is the head), for `layer_decay`.
         never_decayed: names that the architecture wants without weight decay (position embeddings and the like).
+        where: the stage whose `lr_rules` these are, for messages; empty where they are the recipe's.
 
     Raises:
         RecipeError: a rule has no effect.
     """
     params = {name: param for name, param in params.items() if param.requires_grad}
-    lr_factors = match_rules(section.lr_rules, params, "optim.lr_rules")
+    lr_factors = match_rules(section.lr_rules, params, f"{where or 'optim.'}lr_rules")
     decays = match_rules(section.weight_decay_rules, params, "optim.weight_decay_rules")
     groups: dict[tuple[float, float], Group] = {}
     for name, param in params.items():

@@ -5,7 +5,6 @@ Promise: whatever is wrong with the recipe, the data or the model is found here,
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,15 +18,15 @@ from tlscale.data.transforms import InputSpec, resolve_input
 from tlscale.errors import DataError, RecipeError
 from tlscale.model.backbone import WeightsReport, build_backbone
 from tlscale.model.classifier import Classifier, enable_gradient_checkpointing, feature_width
-from tlscale.model.freeze import FreezeRow, check_trainable, freeze_parameters
 from tlscale.model.heads import build_head, is_single_linear
+from tlscale.model.layers import PENULTIMATE
 from tlscale.objective import Objective, class_weights
-from tlscale.optim import Group, check_optimizer, parameter_groups
+from tlscale.optim import check_optimizer
 from tlscale.recipe.duration import Duration
 from tlscale.recipe.schema import Recipe
 from tlscale.recipe.values import augmentation_values
-from tlscale.schedule import make_lr_factor
 from tlscale.seeds import derive_seed
+from tlscale.stages import Stage, enter, plan_stages, to_steps
 from tlscale.tracking import check_installed
 
 
@@ -41,29 +40,47 @@ class Prepared:
     spec: InputSpec
     classifier: Classifier
     weights: WeightsReport
-    freeze_rows: list[FreezeRow]
     code_width: int
-    groups: list[Group]
     order: DataOrder
     split: BatchSplit
-    total_steps: int
-    lr_factor: Callable[[int], float]
+    stages: list[Stage]
+
+    @property
+    def total_steps(self) -> int:
+        return self.stages[-1].stop_step if self.stages else 0  # a probe makes none
 
     def to_steps(self, duration: Duration) -> int:
         """A duration of this run in steps, at least 1."""
-        return max(_to_steps(duration, self.order, self.total_steps), 1)
+        return max(to_steps(duration, self.order, self.total_steps), 1)
+
+    @property
+    def trained(self) -> dict[str, torch.nn.Parameter]:
+        """The parameters that any stage trains, by rule name."""
+        names = frozenset[str]().union(*(stage.trained for stage in self.stages))
+        return {name: param for name, param in self.classifier.rule_names().items() if name in names}
 
     @property
     def trainable_params(self) -> int:
-        return sum(param.numel() for param in self.classifier.parameters() if param.requires_grad)
+        return sum(param.numel() for param in self.trained.values())
 
     @property
     def total_params(self) -> int:
         return sum(param.numel() for param in self.classifier.parameters())
 
     @property
+    def frozen_params(self) -> int:
+        """Parameters that no stage trains."""
+        return self.total_params - self.trainable_params
+
+    @property
     def augment(self) -> dict[str, float | None]:
         return augmentation_values(self.recipe.data.augment)
+
+    @property
+    def num_views(self) -> int:
+        """Images, and augmented views of them, that codes would be kept of."""
+        splits = [split for split in (self.data.validation, self.data.test) if split is not None]
+        return len(self.data.train) * self.recipe.codes.views + sum(map(len, splits))
 
     def train_store(self) -> ImageStore:
         """The training images, kept in memory where they fit."""
@@ -93,8 +110,8 @@ class Prepared:
 class Due:
     """Which steps are followed by what; a function of the step (counted from 1)."""
 
-    def __init__(self, prepared: Prepared, *, validates: bool) -> None:
-        recipe = prepared.recipe
+    def __init__(self, prepared: Prepared) -> None:
+        recipe, validates = prepared.recipe, prepared.data.validation is not None
         self._last = prepared.total_steps
         self._log, self._save = prepared.to_steps(recipe.log_every), prepared.to_steps(recipe.checkpoint.every)
         self._evaluate = prepared.to_steps(recipe.evaluate.every) if validates else None
@@ -130,38 +147,18 @@ def prepare(recipe: Recipe, *, world_size: int, bad_images: list[tuple[int, str]
     spec = _input_spec(recipe, data, backbone)
     bad_images = _find_bad(recipe, data, spec) if bad_images is None else bad_images
     data = _without(data, bad_images)
-    classifier, freeze_rows, code_width = _assemble(recipe, data, backbone, spec)
-    params = classifier.rule_names()
-    depth = classifier.layer_depth() if recipe.optim.layer_decay is not None else {}
-    groups = parameter_groups(params, recipe.optim, layer_depth=depth, never_decayed=classifier.never_decayed())
+    classifier, code_width = _assemble(recipe, data, backbone, spec)
     order = DataOrder(len(data.train), recipe.batch_size, recipe.seed, recipe.drop_last)
-    total_steps = _to_steps(recipe.duration, order, None)
-    _refuse_long_warmup(recipe, order, total_steps)
-    lr_factor = make_lr_factor(
-        recipe.schedule, total_steps=total_steps, to_steps=lambda duration: _to_steps(duration, order, total_steps)
-    )
     split = split_batch_size(recipe.batch_size, world_size, recipe.compute.micro_batch_size)
-    return Prepared(
-        recipe, data, bad_images, spec, classifier, weights, freeze_rows, code_width, groups, order, split,
-        total_steps, lr_factor,
-    )  # fmt: skip
+    stages = plan_stages(recipe, classifier, order) if recipe.probe is None else []
+    if stages:
+        _refuse_idle_rates(recipe, stages)
+        _enable_checkpointing(recipe, classifier, stages, spec)
+    return Prepared(recipe, data, bad_images, spec, classifier, weights, code_width, order, split, stages)
 
 
-def _to_steps(duration: Duration, order: DataOrder, total_steps: int | None) -> int:
-    return duration.to_steps(num_images=order.images_per_epoch, batch_size=order.batch_size, total_steps=total_steps)
-
-
-def _refuse_long_warmup(recipe: Recipe, order: DataOrder, total_steps: int) -> None:
-    warmup_steps = _to_steps(recipe.schedule.warmup, order, total_steps)
-    if warmup_steps > total_steps:
-        raise RecipeError(
-            f"schedule.warmup = {recipe.schedule.warmup} is {warmup_steps} steps, and duration = {recipe.duration} is "
-            f"{total_steps}: the learning rate would never reach its peak. Shorten the warm-up"
-        )
-
-
-def _refuse_idle_rates(recipe: Recipe, backbone: torch.nn.Module) -> None:
-    if any(param.requires_grad for param in backbone.parameters()):
+def _refuse_idle_rates(recipe: Recipe, stages: list[Stage]) -> None:
+    if any(stage.trains_backbone for stage in stages):
         return
     for key in ("drop_rate", "drop_path_rate"):
         if getattr(recipe.backbone, key) > 0:
@@ -206,23 +203,24 @@ def _without(data: ImageData, bad_images: list[tuple[int, str]]) -> ImageData:
     return replace(data, train=train)
 
 
-def _assemble(
-    recipe: Recipe, data: ImageData, backbone: torch.nn.Module, spec: InputSpec
-) -> tuple[Classifier, list[FreezeRow], int]:
+def _assemble(recipe: Recipe, data: ImageData, backbone: torch.nn.Module, spec: InputSpec) -> tuple[Classifier, int]:
     width = feature_width(backbone, in_chans=spec.in_chans, image_size=spec.image_size)
-    rows = freeze_parameters(backbone, recipe.freeze)
-    _refuse_idle_rates(recipe, backbone)
     seed = derive_seed(recipe.seed, "head")
     head = build_head(recipe.head, in_features=width, num_classes=len(data.classes), seed=seed)
     classifier = Classifier(backbone, head)
-    check_trainable(classifier.parameters(), recipe.freeze)
-    if recipe.compute.gradient_checkpointing:
-        enable_gradient_checkpointing(classifier, in_chans=spec.in_chans, image_size=spec.image_size)
     if recipe.compute.precision == "fp64":
         classifier.double()
     if recipe.compute.channels_last:
         classifier.to(memory_format=torch.channels_last)
-    return classifier.train(), rows, width
+    return classifier, width
+
+
+def _enable_checkpointing(recipe: Recipe, classifier: Classifier, stages: list[Stage], spec: InputSpec) -> None:
+    """Tried in the stage that trains most; it acts in each that trains a part of the backbone."""
+    if recipe.compute.gradient_checkpointing:
+        enter(classifier, max(stages, key=lambda stage: len(stage.trained)))
+        enable_gradient_checkpointing(classifier, in_chans=spec.in_chans, image_size=spec.image_size)
+        enter(classifier, stages[0])
 
 
 def make_objective(prepared: Prepared, device: torch.device) -> Objective:
@@ -235,8 +233,12 @@ def make_objective(prepared: Prepared, device: torch.device) -> Objective:
 
 
 def strategy_of(prepared: Prepared) -> str:
-    """The strategy's name (design.md, section 2): scratch, head, mlp or finetune."""
+    """The strategy's name (design.md, section 2): codes, early_codes, mlp, head, finetune, stages or scratch."""
     recipe = prepared.recipe
-    if not any(param.requires_grad for param in prepared.classifier.backbone.parameters()):
+    if recipe.probe is not None:
+        return "codes" if set(recipe.codes.layer or [PENULTIMATE]) == {PENULTIMATE} else "early_codes"
+    if len(prepared.stages) > 1:
+        return "stages"
+    if not prepared.stages[0].trains_backbone:
         return "head" if is_single_linear(recipe.head) else "mlp"
-    return "scratch" if recipe.backbone.weights == "none" and not recipe.freeze else "finetune"
+    return "finetune" if recipe.backbone.weights != "none" or prepared.frozen_params else "scratch"

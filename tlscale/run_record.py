@@ -7,15 +7,16 @@ import platform
 import subprocess
 import sys
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
 from tlscale import __version__
+from tlscale.packages import versions_of
 from tlscale.prepare import Prepared, strategy_of
-from tlscale.recipe.load import recipe_digest
-from tlscale.run_folder import RunFolder
+from tlscale.recipe.load import dump_recipe, recipe_digest
+from tlscale.recipe.schema import Recipe
+from tlscale.run_folder import RunFolder, clear, naming_disk_errors, write_json, write_text
 
 _PACKAGES = ("torch", "torchvision", "timm", "accelerate", "datasets", "safetensors", "numpy", "pillow")
 
@@ -31,7 +32,7 @@ def make_record(prepared: Prepared, *, world_size: int, device: str) -> dict[str
         "git": git_state(),
         "python": sys.version.split()[0],
         "platform": platform.platform(),
-        "packages": {name: _version(name) for name in _PACKAGES},
+        "packages": versions_of(_PACKAGES),
         "world_size": world_size,
         "device": device,
         "threads": torch.get_num_threads(),
@@ -56,6 +57,14 @@ def make_record(prepared: Prepared, *, world_size: int, device: str) -> dict[str
     }
 
 
+def begin_folder(folder: RunFolder, recipe: Recipe, record: dict[str, Any]) -> None:
+    """Write what a run begins with; what is in the folder is removed, which only `--overwrite` finds."""
+    with naming_disk_errors(folder.path):
+        clear(folder)
+        write_json(folder.run_json, record)
+        write_text(folder.recipe, dump_recipe(recipe))
+
+
 def read_record(folder: RunFolder) -> dict[str, Any] | None:
     """`run.json` of a run that began earlier; None where there is none.
 
@@ -77,10 +86,3 @@ def git_state() -> dict[str, Any] | None:
 def _git(*words: str) -> str:
     done = subprocess.run(["git", *words], capture_output=True, text=True, timeout=10, check=True)
     return done.stdout.strip()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

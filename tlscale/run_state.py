@@ -31,6 +31,7 @@ class Clock:
     window_images: int = 0
     best: list[tuple[int, float]] = field(default_factory=list)  # (step, validation figure), best first
     wandb_run_id: str | None = None
+    keeps_codes: dict[str, bool] = field(default_factory=dict)  # stage -> whether it trains on codes
 
     @property
     def best_step(self) -> int | None:
@@ -111,13 +112,22 @@ def snapshot(
 
 
 def restore(checkpoint: Checkpoint, network: Classifier, optimizer: torch.optim.Optimizer, ema: Ema | None) -> Clock:
-    """Put a checkpoint back into the objects of a run; the clock that it was saved at."""
-    network.load_state_dict(dict(checkpoint.tensors["model"]))
+    """Put a checkpoint back into the objects of a run; the clock that it was saved at.
+
+    Args:
+        optimizer: of the stage that the checkpoint was saved in.
+    """
+    restore_weights(checkpoint, network, ema)
     unpack_optimizer(optimizer, checkpoint.tensors["optimizer"], checkpoint.state["optimizer"])
-    if ema is not None:
-        ema.load(checkpoint.tensors["ema"])
     saved = checkpoint.state["clock"]
     return Clock(**{**saved, "best": [(int(step), float(figure)) for step, figure in saved["best"]]})
+
+
+def restore_weights(checkpoint: Checkpoint, network: Classifier, ema: Ema | None) -> None:
+    """Put the weights, and their averages, of a checkpoint of any stage back."""
+    network.load_state_dict(dict(checkpoint.tensors["model"]))
+    if ema is not None:
+        ema.load(checkpoint.tensors["ema"])
 
 
 def write_checkpoint(root: Path, checkpoint: Checkpoint, clock: Clock, section: CheckpointSection) -> None:

@@ -5,8 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from tlscale.data.sampler import DataOrder
+from tlscale.model.layers import PENULTIMATE
 from tlscale.prepare import Prepared, strategy_of
 from tlscale.progress import Progress, format_duration, number
+from tlscale.recipe.schema import Recipe
+from tlscale.stages import Stage, to_steps
 
 _WORST_SHOWN = 5
 
@@ -20,24 +24,28 @@ def show_plan(prepared: Prepared, screen: Progress, *, device: str) -> None:
         screen.say(f"left out, training image {row}: {why}", style="yellow")
     if prepared.bad_images:
         screen.say(f"{len(prepared.bad_images)} bad training images are left out; all are listed in run.json")
-    frozen = any(not param.requires_grad for param in prepared.classifier.backbone.parameters())
-    if frozen and recipe.backbone.weights == "none":
+    if prepared.frozen_params and recipe.backbone.weights == "none":
         screen.say("the frozen layers are random: backbone.weights is none", style="yellow")
     screen.table("Plan", ("what", "how"), _plan_rows(prepared, device))
-    columns = ("freeze rule", "tensors", "parameters", "norm layers")
-    rows = [(row.rule, row.num_tensors, f"{row.num_params:,}", row.norm_mode) for row in prepared.freeze_rows]
+    for stage in prepared.stages:
+        _show_stage(stage, prepared, screen)
+
+
+def _show_stage(stage: Stage, prepared: Prepared, screen: Progress) -> None:
+    many = len(prepared.stages) > 1
+    of = f" of stage {stage.number + 1}, steps {stage.start_step:,} to {stage.stop_step:,}" if many else ""
+    rows = [(row.rule, row.num_tensors, f"{row.num_params:,}", row.norm_mode) for row in stage.freeze_rows]
     head = [param for name, param in prepared.classifier.head.named_parameters()]
     rows.append(("head  (train)", len(head), f"{sum(param.numel() for param in head):,}", "train"))
-    screen.table("Parameters", columns, rows)
-    groups = [(g["base_lr"], g["weight_decay"], len(g["names"]), _names(g["names"])) for g in prepared.groups]
-    screen.table(f"Groups of {recipe.optim.name}", ("peak lr", "weight decay", "tensors", "such as"), groups)
+    screen.table(f"Parameters{of}", ("freeze rule", "tensors", "parameters", "norm layers"), rows)
+    groups = [(g["base_lr"], g["weight_decay"], len(g["names"]), _names(g["names"])) for g in stage.groups]
+    screen.table(f"Groups of {stage.optim.name}{of}", ("peak lr", "weight decay", "tensors", "such as"), groups)
 
 
 def _plan_rows(prepared: Prepared, device: str) -> list[tuple[str, str]]:
     recipe, data, order, spec = prepared.recipe, prepared.data, prepared.order, prepared.spec
     splits = [split for split in (data.train, data.validation, data.test) if split is not None]
     trained, total = prepared.trainable_params, prepared.total_params
-    code_mib = len(data.train) * prepared.code_width * 4 / 2**20
     return [
         ("strategy", strategy_of(prepared)),
         ("data", f"{recipe.data.source}: " + ", ".join(f"{split.name} {len(split):,}" for split in splits)),
@@ -50,27 +58,37 @@ def _plan_rows(prepared: Prepared, device: str) -> list[tuple[str, str]]:
         ("augment", ", ".join(_augmentation(*item) for item in prepared.augment.items()) or "none"),
         ("backbone", f"{recipe.backbone.name}, {prepared.code_width} features"),
         ("weights", str(prepared.weights)),
-        ("trainable", f"{trained:,} of {total:,} parameters ({trained / total:.1%})"),
-        ("codes", f"{len(data.train):,} images x {prepared.code_width} pooled features, float32: {code_mib:.1f} MiB"),
-        ("batch", prepared.split.describe()),
-        (
-            "steps",
-            f"{recipe.duration} = {prepared.total_steps:,} steps ({order.steps_per_epoch:,} an epoch of "
-            f"{order.images_per_epoch:,} images)",
-        ),
-        (
-            "schedule",
-            f"{recipe.schedule.warmup} warm-up = {_to_steps_text(prepared)}, then {recipe.schedule.decay}, "
-            f"peak lr {recipe.optim.lr:g}",
-        ),
+        *(_training_rows(prepared, order, trained, total) if prepared.stages else _probe_rows(recipe)),
         ("device", f"{device}, {recipe.compute.precision}"),
     ]
 
 
-def _to_steps_text(prepared: Prepared) -> str:
-    warmup = prepared.recipe.schedule.warmup
-    steps = prepared.to_steps(warmup) if warmup.amount > 0 else 0
-    return f"{steps} steps"
+def _training_rows(prepared: Prepared, order: DataOrder, trained: int, total: int) -> list[tuple[str, str]]:
+    of = " in any stage" if len(prepared.stages) > 1 else ""
+    lengths = " + ".join(f"{stage.num_steps:,}" for stage in prepared.stages)
+    rows = [
+        ("trainable", f"{trained:,} of {total:,} parameters ({trained / total:.1%}){of}"),
+        ("batch", prepared.split.describe()),
+        (
+            "steps",
+            f"{prepared.total_steps:,} steps{f' = {lengths}' if of else ''} ({order.steps_per_epoch:,} an epoch of "
+            f"{order.images_per_epoch:,} images)",
+        ),
+    ]
+    return rows + [_schedule_row(stage, prepared) for stage in prepared.stages]
+
+
+def _schedule_row(stage: Stage, prepared: Prepared) -> tuple[str, str]:
+    warmup = stage.schedule.warmup
+    steps = to_steps(warmup, prepared.order, stage.num_steps) if warmup.amount > 0 else 0
+    name = f"schedule {stage.number + 1}" if len(prepared.stages) > 1 else "schedule"
+    return name, f"{warmup} warm-up = {steps} steps, then {stage.schedule.decay}, peak lr {stage.optim.lr:g}"
+
+
+def _probe_rows(recipe: Recipe) -> list[tuple[str, str]]:
+    assert recipe.probe is not None
+    layers = ", ".join(recipe.codes.layer or [PENULTIMATE])
+    return [("probe", f"{recipe.probe.kind} on codes of {layers}, pooled by {', '.join(recipe.codes.pool)}")]
 
 
 def _augmentation(name: str, value: float | None) -> str:

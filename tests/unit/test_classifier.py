@@ -7,7 +7,8 @@ from torch import nn
 from tests.small_models import TINY, classifier, loss_of, noise, section, state_of
 from tlscale.errors import ModelError
 from tlscale.model.backbone import build_backbone
-from tlscale.model.classifier import Classifier, enable_gradient_checkpointing, feature_width
+from tlscale.model.classifier import Classifier, CodesClassifier, enable_gradient_checkpointing, feature_width
+from tlscale.model.layers import LayerCodes
 
 # -- names and depth ----------------------------------------------------------------------------------------------
 
@@ -67,6 +68,26 @@ def test_images_that_the_backbone_cannot_take():
 def test_a_backbone_that_gives_maps():
     with pytest.raises(ModelError, match=r"Conv2d gives \(1, 4, 30, 30\), not one vector an image"):
         feature_width(nn.Conv2d(3, 4, 3), in_chans=3, image_size=32)
+
+
+# -- codes of any layer -------------------------------------------------------------------------------------------
+
+
+def test_a_classifier_of_codes_trains_its_head_alone():
+    network = classifier(drop_path_rate=0.5)
+    codes = LayerCodes(network.backbone.requires_grad_(False), [("layer2", "avg")])
+    ours = CodesClassifier(codes, nn.Linear(48, 5)).train()
+    assert (ours.layer, ours.pool, ours.backbone) == ("layer2", "avg", network.backbone)
+    before = state_of(ours)
+    assert ours.head.training
+    assert not any(module.training for module in ours.codes.modules())
+    loss_of(ours, noise()).backward()
+    assert {name for name, param in ours.named_parameters() if param.grad is not None} == {
+        "head.0.weight",
+        "head.0.bias",
+    }
+    assert all(torch.equal(tensor, before[name]) for name, tensor in ours.state_dict().items())
+    torch.testing.assert_close(ours(noise()), ours.head(codes(noise())[0]))
 
 
 # -- gradient checkpointing ---------------------------------------------------------------------------------------

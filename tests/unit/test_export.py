@@ -15,15 +15,10 @@ import tlscale
 from tests.small_models import classifier, noise, section, state_of, train
 from tlscale.data.transforms import InputSpec
 from tlscale.errors import ModelError, RunFolderError
-from tlscale.model import classifier as classifier_module
+from tlscale.model import export as export_module
 from tlscale.model.backbone import build_backbone
-from tlscale.model.classifier import (
-    Classifier,
-    enable_gradient_checkpointing,
-    export_model,
-    feature_width,
-    load,
-)
+from tlscale.model.classifier import Classifier, enable_gradient_checkpointing, feature_width
+from tlscale.model.export import export_model, load
 
 CLASSES = ("<b>bold</b>", "T-shirt/top 👕", 'a "quoted" one', "ünïcode", "\\n")
 
@@ -247,12 +242,12 @@ def test_any_folder_name(tmp_path, monkeypatch):
 
 def test_the_exported_logits_are_checked(tmp_path, monkeypatch):
     """A disk or a library that does not give back what was written is found before the run ends well."""
-    write = classifier_module._write_tensors
+    write = export_module._write_tensors
 
     def write_changed(state, path):
         write({name: tensor + 0.1 if tensor.is_floating_point() else tensor for name, tensor in state.items()}, path)
 
-    monkeypatch.setattr(classifier_module, "_write_tensors", write_changed)
+    monkeypatch.setattr(export_module, "_write_tensors", write_changed)
     with pytest.raises(ModelError, match="gives other logits than the run"):
         export(classifier(), tmp_path)
 
@@ -270,9 +265,9 @@ def test_no_model_there(tmp_path):
 def test_a_model_of_a_newer_format(tmp_path):
     export(classifier(), tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    config["tlscale"]["format"] = 2
+    config["tlscale"]["format"] = 3
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(RunFolderError, match="has format 2, this tlscale reads up to 1; update tlscale"):
+    with pytest.raises(RunFolderError, match="has format 3, this tlscale reads up to 2; update tlscale"):
         load(tmp_path)
 
 

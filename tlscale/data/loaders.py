@@ -229,15 +229,10 @@ def train_batches(
     """
     assert store.crops == ("crop" in augment)
     assert len(store) == order.num_images
-    augmenter = Augmenter(
-        augment,
-        image_size=store.spec.image_size,
-        interpolation=store.spec.interpolation,
-        erase_color=store.spec.mean_color,
-    )
+    augmenter = make_augmenter(store.spec, augment)
     steps = range(start_step, stop_step)
     wanted = (micro_batch for step in steps for micro_batch in micro_batches(order, step, split, rank))
-    batches = load_in_order(partial(_train_batch, store, augmenter, seed), wanted, workers, pin_memory)
+    batches = load_in_order(partial(train_batch, store, augmenter, seed), wanted, workers, pin_memory)
     try:
         for step in steps:
             yield list(islice(batches, split.num_micro_batches(order.num_images_in(step))))
@@ -265,7 +260,15 @@ def _eval_batch(store: ImageStore, rows_B: Ints) -> ImageBatch:
     return ImageBatch(images_BCHW, store.labels(rows_B), torch.from_numpy(rows_B), len(rows_B))
 
 
-def _train_batch(store: ImageStore, augmenter: Augmenter, seed: int, micro_batch: MicroBatch) -> ImageBatch:
+def make_augmenter(spec: InputSpec, augment: Mapping[str, float | None]) -> Augmenter:
+    """The augmenter for images of this input; `augment` as `augmentation_values` gives it."""
+    return Augmenter(
+        augment, image_size=spec.image_size, interpolation=spec.interpolation, erase_color=spec.mean_color
+    )
+
+
+def train_batch(store: ImageStore, augmenter: Augmenter, seed: int, micro_batch: MicroBatch) -> ImageBatch:
+    """The images of a micro-batch as training sees them in its epoch, augmented and with the partners of mixup."""
     rows_B = micro_batch.rows_B
     keys = partial(image_keys, seed, micro_batch.epoch, rows_B)
     batch = ImageBatch(

@@ -58,6 +58,10 @@ class ImageTable(Protocol):
     def labels_N(self) -> Ints:  # noqa: N802
         """Class numbers by row."""
 
+    @property
+    def content(self) -> str:
+        """Fingerprint of all the images of the table, whatever their labels."""
+
     def __len__(self) -> int: ...
 
     def read(self, row: int) -> Raw:
@@ -73,6 +77,10 @@ class LabelledTable:
 
     store: ImageStore
     labels_N: Ints
+
+    @property
+    def content(self) -> str:
+        return self.store.content
 
     def __len__(self) -> int:
         return len(self.labels_N)

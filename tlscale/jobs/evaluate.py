@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from tlscale.data.loaders import ImageStore, default_workers
+from tlscale.data.loaders import ImageStore, default_workers, eval_batches
 from tlscale.data.sources import ImageData, ImageSplit, open_data
 from tlscale.dist import start_processes
 from tlscale.errors import DataError, RunFolderError
@@ -52,20 +52,17 @@ def evaluate_run(
         split = _split(_open(recipe, trained), split_name)
         store = ImageStore(split, recipe.data, trained.input_spec)
         dtype = torch.float64 if recipe.compute.precision == "fp64" else torch.float32
+        workers = default_workers(
+            recipe.data, cached=store.cached, augmented=False, device=processes.device, processes=processes.world_size
+        )
+        batch_size = recipe.evaluate.batch_size or recipe.batch_size
         figures = evaluate(
             trained.model.to(processes.device, dtype),
-            store,
-            input_path=InputPath(trained.input_spec, dtype, processes.device, recipe.compute.channels_last),
+            eval_batches(store, processes.rank, processes.world_size, batch_size, workers),
+            inputs=InputPath(trained.input_spec, dtype, processes.device, recipe.compute.channels_last),
+            num_images=len(split),
             objective=Objective(LossSection(label_smoothing=recipe.loss.label_smoothing), None),
             classes=trained.classes,
-            batch_size=recipe.evaluate.batch_size or recipe.batch_size,
-            workers=default_workers(
-                recipe.data,
-                cached=store.cached,
-                augmented=False,
-                device=processes.device,
-                processes=processes.world_size,
-            ),
             processes=processes,
         )
         figures = {"split": split.name, "source": recipe.data.source, **figures}

@@ -1,15 +1,14 @@
-"""THE story: from a recipe to a trained, evaluated, reloadable model.
+"""THE story of training: stages, steps, checkpoints, and a model in the end.
 
-Chapters: process; folder; data, model and weights; plan; resume; the loop; finish. The step is the only clock: the
-learning rate, the order of images, augmentation and dropout are functions of (recipe, step), so that a run that was
-stopped anywhere and resumed ends in the same weights, bit for bit, as one that was not.
+Chapters: resume; the loop; finish. The step is the only clock: the learning rate, the order of images, augmentation
+and dropout are functions of (recipe, step), so that a run that was stopped anywhere and resumed ends in the same
+weights, bit for bit, as one that was not.
 
 Shapes: B images, C classes.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Generator
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
@@ -22,111 +21,56 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
 from tlscale.checkpoint import checkpoint_folder, load_checkpoint, newest_valid, pointed_to
-from tlscale.data.loaders import ImageStore, train_batches
+from tlscale.codes.batches import CodeBatch
+from tlscale.data.sources import ImageSplit
 from tlscale.data.transforms import ImageBatch
-from tlscale.dist import Processes, start_processes
-from tlscale.errors import NonFiniteLossError, ResumeError, Stopped
-from tlscale.evaluate import InputPath, evaluate, scalars
+from tlscale.dist import Processes
+from tlscale.errors import NonFiniteLossError, Stopped
+from tlscale.evaluate import evaluate, scalars
+from tlscale.feed import Feed, ImageFeed, Images, Keeper, open_feed
 from tlscale.model.classifier import Classifier, export_model
 from tlscale.model.ema import Ema
 from tlscale.objective import Objective
 from tlscale.optim import build_optimizer, set_lr
-from tlscale.prepare import Due, Prepared, make_objective, prepare, strategy_of
+from tlscale.prepare import Due, Prepared, make_objective, strategy_of
 from tlscale.progress import Progress
-from tlscale.recipe.load import diff_recipes, dump_recipe, load_recipe
-from tlscale.recipe.schema import Recipe
 from tlscale.run_book import RunBook
-from tlscale.run_folder import Mode, RunFolder, claim, clear, naming_disk_errors, write_json, write_text
-from tlscale.run_record import make_record, read_record
-from tlscale.run_state import Clock, LossWindow, are_finite, restore, snapshot, write_checkpoint
-from tlscale.screen import show_plan, show_result
+from tlscale.run_folder import RunFolder, naming_disk_errors, write_json
+from tlscale.run_record import begin_folder, make_record
+from tlscale.run_state import Clock, LossWindow, are_finite, restore, restore_weights, snapshot, write_checkpoint
+from tlscale.screen import show_result
 from tlscale.seeds import derive_seed
+from tlscale.stages import Stage, cross_boundary, enter, stage_at
 from tlscale.stop import StopRequest
 
-# A resumed run may differ in these: none of them changes what is learned.
-MAY_CHANGE = (
-    "checkpoint.",
-    "compute.num_processes",
-    "compute.micro_batch_size",
-    "data.cache_mib",
-    "data.workers",
-    "evaluate.batch_size",
-    "log_every",
-    "track",
-    "wandb",
-)
 
-
-def run(
-    recipe: Recipe, out: str | Path | None = None, *, resume: bool = False, overwrite: bool = False
-) -> dict[str, Any]:
-    """Train as the recipe says.
-
-    Args:
-        recipe: from `load_recipe`.
-        out: the run folder; by itself `runs/<recipe name>`.
-        resume: go on from the newest valid checkpoint there, or start if there is none.
-        overwrite: replace a run that is there.
-
-    Returns:
-        What `result.json` holds.
-
-    Raises:
-        TlscaleError: wrong input, a run that failed, or `Stopped` after a signal, when all is saved.
-    """
-    # -- process ------------------------------------------------------------------------------------------------
-    processes = start_processes(recipe.compute)
-    torch.use_deterministic_algorithms(recipe.compute.deterministic)
-    mode: Mode = "resume" if resume else "overwrite" if overwrite else "fresh"
-    folder = RunFolder(Path(out) if out is not None else Path("runs") / recipe.name)
-    # -- folder: the main process holds it for all ----------------------------------------------------------------
-    with closing(processes), StopRequest() as stop, processes.main_holds(lambda: claim(folder.path, mode)):
-        screen = Progress(0, enabled=processes.is_main)
-        record = None if overwrite else processes.on_main(lambda: read_record(folder))
-        if record is not None:
-            processes.on_main(lambda: _refuse_other_recipe(recipe, folder))
-            if processes.on_main(folder.result.exists):
-                screen.say(f"'{folder.path}' is complete already; its figures are in {folder.result}")
-                return dict(json.loads(folder.result.read_text()))
-
-        # -- data, model and weights: whatever is wrong with them ends the run here -------------------------------
-        bad_images = [(int(row), str(why)) for row, why in record["bad_images"]] if record else None
-        with processes.main_first():  # what a hub has to give is fetched once
-            prepared = prepare(recipe, world_size=processes.world_size, bad_images=bad_images)
-
-        # -- plan -------------------------------------------------------------------------------------------------
-        show_plan(prepared, screen, device=str(processes.device))
-        if record is not None:
-            processes.on_main(partial(_refuse_other_inputs, record, prepared, folder))
-        return _train(prepared, folder, processes, stop, record, screen)
-
-
-@dataclass(frozen=True)
+@dataclass
 class Parts:
-    """The objects of a run; `network` is the bare one, which checkpoints, evaluation and export are of."""
+    """The objects of a run; `network` is the bare one, which checkpoints and export are of."""
 
     prepared: Prepared
     processes: Processes
     network: Classifier
-    optimizer: torch.optim.Optimizer
     ema: Ema | None
     objective: Objective
-    input_path: InputPath
+    keeper: Keeper
+    # Of the stage that the run is in:
+    stage: Stage
+    optimizer: torch.optim.Optimizer
+    feed: Feed | None = None
+    wrapped: tuple[nn.Module, AcceleratedOptimizer] | None = None  # what Accelerate made of the feed's module
 
-    def figures(self, store: ImageStore) -> dict[str, Any]:
+    def figures(self, split: ImageSplit, feed: Feed) -> dict[str, Any]:
         """Evaluation of the weights that a user would get: the averages, where averages are kept."""
         self.processes.share_buffers(self.network)
         with self.averaged():
             return evaluate(
-                self.network,
-                store,
-                input_path=self.input_path,
+                feed.module,
+                feed.eval_batches(split),
+                inputs=feed.inputs,
+                num_images=len(split),
                 objective=self.objective,
                 classes=self.prepared.data.classes,
-                batch_size=self.prepared.eval_batch_size,
-                workers=self.prepared.workers(
-                    store, self.processes.device, augmented=False, processes=self.processes.world_size
-                ),
                 processes=self.processes,
             )
 
@@ -135,21 +79,23 @@ class Parts:
         return nullcontext() if self.ema is None else self.ema.in_place()
 
 
-def _make_parts(prepared: Prepared, processes: Processes) -> Parts:
+def _make_parts(prepared: Prepared, processes: Processes, stop: StopRequest, screen: Progress, stage: Stage) -> Parts:
     recipe, device = prepared.recipe, processes.device
     network = prepared.classifier.to(device)
+    enter(network, stage)
     return Parts(
         prepared,
         processes,
         network,
-        build_optimizer(prepared.groups, recipe.optim),
-        Ema(network.rule_names(), recipe.optim.ema_decay) if recipe.optim.ema_decay is not None else None,
+        Ema(prepared.trained, recipe.optim.ema_decay) if recipe.optim.ema_decay is not None else None,
         make_objective(prepared, device),
-        InputPath(prepared.spec, prepared.dtype, device, recipe.compute.channels_last),
+        Keeper(prepared, processes, Images(prepared), screen, stop),
+        stage,
+        build_optimizer(stage.groups, stage.optim),
     )
 
 
-def _train(
+def train(
     prepared: Prepared,
     folder: RunFolder,
     processes: Processes,
@@ -157,36 +103,38 @@ def _train(
     record: dict[str, Any] | None,
     screen: Progress,
 ) -> dict[str, Any]:
-    recipe, accelerator = prepared.recipe, processes.accelerator
+    recipe = prepared.recipe
 
-    # -- resume: into the bare objects, before Accelerate wraps them ------------------------------------------------
-    parts = _make_parts(prepared, processes)
-    clock, scaler_state = _resume(parts, folder, screen) if record is not None else (Clock(), None)
-    if recipe.compute.compile:
-        parts.network.compile()
-    model, optimizer = accelerator.prepare(parts.network, parts.optimizer)
-    if scaler_state is not None and accelerator.scaler is not None:
-        accelerator.scaler.load_state_dict(scaler_state)
+    # -- resume: into the bare objects of the stage that the checkpoint is of, before Accelerate wraps them -----------
+    newest = processes.on_main(partial(_newest, folder, screen)) if record is not None else None
+    checkpoint = processes.on_all(partial(load_checkpoint, newest)) if newest is not None else None
+    saved_in = stage_at(prepared.stages, checkpoint.step - 1 if checkpoint is not None else 0)
+    parts = _make_parts(prepared, processes, stop, screen, saved_in)
+    clock = Clock()
+    if checkpoint is not None:
+        clock = restore(checkpoint, parts.network, parts.optimizer, parts.ema)
+        screen.say(f"resumed from {newest}, at step {clock.step} of {prepared.total_steps}")
+    if stage_at(prepared.stages, clock.step) is not parts.stage:
+        _next_stage(parts)
 
     # -- the loop: its first file is written when all images are there, so that bad ones leave no half-begun run ----
-    stores = _open_stores(prepared, processes)
+    _begin_stage(parts, clock, checkpoint.state["scaler"] if checkpoint is not None else None)
     if record is None:
         record = make_record(prepared, world_size=processes.world_size, device=str(processes.device))
-        processes.on_main(partial(_begin, folder, recipe, record))
+        processes.on_main(partial(begin_folder, folder, recipe, record))
     with (
         Progress(prepared.total_steps, clock.step, enabled=processes.is_main) as progress,
         RunBook(prepared, folder, processes, clock, record, progress) as book,
-        closing(_batches_from(clock.step, prepared, stores["train"], processes)) as steps,
     ):
-        window, due = LossWindow(clock, processes), Due(prepared, validates="validation" in stores)
-        parts.network.train()
+        window, due = LossWindow(clock, processes), Due(prepared)
+        parts.keeper.screen = progress
         book.training_begins()
-        for batches in steps:
+        for batches in _steps(parts, clock, book):
             # Train.
             num_images = prepared.order.num_images_in(clock.step)
-            lr = set_lr(parts.optimizer, prepared.lr_factor(clock.step))
+            lr = set_lr(parts.optimizer, parts.stage.lr_factor(clock.step))
             seed = derive_seed(recipe.seed, "step", clock.step)
-            loss_sum, grad_norm = train_step(batches, model, optimizer, parts, num_images=num_images, seed=seed)
+            loss_sum, grad_norm = train_step(batches, parts, num_images=num_images, seed=seed)
             clock.step += 1
             if parts.ema is not None:
                 parts.ema.update(clock.step)
@@ -203,8 +151,10 @@ def _train(
                 norm = {} if grad_norm is None else {"grad_norm": float(grad_norm)}
                 book.write_training({"loss": window.take_mean(), "lr": lr, **norm})
             if due.evaluate(clock.step):
+                assert prepared.data.validation is not None
+                assert parts.feed is not None
                 with book.not_training():
-                    figures = parts.figures(stores["validation"])
+                    figures = parts.figures(prepared.data.validation, parts.feed)
                 improved = clock.rank_step(figures[recipe.evaluate.select], recipe.evaluate, recipe.checkpoint)
                 book.write_evaluation("validation", figures, is_best=clock.best_step == clock.step)
                 due_save = due_save or improved
@@ -213,44 +163,50 @@ def _train(
                     _save(parts, clock, folder, elapsed_s=book.elapsed_s())
             if stopping and clock.step < prepared.total_steps:
                 raise Stopped(_stopped(stop, clock, prepared, folder))
-        return _finish(parts, stores, clock, book, folder, progress)
+        return _finish(parts, clock, book, folder, progress)
 
 
-def _resume(parts: Parts, folder: RunFolder, screen: Progress) -> tuple[Clock, dict[str, Any] | None]:
-    """Put the newest valid checkpoint into `parts`; its clock, and the state of the gradient scaler."""
-    processes = parts.processes
-    newest = processes.on_main(lambda: _newest(folder, screen))
-    if newest is None:
-        return Clock(), None
-    checkpoint = processes.on_all(partial(load_checkpoint, newest))
-    clock = restore(checkpoint, parts.network, parts.optimizer, parts.ema)
-    screen.say(f"resumed from {newest}, at step {clock.step} of {parts.prepared.total_steps}")
-    return clock, checkpoint.state["scaler"]
+def _steps(parts: Parts, clock: Clock, book: RunBook) -> Generator[list[Any], None, None]:
+    """The batches of every step that is left, over all stages; a stage is begun when its first step comes."""
+    stages = parts.prepared.stages
+    while True:
+        assert parts.feed is not None
+        with closing(parts.feed.steps(clock.step, parts.stage.stop_step)) as steps:
+            yield from steps
+        if parts.stage is stages[-1]:
+            return
+        with book.not_training():
+            _next_stage(parts)
+            _begin_stage(parts, clock, None)
 
 
-def _open_stores(prepared: Prepared, processes: Processes) -> dict[str, ImageStore]:
-    stores = {"train": processes.on_all(prepared.train_store)}
-    if prepared.data.validation is not None:
-        stores["validation"] = processes.on_all(partial(prepared.eval_store, prepared.data.validation))
-    return stores
+def _next_stage(parts: Parts) -> None:
+    """Leave the stage that is over: unwrap, freeze, and build the optimizer again with the moments that go on."""
+    _unwrap(parts)
+    parts.stage = parts.prepared.stages[parts.stage.number + 1]
+    parts.optimizer = cross_boundary(parts.network, parts.optimizer, parts.ema, parts.stage)
 
 
-def _batches_from(
-    step: int, prepared: Prepared, store: ImageStore, processes: Processes
-) -> Generator[list[ImageBatch], None, None]:
-    augmented, device = bool(prepared.augment), processes.device
-    return train_batches(
-        store,
-        prepared.order,
-        prepared.split,
-        processes.rank,
-        seed=prepared.recipe.seed,
-        augment=prepared.augment,
-        start_step=step,
-        stop_step=prepared.total_steps,
-        workers=prepared.workers(store, device, augmented=augmented, processes=processes.world_size),
-        pin_memory=device.type == "cuda",
-    )
+def _unwrap(parts: Parts) -> None:
+    """Take off what Accelerate put around (and, for mixed precision, into) the module that was trained."""
+    if parts.feed is not None:
+        parts.processes.accelerator.unwrap_model(parts.feed.module, keep_fp32_wrapper=False)
+        parts.processes.accelerator.free_memory()
+        parts.feed, parts.wrapped = None, None
+
+
+def _begin_stage(parts: Parts, clock: Clock, scaler_state: dict[str, Any] | None) -> None:
+    """Open the feed of the stage, which may compute codes, and have Accelerate wrap what is trained."""
+    prepared, accelerator, key = parts.prepared, parts.processes.accelerator, str(parts.stage.number)
+    decided = clock.keeps_codes.get(key)
+    parts.feed, keeps = open_feed(parts.stage, prepared, parts.processes, parts.keeper, decided=decided)
+    clock.keeps_codes[key] = keeps
+    if prepared.recipe.compute.compile:
+        parts.feed.module.compile()
+    parts.feed.module.train()
+    parts.wrapped = accelerator.prepare(parts.feed.module, parts.optimizer)
+    if scaler_state is not None and accelerator.scaler is not None:
+        accelerator.scaler.load_state_dict(scaler_state)
 
 
 def _refuse_non_finite(bad_step: int | None, clock: Clock, parts: Parts, folder: RunFolder, *, may_save: bool) -> None:
@@ -267,27 +223,26 @@ def _save(parts: Parts, clock: Clock, folder: RunFolder, *, elapsed_s: float) ->
     processes.on_main(partial(write_checkpoint, folder.checkpoints, checkpoint, clock, keeping))
 
 
-def _finish(
-    parts: Parts, stores: dict[str, ImageStore], clock: Clock, book: RunBook, folder: RunFolder, progress: Progress
-) -> dict[str, Any]:
+def _finish(parts: Parts, clock: Clock, book: RunBook, folder: RunFolder, progress: Progress) -> dict[str, Any]:
     """The last and the best weights on the split that chose nothing; the best are exported."""
-    prepared, processes = parts.prepared, parts.processes
+    prepared, processes, feed = parts.prepared, parts.processes, parts.feed
+    assert feed is not None
     split = prepared.data.test or prepared.data.validation
     assert split is not None, "prepare refuses data that nothing can be evaluated on"
-    store = stores["validation"] if split is prepared.data.validation else prepared.eval_store(split)
-    last = {"step": clock.step, **parts.figures(store)}
+    last = {"step": clock.step, **parts.figures(split, feed)}
     best = last
     if clock.best_step is not None and clock.best_step != clock.step:
         # By its step, and not by what BEST points to: that is for people, and may be older than the clock.
         best_folder = checkpoint_folder(folder.checkpoints, clock.best_step)
         checkpoint = processes.on_all(partial(load_checkpoint, best_folder))
-        restore(checkpoint, parts.network, parts.optimizer, parts.ema)
-        best = {"step": clock.best_step, **parts.figures(store)}
-    # Mixed precision was put into the network's own forward; the exported model has to give its logits without.
-    processes.accelerator.unwrap_model(parts.network, keep_fp32_wrapper=False)
+        restore_weights(checkpoint, parts.network, parts.ema)
+        if clock.best_step <= parts.stage.start_step:  # of another stage, whose frozen part was another
+            feed = ImageFeed(prepared, processes, parts.network, parts.keeper.images)
+        best = {"step": clock.best_step, **parts.figures(split, feed)}
+    _unwrap(parts)  # the exported model has to give its logits without what mixed precision does to them
     with parts.averaged():
         how = processes.on_main(partial(_export, parts, folder))
-    result = _result(prepared, clock, split.name, wall_s=book.elapsed_s(), best=best, last=last)
+    result = _result(parts, clock, split.name, wall_s=book.elapsed_s(), best=best, last=last)
     processes.on_main(partial(_write_result, result, folder))
     book.trackers.summary(scalars(result))
     show_result(result, progress, folder=folder.path, how_to_load=how)
@@ -311,15 +266,7 @@ def _write_result(result: dict[str, Any], folder: RunFolder) -> None:
         write_json(folder.result, result)
 
 
-def train_step(
-    batches: list[ImageBatch],
-    model: nn.Module,
-    optimizer: AcceleratedOptimizer,
-    parts: Parts,
-    *,
-    num_images: int,
-    seed: int,
-) -> tuple[Tensor, Tensor | None]:
+def train_step(batches: list[Any], parts: Parts, *, num_images: int, seed: int) -> tuple[Tensor, Tensor | None]:
     """One optimizer step over this process's micro-batches.
 
     The gradient is that of the loss summed over all images of all processes, divided by their number `num_images`:
@@ -329,6 +276,9 @@ def train_step(
         The loss summed over this process's images, on the device, and the norm of the gradient where it is clipped.
     """
     processes, accelerator = parts.processes, parts.processes.accelerator
+    assert parts.feed is not None
+    assert parts.wrapped is not None
+    inputs, (model, optimizer) = parts.feed.inputs, parts.wrapped
     loss_sums = []
     for number, batch in enumerate(batches):
         # Dropout and stochastic depth differ between processes and micro-batches, and are the same after a resume.
@@ -336,7 +286,7 @@ def train_step(
         batch = batch.to(processes.device, non_blocking=True)
         is_last = number == len(batches) - 1
         with nullcontext() if is_last else accelerator.no_sync(model):
-            losses_B = _losses(parts.objective, model(parts.input_path(batch)), batch)
+            losses_B = _losses(parts.objective, model(*inputs(batch)), batch)
             loss_sum = losses_B[: batch.num_real].sum()
             accelerator.backward(loss_sum * processes.world_size / num_images)
         loss_sums.append(loss_sum.detach())
@@ -347,41 +297,10 @@ def train_step(
     return torch.stack(loss_sums).sum(), grad_norm
 
 
-def _losses(objective: Objective, logits_BC: Tensor, batch: ImageBatch) -> Tensor:
+def _losses(objective: Objective, logits_BC: Tensor, batch: ImageBatch | CodeBatch) -> Tensor:
     if batch.partner_labels_B is None or batch.lam_B is None:
         return objective.losses(logits_BC, batch.labels_B)
     return objective.mixed_losses(logits_BC, batch.labels_B, batch.partner_labels_B, batch.lam_B)
-
-
-def _refuse_other_recipe(recipe: Recipe, folder: RunFolder) -> None:
-    changes = [
-        f"{key}: {old!r} -> {new!r}"
-        for key, old, new in diff_recipes(load_recipe(folder.recipe), recipe)
-        if not key.startswith(MAY_CHANGE)
-    ]
-    if changes:
-        lines = "\n  ".join(changes)
-        raise ResumeError(
-            f"'{folder.path}' cannot be resumed with another recipe:\n  {lines}\n  Its own recipe is "
-            f"'{folder.recipe}'; another recipe wants another folder: --out DIR"
-        )
-
-
-def _refuse_other_inputs(record: dict[str, Any], prepared: Prepared, folder: RunFolder) -> None:
-    now = {"data": str(prepared.data.identity["fingerprint"]), "weights": prepared.weights.sha256}
-    for what, key in (("data", "fingerprint"), ("weights", "sha256")):
-        if record[what][key] != now[what]:
-            raise ResumeError(
-                f"'{folder.path}' cannot be resumed: its {what} are not those that it was started with "
-                f"({record[what][key][:12]} then, {now[what][:12]} now). Bring them back, or start another: --out DIR"
-            )
-
-
-def _begin(folder: RunFolder, recipe: Recipe, record: dict[str, Any]) -> None:
-    with naming_disk_errors(folder.path):
-        clear(folder)  # only --overwrite finds anything there
-        write_json(folder.run_json, record)
-        write_text(folder.recipe, dump_recipe(recipe))
 
 
 def _newest(folder: RunFolder, progress: Progress) -> Path | None:
@@ -408,10 +327,10 @@ def _stopped(stop: StopRequest, clock: Clock, prepared: Prepared, folder: RunFol
 
 
 def _result(
-    prepared: Prepared, clock: Clock, split: str, *, wall_s: float, best: dict[str, Any], last: dict[str, Any]
+    parts: Parts, clock: Clock, split: str, *, wall_s: float, best: dict[str, Any], last: dict[str, Any]
 ) -> dict[str, Any]:
     """The final figures; those at the top are of the exported weights."""
-    order = prepared.order
+    prepared, order = parts.prepared, parts.prepared.order
     brief = {name: {"step": figures["step"], **scalars(figures)} for name, figures in (("best", best), ("last", last))}
     return {
         "name": prepared.recipe.name,
@@ -426,6 +345,7 @@ def _result(
         "images_seen": order.images_seen(clock.step),
         "wall_s": round(wall_s, 3),
         "images_per_s": round(order.images_seen(clock.step) / max(clock.train_s, 1e-9), 1),
+        "codes": parts.keeper.facts() if any(clock.keeps_codes.values()) else None,
         "trainable_params": prepared.trainable_params,
         "total_params": prepared.total_params,
         "is_sample": prepared.data.is_sample,

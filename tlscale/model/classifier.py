@@ -28,8 +28,9 @@ from tlscale.data.transforms import InputSpec
 from tlscale.errors import ModelError, RunFolderError
 from tlscale.model.backbone import layer_numbers, no_weight_decay
 from tlscale.model.freeze import frozen_modules, is_norm
-from tlscale.model.heads import build_head, is_single_linear
-from tlscale.recipe.schema import HeadLayer
+from tlscale.model.heads import KnnHead, build_head, is_single_linear
+from tlscale.model.layers import LayerCodes
+from tlscale.recipe.values import HeadLayer
 
 FORMAT = 1
 LOGITS_TOLERANCE = 1e-5
@@ -81,6 +82,37 @@ class Classifier(nn.Module):
     def never_decayed(self) -> frozenset[str]:
         """Rule names that the architecture wants without weight decay."""
         return no_weight_decay(self.backbone)
+
+
+class CodesClassifier(nn.Module):
+    """Images (B, in_chans, H, W) to logits (B, C), from the codes of one layer: the model of a probe.
+
+    Args:
+        codes: gives one (layer, pool); it stays in eval mode.
+        head: codes (B, D) to (B, C); a bare linear layer is kept in a sequence, as the heads of recipes are.
+    """
+
+    def __init__(self, codes: LayerCodes, head: KnnHead | nn.Sequential | nn.Linear) -> None:
+        super().__init__()
+        assert len(codes.wanted) == 1, "a classifier takes the codes of one layer"
+        self.codes = codes
+        self.head = nn.Sequential(head) if isinstance(head, nn.Linear) else head
+
+    @property
+    def backbone(self) -> nn.Module:
+        return self.codes.backbone
+
+    @property
+    def layer(self) -> str:
+        return self.codes.wanted[0][0]
+
+    @property
+    def pool(self) -> str:
+        return self.codes.wanted[0][1]
+
+    def forward(self, images: Tensor) -> Tensor:
+        (codes,) = self.codes(images)
+        return cast(Tensor, self.head(codes))
 
 
 def feature_width(backbone: nn.Module, *, in_chans: int, image_size: int) -> int:

@@ -1,12 +1,11 @@
-"""Exponential moving average of the trainable parameters, by name.
+"""Exponential moving average of the trained parameters, by name.
 
-Frozen parameters do not move, so they have no average; buffers (batch statistics are averages already) are the
-model's own.
+Parameters that no stage trains have no average; buffers (batch statistics are averages already) are the model's own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -19,12 +18,12 @@ class Ema:
     The smaller decay at the beginning forgets the initial weights sooner, as TensorFlow's and timm's averages do.
 
     Args:
-        params: parameters by name; those without gradient are left out.
+        params: those that the run trains, by name.
         decay: of the average, once it is warm.
     """
 
     def __init__(self, params: Mapping[str, nn.Parameter], decay: float) -> None:
-        self._params = {name: param for name, param in params.items() if param.requires_grad}
+        self._params = dict(params)
         self._decay = decay
         self.averages: dict[str, Tensor] = {name: param.detach().clone() for name, param in self._params.items()}
 
@@ -39,6 +38,12 @@ class Ema:
         assert averages.keys() == self.averages.keys(), "a checkpoint of other trainable parameters"
         for name, average in self.averages.items():
             average.copy_(averages[name])
+
+    @torch.no_grad()
+    def settle(self, names: Collection[str]) -> None:
+        """Give these parameters, which are frozen from here on, the value of their average for good."""
+        for name in names:
+            self._params[name].copy_(self.averages[name])
 
     @contextmanager
     def in_place(self) -> Iterator[None]:

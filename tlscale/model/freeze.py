@@ -25,8 +25,12 @@ class FreezeRow:
     norm_mode: str
 
 
-def freeze_parameters(backbone: nn.Module, rules: Sequence[Rule[bool]]) -> list[FreezeRow]:
+def freeze_parameters(backbone: nn.Module, rules: Sequence[Rule[bool]], where: str = "freeze") -> list[FreezeRow]:
     """Take the gradient from every backbone parameter whose first matching rule says so.
+
+    Args:
+        rules: in order; the first that matches a name wins.
+        where: the recipe key that the rules came from, for messages.
 
     Returns:
         One row a rule, in order, and one for what no rule matches.
@@ -35,7 +39,7 @@ def freeze_parameters(backbone: nn.Module, rules: Sequence[Rule[bool]]) -> list[
         RecipeError: a rule has no effect.
     """
     params = dict(backbone.named_parameters())
-    chosen = match_rules(rules, params, "freeze")
+    chosen = match_rules(rules, params, where)
     for name, rule in chosen.items():
         if rule.value:
             params[name].requires_grad_(False)
@@ -78,13 +82,13 @@ def frozen_modules(root: nn.Module) -> list[nn.Module]:
     return [module for child in root.children() for module in frozen_modules(child)]
 
 
-def check_trainable(params: Iterable[nn.Parameter], rules: Sequence[Rule[bool]]) -> None:
+def check_trainable(params: Iterable[nn.Parameter], rules: Sequence[Rule[bool]], where: str = "freeze") -> None:
     """
     Raises:
         ModelError: nothing is left to train.
     """
     if not any(param.requires_grad for param in params):
         raise ModelError(
-            f"freeze: the rules {', '.join(repr(rule.pattern) for rule in rules)} leave nothing to train; "
+            f"{where}: the rules {', '.join(repr(rule.pattern) for rule in rules)} leave nothing to train; "
             "narrow a rule, or add a head"
         )

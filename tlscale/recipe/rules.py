@@ -84,7 +84,7 @@ def _no_effect(rule: Rule[V], names: list[str], where: str) -> str:
     # Near names: those of the modules, which is what people misspell, rather than of single tensors.
     modules = {".".join(name.split(".")[:depth]) for name in names for depth in (1, 2)}
     plain = re.sub(r"\\\..*|[\\^$.*+?()\[\]{}|].*", "", rule.pattern)
-    head = " The new head is never frozen." if where == "freeze" else ""
+    head = " The new head is never frozen." if where.endswith("freeze") else ""
     return (
         f"{where}: the rule '{rule.pattern}' matches no parameter.{did_you_mean(plain or rule.pattern, modules)}{head} "
         f"The top-level names are: {', '.join(sorted({name.split('.')[0] for name in names}))}."

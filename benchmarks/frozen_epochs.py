@@ -1,0 +1,282 @@
+"""Many epochs over a frozen ResNet-18: tlscale, which computes what is frozen once, against three that do it each time.
+
+    python benchmarks/frozen_epochs.py [--epochs 20] [--peer-epochs 3] [--train 10000] [--rounds 3]
+
+Real Fashion-MNIST at 64 px, all frozen but a linear head, the same initial weights (random, by seed), optimizer and
+learning rates for all, the same layout in memory (the faster one for the plain loop, tried first), torch's own number
+of threads. tlscale's time is all of `tlscale.run` with an empty $TLSCALE_CACHE: reading, decoding and resizing the
+images, building the network, finding what is frozen, computing and writing codes, training, evaluating, exporting. The
+peers' time is training and one evaluation; their images were decoded and resized before. One forward pass of the
+backbone over all images, training and test, is the floor. Rounds of the floor and of tlscale lie before, between and
+behind the peers; medians are compared. The last line is JSON.
+
+fastai and Lightning live in an environment of their own, beside tlscale's packages; a peer that is not installed is
+left out, and the output says so:
+
+    python -m venv /tmp/peers && /tmp/peers/bin/pip uninstall -y setuptools
+    python -c 'import site; print(*site.getsitepackages(), sep="\\n")' > beside.pth     # the python that has tlscale
+    echo "$PWD" >> beside.pth && mv beside.pth /tmp/peers/lib/python3.*/site-packages/
+    /tmp/peers/bin/pip install -c constraints.txt -r benchmarks/requirements-peers.txt
+    /tmp/peers/bin/python benchmarks/frozen_epochs.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peers import PEERS, Measured, Task, forward_s, missing
+
+import tlscale
+from tlscale.prepare import prepare
+from tlscale.recipe.schema import Recipe
+
+MOST_PASSES, MOST_EXTRA_S, LEAST_RATIO, MOST_POINTS, MOST_AGAIN = 1.3, 10.0, 12.0, 0.3, 0.2
+"""The claims: forward passes and seconds besides, times less than each peer, points of accuracy, share of a hit."""
+
+
+@dataclass(frozen=True)
+class Round:
+    """One forward pass, tlscale from nothing, and tlscale again in another folder."""
+
+    floor_s: float
+    first_s: float
+    again_s: float
+    first: dict[str, Any]
+    again: dict[str, Any]
+    to_loop_s: float
+    loop_s: float
+
+    @property
+    def rest_s(self) -> float:
+        """After the last step: codes of the test images, evaluation, export."""
+        return self.first_s - self.to_loop_s - self.loop_s
+
+
+def make_recipe(args: argparse.Namespace, *, channels_last: bool) -> Recipe:
+    """All frozen but a linear head; nothing that the peers do not do: no validation, one checkpoint at the end."""
+    return Recipe.model_validate(
+        {
+            "name": "frozen_epochs",
+            "data": {
+                "source": "fashion_mnist",
+                "train_limit": args.train,
+                "image_size": args.image_size,
+                "validation_fraction": 0.0,
+            },
+            "backbone": {"name": "resnet18", "weights": "none"},
+            "freeze": ".*",
+            "duration": f"{args.epochs} epochs",
+            "batch_size": 64,
+            "optim": {"name": "adamw", "lr": args.lr, "weight_decay": 0.0},
+            "schedule": {"warmup": "0 steps", "decay": "cosine"},
+            "checkpoint": {"every": f"{args.epochs} epochs"},
+            "compute": {"channels_last": channels_last},
+        }
+    )
+
+
+def make_task(recipe: Recipe, epochs: int) -> Task:
+    """The same job for the peers: tlscale's images, initial weights and normalisation."""
+    prepared = prepare(recipe, world_size=1)
+    assert prepared.data.test is not None
+    images = prepared.train_store().images(np.arange(len(prepared.data.train)))
+    test_images = prepared.eval_store(prepared.data.test).images(np.arange(len(prepared.data.test)))
+    assert isinstance(images, torch.Tensor)
+    assert isinstance(test_images, torch.Tensor)
+    return Task(
+        backbone=prepared.classifier.backbone,
+        head=prepared.classifier.head,
+        images_NCHW=images,
+        labels_N=torch.from_numpy(prepared.data.train.labels_N),
+        test_images_NCHW=test_images,
+        test_labels_N=torch.from_numpy(prepared.data.test.labels_N),
+        mean=prepared.spec.mean,
+        std=prepared.spec.std,
+        epochs=epochs,
+        batch_size=recipe.batch_size,
+        lr=recipe.optim.lr,
+        weight_decay=recipe.optim.weight_decay,
+        seed=recipe.seed,
+        channels_last=recipe.compute.channels_last,
+    )
+
+
+def faster_layout(task: Task, num_batches: int = 8) -> tuple[bool, dict[str, float]]:
+    """Whether channels-last is the faster layout for the frozen backbone, and images per second in each."""
+    batch_BCHW = task.images_NCHW[: task.batch_size]
+    layouts = {name: dataclasses.replace(task, channels_last=name == "channels_last") for name in LAYOUTS}
+    backbones = {name: of_layout.networks()[0] for name, of_layout in layouts.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in LAYOUTS}
+    with torch.no_grad():
+        for _ in range(num_batches + 2):  # two to warm up
+            for name, of_layout in layouts.items():
+                began = time.perf_counter()
+                backbones[name](of_layout.inputs(batch_BCHW))
+                seconds[name].append(time.perf_counter() - began)
+    speeds = {name: len(batch_BCHW) / statistics.median(taken[2:]) for name, taken in seconds.items()}
+    return speeds["channels_last"] > speeds["contiguous"], speeds
+
+
+LAYOUTS = ("contiguous", "channels_last")
+
+
+@contextlib.contextmanager
+def empty_cache() -> Iterator[Path]:
+    """A folder for runs, and an empty `$TLSCALE_CACHE`."""
+    before = os.environ.get("TLSCALE_CACHE")
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TLSCALE_CACHE"] = f"{folder}/cache"
+        try:
+            yield Path(folder)
+        finally:
+            os.environ.pop("TLSCALE_CACHE")
+            if before is not None:
+                os.environ["TLSCALE_CACHE"] = before
+
+
+def measure_round(recipe: Recipe, task: Task) -> Round:
+    """The floor, tlscale with nothing kept, and tlscale again."""
+    floor_s = forward_s(task)
+    with empty_cache() as folder:
+        first, first_s = tlscale_run(recipe, folder / "first")
+        again, again_s = tlscale_run(recipe, folder / "again")
+        lines = [json.loads(line) for line in (folder / "first" / "metrics.jsonl").read_text().splitlines()]
+    to_loop_s = first_s - first["wall_s"]
+    return Round(floor_s, first_s, again_s, first, again, to_loop_s, lines[-1]["time_s"])
+
+
+def tlscale_run(recipe: Recipe, out: Path) -> tuple[dict[str, Any], float]:
+    """The result, and seconds from the call to the return."""
+    began = time.perf_counter()
+    with contextlib.redirect_stdout(io.StringIO()):
+        result = tlscale.run(recipe, out)
+    return result, time.perf_counter() - began
+
+
+def peer_row(peer: Measured, epochs: int, first_s: float) -> str:
+    """A line of the table: seconds of all epochs, of the evaluation, and how many times tlscale's whole run that is."""
+    train_s, num_run = peer.train_s(epochs), len(peer.epochs_s)
+    how = "" if num_run == epochs else f" (EXTRAPOLATED from {num_run} epochs)"
+    top1 = f"{100 * peer.top1:.2f}" if num_run == epochs else f"not compared ({num_run} epochs)"
+    return (
+        f"| {peer.name} | {statistics.median(peer.epochs_s):.2f} | {train_s:.1f}{how} | {peer.evaluation_s:.1f} | "
+        f"{train_s + peer.evaluation_s:.1f} | {(train_s + peer.evaluation_s) / first_s:.1f} | {train_s / first_s:.1f} | "
+        f"{top1} |"
+    )
+
+
+def report(args: argparse.Namespace, task: Task, rounds: list[Round], peers: list[Measured]) -> dict[str, Any]:
+    """Print the tables, and give the figures of the last line."""
+    floor_s, first_s, again_s, to_loop_s, loop_s, rest_s = (
+        statistics.median(getattr(round_, name) for round_ in rounds)
+        for name in ("floor_s", "first_s", "again_s", "to_loop_s", "loop_s", "rest_s")
+    )
+    top1 = rounds[0].first["top1"]
+    num_images = len(task.labels_N) + len(task.test_labels_N)
+    print(f"\n{args.epochs} epochs, {len(task.labels_N):,} + {len(task.test_labels_N):,} images, {args.image_size} px\n")
+    print("| | an epoch, s | all epochs, s | evaluation, s | both, s | / tlscale | training / tlscale | top1, % |")
+    print("|---|---|---|---|---|---|---|---|")
+    print(f"| tlscale, all of it | | | | {first_s:.1f} | 1 | | {100 * top1:.2f} |")
+    print(f"| tlscale, the same again | | | | {again_s:.1f} | | | {100 * rounds[0].again['top1']:.2f} |")
+    for peer in peers:
+        print(peer_row(peer, args.epochs, first_s))
+    print(f"| one forward pass over all images ({num_images / floor_s:.0f} images/s) | | | | {floor_s:.1f} | | | |")
+    print("\ntlscale's seconds, medians:")
+    print(f"  {to_loop_s:.2f} until the loop (data, network, codes of the training images), {loop_s:.2f} in its steps,")
+    print(f"  {rest_s:.2f} after it (codes of the test images, evaluation, export)")
+    for number, r in enumerate(rounds, 1):
+        print(f"  round {number}: pass {r.floor_s:.2f}, first {r.first_s:.2f}, again {r.again_s:.2f}")
+    ratios = {p.name: (p.train_s(args.epochs) + p.evaluation_s) / first_s for p in peers}
+    apart = {p.name: round(100 * (p.top1 - top1), 2) for p in peers if len(p.epochs_s) == args.epochs}
+    return {
+        "benchmark": "frozen_epochs",
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "channels_last": task.channels_last,
+        "epochs": args.epochs,
+        "forward_pass_s": round(floor_s, 2),
+        "tlscale_s": round(first_s, 2),
+        "tlscale_again_s": round(again_s, 2),
+        "most_allowed_s": round(MOST_PASSES * floor_s + MOST_EXTRA_S, 2),
+        "again_share": round(again_s / first_s, 3),
+        "num_computed": [r.first["codes"]["num_computed"] for r in rounds],
+        "num_computed_again": [r.again["codes"]["num_computed"] for r in rounds],
+        "times_tlscale": {name: round(ratio, 2) for name, ratio in ratios.items()},
+        "training_times_tlscale": {p.name: round(p.train_s(args.epochs) / first_s, 2) for p in peers},
+        "points_apart": apart,
+    }
+
+
+def verdicts(figures: dict[str, Any]) -> None:
+    """Each claim beside what was measured."""
+    rivals = {name: times for name, times in figures["times_tlscale"].items() if "by hand" not in name}
+    apart = figures["points_apart"]
+    checks = [
+        (
+            f"at most {MOST_PASSES} forward passes + {MOST_EXTRA_S:.0f} s: {figures['tlscale_s']} s of "
+            f"{figures['most_allowed_s']} s",
+            figures["tlscale_s"] <= figures["most_allowed_s"],
+        ),
+        (f"the same again computes nothing: {figures['num_computed_again']}", not any(figures["num_computed_again"])),
+        (f"and takes at most {MOST_AGAIN}: {figures['again_share']}", figures["again_share"] <= MOST_AGAIN),
+        *((f"at least {LEAST_RATIO:.0f} times less than {name}: {t}", t >= LEAST_RATIO) for name, t in rivals.items()),
+        *((f"within {MOST_POINTS} points of {n}: {a:+.2f}", abs(a) <= MOST_POINTS) for n, a in apart.items()),
+    ]
+    print()
+    for text, holds in checks:
+        print(f"{'met' if holds else 'NOT MET'}: {text}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--peer-epochs", type=int, help="by itself all; fewer are extrapolated, and the table says so")
+    parser.add_argument("--peers", default=",".join(PEERS), help=f"which of {', '.join(PEERS)}")
+    parser.add_argument("--rounds", type=int, default=3, help="of tlscale and of the forward pass, at least 1")
+    parser.add_argument("--train", type=int, default=10_000)
+    parser.add_argument("--image-size", type=int, default=64)
+    parser.add_argument("--lr", type=float, default=5e-3)
+    args = parser.parse_args()
+    recipe = make_recipe(args, channels_last=False)
+    task = make_task(recipe, args.peer_epochs or args.epochs)
+    channels_last, speeds = faster_layout(task)
+    print("frozen forward pass, images/s:", ", ".join(f"{name} {speed:.0f}" for name, speed in speeds.items()))
+    recipe = make_recipe(args, channels_last=channels_last)
+    task = dataclasses.replace(task, channels_last=channels_last)
+    packages = ("torch", "timm", "accelerate", *(p for name in PEERS if (p := PEERS[name][0]) and not missing(name)))
+    print("versions:", ", ".join(f"{name} {version(name)}" for name in packages), flush=True)
+
+    rounds, peers = [measure_round(recipe, task)], []
+    wanted = [name.strip() for name in args.peers.split(",") if name.strip()]
+    for name in wanted:
+        if package := missing(name):
+            print(f"LEFT OUT: {name}: the package '{package}' is not installed; --help says how", flush=True)
+            continue
+        peers.append(PEERS[name][1](task))
+        print(f"measured {peers[-1].name}", flush=True)
+        if len(rounds) < args.rounds - 1 and name != "features":
+            rounds.append(measure_round(recipe, task))
+    while len(rounds) < args.rounds:
+        rounds.append(measure_round(recipe, task))
+    figures = report(args, task, rounds, peers)
+    verdicts(figures)
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()

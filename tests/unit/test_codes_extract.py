@@ -1,0 +1,421 @@
+"""Codes are computed once: the same bits for any subset, order and number of processes, and only what is missing."""
+
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from tests.small_runs import environment, sample_images, wait_until
+from tests.unit.test_codes_store import contents, flip
+from tlscale.codes.extract import _Extraction, extract_codes, plan_shards, shards_of
+from tlscale.codes.key import CodesKey
+from tlscale.codes.shards import BLOCK
+from tlscale.codes.store import CodesStore
+from tlscale.dist import start_processes
+from tlscale.errors import DataError, ModelError, Stopped
+from tlscale.progress import Progress
+from tlscale.recipe.schema import ComputeSection
+
+IMAGES = torch.from_numpy(sample_images("train", 700)[0])[:, None]
+SHARD_BYTES = 2 * BLOCK * 8 * 10 * 10 * 4  # two blocks of the larger value
+KEY = CodesKey(
+    weights="w",
+    transform={},
+    layers=("map", "vector"),
+    pools=("as is", "as is"),
+    dtype="auto",
+    compute={},
+    data="sample",
+    versions={},
+)
+
+
+class Tiny(nn.Module):
+    """A map in the memory order of `channels_last`, and a vector; counts what goes through it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.conv = nn.Conv2d(1, 8, 3, stride=3, padding=1).to(memory_format=torch.channels_last)
+            self.linear = nn.Linear(8, 16)
+        self.sizes: list[int] = []
+
+    def forward(self, images_BCHW):
+        assert not torch.is_grad_enabled()
+        assert not torch.is_inference_mode_enabled()
+        self.sizes.append(len(images_BCHW))
+        maps = self.conv(images_BCHW.to(memory_format=torch.channels_last)).relu()
+        return maps, self.linear(maps.mean((2, 3)))
+
+
+@dataclass
+class Run:
+    """What one run of tlscale would do with the store."""
+
+    root: object
+    key: CodesKey = KEY
+    module: object = field(default_factory=Tiny)
+    said: list = field(default_factory=list)
+    shard_bytes: int = SHARD_BYTES
+    limit_bytes: int | None = None
+
+    def __call__(self, rows, **keys):
+        rows_N = np.asarray(rows)
+        processes = start_processes(ComputeSection())
+        try:
+            return extract_codes(
+                self.store,
+                self.key,
+                rows_N,
+                load=lambda positions_B: IMAGES[rows_N[positions_B]].float() / 255,
+                module=self.module,
+                processes=processes,
+                screen=Screen(self.said),
+                title="train",
+                **keys,
+            )
+        finally:
+            processes.close()
+
+    @property
+    def store(self):
+        return CodesStore(self.root, self.limit_bytes, shard_bytes=self.shard_bytes)
+
+    @property
+    def num_images(self):
+        """What went through the network, padding included."""
+        return sum(self.module.sizes)
+
+
+class Screen(Progress):
+    """The real one, which also keeps what it says."""
+
+    def __init__(self, said) -> None:
+        super().__init__(0)
+        self._said = said
+
+    def say(self, text, style=None):
+        self._said.append(text)
+        super().say(text, style)
+
+
+def direct(rows):
+    """What the network gives for these rows, in blocks as they come."""
+    module, parts = Tiny(), []
+    rows = np.asarray(rows)
+    with torch.no_grad():
+        for start in range(0, len(rows), BLOCK):
+            block = rows[start : start + BLOCK]
+            filled = np.resize(block, BLOCK) if len(block) < BLOCK else block
+            parts.append([value[: len(block)] for value in module(IMAGES[filled].float() / 255)])
+    return tuple(torch.cat(values) for values in zip(*parts, strict=True))
+
+
+def assert_equal(codes, rows):
+    for some in (codes, codes.load()):
+        for got, expected in zip(some.take(np.arange(len(rows))), direct(rows), strict=True):
+            assert got.dtype == expected.dtype
+            assert torch.equal(got, expected)
+
+
+def test_a_miss_gives_what_the_network_gives_and_a_hit_the_same(tmp_path):
+    first, second = Run(tmp_path), Run(tmp_path)
+    rows = np.random.default_rng(0).permutation(700)[:500]
+    missed = first(rows)
+    assert first.module.sizes == [BLOCK] * 8  # the last one is filled up; the first is not computed twice
+    assert missed.num_computed == 500
+    found = second(rows)
+    assert second.module.sizes == []
+    assert found.num_computed == 0
+    for codes in (missed, found):
+        assert codes.rows_N.tolist() == rows.tolist()
+        assert_equal(codes, rows)
+        maps, _ = codes.take(np.arange(3))
+        assert maps.is_contiguous(memory_format=torch.channels_last)
+    assert [spec.shape for spec in found.values] == [(8, 10, 10), (16,)]
+    assert [spec.channels_last for spec in found.values] == [True, False]
+
+
+def test_what_is_said(tmp_path):
+    run = Run(tmp_path)
+    run(range(100))
+    place = f"'{run.store.folder(KEY)}'"
+    assert run.said[0] == (
+        "codes of train: computing 100 images (map 8 x 10 x 10 float32, vector 16 float32), 0.3 MiB in " + place
+    )
+    assert run.said[1].startswith("codes of train: 100 images computed in 0s, ")
+    assert run.said[1].endswith("images/s")
+    run.said.clear()
+    run(range(50))
+    assert run.said == [f"codes of train: hit, 50 images x 3,264 bytes, from {place}"]
+    run.said.clear()
+    run(range(150))
+    assert "computing 50 of 150 images" in run.said[0]
+
+
+ROWS = st.lists(st.integers(0, 699), min_size=1, max_size=150, unique=True)
+
+
+@settings(max_examples=15, deadline=None)
+@given(requests=st.lists(ROWS, min_size=1, max_size=3))
+def test_only_what_is_missing_is_computed(tmp_path_factory, requests):
+    root, there = tmp_path_factory.mktemp("codes"), set()
+    for rows in requests:
+        run, new = Run(root), set(rows) - there
+        codes = run(rows)
+        assert codes.num_computed == len(new)
+        assert run.num_images == -(-len(new) // BLOCK) * BLOCK
+        assert codes.rows_N.tolist() == rows
+        assert_equal(codes, rows)
+        there |= new
+
+
+def test_subsets_and_parts_of_one_table_share(tmp_path):
+    assert Run(tmp_path)(range(0, 100)).num_computed == 100
+    assert Run(tmp_path)(range(0, 300)).num_computed == 200
+    assert Run(tmp_path)(range(250, 350)).num_computed == 50
+    assert Run(tmp_path)(range(349, -1, -1)).num_computed == 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows=ROWS, num_rows=st.integers(1, 50), world_size=st.integers(1, 9))
+def test_shards_do_not_depend_on_the_number_of_processes(rows, num_rows, world_size):
+    shards = plan_shards(np.array(sorted(rows)), num_rows)
+    assert np.concatenate(shards).tolist() == sorted(rows)
+    assert [len(shard) for shard in shards[:-1]] == [num_rows] * (len(shards) - 1)
+    shares = [shards_of(shards, rank, world_size) for rank in range(world_size)]
+    assert len({len(share) for share in shares}) == 1  # all processes have the same number of rounds
+    written = [shard for share in shares for shard in share if shard is not None]
+    assert sorted(shard.tolist() for shard in written) == [shard.tolist() for shard in shards]
+
+
+def test_files_do_not_depend_on_the_number_of_processes(tmp_path):
+    """Every process's share is computed here, one process after the other, by a network of its own."""
+    rows_N = np.arange(450)
+    Run(tmp_path / "1")(rows_N)
+    for world_size in (2, 3, 7):
+        store = CodesStore(tmp_path / str(world_size), shard_bytes=SHARD_BYTES)
+        written = []
+        for rank in reversed(range(world_size)):
+            load = lambda positions_B: IMAGES[rows_N[positions_B]].float() / 255  # noqa: E731
+            work = _Extraction(store, KEY, rows_N, load, Tiny(), None)
+            values = work.learn(rows_N[:BLOCK])
+            mine = shards_of(plan_shards(rows_N, 2 * BLOCK), rank, world_size)
+            written += [work.write(rows_R, lambda count: None) for rows_R in mine if rows_R is not None]
+        store.commit(KEY, values, written)
+        assert contents(store.folder(KEY)) == contents(CodesStore(tmp_path / "1").folder(KEY))
+
+
+def test_the_layout_of_shards_changes_no_code(tmp_path):
+    for number, shard_bytes in enumerate((1, 10**5, 10**9)):
+        run = Run(tmp_path / str(number), shard_bytes=shard_bytes)
+        assert_equal(run(range(200)), range(200))
+        assert len(list(run.store.folder(KEY).glob("*.0.npy"))) == (4, 4, 1)[number]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+def test_codes_are_kept_in_the_dtype_of_the_key(tmp_path, dtype):
+    run = Run(tmp_path, replace(KEY, dtype=dtype))
+    codes = run(range(70))
+    maps, vectors = codes.take(np.arange(70))
+    expected = direct(range(70))
+    assert torch.equal(maps, expected[0].to(getattr(torch, dtype)))
+    assert torch.equal(vectors, expected[1].to(getattr(torch, dtype)))
+    assert codes.num_bytes == 70 * 816 * {"float64": 8}.get(dtype, 2)
+
+
+def test_damaged_codes_are_computed_again_and_it_is_said_once(tmp_path):
+    Run(tmp_path)(range(300))
+    run = Run(tmp_path)
+    sound = contents(run.store.folder(KEY))
+    flip(next(run.store.folder(KEY).glob("*.0.npy")))
+    codes = run(range(300))
+    assert 0 < codes.num_computed <= 2 * BLOCK
+    assert len([line for line in run.said if "are damaged, and not used" in line]) == 1
+    assert contents(run.store.folder(KEY)) == sound
+    assert_equal(codes, range(300))
+
+
+def test_a_lost_manifest_costs_no_forward_pass(tmp_path):
+    Run(tmp_path)(range(300))
+    run = Run(tmp_path)
+    sound = contents(run.store.folder(KEY))
+    (run.store.folder(KEY) / "manifest.json").unlink()
+    assert run(range(300)).num_computed == 0
+    assert run.num_images == 0
+    assert contents(run.store.folder(KEY)) == sound
+
+
+# --- What cannot be kept ----------------------------------------------------------------------------------------------
+
+
+def finite_but_for(bad):
+    """Gives a vector an image; those of the rows in `bad` have one bad value in it."""
+
+    def module(images):
+        out = images.mean((2, 3)).repeat(1, 3)
+        for row, value in bad.items():
+            out[(images.flatten(1) == IMAGES[row].flatten().float() / 255).all(1), 1] = value
+        return (out,)
+
+    return module
+
+
+VECTOR = replace(KEY, layers=("vector",), pools=("avg",))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_codes_that_are_not_finite_are_named_and_not_kept(tmp_path, value):
+    run = Run(tmp_path, VECTOR, finite_but_for({130: value, 129: value}))
+    with pytest.raises(DataError) as caught:
+        run(range(200))
+    assert "the codes 'vector' of the images in the rows 129, 130 of the table are NaN or infinite" in str(caught.value)
+    assert run.store.open(VECTOR, np.array([129])) is None
+    good = Run(tmp_path, VECTOR, finite_but_for({}))
+    assert good(range(200)).num_computed == 200
+
+
+def test_codes_that_a_dtype_cannot_hold_say_which(tmp_path):
+    key = replace(VECTOR, dtype="float16")
+    with pytest.raises(DataError, match=r"in the rows 3 of the table are too large for float16.*codes\.dtype"):
+        Run(tmp_path, key, finite_but_for({3: 1e6}))(range(5))
+
+
+def test_many_bad_rows_are_not_all_listed(tmp_path):
+    with pytest.raises(DataError, match="in the rows 0, 1, 2, 3, 4 and 59 more of the table"):
+        Run(tmp_path, VECTOR, lambda images: (images.mean((2, 3)) * float("nan"),))(range(80))
+
+
+@pytest.mark.parametrize(
+    ("module", "why"),
+    [
+        (lambda images: (images.sum(),), r"is \(\) for 64 images"),
+        (lambda images: (images.flatten(1).repeat(2, 1),), r"is \(128, 784\) for 64 images"),
+        (lambda images: (images.flatten(1)[:, :2].to(torch.complex64),), "is of dtype complex64"),
+    ],
+)
+def test_values_that_are_no_codes_are_refused(tmp_path, module, why):
+    with pytest.raises(ModelError, match=why):
+        Run(tmp_path, VECTOR, module)(range(3))
+
+
+def test_a_value_whose_shape_changes_is_refused(tmp_path):
+    widths = iter([3, 3, 4])
+    with pytest.raises(ModelError, match=r"the value 'vector' is \(64, 4\) for these 64 images and \(64, 3\)"):
+        Run(tmp_path, VECTOR, lambda images: (images.flatten(1)[:, : next(widths)],))(range(200))
+
+
+def test_integers_and_truth_values_are_kept_as_they_are(tmp_path):
+    key = replace(VECTOR, layers=("a", "b"), pools=("as is",) * 2, dtype="float16")
+    codes = Run(tmp_path, key, lambda images: (images.flatten(1).argmax(1), images[:, 0, :2] > 0.5))(range(9))
+    assert [(spec.shape, spec.dtype) for spec in codes.values] == [((), "int64"), ((2, 28), "bool")]
+    assert torch.equal(codes.take([4])[0], (IMAGES[[4]].float() / 255).flatten(1).argmax(1))
+
+
+# --- Stopping, limits -------------------------------------------------------------------------------------------------
+
+
+def test_stopped_and_run_again_goes_on_from_what_was_finished(tmp_path):
+    run = Run(tmp_path)
+    with pytest.raises(Stopped, match="the same run goes on"):
+        run(range(500), should_stop=lambda: len(run.module.sizes) == 6)
+    again = Run(tmp_path)
+    codes = again(range(500))
+    assert codes.num_computed == 500 - 2 * 2 * BLOCK  # two shards of two blocks were finished, a third was not
+    assert_equal(codes, range(500))
+    Run(tmp_path / "clean")(range(500))
+    assert contents(run.store.folder(KEY)) == contents(CodesStore(tmp_path / "clean").folder(KEY))
+
+
+def test_room_is_made_before_anything_is_computed(tmp_path):
+    other = replace(KEY, weights="other")
+    Run(tmp_path, other)(range(300))
+    run = Run(tmp_path, limit_bytes=1_500_000)
+    run(range(300))
+    assert [entry.digest for entry in run.store.entries()] == [KEY.digest()]
+    assert f"'{run.store.folder(other)}'" in next(line for line in run.said if line.startswith("codes removed"))
+
+
+# --- Two runs at once -------------------------------------------------------------------------------------------------
+
+SLOW = """
+import sys
+from pathlib import Path
+from tests.unit import test_codes_extract as t
+go, root = Path(sys.argv[1]), sys.argv[2]
+class Waits(t.Tiny):
+    def forward(self, images):
+        if len(self.sizes) == 3:
+            print("holds it", flush=True)
+            while not go.exists():
+                t.threading.Event().wait(0.01)
+        return super().forward(images)
+print(t.Run(Path(root), module=Waits())(range(300)).num_computed, flush=True)
+"""
+
+
+@pytest.fixture
+def slow(tmp_path):
+    """Another process that computes the same codes, in the middle of it until the file `go` is there."""
+    log = tmp_path / "log"
+    with log.open("w") as file:
+        command = [sys.executable, "-c", SLOW, str(tmp_path / "go"), str(tmp_path / "codes")]
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment())
+    wait_until(lambda: "holds it" in log.read_text(), process)
+    yield process, log
+    process.kill()
+    process.wait()
+
+
+def when_waiting(run, act):
+    """Calls `act` as soon as the run says that it waits."""
+    real = run.said.append
+
+    class Said(list):
+        def append(self, text):
+            super().append(text)
+            if "waiting for another run that computes the same codes" in text:
+                act()
+
+    run.said = Said()
+    return real
+
+
+def test_the_second_run_waits_and_computes_nothing(slow, tmp_path):
+    process, log = slow
+    run = Run(tmp_path / "codes")
+    when_waiting(run, (tmp_path / "go").touch)
+    codes = run(range(300))
+    assert codes.num_computed == run.num_images == 0
+    assert len([line for line in run.said if "waiting" in line]) == 1
+    assert_equal(codes, range(300))
+    assert process.wait(60) == 0
+    assert log.read_text().splitlines()[-1] == "300"
+
+
+def test_a_run_that_waits_can_be_stopped(slow, tmp_path):
+    with pytest.raises(Stopped, match="waiting for another run"):
+        Run(tmp_path / "codes")(range(300), should_stop=lambda: True)
+
+
+def test_the_lock_dies_with_its_process(slow, tmp_path):
+    process, _ = slow
+    run = Run(tmp_path / "codes")
+    when_waiting(run, process.kill)
+    codes = run(range(300))
+    assert codes.num_computed == 300 - 2 * BLOCK  # one shard was finished
+    assert_equal(codes, range(300))
+
+
+def test_other_codes_are_not_waited_for(slow, tmp_path):
+    run = Run(tmp_path / "codes", replace(KEY, weights="other"))
+    assert run(range(10)).num_computed == 10
+    assert not [line for line in run.said if "waiting" in line]

@@ -1,0 +1,1 @@
+"""What is frozen is computed once: codes, their store, and classifiers on them."""

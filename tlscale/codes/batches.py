@@ -1,0 +1,110 @@
+"""Batches of codes: what a stage trains on instead of images, in the very order that the images would come in.
+
+Promise: step s has the images that it would have without codes. With k views, epoch e sees what it would see in epoch
+e modulo k: the same augmentation, the same partners of mixup.
+
+Shape letters: B images of a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from tlscale.codes.reading import Codes
+from tlscale.data.augment import Augmenter
+from tlscale.data.sampler import (
+    BatchSplit,
+    DataOrder,
+    Ints,
+    MicroBatch,
+    Stream,
+    eval_rows,
+    image_keys,
+    micro_batches,
+)
+from tlscale.data.workers import load_in_order
+
+
+@dataclass(slots=True)
+class CodeBatch:
+    """Codes on their way to the device; rows from `num_real` on are padding and weigh nothing."""
+
+    codes: tuple[Tensor, ...]  # each (B, ...)
+    labels_B: Tensor  # int64
+    rows_B: Tensor  # int64: which image of its split
+    num_real: int
+    # Of the images that mixup or cutmix put in, before the codes were computed; both or none.
+    partner_labels_B: Tensor | None = None
+    lam_B: Tensor | None = None
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> CodeBatch:
+        """The batch on `device`."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> CodeBatch:
+        """The batch in page-locked memory."""
+        return self._each(lambda tensor: tensor.pin_memory())
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> CodeBatch:
+        labels_B, rows_B = change(self.labels_B), change(self.rows_B)
+        changed = replace(self, codes=tuple(map(change, self.codes)), labels_B=labels_B, rows_B=rows_B)
+        if self.partner_labels_B is not None and self.lam_B is not None:
+            changed.partner_labels_B, changed.lam_B = change(self.partner_labels_B), change(self.lam_B)
+        return changed
+
+
+@dataclass(frozen=True)
+class CodeViews:
+    """The codes of a split's images: one `Codes` a view, positions as in the split."""
+
+    views: Sequence[Codes]
+    labels_N: Ints
+    augmenter: Augmenter | None = None  # where it mixes images
+    seed: int = 0
+
+    def batch(self, micro_batch: MicroBatch) -> CodeBatch:
+        """The codes of a micro-batch, of the view of its epoch."""
+        view, rows_B = micro_batch.epoch % len(self.views), micro_batch.rows_B
+        batch = CodeBatch(
+            self.views[view].take(rows_B),
+            torch.from_numpy(self.labels_N[rows_B]),
+            torch.from_numpy(rows_B),
+            micro_batch.num_real,
+        )
+        if self.augmenter is not None and self.augmenter.mixes:
+            keys_B = image_keys(self.seed, view, rows_B, Stream.MIX)
+            mixes = self.augmenter.draw_mixes(keys_B, len(self.labels_N))
+            batch.partner_labels_B = torch.from_numpy(self.labels_N[mixes.partners_B])
+            batch.lam_B = torch.from_numpy(mixes.lam_B)
+        return batch
+
+
+def train_code_batches(
+    codes: CodeViews,
+    order: DataOrder,
+    split: BatchSplit,
+    rank: int,
+    *,
+    start_step: int,
+    stop_step: int,
+    pin_memory: bool = False,
+) -> Generator[list[CodeBatch], None, None]:
+    """For each step from `start_step` on, up to before `stop_step`, this process's micro-batches."""
+    steps = range(start_step, stop_step)
+    wanted = (micro_batch for step in steps for micro_batch in micro_batches(order, step, split, rank))
+    batches = load_in_order(codes.batch, wanted, 0, pin_memory)
+    for step in steps:
+        yield list(islice(batches, split.num_micro_batches(order.num_images_in(step))))
+
+
+def eval_code_batches(
+    codes: CodeViews, rank: int, world_size: int, batch_size: int
+) -> Generator[CodeBatch, None, None]:
+    """This process's share of all images, each once over all processes."""
+    for rows_B in eval_rows(len(codes.labels_N), rank, world_size, batch_size):
+        yield codes.batch(MicroBatch(0, rows_B, len(rows_B)))

@@ -1,0 +1,401 @@
+"""Probes: classifiers fitted to codes at once, with their one hyper-parameter chosen on held-out training images.
+
+Promise: a pure function of codes, labels and settings; nothing is random. Codes are standardised with mean and
+standard deviation of the images that the classifier is fitted to. The held-out images choose (highest top1; among
+equals the lowest loss, then the strongest regularisation); the test split is never seen here. What comes out is a
+module from raw codes to logits, the standardisation folded in.
+
+| kind | grid | solved by |
+|---|---|---|
+| `logistic` | `lam` (see `solvers`) | quasi-Newton, all strengths side by side |
+| `ridge` | `lam` | one eigendecomposition; scores scaled so that their softmax is a probability |
+| `knn` | number of neighbours | the votes of the nearest by cosine of standardised codes |
+| `sklearn` | `lam` | scikit-learn's LogisticRegression, once a strength |
+
+Letters: N training images, M held-out images, B images of a batch, D features, C classes, K neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tlscale.codes.solvers import LINEAR_KINDS, LinearPath, linear_path
+from tlscale.errors import DataError, ModelError, RecipeError, did_you_mean
+
+Array: TypeAlias = Tensor | npt.NDArray[Any]
+
+PROBE_KINDS = (*LINEAR_KINDS, "knn")
+_STRENGTHS = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
+_NEIGHBOURS = (1, 3, 5, 10, 20, 50, 100, 200)
+_VOTE_TEMPERATURE = 0.07  # as in DINO (Caron et al. 2021), after Wu et al. 2018
+_MOST_SIMILARITIES = 2**24  # kept at a time: 64 MiB
+
+
+@dataclass(frozen=True)
+class PathRow:
+    """One value of the grid: what the held-out images say of it (None where there are none)."""
+
+    setting: float
+    held_top1: float | None
+    held_loss: float | None
+    converged: bool
+
+    def rank(self) -> tuple[float, float, float]:
+        """The smallest is the best: highest top1, then lowest loss, then strongest regularisation."""
+        assert self.held_top1 is not None
+        assert self.held_loss is not None
+        # A larger lam and more neighbours both mean a smoother classifier.
+        return -self.held_top1, self.held_loss, -self.setting
+
+
+@dataclass(frozen=True, eq=False)
+class FittedProbe:
+    """A classifier of codes, and how it was chosen."""
+
+    kind: str
+    chosen: PathRow
+    path: tuple[PathRow, ...]
+    """All of the grid, in its order."""
+    num_images: int
+    """That the classifier was fitted to: with `refit`, the held-out ones too."""
+    converged: bool
+    """Whether the last fit met its tolerance."""
+    head: nn.Module
+
+    def module(self) -> nn.Module:
+        """Raw codes (B, D) -> logits (B, C), in float32: `nn.Linear`, or `KnnHead`. On the device of the codes."""
+        return self.head
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """The best of several sets of codes."""
+
+    name: str
+    probe: FittedProbe
+    table: dict[str, tuple[PathRow, ...]]
+    """The path of each set, in the order in which they were tried."""
+
+
+def default_grid(kind: str, num_images: int) -> tuple[float, ...]:
+    """What is tried where the recipe names no grid; for `knn` only as many neighbours as there are images."""
+    if kind != "knn":
+        return _STRENGTHS
+    return tuple(float(k) for k in _NEIGHBOURS if k <= num_images)
+
+
+def fit_probe(
+    kind: str,
+    codes_ND: Array,
+    labels_N: Array,
+    held_codes_MD: Array,
+    held_labels_M: Array,
+    *,
+    num_classes: int,
+    grid: Sequence[float] | None = None,
+    refit: bool = True,
+) -> FittedProbe:
+    """Fit one classifier to codes.
+
+    Args:
+        kind: logistic, ridge, knn or sklearn.
+        codes_ND: of training images; float of any precision, tensor (its device does the work) or array.
+        labels_N: int64, 0..C-1. Some class may have no image.
+        held_codes_MD: of the part of train that is held out; M may be 0 where the grid has one value.
+        held_labels_M: theirs.
+        num_classes: C.
+        grid: values of the hyper-parameter; None: `default_grid`.
+        refit: fit the chosen setting again, to training and held-out images together, standardised by all of them.
+            False: keep what was fitted to the training images alone.
+
+    Raises:
+        RecipeError: the kind is unknown, the grid is wrong, or there is nothing to choose by.
+        ModelError: codes that are not finite, or that are the same for every image.
+        DataError: fewer than two classes.
+    """
+    train, held = _Images.of(codes_ND, labels_N, "training"), _Images.of(held_codes_MD, held_labels_M, "held-out")
+    return _finish(_select(kind, train, held, num_classes, grid), train, held, num_classes, refit)
+
+
+def choose(
+    kind: str,
+    candidates: Mapping[str, tuple[Array, Array]] | Iterable[tuple[str, tuple[Array, Array]]],
+    labels_N: Array,
+    held_labels_M: Array,
+    *,
+    num_classes: int,
+    grid: Sequence[float] | None = None,
+    refit: bool = True,
+) -> Choice:
+    """Fit a classifier to each of several sets of codes (layers, poolings) and keep the best by held-out images.
+
+    Among equals the first is kept. Arguments and errors are those of `fit_probe`, except:
+
+    Args:
+        candidates: name -> (codes_ND, held_codes_MD); or an iterator of such pairs, of which one at a time is held in
+            memory.
+    """
+    best: Choice | None = None
+    table: dict[str, tuple[PathRow, ...]] = {}
+    for name, codes in candidates.items() if isinstance(candidates, Mapping) else candidates:
+        train, held = _Images.of(codes[0], labels_N, "training"), _Images.of(codes[1], held_labels_M, "held-out")
+        if table and not len(held.labels):
+            raise RecipeError(
+                f"codes.layer: {next(iter(table))!r} and {name!r} cannot be compared without held-out images. "
+                "Set data.validation_fraction above 0 (0.1, say), or name one layer and one pooling"
+            )
+        assert name not in table, "names of candidates differ"
+        selected = _select(kind, train, held, num_classes, grid)
+        table[name] = selected.path
+        if best is None or selected.chosen.rank() < best.probe.chosen.rank():
+            best = Choice(name, _finish(selected, train, held, num_classes, refit), table)
+        del codes, train, held  # before the next ones are made
+    assert best is not None, "there is a candidate"
+    return best
+
+
+# -- input ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Images:
+    codes: Tensor  # as they came
+    labels: Tensor
+
+    @classmethod
+    def of(cls, codes: Array, labels: Array, name: str) -> _Images:
+        codes, labels = _tensor(codes), _tensor(labels)
+        assert codes.ndim == 2, f"codes are (images, features), not {tuple(codes.shape)}"
+        assert labels.shape == codes.shape[:1], f"{len(codes)} codes and labels of shape {tuple(labels.shape)}"
+        bad = int((~codes.isfinite()).any(dim=1).sum())
+        if bad:
+            raise ModelError(
+                f"the codes of {bad:,} of {len(codes):,} {name} images hold NaN or infinity. Compute them in float32 "
+                "(compute.precision: fp32), and look whether the weights are sound"
+            )
+        return cls(codes, labels.to(codes.device, torch.int64))
+
+    def __add__(self, other: _Images) -> _Images:
+        return _Images(torch.cat([self.codes, other.codes]), torch.cat([self.labels, other.labels]))
+
+
+def _tensor(array: Array) -> Tensor:
+    if isinstance(array, Tensor):
+        return array.detach()
+    # torch warns of arrays that it could write to and must not, such as memory maps of the store.
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
+
+
+def _checked_grid(kind: str, grid: Sequence[float] | None, train: _Images, num_held: int) -> tuple[float, ...]:
+    if kind not in PROBE_KINDS:
+        raise RecipeError(
+            f"probe.kind: {kind!r} is not a kind of probe.{did_you_mean(kind, PROBE_KINDS)} "
+            f"There are {', '.join(PROBE_KINDS)}"
+        )
+    values = default_grid(kind, len(train.labels)) if grid is None else tuple(float(value) for value in grid)
+    least = 1 if kind == "knn" else 0
+    for value in values:
+        if kind == "knn" and not (value.is_integer() and 1 <= value <= len(train.labels)):
+            raise RecipeError(
+                f"probe.grid: {value:g} neighbours; it takes a whole number from 1 to the number of training images, "
+                f"here {len(train.labels):,}"
+            )
+        if not least <= value < float("inf") or value == 0:
+            raise RecipeError(f"probe.grid: {value:g} is no strength of regularisation; it takes a number above 0")
+    if not values or len(set(values)) < len(values):
+        raise RecipeError(f"probe.grid: {list(values)} must hold one value or more, all different")
+    if len(values) > 1 and not num_held:
+        raise RecipeError(
+            f"probe.grid: {len(values)} values, and no held-out images to choose by. Set data.validation_fraction "
+            f"above 0 (0.1, say), or name one value, such as grid: [{values[len(values) // 2]:g}]"
+        )
+    return values
+
+
+def _check_training(train: _Images, held: _Images, num_classes: int) -> None:
+    assert held.codes.shape[1] == train.codes.shape[1], "training and held-out codes have the same features"
+    for images in (train, held):
+        assert not len(images.labels) or int(images.labels.min()) >= 0, "labels start at 0"
+        assert not len(images.labels) or int(images.labels.max()) < num_classes, f"labels end below {num_classes}"
+    classes = torch.unique(train.labels).tolist()
+    if len(classes) < 2:
+        raise DataError(
+            f"the {len(train.labels):,} training images are of {'class ' + str(classes[0]) if classes else 'no class'}"
+            " alone; a probe needs two classes or more. Raise data.train_limit, or look at the labels"
+        )
+    if not (train.codes != train.codes[0]).any():
+        raise ModelError(
+            f"the codes of all {len(train.labels):,} training images are the same: nothing can be learnt from them. "
+            "Name another layer or pooling under codes, and look whether the weights are sound"
+        )
+
+
+# -- selection --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Selected:
+    kind: str
+    path: tuple[PathRow, ...]
+    chosen: PathRow
+    head: nn.Module
+
+
+def _select(kind: str, train: _Images, held: _Images, num_classes: int, grid: Sequence[float] | None) -> _Selected:
+    """Fit all of the grid to the training images, and look at the held-out ones."""
+    values = _checked_grid(kind, grid, train, len(held.labels))
+    _check_training(train, held, num_classes)
+    if kind == "knn":
+        head = _knn_head(train, int(max(values)), num_classes)
+        rows = _knn_rows(head, held, values)
+        chosen = min(rows, key=PathRow.rank) if len(rows) > 1 else rows[0]
+        return _Selected(kind, rows, chosen, KnnHead(head.state(), int(chosen.setting), num_classes))
+    mean_D, std_D, codes_ND = _standardise(train.codes)
+    path = linear_path(kind, codes_ND, train.labels, num_classes, values)
+    rows = _linear_rows(path, (held.codes.to(mean_D) - mean_D) / std_D, held.labels, values)
+    chosen = min(rows, key=PathRow.rank) if len(rows) > 1 else rows[0]
+    return _Selected(kind, rows, chosen, _folded(path, rows.index(chosen), mean_D, std_D))
+
+
+def _finish(selected: _Selected, train: _Images, held: _Images, num_classes: int, refit: bool) -> FittedProbe:
+    head, converged, chosen = selected.head, selected.chosen.converged, selected.chosen
+    refit = refit and len(held.labels) > 0
+    images = train + held if refit else train
+    if refit and selected.kind == "knn":
+        head = _knn_head(images, int(chosen.setting), num_classes)
+    elif refit:
+        mean_D, std_D, codes_ND = _standardise(images.codes)
+        linear = linear_path(selected.kind, codes_ND, images.labels, num_classes, (chosen.setting,))
+        head, converged = _folded(linear, 0, mean_D, std_D), linear.converged[0]
+    return FittedProbe(selected.kind, chosen, selected.path, len(images.labels), converged, head.eval())
+
+
+def _figures(logits_MC: Tensor, labels_M: Tensor) -> tuple[float | None, float | None]:
+    """top1 (fraction) and mean cross-entropy; None without images."""
+    if not len(labels_M):
+        return None, None
+    labels_M = labels_M.to(logits_MC.device)
+    loss = F.cross_entropy(logits_MC, labels_M)
+    return float((logits_MC.argmax(1) == labels_M).double().mean()), float(loss)
+
+
+# -- linear -----------------------------------------------------------------------------------------------------------
+
+
+def _standardise(codes_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, standard deviation (1 where all images agree) and standardised codes: float64, (D,), (D,) and (N, D)."""
+    # A device without float64 (mps) leaves the work to the CPU.
+    device = torch.device("cpu") if codes_ND.device.type == "mps" else codes_ND.device
+    constant_D = (codes_ND == codes_ND[0]).all(dim=0).to(device)
+    result_ND = codes_ND.to(device, torch.float64, copy=True)
+    mean_D = result_ND.mean(0)
+    result_ND -= mean_D
+    std_D = torch.where(constant_D, 1.0, result_ND.square().mean(0).sqrt())
+    result_ND /= std_D
+    # The mean of equal numbers may miss them by a rounding.
+    result_ND[:, constant_D] = 0
+    return mean_D, std_D, result_ND
+
+
+def _linear_rows(
+    path: LinearPath, codes_MD: Tensor, labels_M: Tensor, values: tuple[float, ...]
+) -> tuple[PathRow, ...]:
+    figures = [_figures(path.logits(index, codes_MD), labels_M) for index in range(len(values))]
+    return tuple(
+        PathRow(value, top1, loss, converged)
+        for value, (top1, loss), converged in zip(values, figures, path.converged, strict=True)
+    )
+
+
+def _folded(path: LinearPath, index: int, mean_D: Tensor, std_D: Tensor) -> nn.Linear:
+    """The layer that gives for raw codes what the classifier gives for standardised ones."""
+    weights_DC = path.weights_LDC[index] / std_D[:, None]
+    layer = nn.Linear(weights_DC.shape[0], weights_DC.shape[1], device=weights_DC.device)
+    with torch.no_grad():
+        layer.weight.copy_(weights_DC.T)
+        layer.bias.copy_(path.biases_LC[index] - mean_D @ weights_DC)
+    return layer
+
+
+# -- nearest neighbours -----------------------------------------------------------------------------------------------
+
+
+class KnnHead(nn.Module):
+    """The votes of the K nearest training images, as logits.
+
+    Near means a high cosine of standardised codes. A neighbour's vote weighs `exp(cosine / 0.07)`; weights are scaled
+    so that the K of them sum to K, one more vote is shared by all classes alike, and the logits are the logarithms of
+    the shares: their softmax is the shares, and no class has a share of 0.
+
+    Args:
+        state: what `state_dict()` of such a head gave: `codes_ND` (standardised, of length 1), `labels_N`, `mean_D`
+            and `std_D`.
+        k: K, at most N.
+        num_classes: C.
+    """
+
+    codes_ND: Tensor
+    labels_N: Tensor
+    mean_D: Tensor
+    std_D: Tensor
+
+    def __init__(self, state: Mapping[str, Tensor], k: int, num_classes: int) -> None:
+        super().__init__()
+        self.k, self.num_classes = k, num_classes
+        for name in ("codes_ND", "labels_N", "mean_D", "std_D"):
+            self.register_buffer(name, state[name])
+        assert 1 <= k <= len(self.labels_N), f"{k} neighbours of {len(self.labels_N)} images"
+
+    def state(self) -> dict[str, Tensor]:
+        """The buffers themselves, by name."""
+        return dict(self.named_buffers())
+
+    def neighbours(self, codes_BD: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and labels of the nearest, nearest first: (B, K) each. Memory does not grow with B * N."""
+        at_once = max(1, _MOST_SIMILARITIES // len(self.labels_N))
+        cosines, rows = [], []
+        for block_BD in torch.split(codes_BD, at_once):
+            unit_BD = F.normalize((block_BD.to(self.mean_D) - self.mean_D) / self.std_D, dim=1)
+            top = (unit_BD @ self.codes_ND.T).topk(self.k, dim=1)
+            cosines.append(top.values)
+            rows.append(top.indices)
+        return torch.cat(cosines), self.labels_N[torch.cat(rows)]
+
+    def votes(self, cosines_BK: Tensor, labels_BK: Tensor) -> Tensor:
+        """Logits (B, C) from some nearest neighbours."""
+        k = cosines_BK.shape[1]
+        weights_BK = (cosines_BK / _VOTE_TEMPERATURE).softmax(dim=1) * k
+        votes_BC = weights_BK.new_full((len(labels_BK), self.num_classes), 1 / self.num_classes)
+        for neighbour in range(k):  # one at a time: a scatter of many adds in no fixed order on a GPU
+            votes_BC.scatter_add_(1, labels_BK[:, neighbour, None], weights_BK[:, neighbour, None])
+        return (votes_BC / (k + 1)).log()
+
+    def forward(self, codes_BD: Tensor) -> Tensor:
+        return self.votes(*self.neighbours(codes_BD))
+
+
+def _knn_head(images: _Images, k: int, num_classes: int) -> KnnHead:
+    mean_D, std_D, codes_ND = _standardise(images.codes)
+    state = {
+        "codes_ND": F.normalize(codes_ND, dim=1).float(),
+        "labels_N": images.labels.to(mean_D.device),
+        "mean_D": mean_D.float(),
+        "std_D": std_D.float(),
+    }
+    return KnnHead(state, k, num_classes)
+
+
+def _knn_rows(head: KnnHead, held: _Images, values: tuple[float, ...]) -> tuple[PathRow, ...]:
+    if not len(held.labels):
+        return tuple(PathRow(value, None, None, True) for value in values)
+    cosines_MK, labels_MK = head.neighbours(held.codes)
+    nearest = ((int(value), value) for value in values)
+    figures = ((value, head.votes(cosines_MK[:, :k], labels_MK[:, :k])) for k, value in nearest)
+    return tuple(PathRow(value, *_figures(votes_MC, held.labels), True) for value, votes_MC in figures)

@@ -1,0 +1,321 @@
+"""One shard of codes: some rows of every value, in files that are whole and right, or that nobody reads.
+
+Promise: a shard counts once its small JSON file is there, which names every other file with its size and SHA-256 and is
+written last. Nothing is ever written into a file that has a name already: a reader may have it mapped.
+
+Files of a shard, NAME being a hash of its rows: `NAME.rows.npy`, `NAME.0.npy` (the first value), ..., `NAME.json`.
+
+Shape letters: R rows of a shard, B images of a batch, C channels, H height, W width.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from tlscale.codes.key import json_digest
+from tlscale.errors import TlscaleError
+from tlscale.run_folder import write_text
+
+Ints = npt.NDArray[np.int64]
+Array = npt.NDArray[Any]
+BLOCK = 64
+"""Images of one forward pass, in every extraction: a shard holds a whole number of such blocks."""
+SHARD_BYTES = 32 * 2**20
+_MOST_ROWS = 4096
+_SEAL = "sha256"
+# NumPy has no bfloat16; its bits are kept as uint16.
+_NUMPY: dict[torch.dtype, np.dtype[Any]] = {
+    torch.float64: np.dtype("<f8"),
+    torch.float32: np.dtype("<f4"),
+    torch.float16: np.dtype("<f2"),
+    torch.bfloat16: np.dtype("<u2"),
+    torch.int64: np.dtype("<i8"),
+    torch.int32: np.dtype("<i4"),
+    torch.int16: np.dtype("<i2"),
+    torch.int8: np.dtype("i1"),
+    torch.uint8: np.dtype("u1"),
+    torch.bool: np.dtype("?"),
+}
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _NUMPY}
+
+
+class DamagedError(Exception):
+    """A file of the store is not as it was written; says which and how. Never leaves `tlscale.codes`."""
+
+
+@dataclass(frozen=True)
+class ValueSpec:
+    """One value of an image."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Of one image."""
+    dtype: str
+    """A name of PyTorch's, without `torch.`."""
+    channels_last: bool
+    """The network gave (B, C, H, W) in the memory order B, H, W, C, and is to be given it so."""
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+    @property
+    def numpy_dtype(self) -> np.dtype[Any]:
+        return _NUMPY[self.torch_dtype]
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one image."""
+        return int(np.prod(self.shape, dtype=np.int64)) * self.numpy_dtype.itemsize
+
+    def describe(self) -> str:
+        """`layer3 256 x 8 x 8 float32`."""
+        return " ".join([self.name, " x ".join(map(str, self.shape)) or "1", self.dtype])
+
+    def to_plain(self) -> dict[str, Any]:
+        plain = {"name": self.name, "shape": list(self.shape), "dtype": self.dtype}
+        return {**plain, "channels_last": self.channels_last}
+
+
+def specs_from_plain(plain: Sequence[Mapping[str, Any]]) -> tuple[ValueSpec, ...]:
+    """What `ValueSpec.to_plain` gave, back."""
+    return tuple(ValueSpec(v["name"], tuple(v["shape"]), v["dtype"], v["channels_last"]) for v in plain)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What is known of a shard without reading it."""
+
+    name: str
+    num_rows: int
+    files: Mapping[str, Mapping[str, Any]]
+    """By `rows`, `0`, `1`, ...: bytes and sha256."""
+
+    def to_plain(self) -> dict[str, Any]:
+        return {"name": self.name, "num_rows": self.num_rows, "files": self.files}
+
+    def path(self, folder: Path, part: str) -> Path:
+        return folder / f"{self.name}.{part}.npy"
+
+
+def shard_from_plain(plain: Mapping[str, Any]) -> Shard:
+    """What `Shard.to_plain` gave, back."""
+    return Shard(plain["name"], plain["num_rows"], plain["files"])
+
+
+def rows_per_shard(row_bytes: int, shard_bytes: int = SHARD_BYTES) -> int:
+    """Rows of a full shard: the most that fit into `shard_bytes`, in a power of two of blocks, and at least one."""
+    rows = BLOCK
+    while rows < _MOST_ROWS and 2 * rows * row_bytes <= shard_bytes:
+        rows *= 2
+    return rows
+
+
+def name_of(rows_R: Ints) -> str:
+    """The name of the shard of these rows, whoever writes it."""
+    return hashlib.sha256(rows_R.astype("<i8").tobytes()).hexdigest()[:32]
+
+
+def as_array(values: Tensor) -> Array:
+    """The same memory as a NumPy array; bfloat16 as its bits."""
+    array: Array = (values.view(torch.uint16) if values.dtype == torch.bfloat16 else values).numpy()
+    return array
+
+
+def write_shard(
+    folder: Path, key: Mapping[str, Any], rows_R: Ints, values: Sequence[Tensor], specs: Sequence[ValueSpec]
+) -> Shard:
+    """Write a shard; one of these rows that is there is replaced.
+
+    Args:
+        key: of the entry, as plain values.
+        rows_R: ascending.
+        values: on the CPU and contiguous, each (R, *shape).
+
+    Raises:
+        TlscaleError: the disk is full or cannot be written; nothing of the shard is left.
+    """
+    name = name_of(rows_R)
+    remove_shard(folder, name)
+    parts = {"rows": rows_R.astype("<i8"), **{str(i): as_array(value) for i, value in enumerate(values)}}
+    shard = Shard(name, len(rows_R), {})
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        files = {part: _write_array(shard.path(folder, part), array) for part, array in parts.items()}
+        shard = Shard(name, len(rows_R), files)
+        flush_folder(folder)
+        write_record(folder, key, shard, specs)
+    except OSError as error:
+        remove_shard(folder, name)
+        num_bytes = sum(array.nbytes for array in parts.values())
+        raise write_error(folder, num_bytes, error) from error
+    return shard
+
+
+def write_record(folder: Path, key: Mapping[str, Any], shard: Shard, specs: Sequence[ValueSpec]) -> None:
+    """The small file that makes a shard count."""
+    plain = {"key": key, "values": [spec.to_plain() for spec in specs], "shard": shard.to_plain()}
+    write_text(folder / f"{shard.name}.json", seal(plain))
+
+
+def write_error(path: Path, num_bytes: int, error: OSError) -> TlscaleError:
+    """What to tell a user whose disk does not take it."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    why = "the disk is full" if full else error.strerror or str(error)
+    what = f"{num_bytes / 2**20:.1f} MiB of codes" if num_bytes else "codes"
+    return TlscaleError(
+        f"cannot write {what} to '{path}': {why}. Make room there, or set TLSCALE_CACHE "
+        "to a folder elsewhere; what is finished is kept, and the same run goes on from it"
+    )
+
+
+def _write_array(path: Path, array: Array) -> dict[str, Any]:
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
+    # Not np.save, which reports a full disk without its error number.
+    pieces = (header.getbuffer(), array.reshape(-1).view(np.uint8).data)
+    total = hashlib.sha256()
+    with path.open("xb") as file:
+        for piece in pieces:
+            total.update(piece)
+            file.write(piece)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"bytes": sum(map(len, pieces)), "sha256": total.hexdigest()}
+
+
+def flush_folder(folder: Path) -> None:
+    """Have the names in `folder` on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_shard(folder: Path, name: str) -> None:
+    """Remove all that has this shard's name, first what makes it count."""
+    (folder / f"{name}.json").unlink(missing_ok=True)
+    for path in folder.glob(f"{name}.*.npy"):
+        path.unlink(missing_ok=True)
+
+
+def seal(plain: Mapping[str, Any]) -> str:
+    """Plain values as JSON that shows whether it was changed."""
+    return json.dumps({**plain, _SEAL: json_digest(plain)}, indent=1, sort_keys=True) + "\n"
+
+
+def unseal(path: Path) -> dict[str, Any]:
+    """What was sealed.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        DamagedError: it is not as it was written.
+    """
+    try:
+        text = path.read_text()
+        plain = json.loads(text)
+        del plain[_SEAL]
+        whole = seal(plain) == text
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DamagedError(f"{path.name} cannot be read ({type(error).__name__})") from None
+    if not whole:
+        raise DamagedError(f"{path.name} has changed since it was written")
+    return dict(plain)
+
+
+def read_record(folder: Path, name: str, key: Mapping[str, Any]) -> tuple[Shard, tuple[ValueSpec, ...]]:
+    """The small file of a shard.
+
+    Raises:
+        FileNotFoundError: there is none.
+        DamagedError: it is not as it was written, or another entry's or shard's.
+    """
+    plain = unseal(folder / f"{name}.json")
+    if plain["key"] != key or plain["shard"]["name"] != name:
+        raise DamagedError(f"{name}.json belongs to other codes")
+    return shard_from_plain(plain["shard"]), specs_from_plain(plain["values"])
+
+
+def read_rows(folder: Path, shard: Shard) -> Ints:
+    """The rows of a shard, ascending.
+
+    Raises:
+        DamagedError: the file is not as it was written.
+    """
+    path = shard.path(folder, "rows")
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DamagedError(f"{path.name}: {error.strerror or error}") from None
+    if hashlib.sha256(content).hexdigest() != shard.files["rows"]["sha256"]:
+        raise DamagedError(f"{path.name} has changed since it was written")
+    rows_R: Ints = np.load(io.BytesIO(content), allow_pickle=False).astype(np.int64)
+    if len(rows_R) != shard.num_rows or name_of(rows_R) != shard.name:
+        raise DamagedError(f"{path.name} holds the rows of another shard")
+    return rows_R
+
+
+def check_values(folder: Path, shard: Shard, *, verify: bool) -> None:
+    """Compare the files of the values with what is known of them: their sizes and, with `verify`, every byte.
+
+    Raises:
+        DamagedError: one of them is missing or not as it was written.
+    """
+    for part, facts in shard.files.items():
+        path = shard.path(folder, part)
+        try:
+            size = path.stat().st_size
+            if size != facts["bytes"]:
+                raise DamagedError(f"{path.name} has {size} bytes instead of {facts['bytes']}")
+            if verify and part != "rows" and _digest(path) != facts["sha256"]:
+                raise DamagedError(f"{path.name} has changed since it was written")
+        except OSError as error:
+            raise DamagedError(f"{path.name}: {error.strerror or error}") from None
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def map_values(folder: Path, shard: Shard, specs: Sequence[ValueSpec]) -> list[Array]:
+    """The values of a shard, each (R, *shape), mapped into memory: nothing is read before it is used.
+
+    Raises:
+        DamagedError: a file is missing, or holds another array.
+    """
+    return [_map_value(shard.path(folder, str(i)), shard.num_rows, spec) for i, spec in enumerate(specs)]
+
+
+def _map_value(path: Path, num_rows: int, spec: ValueSpec) -> Array:
+    try:
+        with path.open("rb") as file:
+            np.lib.format.read_magic(file)
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+            start, size = file.tell(), os.fstat(file.fileno()).st_size
+        expected = ((num_rows, *spec.shape), False, spec.numpy_dtype)
+        if (shape, fortran, dtype) != expected or size != start + num_rows * spec.row_bytes:
+            raise DamagedError(f"{path.name} holds another array than {spec.describe()}")
+        # A NumPy map keeps its file open, and thousands of shards would run into the limit of open files. The map is
+        # private: whoever wrote into it by mistake would not change the file.
+        content = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).numpy()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise DamagedError(f"{path.name} cannot be mapped: {error}") from None
+    mapped: Array = content[start:].view(spec.numpy_dtype).reshape(expected[0])
+    return mapped

@@ -1,0 +1,112 @@
+"""A recipe's run: everything up to the first step or fit, the same for training and for a probe.
+
+Chapters: process; folder; data, model and weights; plan; and then the job that the recipe asks for.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tlscale.dist import start_processes
+from tlscale.errors import ResumeError
+from tlscale.jobs.finetune import train
+from tlscale.jobs.probe import probe
+from tlscale.prepare import Prepared, prepare
+from tlscale.progress import Progress
+from tlscale.recipe.load import diff_recipes, load_recipe
+from tlscale.recipe.schema import Recipe
+from tlscale.run_folder import Mode, RunFolder, claim
+from tlscale.run_record import read_record
+from tlscale.screen import show_plan
+from tlscale.stop import StopRequest
+
+# A resumed run may differ in these: none of them changes what is learned.
+MAY_CHANGE = (
+    "checkpoint.",
+    "codes.cache_gib",
+    "codes.disk_gib",
+    "codes.memory_mib",
+    "compute.num_processes",
+    "compute.micro_batch_size",
+    "data.cache_mib",
+    "data.workers",
+    "evaluate.batch_size",
+    "log_every",
+    "track",
+    "wandb",
+)
+
+
+def run(
+    recipe: Recipe, out: str | Path | None = None, *, resume: bool = False, overwrite: bool = False
+) -> dict[str, Any]:
+    """Train, or fit a probe, as the recipe says.
+
+    Args:
+        recipe: from `load_recipe`.
+        out: the run folder; by itself `runs/<recipe name>`.
+        resume: go on from the newest valid checkpoint there, or start if there is none.
+        overwrite: replace a run that is there.
+
+    Returns:
+        What `result.json` holds.
+
+    Raises:
+        TlscaleError: wrong input, a run that failed, or `Stopped` after a signal, when all is saved.
+    """
+    # -- process ------------------------------------------------------------------------------------------------
+    processes = start_processes(recipe.compute)
+    torch.use_deterministic_algorithms(recipe.compute.deterministic)
+    mode: Mode = "resume" if resume else "overwrite" if overwrite else "fresh"
+    folder = RunFolder(Path(out) if out is not None else Path("runs") / recipe.name)
+    # -- folder: the main process holds it for all ----------------------------------------------------------------
+    with closing(processes), StopRequest() as stop, processes.main_holds(lambda: claim(folder.path, mode)):
+        screen = Progress(0, enabled=processes.is_main)
+        record = None if overwrite else processes.on_main(lambda: read_record(folder))
+        if record is not None:
+            processes.on_main(lambda: _refuse_other_recipe(recipe, folder))
+            if processes.on_main(folder.result.exists):
+                screen.say(f"'{folder.path}' is complete already; its figures are in {folder.result}")
+                return dict(json.loads(folder.result.read_text()))
+
+        # -- data, model and weights: whatever is wrong with them ends the run here -------------------------------
+        bad_images = [(int(row), str(why)) for row, why in record["bad_images"]] if record else None
+        with processes.main_first():  # what a hub has to give is fetched once
+            prepared = prepare(recipe, world_size=processes.world_size, bad_images=bad_images)
+
+        # -- plan -------------------------------------------------------------------------------------------------
+        show_plan(prepared, screen, device=str(processes.device))
+        if record is not None:
+            processes.on_main(partial(_refuse_other_inputs, record, prepared, folder))
+        job = train if recipe.probe is None else probe
+        return job(prepared, folder, processes, stop, record, screen)
+
+
+def _refuse_other_recipe(recipe: Recipe, folder: RunFolder) -> None:
+    changes = [
+        f"{key}: {old!r} -> {new!r}"
+        for key, old, new in diff_recipes(load_recipe(folder.recipe), recipe)
+        if not key.startswith(MAY_CHANGE)
+    ]
+    if changes:
+        lines = "\n  ".join(changes)
+        raise ResumeError(
+            f"'{folder.path}' cannot be resumed with another recipe:\n  {lines}\n  Its own recipe is "
+            f"'{folder.recipe}'; another recipe wants another folder: --out DIR"
+        )
+
+
+def _refuse_other_inputs(record: dict[str, Any], prepared: Prepared, folder: RunFolder) -> None:
+    now = {"data": str(prepared.data.identity["fingerprint"]), "weights": prepared.weights.sha256}
+    for what, key in (("data", "fingerprint"), ("weights", "sha256")):
+        if record[what][key] != now[what]:
+            raise ResumeError(
+                f"'{folder.path}' cannot be resumed: its {what} are not those that it was started with "
+                f"({record[what][key][:12]} then, {now[what][:12]} now). Bring them back, or start another: --out DIR"
+            )

@@ -1,0 +1,260 @@
+"""The trained model as files, and back.
+
+Promise: what `export_model` writes gives the same logits after `load`, and after timm's `create_model` where the head
+is a single linear layer on what the backbone itself gives; both are tried before the folder is called done.
+
+Shapes: B images, C classes, D features.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import safetensors.torch
+import timm
+import torch
+from timm.models._hub import save_config_for_hf
+from torch import Tensor, nn
+
+from tlscale.data.transforms import InputSpec
+from tlscale.errors import ModelError, RunFolderError
+from tlscale.model.classifier import Classifier, CodesClassifier, feature_width
+from tlscale.model.heads import KnnHead, build_head, is_single_linear
+from tlscale.model.layers import PENULTIMATE, LayerCodes
+from tlscale.recipe.values import HeadLayer
+
+# 1: layers on what the backbone gives, and written for these still. 2: other codes, or nearest neighbours.
+FORMAT = 2
+LOGITS_TOLERANCE = 1e-5
+_HEAD_FILE = "head.safetensors"
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A model read from a run: `model(images)` gives logits for images prepared as `input_spec` says."""
+
+    model: nn.Module
+    classes: tuple[str, ...]
+    input_spec: InputSpec
+
+
+def export_model(
+    classifier: Classifier | CodesClassifier,
+    folder: Path,
+    *,
+    head: Sequence[HeadLayer] = ("linear",),
+    classes: Sequence[str],
+    spec: InputSpec,
+) -> str:
+    """Write `config.json` and `model.safetensors` (and `head.safetensors` for any but a linear head) to `folder`.
+
+    Args:
+        classifier: on any device, in any mode; it is left as it is. Its whole backbone is written, also the layers
+            behind those whose codes it takes.
+        folder: is made; files of the same names are replaced.
+        head: the recipe's head, where the classifier's is made of such layers.
+        classes: names of the C classes in the order of the logits.
+        spec: what images the network was trained on.
+
+    Returns:
+        How the folder is to be loaded, in words.
+
+    Raises:
+        ModelError: what was written does not give the logits of `classifier`.
+    """
+    plain = _plain_copy(classifier)
+    folder.mkdir(parents=True, exist_ok=True)
+    as_timm = _as_timm_model(plain, spec) if isinstance(plain, Classifier) and is_single_linear(head) else None
+    whole = as_timm is not None
+    body = as_timm if as_timm is not None else plain.backbone
+    ours = {**_own_config(plain, head), "classes": list(classes), "input": spec.to_plain(), "whole": whole}
+    _write_config(body, folder, ours, spec)
+    _write_tensors(body.state_dict(), folder / "model.safetensors")
+    (folder / _HEAD_FILE).unlink(missing_ok=True)
+    if not whole:
+        _write_tensors(plain.head.state_dict(), folder / _HEAD_FILE)
+    difference = _difference(plain, load(folder).model, spec)
+    if not difference <= LOGITS_TOLERANCE:
+        raise ModelError(f"the exported model in {folder} gives other logits than the run (by {difference:.2g})")
+    return f"timm.create_model('local-dir:{folder}', pretrained=True)" if whole else f"tlscale.load('{folder}')"
+
+
+def _plain_copy(classifier: Classifier | CodesClassifier) -> Classifier | CodesClassifier:
+    """A copy in eval mode on the CPU, without what a run wraps its network in (autocast, compiled code, memory order).
+
+    Logits are compared on it: two devices, precisions or memory orders agree less closely than two files must.
+    """
+    on_cpu: dict[int, Any] = {id(buffer): buffer.detach().cpu().contiguous() for buffer in classifier.buffers()}
+    for param in classifier.parameters():
+        on_cpu[id(param)] = nn.Parameter(param.detach().cpu().contiguous(), param.requires_grad)
+    backbone, head = copy.deepcopy((classifier.backbone, classifier.head), on_cpu)
+    backbone.train().eval()  # some transformers keep what they computed from their parameters until train()
+    # Layers on the penultimate codes are a plain classifier, which timm may know.
+    if isinstance(head, nn.Sequential) and getattr(classifier, "layer", PENULTIMATE) == PENULTIMATE:
+        return Classifier(backbone, head).eval()
+    assert isinstance(classifier, CodesClassifier)
+    return CodesClassifier(LayerCodes(backbone, [(classifier.layer, classifier.pool)]), head).eval()
+
+
+def _own_config(plain: Classifier | CodesClassifier, head: Sequence[HeadLayer]) -> dict[str, Any]:
+    if isinstance(plain, Classifier):
+        return {"format": 1, "head": list(head)}
+    layers = {"knn": {"k": plain.head.k}} if isinstance(plain.head, KnnHead) else list(head)
+    return {"format": FORMAT, "layer": plain.layer, "pool": plain.pool, "head": layers}
+
+
+def _write_tensors(state: Mapping[str, Tensor], path: Path) -> None:
+    """Each tensor once, with storage of its own, as safetensors wants it."""
+    tensors = {name: tensor.detach().contiguous().clone() for name, tensor in state.items()}
+    safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+    # safetensors lets nobody else read its files; they are for whoever may read the configuration beside them.
+    path.chmod((path.parent / "config.json").stat().st_mode)
+
+
+def _write_config(model: nn.Module, folder: Path, ours: Mapping[str, Any], spec: InputSpec) -> None:
+    transform = {
+        "input_size": [spec.in_chans, spec.image_size, spec.image_size],
+        "mean": list(spec.mean),
+        "std": list(spec.std),
+        "interpolation": spec.interpolation,
+        "crop_pct": spec.crop_pct,
+        "crop_mode": spec.crop_mode,
+    }
+    path = folder / "config.json"
+    save_config_for_hf(
+        model,
+        str(path),
+        model_config={
+            "pretrained_cfg": transform,
+            "tlscale": ours,
+            **({"label_names": ours["classes"]} if ours["whole"] else {}),
+        },
+        model_args={"in_chans": spec.in_chans},
+    )
+    config = json.loads(path.read_text())
+    cfg = config["pretrained_cfg"]
+    cfg.update(transform)
+    for key in [key for key in cfg if key.startswith("test_")]:
+        del cfg[key]  # the size and crop that the pretrained weights are best tested at are not those of this run
+    path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _as_timm_model(classifier: Classifier, spec: InputSpec) -> nn.Module | None:
+    """timm's own model of this architecture with its classifier set to the head; None where that is another network."""
+    linear = cast(nn.Linear, classifier.head[-1])
+    backbone = classifier.backbone
+    cfg: dict[str, Any] = backbone.pretrained_cfg  # type: ignore[assignment]
+    args = {**getattr(backbone, "_model_args", {}), "num_classes": linear.out_features}
+    with torch.random.fork_rng(devices=[]):
+        model = timm.create_model(cfg["architecture"], pretrained=False, **args)
+    model.pretrained_cfg = {**cfg, "num_classes": linear.out_features}  # type: ignore[assignment]
+    names = cfg.get("classifier") or ()
+    state = backbone.state_dict()
+    for name in (names,) if isinstance(names, str) else names:
+        own = model.state_dict().get(f"{name}.weight")
+        if own is None or own.numel() != linear.weight.numel():
+            return None
+        state[f"{name}.weight"] = linear.weight.detach().reshape(own.shape)
+        state[f"{name}.bias"] = linear.bias.detach()
+    if set(state) != set(model.state_dict()):
+        return None
+    model.to(linear.weight.dtype).eval().load_state_dict(state)
+    return model if _difference(classifier, model, spec) <= LOGITS_TOLERANCE else None
+
+
+def _difference(ours: nn.Module, other: nn.Module, spec: InputSpec) -> float:
+    """Largest difference of two networks' logits on random images, as a share of the largest logit (at least 1).
+
+    Votes of neighbours jump where two are equally near; there it is the codes, and the neighbours that are kept.
+    """
+    dtype = next(ours.parameters()).dtype
+    other.to(dtype)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(4, spec.in_chans, spec.image_size, spec.image_size, generator=generator).to(dtype)
+    pairs = [(ours, other)]
+    kept: list[tuple[Tensor, Tensor]] = []
+    if isinstance(ours, CodesClassifier) and isinstance(ours.head, KnnHead) and isinstance(other, CodesClassifier):
+        pairs = [(ours.codes, other.codes)]
+        kept = list(zip(ours.head.buffers(), other.head.buffers(), strict=True))
+    with torch.inference_mode():
+        values = kept + [(_first(one(images)), _first(two(images))) for one, two in pairs]
+    shares = [(one - two).abs().max() / one.abs().max().clamp(min=1.0) for one, two in values]
+    return float(torch.stack(shares).max())  # NaN if any is
+
+
+def _first(value: Tensor | tuple[Tensor, ...]) -> Tensor:
+    return value if isinstance(value, Tensor) else value[0]
+
+
+def load(run: str | Path) -> TrainedModel:
+    """The model of a run folder (or of its `model/` folder), in eval mode on the CPU.
+
+    Raises:
+        RunFolderError: there is no model there, a damaged one, or one of a newer format.
+    """
+    folder = Path(run)
+    folder = folder / "model" if (folder / "model" / "config.json").is_file() else folder
+    path = folder / "config.json"
+    if not path.is_file():
+        raise RunFolderError(
+            f"'{run}' holds no model: there is no '{path}'. Has the run ended? (tlscale run ... --resume)"
+        )
+    ours = _read_own_config(path)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            model = timm.create_model(f"local-dir:{folder}", pretrained=True)
+            if not ours["whole"]:
+                model = _with_head(model, folder, ours)
+    except (ModelError, OSError, RuntimeError, ValueError, safetensors.SafetensorError) as error:
+        raise RunFolderError(f"the model in '{folder}' cannot be loaded: {error}") from error
+    return TrainedModel(model.eval(), tuple(ours["classes"]), InputSpec.from_plain(ours["input"]))
+
+
+def _read_own_config(path: Path) -> dict[str, Any]:
+    """What `export_model` noted in `config.json`."""
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise RunFolderError(f"'{path}' is damaged: {error}") from error
+    ours = config.get("tlscale") if isinstance(config, dict) else None
+    if not isinstance(ours, dict):
+        raise RunFolderError(
+            f"'{path}' was not written by tlscale; load it with "
+            f"timm.create_model('local-dir:{path.parent}', pretrained=True)"
+        )
+    if ours["format"] > FORMAT:
+        raise RunFolderError(f"'{path}' has format {ours['format']}, this tlscale reads up to {FORMAT}; update tlscale")
+    return ours
+
+
+def _with_head(backbone: nn.Module, folder: Path, ours: Mapping[str, Any]) -> Classifier | CodesClassifier:
+    state = safetensors.torch.load_file(folder / _HEAD_FILE)
+    spec = InputSpec.from_plain(ours["input"])
+    num_classes = len(ours["classes"])
+    if "layer" not in ours:
+        width = feature_width(backbone, in_chans=spec.in_chans, image_size=spec.image_size)
+        return Classifier(backbone, _layers(ours["head"], width, num_classes, state))
+    codes = LayerCodes(backbone, [(ours["layer"], ours["pool"])])
+    (row,) = codes.describe(torch.zeros(2, spec.in_chans, spec.image_size, spec.image_size))
+    if isinstance(ours["head"], dict):
+        return CodesClassifier(codes, _knn(ours["head"]["knn"]["k"], row.width, num_classes, state))
+    return CodesClassifier(codes, _layers(ours["head"], row.width, num_classes, state))
+
+
+def _layers(head: Sequence[HeadLayer], width: int, num_classes: int, state: Mapping[str, Tensor]) -> nn.Sequential:
+    built = build_head(head, in_features=width, num_classes=num_classes, seed=0)
+    built.load_state_dict(state)
+    return built
+
+
+def _knn(k: int, width: int, num_classes: int, state: Mapping[str, Tensor]) -> KnnHead:
+    num_codes = len(state.get("labels_N", ()))
+    feature = torch.zeros(width)
+    head = KnnHead(torch.zeros(num_codes, width), torch.zeros(num_codes), feature, feature, k, num_classes)
+    head.load_state_dict(state)
+    return head

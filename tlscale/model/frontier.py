@@ -1,0 +1,366 @@
+"""The frozen frontier: what of a network is the same in every epoch, and the cheapest values to keep of it.
+
+Promise: for any network that can be traced, `suffix(*prefix(images))` is `network(images)`, in training (dropout,
+stochastic depth, batch statistics) and in evaluation, with the same gradients; tried on the spot before it is handed
+out. Where that cannot be had, `NoFrontier` says why. There is no code for any family of networks.
+
+The story: trace, mark what depends on the image and on frozen things only, measure it, cut where least is to be kept,
+build the two halves, check them against the whole.
+
+Shape letters: B images.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from tlscale.model.cut import Analysis, Fact, analyse, cheapest_cut, goals, output, with_inputs
+from tlscale.model.fingerprint import Fingerprints
+from tlscale.model.tracing import RECOMPUTED, NoFrontier, Recomputed, first_line, module_of
+
+__all__ = ["CutValue", "Frontier", "NoFrontier", "find_frontier"]
+
+_NUM_TRIED = 4  # images that the halves are checked with
+_CHECK_SEED = 20_240
+
+
+@dataclass(frozen=True)
+class CutValue:
+    """One tensor that is kept of each image.
+
+    Attributes:
+        name: path of the module that gives it, or of the one around the operation that does.
+        shape: without the batch dimension.
+        dtype: as the prefix gives it without autocast.
+        channels_last: it lies in memory as (H, W, C).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    channels_last: bool
+
+    @property
+    def num_bytes(self) -> int:
+        """Of one image."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def __str__(self) -> str:
+        return f"{self.name} ({'x'.join(map(str, self.shape))} {str(self.dtype).removeprefix('torch.')})"
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """A network in two halves, for images of one size.
+
+    Attributes:
+        prefix: images (B, C, H, W) to a tuple of tensors, one for each of `values`, B rows each. Its modules are the
+            network's own in the mode that the network gives them; `train()` and `eval()` of it do nothing. Call it
+            under `no_grad`, with the network in either mode: what it runs is the same in both.
+        suffix: `forward(*codes)`: what the network gives, with the network's own parameters and modules. Its `train()`
+            and `eval()` are the network's. It may overwrite the codes, as the network overwrites what lies between
+            its layers (ReLU in place): give it tensors that are not needed again.
+        values: what the prefix gives.
+        digest: SHA-256 of the prefix as a function: its calls, code, settings and tensors. Neither the head nor any
+            other trained part has a share in it.
+        prefix_flops: of one image, forward.
+        suffix_flops: of one image, forward.
+    """
+
+    prefix: nn.Module
+    suffix: nn.Module
+    values: tuple[CutValue, ...]
+    digest: str
+    prefix_flops: int
+    suffix_flops: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Of one image."""
+        return sum(value.num_bytes for value in self.values)
+
+    def describe(self) -> str:
+        """One line for the screen."""
+        share = self.prefix_flops / max(self.prefix_flops + self.suffix_flops, 1)
+        kept = ", ".join(str(value) for value in self.values)
+        return f"keeps {kept}: {self.num_bytes / 1024:.1f} KiB an image; {share:.0%} of the forward pass runs once"
+
+
+def find_frontier(network: nn.Module, images: Tensor) -> Frontier:
+    """Split the network where its frozen part ends.
+
+    Args:
+        network: any module from images to tensors, frozen parameters without `requires_grad`. Its `train()` must leave
+            frozen norm layers in eval mode, as the classifier's does, else nothing behind them is frozen. It is left as
+            it was.
+        images: (B, C, H, W), two or more, real or noise, of the size, type and device that will be used.
+
+    Raises:
+        NoFrontier: it cannot be traced, nothing is frozen or worth keeping, or the halves are not the whole.
+    """
+    assert len(images) >= 2, "what belongs to one image shows only with two"
+    images = images[:_NUM_TRIED].detach()
+    if all(param.requires_grad for param in network.parameters()):
+        raise NoFrontier("nothing is frozen")
+    try:
+        with _left_as_found(network), torch.no_grad(), _own_random_numbers():
+            return _split(network, images)
+    except NoFrontier:
+        raise
+    except Exception as error:  # whatever a network does that we did not think of, it can be trained as a whole
+        raise NoFrontier(f"the network cannot be split: {first_line(error)}") from error
+
+
+def _split(network: nn.Module, images: Tensor) -> Frontier:
+    in_eval, in_training = (analyse(network.train(mode), images) for mode in (False, True))
+    cut = cheapest_cut(in_training, network)
+    prints = Fingerprints(network)
+    cut_prints = [prints.of_nodes(with_inputs(cut))[node] for node in cut]
+    prefix = _Prefix(_copy_between(network, in_training, cut, None))
+    suffix = _Suffix(
+        network,
+        _recompute_as_before(_copy_between(network, in_training, None, cut)),
+        _recompute_as_before(_copy_between(network, in_eval, None, _find_again(in_eval, cut_prints, prints))),
+    )
+    _check(network, images, prefix, suffix)
+    suffix.eval()
+    return Frontier(
+        prefix=prefix,
+        suffix=suffix,
+        values=_values(images, prefix, [_name(node) for node in cut]),
+        digest=prints.of_all(cut_prints),
+        prefix_flops=_flops(prefix, images.clone()),
+        suffix_flops=_flops(suffix, *(code.clone() for code in prefix(images.clone()))),
+    )
+
+
+@contextlib.contextmanager
+def _left_as_found(network: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in network.modules()}
+    buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
+    names = set(vars(network))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+        for module, mode in modes.items():
+            module.training = mode
+        for name in set(vars(network)) - names:  # constants that the tracer hung there
+            delattr(network, name)
+
+
+@contextlib.contextmanager
+def _own_random_numbers() -> Iterator[None]:
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        yield
+
+
+# -- build --------------------------------------------------------------------------------------------------------
+
+
+class _Prefix(nn.Module):
+    """The frozen half. A mode is the network's to give."""
+
+    def __init__(self, run: fx.GraphModule) -> None:
+        super().__init__()
+        self.run = run
+
+    def forward(self, images_BCHW: Tensor) -> tuple[Tensor, ...]:
+        return cast("tuple[Tensor, ...]", self.run(images_BCHW))
+
+    def train(self, mode: bool = True) -> _Prefix:
+        return self
+
+
+class _Suffix(nn.Module):
+    """The trained half, as traced in each mode.
+
+    Attributes:
+        unreached: what the network trains and does not use, so that the optimiser and DDP see what they would see.
+    """
+
+    def __init__(self, network: nn.Module, in_training: fx.GraphModule, in_eval: fx.GraphModule) -> None:
+        super().__init__()
+        self.in_training = in_training
+        self.in_eval = in_eval
+        reached = {id(param) for param in self.parameters()}
+        rest = [param for param in network.parameters() if param.requires_grad and id(param) not in reached]
+        self.unreached = nn.ParameterList(rest)
+        self._network = (network,)  # in a tuple, so that it is no child and its frozen half is not in the state
+        self.training = network.training
+
+    def forward(self, *codes: Tensor) -> Any:
+        return self.in_training(*codes) if self._network[0].training else self.in_eval(*codes)
+
+    def train(self, mode: bool = True) -> _Suffix:
+        self._network[0].train(mode)
+        self.training = mode
+        return self
+
+
+def _find_again(analysis: Analysis, cut_prints: Sequence[str], prints: Fingerprints) -> list[fx.Node]:
+    """The nodes of another trace that compute the same values."""
+    by_print: dict[str, fx.Node] = {}
+    for node, found in prints.of_nodes(node for node in analysis.graph.nodes if node in analysis.steady).items():
+        by_print.setdefault(found, node)
+    if any(found not in by_print for found in cut_prints):
+        raise NoFrontier("the frozen part computes other values in training than in evaluation")
+    return [by_print[found] for found in cut_prints]
+
+
+def _copy_between(
+    network: nn.Module, analysis: Analysis, ends: Sequence[fx.Node] | None, begins: Sequence[fx.Node] | None
+) -> fx.GraphModule:
+    """The part of the graph up to `ends` (or the output), from `begins` (or the images) on, as a module of its own."""
+    graph = fx.Graph()
+    codes = {node: graph.placeholder(f"code_{number}") for number, node in enumerate(begins or ())}
+    known = {} if begins is None else {node: fact for node, fact in analysis.facts.items() if fact.is_known}
+    made: dict[fx.Node, Any] = dict(codes)
+    wanted = goals(analysis, network) if ends is None else ends
+    for node in with_inputs(wanted, stop=[*codes, *known]):
+        if node in known:
+            made[node] = _known_value(graph, known[node], next(iter(codes.values())))
+        elif node.op == "placeholder" and node not in made and begins is not None:
+            raise NoFrontier("the trained part uses the image itself in evaluation")
+        elif node not in made and node.op != "output":
+            made[node] = graph.node_copy(node, made.__getitem__)
+    result = output(analysis.graph).args[0] if ends is None else tuple(ends)
+    graph.output(fx.map_arg(result, made.__getitem__))
+    graph.lint()
+    return fx.GraphModule(network, graph)
+
+
+def _known_value(graph: fx.Graph, fact: Fact, code: fx.Node) -> Any:
+    if not fact.counts_images:
+        return fact.plain
+    num_images = graph.call_method("size", (code, 0))
+    return graph.call_function(operator.mul, (num_images, fact.plain))
+
+
+def _recompute_as_before(half: fx.GraphModule) -> fx.GraphModule:
+    """Let trained modules that the network called under gradient checkpointing be recomputed here, too."""
+    for number, node in enumerate(half.graph.nodes):
+        module = module_of(node, half)
+        if module is not None and node.meta.get(RECOMPUTED) and any(p.requires_grad for p in module.parameters()):
+            half.add_module(f"recomputed_{number}", Recomputed(module))
+            node.target = f"recomputed_{number}"
+    half.recompile()
+    return half
+
+
+# -- check --------------------------------------------------------------------------------------------------------
+
+
+def _check(network: nn.Module, images: Tensor, prefix: _Prefix, suffix: _Suffix) -> None:
+    """Run the halves and the whole side by side.
+
+    Raises:
+        NoFrontier: they differ, or the prefix is no function of each image alone.
+    """
+    _check_rows(images, prefix)
+    exact = images.device.type == "cpu"
+    for mode, word in ((False, "evaluation"), (True, "training")):
+        before = [buffer.clone() for buffer in suffix.train(mode).buffers()]
+        whole = _seeded(network, images.clone()), [buffer.clone() for buffer in suffix.buffers()]
+        for buffer, value in zip(suffix.buffers(), before, strict=True):
+            buffer.copy_(value)
+        found = _seeded(suffix, *(code.clone() for code in prefix(images.clone()))), list(suffix.buffers())
+        if not all(_agree(one, other, exact=exact) for one, other in zip(whole, found, strict=True)):
+            raise NoFrontier(f"the two halves do not give what the whole network gives in {word}")
+
+
+def _check_rows(images: Tensor, prefix: _Prefix) -> None:
+    """Codes depend on no random number, and those of an image on no other image of its batch."""
+    codes = _seeded(prefix, images.clone())
+    if not _agree(codes, _seeded(prefix, images.clone(), seed=_CHECK_SEED + 1), exact=True):
+        raise NoFrontier("the frozen part gives other values for the same images")
+    among_others = torch.cat([1 - images[:1], images[1:]]).flip(0)
+    moved = [code.flip(0)[1:] for code in _seeded(prefix, among_others)]
+    if not _agree([code[1:] for code in codes], moved, exact=False):
+        raise NoFrontier("what the frozen part gives for an image depends on the other images of the batch")
+
+
+def _seeded(module: nn.Module, *inputs: Tensor, seed: int = _CHECK_SEED) -> list[Tensor]:
+    torch.manual_seed(seed)
+    return _tensors(module(*inputs))
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    if isinstance(output, Mapping):
+        output = list(output.values())
+    if isinstance(output, tuple | list):
+        return [tensor for item in output for tensor in _tensors(item)]
+    return [output] if isinstance(output, Tensor) else []
+
+
+def _agree(ones: Sequence[Tensor], others: Sequence[Tensor], *, exact: bool) -> bool:
+    pairs = list(zip(ones, others, strict=True))
+    if any(one.shape != other.shape or one.dtype != other.dtype for one, other in pairs):
+        return False
+    if exact or not all(one.is_floating_point() for one, _ in pairs):
+        return all(torch.equal(one.nan_to_num(), other.nan_to_num()) for one, other in pairs)
+    return all(_difference(one, other) <= _tolerance(one) for one, other in pairs)
+
+
+def _difference(one: Tensor, other: Tensor) -> float:
+    """Largest difference as a share of the largest value."""
+    scale = one.abs().max().clamp(min=torch.finfo(one.dtype).tiny)
+    return float((one - other).abs().max() / scale)
+
+
+def _tolerance(tensor: Tensor) -> float:
+    """Room for another order of summation; on an accelerator also for products in reduced precision (TF32)."""
+    rounding = 8 * torch.finfo(tensor.dtype).eps
+    return max(1e-5, rounding) if tensor.device.type == "cpu" else max(5e-3, rounding)
+
+
+def _values(images: Tensor, prefix: _Prefix, names: Sequence[str]) -> tuple[CutValue, ...]:
+    codes = prefix(images.clone())
+    return tuple(
+        CutValue(name, tuple(code.shape[1:]), code.dtype, _is_channels_last(code))
+        for name, code in zip(names, codes, strict=True)
+    )
+
+
+def _is_channels_last(code: Tensor) -> bool:
+    return code.ndim == 4 and not code.is_contiguous() and code.is_contiguous(memory_format=torch.channels_last)
+
+
+class _FlopCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """By torch's own formulas, but without the hooks by which its counter tells modules apart: some networks trip on
+    them."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func._overloadpacket)
+        self.total += int(formula(*args, **(kwargs or {}), out_val=result)) if formula is not None else 0
+        return result
+
+
+def _flops(module: nn.Module, *inputs: Tensor) -> int:
+    with _FlopCounter() as counter:
+        module(*inputs)
+    return int(counter.total) // len(inputs[0])
+
+
+def _name(node: fx.Node) -> str:
+    if node.op == "call_module":
+        return str(node.target)
+    around = [path for path, _ in node.meta.get("nn_module_stack", {}).values() if path]
+    return ".".join([*around[-1:], node.name])

@@ -1,0 +1,347 @@
+"""Codes: what any layer of a backbone says of an image, one vector an image.
+
+Promise: a layer is a module, named as in the backbone, and its code is what that module returns in a plain forward
+pass in eval mode. That is the same for every architecture, which timm's `forward_intermediates` is not: it exists in
+some only, counts its indices differently in each, and may hand out maps that a later in-place layer has changed. What
+cannot be read as one vector an image, or may be read in two ways, is an error and never a guess.
+
+Shapes: B images, C channels, H x W pixels or positions, P positions, K prefix tokens (class, distillation, register),
+D features.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from tlscale.errors import ModelError, TlscaleError, did_you_mean
+from tlscale.recipe.values import POOLS
+
+PENULTIMATE = "penultimate"
+
+
+class Layer(NamedTuple):
+    """A layer that is worth trying, as timm describes it; None where it does not say."""
+
+    name: str
+    stride: int | None
+    channels: int | None
+
+
+class CodesRow(NamedTuple):
+    """What one (layer, pool) gives: `width` numbers an image, from positions `stride` pixels apart (None: from one)."""
+
+    layer: str
+    pool: str
+    stride: int | None
+    width: int
+
+
+def layer_names(backbone: nn.Module) -> list[Layer]:
+    """The stages of the backbone, earliest first, without the penultimate codes.
+
+    They are those that timm lists; where it lists none that can be named, the parts that the backbone is made of.
+    Any other module may be named as well.
+    """
+    modules = dict(backbone.named_modules())
+    known = [
+        Layer(_last_inside(modules, info["module"]), int(info["reduction"]), int(info["num_chs"]))
+        for info in _feature_info(backbone)
+        if info["module"] in modules
+    ]
+    return known if len(known) > 1 else [Layer(name, None, None) for name in _parts(backbone)]
+
+
+def stages(backbone: nn.Module) -> tuple[str, ...]:
+    """Names of the stages, earliest first; the last is 'penultimate'."""
+    return (*(layer.name for layer in layer_names(backbone)), PENULTIMATE)
+
+
+def _feature_info(backbone: nn.Module) -> list[dict[str, Any]]:
+    found = getattr(backbone, "feature_info", None) or []
+    return cast(list[dict[str, Any]], getattr(found, "info", found))
+
+
+def _is_list(module: nn.Module) -> bool:
+    """Whether this only holds modules, and is never called itself."""
+    return type(module).forward is nn.Module.forward
+
+
+def _last_inside(modules: dict[str, nn.Module], name: str) -> str:
+    """The module itself, or the last of a list of modules."""
+    inside = [f"{name}.{key}" for key, _ in modules[name].named_children()] if _is_list(modules[name]) else []
+    return inside[-1] if inside else name
+
+
+def _parts(backbone: nn.Module) -> list[str]:
+    names = []
+    for name, child in backbone.named_children():
+        inside = [f"{name}.{key}" for key, _ in child.named_children()] if _is_list(child) else [name]
+        names += inside if any(True for _ in child.parameters()) else []
+    return names
+
+
+class LayerCodes(nn.Module):
+    """Images (B, C, H, W) to one tensor (B, D) for each (layer, pool), in order, in one pass.
+
+    The pass ends with the last layer that is wanted; only the first one goes on to the end, to see that no wanted
+    layer runs twice. Gradients are the caller's to switch off. Codes are float32, or float64 from a float64 backbone.
+
+    Args:
+        backbone: a timm model without classifier. It is kept in eval mode and otherwise left as it is.
+        wanted: pairs of a layer, 'penultimate' (what the backbone itself gives, whose pooling is its own) or the name
+            of a module, and a pool. 'avg', 'max' and 'avgmax' (both, so twice as wide) go over positions and leave
+            prefix tokens out; 'token' is the first prefix token; 'none' keeps everything, channels first for maps.
+
+    Raises:
+        ModelError: no such layer or pool.
+    """
+
+    def __init__(self, backbone: nn.Module, wanted: Sequence[tuple[str, str]]) -> None:
+        super().__init__()
+        assert wanted, "no layer is wanted"
+        for layer, pool in wanted:
+            _check_layer(backbone, layer)
+            _check_pool(pool)
+        self.backbone = backbone
+        self.wanted = tuple((layer, pool) for layer, pool in wanted)
+        self._ran_to_the_end = False
+        self.eval()
+
+    def train(self, mode: bool = True) -> LayerCodes:
+        """Stays in eval mode: codes depend on the image alone."""
+        return super().train(False)
+
+    def forward(self, images_BCHW: Tensor) -> tuple[Tensor, ...]:
+        """The codes of each (layer, pool).
+
+        Raises:
+            ModelError: a layer does not give one vector an image, or not clearly.
+        """
+        taps = self._pass(images_BCHW, to_the_end=not self._ran_to_the_end)
+        self._ran_to_the_end = True
+        return tuple(taps.codes[pair] for pair in self.wanted)
+
+    def describe(self, images_BCHW: Tensor) -> list[CodesRow]:
+        """What each (layer, pool) gives, by one pass of `images_BCHW` (two are enough).
+
+        Raises:
+            ModelError: as `forward`; or the backbone cannot take such images.
+        """
+        try:
+            with torch.no_grad():
+                taps = self._pass(images_BCHW, to_the_end=True)
+        except TlscaleError:
+            raise
+        except Exception as error:  # each architecture complains in its own way about images too small for it
+            size = " x ".join(str(pixels) for pixels in images_BCHW.shape[2:])
+            first = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ModelError(
+                f"backbone: {type(self.backbone).__name__} cannot take images of {size} pixels: {first}. "
+                "Set data.image_size to a size that it takes."
+            ) from error
+        return [
+            CodesRow(layer, pool, taps.strides[layer], int(taps.codes[layer, pool].shape[1]))
+            for layer, pool in self.wanted
+        ]
+
+    def _pass(self, images_BCHW: Tensor, *, to_the_end: bool) -> _Taps:
+        if self.backbone.training:  # by a train() of the backbone's own
+            self.backbone.eval()
+        taps = _Taps(self.backbone, self.wanted, images_BCHW.shape, to_the_end)
+        with ExitStack() as hooks:
+            for layer in taps.pools:
+                if layer != PENULTIMATE:
+                    hook = self.backbone.get_submodule(layer).register_forward_hook(partial(taps.take, layer))
+                    hooks.callback(hook.remove)
+            try:
+                features = self.backbone(images_BCHW)
+            except _EverythingTaken:
+                return taps
+        if PENULTIMATE in taps.pools:
+            taps.take_penultimate(features)
+        if missing := [layer for layer in taps.pools if layer not in taps.strides]:
+            raise ModelError(
+                f"codes.layer: {type(self.backbone).__name__} does not run its module '{missing[0]}' by itself, so it "
+                f"gives no codes. Name a module around or in it, or a stage: {', '.join(stages(self.backbone))}"
+            )
+        return taps
+
+
+def _check_pool(pool: str) -> None:
+    if pool not in POOLS:
+        raise ModelError(f"codes.pool: there is no '{pool}'.{did_you_mean(pool, POOLS)} There are: {', '.join(POOLS)}")
+
+
+def _check_layer(backbone: nn.Module, layer: str) -> None:
+    modules = dict(backbone.named_modules())
+    if layer == PENULTIMATE or (layer and layer in modules and not _is_list(modules[layer])):
+        return
+    kind = type(backbone).__name__
+    if layer in modules and layer:
+        inside = [f"'{layer}.{name}'" for name, _ in modules[layer].named_children()]
+        raise ModelError(f"codes.layer: '{layer}' of {kind} is a list of layers; name one of {', '.join(inside)}")
+    owner, _, own = layer.rpartition(".")
+    if owner in modules and hasattr(modules[owner], own) and owner:
+        raise ModelError(
+            f"codes.layer: '{layer}' of {kind} is a parameter or value, not a layer; name the module '{owner}'"
+        )
+    known = stages(backbone)
+    beside = [name for name in modules if name and name.rpartition(".")[0] == owner]
+    near = did_you_mean(layer, [*beside, PENULTIMATE]) or did_you_mean(layer, known)
+    raise ModelError(
+        f"codes.layer: {kind} has no layer '{layer}'.{near} Its stages: {', '.join(known)}; any module may be named, "
+        f"as in the parameters' names ({len(modules) - 1} of them)"
+    )
+
+
+class _EverythingTaken(Exception):  # noqa: N818 (the way out of a pass, no error)
+    """All the layers that are wanted have run."""
+
+
+@dataclass
+class _Positions:
+    """What a layer gives, its positions apart from its prefix tokens.
+
+    `height` is the number of rows of positions, None where there are no rows. Maps are flattened channels first.
+    """
+
+    positions_BPD: Tensor
+    prefix_BKD: Tensor
+    height: int | None
+    is_map: bool = False
+
+    def pooled(self, pool: str, layer: str) -> Tensor:
+        """(B, D) in memory of its own: a later layer may work in place."""
+        match pool:
+            case "avg":
+                return self.positions_BPD.mean(1)
+            case "max":
+                return self.positions_BPD.amax(1)
+            case "avgmax":
+                return torch.cat([self.positions_BPD.mean(1), self.positions_BPD.amax(1)], 1)
+            case "none" if self.is_map:
+                return self.positions_BPD.transpose(1, 2).flatten(1).clone()
+            case "none":
+                return torch.cat([self.prefix_BKD, self.positions_BPD], 1).flatten(1)
+        if self.prefix_BKD.shape[1] == 0:
+            raise ModelError(f"codes.pool: '{layer}' has no class token; use avg, max, avgmax or none")
+        return self.prefix_BKD[:, 0].clone()
+
+
+@dataclass
+class _Taps:
+    """The hooks of one pass, and what they took: codes are pooled at once, so no map is kept."""
+
+    backbone: nn.Module
+    wanted: Sequence[tuple[str, str]]
+    images_shape: torch.Size
+    to_the_end: bool
+    pools: dict[str, list[str]] = field(default_factory=dict)
+    codes: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+    strides: dict[str, int | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for layer, pool in self.wanted:
+            self.pools.setdefault(layer, []).append(pool)
+
+    def take(self, layer: str, module: nn.Module, args: object, value: object) -> None:
+        kind = type(self.backbone).__name__
+        if layer in self.strides:
+            raise ModelError(f"codes.layer: '{layer}' of {kind} runs more than once in a pass; name a module around it")
+        tensors = [one for one in value if isinstance(one, Tensor)] if isinstance(value, tuple | list) else [value]
+        if len(tensors) != 1 or not isinstance(tensors[0], Tensor):
+            inside = ", ".join(f"'{layer}.{name}'" for name, _ in module.named_children())
+            raise ModelError(
+                f"codes.layer: '{layer}' of {kind} gives a {type(value).__name__}, not one tensor; name a module "
+                f"{f'in it ({inside}), or ' if inside else ''}after it"
+            )
+        found = _in_positions(_at_least_float32(tensors[0]), layer, self.backbone, self.images_shape)
+        self.strides[layer] = None if found.height is None else round(self.images_shape[2] / found.height)
+        for pool in self.pools[layer]:
+            self.codes[layer, pool] = found.pooled(pool, layer)
+        if not self.to_the_end and len(self.strides) == len(self.pools):
+            raise _EverythingTaken
+
+    def take_penultimate(self, features: object) -> None:
+        if not isinstance(features, Tensor) or features.ndim != 2:
+            shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+            raise ModelError(f"backbone: {type(self.backbone).__name__} gives {shape}, not one vector an image")
+        self.strides[PENULTIMATE] = None
+        for pool in self.pools[PENULTIMATE]:
+            self.codes[PENULTIMATE, pool] = _at_least_float32(features)
+
+
+def _at_least_float32(value: Tensor) -> Tensor:
+    return value if value.dtype == torch.float64 else value.float()
+
+
+def _in_positions(value: Tensor, layer: str, backbone: nn.Module, images_shape: torch.Size) -> _Positions:
+    if value.ndim not in (2, 3, 4) or value.shape[0] != images_shape[0]:
+        raise ModelError(
+            f"codes.layer: '{layer}' of {type(backbone).__name__} gives {tuple(value.shape)} for {images_shape[0]} "
+            "images: neither a map (B, C, H, W) or (B, H, W, C), nor tokens (B, N, D), nor a vector (B, D) an image. "
+            f"Name a module around it, or a stage: {', '.join(stages(backbone))}"
+        )
+    if value.ndim == 2:
+        return _Positions(value.unsqueeze(1), value.new_zeros(len(value), 0, value.shape[1]), None)
+    if value.ndim == 3:
+        num_prefix = _num_prefix(value, layer, backbone, images_shape)
+        num_positions = value.shape[1] - num_prefix
+        side = math.isqrt(num_positions)
+        return _Positions(value[:, num_prefix:], value[:, :num_prefix], side if side**2 == num_positions else None)
+    value = value.movedim(_channel_dim(value, layer, backbone), 1)
+    positions = value.flatten(2).transpose(1, 2)
+    return _Positions(positions, positions[:, :0], value.shape[2], is_map=True)
+
+
+def _num_prefix(value: Tensor, layer: str, backbone: nn.Module, images_shape: torch.Size) -> int:
+    """K, by counting: some architectures add their class token only after the layers that timm lists."""
+    declared = int(getattr(backbone, "num_prefix_tokens", 0) or 0)
+    infos = _feature_info(backbone)
+    own = {known.stride for known in layer_names(backbone) if known.name == layer and known.stride is not None}
+    strides = own or {int(info["reduction"]) for info in infos}
+    if not strides and not declared:
+        return 0
+    sizes = {math.ceil(images_shape[2] / stride) * math.ceil(images_shape[3] / stride) for stride in strides}
+    # One is looked for as well: some declare none and have a class token all the same.
+    fitting = {num for num in {0, 1, declared} if value.shape[1] - num in sizes}
+    if len(fitting) == 1:
+        return fitting.pop()
+    raise ModelError(
+        f"codes.layer: '{layer}' of {type(backbone).__name__} gives {tuple(value.shape)}; which of these are positions "
+        f"of the image {'is not clear' if fitting else 'cannot be told'} (timm speaks of {sorted(sizes)} positions and "
+        f"{declared} prefix tokens). Name a module around it, or a stage: {', '.join(stages(backbone))}"
+    )
+
+
+def _channel_dim(value: Tensor, layer: str, backbone: nn.Module) -> int:
+    """1 for (B, C, H, W), 3 for (B, H, W, C): by timm's word on the stage, else by which two sides are alike."""
+    num_chs = {known.channels for known in layer_names(backbone) if known.name == layer}
+    by_width = [dim for dim in (1, 3) if value.shape[dim] in num_chs]
+    if len(by_width) == 1:
+        return by_width[0]
+    if by_width:  # both fit: then it is as the architecture declares, or as timm's do unless they declare it
+        return 3 if getattr(backbone, "output_fmt", None) == "NHWC" else 1
+    _, one, two, three = value.shape
+    if two == three and (one != two or not _works_on_the_last_axis(backbone)):
+        return 1
+    if one == two != three:
+        return 3
+    raise ModelError(
+        f"codes.layer: '{layer}' of {type(backbone).__name__} gives {tuple(value.shape)}, and which side is the "
+        "channels' cannot be told from that. Another data.image_size tells, or name a stage: "
+        f"{', '.join(stages(backbone))}"
+    )
+
+
+def _works_on_the_last_axis(backbone: nn.Module) -> bool:
+    """Whether anything in it could want its channels last."""
+    return any(isinstance(module, nn.Linear | nn.LayerNorm) for module in backbone.modules())
