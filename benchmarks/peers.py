@@ -26,6 +26,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from tlscale.data.sampler import DataOrder
 
+BY_HAND = "plain PyTorch, features kept by hand"
+
 
 @dataclass(frozen=True)
 class Task:
@@ -73,27 +75,31 @@ class Task:
 
 @dataclass
 class Measured:
-    """What a peer took. Seconds of each epoch, of the evaluation at the end, and the test accuracy (0..1)."""
+    """What a peer took: seconds before the first epoch (features kept by hand), of each epoch and of the evaluation at
+    the end, and the test accuracy (0..1)."""
 
     name: str
+    before_s: float = 0.0
     epochs_s: list[float] = field(default_factory=list)
     evaluation_s: float = 0.0
     top1: float = 0.0
 
     def train_s(self, epochs: int) -> float:
         """Seconds of so many epochs: measured, or where fewer were run, the rest at their median."""
-        return sum(self.epochs_s) + (epochs - len(self.epochs_s)) * statistics.median(self.epochs_s)
+        return self.before_s + sum(self.epochs_s) + (epochs - len(self.epochs_s)) * statistics.median(self.epochs_s)
 
 
-def forward_s(task: Task) -> float:
-    """Seconds of one forward pass of the backbone over all images, training and test: what cannot be saved."""
+def forward_s(task: Task) -> list[float]:
+    """Seconds of one forward pass of the backbone over the training and over the test images: what cannot be saved."""
     backbone, _ = task.networks()
-    began = time.perf_counter()
-    with torch.inference_mode():
-        for images_NCHW in (task.images_NCHW, task.test_images_NCHW):
+    seconds = []
+    for images_NCHW in (task.images_NCHW, task.test_images_NCHW):
+        began = time.perf_counter()
+        with torch.inference_mode():
             for images_BCHW in images_NCHW.split(task.batch_size):
                 backbone(task.inputs(images_BCHW))
-    return time.perf_counter() - began
+        seconds.append(time.perf_counter() - began)
+    return seconds
 
 
 def plain(task: Task) -> Measured:
@@ -103,7 +109,7 @@ def plain(task: Task) -> Measured:
 
 def plain_with_features(task: Task) -> Measured:
     """The same by who knows that the features of a frozen network can be kept, and writes that down for this case."""
-    return _loop(task, "plain PyTorch, features kept by hand", keeps=True)
+    return _loop(task, BY_HAND, keeps=True)
 
 
 def _loop(task: Task, name: str, *, keeps: bool) -> Measured:
@@ -112,7 +118,9 @@ def _loop(task: Task, name: str, *, keeps: bool) -> Measured:
     order, measured, step = task.order, Measured(name), 0
     began = time.perf_counter()
     kept_ND = _features(task, backbone, task.images_NCHW) if keeps else None
+    measured.before_s = time.perf_counter() - began
     for _ in range(task.epochs):
+        began = time.perf_counter()
         for _ in range(order.steps_per_epoch):
             rows_B = torch.from_numpy(order.rows(step))
             if kept_ND is None:
@@ -127,7 +135,7 @@ def _loop(task: Task, name: str, *, keeps: bool) -> Measured:
             optimizer.zero_grad()
             step += 1
         measured.epochs_s.append(time.perf_counter() - began)
-        began = time.perf_counter()
+    began = time.perf_counter()
     with torch.inference_mode():
         logits_NC = head(_features(task, backbone, task.test_images_NCHW))
     return _finished(task, measured, began, logits_NC)
@@ -163,10 +171,10 @@ def fastai(task: Task) -> Measured:
             raise CancelValidException
 
     class Watch(Callback):  # type: ignore[misc]
-        def before_epoch(self) -> None:
+        def before_train(self) -> None:
             self.began = time.perf_counter()
 
-        def after_epoch(self) -> None:
+        def after_train(self) -> None:
             measured.epochs_s.append(time.perf_counter() - self.began)
 
     def loader(images_NCHW: Tensor, labels_N: Tensor, *, shuffle: bool) -> Any:
@@ -193,6 +201,7 @@ def fastai(task: Task) -> Measured:
     learner.freeze()
     with learner.no_bar(), learner.no_logging():
         learner.fit(task.epochs)
+        learner.remove_cb(NoValidation)  # it would end the evaluation as well
         began = time.perf_counter()
         logits_NC, _ = learner.get_preds(dl=test, act=nn.Identity(), reorder=False)
     return _finished(task, measured, began, logits_NC)

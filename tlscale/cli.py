@@ -53,18 +53,11 @@ def main() -> None:
 @click.option("--overwrite", is_flag=True, help="Replace the run that is in DIR.")
 @_reports_errors
 def run(recipe: str, overrides: Sequence[str], out: str | None, resume: bool, overwrite: bool) -> None:
-    """Train as RECIPE says, evaluate, and write a model that timm loads.
+    """Train (or fit a probe) as RECIPE says, evaluate, and write a model.
 
     Exit codes: 0 done, 1 failed, 2 wrong recipe or data, 75 stopped by a signal after saving.
     """
-    if resume and overwrite:
-        raise click.UsageError("--resume goes on with a run, --overwrite replaces it: give one of them")
-    loaded = _load(recipe, overrides)
-    from tlscale.jobs.run import run as start
-    from tlscale.stop import stop_with_launcher
-
-    stop_with_launcher()
-    start(loaded, out, resume=resume, overwrite=overwrite)
+    _start(_load(recipe, overrides), out, resume=resume, overwrite=overwrite)
 
 
 @main.command()
@@ -78,6 +71,90 @@ def plan(recipe: str, overrides: Sequence[str], processes: int | None) -> None:
     from tlscale.jobs.plan import plan as show
 
     show(loaded, world_size=processes or loaded.compute.num_processes or 1)
+
+
+@main.command()
+@click.argument("recipe")
+@click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")
+@click.option("--out", metavar="DIR", help="Run folder.  [default: runs/<recipe name>]")
+@click.option("--resume", is_flag=True, help="Give the figures of a probe that is in DIR already.")
+@click.option("--overwrite", is_flag=True, help="Replace the run that is in DIR.")
+@_reports_errors
+def probe(recipe: str, overrides: Sequence[str], out: str | None, resume: bool, overwrite: bool) -> None:
+    """Fit RECIPE's probe: a classifier on codes, without training; the same as `run`.
+
+    Of a recipe without `probe:`, its data, backbone and codes are taken, and a logistic regression.
+    """
+    loaded = _load(recipe, overrides)
+    if loaded.probe is None:
+        from tlscale.recipe.strategies import derive
+
+        loaded = derive(loaded, "codes", early_layers=())
+    _start(loaded, out, resume=resume, overwrite=overwrite)
+
+
+class _CodesGroup(click.Group):
+    """A group whose verb is optional: what names no verb is a recipe."""
+
+    def resolve_command(self, context: click.Context, args: list[str]) -> Any:  # noqa: ANN401 (click's own)
+        if args and self.get_command(context, args[0]) is None:
+            args = ["compute", *args]
+        return super().resolve_command(context, args)
+
+
+@main.group(cls=_CodesGroup, subcommand_metavar="RECIPE [KEY.PATH=VALUE]... | list | verify | prune")
+def codes() -> None:
+    """Compute the codes that RECIPE needs, ahead of its run; or look after those that are kept.
+
+    What a run finds there it does not compute. They lie below $TLSCALE_CACHE/codes (by itself ~/.cache/tlscale/codes).
+    """
+
+
+@codes.command("compute", hidden=True)
+@click.argument("recipe")
+@click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")
+@_reports_errors
+def codes_compute(recipe: str, overrides: Sequence[str]) -> None:
+    """Compute and keep the codes of RECIPE's images: of codes.layer, or of what it freezes."""
+    loaded = _load(recipe, overrides)
+    from tlscale.jobs.codes import compute_codes
+    from tlscale.stop import stop_with_launcher
+
+    stop_with_launcher()
+    compute_codes(loaded)
+
+
+@codes.command("list")
+@_reports_errors
+def codes_list() -> None:
+    """List the codes that are kept, those used last first."""
+    from tlscale.jobs.codes import list_codes
+
+    list_codes()
+
+
+@codes.command("verify")
+@click.argument("digest", required=False)
+@_reports_errors
+def codes_verify(digest: str | None) -> None:
+    """Read every byte that is kept (or of the entry DIGEST) and compare it with what was written."""
+    from tlscale.jobs.codes import verify_codes
+
+    verify_codes(digest)
+
+
+@codes.command("prune")
+@click.argument("digests", nargs=-1, metavar="[DIGEST]...")
+@click.option("--keep-gib", type=click.FloatRange(0), help="Remove what was not used for longest, down to so many GiB.")
+@click.option("--all", "everything", is_flag=True, help="Remove all codes.")
+@_reports_errors
+def codes_prune(digests: tuple[str, ...], keep_gib: float | None, everything: bool) -> None:
+    """Remove codes: those named by the first digits of their DIGEST, or by --keep-gib or --all."""
+    if sum([bool(digests), keep_gib is not None, everything]) != 1:
+        raise click.UsageError("name digests, or give one of --keep-gib and --all")
+    from tlscale.jobs.codes import prune_codes
+
+    prune_codes(digests, keep_gib=keep_gib, everything=everything)
 
 
 @main.command()
@@ -118,6 +195,16 @@ def recipes_copy(name: str, path: str | None) -> None:
     from tlscale.recipe.shipped import copy_recipe
 
     click.echo(f"copied to {copy_recipe(name, path or f'{name}.yaml')}")
+
+
+def _start(recipe: Recipe, out: str | None, *, resume: bool, overwrite: bool) -> None:
+    if resume and overwrite:
+        raise click.UsageError("--resume goes on with a run, --overwrite replaces it: give one of them")
+    from tlscale.jobs.run import run as start
+    from tlscale.stop import stop_with_launcher
+
+    stop_with_launcher()
+    start(recipe, out, resume=resume, overwrite=overwrite)
 
 
 def _load(recipe: str, overrides: Sequence[str]) -> Recipe:

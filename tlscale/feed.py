@@ -158,7 +158,9 @@ class CodeFeed:
         )
 
     def inputs(self, batch: CodeBatch) -> tuple[Tensor, ...]:
-        return batch.to(self._processes.device, non_blocking=True).codes
+        codes = batch.to(self._processes.device, non_blocking=True).codes
+        # What was kept in fewer bits goes on in the type that the network computes in.
+        return tuple(code.to(value.dtype) for code, value in zip(codes, self._frontier.values, strict=True))
 
     def eval_batches(self, split: ImageSplit) -> Iterable[CodeBatch]:
         processes = self._processes
@@ -239,21 +241,32 @@ class Keeper:
                 codes: tuple[Tensor, ...] = module(images_BCHW)
             return codes
 
-        codes = extract_codes(
-            self.store,
-            key,
-            split.rows_N,
-            load=load_inputs,
-            module=compute,
-            processes=self.processes,
-            screen=self.screen,
-            title=split.name,
-            should_stop=lambda: self.stop.requested,
-        )
+        codes = self._of_more_layers(key, split)
+        if codes is None:
+            codes = extract_codes(
+                self.store,
+                key,
+                split.rows_N,
+                load=load_inputs,
+                module=compute,
+                processes=self.processes,
+                screen=self.screen,
+                title=split.name,
+                should_stop=lambda: self.stop.requested,
+            )
         self.num_computed += codes.num_computed
         self.kept[split.name] = self.kept.get(split.name, 0) + codes.num_bytes
         fits = codes.num_bytes <= self.prepared.recipe.codes.memory_mib * 2**20
         return codes.load() if fits else codes
+
+    def _of_more_layers(self, key: CodesKey, split: ImageSplit) -> Codes | None:
+        """The codes out of an entry that has those of other layers as well, where every process finds it."""
+        codes = self.processes.on_all(lambda: self.store.open_within(key, split.rows_N, say=self.screen.say))
+        if self.processes.any(codes is None):
+            return None
+        assert codes is not None
+        self.screen.say(f"codes of {split.name}: hit, among those of other layers, from '{codes.path}'")
+        return codes
 
     def _plain_batch(self, store: ImageStore, positions_B: Ints) -> ImageBatch:
         images_BCHW = store.images(positions_B)

@@ -99,6 +99,10 @@ class RunBook:
         shown = "  ".join(f"{key} {number(figures[key])}" for key in ("top1", "loss", "macro_f1"))
         self._progress.say(f"{split} after step {self._clock.step}: {shown}{'  (best so far)' if is_best else ''}")
 
+    def write_probe(self, codes: str, setting: float, top1: float | None, loss: float | None) -> None:
+        """A line on one setting of a probe: what the held-out images say of it."""
+        self._write("probe", {"codes": codes, "setting": setting, "held_out_top1": top1, "held_out_loss": loss})
+
     def _write(self, kind: str, figures: dict[str, Any]) -> None:
         step = self._clock.step
         where = {

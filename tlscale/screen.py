@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from tlscale.codes.probe import Choice
 from tlscale.data.sampler import DataOrder
 from tlscale.model.layers import PENULTIMATE
 from tlscale.prepare import Prepared, strategy_of
@@ -103,6 +104,18 @@ def _names(names: list[str]) -> str:
     return ", ".join(names[:2]) + (" ..." if len(names) > 2 else "")
 
 
+def show_probe(kind: str, choice: Choice, screen: Progress) -> None:
+    """The best setting of each set of codes, by the held-out images; the best of all is marked."""
+    rows = []
+    for name, path in choice.table.items():
+        best = min(path, key=lambda row: row.rank()) if len(path) > 1 else path[0]
+        figures = ("-", "-") if best.held_top1 is None or best.held_loss is None else (best.held_top1, best.held_loss)
+        shown = [figure if isinstance(figure, str) else number(figure) for figure in figures]
+        rows.append((name, f"{best.setting:g}", *shown, "chosen" if name == choice.name else ""))
+    setting = "neighbours" if kind == "knn" else "strength"
+    screen.table(f"Probe {kind}, by held-out images", ("codes", setting, "top1", "loss", ""), rows)
+
+
 def show_result(result: dict[str, Any], screen: Progress, *, folder: Path, how_to_load: str) -> None:
     """The final figures, and where everything is."""
     rows = []
@@ -112,12 +125,14 @@ def show_result(result: dict[str, Any], screen: Progress, *, folder: Path, how_t
             (name, figures["step"], number(figures["top1"]), number(figures["loss"]), number(figures["macro_f1"]))
         )
     title = f"{result['num_images']:,} {result['split']} images"
-    screen.table(title, ("weights", "step", "top1", "loss", "macro-F1"), rows)
+    if result["steps"]:  # a probe has no steps, and so only one set of weights
+        screen.table(title, ("weights", "step", "top1", "loss", "macro-F1"), rows)
     show_classes(result, screen)
     low, high = result["top1_interval95"]
+    how = f"with the {result['weights']} weights; {result['epochs']:g} epochs" if result["steps"] else "by the probe"
     screen.say(
-        f"top1 {number(result['top1'])} (95% interval {low:.4f} to {high:.4f}) with the {result['weights']} weights; "
-        f"{result['epochs']:g} epochs in {format_duration(result['wall_s'])}, {result['images_per_s']:.0f} images/s",
+        f"top1 {number(result['top1'])} (95% interval {low:.4f} to {high:.4f}) {how} in "
+        f"{format_duration(result['wall_s'])}, {result['images_per_s']:.0f} images/s",
         style="bold",
     )
     if result["is_sample"]:

@@ -15,7 +15,8 @@ from tests.small_models import loss_of, noise, section, state_of
 from tlscale.data.transforms import InputSpec
 from tlscale.errors import ModelError
 from tlscale.model.backbone import build_backbone, layer_numbers
-from tlscale.model.classifier import Classifier, enable_gradient_checkpointing, export_model, feature_width, load
+from tlscale.model.classifier import Classifier, enable_gradient_checkpointing, feature_width
+from tlscale.model.export import export_model, load
 from tlscale.model.staged import StagedNet
 
 # The neck of AlexNet and ZFNet is 54 million parameters; where they do not matter, it is narrow.

@@ -66,7 +66,7 @@ def test_the_digest_is_pinned():
 
 
 def test_another_process_has_the_same_digest():
-    code = "from tests.unit.test_codes_key import KEY; print(KEY.digest())"
+    code = f"from tlscale.codes.key import CodesKey; print({KEY!r}.digest())"
     made = subprocess.run(
         [sys.executable, "-c", code], env=environment(PYTHONHASHSEED="7"), capture_output=True, text=True, check=True
     )

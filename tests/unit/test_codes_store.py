@@ -201,6 +201,14 @@ def test_the_cache_folder_is_the_environments(monkeypatch, tmp_path):
     assert codes_root() == Path.home() / ".cache" / "tlscale" / "codes"
 
 
+def test_a_shard_that_is_written_again_is_not_changed_under_its_readers(store):
+    put(store, range(10))
+    codes = store.open(KEY, np.arange(10))
+    store.write_shard(KEY, np.arange(10), tuple(value + 1 for value in values_of(range(10))), SPECS)
+    assert_right(codes, range(10))
+    assert store.open(KEY, np.arange(10)) is None  # the manifest is of the old bytes
+
+
 def test_another_key_finds_nothing(store):
     put(store, range(10))
     assert store.open(replace(KEY, weights="other"), np.arange(10)) is None

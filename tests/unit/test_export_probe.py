@@ -46,7 +46,14 @@ def probe(name, layer, pool, head="linear", image_size=32, **keys) -> CodesClass
     if head == "linear":
         return CodesClassifier(codes, nn.Linear(known.shape[1], len(CLASSES)))
     labels = torch.arange(12) % len(CLASSES)
-    return CodesClassifier(codes, KnnHead(known, labels, known.mean(0), known.std(0), head, len(CLASSES)))
+    mean, std = known.mean(0), known.std(0).clamp(min=1e-6)
+    state = {
+        "codes_ND": nn.functional.normalize((known - mean) / std),
+        "labels_N": labels,
+        "mean_D": mean,
+        "std_D": std,
+    }
+    return CodesClassifier(codes, KnnHead(state, head, len(CLASSES)))
 
 
 @pytest.mark.parametrize("head", ["linear", 1, 5])
@@ -142,5 +149,5 @@ def test_a_probe_whose_configuration_does_not_fit(key, value, tmp_path):
 def test_neighbours_that_are_missing(tmp_path):
     export(probe("test_resnet", "layer2", "avg", 3), tmp_path)
     safetensors.torch.save_file({"mean_D": torch.zeros(48)}, tmp_path / "head.safetensors")
-    with pytest.raises(RunFolderError, match="cannot be loaded: probe: k = 3 nearest neighbours .* among 0 codes"):
+    with pytest.raises(RunFolderError, match="cannot be loaded: probe: the nearest neighbours lack their codes_ND"):
         load(tmp_path)

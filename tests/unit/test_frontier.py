@@ -205,6 +205,9 @@ def test_the_suffix_has_every_trained_parameter_once():
 def test_modes_are_the_networks():
     network = classifier(freeze=[RESNET], head=HEAD)
     frontier = find_frontier(network, noise())
+    assert frontier.suffix.training
+    frontier.suffix.eval()
+    assert not find_frontier(network, noise()).suffix.training
     frontier.suffix.train()
     assert network.training
     assert network.head.training
@@ -322,6 +325,15 @@ def test_what_one_value_gives_is_not_kept_beside_it():
         return pooled(self.top(torch.cat([x, x.relu() * 2], 1)))
 
     assert kept_of(Parts(forward, stem=frozen(conv()), top=conv(5, 8)))[0] == [(4, 8, 8)]
+
+
+def test_the_same_value_computed_twice():
+    def forward(self, x):
+        x = self.stem(x)
+        return pooled(self.top(x[:, :1].relu()) + self.other(x[:, :1].relu()))
+
+    network = Parts(forward, stem=frozen(conv(8)), top=conv(5, 1), other=conv(5, 1))
+    assert kept_of(network)[0] == [(1, 8, 8)] * 2
 
 
 def test_pooling_comes_before_keeping():

@@ -30,6 +30,10 @@ FAMILIES = {
     "xcit_nano_12_p16_224": (64, {"img_size": 64}),  # its class token comes after the blocks
     "levit_128s": (224, {}),
     "mixer_s32_224": (64, {"img_size": 64}),
+    "twins_svt_small": (
+        64,
+        {"img_size": 64, "embed_dims": (16, 16, 16, 16), "num_heads": (1, 1, 1, 1)},
+    ),  # lists in lists
     "mvitv2_tiny": (64, {"img_size": 64}),  # timm's list of stages names no modules
     "coat_lite_tiny": (64, {"img_size": 64, "embed_dims": (16, 16, 16, 16), "serial_depths": (1, 1, 1, 1)}),
 }
@@ -99,7 +103,7 @@ def test_every_stage_of_every_family(name):
     assert all(c.shape[0] == 2 and c.dtype == torch.float32 and c.isfinite().all() for c in codes)
     for layer, row in zip(layer_names(network), rows, strict=False):
         assert layer.channels in (None, row.width)
-        assert layer.stride in (None, row.stride) or FAMILIES[name][0] % layer.stride or name == "inception_v3"
+        assert layer.stride in (None, row.stride)
 
 
 def test_tokens():
@@ -153,36 +157,18 @@ def test_penultimate_is_after_the_convolution_behind_the_pool():
     assert [row.stride for row in rows] == [32, None]
 
 
-@pytest.mark.parametrize("name", ["test_resnet", "vgg11", "densenet121"])
-def test_a_later_layer_that_works_in_place_changes_nothing(name):
+@pytest.mark.parametrize(("name", "layer"), [("test_resnet", "layer1.0.bn1"), ("vgg11", "features.0")])
+def test_a_later_layer_that_works_in_place_changes_nothing(name, layer):
     network, images = backbone(name), images_for(name)
-    before = next(  # a layer right before one that works in place
-        (earlier, module)
-        for (earlier, module), (_, later) in zip(
-            [(n, m) for n, m in network.named_modules() if not any(m.children())],
-            [(n, m) for n, m in network.named_modules() if not any(m.children())][1:],
-            strict=False,
-        )
-        if getattr(later, "inplace", False) and n_dims(network, module, images) == 4
-    )[0]
     kept = {}
-    handle = network.get_submodule(before).register_forward_hook(lambda m, a, value: kept.update(value=value.clone()))
+    handle = network.get_submodule(layer).register_forward_hook(lambda m, a, value: kept.update(value=value.clone()))
     with torch.no_grad():
         network(images)
     handle.remove()
-    assert kept["value"].min() < 0  # what a ReLU in place would take away
-    none, largest = codes_of(network, images, (before, "none"), (before, "max"))
+    assert kept["value"].min() < 0  # what a ReLU in place takes away
+    none, largest = codes_of(network, images, (layer, "none"), (layer, "max"))
     assert torch.equal(none, kept["value"].flatten(1))
     assert torch.equal(largest, kept["value"].amax((2, 3)))
-
-
-def n_dims(network, module, images):
-    found = []
-    handle = module.register_forward_hook(lambda m, a, value: found.append(value.ndim))
-    with torch.no_grad():
-        network(images)
-    handle.remove()
-    return found[0] if found else 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

@@ -32,7 +32,7 @@ from tlscale.progress import Progress, format_duration
 Load = Callable[[Ints], Any]
 Module = Callable[[Any], tuple[Tensor, ...]]
 Values = tuple[Tensor, ...]
-_WAIT_S = 5.0  # the others wait for the main process at a barrier, which must come before their patience ends
+_WAIT_S = 1.0  # at most: the other processes wait for the main one meanwhile, and their patience ends some time
 _SAY_EVERY_S = 10.0
 
 

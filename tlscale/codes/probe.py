@@ -28,14 +28,13 @@ from torch import Tensor, nn
 
 from tlscale.codes.solvers import LINEAR_KINDS, LinearPath, linear_path
 from tlscale.errors import DataError, ModelError, RecipeError, did_you_mean
+from tlscale.model.heads import KnnHead
 
 Array: TypeAlias = Tensor | npt.NDArray[Any]
 
 PROBE_KINDS = (*LINEAR_KINDS, "knn")
 _STRENGTHS = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
 _NEIGHBOURS = (1, 3, 5, 10, 20, 50, 100, 200)
-_VOTE_TEMPERATURE = 0.07  # as in DINO (Caron et al. 2021), after Wu et al. 2018
-_MOST_SIMILARITIES = 2**24  # kept at a time: 64 MiB
 
 
 @dataclass(frozen=True)
@@ -65,8 +64,7 @@ class FittedProbe:
     """All of the grid, in its order."""
     num_images: int
     """That the classifier was fitted to: with `refit`, the held-out ones too."""
-    converged: bool
-    """Whether the last fit met its tolerance."""
+    converged: bool  # the last fit
     head: nn.Module
 
     def module(self) -> nn.Module:
@@ -200,21 +198,21 @@ def _checked_grid(kind: str, grid: Sequence[float] | None, train: _Images, num_h
             f"There are {', '.join(PROBE_KINDS)}"
         )
     values = default_grid(kind, len(train.labels)) if grid is None else tuple(float(value) for value in grid)
-    least = 1 if kind == "knn" else 0
+    least, key = (1, "probe.neighbours") if kind == "knn" else (0, "probe.strengths")
     for value in values:
         if kind == "knn" and not (value.is_integer() and 1 <= value <= len(train.labels)):
             raise RecipeError(
-                f"probe.grid: {value:g} neighbours; it takes a whole number from 1 to the number of training images, "
+                f"probe.neighbours: {value:g}: it takes a whole number from 1 to the number of training images, "
                 f"here {len(train.labels):,}"
             )
         if not least <= value < float("inf") or value == 0:
-            raise RecipeError(f"probe.grid: {value:g} is no strength of regularisation; it takes a number above 0")
+            raise RecipeError(f"probe.strengths: {value:g} is no strength of regularisation; it takes a number above 0")
     if not values or len(set(values)) < len(values):
-        raise RecipeError(f"probe.grid: {list(values)} must hold one value or more, all different")
+        raise RecipeError(f"{key}: {list(values)} must hold one value or more, all different")
     if len(values) > 1 and not num_held:
         raise RecipeError(
-            f"probe.grid: {len(values)} values, and no held-out images to choose by. Set data.validation_fraction "
-            f"above 0 (0.1, say), or name one value, such as grid: [{values[len(values) // 2]:g}]"
+            f"{key}: {len(values)} values, and no held-out images to choose by. Set data.validation_fraction "
+            f"above 0 (0.1, say), or name one value, such as {key}=[{values[len(values) // 2]:g}]"
         )
     return values
 
@@ -325,60 +323,6 @@ def _folded(path: LinearPath, index: int, mean_D: Tensor, std_D: Tensor) -> nn.L
 
 
 # -- nearest neighbours -----------------------------------------------------------------------------------------------
-
-
-class KnnHead(nn.Module):
-    """The votes of the K nearest training images, as logits.
-
-    Near means a high cosine of standardised codes. A neighbour's vote weighs `exp(cosine / 0.07)`; weights are scaled
-    so that the K of them sum to K, one more vote is shared by all classes alike, and the logits are the logarithms of
-    the shares: their softmax is the shares, and no class has a share of 0.
-
-    Args:
-        state: what `state_dict()` of such a head gave: `codes_ND` (standardised, of length 1), `labels_N`, `mean_D`
-            and `std_D`.
-        k: K, at most N.
-        num_classes: C.
-    """
-
-    codes_ND: Tensor
-    labels_N: Tensor
-    mean_D: Tensor
-    std_D: Tensor
-
-    def __init__(self, state: Mapping[str, Tensor], k: int, num_classes: int) -> None:
-        super().__init__()
-        self.k, self.num_classes = k, num_classes
-        for name in ("codes_ND", "labels_N", "mean_D", "std_D"):
-            self.register_buffer(name, state[name])
-        assert 1 <= k <= len(self.labels_N), f"{k} neighbours of {len(self.labels_N)} images"
-
-    def state(self) -> dict[str, Tensor]:
-        """The buffers themselves, by name."""
-        return dict(self.named_buffers())
-
-    def neighbours(self, codes_BD: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and labels of the nearest, nearest first: (B, K) each. Memory does not grow with B * N."""
-        at_once = max(1, _MOST_SIMILARITIES // len(self.labels_N))
-        cosines, rows = [], []
-        for block_BD in torch.split(codes_BD, at_once):
-            unit_BD = F.normalize((block_BD.to(self.mean_D) - self.mean_D) / self.std_D, dim=1)
-            top = (unit_BD @ self.codes_ND.T).topk(self.k, dim=1)
-            cosines.append(top.values)
-            rows.append(top.indices)
-        return torch.cat(cosines), self.labels_N[torch.cat(rows)]
-
-    def votes(self, cosines_BK: Tensor, labels_BK: Tensor) -> Tensor:
-        """Logits (B, C) from some nearest neighbours."""
-        k = cosines_BK.shape[1]
-        weights_BK = (cosines_BK / _VOTE_TEMPERATURE).softmax(dim=1) * k
-        votes_BC = weights_BK.new_full((len(labels_BK), self.num_classes), 1 / self.num_classes)
-        for neighbour in range(k):  # one at a time: a scatter of many adds in no fixed order on a GPU
-            votes_BC.scatter_add_(1, labels_BK[:, neighbour, None], weights_BK[:, neighbour, None])
-        return (votes_BC / (k + 1)).log()
-
-    def forward(self, codes_BD: Tensor) -> Tensor:
-        return self.votes(*self.neighbours(codes_BD))
 
 
 def _knn_head(images: _Images, k: int, num_classes: int) -> KnnHead:

@@ -93,6 +93,21 @@ class Codes:
         codes.num_computed = self.num_computed
         return codes
 
+    def select(self, numbers: Sequence[int]) -> Codes:
+        """Some of the values, by their places in `values`, of the same images."""
+        values = tuple(self.values[number] for number in numbers)
+        maps = [self._maps[number] for number in numbers] if self._maps else ()
+        codes = Codes(self.path, values, self.rows_N, self._shard_N, self._offset_N, maps)
+        codes._kept = None if self._kept is None else tuple(self._kept[number] for number in numbers)
+        codes.num_computed = self.num_computed
+        return codes
+
+    def whole(self, number: int) -> Tensor:
+        """One value of all images, (N, *shape) on the CPU, which the caller must not overwrite."""
+        codes = self.select([number]).load()
+        assert codes._kept is not None
+        return _turned(codes._kept[0], codes.values[0])
+
     def _read(self, maps: Mapping[int, Array], spec: ValueSpec) -> Tensor:
         channels, *rest = spec.shape if spec.channels_last else (0,)
         values_N = torch.empty((len(self), *((*rest, channels) if rest else spec.shape)), dtype=spec.torch_dtype)

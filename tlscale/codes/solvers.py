@@ -151,6 +151,8 @@ def logistic_path(codes_ND: Tensor, labels_N: Tensor, num_classes: int, strength
         lam_L = variances_R.new_tensor(strengths[first : first + at_once])
         start_QLC = rotated_NR.new_zeros(len(variances_R) + 1, len(lam_L), num_classes)
         start_QLC = _minimise(rough, lam_L.float(), start_QLC.float(), TOLERANCE / 2)[0].double()
+        # At the optimum the classes sum to zero, here but for the rounding of float32.
+        start_QLC -= start_QLC.mean(2, keepdim=True)
         solution_QLC, converged_L = _minimise(problem, lam_L, start_QLC, TOLERANCE)
         solutions.append(solution_QLC)
         converged += converged_L.tolist()
@@ -175,9 +177,11 @@ class _Problem:
         """The derivative of each image's loss by its logits."""
         return logits_NAC.softmax(2).sub_(self.targets_N1C)
 
-    def gradient(self, residuals_NAC: Tensor) -> Tensor:
+    def gradient(self, residuals_NAC: Tensor, params_QAC: Tensor, lam_QA1: Tensor) -> Tensor:
         total_QX = self.codes_NQ.T @ residuals_NAC.flatten(1)
-        return total_QX.view(-1, *residuals_NAC.shape[1:]) / len(self.codes_NQ)
+        gradient_QAC = total_QX.view(-1, *residuals_NAC.shape[1:]) / len(self.codes_NQ) + lam_QA1 * params_QAC
+        # It sums to zero over classes but for rounding, which would grow from step to step: nothing is learnt there.
+        return gradient_QAC - gradient_QAC.mean(2, keepdim=True)
 
 
 def _dot(first_QAC: Tensor, second_QAC: Tensor) -> Tensor:
@@ -193,7 +197,7 @@ class _Search:
     logits_NAC: Tensor
     gradient_QAC: Tensor
     lam_QA1: Tensor  # 0 in the row of the bias
-    history: list[tuple[Tensor, Tensor]]  # steps and what they changed in the gradient
+    history: list[tuple[Tensor, Tensor, Tensor]]  # steps, what they changed in the gradient, products of the two
 
     def keep(self, kept_A: Tensor) -> _Search:
         return _Search(
@@ -201,7 +205,7 @@ class _Search:
             self.logits_NAC[:, kept_A],
             self.gradient_QAC[:, kept_A],
             self.lam_QA1[:, kept_A],
-            [(step[:, kept_A], change[:, kept_A]) for step, change in self.history],
+            [(step[:, kept_A], change[:, kept_A], product[kept_A]) for step, change, product in self.history],
         )
 
 
@@ -210,7 +214,7 @@ def _minimise(problem: _Problem, lam_L: Tensor, start_QLC: Tensor, tolerance: fl
     lam_QL1 = lam_L[None, :, None].repeat(len(start_QLC), 1, 1)
     lam_QL1[-1] = 0
     logits_NLC = problem.logits(start_QLC)
-    gradient_QLC = problem.gradient(problem.residuals(logits_NLC)) + lam_QL1 * start_QLC
+    gradient_QLC = problem.gradient(problem.residuals(logits_NLC), start_QLC, lam_QL1)
     search = _Search(start_QLC, logits_NLC, gradient_QLC, lam_QL1, [])
     result_QLC, converged_L = start_QLC.clone(), torch.zeros_like(lam_L, dtype=torch.bool)
     unsolved_A = torch.arange(len(lam_L), device=lam_L.device)
@@ -249,8 +253,9 @@ def _step(problem: _Problem, search: _Search) -> Tensor:
     step_QAC = length_A1 * direction_QAC
     search.params_QAC = search.params_QAC + step_QAC
     search.logits_NAC = search.logits_NAC + length_A1 * change_NAC
-    gradient_QAC = problem.gradient(residuals_NAC) + search.lam_QA1 * search.params_QAC
-    search.history = [*search.history[1 - _MEMORY :], (step_QAC, gradient_QAC - search.gradient_QAC)]
+    gradient_QAC = problem.gradient(residuals_NAC, search.params_QAC, search.lam_QA1)
+    turn_QAC = gradient_QAC - search.gradient_QAC
+    search.history = [*search.history[1 - _MEMORY :], (step_QAC, turn_QAC, _dot(step_QAC, turn_QAC))]
     search.gradient_QAC = gradient_QAC
     return stuck_A
 
@@ -259,17 +264,17 @@ def _direction(problem: _Problem, search: _Search) -> Tensor:
     """Minus the estimate of the inverse Hessian times the gradient (the two loops of Nocedal 1980)."""
     bound_QA1, result_QAC, factors = problem.bound_Q11 + search.lam_QA1, search.gradient_QAC, []
     dtype = result_QAC.dtype
-    for step_QAC, change_QAC in reversed(search.history):
-        factor_A = _dot(step_QAC, result_QAC) / _dot(step_QAC, change_QAC)
+    for step_QAC, change_QAC, product_A in reversed(search.history):
+        factor_A = _dot(step_QAC, result_QAC) / product_A
         factors.append(factor_A)
         result_QAC = result_QAC - factor_A.to(dtype)[:, None] * change_QAC
     result_QAC = result_QAC / bound_QA1
     if search.history:
-        step_QAC, change_QAC = search.history[-1]
-        scale_A = _dot(step_QAC, change_QAC) / _dot(change_QAC, change_QAC / bound_QA1)
+        _, change_QAC, product_A = search.history[-1]
+        scale_A = product_A / _dot(change_QAC, change_QAC / bound_QA1)
         result_QAC = result_QAC * scale_A.to(dtype)[:, None]
-    for (step_QAC, change_QAC), factor_A in zip(search.history, reversed(factors), strict=True):
-        factor_A = factor_A - _dot(change_QAC, result_QAC) / _dot(step_QAC, change_QAC)
+    for (step_QAC, change_QAC, product_A), factor_A in zip(search.history, reversed(factors), strict=True):
+        factor_A = factor_A - _dot(change_QAC, result_QAC) / product_A
         result_QAC = result_QAC + factor_A.to(dtype)[:, None] * step_QAC
     return -result_QAC
 

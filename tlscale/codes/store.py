@@ -20,7 +20,7 @@ import re
 import shutil
 from collections.abc import Collection, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -134,6 +134,24 @@ class CodesStore:
             (folder / USED).touch()
         maps = [{number: arrays[i] for number, arrays in mapped.items()} for i in range(len(manifest.values))]
         return Codes(folder, manifest.values, rows_N, survey.shard_N, survey.offset_N, maps)
+
+    def open_within(self, key: CodesKey, rows_N: Ints, *, say: Say = _silent) -> Codes | None:
+        """The codes of these rows from an entry that has the wanted values among others; None where there is none.
+
+        Raises:
+            DataError: a row is asked for twice.
+        """
+        wanted = list(zip(key.layers, key.pools, strict=True))
+        for entry in self.entries():
+            if entry.key is None or not entry.complete:
+                continue
+            other = replace(key, layers=tuple(entry.key["layers"]), pools=tuple(entry.key["pools"]))
+            there = list(zip(other.layers, other.pools, strict=True))
+            if other != key and set(wanted) <= set(there) and other.to_plain() == entry.key:
+                codes = self.open(other, rows_N, say=say)
+                if codes is not None:
+                    return codes.select([there.index(pair) for pair in wanted])
+        return None
 
     def missing(self, key: CodesKey, rows_N: Ints, *, verify: bool = True, say: Say = _silent) -> Ints:
         """Those of the rows that `open` would not find, ascending; arguments and errors as there."""

@@ -262,9 +262,7 @@ def _eval_batch(store: ImageStore, rows_B: Ints) -> ImageBatch:
 
 def make_augmenter(spec: InputSpec, augment: Mapping[str, float | None]) -> Augmenter:
     """The augmenter for images of this input; `augment` as `augmentation_values` gives it."""
-    return Augmenter(
-        augment, image_size=spec.image_size, interpolation=spec.interpolation, erase_color=spec.mean_color
-    )
+    return Augmenter(augment, image_size=spec.image_size, interpolation=spec.interpolation, erase_color=spec.mean_color)
 
 
 def train_batch(store: ImageStore, augmenter: Augmenter, seed: int, micro_batch: MicroBatch) -> ImageBatch:
@@ -295,7 +293,13 @@ def _blocks(count: int) -> list[range]:
 
 def _stacked(images: Iterable[Pixels]) -> npt.NDArray[np.uint8]:
     """(B, C, H, W), contiguous, from images (H, W, C) of one size."""
-    return np.ascontiguousarray(np.stack(list(images)).transpose(0, 3, 1, 2))
+    images_BHWC = np.stack(list(images))
+    batch, height, width, chans = images_BHWC.shape
+    # Not by ascontiguousarray: with one channel, that leaves strides that torch takes for channels-last, and then
+    # convolutions sum in another order than for the same images from the cache.
+    images_BCHW = np.empty((batch, chans, height, width), np.uint8)
+    images_BCHW[:] = images_BHWC.transpose(0, 3, 1, 2)
+    return images_BCHW
 
 
 def _as_chw(image_HWC: Pixels) -> Tensor:

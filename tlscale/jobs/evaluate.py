@@ -15,7 +15,7 @@ from tlscale.data.sources import ImageData, ImageSplit, open_data
 from tlscale.dist import start_processes
 from tlscale.errors import DataError, RunFolderError
 from tlscale.evaluate import InputPath, evaluate
-from tlscale.model.classifier import TrainedModel, load
+from tlscale.model.export import TrainedModel, load
 from tlscale.objective import Objective
 from tlscale.progress import Progress, number
 from tlscale.recipe.load import load_recipe

@@ -28,8 +28,9 @@ from tlscale.dist import Processes
 from tlscale.errors import NonFiniteLossError, Stopped
 from tlscale.evaluate import evaluate, scalars
 from tlscale.feed import Feed, ImageFeed, Images, Keeper, open_feed
-from tlscale.model.classifier import Classifier, export_model
+from tlscale.model.classifier import Classifier
 from tlscale.model.ema import Ema
+from tlscale.model.export import export_model
 from tlscale.objective import Objective
 from tlscale.optim import build_optimizer, set_lr
 from tlscale.prepare import Due, Prepared, make_objective, strategy_of

@@ -1,1 +1,230 @@
-def probe(*a): raise NotImplementedError
+"""A probe: codes of one or several layers, a classifier fitted to them at once, and a model that classifies images.
+
+Chapters: codes; fit; evaluate; export. The held-out images choose the layer, the pooling and the regularisation; the
+test images are looked at once, in the end. A probe that is stopped keeps the codes that are ready, and begins again
+with them.
+
+Shapes: B images of a block, N images, C classes, D features.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tlscale.codes.probe import Choice, PathRow, choose
+from tlscale.codes.reading import Codes
+from tlscale.data.sources import ImageSplit
+from tlscale.dist import Processes
+from tlscale.evaluate import scalars
+from tlscale.feed import Images, Keeper, Part
+from tlscale.metrics import Tally, summary
+from tlscale.model.backbone import function_digest
+from tlscale.model.classifier import CodesClassifier
+from tlscale.model.export import export_model
+from tlscale.model.heads import KnnHead
+from tlscale.model.layers import PENULTIMATE, LayerCodes
+from tlscale.prepare import Prepared, make_objective, strategy_of
+from tlscale.progress import Progress
+from tlscale.recipe.schema import ProbeSection, Recipe
+from tlscale.run_book import RunBook
+from tlscale.run_folder import RunFolder, naming_disk_errors, write_json
+from tlscale.run_record import begin_folder, make_record
+from tlscale.run_state import Clock
+from tlscale.screen import show_probe, show_result
+from tlscale.stop import StopRequest
+
+_BLOCK = 4096  # images whose logits are computed at once
+
+
+def probe(
+    prepared: Prepared,
+    folder: RunFolder,
+    processes: Processes,
+    stop: StopRequest,
+    record: dict[str, Any] | None,
+    screen: Progress,
+) -> dict[str, Any]:
+    """Fit the recipe's probe, evaluate it and export its model; what `result.json` holds."""
+    began = time.monotonic()
+    recipe, data = prepared.recipe, prepared.data
+    assert recipe.probe is not None
+
+    # -- codes: of all layers and poolings in one pass, before anything is written -----------------------------------
+    keeper = Keeper(prepared, processes, Images(prepared), screen, stop)
+    wanted = wanted_codes(recipe)
+    codes = layer_codes(keeper, wanted, [data.train, *([data.validation] if data.validation else [])])
+    split = data.test or data.validation
+    assert split is not None, "prepare refuses data that nothing can be evaluated on"
+    codes |= {} if split.name in codes else layer_codes(keeper, wanted, [split])
+    record = make_record(prepared, world_size=processes.world_size, device=str(processes.device))
+    processes.on_main(partial(begin_folder, folder, recipe, record))
+    with (
+        Progress(0, enabled=processes.is_main) as progress,
+        RunBook(prepared, folder, processes, Clock(), record, progress) as book,
+    ):
+        # -- fit: on the main process; the others wait for what it finds -------------------------------------------
+        result = processes.on_main(lambda: _fit(prepared, keeper, codes, split, folder, book, progress, began))
+        book.trackers.summary(scalars(result))
+    return result
+
+
+def wanted_codes(recipe: Recipe) -> list[tuple[str, str]]:
+    """Each layer with each pooling; the penultimate codes have one, the network's own."""
+    pairs = [(layer, pool) for layer in recipe.codes.layer or [PENULTIMATE] for pool in recipe.codes.pool]
+    return list(dict.fromkeys((layer, "avg") if layer == PENULTIMATE else (layer, pool) for layer, pool in pairs))
+
+
+def layer_codes(keeper: Keeper, wanted: list[tuple[str, str]], splits: list[ImageSplit]) -> dict[str, Codes]:
+    """The codes of each split, by its name; those that the store lacks are computed.
+
+    Raises:
+        ModelError: a layer or a pooling that the backbone does not have.
+    """
+    backbone = keeper.prepared.classifier.backbone.to(keeper.processes.device)
+    module = LayerCodes(backbone, wanted)
+    pools = tuple(pool for _, pool in wanted)
+    part = Part(function_digest(backbone), tuple(map(name_of, wanted)), pools)
+    return {split.name: keeper.codes(module, part, split) for split in splits}
+
+
+def _fit(
+    prepared: Prepared,
+    keeper: Keeper,
+    codes: dict[str, Codes],
+    split: ImageSplit,
+    folder: RunFolder,
+    book: RunBook,
+    progress: Progress,
+    began: float,
+) -> dict[str, Any]:
+    recipe, data, device = prepared.recipe, prepared.data, keeper.processes.device
+    assert recipe.probe is not None
+    wanted = wanted_codes(recipe)
+    held = data.validation
+    choice = choose(
+        recipe.probe.kind,
+        _candidates(wanted, codes, device, has_held_out=held is not None),
+        data.train.labels_N,
+        held.labels_N if held is not None else data.train.labels_N[:0],
+        num_classes=len(data.classes),
+        grid=_grid(recipe.probe),
+        refit=recipe.probe.refit,
+    )
+    for name, rows in choice.table.items():
+        for row in rows:
+            book.write_probe(name, row.setting, row.held_top1, row.held_loss)
+    show_probe(recipe.probe.kind, choice, progress)
+
+    # -- evaluate: the images that chose nothing, once ----------------------------------------------------------------
+    number = [name_of(pair) for pair in wanted].index(choice.name)
+    figures = _figures(prepared, choice.probe.head, _values(codes[split.name], number, device), split)
+    book.write_evaluation(split.name, figures, is_best=False)
+
+    # -- export -------------------------------------------------------------------------------------------------------
+    layer, pool = wanted[number]
+    head = choice.probe.head if isinstance(choice.probe.head, KnnHead) else nn.Sequential(choice.probe.head)
+    model = CodesClassifier(LayerCodes(prepared.classifier.backbone, [(layer, pool)]), head)
+    with naming_disk_errors(folder.model):
+        how = export_model(model, folder.model, classes=data.classes, spec=prepared.spec)
+    result = _result(prepared, keeper, choice, (layer, pool), figures, split.name, time.monotonic() - began)
+    with naming_disk_errors(folder.result):
+        write_json(folder.result, result)
+    show_result(result, progress, folder=folder.path, how_to_load=how)
+    return result
+
+
+def name_of(pair: tuple[str, str]) -> str:
+    """A layer and its pooling in words; `penultimate` has one pooling only."""
+    layer, pool = pair
+    return layer if layer == PENULTIMATE else f"{layer} {pool}"
+
+
+def _values(codes: Codes, number: int, device: torch.device) -> Tensor:
+    """One value of all images, (N, D), on the device that the fit runs on."""
+    return codes.whole(number).to(device)
+
+
+def _candidates(
+    wanted: list[tuple[str, str]], codes: dict[str, Codes], device: torch.device, *, has_held_out: bool
+) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
+    """One layer and pooling after the other, so that one at a time is in memory."""
+    for number, pair in enumerate(wanted):
+        train_ND = _values(codes["train"], number, device)
+        yield name_of(pair), (train_ND, _values(codes["validation"], number, device) if has_held_out else train_ND[:0])
+
+
+def _grid(section: ProbeSection) -> list[float] | None:
+    """What the recipe says is tried; None: the kind's own."""
+    if section.kind == "knn":
+        return None if section.neighbours is None else [float(k) for k in section.neighbours]
+    return section.strengths
+
+
+@torch.no_grad()
+def _figures(prepared: Prepared, head: nn.Module, codes_ND: Tensor, split: ImageSplit) -> dict[str, Any]:
+    """All figures of the classifier on a split."""
+    objective = make_objective(prepared, codes_ND.device)
+    tally = Tally(len(prepared.data.classes), codes_ND.device)
+    labels_N = torch.from_numpy(split.labels_N).to(codes_ND.device)
+    head = head.to(codes_ND.device)
+    for codes_BD, labels_B in zip(torch.split(codes_ND, _BLOCK), torch.split(labels_N, _BLOCK), strict=True):
+        logits_BC = head(codes_BD.float())
+        tally.update(logits_BC, labels_B, objective.losses(logits_BC, labels_B))
+    return summary(tally, prepared.data.classes)
+
+
+def _plain(row: PathRow) -> dict[str, Any]:
+    return {"setting": row.setting, "held_out_top1": row.held_top1, "held_out_loss": row.held_loss}
+
+
+def _result(
+    prepared: Prepared,
+    keeper: Keeper,
+    choice: Choice,
+    chosen: tuple[str, str],
+    figures: dict[str, Any],
+    split: str,
+    wall_s: float,
+) -> dict[str, Any]:
+    num_params = sum(param.numel() for param in choice.probe.head.parameters())
+    backbone_params = sum(param.numel() for param in prepared.classifier.backbone.parameters())
+    brief = {"step": 0, **scalars(figures)}
+    whole = {key: value for key, value in figures.items() if key not in ("confusion", "per_class")}
+    return {
+        "name": prepared.recipe.name,
+        "strategy": strategy_of(prepared),
+        "split": split,
+        "num_classes": len(prepared.data.classes),
+        **whole,
+        "weights": "last",
+        "best": brief,
+        "last": brief,
+        "probe": {
+            "kind": choice.probe.kind,
+            "layer": chosen[0],
+            "pool": chosen[1],
+            **_plain(choice.probe.chosen),
+            "converged": choice.probe.converged,
+            "num_images": choice.probe.num_images,
+            "tried": {name: [_plain(row) for row in rows] for name, rows in choice.table.items()},
+        },
+        "epochs": 0,
+        "steps": 0,
+        "images_seen": choice.probe.num_images,
+        "wall_s": round(wall_s, 3),
+        "images_per_s": round(choice.probe.num_images / max(wall_s, 1e-9), 1),
+        "codes": keeper.facts(),
+        "trainable_params": num_params,
+        "total_params": backbone_params + num_params,
+        "is_sample": prepared.data.is_sample,
+        "notes": list(prepared.data.notes),
+        "num_bad_images": len(prepared.bad_images),
+        "per_class": figures["per_class"],
+        "confusion": figures["confusion"],
+    }

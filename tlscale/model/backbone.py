@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import pickle
 import sys
@@ -22,6 +23,7 @@ import torch
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
+import tlscale.model.classic  # noqa: F401 (its architectures get known to timm)
 from tlscale.errors import ModelError, did_you_mean
 from tlscale.hub import cache_only_when_unreachable
 from tlscale.recipe.schema import BackboneSection
@@ -106,6 +108,15 @@ def state_digest(state: Mapping[str, Tensor]) -> str:
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def function_digest(model: nn.Module) -> str:
+    """SHA-256 of what a timm model computes in eval mode: its architecture, how it was built, and its tensors."""
+    cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+    built = {"architecture": cfg.get("architecture"), "class": type(model).__name__, "modules": str(model)}
+    args = {key: str(value) for key, value in getattr(model, "_model_args", {}).items()}
+    facts = json.dumps([built, args, state_digest(model.state_dict())], sort_keys=True)
+    return hashlib.sha256(facts.encode()).hexdigest()
 
 
 def _check_name(name: str) -> None:

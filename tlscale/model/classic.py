@@ -5,8 +5,8 @@ why they are not (tests hold the figures). `alexnet` and `googlenet` give the lo
 they are given torchvision's weights, under torchvision's names or ours. Images from 28 pixels upwards go through.
 
 Parameter names are those of the papers' layers: `layer3.conv.weight`, `c3.conv.weight`, `fc6.fc.bias`. Weights begin
-as He et al. (2015) have it before ReLU, and as its paper has it in LeNet-5. The Gaussians of width 0.01 of Krizhevsky,
-Zeiler and Szegedy hardly train in the few epochs that we have in mind.
+as He et al. (2015) have it before ReLU, and as its paper has it in LeNet-5; not as the Gaussians of width 0.01 of
+Krizhevsky and Zeiler, who trained for 70 epochs and more.
 
 Shapes: B images, O maps out, I maps in, L links.
 """

@@ -1,40 +1,27 @@
-"""Backbone and head as one network; how it is frozen, checkpointed, written and read.
+"""Backbone and head as one network; how it is frozen and checkpointed.
 
 Promise: parameter names that rules see are timm's own for the backbone (`layer1.0.conv1.weight`) and `head.<n>.*`
-for the new layers. What `export_model` writes gives the same logits after `load`, and after timm's `create_model`
-where the head is a single linear layer; both are tried before the folder is called done.
+for the new layers.
 
 Shapes: B images, C classes, D features.
 """
 
 from __future__ import annotations
 
-import copy
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
-import safetensors.torch
-import timm
 import torch
-from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 from torch.utils.module_tracker import ModuleTracker
 
-from tlscale.data.transforms import InputSpec
-from tlscale.errors import ModelError, RunFolderError
+from tlscale.errors import ModelError
 from tlscale.model.backbone import layer_numbers, no_weight_decay
 from tlscale.model.freeze import frozen_modules, is_norm
-from tlscale.model.heads import KnnHead, build_head, is_single_linear
+from tlscale.model.heads import KnnHead
 from tlscale.model.layers import LayerCodes
-from tlscale.recipe.values import HeadLayer
 
-FORMAT = 1
-LOGITS_TOLERANCE = 1e-5
-_HEAD_FILE = "head.safetensors"
 _TRACKER = ModuleTracker()  # only asked whether a backward pass is under way
 
 
@@ -227,181 +214,3 @@ def _recomputed_layers(classifier: Classifier, in_chans: int, image_size: int) -
             buffer.copy_(buffers[name])
         classifier.train(was_training)
     return calls
-
-
-@dataclass(frozen=True)
-class TrainedModel:
-    """A model read from a run: `model(images)` gives logits for images prepared as `input_spec` says."""
-
-    model: nn.Module
-    classes: tuple[str, ...]
-    input_spec: InputSpec
-
-
-def export_model(
-    classifier: Classifier, folder: Path, *, head: Sequence[HeadLayer], classes: Sequence[str], spec: InputSpec
-) -> str:
-    """Write `config.json` and `model.safetensors` (and `head.safetensors` for a longer head) to `folder`.
-
-    Args:
-        classifier: on any device, in any mode; it is left as it is.
-        folder: is made; files of the same names are replaced.
-        head: the recipe's head.
-        classes: names of the C classes in the order of the logits.
-        spec: what images the network was trained on.
-
-    Returns:
-        How the folder is to be loaded, in words.
-
-    Raises:
-        ModelError: what was written does not give the logits of `classifier`.
-    """
-    plain = _plain_copy(classifier)
-    folder.mkdir(parents=True, exist_ok=True)
-    as_timm = _as_timm_model(plain, spec) if is_single_linear(head) else None
-    whole = as_timm is not None
-    body = as_timm if as_timm is not None else plain.backbone
-    _write_config(body, folder, head=head, classes=classes, spec=spec, whole=whole)
-    _write_tensors(body.state_dict(), folder / "model.safetensors")
-    (folder / _HEAD_FILE).unlink(missing_ok=True)
-    if not whole:
-        _write_tensors(plain.head.state_dict(), folder / _HEAD_FILE)
-    difference = _logits_difference(plain, load(folder).model, spec)
-    if difference > LOGITS_TOLERANCE:
-        raise ModelError(f"the exported model in {folder} gives other logits than the run (by {difference:.2g})")
-    return f"timm.create_model('local-dir:{folder}', pretrained=True)" if whole else f"tlscale.load('{folder}')"
-
-
-def _plain_copy(classifier: Classifier) -> Classifier:
-    """A copy in eval mode on the CPU, without what a run wraps its network in (autocast, compiled code, memory order).
-
-    Logits are compared on it: two devices, precisions or memory orders agree less closely than two files must.
-    """
-    on_cpu: dict[int, Any] = {id(buffer): buffer.detach().cpu().contiguous() for buffer in classifier.buffers()}
-    for param in classifier.parameters():
-        on_cpu[id(param)] = nn.Parameter(param.detach().cpu().contiguous(), param.requires_grad)
-    parts = copy.deepcopy((classifier.backbone, classifier.head), on_cpu)
-    # train() first: some transformers keep what they computed from their parameters until then.
-    return Classifier(*parts).train().eval()
-
-
-def _write_tensors(state: Mapping[str, Tensor], path: Path) -> None:
-    """Each tensor once, with storage of its own, as safetensors wants it."""
-    tensors = {name: tensor.detach().contiguous().clone() for name, tensor in state.items()}
-    safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
-    # safetensors lets nobody else read its files; they are for whoever may read the configuration beside them.
-    path.chmod((path.parent / "config.json").stat().st_mode)
-
-
-def _write_config(
-    model: nn.Module, folder: Path, *, head: Sequence[HeadLayer], classes: Sequence[str], spec: InputSpec, whole: bool
-) -> None:
-    transform = {
-        "input_size": [spec.in_chans, spec.image_size, spec.image_size],
-        "mean": list(spec.mean),
-        "std": list(spec.std),
-        "interpolation": spec.interpolation,
-        "crop_pct": spec.crop_pct,
-        "crop_mode": spec.crop_mode,
-    }
-    ours = {"format": FORMAT, "classes": list(classes), "head": list(head), "input": spec.to_plain(), "whole": whole}
-    path = folder / "config.json"
-    save_config_for_hf(
-        model,
-        str(path),
-        model_config={
-            "pretrained_cfg": transform,
-            "tlscale": ours,
-            **({"label_names": list(classes)} if whole else {}),
-        },
-        model_args={"in_chans": spec.in_chans},
-    )
-    config = json.loads(path.read_text())
-    cfg = config["pretrained_cfg"]
-    cfg.update(transform)
-    for key in [key for key in cfg if key.startswith("test_")]:
-        del cfg[key]  # the size and crop that the pretrained weights are best tested at are not those of this run
-    path.write_text(json.dumps(config, indent=2) + "\n")
-
-
-def _as_timm_model(classifier: Classifier, spec: InputSpec) -> nn.Module | None:
-    """timm's own model of this architecture with its classifier set to the head; None where that is another network."""
-    linear = cast(nn.Linear, classifier.head[-1])
-    backbone = classifier.backbone
-    cfg: dict[str, Any] = backbone.pretrained_cfg  # type: ignore[assignment]
-    args = {**getattr(backbone, "_model_args", {}), "num_classes": linear.out_features}
-    with torch.random.fork_rng(devices=[]):
-        model = timm.create_model(cfg["architecture"], pretrained=False, **args)
-    model.pretrained_cfg = {**cfg, "num_classes": linear.out_features}  # type: ignore[assignment]
-    names = cfg.get("classifier") or ()
-    state = backbone.state_dict()
-    for name in (names,) if isinstance(names, str) else names:
-        own = model.state_dict().get(f"{name}.weight")
-        if own is None or own.numel() != linear.weight.numel():
-            return None
-        state[f"{name}.weight"] = linear.weight.detach().reshape(own.shape)
-        state[f"{name}.bias"] = linear.bias.detach()
-    if set(state) != set(model.state_dict()):
-        return None
-    model.to(linear.weight.dtype).eval().load_state_dict(state)
-    return model if _logits_difference(classifier, model, spec) <= LOGITS_TOLERANCE else None
-
-
-def _logits_difference(ours: nn.Module, other: nn.Module, spec: InputSpec) -> float:
-    """Largest difference of two networks' logits on random images, as a share of the largest logit (at least 1)."""
-    dtype = next(ours.parameters()).dtype
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(4, spec.in_chans, spec.image_size, spec.image_size, generator=generator).to(dtype)
-    with torch.inference_mode():
-        logits, others = ours(images), other.to(dtype)(images)
-    return float((logits - others).abs().max() / logits.abs().max().clamp(min=1.0))
-
-
-def load(run: str | Path) -> TrainedModel:
-    """The model of a run folder (or of its `model/` folder), in eval mode on the CPU.
-
-    Raises:
-        RunFolderError: there is no model there, a damaged one, or one of a newer format.
-    """
-    folder = Path(run)
-    folder = folder / "model" if (folder / "model" / "config.json").is_file() else folder
-    path = folder / "config.json"
-    if not path.is_file():
-        raise RunFolderError(
-            f"'{run}' holds no model: there is no '{path}'. Has the run ended? (tlscale run ... --resume)"
-        )
-    ours = _own_config(path)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            model = timm.create_model(f"local-dir:{folder}", pretrained=True)
-            if not ours["whole"]:
-                model = _with_head(model, folder, ours)
-    except (OSError, RuntimeError, ValueError, safetensors.SafetensorError) as error:
-        raise RunFolderError(f"the model in '{folder}' cannot be loaded: {error}") from error
-    return TrainedModel(model.eval(), tuple(ours["classes"]), InputSpec.from_plain(ours["input"]))
-
-
-def _own_config(path: Path) -> dict[str, Any]:
-    """What `export_model` noted in `config.json`."""
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise RunFolderError(f"'{path}' is damaged: {error}") from error
-    ours = config.get("tlscale") if isinstance(config, dict) else None
-    if not isinstance(ours, dict):
-        raise RunFolderError(
-            f"'{path}' was not written by tlscale; load it with "
-            f"timm.create_model('local-dir:{path.parent}', pretrained=True)"
-        )
-    if ours["format"] > FORMAT:
-        raise RunFolderError(f"'{path}' has format {ours['format']}, this tlscale reads up to {FORMAT}; update tlscale")
-    return ours
-
-
-def _with_head(backbone: nn.Module, folder: Path, ours: Mapping[str, Any]) -> Classifier:
-    state = safetensors.torch.load_file(folder / _HEAD_FILE)
-    spec = InputSpec.from_plain(ours["input"])
-    width = feature_width(backbone, in_chans=spec.in_chans, image_size=spec.image_size)
-    head = build_head(ours["head"], in_features=width, num_classes=len(ours["classes"]), seed=0)
-    head.load_state_dict(state)
-    return Classifier(backbone, head)

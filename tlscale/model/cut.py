@@ -156,7 +156,9 @@ def cheapest_cut(analysis: Analysis, network: nn.Module) -> list[fx.Node]:
     try:
         _, (source_side, _) = networkx.minimum_cut(flow, "source", "sink")
     except networkx.NetworkXUnbounded:
-        raise NoFrontier("what crosses into the trained part is not one row an image") from None
+        raise NoFrontier(
+            "what the trained part reads is not one row an image, or is overwritten in the frozen part"
+        ) from None
     cut = [node for node in nodes if (node, "in") in source_side and (node, "out") not in source_side]
     saved = [node for node in with_inputs(cut) if node not in free and is_heavy(node, network)]
     if not saved:

@@ -242,7 +242,7 @@ def _with_head(backbone: nn.Module, folder: Path, ours: Mapping[str, Any]) -> Cl
     codes = LayerCodes(backbone, [(ours["layer"], ours["pool"])])
     (row,) = codes.describe(torch.zeros(2, spec.in_chans, spec.image_size, spec.image_size))
     if isinstance(ours["head"], dict):
-        return CodesClassifier(codes, _knn(ours["head"]["knn"]["k"], row.width, num_classes, state))
+        return CodesClassifier(codes, KnnHead(state, ours["head"]["knn"]["k"], num_classes))
     return CodesClassifier(codes, _layers(ours["head"], row.width, num_classes, state))
 
 
@@ -250,11 +250,3 @@ def _layers(head: Sequence[HeadLayer], width: int, num_classes: int, state: Mapp
     built = build_head(head, in_features=width, num_classes=num_classes, seed=0)
     built.load_state_dict(state)
     return built
-
-
-def _knn(k: int, width: int, num_classes: int, state: Mapping[str, Tensor]) -> KnnHead:
-    num_codes = len(state.get("labels_N", ()))
-    feature = torch.zeros(width)
-    head = KnnHead(torch.zeros(num_codes, width), torch.zeros(num_codes), feature, feature, k, num_classes)
-    head.load_state_dict(state)
-    return head

@@ -1,8 +1,9 @@
 """What a part of a traced network computes, as one SHA-256.
 
-Promise: equal fingerprints are equal functions of the images, bit for bit on the same device: the calls and their
-constants, the code and settings of modules, all tensors that they use, the versions of torch and timm. Neither the
-names of nodes nor what comes behind a node matter, so the same prefix under another head has the same fingerprint.
+Promise: equal fingerprints are equal functions of the images, bit for bit on the same device in the same memory order:
+the calls and their constants, the code and settings of modules, all tensors that they use, the versions of torch and
+timm. Neither the names of nodes nor what comes behind a node matter, so the same prefix under another head has the same
+fingerprint. Hooks on modules do not count.
 """
 
 from __future__ import annotations

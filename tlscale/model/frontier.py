@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import math
 import operator
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -69,7 +70,8 @@ class Frontier:
             under `no_grad`, with the network in either mode: what it runs is the same in both.
         suffix: `forward(*codes)`: what the network gives, with the network's own parameters and modules. Its `train()`
             and `eval()` are the network's. It may overwrite the codes, as the network overwrites what lies between
-            its layers (ReLU in place): give it tensors that are not needed again.
+            its layers (ReLU in place): give it tensors that are not needed again. To move it to a device or type moves
+            only its half of the network: move the network, then look for the frontier.
         values: what the prefix gives.
         digest: SHA-256 of the prefix as a function: its calls, code, settings and tensors. Neither the head nor any
             other trained part has a share in it.
@@ -114,23 +116,28 @@ def find_frontier(network: nn.Module, images: Tensor) -> Frontier:
         raise NoFrontier("nothing is frozen")
     try:
         with _left_as_found(network), torch.no_grad(), _own_random_numbers():
-            return _split(network, images)
+            frontier = _split(network, images)
     except NoFrontier:
         raise
     except Exception as error:  # whatever a network does that we did not think of, it can be trained as a whole
         raise NoFrontier(f"the network cannot be split: {first_line(error)}") from error
+    frontier.suffix.training = network.training
+    return frontier
 
 
 def _split(network: nn.Module, images: Tensor) -> Frontier:
     in_eval, in_training = (analyse(network.train(mode), images) for mode in (False, True))
     cut = cheapest_cut(in_training, network)
     prints = Fingerprints(network)
-    cut_prints = [prints.of_nodes(with_inputs(cut))[node] for node in cut]
+    marks = _marks(in_training, prints)
+    again = {mark: node for node, mark in _marks(in_eval, prints).items()}
+    if any(marks[node] not in again for node in cut):
+        raise NoFrontier("the frozen part computes other values in training than in evaluation")
     prefix = _Prefix(_copy_between(network, in_training, cut, None))
     suffix = _Suffix(
         network,
         _recompute_as_before(_copy_between(network, in_training, None, cut)),
-        _recompute_as_before(_copy_between(network, in_eval, None, _find_again(in_eval, cut_prints, prints))),
+        _recompute_as_before(_copy_between(network, in_eval, None, [again[marks[node]] for node in cut])),
     )
     _check(network, images, prefix, suffix)
     suffix.eval()
@@ -138,7 +145,7 @@ def _split(network: nn.Module, images: Tensor) -> Frontier:
         prefix=prefix,
         suffix=suffix,
         values=_values(images, prefix, [_name(node) for node in cut]),
-        digest=prints.of_all(cut_prints),
+        digest=prints.of_all(marks[node][0] for node in cut),
         prefix_flops=_flops(prefix, images.clone()),
         suffix_flops=_flops(suffix, *(code.clone() for code in prefix(images.clone()))),
     )
@@ -210,14 +217,15 @@ class _Suffix(nn.Module):
         return self
 
 
-def _find_again(analysis: Analysis, cut_prints: Sequence[str], prints: Fingerprints) -> list[fx.Node]:
-    """The nodes of another trace that compute the same values."""
-    by_print: dict[str, fx.Node] = {}
-    for node, found in prints.of_nodes(node for node in analysis.graph.nodes if node in analysis.steady).items():
-        by_print.setdefault(found, node)
-    if any(found not in by_print for found in cut_prints):
-        raise NoFrontier("the frozen part computes other values in training than in evaluation")
-    return [by_print[found] for found in cut_prints]
+def _marks(analysis: Analysis, prints: Fingerprints) -> dict[fx.Node, tuple[str, int]]:
+    """By which a steady node is known again in another trace: what it computes, and how many did so before it."""
+    by_node = prints.of_nodes(node for node in analysis.graph.nodes if node in analysis.steady)
+    seen: Counter[str] = Counter()
+    marks = {}
+    for node, found in by_node.items():
+        marks[node] = found, seen[found]
+        seen[found] += 1
+    return marks
 
 
 def _copy_between(

@@ -5,9 +5,10 @@ Shapes: B images, D features, C classes, N codes that are known, K of them neare
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tlscale.errors import ModelError
@@ -23,7 +24,8 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {
     "elu": nn.ELU,
 }
 
-_KNN_QUERIES, _KNN_CODES = 1024, 16384  # a block of distances is 64 MiB at most
+_VOTE_TEMPERATURE = 0.07  # as in DINO (Caron et al. 2021), after Wu et al. 2018
+_MOST_SIMILARITIES = 2**24  # kept at a time: 64 MiB
 
 
 def build_head(layers: Sequence[HeadLayer], *, in_features: int, num_classes: int, seed: int) -> nn.Sequential:
@@ -68,20 +70,20 @@ def is_single_linear(layers: Sequence[HeadLayer]) -> bool:
 
 
 class KnnHead(nn.Module):
-    """Raw codes (B, D) to logits (B, C): the logarithm of the share of votes of the k nearest known codes.
+    """The votes of the K nearest training images, as logits.
 
-    Distances are Euclidean between codes standardised by `mean_D` and `std_D`. One more vote is spread evenly over the
-    classes, so no logit is infinite: log((votes + 1/C) / (k + 1)). Of equally near codes any may vote.
+    Near means a high cosine of standardised codes. A neighbour's vote weighs `exp(cosine / 0.07)`; weights are scaled
+    so that the K of them sum to K, one more vote is shared by all classes alike, and the logits are the logarithms of
+    the shares: their softmax is the shares, and no class has a share of 0.
 
     Args:
-        codes_ND: raw codes of the images that are known.
-        labels_N: their classes, 0..C-1.
-        mean_D, std_D: of the training codes; where `std_D` is 0 the feature is only centred.
-        k: how many vote, 1..N.
+        state: what `state_dict()` of such a head gave: `codes_ND` (standardised, of length 1), `labels_N`, `mean_D`
+            and `std_D`.
+        k: K, at most N.
         num_classes: C.
 
     Raises:
-        ModelError: fewer than k codes are known.
+        ModelError: the state is not that of such a head, or has fewer than k codes.
     """
 
     codes_ND: Tensor
@@ -89,45 +91,41 @@ class KnnHead(nn.Module):
     mean_D: Tensor
     std_D: Tensor
 
-    def __init__(
-        self, codes_ND: Tensor, labels_N: Tensor, mean_D: Tensor, std_D: Tensor, k: int, num_classes: int
-    ) -> None:
+    def __init__(self, state: Mapping[str, Tensor], k: int, num_classes: int) -> None:
         super().__init__()
-        if not 1 <= k <= len(codes_ND):
-            raise ModelError(f"probe: k = {k} nearest neighbours cannot be found among {len(codes_ND)} codes")
-        self.k = k
-        self.num_classes = num_classes
-        self.register_buffer("mean_D", mean_D.clone())
-        self.register_buffer("std_D", torch.where(std_D == 0, torch.ones_like(std_D), std_D))
-        self.register_buffer("codes_ND", self._standardised(codes_ND))
-        self.register_buffer("labels_N", labels_N.long())
+        self.k, self.num_classes = k, num_classes
+        for name in ("codes_ND", "labels_N", "mean_D", "std_D"):
+            if name not in state:
+                raise ModelError(f"probe: the nearest neighbours lack their {name}")
+            self.register_buffer(name, state[name])
+        if not 1 <= k <= len(self.labels_N):
+            raise ModelError(f"probe: k = {k} nearest neighbours cannot be found among {len(self.labels_N)} codes")
+
+    def state(self) -> dict[str, Tensor]:
+        """The buffers themselves, by name."""
+        return dict(self.named_buffers())
+
+    def neighbours(self, codes_BD: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and labels of the nearest, nearest first: (B, K) each. Memory does not grow with B * N."""
+        at_once = max(1, _MOST_SIMILARITIES // len(self.labels_N))
+        cosines, rows = [], []
+        for block_BD in torch.split(codes_BD, at_once):
+            unit_BD = F.normalize((block_BD.to(self.mean_D) - self.mean_D) / self.std_D, dim=1)
+            top = (unit_BD @ self.codes_ND.T).topk(self.k, dim=1)
+            cosines.append(top.values)
+            rows.append(top.indices)
+        return torch.cat(cosines), self.labels_N[torch.cat(rows)]
+
+    def votes(self, cosines_BK: Tensor, labels_BK: Tensor) -> Tensor:
+        """Logits (B, C) from some nearest neighbours."""
+        k = cosines_BK.shape[1]
+        weights_BK = (cosines_BK / _VOTE_TEMPERATURE).softmax(dim=1) * k
+        votes_BC = weights_BK.new_full((len(labels_BK), self.num_classes), 1 / self.num_classes)
+        for neighbour in range(k):  # one at a time: a scatter of many adds in no fixed order on a GPU
+            votes_BC.scatter_add_(1, labels_BK[:, neighbour, None], weights_BK[:, neighbour, None])
+        return (votes_BC / (k + 1)).log()
 
     def forward(self, codes_BD: Tensor) -> Tensor:
-        # In full precision under autocast too: a rounded distance is another neighbour.
+        # In full precision under autocast too: a rounded cosine is another neighbour.
         with torch.autocast(codes_BD.device.type, enabled=False):
-            wanted = self._standardised(codes_BD.to(self.mean_D.dtype))
-            return torch.cat([self._logits(block) for block in torch.split(wanted, _KNN_QUERIES)])
-
-    def _standardised(self, codes: Tensor) -> Tensor:
-        return (codes - self.mean_D) / self.std_D
-
-    def _logits(self, queries_BD: Tensor) -> Tensor:
-        near_BK = self._nearest(queries_BD)
-        votes_BC = queries_BD.new_zeros(len(queries_BD), self.num_classes)
-        votes_BC.scatter_add_(1, self.labels_N[near_BK], torch.ones_like(near_BK, dtype=votes_BC.dtype))
-        return ((votes_BC + 1 / self.num_classes) / (self.k + 1)).log()
-
-    def _nearest(self, queries_BD: Tensor) -> Tensor:
-        """Rows of the k nearest codes, block by block: memory does not grow with N."""
-        best = queries_BD.new_empty(len(queries_BD), 0)
-        rows = self.labels_N.new_empty(len(queries_BD), 0)
-        start = 0
-        for block in torch.split(self.codes_ND, _KNN_CODES):
-            # |q - c|^2 without |q|^2, which is the same for all c.
-            distances = (block * block).sum(1) - 2 * queries_BD @ block.T
-            numbers = torch.arange(start, start + len(block), device=rows.device).expand(len(queries_BD), -1)
-            start += len(block)
-            best, rows = torch.cat([best, distances], 1), torch.cat([rows, numbers], 1)
-            best, chosen = best.topk(min(self.k, best.shape[1]), dim=1, largest=False)
-            rows = rows.gather(1, chosen)
-        return rows
+            return self.votes(*self.neighbours(codes_BD))

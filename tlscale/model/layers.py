@@ -54,7 +54,7 @@ def layer_names(backbone: nn.Module) -> list[Layer]:
     known = [
         Layer(_last_inside(modules, info["module"]), int(info["reduction"]), int(info["num_chs"]))
         for info in _feature_info(backbone)
-        if info["module"] in modules
+        if info["module"] and info["module"] in modules
     ]
     return known if len(known) > 1 else [Layer(name, None, None) for name in _parts(backbone)]
 
@@ -76,15 +76,18 @@ def _is_list(module: nn.Module) -> bool:
 
 def _last_inside(modules: dict[str, nn.Module], name: str) -> str:
     """The module itself, or the last of a list of modules."""
-    inside = [f"{name}.{key}" for key, _ in modules[name].named_children()] if _is_list(modules[name]) else []
-    return inside[-1] if inside else name
+    while _is_list(modules[name]) and (inside := [key for key, _ in modules[name].named_children()]):
+        name = f"{name}.{inside[-1]}"
+    return name
 
 
-def _parts(backbone: nn.Module) -> list[str]:
+def _parts(module: nn.Module, prefix: str = "") -> list[str]:
     names = []
-    for name, child in backbone.named_children():
-        inside = [f"{name}.{key}" for key, _ in child.named_children()] if _is_list(child) else [name]
-        names += inside if any(True for _ in child.parameters()) else []
+    for name, child in module.named_children():
+        if _is_list(child):
+            names += _parts(child, f"{prefix}{name}.")
+        elif any(True for _ in child.parameters()):
+            names.append(f"{prefix}{name}")
     return names
 
 
@@ -147,8 +150,9 @@ class LayerCodes(nn.Module):
                 f"backbone: {type(self.backbone).__name__} cannot take images of {size} pixels: {first}. "
                 "Set data.image_size to a size that it takes."
             ) from error
+        known = {layer.name: layer.stride for layer in layer_names(self.backbone)}
         return [
-            CodesRow(layer, pool, taps.strides[layer], int(taps.codes[layer, pool].shape[1]))
+            CodesRow(layer, pool, known.get(layer) or taps.strides[layer], int(taps.codes[layer, pool].shape[1]))
             for layer, pool in self.wanted
         ]
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import operator
 import random
 import re
 from collections.abc import Callable, Iterator
@@ -34,7 +35,19 @@ _RANDOM = re.compile(
     r"rand.*|.*bernoulli.*|.*dropout.*|drop_(path|block).*|normal_?|multinomial|poisson|.*(rrelu|gumbel|fractional).*"
     r"|(uniform|exponential|geometric|cauchy|log_normal)_"
 )
-_IN_PLACE_OPERATORS = re.compile(r"i(add|sub|mul|matmul|truediv|floordiv|mod|pow|and|or|xor)")
+_IN_PLACE_OPERATORS = (
+    "iadd",
+    "isub",
+    "imul",
+    "imatmul",
+    "itruediv",
+    "ifloordiv",
+    "imod",
+    "ipow",
+    "iand",
+    "ior",
+    "ixor",
+)
 
 
 class NoFrontier(Exception):  # noqa: N818 (nothing has failed: the whole network is trained as ever)
@@ -49,6 +62,22 @@ class NoFrontier(Exception):  # noqa: N818 (nothing has failed: the whole networ
         self.reason = reason
 
 
+class _Proxy(fx.Proxy):
+    """Stands for a value while tracing. Its `+=` stays one, which torch's own would turn into `+`: another type under
+    autocast, and other memory."""
+
+
+def _record_operator(name: str) -> None:
+    def record(self: _Proxy, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", getattr(operator, name), (self, other), {})
+
+    setattr(_Proxy, f"__{name}__", record)
+
+
+for _name in _IN_PLACE_OPERATORS:
+    _record_operator(_name)
+
+
 class _Tracer(fx.Tracer):
     def __init__(self) -> None:
         super().__init__(autowrap_functions=_OPAQUE_FUNCTIONS, param_shapes_constant=True)
@@ -59,6 +88,9 @@ class _Tracer(fx.Tracer):
             return True
         _refuse_hooks(m, module_qualified_name)
         return False
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
         """Buffers are looked up in each call, as parameters are; else what comes of them would stay as it is today."""
@@ -115,6 +147,8 @@ def trace(network: nn.Module) -> fx.Graph:
         raise NoFrontier(f"the network cannot be traced: {first_line(error)}") from error
     if random.getstate() != before[1] or not torch.equal(torch.get_rng_state(), before[0]):
         raise NoFrontier("the network draws random numbers outside of tensor operations, which a trace would fix")
+    if [node.op for node in graph.nodes].count("placeholder") != 1:
+        raise NoFrontier(f"{type(network).__name__} takes more than images")
     _drop_assertions(graph)
     return graph
 
@@ -254,7 +288,7 @@ def overwritten(node: fx.Node, network: nn.Module) -> fx.Node | None:
         in_place = name.endswith("_") and not name.endswith("__")
     elif node.op == "call_function":
         is_operator = getattr(node.target, "__module__", "") == "_operator"
-        in_place = (is_operator and _IN_PLACE_OPERATORS.fullmatch(name) is not None) or (
+        in_place = (is_operator and name in _IN_PLACE_OPERATORS) or (
             not is_operator and (name.endswith("_") or arguments_of(node).get("inplace") is True)
         )
     else:

@@ -1,0 +1,143 @@
+"""`tlscale codes`: compute the codes that a recipe needs, ahead of its run; and look after those that are kept."""
+
+from __future__ import annotations
+
+import time
+from contextlib import closing
+from functools import partial
+
+from tlscale.codes.entry import Entry
+from tlscale.codes.reading import Codes
+from tlscale.codes.store import CodesStore
+from tlscale.data.sources import ImageSplit
+from tlscale.dist import Processes, start_processes
+from tlscale.errors import ModelError, TlscaleError
+from tlscale.feed import Images, Keeper, choose_cut, frontier_key
+from tlscale.jobs.probe import layer_codes, wanted_codes
+from tlscale.prepare import Prepared, prepare
+from tlscale.progress import Progress, format_duration
+from tlscale.recipe.schema import Recipe
+from tlscale.stop import StopRequest
+
+_GIB = 2**30
+
+
+def compute_codes(recipe: Recipe) -> int:
+    """Compute and keep the codes of all images of the recipe's data; what is there is not computed again.
+
+    They are those of `codes.layer`, or what a probe takes by itself; and for a recipe that trains, those that its
+    (first stage's) frozen part gives.
+
+    Returns:
+        How many images went through the network, over all processes.
+
+    Raises:
+        TlscaleError: wrong input, codes that cannot be kept, or `Stopped` after a signal.
+    """
+    processes = start_processes(recipe.compute)
+    with closing(processes), StopRequest() as stop:
+        screen = Progress(0, enabled=processes.is_main)
+        with processes.main_first():
+            prepared = prepare(recipe, world_size=processes.world_size)
+        prepared.classifier.to(processes.device)
+        keeper = Keeper(prepared, processes, Images(prepared), screen, stop)
+        data = prepared.data
+        others = [split for split in (data.validation, data.test) if split is not None]
+        if recipe.probe is not None or recipe.codes.layer is not None:
+            wanted = wanted_codes(recipe)
+            codes = layer_codes(keeper, wanted, [data.train, *others])
+            _show(codes, screen)
+        else:
+            _frozen_codes(prepared, processes, keeper, others)
+        screen.say(f"{keeper.num_computed:,} images were computed; all codes are in '{keeper.store.root}'")
+        return keeper.num_computed
+
+
+def _frozen_codes(prepared: Prepared, processes: Processes, keeper: Keeper, others: list[ImageSplit]) -> None:
+    stage = prepared.stages[0]
+    root, autocast = keeper.store.root, processes.accelerator.autocast
+    choose = partial(choose_cut, stage, prepared, processes.device, autocast, root, is_decided=True)
+    choice = processes.on_all(choose)
+    if choice.frontier is None:
+        raise ModelError(
+            f"this recipe's training has no codes: {choice.why}. Freeze a part of the backbone, or name layers: "
+            "codes.layer=penultimate"
+        )
+    keeper.screen.say(f"{choice.frontier.describe()}; {choice.why}")
+    part = frontier_key(choice.frontier)
+    views = keeper.train_views(choice.frontier.prefix, part).views
+    shown = {"train" if number == 0 else f"train, view {number}": codes for number, codes in enumerate(views)}
+    for split in others:
+        shown[split.name] = keeper.codes(choice.frontier.prefix, part, split)
+    _show(shown, keeper.screen)
+
+
+def _show(codes: dict[str, Codes], screen: Progress) -> None:
+    rows = [
+        (name, spec.name, "x".join(map(str, spec.shape)), spec.dtype, f"{len(kept):,}", f"{_mib(kept, spec.row_bytes)}")
+        for name, kept in codes.items()
+        for spec in kept.values
+    ]
+    screen.table("Codes", ("split", "layer", "shape", "dtype", "images", "MiB"), rows)
+
+
+def _mib(codes: Codes, row_bytes: int) -> str:
+    return f"{len(codes) * row_bytes / 2**20:,.1f}"
+
+
+def list_codes() -> None:
+    """Show what is kept, the codes that were used last first."""
+    store, screen = CodesStore(), Progress(0)
+    entries = store.entries()
+    if not entries:
+        screen.say(f"no codes in '{store.root}'")
+        return
+    screen.table("Codes", ("digest", "layers", "input", "images", "MiB", "last used", ""), map(_row, entries))
+    total = sum(entry.num_bytes for entry in entries)
+    screen.say(f"{len(entries)} in '{store.root}', {total / _GIB:.2f} GiB")
+
+
+def _row(entry: Entry) -> tuple[str, ...]:
+    key = entry.key or {}
+    layers = ", ".join(key.get("layers", ["?"]))
+    spec = key.get("transform", {}).get("input", {})
+    view = f", view {key['transform']['view']}" if "view" in key.get("transform", {}) else ""
+    age = format_duration(max(time.time() - entry.last_used_s, 0))
+    size = f"{spec.get('image_size', '?')} px{view}"
+    images, mib = f"{entry.num_rows:,}", f"{entry.num_bytes / 2**20:,.1f}"
+    return entry.digest[:12], layers, size, images, mib, f"{age} ago", "" if entry.complete else "unfinished"
+
+
+def verify_codes(digest: str | None) -> None:
+    """Read every byte of the codes that are kept, or of one entry.
+
+    Raises:
+        TlscaleError: there is no such entry, or what is kept is damaged.
+    """
+    store, screen = CodesStore(), Progress(0)
+    faults = store.verify(digest)
+    for fault in faults:
+        screen.say(fault, style="bold red")
+    if faults:
+        raise TlscaleError(
+            f"{len(faults)} faults in '{store.root}'. Damaged codes are never read: a run computes them again, or "
+            "remove them: tlscale codes prune DIGEST"
+        )
+    screen.say(f"{len(store.entries())} in '{store.root}': every byte is as it was written")
+
+
+def prune_codes(digests: tuple[str, ...], *, keep_gib: float | None, everything: bool) -> None:
+    """Remove codes.
+
+    Args:
+        digests: entries, by their first digits.
+        keep_gib: remove those that were not used for longest until the rest needs no more.
+        everything: remove all.
+
+    Raises:
+        TlscaleError: there is no such entry.
+    """
+    store, screen = CodesStore(), Progress(0)
+    what = "all" if everything else round(keep_gib * _GIB) if keep_gib is not None else digests
+    freed = store.prune(what, say=screen.say)
+    screen.say(f"{freed / 2**20:,.1f} MiB were freed in '{store.root}'")
