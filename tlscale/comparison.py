@@ -274,12 +274,13 @@ def write_comparison(out: Path, title: str, outcomes: Sequence[Outcome], extra: 
         TlscaleError: they cannot be written.
     """
     figures = {"name": title, "notes": [*notes(outcomes), *extra], "runs": [asdict(outcome) for outcome in outcomes]}
+    text = json.dumps(figures, indent=2, allow_nan=False) + "\n"
     with naming_disk_errors(out):
-        write_text(out / "compare.json", json.dumps(figures, indent=2, allow_nan=False) + "\n")
+        write_text(out / "compare.json", text)
         write_text(out / "compare.md", markdown(title, outcomes, extra))
         if rows := to_rows(outcomes):
             draw(rows, [out / "compare.png", out / "compare.svg"])
-    return figures
+    return dict(json.loads(text))
 
 
 # -- the picture ------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from tlscale.codes.batches import CodeBatch
 from tlscale.data.sources import ImageSplit
 from tlscale.data.transforms import ImageBatch
 from tlscale.dist import Processes
-from tlscale.errors import NonFiniteLossError, Stopped
+from tlscale.errors import NonFiniteLossError, RecipeError, Stopped
 from tlscale.evaluate import evaluate, scalars
 from tlscale.feed import Feed, ImageFeed, Images, Keeper, open_feed
 from tlscale.model.classifier import Classifier
@@ -105,6 +105,11 @@ def train(
     screen: Progress,
 ) -> dict[str, Any]:
     recipe = prepared.recipe
+    if recipe.codes.layer is not None:
+        raise RecipeError(
+            "codes.layer has no effect in training, which keeps the last values that nothing trainable has a part in. "
+            "Take it out, or add 'probe: {kind: logistic}' to fit a classifier on that layer"
+        )
 
     # -- resume: into the bare objects of the stage that the checkpoint is of, before Accelerate wraps them -----------
     newest = processes.on_main(partial(_newest, folder, screen)) if record is not None else None
