@@ -200,12 +200,10 @@ def against_best(row: Row, rows: Sequence[Row]) -> str:
 
 def table(outcomes: Sequence[Outcome]) -> list[tuple[str, ...]]:
     """Cells under `COLUMNS`: what ran, then what failed."""
-    rows = to_rows(outcomes)
-    cells = [_cells(row, against_best(row, rows)) for row in rows]
+    cells = [_cells(row, against_best(row, rows)) for rows in [to_rows(outcomes)] for row in rows]
     for outcome in outcomes:
         if outcome.error is not None:
-            why = f"failed (seed {outcome.seed}): {outcome.error.partition(chr(10))[0]}"
-            told = (outcome.variant, f"{outcome.size:,}" if outcome.size else "-", "-", "-", why)
+            told = (outcome.variant, f"{outcome.size:,}" if outcome.size else "-", "-", "-", "failed, see below")
             cells.append((*told, *["-"] * (len(COLUMNS) - len(told))))
     return cells
 
@@ -235,8 +233,9 @@ def _count(value: float | None, digits: int = 0) -> str:
 def notes(outcomes: Sequence[Outcome]) -> list[str]:
     """What to know of the table."""
     done = [outcome for outcome in outcomes if outcome.error is None]
+    broken = [f"{outcome.folder} failed: {outcome.error}" for outcome in outcomes if outcome.error is not None]
     if not done:
-        return ["No run came to its end."]
+        return ["No run came to its end.", *broken]
     many = max(len(row.runs) for row in to_rows(outcomes)) > 1
     lines = [
         f"top1 on {done[0].num_images:,} {done[0].split} images, with its 95% interval (Wilson): chance in which test "
@@ -252,7 +251,7 @@ def notes(outcomes: Sequence[Outcome]) -> list[str]:
         lines.append(
             "* its codes, or some, were there from another run or an earlier start; these seconds are without them."
         )
-    return lines
+    return [*lines, *broken]
 
 
 def markdown(title: str, outcomes: Sequence[Outcome], extra: Sequence[str] = ()) -> str:

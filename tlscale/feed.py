@@ -301,6 +301,7 @@ class Keeper:
                 "precision": recipe.compute.precision,
                 "device": self.processes.device.type,
                 "channels_last": recipe.compute.channels_last,
+                "fold_norm": recipe.codes.fold_norm,
             },
             data=split.table.content,
             versions=versions_of(packages),

@@ -30,6 +30,20 @@ EXACT = {
 SPLIT = {**EXACT, "compute": {"precision": "fp64", "micro_batch_size": 3}}
 BATCH_NORM = {"backbone": {"name": "test_resnet"}, "evaluate": {"every": "3 steps"}, "checkpoint": {"every": "4 steps"}}
 
+HALF_VIT = r"(cls_token|pos_embed|patch_embed\..*|blocks\.0\..*)"
+# Codes of all, then of half of the backbone, and in the end none: 5, 4 and 3 steps.
+STAGED = {
+    "compute": {"precision": "fp64"},
+    "stages": [
+        {"freeze": ".*", "duration": "1 epochs", "lr": 5e-3},
+        {"freeze": HALF_VIT, "duration": "4 steps"},
+        {"duration": "3 steps", "lr": 5e-4},
+    ],
+    "checkpoint": {"every": "1 steps", "keep": 100},
+    "optim": {"ema_decay": 0.9},
+}
+PROBE = {"probe": {"kind": "ridge"}, "codes": {"layer": ["blocks.0", "penultimate"]}}
+
 
 def recipe(folder, name, place, **changes):
     return small_recipe(folder / f"{name}.{os.environ['RANK']}.yaml", place, **changes)
@@ -67,6 +81,27 @@ def batch_norm_buffers(folder, name, data):
     finetune.snapshot = spy
     try:
         tlscale.run(recipe(folder, name, data, **BATCH_NORM), folder / name)
+    finally:
+        finetune.snapshot = snapshot
+    return seen
+
+
+def ranks_agree(folder, name, data):
+    """For each checkpoint, whether parameters, and the moments of all that was trained, are equal on all ranks."""
+    seen = []
+    snapshot = finetune.snapshot
+
+    def spy(clock, network, optimizer, *args, **options):
+        moments = [state["exp_avg"] for state in optimizer.state.values()]
+        flat = torch.cat([value.detach().double().flatten() for value in [*network.parameters(), *moments]])
+        flats = [torch.zeros_like(flat) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(flats, flat)
+        seen.append([clock.step, len(moments), all(torch.equal(flats[0], other) for other in flats)])
+        return snapshot(clock, network, optimizer, *args, **options)
+
+    finetune.snapshot = spy
+    try:
+        tlscale.run(recipe(folder, name, data, **STAGED), folder / name)
     finally:
         finetune.snapshot = snapshot
     return seen
@@ -119,6 +154,8 @@ def run_all(facts, folder, data):
     tlscale.run(recipe(folder, "exact", data, **EXACT), folder / "exact")
     tlscale.run(recipe(folder, "split", data, **SPLIT), folder / "split")
     facts["buffers equal"] = batch_norm_buffers(folder, "bn", data)
+    facts["ranks agree"] = ranks_agree(folder, "staged", data)
+    tlscale.run(recipe(folder, "probed", data, **PROBE), folder / "probed")
     share, Processes.share_buffers = Processes.share_buffers, lambda processes, module: None
     facts["buffers equal unless shared"] = batch_norm_buffers(folder, "apart", data)
     Processes.share_buffers = share

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import tlscale
-from tests.dist.many_checks import BATCH_NORM, EXACT, SPLIT
+from tests.dist.many_checks import BATCH_NORM, EXACT, PROBE, SPLIT, STAGED
 from tests.small_runs import (
     REPO,
     environment,
@@ -32,13 +32,13 @@ pytestmark = pytest.mark.dist
 BIN = Path(sys.executable).parent
 
 
-def launch(processes, *words, log, launcher="accelerate", cpu="true"):
+def launch(processes, *words, log, launcher="accelerate", cpu="true", **changes):
     """Starts `words` by a launcher; its output goes to the file `log`."""
     if launcher == "accelerate":
         command = ["accelerate", "launch", "--multi_gpu", "--num_processes", processes, "--main_process_port", "0"]
     else:
         command = ["torchrun", "--standalone", "--nproc-per-node", processes]
-    changes = {"ACCELERATE_USE_CPU": cpu} if cpu else {}
+    changes |= {"ACCELERATE_USE_CPU": cpu} if cpu else {}
     with log.open("w") as file:
         return subprocess.Popen(
             [BIN / command[0], *map(str, command[1:]), *map(str, words)],
@@ -63,7 +63,8 @@ def exit_code_of(launched, log, timeout_s=70):
 def alone(idx, tmp_path_factory):
     """The same runs by one process."""
     folder = tmp_path_factory.mktemp("alone")
-    for name, changes in (("exact", EXACT), ("split", SPLIT), ("bn", BATCH_NORM)):
+    runs = {"exact": EXACT, "split": SPLIT, "bn": BATCH_NORM, "staged": STAGED, "probed": PROBE}
+    for name, changes in runs.items():
         tlscale.run(small_recipe(folder / f"{name}.yaml", idx, **changes), folder / name)
     return folder
 
@@ -88,7 +89,8 @@ def several(request, idx, alone, tmp_path_factory):
     folder = tmp_path_factory.mktemp(f"by{processes}")
     back_at_first_checkpoint(alone / "exact", folder / "begun")
     words = (REPO / "tests" / "dist" / "many_checks.py", folder, idx)
-    done = launch(processes, *words, log=folder / "log", launcher=launcher)
+    # A cache of their own: they are to compute the codes together.
+    done = launch(processes, *words, log=folder / "log", launcher=launcher, TLSCALE_CACHE=str(folder / "cache"))
     exit_code, output = exit_code_of(done, folder / "log"), (folder / "log").read_text()
     assert exit_code == 0, output[-5000:]
     facts = [json.loads((folder / f"facts{rank}.json").read_text()) for rank in range(processes)]
@@ -181,6 +183,42 @@ def test_a_run_that_was_begun_here_goes_on_with_one_process(several, alone, idx,
     assert largest_difference(exported(alone / "exact"), exported(out)) < 1e-12
 
 
+def test_what_is_unfrozen_at_a_boundary_is_synchronised(several):
+    """DDP does not track what gets a gradient after it was made: each stage has to make it again."""
+    _, facts = several
+    for fact in facts:
+        steps = {step: (moments, agree) for step, moments, agree in fact["ranks agree"]}
+        assert set(range(1, 13)) <= set(steps)
+        assert all(agree for _, agree in steps.values()), steps
+        assert steps[5][0] == 2, "the head alone"
+        assert steps[5][0] < steps[6][0] < steps[10][0]
+
+
+def test_stages_on_codes_end_in_the_weights_of_one_process(several, alone):
+    folder, _ = several
+    assert largest_difference(exported(alone / "staged"), exported(folder / "staged")) < 1e-12
+    for file in ("model", "ema", "optimizer"):
+        ends = [out / "staged" / "checkpoints" / "step_00000012" / f"{file}.safetensors" for out in (alone, folder)]
+        assert largest_difference(*map(tensors, ends)) < 1e-12
+
+
+def test_codes_are_those_of_one_process(several, alone):
+    """Their keys, too: what several processes computed, one finds."""
+    from tlscale.codes.store import CodesStore, codes_root
+
+    folder, _ = several
+    ours = {entry.digest: entry for entry in CodesStore(folder / "cache" / "codes").entries()}
+    theirs = {entry.digest: entry for entry in CodesStore(codes_root()).entries()}
+    assert len(ours) >= 4
+    assert set(ours) <= set(theirs)
+    for digest, entry in ours.items():
+        assert entry.complete
+        files = {path.name: path.read_bytes() for path in entry.path.iterdir() if path.suffix in (".npy", ".json")}
+        assert files == {name: (theirs[digest].path / name).read_bytes() for name in files}
+    for key in ("top1", "confusion", "probe"):
+        assert result(folder / "probed")[key] == result(alone / "probed")[key]
+
+
 def test_wrong_starts_end_all_processes(several):
     folder, facts = several
     for rank, fact in enumerate(facts):
@@ -197,9 +235,10 @@ def test_wrong_starts_end_all_processes(several):
 def test_only_the_main_process_prints(several):
     folder, facts = several
     output = (folder / "log").read_text()
-    finished = ["exact", "split", "bn", "apart", "begun"]
+    finished = ["exact", "split", "bn", "apart", "begun", "staged"]
     assert output.count("load it with timm.create_model") == len(finished)
-    assert output.count("step 10/10") == len(finished)
+    assert output.count("step 10/10") == len(finished) - 1  # the staged one has 12
+    assert output.count("images computed in") == 7, "two splits for two stages, and three for the probe"
     assert f"= {len(facts)} processes x" in output
 
 

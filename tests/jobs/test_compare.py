@@ -133,7 +133,7 @@ def test_a_run_that_fails_leaves_the_others(recipe_file, tmp_path):
     errors = {variant: run["error"] for (variant, _, _), run in runs.items()}
     assert errors["head"] is None
     assert "NaN" in errors["finetune"]
-    assert "failed (seed 0)" in (out / "compare.md").read_text()
+    assert f"{out / 'finetune'} failed: the loss or the weights became NaN" in (out / "compare.md").read_text()
 
 
 def test_several_recipes_are_run_as_they_are(idx, tmp_path):

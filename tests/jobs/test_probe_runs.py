@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+import safetensors.torch
 import timm
 import torch
 from click.testing import CliRunner
@@ -103,6 +104,14 @@ def test_what_is_kept_is_found_among_other_layers(run):
     assert result(pool)["codes"]["num_computed"] == 260
 
 
+def test_folded_norms_give_the_same_codes_up_to_rounding_under_a_key_of_their_own(run):
+    codes = {"layer": ["layer3", "penultimate"]}
+    plain, folded = run("plain", codes=codes), run("folded", codes={**codes, "fold_norm": True})
+    assert result(folded)["codes"]["num_computed"] == 260
+    assert result(folded)["top1"] == pytest.approx(result(plain)["top1"], abs=0.02)
+    assert result(folded)["loss"] == pytest.approx(result(plain)["loss"], rel=1e-2)
+
+
 def test_a_run_again_is_a_hit_and_the_same(run):
     first, second = run("one", seed=4), run("two", seed=4)
     assert result(first)["codes"]["num_computed"] == 260
@@ -124,9 +133,10 @@ def test_wrong_probes(changes, error, said, run, tmp_path):
     assert not (tmp_path / "run" / "result.json").exists()
 
 
-def test_layers_without_effect_in_training_are_refused(data, tmp_path):
-    recipe = small_recipe(tmp_path / "recipe.yaml", data, backbone=RESNET, codes={"layer": "layer3"})
-    with pytest.raises(RecipeError, match=r"codes\.layer has no effect in training"):
+@pytest.mark.parametrize("codes", [{"layer": "layer3"}, {"fold_norm": True}])
+def test_codes_without_effect_in_training_are_refused(codes, data, tmp_path):
+    recipe = small_recipe(tmp_path / "recipe.yaml", data, backbone=RESNET, codes=codes)
+    with pytest.raises(RecipeError, match=rf"codes\.{next(iter(codes))} has no effect in training"):
         tlscale.run(recipe, tmp_path / "run")
 
 
@@ -188,7 +198,11 @@ def test_codes_of_a_recipe_that_trains_are_those_of_its_frozen_part(data, tmp_pa
 
 def test_probe_of_a_recipe_that_trains(data, tmp_path, cache):
     path = tmp_path / "recipe.yaml"
-    small_recipe(path, data, backbone=RESNET, freeze=".*", optim={"lr": 0.1})
+    weights = tmp_path / "weights.safetensors"
+    state = timm.create_model("test_resnet", num_classes=0, in_chans=1).state_dict()
+    safetensors.torch.save_file(state, weights)
+    backbone = {**RESNET, "weights": str(weights)}
+    small_recipe(path, data, backbone=backbone, freeze=".*", optim={"lr": 0.1})
     assert cli("probe", path, "--out", tmp_path / "run").exit_code == 0
     assert result(tmp_path / "run")["strategy"] == "codes"
 

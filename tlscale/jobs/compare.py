@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from tlscale.comparison import (
     write_comparison,
 )
 from tlscale.data.sources import open_data
+from tlscale.dist import start_processes
 from tlscale.errors import (
     DataError,
     LaunchError,
@@ -122,13 +124,10 @@ def compare(
         screen.say(f"run {position} of {len(variants)}: {variant.recipe.name}, in '{variant.folder}'", style="bold")
         outcomes.append(_outcome(variant, screen, resume=resume, is_main=is_main))
 
-    # -- table and picture ------------------------------------------------------------------------------------------
-    figures: dict[str, Any] = {}
-    if is_main:
-        refuse_other_images(outcomes)
-        title = f"Comparison of {', '.join(base.name for base in bases)}"
-        figures = write_comparison(root, title, outcomes, _remarks(sizes, least))
-        _show_outcomes(title, outcomes, figures["notes"], root, screen)
+    # -- table and picture: by the main process, for which the others wait ------------------------------------------
+    title = f"Comparison of {', '.join(base.name for base in bases)}"
+    with closing(start_processes(bases[0].compute)) as processes:
+        figures = processes.on_main(lambda: _conclude(title, outcomes, _remarks(sizes, least), root, screen))
     _refuse_failures(outcomes, root)
     return figures
 
@@ -304,11 +303,16 @@ def _refuse_failures(outcomes: Sequence[Outcome], root: Path) -> None:
         raise error
 
 
-def _show_outcomes(title: str, outcomes: Sequence[Outcome], remarks: list[str], root: Path, screen: Progress) -> None:
+def _conclude(
+    title: str, outcomes: Sequence[Outcome], remarks: Sequence[str], root: Path, screen: Progress
+) -> dict[str, Any]:
+    refuse_other_images(outcomes)
+    figures = write_comparison(root, title, outcomes, remarks)
     screen.table(title, COLUMNS, table(outcomes))
-    for line in remarks:
+    for line in figures["notes"]:
         screen.say(line)
     screen.say(f"table: {root / 'compare.md'}   picture: {root / 'compare.png'}   figures: {root / 'compare.json'}")
+    return figures
 
 
 def _show_variants(

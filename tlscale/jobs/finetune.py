@@ -35,6 +35,7 @@ from tlscale.objective import Objective
 from tlscale.optim import build_optimizer, set_lr
 from tlscale.prepare import Due, Prepared, make_objective, strategy_of
 from tlscale.progress import Progress
+from tlscale.recipe.schema import Recipe
 from tlscale.run_book import RunBook
 from tlscale.run_folder import RunFolder, naming_disk_errors, write_json
 from tlscale.run_record import begin_folder, make_record
@@ -105,11 +106,7 @@ def train(
     screen: Progress,
 ) -> dict[str, Any]:
     recipe = prepared.recipe
-    if recipe.codes.layer is not None:
-        raise RecipeError(
-            "codes.layer has no effect in training, which keeps the last values that nothing trainable has a part in. "
-            "Take it out, or add 'probe: {kind: logistic}' to fit a classifier on that layer"
-        )
+    _refuse_codes_of_a_probe(recipe)
 
     # -- resume: into the bare objects of the stage that the checkpoint is of, before Accelerate wraps them -----------
     newest = processes.on_main(partial(_newest, folder, screen)) if record is not None else None
@@ -170,6 +167,15 @@ def train(
             if stopping and clock.step < prepared.total_steps:
                 raise Stopped(_stopped(stop, clock, prepared, folder))
         return _finish(parts, clock, book, folder, progress)
+
+
+def _refuse_codes_of_a_probe(recipe: Recipe) -> None:
+    for key, is_set in (("layer", recipe.codes.layer is not None), ("fold_norm", recipe.codes.fold_norm)):
+        if is_set:
+            raise RecipeError(
+                f"codes.{key} has no effect in training, which keeps the last values that nothing trainable has a part "
+                "in, as they are. Take it out, or add 'probe: {kind: logistic}' to fit a classifier on codes"
+            )
 
 
 def _steps(parts: Parts, clock: Clock, book: RunBook) -> Generator[list[Any], None, None]:

@@ -27,6 +27,7 @@ from tlscale.metrics import Tally, summary
 from tlscale.model.backbone import function_digest
 from tlscale.model.classifier import CodesClassifier
 from tlscale.model.export import export_model
+from tlscale.model.folding import fold_norms
 from tlscale.model.heads import KnnHead
 from tlscale.model.layers import PENULTIMATE, LayerCodes
 from tlscale.prepare import Prepared, make_objective, strategy_of
@@ -87,7 +88,13 @@ def layer_codes(keeper: Keeper, wanted: list[tuple[str, str]], splits: list[Imag
         ModelError: a layer or a pooling that the backbone does not have.
     """
     backbone = keeper.prepared.classifier.backbone.to(keeper.processes.device)
-    module = LayerCodes(backbone, wanted)
+    LayerCodes(backbone, wanted)  # names that are wrong are wrong before anything is folded
+    computing = backbone
+    if keeper.prepared.recipe.codes.fold_norm:
+        layers = [layer for layer, _ in wanted if layer != PENULTIMATE]
+        computing, num_folded = fold_norms(backbone.eval(), keep=layers)
+        keeper.screen.say(f"codes.fold_norm: {num_folded} norm layers are folded into the convolutions before them")
+    module = LayerCodes(computing, wanted)
     pools = tuple(pool for _, pool in wanted)
     part = Part(function_digest(backbone), tuple(map(name_of, wanted)), pools)
     return {split.name: keeper.codes(module, part, split) for split in splits}

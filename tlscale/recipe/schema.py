@@ -222,6 +222,9 @@ class CodesSection(Section):
     """With `data.augment`: keep so many augmented views of each training image; epoch e sees view e modulo `views`."""
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     """In what the codes are kept; `auto`: as they are computed."""
+    fold_norm: bool = False
+    """For a probe and `tlscale codes`: fold each norm layer into the convolution before it, which computes the same up
+    to rounding, in less time."""
     disk_gib: float = Field(20.0, gt=0.0)
     """`keep: auto`: most GiB that the codes of this run may take on the disk."""
     memory_mib: int = Field(4096, ge=0)
@@ -418,7 +421,7 @@ class Recipe(Section):
         for name, why in (("probe", "a probe trains nothing"), ("stages", "each stage has its own")):
             if getattr(self, name) is None:
                 continue
-            for key in _NO_EFFECT_BESIDE[name]:
+            for key in NO_EFFECT_BESIDE[name]:
                 if _asks_for(self, key):
                     raise ValueError(f"'{key}' has no effect beside '{name}': {why}. Take it out")
         if self.codes.views > 1 and not self.data.augment:
@@ -432,7 +435,7 @@ class Recipe(Section):
 
 
 # optim and schedule are taken whole; of the others, only what differs from its default was asked for.
-_NO_EFFECT_BESIDE = {
+NO_EFFECT_BESIDE = {
     "probe": (
         *("freeze", "head", "duration", "drop_last", "optim", "schedule", "loss", "checkpoint", "data.augment"),
         *("compute.gradient_checkpointing", "compute.compile", "evaluate.select", "evaluate.every", "codes.views"),

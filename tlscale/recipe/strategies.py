@@ -15,12 +15,12 @@ from typing import Any
 from tlscale.errors import RecipeError, did_you_mean
 from tlscale.recipe.duration import Duration, parse_duration
 from tlscale.recipe.rules import Rule
-from tlscale.recipe.schema import _NO_EFFECT_BESIDE, Recipe
+from tlscale.recipe.schema import NO_EFFECT_BESIDE, Recipe
 
 STRATEGIES = ("codes", "early_codes", "mlp", "head", "finetune", "scratch")
 """In the order of the design: least of the network trained first."""
 PROBES = ("codes", "early_codes")
-NO_EFFECT_BESIDE_PROBE = _NO_EFFECT_BESIDE["probe"]
+NO_EFFECT_BESIDE_PROBE = NO_EFFECT_BESIDE["probe"]
 
 # New layers on fixed codes want other rates than a whole network. Of 7 settings each, these were the best or within 0.2
 # points of it at 90, 900 and 2,700 images (codes of EfficientNet-Lite0 at 64 px, Fashion-MNIST, 200 steps of 64 images,
