@@ -8,14 +8,13 @@ Shapes: B images.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,22 +23,14 @@ import torch
 from torch import Tensor, nn
 
 from tlscale.codes.batches import CodeBatch, CodeViews, eval_code_batches, train_code_batches
-from tlscale.codes.extract import extract_codes
-from tlscale.codes.key import CodesKey
-from tlscale.codes.reading import Codes
-from tlscale.codes.store import CodesStore
-from tlscale.data.loaders import ImageStore, eval_batches, make_augmenter, train_batch, train_batches
-from tlscale.data.sampler import Ints, MicroBatch
+from tlscale.data.loaders import ImageStore, eval_batches, train_batches
 from tlscale.data.sources import ImageSplit
 from tlscale.data.transforms import ImageBatch
 from tlscale.dist import Processes
-from tlscale.evaluate import InputPath
+from tlscale.keeper import Images, Keeper, frontier_key, input_path
 from tlscale.model.frontier import Frontier, NoFrontier, find_frontier
-from tlscale.packages import versions_of
 from tlscale.prepare import Prepared
-from tlscale.progress import Progress
 from tlscale.stages import Stage
-from tlscale.stop import StopRequest
 
 
 class Feed(Protocol):
@@ -56,40 +47,6 @@ class Feed(Protocol):
 
     def eval_batches(self, split: ImageSplit) -> Iterable[Any]:
         """This process's share of a split."""
-
-
-class Images:
-    """The images of the run's splits: each split is decoded, and kept where it fits, once in this process."""
-
-    def __init__(self, prepared: Prepared) -> None:
-        self._prepared = prepared
-        self._stores: dict[str, ImageStore] = {}
-
-    def train(self) -> ImageStore:
-        """As training wants them.
-
-        Raises:
-            DataError: an image cannot be read.
-        """
-        return self._store("train", self._prepared.train_store)
-
-    def of(self, split: ImageSplit) -> ImageStore:
-        """As evaluation wants them.
-
-        Raises:
-            DataError: an image cannot be read.
-        """
-        return self._store(split.name, partial(self._prepared.eval_store, split))
-
-    def once(self, split: ImageSplit) -> ImageStore:
-        """As evaluation wants them, when each is wanted only once: nothing is kept."""
-        section = self._prepared.recipe.data.model_copy(update={"cache_mib": 0})
-        return ImageStore(split, section, self._prepared.spec)
-
-    def _store(self, name: str, make: Callable[[], ImageStore]) -> ImageStore:
-        if name not in self._stores:
-            self._stores[name] = make()
-        return self._stores[name]
 
 
 class ImageFeed:
@@ -172,140 +129,6 @@ class CodeFeed:
             codes = self._keeper.codes(self._frontier.prefix, frontier_key(self._frontier), split)
             self._others[split.name] = CodeViews([codes], split.labels_N)
         return self._others[split.name]
-
-
-@dataclass(frozen=True)
-class Part:
-    """What identifies the part of a network that gives codes."""
-
-    weights: str
-    layers: tuple[str, ...]
-    pools: tuple[str, ...]
-
-
-def frontier_key(frontier: Frontier) -> Part:
-    """The frontier's part of a key."""
-    names = tuple(value.name for value in frontier.values)
-    return Part(frontier.digest, names, ("as is",) * len(names))
-
-
-@dataclass
-class Keeper:
-    """Gets codes from the store, and computes those that are missing."""
-
-    prepared: Prepared
-    processes: Processes
-    images: Images
-    screen: Progress
-    stop: StopRequest
-    num_computed: int = 0  # images that went through a frozen part, over all processes
-    kept: dict[str, int] = field(default_factory=dict)  # bytes of the codes of each split
-
-    def __post_init__(self) -> None:
-        self.store = CodesStore(limit_bytes=round(self.prepared.recipe.codes.cache_gib * 2**30))
-
-    def codes(self, module: nn.Module, part: Part, split: ImageSplit) -> Codes:
-        """The codes of a split's images as evaluation sees them.
-
-        Raises:
-            DataError: an image cannot be read, or codes are not finite.
-            Stopped: the run was asked to stop; what was computed stays.
-        """
-        key = self._key(part, split, {})
-        return self._get(module, key, split, partial(self._plain_batch, self.images.once(split)))
-
-    def train_views(self, module: nn.Module, part: Part) -> CodeViews:
-        """The codes of the training images, each view as training sees it."""
-        prepared, split = self.prepared, self.prepared.data.train
-        if not prepared.augment:
-            return CodeViews([self.codes(module, part, split)], split.labels_N)
-        seed = prepared.recipe.seed
-        views = [
-            self._get(module, self._key(part, split, self._augmentation(view)), split, partial(self._view_batch, view))
-            for view in range(prepared.recipe.codes.views)
-        ]
-        return CodeViews(views, split.labels_N, make_augmenter(prepared.spec, prepared.augment), seed)
-
-    def facts(self) -> dict[str, Any]:
-        """For `result.json`: how many images went through a frozen part in this start of the run, and what is kept."""
-        return {"num_computed": self.num_computed, "kept_mib": {k: round(n / 2**20, 3) for k, n in self.kept.items()}}
-
-    def _get(self, module: nn.Module, key: CodesKey, split: ImageSplit, load: Callable[[Ints], ImageBatch]) -> Codes:
-        to_inputs = input_path(self.prepared, self.processes)
-
-        def load_inputs(positions_B: Ints) -> Tensor:
-            return to_inputs(load(positions_B))[0]
-
-        def compute(images_BCHW: Tensor) -> tuple[Tensor, ...]:
-            with self.processes.accelerator.autocast():
-                codes: tuple[Tensor, ...] = module(images_BCHW)
-            return codes
-
-        codes = self._of_more_layers(key, split)
-        if codes is None:
-            codes = extract_codes(
-                self.store,
-                key,
-                split.rows_N,
-                load=load_inputs,
-                module=compute,
-                processes=self.processes,
-                screen=self.screen,
-                title=split.name,
-                should_stop=lambda: self.stop.requested,
-            )
-        self.num_computed += codes.num_computed
-        self.kept[split.name] = self.kept.get(split.name, 0) + codes.num_bytes
-        fits = codes.num_bytes <= self.prepared.recipe.codes.memory_mib * 2**20
-        return codes.load() if fits else codes
-
-    def _of_more_layers(self, key: CodesKey, split: ImageSplit) -> Codes | None:
-        """The codes out of an entry that has those of other layers as well, where every process finds it."""
-        codes = self.processes.on_all(lambda: self.store.open_within(key, split.rows_N, say=self.screen.say))
-        if self.processes.any(codes is None):
-            return None
-        assert codes is not None
-        self.screen.say(f"codes of {split.name}: hit, among those of other layers, from '{codes.path}'")
-        return codes
-
-    def _plain_batch(self, store: ImageStore, positions_B: Ints) -> ImageBatch:
-        images_BCHW = store.images(positions_B)
-        assert isinstance(images_BCHW, Tensor)
-        return ImageBatch(images_BCHW, store.labels(positions_B), torch.from_numpy(positions_B), len(positions_B))
-
-    def _view_batch(self, view: int, positions_B: Ints) -> ImageBatch:
-        store = self.images.train()
-        augmenter = make_augmenter(store.spec, self.prepared.augment)
-        return train_batch(store, augmenter, self.prepared.recipe.seed, MicroBatch(view, positions_B, len(positions_B)))
-
-    def _augmentation(self, view: int) -> dict[str, Any]:
-        """An augmented image follows from the seed, the view, and its place among the training images."""
-        split = self.prepared.data.train
-        return {
-            "augment": self.prepared.augment,
-            "seed": self.prepared.recipe.seed,
-            "view": view,
-            "rows": hashlib.sha256(split.rows_N.astype("<i8").tobytes()).hexdigest(),
-        }
-
-    def _key(self, part: Part, split: ImageSplit, augmentation: Mapping[str, Any]) -> CodesKey:
-        recipe = self.prepared.recipe
-        packages = ("torch", "timm", "pillow", *(("torchvision",) if augmentation else ()))
-        return CodesKey(
-            weights=part.weights,
-            transform={"input": self.prepared.spec.to_plain(), **augmentation},
-            layers=part.layers,
-            pools=part.pools,
-            dtype=recipe.codes.dtype,
-            compute={
-                "precision": recipe.compute.precision,
-                "device": self.processes.device.type,
-                "channels_last": recipe.compute.channels_last,
-                "fold_norm": recipe.codes.fold_norm,
-            },
-            data=split.table.content,
-            versions=versions_of(packages),
-        )
 
 
 @dataclass(frozen=True)
@@ -425,8 +248,3 @@ def disk_bytes_per_s(root: Path, num_bytes: int = 32 * 2**20) -> float:
             while reader.read(2**20):
                 pass
         return num_bytes / (time.perf_counter() - began)
-
-
-def input_path(prepared: Prepared, processes: Processes) -> InputPath:
-    """How this run's images become the network's input."""
-    return InputPath(prepared.spec, prepared.dtype, processes.device, prepared.recipe.compute.channels_last)

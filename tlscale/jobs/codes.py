@@ -12,8 +12,9 @@ from tlscale.codes.store import CodesStore
 from tlscale.data.sources import ImageSplit
 from tlscale.dist import Processes, start_processes
 from tlscale.errors import ModelError, TlscaleError
-from tlscale.feed import Images, Keeper, choose_cut, frontier_key
+from tlscale.feed import choose_cut
 from tlscale.jobs.probe import layer_codes, wanted_codes
+from tlscale.keeper import Images, Keeper, frontier_key
 from tlscale.prepare import Prepared, prepare
 from tlscale.progress import Progress, format_duration
 from tlscale.recipe.schema import Recipe

@@ -27,7 +27,8 @@ from tlscale.data.transforms import ImageBatch
 from tlscale.dist import Processes
 from tlscale.errors import NonFiniteLossError, RecipeError, Stopped
 from tlscale.evaluate import evaluate, scalars
-from tlscale.feed import Feed, ImageFeed, Images, Keeper, open_feed
+from tlscale.feed import Feed, ImageFeed, open_feed
+from tlscale.keeper import Images, Keeper
 from tlscale.model.classifier import Classifier
 from tlscale.model.ema import Ema
 from tlscale.model.export import export_model

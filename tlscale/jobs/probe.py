@@ -22,7 +22,7 @@ from tlscale.codes.reading import Codes
 from tlscale.data.sources import ImageSplit
 from tlscale.dist import Processes
 from tlscale.evaluate import scalars
-from tlscale.feed import Images, Keeper, Part
+from tlscale.keeper import Images, Keeper, Part
 from tlscale.metrics import Tally, summary
 from tlscale.model.backbone import function_digest
 from tlscale.model.classifier import CodesClassifier
