@@ -24,16 +24,20 @@ WRONG_RECIPES: list[tuple[str, str, list[str], list[str]]] = [
     ("stages_empty", GOOD + "stages: []\n", [], [f"{AT}:4: stages = []: must be a list", "at least 1 of them"]),
     (
         "stages_items",
-        GOOD + "stages:\n- {duraton: 1 epochs}\n- {duration: 5%}\n- {duration: 1 epochs, lr: x}\n- 3\n",
+        GOOD + "stages:\n- {duraton: 1 epochs}\n- {duration: 1 epochs, lr: x}\n- 3\n",
         [],
         [
-            "4 mistakes in the recipe:",
+            "3 mistakes in the recipe:",
             f"{AT}:5: stages[0].duraton: unknown key. Did you mean 'duration'?",
-            f"{AT}:6: stages[1]",
-            "'duration: 5%' is a share of nothing",
-            f"{AT}:7: stages[2].lr = 'x': must be a number above 0",
-            f"{AT}:8: stages[3] = 3: must be a section",
+            f"{AT}:6: stages[1].lr = 'x': must be a number above 0",
+            f"{AT}:7: stages[2] = 3: must be a section",
         ],
+    ),
+    (
+        "stages_share",
+        GOOD + "stages:\n- {duration: 1 epochs}\n- {duration: 5%}\n",
+        [],
+        [f"{AT}:6: stages[1]", "'duration: 5%' is a share of nothing"],
     ),
     (
         "stages_inner",

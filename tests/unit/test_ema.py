@@ -39,9 +39,13 @@ def test_the_beginning_is_forgotten_sooner():
     assert walk(0.9999, [0.0] + [1.0] * 10) > 0.99
 
 
-def test_frozen_parameters_and_buffers_have_no_average():
+def trained(network):
+    return {name: param for name, param in network.rule_names().items() if param.requires_grad}
+
+
+def test_what_is_not_named_and_buffers_have_no_average():
     network = classifier(freeze=[r"(conv1|bn1|layer[12])\..*"])
-    ema = Ema(network.rule_names(), 0.9)
+    ema = Ema(trained(network), 0.9)
     params = network.rule_names()
     assert ema.averages.keys() == {name for name, param in params.items() if param.requires_grad}
     for name, average in ema.averages.items():
@@ -68,6 +72,22 @@ def test_in_place_and_out_again():
     assert [param.data_ptr() for param in network.parameters()] == addresses
     frozen = [name for name in own if ".layer1." in name or "running_" in name]
     assert all(torch.equal(inside[name], own[name]) for name in frozen)
+
+
+def test_what_is_settled_has_its_average_for_good():
+    network = classifier()
+    ema = Ema(network.rule_names(), 0.5)
+    train(network)
+    ema.update(1)
+    before = state_of(network)
+    names = [name for name in ema.averages if name.startswith("layer4.")]
+    averages = {name: ema.averages[name].clone() for name in ema.averages}
+    ema.settle(names)
+    ema.update(2)
+    for name, param in network.rule_names().items():
+        key = name if name in before else f"backbone.{name}"
+        assert torch.equal(param, averages[name] if name in names else before[key])
+        assert torch.equal(ema.averages[name], averages[name]) == (name in names)
 
 
 def test_out_again_after_an_error():
@@ -97,7 +117,7 @@ def test_load_goes_on_bit_for_bit():
 
 
 def test_averages_of_other_parameters_are_not_taken():
-    ema = Ema(classifier(freeze=[r"layer1\..*"]).rule_names(), 0.9)
+    ema = Ema(trained(classifier(freeze=[r"layer1\..*"])), 0.9)
     with pytest.raises(AssertionError, match="other trainable parameters"):
         ema.load(Ema(classifier().rule_names(), 0.9).averages)
 

@@ -23,6 +23,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, IMAGENET_INCE
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, register_notrace_module
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.models import AlexNet_Weights, GoogLeNet_Weights
 
 from tlscale.model.staged import Stage, StagedNet
 
@@ -342,10 +343,10 @@ default_cfgs = generate_default_cfgs(
             std=(0.3081,),
             first_conv="c1.conv",
         ),
-        "alexnet.tv_in1k": _cfg(url="https://download.pytorch.org/models/alexnet-owt-7be5be79.pth", **_TORCHVISION),
+        "alexnet.tv_in1k": _cfg(url=AlexNet_Weights.IMAGENET1K_V1.url, **_TORCHVISION),
         "zfnet.untrained": _cfg(),
         "googlenet.tv_in1k": _cfg(
-            url="https://download.pytorch.org/models/googlenet-1378be20.pth",
+            url=GoogLeNet_Weights.IMAGENET1K_V1.url,
             pool_size=(7, 7),
             mean=IMAGENET_INCEPTION_MEAN,
             std=IMAGENET_INCEPTION_STD,

@@ -30,6 +30,7 @@ NEW_LAYERS_OPTIM: dict[str, dict[str, Any]] = {
     "mlp": {"name": "adamw", "lr": 2e-3, "weight_decay": 0.01},
 }
 MLP_HEAD: list[Any] = [{"linear": 256}, "relu", {"dropout": 0.2}, "linear"]
+_OF_PROBES = ("codes.layer", "codes.pool", "codes.fold_norm")
 _LONGEST_NAME = 100
 _LONGEST_STEM = 50  # leaves room for the strategy, a size and a seed
 
@@ -190,7 +191,7 @@ def _train_new_layers(recipe: Recipe, plain: dict[str, Any], strategy: str, head
 
 def _finetune(recipe: Recipe, plain: dict[str, Any], names: Sequence[str]) -> None:
     if recipe.stages and not all(_freezes_all(stage.freeze, names) for stage in recipe.stages):
-        _reset(plain, "codes.layer", "codes.pool")
+        _reset(plain, *_OF_PROBES)
         return
     _train(recipe, plain)
     if _freezes_all(recipe.freeze, names):
@@ -199,7 +200,7 @@ def _finetune(recipe: Recipe, plain: dict[str, Any], names: Sequence[str]) -> No
 
 def _train(recipe: Recipe, plain: dict[str, Any]) -> None:
     """Training in one stage, as long as the recipe's together."""
-    _reset(plain, "probe", "stages", "codes.layer", "codes.pool")
+    _reset(plain, "probe", "stages", *_OF_PROBES)
     if recipe.stages:
         plain["duration"] = str(_sum(recipe))
 
