@@ -173,6 +173,43 @@ def evaluate(run_dir: str, overrides: Sequence[str], split: str | None, as_json:
     evaluate_run(run_dir, overrides, split_name=split, as_json=as_json)
 
 
+def _listed(_context: click.Context, _option: click.Parameter, text: str | None) -> list[str]:
+    """`a,b` as a list."""
+    return [part.strip() for part in (text or "").split(",") if part.strip()]
+
+
+def _numbers(context: click.Context, option: click.Parameter, text: str | None) -> list[int | None]:
+    """`100,1000,all` as a list, in which None stands for all."""
+    words = _listed(context, option, text)
+    wrong = [word for word in words if not word.isdecimal() and (word, option.name) != ("all", "sizes")]
+    if wrong:
+        raise click.BadParameter(f"'{wrong[0]}' is not a whole number; write them with commas between, such as 1,2")
+    return [None if word == "all" else int(word) for word in words]
+
+
+@main.command()
+@click.argument("recipe_files", nargs=-1, required=True, metavar="RECIPE...")
+@click.option("--strategies", callback=_listed, metavar="A,B", help="Of one recipe.  [default: all six]")
+@click.option("--sizes", callback=_numbers, metavar="N,M|all", help="Training images.  [default: the recipe's]")
+@click.option("--seeds", callback=_numbers, metavar="N,M", help="[default: the recipe's]")
+@click.option("--set", "changes", multiple=True, metavar="NAME.KEY.PATH=VALUE", help="Change one strategy or recipe.")
+@click.option("--min-steps", type=click.IntRange(0), help="Least steps of training at --sizes.  [default: 200]")
+@click.option("--out", metavar="DIR", help="[default: runs/compare_<recipe name>]")
+@click.option("--resume", is_flag=True, help="Keep the complete runs in DIR, and go on with the others.")
+@_reports_errors
+def compare(recipe_files: Sequence[str], seeds: list[int | None], **options: Any) -> None:
+    """Run the strategies codes, early_codes, mlp, head, finetune and scratch of one RECIPE side by side, or several
+    RECIPEs as they are: one table and one picture of accuracy, its interval, time and what was trained.
+
+    Exit codes: 0 done, 1 a run failed (the others are in the table), 2 wrong recipe or data, 75 stopped by a signal.
+    """
+    from tlscale.jobs.compare import compare as start
+    from tlscale.stop import stop_with_launcher
+
+    stop_with_launcher()
+    start(recipe_files, seeds=[seed for seed in seeds if seed is not None], **options)
+
+
 @main.group(invoke_without_command=True)
 @click.pass_context
 @_reports_errors

@@ -152,7 +152,8 @@ def _no_checkpointing(backbone: nn.Module) -> str:
     return (
         f"compute.gradient_checkpointing: {type(backbone).__name__} does not recompute anything in the backward pass "
         "(with these layers frozen). timm's resnet, resnext, regnet, efficientnet, mobilenetv3, convnext, "
-        "densenet, vit, deit, beit, eva, swin and maxvit families do, and lenet5, alexnet, zfnet and googlenet; vgg, the inceptions, xception, dpn, dla, hrnet, "
+        "densenet, vit, deit, beit, eva, swin and maxvit families do, and lenet5, alexnet, zfnet and googlenet; vgg, "
+        "the inceptions, xception, dpn, dla, hrnet, "
         "cspnet, senet, nasnet, pit, coat, crossvit and twins do not. Take the key out, or lower "
         "compute.micro_batch_size."
     )
