@@ -27,7 +27,7 @@ from tlscale.data.loaders import ImageStore, eval_batches, train_batches
 from tlscale.data.sources import ImageSplit
 from tlscale.data.transforms import ImageBatch
 from tlscale.dist import Processes
-from tlscale.keeper import Images, Keeper, frontier_key, input_path
+from tlscale.keeper import Images, Keeper, frontier_part, input_path
 from tlscale.model.frontier import Frontier, NoFrontier, find_frontier
 from tlscale.prepare import Prepared
 from tlscale.stages import Stage
@@ -97,7 +97,8 @@ class CodeFeed:
         self.module = frontier.suffix
         self._prepared, self._processes = prepared, processes
         self._frontier, self._keeper = frontier, keeper
-        self._train = keeper.train_views(frontier.prefix, frontier_key(frontier))
+        self._part = frontier_part(frontier, prepared)
+        self._train = keeper.train_views(frontier.prefix, self._part)
         self._others: dict[str, CodeViews] = {}
         if prepared.data.validation is not None:
             self._of(prepared.data.validation)
@@ -126,7 +127,7 @@ class CodeFeed:
 
     def _of(self, split: ImageSplit) -> CodeViews:
         if split.name not in self._others:
-            codes = self._keeper.codes(self._frontier.prefix, frontier_key(self._frontier), split)
+            codes = self._keeper.codes(self._frontier.prefix, self._part, split)
             self._others[split.name] = CodeViews([codes], split.labels_N)
         return self._others[split.name]
 

@@ -10,7 +10,7 @@ Shapes: B images, N images of a split.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -29,7 +29,9 @@ from tlscale.data.sources import ImageSplit
 from tlscale.data.transforms import ImageBatch
 from tlscale.dist import Processes
 from tlscale.evaluate import InputPath
+from tlscale.model.backbone import function_digest
 from tlscale.model.frontier import Frontier
+from tlscale.model.layers import PENULTIMATE
 from tlscale.packages import versions_of
 from tlscale.prepare import Prepared
 from tlscale.progress import Progress
@@ -70,6 +72,9 @@ class Images:
         return self._stores[name]
 
 
+_WHOLE_BACKBONE = "backbone"  # the name of the classifier's child, where that is cut off as a whole
+
+
 @dataclass(frozen=True)
 class Part:
     """What identifies the part of a network that gives codes."""
@@ -79,9 +84,26 @@ class Part:
     pools: tuple[str, ...]
 
 
-def frontier_key(frontier: Frontier) -> Part:
-    """The frontier's part of a key."""
+def layers_part(backbone: nn.Module, wanted: Sequence[tuple[str, str]]) -> Part:
+    """The part of a key for codes of layers, each a pair of layer and pooling."""
+    return Part(function_digest(backbone), tuple(map(name_of, wanted)), tuple(pool for _, pool in wanted))
+
+
+def name_of(pair: tuple[str, str]) -> str:
+    """A layer and its pooling in words; `penultimate` has one pooling only."""
+    layer, pool = pair
+    return layer if layer == PENULTIMATE else f"{layer} {pool}"
+
+
+def frontier_part(frontier: Frontier, prepared: Prepared) -> Part:
+    """The part of a key for codes of a frontier.
+
+    Where all of the backbone is frozen they are its penultimate codes, which a probe may have computed already (in half
+    precision it would have kept them in float32, so there each has its own).
+    """
     names = tuple(value.name for value in frontier.values)
+    if names == (_WHOLE_BACKBONE,) and prepared.recipe.compute.precision in ("fp32", "fp64"):
+        return layers_part(prepared.classifier.backbone, [(PENULTIMATE, "avg")])
     return Part(frontier.digest, names, ("as is",) * len(names))
 
 

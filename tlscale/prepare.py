@@ -60,6 +60,11 @@ class Prepared:
         return {name: param for name, param in self.classifier.rule_names().items() if name in names}
 
     @property
+    def fixed(self) -> frozenset[str]:
+        """Names in the classifier's state dict of what no stage can change."""
+        return frozenset.intersection(*(stage.fixed for stage in self.stages))
+
+    @property
     def trainable_params(self) -> int:
         return sum(param.numel() for param in self.trained.values())
 

@@ -6,6 +6,7 @@ Promise: after `restore` the run is where `snapshot` found it, on any number of 
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from tlscale.checkpoint import Checkpoint, mark_best, pack_optimizer, prune, save_checkpoint, unpack_optimizer
 from tlscale.dist import Processes
+from tlscale.errors import CheckpointError
 from tlscale.model.classifier import Classifier
 from tlscale.model.ema import Ema
 from tlscale.recipe.schema import CheckpointSection, EvaluateSection
@@ -100,10 +102,17 @@ def snapshot(
     accelerator: Accelerator,
     *,
     elapsed_s: float,
+    fixed: Collection[str] = (),
 ) -> Checkpoint:
-    """All that a run is, as a checkpoint."""
+    """All that a run is, as a checkpoint.
+
+    Args:
+        fixed: names in the network's state dict of what the run cannot change. They are left out: the weights that the
+            run began with, whose identity is in `run.json`, have them.
+    """
     tensors, plain = pack_optimizer(optimizer)
-    groups: dict[str, dict[str, Tensor]] = {"model": dict(network.state_dict()), "optimizer": tensors}
+    weights = {name: tensor for name, tensor in network.state_dict().items() if name not in fixed}
+    groups: dict[str, dict[str, Tensor]] = {"model": weights, "optimizer": tensors}
     if ema is not None:
         groups["ema"] = ema.averages
     scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
@@ -111,21 +120,37 @@ def snapshot(
     return Checkpoint(clock.step, groups, state)
 
 
-def restore(checkpoint: Checkpoint, network: Classifier, optimizer: torch.optim.Optimizer, ema: Ema | None) -> Clock:
+def restore(
+    checkpoint: Checkpoint,
+    network: Classifier,
+    optimizer: torch.optim.Optimizer,
+    ema: Ema | None,
+    fixed: Collection[str] = (),
+) -> Clock:
     """Put a checkpoint back into the objects of a run; the clock that it was saved at.
 
     Args:
         optimizer: of the stage that the checkpoint was saved in.
+        fixed: as `snapshot` was given it; the network has the weights that the run began with.
+
+    Raises:
+        CheckpointError: it is of another network.
     """
-    restore_weights(checkpoint, network, ema)
+    restore_weights(checkpoint, network, ema, fixed)
     unpack_optimizer(optimizer, checkpoint.tensors["optimizer"], checkpoint.state["optimizer"])
     saved = checkpoint.state["clock"]
     return Clock(**{**saved, "best": [(int(step), float(figure)) for step, figure in saved["best"]]})
 
 
-def restore_weights(checkpoint: Checkpoint, network: Classifier, ema: Ema | None) -> None:
-    """Put the weights, and their averages, of a checkpoint of any stage back."""
-    network.load_state_dict(dict(checkpoint.tensors["model"]))
+def restore_weights(checkpoint: Checkpoint, network: Classifier, ema: Ema | None, fixed: Collection[str] = ()) -> None:
+    """Put the weights, and their averages, of a checkpoint of any stage back; arguments and errors as `restore`."""
+    weights = dict(checkpoint.tensors["model"])
+    lacking = [name for name in network.state_dict() if name not in weights and name not in fixed]
+    if lacking:
+        raise CheckpointError(
+            f"the checkpoint of step {checkpoint.step} lacks {len(lacking)} of the network's tensors: {lacking[0]} ..."
+        )
+    network.load_state_dict(weights, strict=not fixed)
     if ema is not None:
         ema.load(checkpoint.tensors["ema"])
 

@@ -16,7 +16,7 @@ from tlscale.data.sampler import DataOrder
 from tlscale.errors import RecipeError
 from tlscale.model.classifier import Classifier
 from tlscale.model.ema import Ema
-from tlscale.model.freeze import FreezeRow, check_trainable, freeze_parameters
+from tlscale.model.freeze import FreezeRow, check_trainable, fixed_names, freeze_parameters
 from tlscale.optim import Group, build_optimizer, parameter_groups
 from tlscale.recipe.duration import Duration
 from tlscale.recipe.rules import Rule, match_rules
@@ -33,6 +33,7 @@ class Stage:
     stop_step: int  # exclusive
     freeze_rows: list[FreezeRow]
     trained: frozenset[str]  # rule names of the parameters
+    fixed: frozenset[str]  # names in the state dict of what the stage cannot change
     groups: list[Group]
     optim: OptimSection
     schedule: ScheduleSection
@@ -132,6 +133,7 @@ def _plan_stage(
         stop_step=start + num_steps,
         freeze_rows=rows,
         trained=frozenset(params),
+        fixed=frozenset(fixed_names(classifier)),
         groups=groups,
         optim=optim,
         schedule=schedule,

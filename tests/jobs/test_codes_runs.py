@@ -12,6 +12,7 @@ from tests.small_runs import (
     assert_same_runs,
     exported,
     largest_difference,
+    last_checkpoint,
     lines,
     put_small_idx,
     result,
@@ -254,3 +255,11 @@ def test_the_run_says_what_it_kept(first):
     entries = CodesStore().entries()
     assert any(entry.complete and entry.num_rows == 96 for entry in entries)
     assert torch.is_tensor(next(iter(tensors(first / "model" / "model.safetensors").values())))
+
+
+def test_checkpoints_hold_what_the_run_can_change(first):
+    kept = tensors(last_checkpoint(first) / "model.safetensors")
+    whole = {f"backbone.{name}": tensor for name, tensor in exported(first).items() if not name.startswith("fc.")}
+    changed = {name for name in whole if name.split(".")[1] in ("layer3", "layer4")}
+    assert set(kept) == changed | {"head.0.weight", "head.0.bias"}
+    assert any(name.endswith("running_mean") for name in kept)

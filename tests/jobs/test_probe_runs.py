@@ -10,7 +10,7 @@ import torch
 from click.testing import CliRunner
 
 import tlscale
-from tests.small_runs import put_small_idx, result, sample_images, small_recipe
+from tests.small_runs import exported, largest_difference, put_small_idx, result, sample_images, small_recipe
 from tlscale.cli import main
 from tlscale.codes.store import CodesStore
 from tlscale.data.transforms import ImageBatch, to_input
@@ -102,6 +102,17 @@ def test_what_is_kept_is_found_among_other_layers(run):
     assert result(other)["codes"]["num_computed"] == 260
     pool = run("pool", codes={"layer": "layer3", "pool": "max"}, seed=3)
     assert result(pool)["codes"]["num_computed"] == 260
+
+
+def test_a_head_that_is_trained_finds_what_a_probe_computed(data, tmp_path, run):
+    wide = run("wide", codes={"layer": ["layer3", "penultimate"]}, seed=5)
+    assert result(wide)["codes"]["num_computed"] == 260
+    changes = {"backbone": RESNET, "freeze": ".*", "seed": 5, "head": [{"linear": 8}, "relu", "linear"]}
+    for keep in ("auto", "never"):
+        recipe = small_recipe(tmp_path / "r.yaml", data, **changes, codes={"keep": keep})
+        tlscale.run(recipe, tmp_path / keep)
+    assert result(tmp_path / "auto")["codes"]["num_computed"] == 0
+    assert largest_difference(exported(tmp_path / "auto"), exported(tmp_path / "never")) < 1e-5
 
 
 def test_folded_norms_give_the_same_codes_up_to_rounding_under_a_key_of_their_own(run):

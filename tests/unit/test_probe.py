@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from tlscale.codes import probe as probe_module
 from tlscale.codes.probe import PROBE_KINDS, KnnHead, PathRow, choose, default_grid, fit_probe
 from tlscale.codes.solvers import linear_path
 from tlscale.errors import DataError, ModelError, RecipeError
+from tlscale.model import heads
 
 ONE = {"logistic": (0.1,), "ridge": (0.1,), "knn": (3,), "sklearn": (0.1,)}
 GRIDS = {"logistic": (1.0, 0.1, 1e-2), "ridge": (1.0, 0.1, 1e-2), "knn": (1, 3, 9), "sklearn": (1.0, 0.1, 1e-2)}
@@ -256,7 +256,7 @@ def test_knn_votes(k, monkeypatch):
     logits = probe.module()(held)
     torch.testing.assert_close(logits.exp(), votes_by_hand(codes, labels, held, k, 4), rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(logits.exp().sum(1), torch.ones(40))
-    monkeypatch.setattr(probe_module, "_MOST_SIMILARITIES", 7 * 60)  # in blocks of seven images
+    monkeypatch.setattr(heads, "_MOST_SIMILARITIES", 7 * 60)  # in blocks of seven images
     torch.testing.assert_close(probe.module()(held), logits)
 
 

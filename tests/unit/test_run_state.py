@@ -4,13 +4,17 @@ import math
 
 import pytest
 import torch
+from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.small_models import classifier
 from tlscale.dist import start_processes
+from tlscale.errors import CheckpointError
 from tlscale.model.classifier import Classifier
+from tlscale.model.freeze import fixed_names
 from tlscale.recipe.schema import CheckpointSection, ComputeSection, EvaluateSection
-from tlscale.run_state import Clock, LossWindow, are_finite
+from tlscale.run_state import Clock, LossWindow, are_finite, restore_weights, snapshot
 
 FIGURES = st.lists(st.none() | st.sampled_from([0.1, 0.2, 0.5, 0.9]), min_size=1, max_size=12)
 
@@ -68,3 +72,23 @@ def test_weights_that_are_no_numbers_are_found(bad):
     with torch.no_grad():
         network.head[0].bias[1] = bad
     assert not are_finite(network)
+
+
+def test_what_cannot_change_is_not_kept_and_what_can_must_be_there():
+    network = classifier(freeze=[r"(conv1|bn1|layer[12])\..*"])
+    fixed = fixed_names(network)
+    assert "backbone.layer1.0.bn1.running_mean" in fixed
+    assert not any("layer3" in name or name.startswith("head") for name in fixed)
+    optimizer = torch.optim.SGD(
+        [{"params": list(network.head.parameters()), "names": ["head.0.weight", "head.0.bias"]}]
+    )
+    made = Accelerator(cpu=True)
+    checkpoint = snapshot(Clock(step=1), network, optimizer, None, made, elapsed_s=0.0, fixed=fixed)
+    assert set(checkpoint.tensors["model"]) == set(network.state_dict()) - fixed
+    other = classifier(freeze=[r"(conv1|bn1|layer[12])\..*"])
+    with torch.no_grad():
+        other.head[0].weight.zero_()
+    restore_weights(checkpoint, other, None, fixed)
+    assert torch.equal(other.head[0].weight, network.head[0].weight)
+    with pytest.raises(CheckpointError, match="of step 1 lacks .* of the network's tensors"):
+        restore_weights(checkpoint, other, None)

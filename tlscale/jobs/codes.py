@@ -14,7 +14,7 @@ from tlscale.dist import Processes, start_processes
 from tlscale.errors import ModelError, TlscaleError
 from tlscale.feed import choose_cut
 from tlscale.jobs.probe import layer_codes, wanted_codes
-from tlscale.keeper import Images, Keeper, frontier_key
+from tlscale.keeper import Images, Keeper, frontier_part
 from tlscale.prepare import Prepared, prepare
 from tlscale.progress import Progress, format_duration
 from tlscale.recipe.schema import Recipe
@@ -65,7 +65,7 @@ def _frozen_codes(prepared: Prepared, processes: Processes, keeper: Keeper, othe
             "codes.layer=penultimate"
         )
     keeper.screen.say(f"{choice.frontier.describe()}; {choice.why}")
-    part = frontier_key(choice.frontier)
+    part = frontier_part(choice.frontier, prepared)
     views = keeper.train_views(choice.frontier.prefix, part).views
     shown = {"train" if number == 0 else f"train, view {number}": codes for number, codes in enumerate(views)}
     for split in others:

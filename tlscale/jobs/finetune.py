@@ -116,7 +116,7 @@ def train(
     parts = _make_parts(prepared, processes, stop, screen, saved_in)
     clock = Clock()
     if checkpoint is not None:
-        clock = restore(checkpoint, parts.network, parts.optimizer, parts.ema)
+        clock = restore(checkpoint, parts.network, parts.optimizer, parts.ema, prepared.fixed)
         screen.say(f"resumed from {newest}, at step {clock.step} of {prepared.total_steps}")
     if stage_at(prepared.stages, clock.step) is not parts.stage:
         _next_stage(parts)
@@ -232,7 +232,15 @@ def _refuse_non_finite(bad_step: int | None, clock: Clock, parts: Parts, folder:
 def _save(parts: Parts, clock: Clock, folder: RunFolder, *, elapsed_s: float) -> None:
     processes, keeping = parts.processes, parts.prepared.recipe.checkpoint
     processes.share_buffers(parts.network)
-    checkpoint = snapshot(clock, parts.network, parts.optimizer, parts.ema, processes.accelerator, elapsed_s=elapsed_s)
+    checkpoint = snapshot(
+        clock,
+        parts.network,
+        parts.optimizer,
+        parts.ema,
+        processes.accelerator,
+        elapsed_s=elapsed_s,
+        fixed=parts.prepared.fixed,
+    )
     processes.on_main(partial(write_checkpoint, folder.checkpoints, checkpoint, clock, keeping))
 
 
@@ -248,7 +256,7 @@ def _finish(parts: Parts, clock: Clock, book: RunBook, folder: RunFolder, progre
         # By its step, and not by what BEST points to: that is for people, and may be older than the clock.
         best_folder = checkpoint_folder(folder.checkpoints, clock.best_step)
         checkpoint = processes.on_all(partial(load_checkpoint, best_folder))
-        restore_weights(checkpoint, parts.network, parts.ema)
+        restore_weights(checkpoint, parts.network, parts.ema, prepared.fixed)
         if clock.best_step <= parts.stage.start_step:  # of another stage, whose frozen part was another
             feed = ImageFeed(prepared, processes, parts.network, parts.keeper.images)
         best = {"step": clock.best_step, **parts.figures(split, feed)}

@@ -22,9 +22,8 @@ from tlscale.codes.reading import Codes
 from tlscale.data.sources import ImageSplit
 from tlscale.dist import Processes
 from tlscale.evaluate import scalars
-from tlscale.keeper import Images, Keeper, Part
+from tlscale.keeper import Images, Keeper, layers_part, name_of
 from tlscale.metrics import Tally, summary
-from tlscale.model.backbone import function_digest
 from tlscale.model.classifier import CodesClassifier
 from tlscale.model.export import export_model
 from tlscale.model.folding import fold_norms
@@ -95,8 +94,7 @@ def layer_codes(keeper: Keeper, wanted: list[tuple[str, str]], splits: list[Imag
         computing, num_folded = fold_norms(backbone.eval(), keep=layers)
         keeper.screen.say(f"codes.fold_norm: {num_folded} norm layers are folded into the convolutions before them")
     module = LayerCodes(computing, wanted)
-    pools = tuple(pool for _, pool in wanted)
-    part = Part(function_digest(backbone), tuple(map(name_of, wanted)), pools)
+    part = layers_part(backbone, wanted)
     return {split.name: keeper.codes(module, part, split) for split in splits}
 
 
@@ -144,12 +142,6 @@ def _fit(
         write_json(folder.result, result)
     show_result(result, progress, folder=folder.path, how_to_load=how)
     return result
-
-
-def name_of(pair: tuple[str, str]) -> str:
-    """A layer and its pooling in words; `penultimate` has one pooling only."""
-    layer, pool = pair
-    return layer if layer == PENULTIMATE else f"{layer} {pool}"
 
 
 def _values(codes: Codes, number: int, device: torch.device) -> Tensor:

@@ -242,7 +242,12 @@ def _with_head(backbone: nn.Module, folder: Path, ours: Mapping[str, Any]) -> Cl
     codes = LayerCodes(backbone, [(ours["layer"], ours["pool"])])
     (row,) = codes.describe(torch.zeros(2, spec.in_chans, spec.image_size, spec.image_size))
     if isinstance(ours["head"], dict):
-        return CodesClassifier(codes, KnnHead(state, ours["head"]["knn"]["k"], num_classes))
+        head = KnnHead(state, ours["head"]["knn"]["k"], num_classes)
+        if len(head.mean_D) != row.width:
+            raise ModelError(
+                f"'{row.layer}' gives {row.width} features, its nearest neighbours have {len(head.mean_D)}"
+            )
+        return CodesClassifier(codes, head)
     return CodesClassifier(codes, _layers(ours["head"], row.width, num_classes, state))
 
 

@@ -82,6 +82,16 @@ def frozen_modules(root: nn.Module) -> list[nn.Module]:
     return [module for child in root.children() for module in frozen_modules(child)]
 
 
+def fixed_names(network: nn.Module) -> set[str]:
+    """Names in the state dict of what training cannot change: frozen parameters, and the buffers of frozen modules."""
+    names = {name for name, param in network.named_parameters() if not param.requires_grad}
+    frozen = {id(module) for root in frozen_modules(network) for module in root.modules()}
+    for path, module in network.named_modules():
+        if id(module) in frozen:
+            names.update(f"{path}.{name}" if path else name for name, _ in module.named_buffers(recurse=False))
+    return names
+
+
 def check_trainable(params: Iterable[nn.Parameter], rules: Sequence[Rule[bool]], where: str = "freeze") -> None:
     """
     Raises:
