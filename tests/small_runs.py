@@ -75,10 +75,10 @@ def small_recipe(path: Path, place: Path, **changes) -> Recipe:
         "log_every": "1 steps",
         "compute": {"threads": 1},
     }
-    if "stages" in changes or "probe" in changes:  # beside which these have no effect
-        base = {
-            key: value for key, value in base.items() if key != "duration" and ("stages" in changes or key != "optim")
-        }
+    # What has no effect beside these is an error.
+    idle = ("duration", "batch_size", "optim", "log_every") if "probe" in changes else ()
+    idle = ("duration",) if "stages" in changes else idle
+    base = {key: value for key, value in base.items() if key not in idle}
     path.write_text(yaml.safe_dump(_merged(base, changes), sort_keys=False))
     return load_recipe(path)
 

@@ -87,9 +87,9 @@ def probe(recipe: str, overrides: Sequence[str], out: str | None, resume: bool, 
     """
     loaded = _load(recipe, overrides)
     if loaded.probe is None:
-        from tlscale.recipe.strategies import derive
+        from tlscale.recipe.strategies import as_probe
 
-        loaded = derive(loaded, "codes", early_layers=())
+        loaded = as_probe(loaded)
     _start(loaded, out, resume=resume, overwrite=overwrite)
 
 

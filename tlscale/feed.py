@@ -8,7 +8,9 @@ Shapes: B images.
 
 from __future__ import annotations
 
+import math
 import os
+import shutil
 import statistics
 import tempfile
 import time
@@ -23,13 +25,16 @@ import torch
 from torch import Tensor, nn
 
 from tlscale.codes.batches import CodeBatch, CodeViews, eval_code_batches, train_code_batches
+from tlscale.codes.store import CodesStore
 from tlscale.data.loaders import ImageStore, eval_batches, train_batches
 from tlscale.data.sources import ImageSplit
 from tlscale.data.transforms import ImageBatch
 from tlscale.dist import Processes
+from tlscale.errors import RecipeError
 from tlscale.keeper import Images, Keeper, frontier_part, input_path
 from tlscale.model.frontier import Frontier, NoFrontier, find_frontier
 from tlscale.prepare import Prepared
+from tlscale.recipe.schema import CodesSection, Recipe
 from tlscale.stages import Stage
 
 
@@ -93,12 +98,14 @@ class ImageFeed:
 class CodeFeed:
     """Codes of the frontier through what is behind it."""
 
-    def __init__(self, prepared: Prepared, processes: Processes, frontier: Frontier, keeper: Keeper) -> None:
+    def __init__(
+        self, stage: Stage, prepared: Prepared, processes: Processes, frontier: Frontier, keeper: Keeper
+    ) -> None:
         self.module = frontier.suffix
         self._prepared, self._processes = prepared, processes
         self._frontier, self._keeper = frontier, keeper
         self._part = frontier_part(frontier, prepared)
-        self._train = keeper.train_views(frontier.prefix, self._part)
+        self._train = keeper.train_views(frontier.prefix, self._part, views_of(stage, prepared))
         self._others: dict[str, CodeViews] = {}
         if prepared.data.validation is not None:
             self._of(prepared.data.validation)
@@ -128,7 +135,7 @@ class CodeFeed:
     def _of(self, split: ImageSplit) -> CodeViews:
         if split.name not in self._others:
             codes = self._keeper.codes(self._frontier.prefix, self._part, split)
-            self._others[split.name] = CodeViews([codes], split.labels_N)
+            self._others[split.name] = CodeViews({0: codes}, split.labels_N)
         return self._others[split.name]
 
 
@@ -153,17 +160,25 @@ def open_feed(
     """
     choice = Choice(None, "as when the run began")
     if decided is not False:
-        device, autocast = processes.device, processes.accelerator.autocast
-        choice = processes.on_all(
-            lambda: choose_cut(stage, prepared, device, autocast, keeper.store.root, is_decided=bool(decided))
-        )
-    digests = processes.gather(choice.frontier.digest if choice.frontier else None)
+        choice = agree_on_cut(stage, prepared, processes, keeper.store, is_decided=bool(decided))
     title = f"stage {stage.number + 1} of {len(prepared.stages)}: " if len(prepared.stages) > 1 else ""
-    if choice.frontier is None or any(digest != choice.frontier.digest for digest in digests):
+    if choice.frontier is None:
         keeper.screen.say(f"{title}images through the whole network: {choice.why}")
         return ImageFeed(prepared, processes, prepared.classifier, keeper.images), False
     keeper.screen.say(f"{title}{choice.frontier.describe()}; {choice.why}")
-    return CodeFeed(prepared, processes, choice.frontier, keeper), True
+    return CodeFeed(stage, prepared, processes, choice.frontier, keeper), True
+
+
+def agree_on_cut(
+    stage: Stage, prepared: Prepared, processes: Processes, store: CodesStore, *, is_decided: bool
+) -> Choice:
+    """The cut of a stage that was entered, where every process finds the same one."""
+    device, autocast = processes.device, processes.accelerator.autocast
+    choice = processes.on_all(lambda: choose_cut(stage, prepared, device, autocast, store, is_decided=is_decided))
+    digests = processes.gather(choice.frontier.digest if choice.frontier else None)
+    if choice.frontier is not None and any(digest != choice.frontier.digest for digest in digests):
+        return Choice(None, "not every process comes to the same cut")
+    return choice
 
 
 def choose_cut(
@@ -171,7 +186,7 @@ def choose_cut(
     prepared: Prepared,
     device: torch.device,
     autocast: Callable[[], AbstractContextManager[Any]],
-    root: Path,
+    store: CodesStore,
     *,
     is_decided: bool = False,
 ) -> Choice:
@@ -179,35 +194,88 @@ def choose_cut(
 
     Args:
         autocast: the context that the network runs in.
-        root: where codes are kept, on the disk that is measured.
+        store: where codes are kept, on the disk that is measured.
         is_decided: cut wherever it can be done, whatever it costs.
     """
-    codes = prepared.recipe.codes
-    if codes.keep == "never" and not is_decided:
-        return Choice(None, "codes.keep is never")
-    if stage.trains_all:
-        return Choice(None, "nothing is frozen")
-    if prepared.augment and codes.views == 1 and codes.keep == "auto" and not is_decided:
-        return Choice(None, "data.augment makes new images in each epoch (codes: {views: k} keeps k views of each)")
+    why_not = None if is_decided else _objection(stage, prepared)
+    if stage.trains_all or why_not:
+        return Choice(None, why_not or "nothing is frozen")
     images_BCHW = sample_images(prepared, device)
     try:
         with autocast():
             frontier = find_frontier(prepared.classifier, images_BCHW)
     except NoFrontier as reason:
         return Choice(None, reason.reason)
-    num_bytes = frontier.num_bytes * prepared.num_views
+    num_bytes = kept_bytes(frontier, prepared) * num_to_keep(stage, prepared)
     size = f"{num_bytes / 2**20:,.1f} MiB of codes"
-    if codes.keep == "always" or is_decided:
+    if prepared.recipe.codes.keep == "always" or is_decided:
         return Choice(frontier, size)
-    if num_bytes > codes.disk_gib * 2**30:
-        return Choice(None, f"{size} would be more than codes.disk_gib = {codes.disk_gib:g} allows")
-    if num_bytes <= codes.memory_mib * 2**20:
+    if why_not := _no_room(num_bytes, prepared.recipe.codes, store):
+        return Choice(None, f"{size} {why_not}")
+    if num_bytes <= prepared.recipe.codes.memory_mib * 2**20:
         return Choice(frontier, f"{size}, read into memory once")
     with autocast():
         forward_s = _forward_s(frontier.prefix, images_BCHW)
-    read_s = frontier.num_bytes / disk_bytes_per_s(root)
+    speed = disk_bytes_per_s(store.root)
+    if speed is None:
+        return Choice(None, f"'{store.root}' cannot be written")
+    read_s = kept_bytes(frontier, prepared) / speed
     costs = f"reading takes {1e3 * read_s:.2f} ms an image, computing {1e3 * forward_s:.2f} ms"
     return Choice(None, costs) if read_s > forward_s else Choice(frontier, f"{size}; {costs}")
+
+
+def _objection(stage: Stage, prepared: Prepared) -> str | None:
+    """Why codes would not pay, whatever the network; None where they may."""
+    codes, data = prepared.recipe.codes, prepared.data
+    if codes.keep == "never":
+        return "codes.keep is never"
+    if stage.trains_all:
+        return "nothing is frozen"
+    if codes.keep == "always":
+        return None
+    if prepared.augment and codes.views == 1:
+        return "data.augment makes new images in each epoch (codes: {views: k} keeps k views of each)"
+    seen = prepared.order.images_seen(stage.stop_step) - prepared.order.images_seen(stage.start_step)
+    needed = len(data.train) * len(views_of(stage, prepared))
+    if seen < needed:
+        return f"the stage sees {seen:,} images, and codes of {needed:,} would be computed"
+    return None
+
+
+def views_of(stage: Stage, prepared: Prepared) -> list[int]:
+    """The views of the training images that the epochs of the stage see."""
+    order = prepared.order
+    epochs = range(order.epoch(stage.start_step), order.epoch(stage.stop_step - 1) + 1)
+    return sorted({epoch % prepared.recipe.codes.views for epoch in epochs[: prepared.recipe.codes.views]})
+
+
+def num_to_keep(stage: Stage, prepared: Prepared) -> int:
+    """Images, and augmented views of them, whose codes the stage needs; those of the test images included."""
+    data = prepared.data
+    others = [split for split in (data.validation, data.test) if split is not None]
+    return len(data.train) * len(views_of(stage, prepared)) + sum(map(len, others))
+
+
+def kept_bytes(frontier: Frontier, prepared: Prepared) -> int:
+    """Bytes of an image's codes in the type that they are kept in."""
+    dtype = prepared.recipe.codes.dtype
+    if dtype == "auto":
+        return frontier.num_bytes
+    size = torch.finfo(getattr(torch, dtype)).bits // 8
+    return sum(
+        math.prod(value.shape) * (size if value.dtype.is_floating_point else value.dtype.itemsize)
+        for value in frontier.values
+    )
+
+
+def _no_room(num_bytes: int, codes: CodesSection, store: CodesStore) -> str | None:
+    for key in ("disk_gib", "cache_gib"):
+        if num_bytes > getattr(codes, key) * 2**30:
+            return f"would be more than codes.{key} = {getattr(codes, key):g} allows"
+    nearest = next(path for path in (store.root, *store.root.absolute().parents) if path.exists())
+    # What is kept may be these very codes, or go for them.
+    free = shutil.disk_usage(nearest).free + sum(entry.num_bytes for entry in store.entries())
+    return f"would be more than the {free / 2**20:,.0f} MiB that '{nearest}' has room for" if num_bytes > free else None
 
 
 _SAMPLE_IMAGES = 8
@@ -235,9 +303,17 @@ def _forward_s(module: nn.Module, images_BCHW: Tensor) -> float:
     return statistics.median(seconds[1:]) / len(images_BCHW)
 
 
-def disk_bytes_per_s(root: Path, num_bytes: int = 32 * 2**20) -> float:
-    """Speed of reading from the disk below `root` what is not in memory, by a file that is removed again."""
-    root.mkdir(parents=True, exist_ok=True)
+def disk_bytes_per_s(root: Path, num_bytes: int = 32 * 2**20) -> float | None:
+    """Speed of reading from the disk below `root` what is not in memory; None where nothing can be written there."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        return _read_speed(root, num_bytes)
+    except OSError:
+        return None
+
+
+def _read_speed(root: Path, num_bytes: int) -> float:
+    """By a file that is removed again."""
     with tempfile.NamedTemporaryFile(dir=root, prefix=".speed-") as file:
         file.write(bytes(num_bytes))
         file.flush()
@@ -249,3 +325,16 @@ def disk_bytes_per_s(root: Path, num_bytes: int = 32 * 2**20) -> float:
             while reader.read(2**20):
                 pass
         return num_bytes / (time.perf_counter() - began)
+
+
+def refuse_codes_of_a_probe(recipe: Recipe) -> None:
+    """
+    Raises:
+        RecipeError: a key that only a probe, or `tlscale codes`, knows what to do with.
+    """
+    for key, is_set in (("layer", recipe.codes.layer is not None), ("fold_norm", recipe.codes.fold_norm)):
+        if is_set:
+            raise RecipeError(
+                f"codes.{key} has no effect in training, which keeps the last values that nothing trainable has a part "
+                "in, as they are. Take it out, or add 'probe: {kind: logistic}' to fit a classifier on codes"
+            )

@@ -101,7 +101,8 @@ def frontier_part(frontier: Frontier, prepared: Prepared) -> Part:
     Where all of the backbone is frozen they are its penultimate codes, which a probe may have computed already (in half
     precision it would have kept them in float32, so there each has its own).
     """
-    names = tuple(value.name for value in frontier.values)
+    plain = [value.name for value in frontier.values]
+    names = tuple(f"{name} ({at})" if name in plain[:at] else name for at, name in enumerate(plain))
     if names == (_WHOLE_BACKBONE,) and prepared.recipe.compute.precision in ("fp32", "fp64"):
         return layers_part(prepared.classifier.backbone, [(PENULTIMATE, "avg")])
     return Part(frontier.digest, names, ("as is",) * len(names))
@@ -120,6 +121,7 @@ class Keeper:
     kept: dict[str, int] = field(default_factory=dict)  # bytes of the codes of each split
 
     def __post_init__(self) -> None:
+        self._loaded_bytes = 0
         self.store = CodesStore(limit_bytes=round(self.prepared.recipe.codes.cache_gib * 2**30))
 
     def codes(self, module: nn.Module, part: Part, split: ImageSplit) -> Codes:
@@ -132,17 +134,24 @@ class Keeper:
         key = self._key(part, split, {})
         return self._get(module, key, split, partial(self._plain_batch, self.images.once(split)))
 
-    def train_views(self, module: nn.Module, part: Part) -> CodeViews:
-        """The codes of the training images, each view as training sees it."""
+    def begin_stage(self) -> None:
+        """Codes of another stage are not needed any more: their memory counts no longer."""
+        self._loaded_bytes = 0
+
+    def train_views(self, module: nn.Module, part: Part, views: Sequence[int]) -> CodeViews:
+        """The codes of the training images: these augmented views of them, or the images as they are."""
         prepared, split = self.prepared, self.prepared.data.train
         if not prepared.augment:
-            return CodeViews([self.codes(module, part, split)], split.labels_N)
+            return CodeViews({0: self.codes(module, part, split)}, split.labels_N)
         seed = prepared.recipe.seed
-        views = [
-            self._get(module, self._key(part, split, self._augmentation(view)), split, partial(self._view_batch, view))
-            for view in range(prepared.recipe.codes.views)
-        ]
-        return CodeViews(views, split.labels_N, make_augmenter(prepared.spec, prepared.augment), seed)
+        kept = {
+            view: self._get(
+                module, self._key(part, split, self._augmentation(view)), split, partial(self._view_batch, view)
+            )
+            for view in views
+        }
+        augmenter = make_augmenter(prepared.spec, prepared.augment)
+        return CodeViews(kept, split.labels_N, prepared.recipe.codes.views, augmenter, seed)
 
     def facts(self) -> dict[str, Any]:
         """For `result.json`: how many images went through a frozen part in this start of the run, and what is kept."""
@@ -174,17 +183,26 @@ class Keeper:
             )
         self.num_computed += codes.num_computed
         self.kept[split.name] = self.kept.get(split.name, 0) + codes.num_bytes
-        fits = codes.num_bytes <= self.prepared.recipe.codes.memory_mib * 2**20
+        fits = self._loaded_bytes + codes.num_bytes <= self.prepared.recipe.codes.memory_mib * 2**20
+        self._loaded_bytes += codes.num_bytes if fits else 0
         return codes.load() if fits else codes
 
     def _of_more_layers(self, key: CodesKey, split: ImageSplit) -> Codes | None:
         """The codes out of an entry that has those of other layers as well, where every process finds it."""
-        codes = self.processes.on_all(lambda: self.store.open_within(key, split.rows_N, say=self.screen.say))
+        if not self.processes.on_main(lambda: self._is_among_more_layers(key, split)):
+            return None
+        codes = self.processes.on_all(lambda: self.store.open_within(key, split.rows_N, verify=False))
         if self.processes.any(codes is None):
             return None
         assert codes is not None
         self.screen.say(f"codes of {split.name}: hit, among those of other layers, from '{codes.path}'")
         return codes
+
+    def _is_among_more_layers(self, key: CodesKey, split: ImageSplit) -> bool:
+        """Whether they are not there by themselves, and are in another entry, where every byte is verified."""
+        if not len(self.store.missing(key, split.rows_N, verify=False)):
+            return False
+        return self.store.open_within(key, split.rows_N, say=self.screen.say) is not None
 
     def _plain_batch(self, store: ImageStore, positions_B: Ints) -> ImageBatch:
         images_BCHW = store.images(positions_B)
@@ -208,10 +226,14 @@ class Keeper:
 
     def _key(self, part: Part, split: ImageSplit, augmentation: Mapping[str, Any]) -> CodesKey:
         recipe = self.prepared.recipe
-        packages = ("torch", "timm", "pillow", *(("torchvision",) if augmentation else ()))
+        packages = ("torch", "timm", "pillow", *(("torchvision", "numpy") if augmentation else ()))
         return CodesKey(
             weights=part.weights,
-            transform={"input": self.prepared.spec.to_plain(), **augmentation},
+            transform={
+                "input": self.prepared.spec.to_plain(),
+                "image_column": recipe.data.image_column,  # of a table that has several
+                **augmentation,
+            },
             layers=part.layers,
             pools=part.pools,
             dtype=recipe.codes.dtype,

@@ -81,12 +81,6 @@ class Prepared:
     def augment(self) -> dict[str, float | None]:
         return augmentation_values(self.recipe.data.augment)
 
-    @property
-    def num_views(self) -> int:
-        """Images, and augmented views of them, that codes would be kept of."""
-        splits = [split for split in (self.data.validation, self.data.test) if split is not None]
-        return len(self.data.train) * self.recipe.codes.views + sum(map(len, splits))
-
     def train_store(self) -> ImageStore:
         """The training images, kept in memory where they fit."""
         return ImageStore(self.data.train, self.recipe.data, self.spec, crops="crop" in self.augment)
@@ -118,6 +112,8 @@ class Due:
     def __init__(self, prepared: Prepared) -> None:
         recipe, validates = prepared.recipe, prepared.data.validation is not None
         self._last = prepared.total_steps
+        # What comes after a stage may take long, and is no step: it must not be what a stop loses.
+        self._ends = {stage.stop_step for stage in prepared.stages}
         self._log, self._save = prepared.to_steps(recipe.log_every), prepared.to_steps(recipe.checkpoint.every)
         self._evaluate = prepared.to_steps(recipe.evaluate.every) if validates else None
 
@@ -125,7 +121,7 @@ class Due:
         return step % self._log == 0 or step == self._last
 
     def save(self, step: int) -> bool:
-        return step % self._save == 0 or step == self._last
+        return step % self._save == 0 or step in self._ends
 
     def evaluate(self, step: int) -> bool:
         return self._evaluate is not None and (step % self._evaluate == 0 or step == self._last)
@@ -154,7 +150,9 @@ def prepare(recipe: Recipe, *, world_size: int, bad_images: list[tuple[int, str]
     data = _without(data, bad_images)
     classifier, code_width = _assemble(recipe, data, backbone, spec)
     order = DataOrder(len(data.train), recipe.batch_size, recipe.seed, recipe.drop_last)
-    split = split_batch_size(recipe.batch_size, world_size, recipe.compute.micro_batch_size)
+    # A probe takes no steps: its batches are of its own making.
+    batch_size = recipe.batch_size if recipe.probe is None else world_size
+    split = split_batch_size(batch_size, world_size, recipe.compute.micro_batch_size)
     stages = plan_stages(recipe, classifier, order) if recipe.probe is None else []
     if stages:
         _refuse_idle_rates(recipe, stages)

@@ -36,7 +36,7 @@ def make_record(prepared: Prepared, *, world_size: int, device: str) -> dict[str
         "world_size": world_size,
         "device": device,
         "threads": torch.get_num_threads(),
-        "batch": prepared.split.describe(),
+        "batch": prepared.split.describe() if prepared.stages else None,
         "total_steps": prepared.total_steps,
         "data": {
             **prepared.data.identity,
@@ -58,7 +58,7 @@ def make_record(prepared: Prepared, *, world_size: int, device: str) -> dict[str
 
 
 def begin_folder(folder: RunFolder, recipe: Recipe, record: dict[str, Any]) -> None:
-    """Write what a run begins with; what is in the folder is removed, which only `--overwrite` finds."""
+    """Write what a run begins with; what an earlier run left in the folder is removed."""
     with naming_disk_errors(folder.path):
         clear(folder)
         write_json(folder.run_json, record)

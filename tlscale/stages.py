@@ -123,7 +123,7 @@ def _plan_stage(
     )
     schedule = section.schedule or recipe.schedule
     num_steps = to_steps(section.duration, order, None)
-    _refuse_long_warmup(schedule, section.duration, order, num_steps, where)
+    _refuse_long_warmup(section, schedule, order, num_steps, where)
     factor = make_lr_factor(
         schedule, total_steps=num_steps, to_steps=lambda duration: to_steps(duration, order, num_steps)
     )
@@ -178,16 +178,19 @@ def _refuse_idle_rules(recipe: Recipe, classifier: Classifier, stages: Sequence[
         (recipe.optim.lr_rules, taking, "optim.lr_rules"),
         (recipe.optim.weight_decay_rules, stages, "optim.weight_decay_rules"),
     ):
+        if rules and not over:
+            raise RecipeError(f"{where} has no effect: every stage has its own lr_rules. Take it out")
         trained: set[str] = set().union(*(stage.trained for stage in over))
         match_rules(rules, [name for name in classifier.rule_names() if name in trained], where)
 
 
 def _refuse_long_warmup(
-    schedule: ScheduleSection, duration: Duration, order: DataOrder, num_steps: int, where: str
+    section: StageSection, schedule: ScheduleSection, order: DataOrder, num_steps: int, where: str
 ) -> None:
     warmup_steps = to_steps(schedule.warmup, order, num_steps)
     if warmup_steps > num_steps:
+        whose = where if section.schedule is not None else ""
         raise RecipeError(
-            f"{where}schedule.warmup = {schedule.warmup} is {warmup_steps} steps, and {where}duration = {duration} is "
-            f"{num_steps}: the learning rate would never reach its peak. Shorten the warm-up"
+            f"{whose}schedule.warmup = {schedule.warmup} is {warmup_steps} steps, and {where}duration = "
+            f"{section.duration} is {num_steps}: the learning rate would never reach its peak. Shorten the warm-up"
         )

@@ -14,11 +14,13 @@ from tests.small_runs import (
     largest_difference,
     last_checkpoint,
     lines,
+    put_small_folder,
     put_small_idx,
     result,
     small_recipe,
     tensors,
 )
+from tlscale.codes.batches import CodeViews
 from tlscale.codes.store import CodesStore
 from tlscale.recipe.load import load_recipe
 
@@ -180,6 +182,53 @@ def test_no_image_goes_through_the_frozen_part_again(first, idx, tmp_path):
     assert sum(passed) < 96
 
 
+def test_splits_of_one_file_have_codes_of_their_own(tmp_path, monkeypatch):
+    """All splits of a manifest lie in one file: the first image of one is not that of the other."""
+    monkeypatch.setenv("TLSCALE_CACHE", str(tmp_path / "cache"))
+    put_small_folder(tmp_path / "images", train=60, test=40)
+    rows = ["image,label,split"]
+    for file in sorted((tmp_path / "images").rglob("*.png")):
+        split, label = file.parts[-3:-1]
+        rows.append(f"images/{split}/{label}/{file.name},{label},{split}")
+    (tmp_path / "all.csv").write_text("\n".join(rows) + "\n")
+    outs = []
+    for keep in ("always", "never"):
+        changes = {"data": {"source": "manifest", "path": str(tmp_path / "all.csv")}, "codes": {"keep": keep}}
+        recipe = small_recipe(tmp_path / f"{keep}.yaml", tmp_path, name="same", freeze=".*", backbone=RESNET, **changes)
+        tlscale.run(recipe, tmp_path / keep)
+        outs.append(result(tmp_path / keep))
+    assert outs[0]["codes"]["num_computed"] == 60 + 40
+    assert outs[0]["confusion"] == outs[1]["confusion"]
+
+
+def test_views_that_no_epoch_sees_are_not_computed(idx, tmp_path, monkeypatch):
+    monkeypatch.setenv("TLSCALE_CACHE", str(tmp_path / "cache"))
+    changes = {**PARTS["views"], "codes": {"views": 5}, "duration": "3 epochs"}
+    tlscale.run(small_recipe(tmp_path / "recipe.yaml", idx, **changes), tmp_path / "run")
+    assert result(tmp_path / "run")["codes"]["num_computed"] == 3 * 77 + 19 + 37
+
+
+def test_epochs_after_the_last_view_see_the_first_again(idx, tmp_path, monkeypatch):
+    monkeypatch.setenv("TLSCALE_CACHE", str(tmp_path / "cache"))
+    seen = []
+    losses = CodeViews.batch
+
+    def spy(self, micro_batch):
+        batch = losses(self, micro_batch)
+        seen.append((micro_batch.epoch, micro_batch.rows_B.tolist(), batch.codes[0].clone()))
+        return batch
+
+    monkeypatch.setattr(CodeViews, "batch", spy)
+    changes = {**PARTS["views"], "codes": {"views": 2}, "duration": "3 epochs", "evaluate": {"every": "100 epochs"}}
+    tlscale.run(small_recipe(tmp_path / "recipe.yaml", idx, **changes), tmp_path / "run")
+    by_epoch = {}
+    for epoch, rows, codes in seen[: 3 * 5]:
+        by_epoch.setdefault(epoch, {}).update(zip(rows, codes, strict=True))
+    assert len(by_epoch[0]) == 77
+    assert all(torch.equal(by_epoch[0][row], by_epoch[2][row]) for row in range(77))
+    assert not all(torch.equal(by_epoch[0][row], by_epoch[1][row]) for row in range(77))
+
+
 def test_damaged_codes_are_computed_again(idx, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TLSCALE_CACHE", str(tmp_path / "cache"))
     recipe = small_recipe(tmp_path / "recipe.yaml", idx, **PARTS["half a resnet"], codes=ALWAYS)
@@ -202,6 +251,8 @@ def test_damaged_codes_are_computed_again(idx, tmp_path, monkeypatch, capsys):
         ({"codes": NEVER}, "codes.keep is never"),
         ({"freeze": []}, "nothing is frozen"),
         ({"codes": {"disk_gib": 1e-6}}, "more than codes.disk_gib = 1e-06 allows"),
+        ({"duration": "2 steps"}, "the stage sees 32 images, and codes of 77 would be computed"),
+        ({"codes": {"cache_gib": 1e-6}}, "more than codes.cache_gib = 1e-06 allows"),
         ({"data": {"augment": ["flip"]}}, "new images in each epoch (codes: {views: k} keeps k views of each)"),
     ],
 )

@@ -49,9 +49,16 @@ def logits_of(folder, size=32):
         return trained.model(to_input(batch, trained.input_spec, torch.float32)), labels_N
 
 
-@pytest.mark.parametrize("kind", ["logistic", "ridge", "knn", "sklearn"])
-def test_each_kind_ends_in_a_run_like_any_other(kind, run):
-    out = run(probe={"kind": kind}, codes={"layer": ["layer2", "penultimate"], "pool": ["avg", "max"]})
+@pytest.mark.parametrize(
+    ("kind", "precision"),
+    [("logistic", "fp32"), ("ridge", "fp32"), ("knn", "fp32"), ("sklearn", "fp32"), ("ridge", "fp64"), ("knn", "fp64")],
+)
+def test_each_kind_ends_in_a_run_like_any_other(kind, precision, run):
+    out = run(
+        probe={"kind": kind},
+        compute={"precision": precision},
+        codes={"layer": ["layer2", "penultimate"], "pool": ["avg", "max"]},
+    )
     figures = result(out)
     assert set(KEYS_OF_RESULT) <= set(figures)
     assert figures["strategy"] == "early_codes"
@@ -136,12 +143,22 @@ def test_a_run_again_is_a_hit_and_the_same(run):
         ({"codes": {"layer": "layer9"}}, ModelError, "layer9"),
         ({"codes": {"layer": "layer3", "pool": "token"}}, ModelError, "token"),
         ({"data": {"validation_fraction": 0.0}}, RecipeError, "data.validation_fraction"),
+        (
+            {
+                "data": {"validation_fraction": 0.0},
+                "codes": {"layer": ["layer3", "penultimate"]},
+                "probe": {"kind": "ridge", "strengths": [1.0]},
+            },
+            RecipeError,
+            "'layer3 avg' and 'penultimate' cannot be compared",
+        ),
+        ({"probe": {"kind": "knn", "neighbours": [500]}}, RecipeError, "probe.neighbours: 500"),
     ],
 )
 def test_wrong_probes(changes, error, said, run, tmp_path):
     with pytest.raises(error, match=re.escape(said)):
         run(**changes)
-    assert not (tmp_path / "run" / "result.json").exists()
+    assert not (tmp_path / "run" / "run.json").exists(), "the same line must work once the recipe is mended"
 
 
 @pytest.mark.parametrize("codes", [{"layer": "layer3"}, {"fold_norm": True}])
@@ -216,6 +233,9 @@ def test_probe_of_a_recipe_that_trains(data, tmp_path, cache):
     small_recipe(path, data, backbone=backbone, freeze=".*", optim={"lr": 0.1})
     assert cli("probe", path, "--out", tmp_path / "run").exit_code == 0
     assert result(tmp_path / "run")["strategy"] == "codes"
+    words = ("codes.layer=[layer2,layer3]", "codes.pool=[max]")
+    assert cli("probe", path, *words, "--out", tmp_path / "early").exit_code == 0
+    assert set(result(tmp_path / "early")["probe"]["tried"]) == {"layer2 max", "layer3 max"}
 
 
 def test_plan_says_where_the_network_is_cut_and_what_that_saves(data, tmp_path, cache):
@@ -227,5 +247,11 @@ def test_plan_says_where_the_network_is_cut_and_what_that_saves(data, tmp_path, 
     assert "bytes an image x 260 images" in said
     assert "times as long" in said
     small_recipe(path, data, backbone=RESNET, probe={})
-    assert "logistic on codes of penultimate" in " ".join(cli("plan", path).output.split())
+    said = " ".join(cli("plan", path).output.split())
+    assert "logistic on codes of penultimate" in said
+    assert "penultimate avg - 96" in said
+    small_recipe(path, data, backbone=RESNET, probe={}, codes={"layer": "layer9"})
+    assert cli("plan", path).exit_code == EXIT_BAD_INPUT
+    small_recipe(path, data, backbone=RESNET, codes={"layer": "layer3"})
+    assert cli("plan", path).exit_code == EXIT_BAD_INPUT
     assert not cache.exists() or CodesStore().entries() == []

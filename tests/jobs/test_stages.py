@@ -18,6 +18,7 @@ from tests.small_runs import (
 )
 from tlscale.codes.store import CodesStore
 from tlscale.errors import RecipeError
+from tlscale.jobs import finetune
 from tlscale.prepare import prepare
 
 RESNET = {"name": "test_resnet"}
@@ -41,6 +42,7 @@ VARIANTS = {
         "optim": {"ema_decay": 0.8},
     },
     "half precision": {"compute": {"precision": "bf16"}},
+    "half precision on images": {"compute": {"precision": "bf16"}, "codes": {"keep": "never"}},
 }
 LAST = 17
 
@@ -186,6 +188,16 @@ def test_what_a_stage_freezes_keeps_its_average(idx, tmp_path):
             "optim.lr_rules: the rule 'layer1.*'",
         ),
         (
+            [{"duration": "1 epochs"}, {"duration": "2 steps"}],
+            {"schedule": {"warmup": "3 steps"}},
+            "schedule.warmup = 3 steps is 3 steps, and stages[1].duration = 2 steps is 2",
+        ),
+        (
+            [{"duration": "5 steps", "lr_rules": [{"layer1.*": 0.1}]}],
+            {"optim": {"lr_rules": [{"layer1.*": 0.1}]}},
+            "optim.lr_rules has no effect: every stage has its own",
+        ),
+        (
             [{"duration": "1 epochs"}, {"duration": "2 steps", "schedule": {"warmup": "3 steps"}}],
             {},
             "stages[1].schedule.warmup = 3 steps is 3 steps, and stages[1].duration = 2 steps is 2",
@@ -206,3 +218,39 @@ def test_a_rule_of_the_recipe_may_act_in_one_stage_only(idx, tmp_path):
     rates = [sorted({group["lr"] for group in stage.groups}) for stage in prepared.stages]
     assert rates == [[5e-3], [2e-4, 2e-3], [5e-5, 5e-4]]
     assert prepared.total_steps == LAST
+
+
+def test_the_end_of_a_stage_is_saved_whatever_the_interval(idx, tmp_path):
+    """What comes after it may take long, and a stop then must not lose the stage."""
+    out = tmp_path / "run"
+    recipe = staged(
+        tmp_path / "recipe.yaml", idx, checkpoint={"every": "100 steps", "keep": 100}, evaluate={"every": "100 steps"}
+    )
+    tlscale.run(recipe, out)
+    assert {5, 12, 17} <= {int(folder.name[5:]) for folder in (out / "checkpoints").glob("step_*")}
+
+
+def test_half_precision_goes_on_in_the_second_stage(idx, tmp_path, monkeypatch):
+    """Accelerate marks what it has wrapped, and would wrap it no second time."""
+    seen = {}
+    step = finetune.train_step
+
+    def spy(batches, parts, **options):
+        with torch.no_grad():
+            batch = parts.feed.inputs(batches[0].to("cpu"))
+            hidden = []
+            handle = parts.network.head[0].register_forward_pre_hook(
+                lambda module, inputs: hidden.append(inputs[0].dtype)
+            )
+            parts.wrapped[0].eval()(*batch)
+            parts.wrapped[0].train()
+            handle.remove()
+        seen.setdefault(parts.stage.number, set()).update(hidden)
+        return step(batches, parts, **options)
+
+    monkeypatch.setattr(finetune, "train_step", spy)
+    stages = [{"duration": "2 steps"}, {"freeze": "conv1.*", "duration": "2 steps"}]
+    changes = {"compute": {"precision": "bf16"}, "codes": {"keep": "never"}, "backbone": {"name": "test_vit"}}
+    stages[1]["freeze"] = "patch_embed.*"
+    tlscale.run(staged(tmp_path / "recipe.yaml", idx, stages=stages, **changes), tmp_path / "run")
+    assert seen[0] == seen[1] != {torch.float32}

@@ -8,7 +8,7 @@ Shape letters: B images of a batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -60,16 +60,17 @@ class CodeBatch:
 
 @dataclass(frozen=True)
 class CodeViews:
-    """The codes of a split's images: one `Codes` a view, positions as in the split."""
+    """The codes of a split's images by view, positions as in the split; epoch e sees view e modulo `num_views`."""
 
-    views: Sequence[Codes]
+    views: Mapping[int, Codes]
     labels_N: Ints
+    num_views: int = 1
     augmenter: Augmenter | None = None  # where it mixes images
     seed: int = 0
 
     def batch(self, micro_batch: MicroBatch) -> CodeBatch:
         """The codes of a micro-batch, of the view of its epoch."""
-        view, rows_B = micro_batch.epoch % len(self.views), micro_batch.rows_B
+        view, rows_B = micro_batch.epoch % self.num_views, micro_batch.rows_B
         batch = CodeBatch(
             self.views[view].take(rows_B),
             torch.from_numpy(self.labels_N[rows_B]),

@@ -145,10 +145,7 @@ def choose(
     for name, codes in candidates.items() if isinstance(candidates, Mapping) else candidates:
         train, held = _Images.of(codes[0], labels_N, "training"), _Images.of(codes[1], held_labels_M, "held-out")
         if table and not len(held.labels):
-            raise RecipeError(
-                f"codes.layer: {next(iter(table))!r} and {name!r} cannot be compared without held-out images. "
-                "Set data.validation_fraction above 0 (0.1, say), or name one layer and one pooling"
-            )
+            raise cannot_compare(next(iter(table)), name)
         assert name not in table, "names of candidates differ"
         selected = _select(kind, train, held, num_classes, grid)
         table[name] = selected.path
@@ -157,6 +154,14 @@ def choose(
         del codes, train, held  # before the next ones are made
     assert best is not None, "there is a candidate"
     return best
+
+
+def cannot_compare(first: str, second: str) -> RecipeError:
+    """What to say where there are several sets of codes and no held-out images."""
+    return RecipeError(
+        f"codes.layer: {first!r} and {second!r} cannot be compared without held-out images. "
+        "Set data.validation_fraction above 0 (0.1, say), or name one layer and one pooling"
+    )
 
 
 # -- input ------------------------------------------------------------------------------------------------------------
@@ -191,19 +196,24 @@ def _tensor(array: Array) -> Tensor:
     return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
-def _checked_grid(kind: str, grid: Sequence[float] | None, train: _Images, num_held: int) -> tuple[float, ...]:
+def checked_grid(kind: str, grid: Sequence[float] | None, num_images: int, num_held: int) -> tuple[float, ...]:
+    """The values that are tried with so many training and held-out images.
+
+    Raises:
+        RecipeError: the kind is unknown, a value is wrong, or there is nothing to choose by.
+    """
     if kind not in PROBE_KINDS:
         raise RecipeError(
             f"probe.kind: {kind!r} is not a kind of probe.{did_you_mean(kind, PROBE_KINDS)} "
             f"There are {', '.join(PROBE_KINDS)}"
         )
-    values = default_grid(kind, len(train.labels)) if grid is None else tuple(float(value) for value in grid)
+    values = default_grid(kind, num_images) if grid is None else tuple(float(value) for value in grid)
     least, key = (1, "probe.neighbours") if kind == "knn" else (0, "probe.strengths")
     for value in values:
-        if kind == "knn" and not (value.is_integer() and 1 <= value <= len(train.labels)):
+        if kind == "knn" and not (value.is_integer() and 1 <= value <= num_images):
             raise RecipeError(
                 f"probe.neighbours: {value:g}: it takes a whole number from 1 to the number of training images, "
-                f"here {len(train.labels):,}"
+                f"here {num_images:,}"
             )
         if not least <= value < float("inf") or value == 0:
             raise RecipeError(f"probe.strengths: {value:g} is no strength of regularisation; it takes a number above 0")
@@ -248,7 +258,7 @@ class _Selected:
 
 def _select(kind: str, train: _Images, held: _Images, num_classes: int, grid: Sequence[float] | None) -> _Selected:
     """Fit all of the grid to the training images, and look at the held-out ones."""
-    values = _checked_grid(kind, grid, train, len(held.labels))
+    values = checked_grid(kind, grid, len(train.labels), len(held.labels))
     _check_training(train, held, num_classes)
     if kind == "knn":
         head = _knn_head(train, int(max(values)), num_classes)

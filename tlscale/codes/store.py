@@ -135,7 +135,7 @@ class CodesStore:
         maps = [{number: arrays[i] for number, arrays in mapped.items()} for i in range(len(manifest.values))]
         return Codes(folder, manifest.values, rows_N, survey.shard_N, survey.offset_N, maps)
 
-    def open_within(self, key: CodesKey, rows_N: Ints, *, say: Say = _silent) -> Codes | None:
+    def open_within(self, key: CodesKey, rows_N: Ints, *, verify: bool = True, say: Say = _silent) -> Codes | None:
         """The codes of these rows from an entry that has the wanted values among others; None where there is none.
 
         Raises:
@@ -148,7 +148,7 @@ class CodesStore:
             other = replace(key, layers=tuple(entry.key["layers"]), pools=tuple(entry.key["pools"]))
             there = list(zip(other.layers, other.pools, strict=True))
             if other != key and set(wanted) <= set(there) and other.to_plain() == entry.key:
-                codes = self.open(other, rows_N, say=say)
+                codes = self.open(other, rows_N, verify=verify, say=say)
                 if codes is not None:
                     return codes.select([there.index(pair) for pair in wanted])
         return None

@@ -60,7 +60,7 @@ class ImageTable(Protocol):
 
     @property
     def content(self) -> str:
-        """Fingerprint of all the images of the table, whatever their labels."""
+        """Fingerprint of the images of the table, row by row, whatever their labels."""
 
     def __len__(self) -> int: ...
 
@@ -77,10 +77,12 @@ class LabelledTable:
 
     store: ImageStore
     labels_N: Ints
+    split: str = ""
+    """Which split of the source it is: two splits of one file have the same content, and other images in each row."""
 
     @property
     def content(self) -> str:
-        return self.store.content
+        return f"{self.split}/{self.store.content}"
 
     def __len__(self) -> int:
         return len(self.labels_N)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from contextlib import closing
-from functools import partial
 
 from tlscale.codes.entry import Entry
 from tlscale.codes.reading import Codes
@@ -12,7 +11,7 @@ from tlscale.codes.store import CodesStore
 from tlscale.data.sources import ImageSplit
 from tlscale.dist import Processes, start_processes
 from tlscale.errors import ModelError, TlscaleError
-from tlscale.feed import choose_cut
+from tlscale.feed import agree_on_cut, refuse_codes_of_a_probe
 from tlscale.jobs.probe import layer_codes, wanted_codes
 from tlscale.keeper import Images, Keeper, frontier_part
 from tlscale.prepare import Prepared, prepare
@@ -55,10 +54,8 @@ def compute_codes(recipe: Recipe) -> int:
 
 
 def _frozen_codes(prepared: Prepared, processes: Processes, keeper: Keeper, others: list[ImageSplit]) -> None:
-    stage = prepared.stages[0]
-    root, autocast = keeper.store.root, processes.accelerator.autocast
-    choose = partial(choose_cut, stage, prepared, processes.device, autocast, root, is_decided=True)
-    choice = processes.on_all(choose)
+    refuse_codes_of_a_probe(prepared.recipe)
+    choice = agree_on_cut(prepared.stages[0], prepared, processes, keeper.store, is_decided=True)
     if choice.frontier is None:
         raise ModelError(
             f"this recipe's training has no codes: {choice.why}. Freeze a part of the backbone, or name layers: "
@@ -66,8 +63,8 @@ def _frozen_codes(prepared: Prepared, processes: Processes, keeper: Keeper, othe
         )
     keeper.screen.say(f"{choice.frontier.describe()}; {choice.why}")
     part = frontier_part(choice.frontier, prepared)
-    views = keeper.train_views(choice.frontier.prefix, part).views
-    shown = {"train" if number == 0 else f"train, view {number}": codes for number, codes in enumerate(views)}
+    views = keeper.train_views(choice.frontier.prefix, part, range(prepared.recipe.codes.views)).views
+    shown = {f"train, view {view}" if len(views) > 1 else "train": codes for view, codes in views.items()}
     for split in others:
         shown[split.name] = keeper.codes(choice.frontier.prefix, part, split)
     _show(shown, keeper.screen)

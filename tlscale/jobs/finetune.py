@@ -25,9 +25,9 @@ from tlscale.codes.batches import CodeBatch
 from tlscale.data.sources import ImageSplit
 from tlscale.data.transforms import ImageBatch
 from tlscale.dist import Processes
-from tlscale.errors import NonFiniteLossError, RecipeError, Stopped
+from tlscale.errors import NonFiniteLossError, Stopped
 from tlscale.evaluate import evaluate, scalars
-from tlscale.feed import Feed, ImageFeed, open_feed
+from tlscale.feed import Feed, ImageFeed, open_feed, refuse_codes_of_a_probe
 from tlscale.keeper import Images, Keeper
 from tlscale.model.classifier import Classifier
 from tlscale.model.ema import Ema
@@ -36,7 +36,6 @@ from tlscale.objective import Objective
 from tlscale.optim import build_optimizer, set_lr
 from tlscale.prepare import Due, Prepared, make_objective, strategy_of
 from tlscale.progress import Progress
-from tlscale.recipe.schema import Recipe
 from tlscale.run_book import RunBook
 from tlscale.run_folder import RunFolder, naming_disk_errors, write_json
 from tlscale.run_record import begin_folder, make_record
@@ -107,7 +106,7 @@ def train(
     screen: Progress,
 ) -> dict[str, Any]:
     recipe = prepared.recipe
-    _refuse_codes_of_a_probe(recipe)
+    refuse_codes_of_a_probe(recipe)
 
     # -- resume: into the bare objects of the stage that the checkpoint is of, before Accelerate wraps them -----------
     newest = processes.on_main(partial(_newest, folder, screen)) if record is not None else None
@@ -170,15 +169,6 @@ def train(
         return _finish(parts, clock, book, folder, progress)
 
 
-def _refuse_codes_of_a_probe(recipe: Recipe) -> None:
-    for key, is_set in (("layer", recipe.codes.layer is not None), ("fold_norm", recipe.codes.fold_norm)):
-        if is_set:
-            raise RecipeError(
-                f"codes.{key} has no effect in training, which keeps the last values that nothing trainable has a part "
-                "in, as they are. Take it out, or add 'probe: {kind: logistic}' to fit a classifier on codes"
-            )
-
-
 def _steps(parts: Parts, clock: Clock, book: RunBook) -> Generator[list[Any], None, None]:
     """The batches of every step that is left, over all stages; a stage is begun when its first step comes."""
     stages = parts.prepared.stages
@@ -196,6 +186,8 @@ def _steps(parts: Parts, clock: Clock, book: RunBook) -> Generator[list[Any], No
 def _next_stage(parts: Parts) -> None:
     """Leave the stage that is over: unwrap, freeze, and build the optimizer again with the moments that go on."""
     _unwrap(parts)
+    # Batch statistics differ by rank until they are shared, and what is frozen now must be the same on all.
+    parts.processes.share_buffers(parts.network)
     parts.stage = parts.prepared.stages[parts.stage.number + 1]
     parts.optimizer = cross_boundary(parts.network, parts.optimizer, parts.ema, parts.stage)
 
@@ -204,6 +196,8 @@ def _unwrap(parts: Parts) -> None:
     """Take off what Accelerate put around (and, for mixed precision, into) the module that was trained."""
     if parts.feed is not None:
         parts.processes.accelerator.unwrap_model(parts.feed.module, keep_fp32_wrapper=False)
+        # Accelerate leaves alone what bears this mark, and so the next stage would go without mixed precision.
+        vars(parts.feed.module).pop("_is_accelerate_prepared", None)
         parts.processes.accelerator.free_memory()
         parts.feed, parts.wrapped = None, None
 
@@ -212,6 +206,7 @@ def _begin_stage(parts: Parts, clock: Clock, scaler_state: dict[str, Any] | None
     """Open the feed of the stage, which may compute codes, and have Accelerate wrap what is trained."""
     prepared, accelerator, key = parts.prepared, parts.processes.accelerator, str(parts.stage.number)
     decided = clock.keeps_codes.get(key)
+    parts.keeper.begin_stage()
     parts.feed, keeps = open_feed(parts.stage, prepared, parts.processes, parts.keeper, decided=decided)
     clock.keeps_codes[key] = keeps
     if prepared.recipe.compute.compile:

@@ -6,13 +6,16 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from tlscale.codes.store import CodesStore
-from tlscale.feed import choose_cut, sample_images
+from tlscale.feed import choose_cut, kept_bytes, num_to_keep, refuse_codes_of_a_probe, sample_images
+from tlscale.jobs.probe import refuse_wrong_probe, wanted_codes
 from tlscale.model.frontier import Frontier
+from tlscale.model.layers import LayerCodes
 from tlscale.optim import build_optimizer
 from tlscale.prepare import Prepared, prepare
 from tlscale.progress import Progress
@@ -26,9 +29,14 @@ _TIMED_IMAGES = 16
 
 def plan(recipe: Recipe, *, world_size: int) -> None:
     """Show what `run` would do with `world_size` processes; nothing is trained, and no codes are computed."""
+    if recipe.probe is None:
+        refuse_codes_of_a_probe(recipe)
     prepared = prepare(recipe, world_size=world_size)
     screen = Progress(0)
     show_plan(prepared, screen, device=f"planned for {world_size} process{'es' if world_size > 1 else ''}")
+    if recipe.probe is not None:
+        refuse_wrong_probe(prepared)
+        screen.table("Codes", ("layer", "pool", "stride", "width", "MiB"), _layer_rows(prepared))
     for stage in prepared.stages:
         build_optimizer(stage.groups, stage.optim)
         enter(prepared.classifier, stage)
@@ -37,17 +45,29 @@ def plan(recipe: Recipe, *, world_size: int) -> None:
         screen.table(f"Memory of a process{of}", ("what", "MiB"), _memory_rows(prepared))
 
 
+def _layer_rows(prepared: Prepared) -> list[tuple[str, ...]]:
+    """What a probe computes of each image, by one pass of two images."""
+    images_BCHW = sample_images(prepared, torch.device("cpu"), count=_SAMPLE_IMAGES)
+    data = prepared.data
+    num_images = sum(len(split) for split in (data.train, data.validation, data.test) if split is not None)
+    return [
+        (row.layer, row.pool, str(row.stride or "-"), f"{row.width:,}", f"{num_images * row.width * 4 / 2**20:,.1f}")
+        for row in LayerCodes(prepared.classifier.backbone, wanted_codes(prepared.recipe)).describe(images_BCHW)
+    ]
+
+
 def _frozen_rows(stage: Stage, prepared: Prepared) -> list[tuple[str, str]]:
     """Where the network is cut, what is kept there, and what that saves."""
-    choice = choose_cut(stage, prepared, torch.device("cpu"), nullcontext, CodesStore().root)
+    half = prepared.recipe.compute.precision in ("bf16", "fp16")
+    autocast = partial(torch.autocast, "cpu", torch.bfloat16) if half else nullcontext
+    choice = choose_cut(stage, prepared, torch.device("cpu"), autocast, CodesStore())
     if choice.frontier is None:
         return [("codes", f"computed in every step: {choice.why}")]
-    frontier = choice.frontier
-    images, num_bytes = prepared.num_views, frontier.num_bytes
+    images, num_bytes = num_to_keep(stage, prepared), kept_bytes(choice.frontier, prepared)
     mib = images * num_bytes / 2**20
-    whole_s, rest_s = step_seconds(prepared, frontier)
+    whole_s, rest_s = step_seconds(prepared, choice.frontier)
     return [
-        ("codes", f"computed once: {frontier.describe()}"),
+        ("codes", f"computed once: {choice.frontier.describe()}"),
         ("size", f"{num_bytes:,} bytes an image x {images:,} images and views = {mib:,.1f} MiB; {choice.why}"),
         (
             "saves",

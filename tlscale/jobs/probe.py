@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tlscale.codes.probe import Choice, PathRow, choose
+from tlscale.codes.probe import Choice, PathRow, cannot_compare, checked_grid, choose
 from tlscale.codes.reading import Codes
 from tlscale.data.sources import ImageSplit
 from tlscale.dist import Processes
@@ -53,7 +53,7 @@ def probe(
     """Fit the recipe's probe, evaluate it and export its model; what `result.json` holds."""
     began = time.monotonic()
     recipe, data = prepared.recipe, prepared.data
-    assert recipe.probe is not None
+    refuse_wrong_probe(prepared)
 
     # -- codes: of all layers and poolings in one pass, before anything is written -----------------------------------
     keeper = Keeper(prepared, processes, Images(prepared), screen, stop)
@@ -72,6 +72,20 @@ def probe(
         result = processes.on_main(lambda: _fit(prepared, keeper, codes, split, folder, book, progress, began))
         book.trackers.summary(scalars(result))
     return result
+
+
+def refuse_wrong_probe(prepared: Prepared) -> None:
+    """
+    Raises:
+        RecipeError: there are no held-out images to choose by, or values that cannot be tried.
+    """
+    section, data = prepared.recipe.probe, prepared.data
+    assert section is not None
+    num_held = len(data.validation) if data.validation is not None else 0
+    checked_grid(section.kind, _grid(section), len(data.train), num_held)
+    names = [name_of(pair) for pair in wanted_codes(prepared.recipe)]
+    if len(names) > 1 and not num_held:
+        raise cannot_compare(*names[:2])
 
 
 def wanted_codes(recipe: Recipe) -> list[tuple[str, str]]:
@@ -125,6 +139,8 @@ def _fit(
         for row in rows:
             book.write_probe(name, row.setting, row.held_top1, row.held_loss)
     show_probe(recipe.probe.kind, choice, progress)
+    if not isinstance(choice.probe.head, KnnHead):  # neighbours are compared as they were found
+        choice.probe.head.to(prepared.dtype)
 
     # -- evaluate: the images that chose nothing, once ----------------------------------------------------------------
     number = [name_of(pair) for pair in wanted].index(choice.name)
@@ -173,7 +189,7 @@ def _figures(prepared: Prepared, head: nn.Module, codes_ND: Tensor, split: Image
     labels_N = torch.from_numpy(split.labels_N).to(codes_ND.device)
     head = head.to(codes_ND.device)
     for codes_BD, labels_B in zip(torch.split(codes_ND, _BLOCK), torch.split(labels_N, _BLOCK), strict=True):
-        logits_BC = head(codes_BD.float())
+        logits_BC = head(codes_BD.to(prepared.dtype))
         tally.update(logits_BC, labels_B, objective.losses(logits_BC, labels_B))
     return summary(tally, prepared.data.classes)
 

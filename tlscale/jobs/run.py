@@ -31,6 +31,7 @@ MAY_CHANGE = (
     "checkpoint.",
     "codes.cache_gib",
     "codes.disk_gib",
+    "codes.keep",
     "codes.memory_mib",
     "compute.num_processes",
     "compute.micro_batch_size",
@@ -71,9 +72,10 @@ def run(
         record = None if overwrite else processes.on_main(lambda: read_record(folder))
         if record is not None:
             processes.on_main(lambda: _refuse_other_recipe(recipe, folder))
-            if processes.on_main(folder.result.exists):
+            done = processes.on_main(lambda: folder.result.read_text() if folder.result.exists() else None)
+            if done is not None:
                 screen.say(f"'{folder.path}' is complete already; its figures are in {folder.result}")
-                return dict(json.loads(folder.result.read_text()))
+                return dict(json.loads(done))
 
         # -- data, model and weights: whatever is wrong with them ends the run here -------------------------------
         bad_images = [(int(row), str(why)) for row, why in record["bad_images"]] if record else None

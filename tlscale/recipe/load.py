@@ -235,7 +235,9 @@ def _set(tree: Node, change: Override, rest: tuple[str, ...], findings: Findings
     if not isinstance(tree.value, dict) and tree.value is not None:
         done = ".".join(change.path[: len(change.path) - len(rest)])
         key = all_keys()[done]
-        if key.section is None:  # a section that is no mapping is reported by the schema's check
+        if isinstance(tree.value, list):
+            findings.add(change.value.origin, f"'{done}' is a list in {tree.origin}; write all of it: {done}=[{{...}}]")
+        elif key.section is None:  # a section that is no mapping is reported by the schema's check
             findings.add(change.value.origin, f"'{done}' is {tree.plain()!r} in {tree.origin}; write {done}={{...}}")
         return tree
     entries = dict(tree.value or {})

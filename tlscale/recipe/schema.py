@@ -250,6 +250,10 @@ class ProbeSection(Section):
     def _belongs(self) -> ProbeSection:
         if self.kind == "knn" and self.strengths is not None:
             raise ValueError("'strengths' has no effect with 'kind: knn'; it takes 'neighbours'")
+        for key in ("strengths", "neighbours"):
+            values = getattr(self, key)
+            if values is not None and len(set(values)) != len(values):
+                raise ValueError(f"'{key}' names a value twice")
         if self.kind != "knn" and self.neighbours is not None:
             raise ValueError(f"'neighbours' has an effect with 'kind: knn' only, not with '{self.kind}'")
         return self
@@ -426,19 +430,27 @@ class Recipe(Section):
                     raise ValueError(f"'{key}' has no effect beside '{name}': {why}. Take it out")
         if self.codes.views > 1 and not self.data.augment:
             raise ValueError("'codes.views' has no effect without 'data.augment': all views would be the same")
-        if self.codes.keep == "never" and self.probe is not None:
-            raise ValueError("'codes.keep: never' has no effect beside 'probe', which is fitted on kept codes")
+        if self.codes.views > 1 and self.codes.keep == "never":
+            raise ValueError("'codes.views' has no effect beside 'codes.keep: never'")
+        if self.codes.pool != ["avg"] and set(self.codes.layer or [_PENULTIMATE]) == {_PENULTIMATE}:
+            raise ValueError(
+                "'codes.pool' has no effect on penultimate codes, which the backbone pools itself; name layers in "
+                "'codes.layer'"
+            )
 
     def to_plain(self) -> dict[str, Any]:
         """The complete recipe as plain YAML values, in schema order."""
         return self.model_dump(mode="json")
 
 
+_PENULTIMATE = "penultimate"
 # optim and schedule are taken whole; of the others, only what differs from its default was asked for.
 NO_EFFECT_BESIDE = {
     "probe": (
         *("freeze", "head", "duration", "drop_last", "optim", "schedule", "loss", "checkpoint", "data.augment"),
-        *("compute.gradient_checkpointing", "compute.compile", "evaluate.select", "evaluate.every", "codes.views"),
+        *("batch_size", "compute.micro_batch_size", "compute.gradient_checkpointing", "compute.compile", "evaluate"),
+        *("log_every", "codes.views", "codes.keep", "codes.disk_gib", "data.workers"),
+        *("backbone.drop_rate", "backbone.drop_path_rate"),
     ),
     "stages": ("freeze", "duration"),
 }

@@ -90,6 +90,14 @@ def derive(
     return Recipe.model_validate(plain)
 
 
+def as_probe(recipe: Recipe) -> Recipe:
+    """A probe on the recipe's data, backbone and codes; what has no effect beside one is left out."""
+    plain = recipe.to_plain()
+    plain["name"] = _named(recipe.name[:_LONGEST_STEM], "_codes")
+    _probe(plain, recipe.codes.layer or ["penultimate"])
+    return Recipe.model_validate(plain)
+
+
 def at_size(recipe: Recipe, size: int | None) -> Recipe:
     """The recipe with so many labelled training images, held-out ones included; None: with all there are."""
     plain = recipe.to_plain()
