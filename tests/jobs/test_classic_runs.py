@@ -9,6 +9,7 @@ import torch
 import tlscale
 import tlscale.model.classic  # noqa: F401 (registers its networks)
 from tests.small_runs import result, small_recipe
+from tlscale.model.layers import LayerCodes, stages
 
 # name: (pixels, what is frozen, least trainable parameters); Inception-v3 takes no less than 75 pixels
 NETWORKS = {
@@ -49,3 +50,17 @@ def test_a_recipe_runs_from_end_to_end(name, idx, tmp_path):
     assert logits.shape == (3, 10)
     assert bool(logits.isfinite().all())
     shutil.rmtree(tmp_path / "run")  # half a gigabyte, some of them
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_stage_gives_codes(name):
+    image_size = NETWORKS[name][0]
+    backbone = timm.create_model(name, in_chans=1, num_classes=0)
+    names = stages(backbone)
+    assert len(names) >= 5
+    assert names[-1] == "penultimate"
+    module = LayerCodes(backbone, [(stage, "avg") for stage in names])
+    with torch.no_grad():
+        codes = module(torch.randn(2, 1, image_size, image_size))
+    assert all(code.shape[0] == 2 and code.ndim == 2 and bool(code.isfinite().all()) for code in codes)
+    assert all(float((code[0] - code[1]).abs().max()) > 0 for code in codes), "two images, two codes"
