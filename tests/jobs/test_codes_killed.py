@@ -136,7 +136,9 @@ def assert_finishes_as_a_clean_run(order, root, clean):
 def test_killed_at_ten_random_moments(order, clean, tmp_path):
     draw = random.Random(7)
     in_the_middle = 0
-    for number in range(10):
+    for number in range(60):
+        if number >= 10 and in_the_middle >= 3:
+            break  # on a busy machine some come too early or too late
         root = tmp_path / str(number)
         root.mkdir()
         moment_s = draw.uniform(0.0, clean[2])

@@ -74,7 +74,7 @@ CLOSE = dict.fromkeys(("head", "mlp with dropout", "averages, clipped", "views")
 def run_both(tmp_path, idx, **changes):
     outs = []
     for keep in ("always", "never"):
-        codes = {**changes.get("codes", {}), "keep": keep}
+        codes = {**(changes.get("codes", {}) if keep == "always" else {}), "keep": keep}
         recipe = small_recipe(tmp_path / f"{keep}.yaml", idx, **{**changes, "codes": codes, "name": "same"})
         tlscale.run(recipe, tmp_path / keep)
         outs.append(tmp_path / keep)

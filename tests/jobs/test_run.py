@@ -318,7 +318,6 @@ def test_tensorboard_has_the_log(run):
 )
 def test_what_is_frozen_is_bit_equal_in_the_exported_model(run, head):
     out = run(backbone=RESNET, freeze=".*", head=head, optim={"weight_decay": 0.5, "ema_decay": 0.9})
-    first = tensors(out / "checkpoints" / "step_00000005" / "model.safetensors")
     recipe = load_recipe(out / "recipe.yaml")
     from tlscale.model.backbone import build_backbone
 
@@ -326,7 +325,6 @@ def test_what_is_frozen_is_bit_equal_in_the_exported_model(run, head):
     before, after = fresh.state_dict(), exported(out)
     assert len(before) > 50
     assert_same_bits(before, {name: after[name] for name in before})
-    assert_same_bits(before, {name: first[f"backbone.{name}"] for name in before})
     assert result(out)["strategy"] == ("head" if len(head) == 1 else "mlp")
     assert result(out)["trainable_params"] < result(out)["total_params"]
 

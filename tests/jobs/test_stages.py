@@ -239,9 +239,8 @@ def test_half_precision_goes_on_in_the_second_stage(idx, tmp_path, monkeypatch):
         with torch.no_grad():
             batch = parts.feed.inputs(batches[0].to("cpu"))
             hidden = []
-            handle = parts.network.head[0].register_forward_pre_hook(
-                lambda module, inputs: hidden.append(inputs[0].dtype)
-            )
+            layer = parts.network.head[0]
+            handle = layer.register_forward_hook(lambda module, inputs, output: hidden.append(output.dtype))
             parts.wrapped[0].eval()(*batch)
             parts.wrapped[0].train()
             handle.remove()
@@ -252,4 +251,4 @@ def test_half_precision_goes_on_in_the_second_stage(idx, tmp_path, monkeypatch):
     stages = [{"duration": "2 steps"}, {"freeze": "patch_embed.*", "duration": "2 steps"}]
     changes = {"compute": {"precision": "bf16"}, "codes": {"keep": "never"}, "backbone": {"name": "test_vit"}}
     tlscale.run(staged(tmp_path / "recipe.yaml", idx, stages=stages, **changes), tmp_path / "run")
-    assert seen[0] == seen[1] != {torch.float32}
+    assert seen == {0: {torch.bfloat16}, 1: {torch.bfloat16}}

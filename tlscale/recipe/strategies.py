@@ -73,7 +73,6 @@ def derive(
     match strategy:
         case "codes":
             _probe(plain, ["penultimate"])
-            _reset(plain, "codes.pool")  # the backbone has its own
         case "early_codes":
             _probe(plain, list(early_layers))
         case "mlp":
@@ -183,11 +182,11 @@ def _reset(plain: dict[str, Any], *keys: str) -> None:
 
 
 def _probe(plain: dict[str, Any], layers: list[str]) -> None:
-    _reset(plain, *NO_EFFECT_BESIDE_PROBE, "stages", "backbone.drop_rate", "backbone.drop_path_rate")
+    _reset(plain, *NO_EFFECT_BESIDE_PROBE, "stages")
     plain["probe"] = plain["probe"] or {"kind": "logistic"}
     plain["codes"]["layer"] = layers
-    if plain["codes"]["keep"] == "never":
-        _reset(plain, "codes.keep")
+    if set(layers) == {"penultimate"}:
+        _reset(plain, "codes.pool")  # the backbone has its own
 
 
 def _train_new_layers(recipe: Recipe, plain: dict[str, Any], strategy: str, head: list[Any]) -> None:
