@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -120,3 +121,17 @@ def idx(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.small_runs import put_small_idx  # imports torch, which must find the environment that is set above
 
     return put_small_idx(tmp_path_factory.mktemp("idx"))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 1 MiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True, check=False
+    )
+    if made.returncode:
+        pytest.skip("a small file system cannot be mounted here (not root?)")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)

@@ -8,7 +8,6 @@ before it is, loudly. There is no pickle anywhere, so reading a checkpoint runs 
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import re
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor
 
 from tlscale.errors import CheckpointError
-from tlscale.run_folder import write_text
+from tlscale.run_folder import file_sha256, write_text
 
 FORMAT = 1
 _MANIFEST = "manifest.json"
@@ -88,7 +87,7 @@ def _write_files(folder: Path, checkpoint: Checkpoint) -> None:
     (folder / _STATE).write_text(json.dumps(checkpoint.state))
     for path in sorted(folder.iterdir()):
         _flush(path)
-        manifest["files"][path.name] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
+        manifest["files"][path.name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
     write_text(folder / _MANIFEST, json.dumps(manifest, indent=2) + "\n")
     _flush(folder)
 
@@ -105,11 +104,6 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def list_checkpoints(root: Path) -> list[Path]:
@@ -137,7 +131,7 @@ def fault_of(folder: Path) -> str | None:
                 return f"{name} is missing"
             if path.stat().st_size != facts["bytes"]:
                 return f"{name} has {path.stat().st_size} bytes instead of {facts['bytes']}"
-            if _digest(path) != facts["sha256"]:
+            if file_sha256(path) != facts["sha256"]:
                 return f"{name} has changed since it was written"
         if f"step_{manifest['step']:08d}" != folder.name:
             return f"it was written as step {manifest['step']}"

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from tlscale.codes.batches import CodeBatch, CodeViews, eval_code_batches, train_code_batches
-from tlscale.codes.store import CodesStore
+from tlscale.codes.store import CodesStore, nearest_folder
 from tlscale.data.loaders import ImageStore, eval_batches, train_batches
 from tlscale.data.sources import ImageSplit
 from tlscale.data.transforms import ImageBatch
@@ -272,7 +272,7 @@ def _no_room(num_bytes: int, codes: CodesSection, store: CodesStore) -> str | No
     for key in ("disk_gib", "cache_gib"):
         if num_bytes > getattr(codes, key) * 2**30:
             return f"would be more than codes.{key} = {getattr(codes, key):g} allows"
-    nearest = next(path for path in (store.root, *store.root.absolute().parents) if path.exists())
+    nearest = nearest_folder(store.root)
     # What is kept may be these very codes, or go for them.
     free = shutil.disk_usage(nearest).free + sum(entry.num_bytes for entry in store.entries())
     return f"would be more than the {free / 2**20:,.0f} MiB that '{nearest}' has room for" if num_bytes > free else None

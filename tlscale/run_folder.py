@@ -6,6 +6,7 @@ said so; nothing is deleted that tlscale did not make; a file is either the old 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -159,3 +160,9 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Write `value` as JSON, as `write_text` does."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, 64 hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -33,6 +33,7 @@ BATCH_NORM = {"backbone": {"name": "test_resnet"}, "evaluate": {"every": "3 step
 HALF_VIT = r"(cls_token|pos_embed|patch_embed\..*|blocks\.0\..*)"
 # Codes of all, then of half of the backbone, and in the end none: 5, 4 and 3 steps.
 STAGED = {
+    "codes": {"keep": "always"},  # a stage of 4 steps would not pay for its codes
     "compute": {"precision": "fp64"},
     "stages": [
         {"freeze": ".*", "duration": "1 epochs", "lr": 5e-3},
@@ -66,45 +67,47 @@ def error_of(job):
     return None
 
 
-def batch_norm_buffers(folder, name, data):
-    """For each checkpoint, whether the buffers of all ranks are equal when it is made."""
-    seen = []
-    snapshot = finetune.snapshot
-
-    def spy(clock, network, *args, **options):
-        flat = torch.cat([buffer.double().flatten() for buffer in network.buffers()])
-        flats = [torch.zeros_like(flat) for _ in range(torch.distributed.get_world_size())]
-        torch.distributed.all_gather(flats, flat)
-        seen.append(all(torch.equal(flats[0], other) for other in flats))
-        return snapshot(clock, network, *args, **options)
-
-    finetune.snapshot = spy
-    try:
-        tlscale.run(recipe(folder, name, data, **BATCH_NORM), folder / name)
-    finally:
-        finetune.snapshot = snapshot
-    return seen
+def equal_on_all_ranks(values):
+    flat = torch.cat([value.detach().double().flatten() for value in values])
+    flats = [torch.zeros_like(flat) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(flats, flat)
+    return all(torch.equal(flats[0], other) for other in flats)
 
 
-def ranks_agree(folder, name, data):
-    """For each checkpoint, whether parameters, and the moments of all that was trained, are equal on all ranks."""
+def at_each_checkpoint(look, folder, name, data, **changes):
+    """What `look(clock, network, optimizer)` gives whenever the run makes a checkpoint."""
     seen = []
     snapshot = finetune.snapshot
 
     def spy(clock, network, optimizer, *args, **options):
-        moments = [state["exp_avg"] for state in optimizer.state.values()]
-        flat = torch.cat([value.detach().double().flatten() for value in [*network.parameters(), *moments]])
-        flats = [torch.zeros_like(flat) for _ in range(torch.distributed.get_world_size())]
-        torch.distributed.all_gather(flats, flat)
-        seen.append([clock.step, len(moments), all(torch.equal(flats[0], other) for other in flats)])
+        seen.append(look(clock, network, optimizer))
         return snapshot(clock, network, optimizer, *args, **options)
 
     finetune.snapshot = spy
     try:
-        tlscale.run(recipe(folder, name, data, **STAGED), folder / name)
+        tlscale.run(recipe(folder, name, data, **changes), folder / name)
     finally:
         finetune.snapshot = snapshot
     return seen
+
+
+def batch_norm_buffers(folder, name, data):
+    """For each checkpoint, whether the buffers of all ranks are equal when it is made."""
+
+    def look(clock, network, optimizer):
+        return equal_on_all_ranks(network.buffers())
+
+    return at_each_checkpoint(look, folder, name, data, **BATCH_NORM)
+
+
+def ranks_agree(folder, name, data):
+    """For each checkpoint, whether parameters, and the moments of all that was trained, are equal on all ranks."""
+
+    def look(clock, network, optimizer):
+        moments = [state["exp_avg"] for state in optimizer.state.values()]
+        return [clock.step, len(moments), equal_on_all_ranks([*network.parameters(), *moments])]
+
+    return at_each_checkpoint(look, folder, name, data, **STAGED)
 
 
 def together(facts):

@@ -234,20 +234,6 @@ def test_pointers_never_lead_out(three, tmp_path):
 # --- A disk that does not take it -------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 1 MiB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    made = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True, check=False
-    )
-    if made.returncode:
-        pytest.skip("a small file system cannot be mounted here (not root?)")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
-
-
 def test_a_full_disk_leaves_the_checkpoint_before(small_disk):
     root = small_disk / "checkpoints"
     save_checkpoint(root, make(1))

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from tlscale.codes.key import json_digest
 from tlscale.errors import TlscaleError
-from tlscale.run_folder import write_text
+from tlscale.run_folder import file_sha256, write_text
 
 Ints = npt.NDArray[np.int64]
 Array = npt.NDArray[Any]
@@ -283,15 +283,10 @@ def check_values(folder: Path, shard: Shard, *, verify: bool) -> None:
             size = path.stat().st_size
             if size != facts["bytes"]:
                 raise DamagedError(f"{path.name} has {size} bytes instead of {facts['bytes']}")
-            if verify and part != "rows" and _digest(path) != facts["sha256"]:
+            if verify and part != "rows" and file_sha256(path) != facts["sha256"]:
                 raise DamagedError(f"{path.name} has changed since it was written")
         except OSError as error:
             raise DamagedError(f"{path.name}: {error.strerror or error}") from None
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def map_values(folder: Path, shard: Shard, specs: Sequence[ValueSpec]) -> list[Array]:

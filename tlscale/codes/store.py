@@ -248,7 +248,7 @@ class CodesStore:
                     "images or views)"
                 )
             self._evict(self.limit_bytes - num_bytes, {digest}, say)
-        free = shutil.disk_usage(_nearest(self.root)).free
+        free = shutil.disk_usage(nearest_folder(self.root)).free
         if free < num_bytes:
             raise TlscaleError(
                 f"the codes need {_gib(num_bytes)} in '{self.folder(key)}', but that disk has {_gib(free)} left. Make "
@@ -338,7 +338,7 @@ class CodesStore:
         return size
 
 
-def _nearest(path: Path) -> Path:
+def nearest_folder(path: Path) -> Path:
     """The path, or the nearest folder above it that is there."""
     return next(place for place in (path, *path.absolute().parents) if place.is_dir())
 

@@ -27,6 +27,7 @@ import tlscale.model.classic  # noqa: F401 (its architectures get known to timm)
 from tlscale.errors import ModelError, did_you_mean
 from tlscale.hub import cache_only_when_unreachable
 from tlscale.recipe.schema import BackboneSection
+from tlscale.run_folder import file_sha256
 from tlscale.seeds import derive_seed
 
 _PREFIXES = ("hf-hub:", "local-dir:")
@@ -210,7 +211,7 @@ def _read_state(path: Path, section: BackboneSection) -> dict[str, Tensor]:
         raise ModelError(
             f"backbone.weights: there is no file '{path}'. Give 'pretrained', 'none' or the path of a .safetensors."
         )
-    if section.sha256 is not None and (found := _file_digest(path)) != section.sha256:
+    if section.sha256 is not None and (found := file_sha256(path)) != section.sha256:
         raise ModelError(f"backbone.sha256: '{path}' has the SHA-256 {found}, not {section.sha256}; it is another file")
     is_pickle = path.suffix in (".pth", ".pt", ".bin", ".tar")
     if not is_pickle and path.suffix != ".safetensors":
@@ -300,8 +301,3 @@ def _mismatch(
         lines.append(f"  of another shape: {', '.join(shapes[:3])}{' ...' if len(shapes) > 3 else ''} ({len(shapes)})")
     lines.append(f"  the file has: {', '.join(list(state)[:3])} ... ({len(state)} tensors)")
     return "\n".join(lines)
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
