@@ -55,10 +55,10 @@ PARALLEL = -n $(WORKERS) --dist loadfile
 
 test-all: $(VENV)/.tlscale-dev
 	bash scripts/get_fashion_mnist.sh
-	$(PYTEST) $(PARALLEL) $(TEST_ARGS)
+	$(PYTEST) $(PARALLEL) -m 'not long' $(TEST_ARGS)
 
 test-unit: $(VENV)/.tlscale-dev ## only the tests in one process
-	$(PYTEST) $(PARALLEL) -m 'not dist' tests $(TEST_ARGS)
+	$(PYTEST) $(PARALLEL) -m 'not dist and not long' tests $(TEST_ARGS)
 
 test-dist: $(VENV)/.tlscale-dev ## only the tests with several processes
 	$(PYTEST) -m dist tests $(TEST_ARGS)
