@@ -1,6 +1,8 @@
 """timm's tiny networks under a new head, and steps of training on noise."""
 
+import timm
 import torch
+from timm.models import register_model
 from torch import nn
 
 from tlscale.model.backbone import build_backbone
@@ -11,6 +13,22 @@ from tlscale.recipe.schema import BackboneSection, Recipe
 
 # Seven ways to build a network, each a few hundred thousand parameters; all take 32 pixels.
 TINY = ("test_resnet", "test_vit", "test_efficientnet", "test_convnext", "test_nfnet", "test_byobnet", "test_mambaout")
+
+
+class PerImage(nn.Module):
+    """Each image to mean 0 and standard deviation 1; an image of one colour becomes NaN."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        std, mean = torch.std_mean(images, dim=(1, 2, 3), keepdim=True)
+        return (images - mean) / std
+
+
+@register_model
+def per_image_resnet(pretrained=False, **keys) -> nn.Module:
+    """timm's smallest ResNet behind `PerImage`; to be known to timm, this module has to be imported."""
+    network = timm.create_model("test_resnet", pretrained=False, **keys)
+    network.conv1 = nn.Sequential(PerImage(), network.conv1)
+    return network
 
 
 def section(name="test_resnet", weights="none", **keys) -> BackboneSection:

@@ -11,16 +11,19 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as torch_dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, is_initialized
+from accelerate.utils import InitProcessGroupKwargs
 
 from tlscale.cores import num_cores
 from tlscale.errors import LaunchError, TlscaleError
 from tlscale.recipe.schema import ComputeSection
+from tlscale.watchdog import Watchdog
 
 T = TypeVar("T")
 _MIXED = {"fp32": "no", "fp64": "no", "bf16": "bf16", "fp16": "fp16"}
@@ -33,6 +36,7 @@ class Processes:
     accelerator: Accelerator
     rank: int
     world_size: int
+    watchdog: Watchdog
     _control: torch_dist.ProcessGroup | None
     _is_guest: bool  # in a program that had an Accelerator of its own
 
@@ -220,7 +224,11 @@ def _join(compute: ComputeSection, is_guest: bool) -> Processes:
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     _check_precision_of_launcher(compute)
     try:
-        accelerator = Accelerator(mixed_precision=_MIXED[compute.precision], step_scheduler_with_optimizer=False)
+        accelerator = Accelerator(
+            mixed_precision=_MIXED[compute.precision],
+            step_scheduler_with_optimizer=False,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=_patience(compute))],
+        )
     except ValueError as error:
         if not is_guest:
             raise
@@ -243,8 +251,14 @@ def _join(compute: ComputeSection, is_guest: bool) -> Processes:
         )
     _check_device(compute, accelerator.device)
     _set_threads(compute, accelerator.device)
-    control: Any = torch_dist.new_group(backend="gloo") if world_size > 1 else None
-    return Processes(accelerator, accelerator.process_index, world_size, control, is_guest)
+    control: Any = torch_dist.new_group(backend="gloo", timeout=_patience(compute)) if world_size > 1 else None
+    watchdog = Watchdog(compute.hang_timeout_s)
+    return Processes(accelerator, accelerator.process_index, world_size, watchdog, control, is_guest)
+
+
+def _patience(compute: ComputeSection) -> timedelta:
+    """How long a process waits for the others: a little longer than the watchdog, which says where each one is."""
+    return timedelta(seconds=compute.hang_timeout_s + 5.0)
 
 
 def _check_precision_of_launcher(compute: ComputeSection) -> None:

@@ -69,9 +69,17 @@ class ResumeError(CheckpointError):
 
 
 class NonFiniteLossError(TlscaleError):
-    """The loss became NaN or infinite."""
+    """The loss, a gradient or a weight became NaN or infinite.
+
+    Attributes:
+        step: the step, counted from 1, that made it so.
+    """
 
     said_by_main = True
+
+    def __init__(self, message: str, step: int = 0) -> None:
+        super().__init__(message)
+        self.step = step
 
 
 class Stopped(TlscaleError):  # noqa: N818 (a stop is no error)

@@ -75,6 +75,7 @@ def evaluate(
     try:
         with torch.inference_mode(), processes.accelerator.autocast():
             for batch in batches:
+                processes.watchdog.beat()
                 logits_BC = network(*inputs(batch))
                 labels_B = batch.labels_B.to(logits_BC.device)
                 tally.update(logits_BC, labels_B, objective.losses(logits_BC, labels_B))

@@ -76,6 +76,8 @@ def build_optimizer(groups: list[Group], section: OptimSection) -> torch.optim.O
     }
     if _runs_fused(groups, section):
         options["fused"] = True
+    # An optimizer writes into its groups (some count their steps there), and these may be begun from again.
+    groups = [{**group} for group in groups]
     try:
         optimizer = create_optimizer_v2(groups, opt=section.name, lr=section.lr, weight_decay=0.0, **options)
     except Exception as error:  # optimizers raise whatever they like about their arguments

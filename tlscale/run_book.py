@@ -99,6 +99,14 @@ class RunBook:
         shown = "  ".join(f"{key} {number(figures[key])}" for key in ("top1", "loss", "macro_f1"))
         self._progress.say(f"{split} after step {self._clock.step}: {shown}{'  (best so far)' if is_best else ''}")
 
+    def write_left_out(self, count: int, most: int) -> None:
+        """A line on a step that changed nothing, because it was not finite."""
+        self._write("left_out", {"count": count})
+        step = self._clock.step
+        self._progress.say(
+            f"WARNING: step {step} is not finite and left out ({count} of at most {most})", style="bold red"
+        )
+
     def write_probe(self, codes: str, setting: float, top1: float | None, loss: float | None) -> None:
         """A line on one setting of a probe: what the held-out images say of it."""
         self._write("probe", {"codes": codes, "setting": setting, "held_out_top1": top1, "held_out_loss": loss})

@@ -58,6 +58,16 @@ class RunFolder:
     def lock(self) -> Path:
         return self.path / ".lock"
 
+    @property
+    def stop(self) -> Path:
+        """Somebody who wants the run to stop puts it there."""
+        return self.path / "STOP"
+
+    @property
+    def stopped(self) -> Path:
+        """Says that the run stopped because it was asked to, and goes on with --resume."""
+        return self.path / "STOPPED"
+
 
 def clear(folder: RunFolder) -> None:
     """Remove the run that is in a claimed folder.
@@ -109,7 +119,7 @@ def _make_ready(folder: RunFolder, mode: Mode) -> None:
 
 
 def _entries(folder: RunFolder) -> list[Path]:
-    return [entry for entry in folder.path.iterdir() if entry != folder.lock]
+    return [entry for entry in folder.path.iterdir() if entry not in (folder.lock, folder.stop, folder.stopped)]
 
 
 def _refuse_foreign(folder: RunFolder) -> None:

@@ -34,6 +34,7 @@ class Clock:
     best: list[tuple[int, float]] = field(default_factory=list)  # (step, validation figure), best first
     wandb_run_id: str | None = None
     keeps_codes: dict[str, bool] = field(default_factory=dict)  # stage -> whether it trains on codes
+    left_out: list[int] = field(default_factory=list)  # steps that changed nothing, as something was not finite
 
     @property
     def best_step(self) -> int | None:

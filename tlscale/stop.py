@@ -1,6 +1,7 @@
-"""Being asked to stop: SIGTERM (a cluster takes the machine back) or SIGINT (Ctrl-C).
+"""Being asked to stop: SIGTERM (a cluster takes the machine back), SIGINT (Ctrl-C), or a file STOP in the run folder.
 
-Promise: the first signal only sets a flag, so that the step is finished and saved; a second Ctrl-C ends at once.
+Promise: the first request only sets a flag, so that the step is finished and saved; a second Ctrl-C ends at once. A
+file reaches a run behind any launcher, also one that hands no signal on.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -31,12 +33,24 @@ def stop_with_launcher() -> None:
 
 
 class StopRequest:
-    """A context in which `requested` becomes true when the process is asked to stop."""
+    """A context in which `requested` becomes true when the process is asked to stop.
 
-    def __init__(self) -> None:
-        self.requested = False
+    Args:
+        file: one that asks for it by being there. It is looked for on every question, so only one process of a run
+            should be given it.
+    """
+
+    def __init__(self, file: Path | None = None) -> None:
         self.by = ""
+        self._file = file
+        self._requested = False
         self._before: dict[signal.Signals, Any] = {}
+
+    @property
+    def requested(self) -> bool:
+        if not self._requested and self._file is not None and self._file.exists():
+            self._requested, self.by = True, f"the file '{self._file}'"
+        return self._requested
 
     def __enter__(self) -> StopRequest:
         # Python allows signal handlers in the main thread only; elsewhere (a notebook's worker) there is no asking.
@@ -51,7 +65,7 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.requested and number == signal.SIGINT:
+        if self._requested and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.requested = True
+        self._requested = True
         self.by = signal.Signals(number).name

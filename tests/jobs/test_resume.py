@@ -83,6 +83,41 @@ def test_stopped_and_resumed_equals_not_stopped(name, idx, tmp_path):
     assert_same_runs(tmp_path / "whole", tmp_path / "parts")
 
 
+def test_a_file_stops_a_run_as_a_signal_does(idx, tmp_path):
+    recipe = small_recipe(tmp_path / "recipe.yaml", idx, duration=f"{STEPS} steps")
+    out = tmp_path / "run"
+    with pytest.raises(Stopped, match="stopped by the file") as caught, When(logged(out, 5), (out / "STOP").touch):
+        tlscale.run(recipe, out)
+    assert not (out / "STOP").exists()
+    said = json.loads((out / "STOPPED").read_text())
+    assert said == {"by": f"the file '{out / 'STOP'}'", "message": str(caught.value)}
+    (out / "STOP").touch()  # nobody was there to obey it
+    tlscale.run(recipe, out, resume=True)
+    assert not (out / "STOP").exists()
+    assert not (out / "STOPPED").exists()
+    tlscale.run(recipe, tmp_path / "whole")
+    assert_same_runs(tmp_path / "whole", out)
+
+
+def test_a_file_stops_the_computation_of_codes(idx, tmp_path):
+    """Before anything is written: the folder holds the word that it stopped, and the same line begins the run."""
+    recipe = small_recipe(tmp_path / "recipe.yaml", idx, freeze=".*", codes={"keep": "always"}, seed=77)
+    out = tmp_path / "run"
+    out.mkdir()
+
+    def held():
+        return (out / ".lock").exists() and not (out / "STOP").exists()
+
+    # Touched again and again: one that is there before the start is removed.
+    with pytest.raises(Stopped), When(lambda: held() and not (out / "STOP").touch() and False, lambda: None):
+        tlscale.run(recipe, out)
+    assert (out / "STOPPED").exists()
+    assert not (out / "run.json").exists()
+    (out / "STOP").unlink(missing_ok=True)
+    tlscale.run(recipe, out)
+    assert result(out)["steps"] == 10
+
+
 def test_a_signal_during_evaluation_is_obeyed_after_the_next_step(idx, tmp_path):
     # One image at a time makes the evaluation long: the line of step 5 is written before it, the signal comes in it.
     changes = {"evaluate": {"batch_size": 1, "every": "5 steps"}, "duration": f"{STEPS} steps"}

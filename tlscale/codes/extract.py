@@ -70,7 +70,7 @@ def extract_codes(
     rows_N, say = checked_rows(rows_N), _once(screen.say)
     codes = _look(store, key, rows_N, processes, say)
     if codes is None:
-        with _sole_writer(store, key, processes, say, should_stop):
+        with processes.watchdog.watching(), _sole_writer(store, key, processes, say, should_stop):
             stock = processes.on_main(lambda: store.take_stock(key, rows_N, say))
             if len(stock.missing_R) or not stock.is_committed:
                 work = _Extraction(store, key, rows_N, load, module, should_stop)
@@ -146,6 +146,7 @@ def _sole_writer(
         if not processes.on_main(lambda: try_once(0)):
             say(f"codes: waiting for another run that computes the same codes, in '{store.folder(key)}'")
             while not processes.on_main(lambda: try_once(_WAIT_S)):
+                processes.watchdog.beat()
                 if processes.any(should_stop is not None and should_stop()):
                     raise Stopped("stopped while waiting for another run that computes the same codes")
         yield
@@ -261,7 +262,7 @@ def _compute(work: _Extraction, stock: Stock, processes: Processes, say: Callabl
     row_bytes = sum(spec.row_bytes for spec in work.values)
     shards = plan_shards(missing_R, rows_per_shard(row_bytes, work.store.shard_bytes))
     processes.on_main(lambda: work.store.make_room(work.key, len(missing_R) * row_bytes, say))
-    pace = _Pace(len(missing_R), processes.world_size, say, title)
+    pace = _Pace(len(missing_R), processes, say, title)
     pace.begin(work.values, len(work.rows_N), work.store.folder(work.key))
     written: list[Shard] = []
     for rows_R in shards_of(shards, processes.rank, processes.world_size):
@@ -275,8 +276,9 @@ def _compute(work: _Extraction, stock: Stock, processes: Processes, say: Callabl
 class _Pace:
     """How far the computation is; all processes have about equal shares."""
 
-    def __init__(self, total: int, world_size: int, say: Callable[[str], None], title: str) -> None:
-        self._total, self._world_size, self._say, self._title = total, world_size, say, title
+    def __init__(self, total: int, processes: Processes, say: Callable[[str], None], title: str) -> None:
+        self._total, self._world_size, self._say, self._title = total, processes.world_size, say, title
+        self._watchdog = processes.watchdog
         self._done = 0
         self._began_s = self._said_s = time.monotonic()
 
@@ -293,6 +295,7 @@ class _Pace:
 
     def add(self, num_images: int) -> None:
         """So many more are done, on this process."""
+        self._watchdog.beat()
         self._done += num_images
         now_s = time.monotonic()
         if now_s - self._said_s >= _SAY_EVERY_S:

@@ -9,8 +9,8 @@ Shapes: B images, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from contextlib import AbstractContextManager, closing, nullcontext
+from collections.abc import Generator, Iterator
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -38,12 +38,13 @@ from tlscale.prepare import Due, Prepared, make_objective, strategy_of
 from tlscale.progress import Progress
 from tlscale.run_book import RunBook
 from tlscale.run_folder import RunFolder, naming_disk_errors, write_json
-from tlscale.run_record import begin_folder, make_record
+from tlscale.run_record import begin_folder, make_record, read_record
 from tlscale.run_state import Clock, LossWindow, are_finite, restore, restore_weights, snapshot, write_checkpoint
 from tlscale.screen import show_result
 from tlscale.seeds import derive_seed
 from tlscale.stages import Stage, cross_boundary, enter, stage_at
 from tlscale.stop import StopRequest
+from tlscale.vigil import Vigil
 
 
 @dataclass
@@ -56,6 +57,7 @@ class Parts:
     ema: Ema | None
     objective: Objective
     keeper: Keeper
+    careful_until: int  # steps before this one are looked at before their update
     # Of the stage that the run is in:
     stage: Stage
     optimizer: torch.optim.Optimizer
@@ -81,7 +83,9 @@ class Parts:
         return nullcontext() if self.ema is None else self.ema.in_place()
 
 
-def _make_parts(prepared: Prepared, processes: Processes, stop: StopRequest, screen: Progress, stage: Stage) -> Parts:
+def _make_parts(
+    prepared: Prepared, processes: Processes, stop: StopRequest, screen: Progress, stage: Stage, careful_until: int
+) -> Parts:
     recipe, device = prepared.recipe, processes.device
     network = prepared.classifier.to(device)
     enter(network, stage)
@@ -92,6 +96,7 @@ def _make_parts(prepared: Prepared, processes: Processes, stop: StopRequest, scr
         Ema(prepared.trained, recipe.optim.ema_decay) if recipe.optim.ema_decay is not None else None,
         make_objective(prepared, device),
         Keeper(prepared, processes, Images(prepared), screen, stop),
+        careful_until if recipe.non_finite.action != "skip" else prepared.total_steps,
         stage,
         build_optimizer(stage.groups, stage.optim),
     )
@@ -105,14 +110,44 @@ def train(
     record: dict[str, Any] | None,
     screen: Progress,
 ) -> dict[str, Any]:
+    """Train as the recipe says; what `result.json` holds.
+
+    Args:
+        record: `run.json` of the run that is gone on with; None where a new one begins.
+    """
+    refuse_codes_of_a_probe(prepared.recipe)
+    careful_until = 0
+    while True:
+        try:
+            return _train(prepared, folder, processes, stop, record, screen, careful_until)
+        except NonFiniteLossError as error:
+            # A step that was looked at and found good would end there again.
+            if prepared.recipe.non_finite.action != "rollback" or error.step <= careful_until:
+                raise
+            careful_until = error.step
+            screen.say(
+                f"WARNING: not finite at step {error.step}: back to the last checkpoint, to leave out what is not",
+                style="bold red",
+            )
+        record = processes.on_main(partial(read_record, folder))
+
+
+def _train(
+    prepared: Prepared,
+    folder: RunFolder,
+    processes: Processes,
+    stop: StopRequest,
+    record: dict[str, Any] | None,
+    screen: Progress,
+    careful_until: int,
+) -> dict[str, Any]:
     recipe = prepared.recipe
-    refuse_codes_of_a_probe(recipe)
 
     # -- resume: into the bare objects of the stage that the checkpoint is of, before Accelerate wraps them -----------
     newest = processes.on_main(partial(_newest, folder, screen)) if record is not None else None
     checkpoint = processes.on_all(partial(load_checkpoint, newest)) if newest is not None else None
     saved_in = stage_at(prepared.stages, checkpoint.step - 1 if checkpoint is not None else 0)
-    parts = _make_parts(prepared, processes, stop, screen, saved_in)
+    parts = _make_parts(prepared, processes, stop, screen, saved_in, careful_until)
     clock = Clock()
     if checkpoint is not None:
         clock = restore(checkpoint, parts.network, parts.optimizer, parts.ema, prepared.fixed)
@@ -125,23 +160,34 @@ def train(
     if record is None:
         record = make_record(prepared, world_size=processes.world_size, device=str(processes.device))
         processes.on_main(partial(begin_folder, folder, recipe, record))
+    if checkpoint is None and recipe.non_finite.action == "rollback":
+        _save(parts, clock, folder, elapsed_s=0.0)  # something to go back to
     with (
+        _unwrapping(parts),
         Progress(prepared.total_steps, clock.step, enabled=processes.is_main) as progress,
         RunBook(prepared, folder, processes, clock, record, progress) as book,
+        processes.watchdog.watching(),
+        closing(_steps(parts, clock, book)) as steps,
     ):
         window, due = LossWindow(clock, processes), Due(prepared)
         parts.keeper.screen = progress
         book.training_begins()
-        for batches in _steps(parts, clock, book):
+        for batches in steps:
             # Train.
+            processes.watchdog.beat()
             num_images = prepared.order.num_images_in(clock.step)
             lr = set_lr(parts.optimizer, parts.stage.lr_factor(clock.step))
             seed = derive_seed(recipe.seed, "step", clock.step)
-            loss_sum, grad_norm = train_step(batches, parts, num_images=num_images, seed=seed)
+            made = train_step(batches, parts, num_images=num_images, seed=seed, step=clock.step)
             clock.step += 1
-            if parts.ema is not None:
-                parts.ema.update(clock.step)
-            window.add(loss_sum, num_images, clock.step)
+            grad_norm = None
+            if made is None:
+                _leave_out(clock, parts, book, folder)
+            else:
+                loss_sum, grad_norm = made
+                if parts.ema is not None:
+                    parts.ema.update(clock.step)
+                window.add(loss_sum, num_images, clock.step)
             book.trained(num_images)
 
             # Log, evaluate, save, stop: the host waits for the device only where one of them is due.
@@ -150,7 +196,7 @@ def train(
             may_save = due_save or due.evaluate(clock.step)  # the best so far is saved too
             if due.log(clock.step) or may_save:
                 _refuse_non_finite(window.settle(), clock, parts, folder, may_save=may_save)
-            if due.log(clock.step):
+            if due.log(clock.step) and clock.window_images:
                 norm = {} if grad_norm is None else {"grad_norm": float(grad_norm)}
                 book.write_training({"loss": window.take_mean(), "lr": lr, **norm})
             if due.evaluate(clock.step):
@@ -217,11 +263,35 @@ def _begin_stage(parts: Parts, clock: Clock, scaler_state: dict[str, Any] | None
         accelerator.scaler.load_state_dict(scaler_state)
 
 
+@contextmanager
+def _unwrapping(parts: Parts) -> Iterator[None]:
+    """Within: a loss that is not finite leaves the network bare, so that the run can begin again in this process."""
+    try:
+        yield
+    except NonFiniteLossError:
+        _unwrap(parts)
+        raise
+
+
+def _leave_out(clock: Clock, parts: Parts, book: RunBook, folder: RunFolder) -> None:
+    """Write down that the step changed nothing.
+
+    Raises:
+        NonFiniteLossError: there were too many of them.
+    """
+    most = parts.prepared.recipe.non_finite.most_steps
+    clock.left_out.append(clock.step)
+    book.write_left_out(len(clock.left_out), most)
+    if len(clock.left_out) > most:
+        why = f"{len(clock.left_out)} steps were left out, and non_finite.most_steps is {most}. "
+        raise NonFiniteLossError(why + _non_finite(clock.step, folder), clock.step)
+
+
 def _refuse_non_finite(bad_step: int | None, clock: Clock, parts: Parts, folder: RunFolder, *, may_save: bool) -> None:
     if bad_step is None and may_save and not are_finite(parts.network):
         bad_step = clock.step  # in the backward pass: the loss would show it in the next step
     if bad_step is not None:
-        raise NonFiniteLossError(_non_finite(bad_step, folder))
+        raise NonFiniteLossError(_non_finite(bad_step, folder), bad_step)
 
 
 def _save(parts: Parts, clock: Clock, folder: RunFolder, *, elapsed_s: float) -> None:
@@ -282,7 +352,9 @@ def _write_result(result: dict[str, Any], folder: RunFolder) -> None:
         write_json(folder.result, result)
 
 
-def train_step(batches: list[Any], parts: Parts, *, num_images: int, seed: int) -> tuple[Tensor, Tensor | None]:
+def train_step(
+    batches: list[Any], parts: Parts, *, num_images: int, seed: int, step: int
+) -> tuple[Tensor, Tensor | None] | None:
     """One optimizer step over this process's micro-batches.
 
     The gradient is that of the loss summed over all images of all processes, divided by their number `num_images`:
@@ -290,11 +362,13 @@ def train_step(batches: list[Any], parts: Parts, *, num_images: int, seed: int) 
 
     Returns:
         The loss summed over this process's images, on the device, and the norm of the gradient where it is clipped.
+        None where `step` (from 0) is one that is looked at, and was not finite: it changed nothing.
     """
     processes, accelerator = parts.processes, parts.processes.accelerator
     assert parts.feed is not None
     assert parts.wrapped is not None
     inputs, (model, optimizer) = parts.feed.inputs, parts.wrapped
+    vigil = _vigil(parts) if step < parts.careful_until else None
     loss_sums = []
     for number, batch in enumerate(batches):
         # Dropout and stochastic depth differ between processes and micro-batches, and are the same after a resume.
@@ -306,11 +380,22 @@ def train_step(batches: list[Any], parts: Parts, *, num_images: int, seed: int) 
             loss_sum = losses_B[: batch.num_real].sum()
             accelerator.backward(loss_sum * processes.world_size / num_images)
         loss_sums.append(loss_sum.detach())
+    loss_sum = torch.stack(loss_sums).sum()
+    if vigil is not None and vigil.is_bad(loss_sum):
+        vigil.undo()
+        return None
     clip = parts.prepared.recipe.optim.clip_grad_norm
     grad_norm = accelerator.clip_grad_norm_(model.parameters(), clip) if clip is not None else None
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return torch.stack(loss_sums).sum(), grad_norm
+    return loss_sum, grad_norm
+
+
+def _vigil(parts: Parts) -> Vigil:
+    scales_loss = parts.processes.accelerator.scaler is not None
+    vigil = Vigil(parts.network, parts.processes, parts.stage.fixed, scales_loss=scales_loss)
+    vigil.begin()
+    return vigil
 
 
 def _losses(objective: Objective, logits_BC: Tensor, batch: ImageBatch | CodeBatch) -> Tensor:
@@ -331,7 +416,8 @@ def _non_finite(bad_step: int, folder: RunFolder) -> str:
     return (
         f"the loss or the weights became NaN or infinite at step {bad_step}; up to step {bad_step - 1} all was finite. "
         f"{f'The last checkpoint is {newest}' if newest else 'There is no checkpoint yet'}; nothing was saved after. "
-        "Lower optim.lr, lengthen schedule.warmup, set optim.clip_grad_norm=1.0, or use compute.precision=fp32."
+        "Lower optim.lr, lengthen schedule.warmup, set optim.clip_grad_norm=1.0, or use compute.precision=fp32; "
+        "non_finite.action=skip or rollback leaves single steps out."
     )
 
 
@@ -359,6 +445,7 @@ def _result(
         "epochs": round(clock.step / order.steps_per_epoch, 4),
         "steps": clock.step,
         "images_seen": order.images_seen(clock.step),
+        "steps_left_out": clock.left_out,
         "wall_s": round(wall_s, 3),
         "images_per_s": round(order.images_seen(clock.step) / max(clock.train_s, 1e-9), 1),
         "codes": parts.keeper.facts() if any(clock.keeps_codes.values()) else None,

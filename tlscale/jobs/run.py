@@ -14,14 +14,14 @@ from typing import Any
 import torch
 
 from tlscale.dist import start_processes
-from tlscale.errors import ResumeError
+from tlscale.errors import ResumeError, Stopped
 from tlscale.jobs.finetune import train
 from tlscale.jobs.probe import probe
 from tlscale.prepare import Prepared, prepare
 from tlscale.progress import Progress
 from tlscale.recipe.load import diff_recipes, load_recipe
 from tlscale.recipe.schema import Recipe
-from tlscale.run_folder import Mode, RunFolder, claim
+from tlscale.run_folder import Mode, RunFolder, claim, naming_disk_errors, write_json
 from tlscale.run_record import read_record
 from tlscale.screen import show_plan
 from tlscale.stop import StopRequest
@@ -34,11 +34,13 @@ MAY_CHANGE = (
     "codes.keep",
     "codes.memory_mib",
     "compute.num_processes",
+    "compute.hang_timeout_s",
     "compute.micro_batch_size",
     "data.cache_mib",
     "data.workers",
     "evaluate.batch_size",
     "log_every",
+    "non_finite.",
     "track",
     "wandb",
 )
@@ -67,8 +69,10 @@ def run(
     mode: Mode = "resume" if resume else "overwrite" if overwrite else "fresh"
     folder = RunFolder(Path(out) if out is not None else Path("runs") / recipe.name)
     # -- folder: the main process holds it for all ----------------------------------------------------------------
-    with closing(processes), StopRequest() as stop, processes.main_holds(lambda: claim(folder.path, mode)):
+    stop = StopRequest(folder.stop if processes.is_main else None)
+    with closing(processes), stop, processes.main_holds(lambda: claim(folder.path, mode)):
         screen = Progress(0, enabled=processes.is_main)
+        processes.on_main(partial(_forget_stops, folder, screen))
         record = None if overwrite else processes.on_main(lambda: read_record(folder))
         if record is not None:
             processes.on_main(lambda: _refuse_other_recipe(recipe, folder))
@@ -87,7 +91,27 @@ def run(
         if record is not None:
             processes.on_main(partial(_refuse_other_inputs, record, prepared, folder))
         job = train if recipe.probe is None else probe
-        return job(prepared, folder, processes, stop, record, screen)
+        try:
+            return job(prepared, folder, processes, stop, record, screen)
+        except Stopped as stopped:
+            if processes.is_main:
+                _mark_stopped(folder, stop, stopped)
+            raise
+
+
+def _forget_stops(folder: RunFolder, screen: Progress) -> None:
+    """What was said about an earlier start of the run; a request to stop is one to a run that is there."""
+    folder.stopped.unlink(missing_ok=True)
+    if folder.stop.exists():
+        screen.say(f"'{folder.stop}' is from before this start, and removed")
+        folder.stop.unlink()
+
+
+def _mark_stopped(folder: RunFolder, stop: StopRequest, stopped: Stopped) -> None:
+    """Leave word for a launcher, which sees no exit code of ours, and take away the request that was obeyed."""
+    with naming_disk_errors(folder.stopped):
+        write_json(folder.stopped, {"by": stop.by or "a signal to another process", "message": str(stopped)})
+    folder.stop.unlink(missing_ok=True)
 
 
 def _refuse_other_recipe(recipe: Recipe, folder: RunFolder) -> None:

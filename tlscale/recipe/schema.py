@@ -312,6 +312,26 @@ class ComputeSection(Section):
     in the last bit, so a run that is to be repeated exactly elsewhere names it."""
     num_processes: int | None = Field(None, ge=1)
     """Refuse to run on any other number of processes; by itself as many as the launcher started."""
+    hang_timeout_s: float = Field(1800.0, ge=1.0)
+    """Seconds without a sign of life (a step, a batch of an evaluation, a block of codes) after which a process writes
+    the stack of each of its threads to stderr and ends; so long it waits for the others, too."""
+
+
+class NonFiniteSection(Section):
+    """What happens when the loss or a gradient is NaN or infinite, on any process."""
+
+    action: Literal["raise", "skip", "rollback"] = "raise"
+    """`raise`: the run fails, and its checkpoints stay; `skip`: that step changes nothing, for which all processes look
+    at every step before its update; `rollback`: all go back to the last checkpoint and make its steps again without
+    that one, which costs nothing until it happens. The last two end in the same weights."""
+    most_steps: int = Field(10, ge=1)
+    """More steps than these are not left out: the run fails. For `skip` and `rollback`."""
+
+    @model_validator(mode="after")
+    def _belongs(self) -> NonFiniteSection:
+        if self.action == "raise" and self.most_steps != 10:
+            raise ValueError("'most_steps' has no effect with 'action: raise'")
+        return self
 
 
 class EvaluateSection(Section):
@@ -384,6 +404,8 @@ class Recipe(Section):
     """Learning rate."""
     loss: LossSection = LossSection()
     """Loss."""
+    non_finite: NonFiniteSection = NonFiniteSection()
+    """NaN and infinity."""
     compute: ComputeSection = ComputeSection()
     """Hardware."""
     evaluate: EvaluateSection = Field(default_factory=EvaluateSection)
@@ -449,7 +471,7 @@ NO_EFFECT_BESIDE = {
     "probe": (
         *("freeze", "head", "duration", "drop_last", "optim", "schedule", "loss", "checkpoint", "data.augment"),
         *("batch_size", "compute.micro_batch_size", "compute.gradient_checkpointing", "compute.compile", "evaluate"),
-        *("log_every", "codes.views", "codes.keep", "codes.disk_gib", "data.workers"),
+        *("non_finite", "log_every", "codes.views", "codes.keep", "codes.disk_gib", "data.workers"),
         *("backbone.drop_rate", "backbone.drop_path_rate"),
     ),
     "stages": ("freeze", "duration"),

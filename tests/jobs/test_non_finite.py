@@ -1,0 +1,129 @@
+"""A loss that is not finite: the run fails, leaves the step out, or goes back and leaves it out; and loses nothing."""
+
+import os
+import signal
+import struct
+
+import pytest
+
+import tests.small_models  # noqa: F401 (makes per_image_resnet known to timm)
+import tlscale
+from tests.small_runs import (
+    When,
+    assert_same_bits,
+    assert_same_runs,
+    exported,
+    lines,
+    logged,
+    put_small_idx,
+    result,
+    small_recipe,
+    tensors,
+)
+from tlscale.errors import NonFiniteLossError, RecipeError, Stopped
+
+BASE = {
+    "backbone": {"name": "per_image_resnet"},
+    "data": {"augment": ["flip"], "workers": 0},
+    "optim": {"ema_decay": 0.9},
+    "compute": {"micro_batch_size": 8},
+    "duration": "3 epochs",
+    "checkpoint": {"every": "1 steps", "keep": 100},
+}
+
+
+@pytest.fixture(scope="module")
+def with_one_colour(tmp_path_factory):
+    """Real images, one of which is all white; augmentation leaves it so."""
+    folder = put_small_idx(tmp_path_factory.mktemp("white"))
+    path = folder / "train-images-idx3-ubyte"
+    content = bytearray(path.read_bytes())
+    count, height, width = struct.unpack(">III", content[4:16])
+    assert (count, height, width) == (96, 28, 28)
+    row = 40
+    content[16 + row * 784 : 16 + (row + 1) * 784] = b"\xff" * 784
+    path.write_bytes(content)
+    return folder
+
+
+def run(place, name, data, resume=False, **changes):
+    recipe = small_recipe(place / f"{name}.yaml", data, **{**BASE, **changes})
+    return tlscale.run(recipe, place / name, resume=resume)
+
+
+@pytest.fixture(scope="module")
+def skipped(with_one_colour, tmp_path_factory):
+    place = tmp_path_factory.mktemp("skipped")
+    run(place, "run", with_one_colour, non_finite={"action": "skip"})
+    return place / "run"
+
+
+def test_a_step_that_is_left_out_leaves_no_trace(skipped):
+    left_out = result(skipped)["steps_left_out"]
+    assert len(left_out) == 3, "the white image comes once an epoch"
+    assert [record["step"] for record in lines(skipped, "left_out")] == left_out
+    for step in left_out:
+        assert step > 1
+        before, after = (skipped / "checkpoints" / f"step_{at:08}" for at in (step - 1, step))
+        for file in ("model", "optimizer", "ema"):  # batch statistics are in the model
+            assert_same_bits(tensors(before / f"{file}.safetensors"), tensors(after / f"{file}.safetensors"))
+    for step in set(range(2, 16)) - set(left_out):
+        folders = (skipped / "checkpoints" / f"step_{at:08}" for at in (step - 1, step))
+        before, after = (tensors(folder / "model.safetensors") for folder in folders)
+        assert any((before[name] != after[name]).any() for name in before)
+    assert all(tensor.isfinite().all() for tensor in exported(skipped).values())
+
+
+def test_going_back_ends_where_leaving_out_does(skipped, with_one_colour, tmp_path, capsys):
+    changes = {"non_finite": {"action": "rollback"}, "checkpoint": {"every": "4 steps"}, "log_every": "2 steps"}
+    run(tmp_path, "back", with_one_colour, **changes)
+    changes["non_finite"] = {"action": "skip"}
+    run(tmp_path, "skip", with_one_colour, **changes)
+    assert_same_runs(tmp_path / "skip", tmp_path / "back")
+    assert result(tmp_path / "back")["steps_left_out"] == result(skipped)["steps_left_out"]
+    assert_same_bits(exported(skipped), exported(tmp_path / "back"))
+    assert "back to the last checkpoint" in capsys.readouterr().out
+
+
+def test_a_failed_run_goes_on_with_another_policy(skipped, with_one_colour, tmp_path):
+    with pytest.raises(NonFiniteLossError, match="non_finite.action=skip or rollback") as caught:
+        run(tmp_path, "run", with_one_colour)
+    assert caught.value.step == result(skipped)["steps_left_out"][0]
+    run(tmp_path, "run", with_one_colour, resume=True, non_finite={"action": "skip"})
+    assert_same_runs(skipped, tmp_path / "run")
+
+
+@pytest.mark.parametrize("action", ["skip", "rollback"])
+def test_too_many_steps_fail_the_run(skipped, with_one_colour, tmp_path, action):
+    with pytest.raises(NonFiniteLossError, match="3 steps were left out, and non_finite.most_steps is 2") as caught:
+        run(tmp_path, "run", with_one_colour, non_finite={"action": action, "most_steps": 2})
+    assert caught.value.step == result(skipped)["steps_left_out"][2]
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
+def test_stopped_after_a_step_was_left_out_and_resumed(skipped, with_one_colour, tmp_path):
+    step = result(skipped)["steps_left_out"][0]
+    stop = When(logged(tmp_path / "run", step, "left_out"), lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Stopped), stop:
+        run(tmp_path, "run", with_one_colour, non_finite={"action": "skip"})
+    run(tmp_path, "run", with_one_colour, resume=True, non_finite={"action": "skip"})
+    assert_same_runs(skipped, tmp_path / "run")
+
+
+def test_weights_that_overflow_by_themselves_end_the_run_all_the_same(with_one_colour, tmp_path):
+    """Losses and gradients are finite, the update is what is wrong: going back would go on for ever."""
+    optim = {"name": "sgd", "lr": 1e38, "weight_decay": 1e3}
+    with pytest.raises(NonFiniteLossError):
+        run(
+            tmp_path,
+            "run",
+            with_one_colour,
+            optim=optim,
+            schedule={"warmup": "0 steps"},
+            non_finite={"action": "rollback"},
+        )
+
+
+def test_a_limit_without_effect_is_refused(with_one_colour, tmp_path):
+    with pytest.raises(RecipeError, match="'most_steps' has no effect with 'action: raise'"):
+        small_recipe(tmp_path / "recipe.yaml", with_one_colour, non_finite={"most_steps": 3})
