@@ -1,4 +1,4 @@
-"""Every launch file, and every shell script: checked by the tools that know their language, and by their own headers."""
+"""Every launch file and every shell script, checked by tools that know their language and by their own headers."""
 
 import os
 import re
@@ -41,7 +41,9 @@ def test_there_is_one_for_each_kind_of_place():
 def shellcheck(text: str) -> str:
     """What shellcheck has to say of a script; it comes with the development environment."""
     tool = Path(sys.executable).parent / "shellcheck"
-    done = subprocess.run([tool, "-s", "bash", "-"], input=text, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [tool, "-s", "bash", "-"], input=text, capture_output=True, text=True, timeout=60, check=False
+    )
     return done.stdout + done.stderr
 
 
@@ -176,20 +178,28 @@ def test_both_kinds_of_pods_do_the_same():
 
 # --- TPU --------------------------------------------------------------------------------------------------------------
 
-CURL = '#!/usr/bin/env bash\ncase ${*: -1} in */agent-worker-number) echo 2 ;; *) echo "a:b:10.0.0.5,c:d:10.0.0.6" ;; esac\n'
+CURL = """#!/usr/bin/env bash
+case ${*: -1} in */agent-worker-number) echo 2 ;; *) echo a:b:10.0.0.5,c:d:10.0.0.6 ;; esac
+"""
 
 
 def test_the_command_for_the_hosts_of_a_tpu(tmp_path):
-    """With a gcloud that runs it here, a curl that knows what a host's metadata say, and a Python that shows its words."""
+    """With a gcloud that runs it here, a curl that knows a host's metadata, and a Python that shows its words."""
     tools = {
         "gcloud": f'#!/usr/bin/env bash\nprintf "%s" "${{*: -1}}" >"{tmp_path}/command"\nexec bash -c "${{*: -1}}"\n',
         "curl": CURL,
-        "python": "#!/usr/bin/env bash\nprintf '%s\\n' \"$PJRT_DEVICE\" \"$@\"\n",
+        "python": '#!/usr/bin/env bash\nprintf \'%s\\n\' "$PJRT_DEVICE" "$@"\n',
     }
     for name, text in tools.items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
-    given = {"TPU_NAME": "pod", "ZONE": "z", "CHECKOUT": str(tmp_path), "PYTHON": str(tmp_path / "python"), "HOSTS": "8"}
+    given = {
+        "TPU_NAME": "pod",
+        "ZONE": "z",
+        "CHECKOUT": str(tmp_path),
+        "PYTHON": str(tmp_path / "python"),
+        "HOSTS": "8",
+    }
     done = subprocess.run(
         ["bash", LAUNCH / "tpu_pod.sh", "recipes/flowers.yaml", "optim.lr=1e-3", "freeze=(a|b)\\..*"],
         env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", **given},
@@ -207,5 +217,3 @@ def test_the_command_for_the_hosts_of_a_tpu(tmp_path):
     assert words[words.index("--master-addr") + 1] == "10.0.0.5"
     end = ["tlscale/run.py", "recipes/flowers.yaml", "--out", "runs/flowers", "--resume", "optim.lr=1e-3"]
     assert words[-7:] == [*end, "freeze=(a|b)\\..*"]
-
-

@@ -1,4 +1,4 @@
-"""The logic of launch/slurm.sbatch, with an srun and a scontrol of ours; `make test-slurm` runs it under a real Slurm."""
+"""The logic of launch/slurm.sbatch, with an srun and a scontrol of ours; `make test-slurm` has a real Slurm run it."""
 
 import json
 import os

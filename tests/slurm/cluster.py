@@ -43,7 +43,7 @@ def free_ports(count: int) -> list[int]:
 
 
 class Cluster:
-    """Two nodes n1 and n2 of one core; partitions `low`, `grace` (with time to stop) and `high`, which takes their nodes."""
+    """Two nodes of one core; partitions `low`, `grace` (with time to stop) and `high`, which takes their nodes."""
 
     def __init__(self) -> None:
         # Munge wants every folder above its socket to be root's and open to all.
