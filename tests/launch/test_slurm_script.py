@@ -22,6 +22,8 @@ case $FAKE_RUN in
   completes) echo '{}' >"$2/result.json" ;;
   fails) exit 3 ;;
   obeys) until [[ -e $2/STOP ]]; do sleep 0.02; done; rm "$2/STOP"; stopped "$2" "the file '$2/STOP'" ;;
+  begins_late) until [[ -e $2/STOP ]]; do sleep 0.02; done; rm "$2/STOP"; touch "$FAKE_FOLDER/begun"
+    until [[ -e $2/STOP ]]; do sleep 0.02; done; rm "$2/STOP"; stopped "$2" "the file '$2/STOP'" ;;
   is_told) stopped "$2" SIGTERM ;;
   hangs) echo $$ >"$FAKE_FOLDER/pid"; exec sleep 60 ;;
 esac
@@ -38,11 +40,13 @@ class Script:
 
     def __init__(self, place: Path, run: str, *words: str, **changes: str) -> None:
         self.place = place
+        tools = place / "tools"
+        tools.mkdir(exist_ok=True)
         for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
-            (place / name).write_text(text)
-            (place / name).chmod(0o755)
+            (tools / name).write_text(text)
+            (tools / name).chmod(0o755)
         slurm = {"SLURM_JOB_ID": "123456", "SLURM_NNODES": "2"}
-        path = f"{place}:{os.environ['PATH']}"
+        path = f"{tools}:{os.environ['PATH']}"
         self.process = subprocess.Popen(
             ["bash", REPO / "launch" / "slurm.sbatch", *(words or ("recipes/flowers.yaml",))],
             env={**os.environ, **slurm, "PATH": path, "FAKE_FOLDER": str(place), "FAKE_RUN": run, **changes},
@@ -124,6 +128,15 @@ def test_the_signal_stops_the_run_and_queues_it_again_up_to_a_cap(tmp_path, star
     assert ("not queued again: this was start 3" in output) != requeued
 
 
+def test_the_signal_may_come_before_the_run_begins(tmp_path):
+    """A run that begins removes a STOP that is there, as one of an earlier start."""
+    script = Script(tmp_path, "begins_late")
+    script.send(signal.SIGUSR1)
+    assert script.end()[0] == 75
+    assert script.requeued() == ["requeue 123456"]
+    assert (tmp_path / "begun").exists()
+
+
 def test_two_signals_are_one(tmp_path):
     script = Script(tmp_path, "obeys")
     script.send(signal.SIGUSR1)
@@ -133,7 +146,7 @@ def test_two_signals_are_one(tmp_path):
 
 
 def test_a_run_that_does_not_stop_in_time_goes_on_from_its_last_checkpoint(tmp_path):
-    script = Script(tmp_path, "hangs", STOP_WITHIN_S="0.5")
+    script = Script(tmp_path, "hangs", STOP_WITHIN_S="1")
     script.send(signal.SIGUSR1)
     script.end()
     assert script.requeued() == ["requeue 123456"]

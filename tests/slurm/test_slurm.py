@@ -215,8 +215,8 @@ def test_what_is_cancelled_stays_cancelled(cluster, recipe):
 
 
 def test_the_end_of_its_time(cluster, recipe):
-    """Slurm's own signal: a limit of one minute, and half a minute to stop in."""
-    options = ("--time=1", "--signal=B:USR1@30")
+    """Slurm's own signal: a limit of two minutes, and one to stop in; Slurm may send it half a minute earlier."""
+    options = ("--time=2", "--signal=B:USR1@60")
     job = Job(cluster, recipe, recipe.with_name("timed"), *options, words=("duration=200000 steps",))
     job.wait_for("queued again", lambda: job.facts()["Restarts"] == "1")
     job.wait_for("gone on", lambda: len(job.resumed_at()) == 1)
