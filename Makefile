@@ -16,7 +16,7 @@ RECIPE := recipes/resnet_fmnist.yaml
 RUN := runs/resnet_fmnist
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-unit test-dist lint format wheel constraints clean
+.PHONY: help demo test test-all test-unit test-dist test-slurm lint format wheel constraints clean
 .DELETE_ON_ERROR:
 
 help: ## what there is
@@ -62,6 +62,10 @@ test-unit: $(VENV)/.tlscale-dev ## only the tests in one process
 
 test-dist: $(VENV)/.tlscale-dev ## only the tests with several processes
 	$(PYTEST) -m dist tests $(TEST_ARGS)
+
+test-slurm: $(VENV)/.tlscale-dev ## launch/slurm.sbatch under a real Slurm on this machine (Debian, root)
+	bash scripts/get_slurm.sh
+	$(PYTEST) -m long tests/slurm $(TEST_ARGS)
 
 lint: $(VENV)/.tlscale-dev ## ruff, its formatter as a check, mypy, import-linter
 	$(BIN)/ruff check .
