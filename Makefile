@@ -16,7 +16,7 @@ RECIPE := recipes/resnet_fmnist.yaml
 RUN := runs/resnet_fmnist
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-unit test-dist lint format wheel constraints clean
+.PHONY: help demo test test-all test-unit test-dist test-chaos test-hosts lint format wheel constraints clean
 .DELETE_ON_ERROR:
 
 help: ## what there is
@@ -62,6 +62,15 @@ test-unit: $(VENV)/.tlscale-dev ## only the tests in one process
 
 test-dist: $(VENV)/.tlscale-dev ## only the tests with several processes
 	$(PYTEST) -m dist tests $(TEST_ARGS)
+
+# Those that take minutes, and are not in `make test`.
+
+test-chaos: $(VENV)/.tlscale-dev ## kill runs everywhere and see that nothing is lost (TLSCALE_CHAOS_SEED=... repeats one)
+	$(PYTEST) tests/chaos $(TEST_ARGS)
+
+test-hosts: $(VENV)/.tlscale-dev ## two hosts as network namespaces (root and iproute2)
+	command -v ip >/dev/null || apt-get install -y iproute2
+	$(PYTEST) tests/hosts $(TEST_ARGS)
 
 lint: $(VENV)/.tlscale-dev ## ruff, its formatter as a check, mypy, import-linter
 	$(BIN)/ruff check .

@@ -20,6 +20,7 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
+from tlscale import faults
 from tlscale.checkpoint import checkpoint_folder, load_checkpoint, newest_valid, pointed_to
 from tlscale.codes.batches import CodeBatch
 from tlscale.data.sources import ImageSplit
@@ -39,7 +40,16 @@ from tlscale.progress import Progress
 from tlscale.run_book import RunBook
 from tlscale.run_folder import RunFolder, naming_disk_errors, write_json
 from tlscale.run_record import begin_folder, make_record, read_record
-from tlscale.run_state import Clock, LossWindow, are_finite, restore, restore_weights, snapshot, write_checkpoint
+from tlscale.run_state import (
+    Clock,
+    LossWindow,
+    are_finite,
+    point_to,
+    restore,
+    restore_weights,
+    snapshot,
+    write_checkpoint,
+)
 from tlscale.screen import show_result
 from tlscale.seeds import derive_seed
 from tlscale.stages import Stage, cross_boundary, enter, stage_at
@@ -151,6 +161,7 @@ def _train(
     clock = Clock()
     if checkpoint is not None:
         clock = restore(checkpoint, parts.network, parts.optimizer, parts.ema, prepared.fixed)
+        processes.on_main(partial(point_to, folder.checkpoints, clock))
         screen.say(f"resumed from {newest}, at step {clock.step} of {prepared.total_steps}")
     if stage_at(prepared.stages, clock.step) is not parts.stage:
         _next_stage(parts)
@@ -348,6 +359,7 @@ def _export(parts: Parts, folder: RunFolder) -> str:
 
 
 def _write_result(result: dict[str, Any], folder: RunFolder) -> None:
+    faults.at("result")
     with naming_disk_errors(folder.result):
         write_json(folder.result, result)
 
