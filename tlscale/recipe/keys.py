@@ -19,7 +19,7 @@ from tlscale.errors import did_you_mean
 from tlscale.recipe.duration import Duration
 from tlscale.recipe.rules import Rule
 from tlscale.recipe.schema import Recipe, Section
-from tlscale.recipe.values import Augmentation, HeadLayer
+from tlscale.recipe.values import Augmentation, HeadLayer, one_or_more
 
 SECRET = re.compile(r"api_?key|token|passw(or)?d|secret|credential", re.IGNORECASE)
 # What other programs call it.
@@ -165,6 +165,8 @@ def describe(annotation: Any, metadata: Sequence[Any] = ()) -> str:  # noqa: ANN
         return f"one of {', '.join(map(str, args))}" if len(args) > 1 else f"'{args[0]}'"
     if origin is tuple:
         return _describe_rules(args[0])
+    if origin is list and any(getattr(item, "func", None) is one_or_more for item in metadata):
+        return f"{describe(args[0])}, or a list of such"
     if origin is list:
         return f"a list, each item {describe(args[0])}{_least_length(metadata)}"
     if origin is dict:
