@@ -14,27 +14,30 @@ from tests.small_runs import lines, logged
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 BIN = Path(sys.executable).parent
-TARGET = "tlscale/run.py"
 CHANGES = ("duration=40 steps", "compute.hang_timeout_s=15")
 END_S = 120  # for a launcher to notice, on a busy machine; the time-out of the run is 15 s of it
 
 
-def torchrun(host, *options):
+def torchrun(hosts, place, host, *options):
     """The line for a host: the hosts meet at host0, and wait for each other."""
-    return (
+    words = (
         *(BIN / "torchrun", "--nnodes", 2, "--nproc-per-node", 2, "--rdzv-backend", "c10d"),
-        *("--rdzv-endpoint", "host0:29400", "--rdzv-id", "run", *options, TARGET),
+        *("--rdzv-endpoint", "host0:29400", "--rdzv-id", "run", *options, "tlscale/run.py", *place.words[1:]),
     )
+    return hosts.start(host, *words, log=place.log.with_name(f"log{host}"), **ENVIRONMENT, **place.variables)
 
 
-def accelerate(host, *options):
-    return (
-        *(BIN / "accelerate", "launch", "--multi_gpu", "--num_machines", 2, "--machine_rank", host),
-        *("--num_processes", 4, "--main_process_ip", "host0", "--main_process_port", 29500, *options, TARGET),
-    )
+def launch_file(hosts, place, host):
+    """`accelerate launch --num_machines 2 --machine_rank <host>`, as the file for users has it."""
+    variables = {"MACHINE_RANK": str(host), "MASTER_ADDR": "host0", "PROCESSES_PER_HOST": "2"}
+    variables |= {"RUN_DIR": str(place.out), "PYTHON": sys.executable}
+    words = ("bash", "launch/two_hosts.sh", place.words[1], *CHANGES)
+    log = place.log.with_name(f"log{host}")
+    return hosts.start(host, *words, log=log, **ENVIRONMENT, **variables, **place.variables)
 
 
-LAUNCHERS = {"torchrun": torchrun, "accelerate": accelerate}
+LAUNCHERS = {"torchrun": torchrun, "launch/two_hosts.sh": launch_file}
+ENVIRONMENT = {"ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "eth0"}
 
 
 @pytest.fixture(scope="module")
@@ -74,15 +77,8 @@ def assert_by_four(place):
     assert json.loads((place.out / "run.json").read_text())["world_size"] == 4
 
 
-def start(hosts, place, launcher, host, *options):
-    words = (*LAUNCHERS[launcher](host, *options), *place.words[1:])
-    log = place.log.with_name(f"log{host}")
-    variables = {**place.variables, "ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "eth0"}
-    return hosts.start(host, *words, log=log, **variables)
-
-
 def start_both(hosts, place, launcher, *options):
-    return [start(hosts, place, launcher, host, *options) for host in range(2)]
+    return [LAUNCHERS[launcher](hosts, place, host, *options) for host in range(2)]
 
 
 def wait_for_step(place, step, started):
@@ -132,7 +128,7 @@ def test_a_host_dies_and_only_its_line_is_started_again(hosts, whole, place):
     started[1].wait(30)
     time.sleep(3)
     assert started[0].poll() is None, place.output()
-    started[1] = start(hosts, place, "torchrun", 1, *options)
+    started[1] = torchrun(hosts, place, 1, *options)
     end_as_whole(started, place, whole)
     assert "resumed from" in place.output()
 
