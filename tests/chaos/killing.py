@@ -73,8 +73,16 @@ class Place:
         log = self.log if rank is None else self.log.with_name(f"log{rank}")
         return forks.start(*self.words, log=log, **{**self.variables, **more})
 
+    def said(self) -> str:
+        """All output of all processes."""
+        return "".join(log.read_text() for log in self._logs())
+
     def output(self) -> str:
-        return "".join(f"--- {log}\n{log.read_text()[-3000:]}" for log in sorted(self.log.parent.glob("log*")))
+        """The ends of it, for messages."""
+        return "".join(f"--- {log}\n{log.read_text()[-3000:]}" for log in self._logs())
+
+    def _logs(self) -> list[Path]:
+        return [log for log in sorted(self.log.parent.glob("log*")) if log.suffix != ".count"]
 
 
 def start_and_kill(forks: Forks, place: Place, kind: str, value) -> bool:

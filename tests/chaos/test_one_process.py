@@ -216,7 +216,7 @@ def test_a_worker_that_is_killed_ends_the_run_and_loses_nothing(forks, whole, id
         status = forks.wait(place.start(forks, TLSCALE_FAULT="worker@9"))
     assert status == 1, place.output()
     KILLS["a data worker"] += 1
-    assert "worker" in place.output()
+    assert "worker" in place.said()
     assert forks.wait(place.start(forks)) == 0, place.output()
     assert_ended_as(whole["workers"].out, place.out)
 
@@ -252,7 +252,7 @@ def test_signals_while_a_checkpoint_is_written(forks, whole, idx, tmp_path, name
     assert status == expected, place.output()
     steps = sorted(path.name for path in (place.out / "checkpoints").glob("step_*"))
     if expected == EXIT_STOPPED:
-        assert f"stopped by {sent[0]} after step" in place.output()
+        assert f"stopped by {sent[0]} after step" in place.said()
         assert steps[0] == "step_00000002", "the save that was interrupted is whole"
         assert (place.out / "checkpoints" / "LATEST").read_text().strip() == steps[-1]
     else:

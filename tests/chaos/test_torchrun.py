@@ -86,7 +86,7 @@ def test_killed_behind_a_launcher(forks, whole, place, launcher, who):
             ends = [forks.wait(pid) for pid in start_all(forks, place, 2)]
             if ends == [0, 0]:
                 break
-            assert "another job is writing to" in place.output()
+            assert "another job is writing to" in place.said()
             time.sleep(1)
     wait_for_end(workers.values())
     if who != "launcher":

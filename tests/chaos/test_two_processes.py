@@ -19,7 +19,7 @@ pytestmark = pytest.mark.long
 AT_POINTS = {
     "rank 1 after a step, again and again": ["step@4:1", "step@2:1", "step@1:1"],
     "rank 0 while it saves": ["checkpoint.file@4", "checkpoint.rename", "checkpoint.latest"],
-    "rank 0 while it cuts the log": ["step@5", "metrics.cut"],
+    "rank 0 while it cuts the log": ["step@6", "metrics.cut"],
     "rank 1 on resuming": ["step@6:1", "restored:1", "restored:1"],
     "rank 0 on resuming": ["step@6", "restored", "claimed"],
     "rank 1 in an evaluation": ["evaluate@2:1", "evaluate:1"],
@@ -152,7 +152,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_by_both(forks, whole, stoppe
     assert said.count("WARNING: the checkpoint") == 1
     assert f"{newest}' is damaged and passed over:" in said
     assert f"resumed from {before}" in said
-    assert "Traceback" not in place.output()
+    assert "Traceback" not in place.said()
     assert [record["step"] for record in lines_of(place.out, "train")] == list(range(1, 14))
 
 
@@ -163,8 +163,8 @@ def test_none_that_can_be_used_ends_both_with_one_message(forks, stopped, idx, t
         flip(folder / "model.safetensors")
     files = {path: path.read_bytes() for path in place.out.rglob("*") if path.is_file() and path.name != ".lock"}
     assert ends_of(forks, start_all(forks, place, 2)) == [1, 1]
-    assert place.output().count("can be used:") == 1
-    assert "Traceback" not in place.output()
+    assert place.said().count("can be used:") == 1
+    assert "Traceback" not in place.said()
     assert {path: path.read_bytes() for path in files} == files
     assert not (place.out / "result.json").exists()
 

@@ -116,7 +116,7 @@ def test_a_host_dies_and_both_lines_are_started_again(hosts, whole, place, launc
     assert max(record["step"] for record in lines(place.out)) < 40
     assert not (place.out / "result.json").exists()
     end_as_whole(start_both(hosts, place, launcher), place, whole)
-    assert "resumed from" in place.output()
+    assert "resumed from" in place.said()
 
 
 def test_a_host_dies_and_only_its_line_is_started_again(hosts, whole, place):
@@ -130,7 +130,7 @@ def test_a_host_dies_and_only_its_line_is_started_again(hosts, whole, place):
     assert started[0].poll() is None, place.output()
     started[1] = torchrun(hosts, place, 1, *options)
     end_as_whole(started, place, whole)
-    assert "resumed from" in place.output()
+    assert "resumed from" in place.said()
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
@@ -142,7 +142,7 @@ def test_a_cable_is_pulled_and_nobody_waits_for_ever(hosts, whole, place, launch
     ends = [process.wait(END_S) for process in started]
     print(f"ended with {ends} after {time.monotonic() - began:.0f} s")
     assert 0 not in ends
-    assert "Timeout (0:00:15)!" in place.output()
+    assert "Timeout (0:00:15)!" in place.said()
     assert not (place.out / "result.json").exists()
     hosts.set_link(1, "up")
     end_as_whole(start_both(hosts, place, launcher), place, whole)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from tlscale import faults
 from tlscale.checkpoint import checkpoint_folder, load_checkpoint, newest_valid, pointed_to
@@ -73,6 +74,7 @@ class Parts:
     optimizer: torch.optim.Optimizer
     feed: Feed | None = None
     wrapped: tuple[nn.Module, AcceleratedOptimizer] | None = None  # what Accelerate made of the feed's module
+    is_rehearsed: bool = True  # false before the first step of a start or a stage, where it matters
 
     def figures(self, split: ImageSplit, feed: Feed) -> dict[str, Any]:
         """Evaluation of the weights that a user would get: the averages, where averages are kept."""
@@ -270,6 +272,7 @@ def _begin_stage(parts: Parts, clock: Clock, scaler_state: dict[str, Any] | None
         parts.feed.module.compile()
     parts.feed.module.train()
     parts.wrapped = accelerator.prepare(parts.feed.module, parts.optimizer)
+    parts.is_rehearsed = parts.processes.world_size < 3 or not isinstance(parts.wrapped[0], DistributedDataParallel)
     if scaler_state is not None and accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(scaler_state)
 
@@ -380,6 +383,8 @@ def train_step(
     assert parts.feed is not None
     assert parts.wrapped is not None
     inputs, (model, optimizer) = parts.feed.inputs, parts.wrapped
+    if not parts.is_rehearsed:
+        _rehearse(batches[-1], parts)
     vigil = _vigil(parts) if step < parts.careful_until else None
     loss_sums = []
     for number, batch in enumerate(batches):
@@ -401,6 +406,23 @@ def train_step(
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return loss_sum, grad_norm
+
+
+def _rehearse(batch: Any, parts: Parts) -> None:
+    """A forward and a backward pass that leave no trace but in DDP, which then knows the order of the gradients.
+
+    It lays them out anew after its first backward pass. Three processes or more add up in an order that depends on the
+    place of a gradient, so without this the first step after a resume would be rounded in another way than the same
+    step of a run that was not stopped.
+    """
+    assert parts.feed is not None
+    assert parts.wrapped is not None
+    vigil = _vigil(parts)
+    batch = batch.to(parts.processes.device, non_blocking=True)
+    losses_B = _losses(parts.objective, parts.wrapped[0](*parts.feed.inputs(batch)), batch)
+    parts.processes.accelerator.backward(losses_B.sum())
+    vigil.undo()
+    parts.is_rehearsed = True
 
 
 def _vigil(parts: Parts) -> Vigil:
