@@ -16,7 +16,7 @@ RECIPE := recipes/resnet_fmnist.yaml
 RUN := runs/resnet_fmnist
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-unit test-dist test-slurm lint format wheel constraints clean
+.PHONY: help demo test test-all test-unit test-dist test-slurm test-chaos test-hosts lint format wheel constraints clean
 .DELETE_ON_ERROR:
 
 help: ## what there is
@@ -66,6 +66,15 @@ test-dist: $(VENV)/.tlscale-dev ## only the tests with several processes
 test-slurm: $(VENV)/.tlscale-dev ## launch/slurm.sbatch under a real Slurm on this machine (Debian, root)
 	bash scripts/get_slurm.sh
 	$(PYTEST) -m long tests/slurm $(TEST_ARGS)
+
+# Those that take minutes, and are not in `make test`.
+
+test-chaos: $(VENV)/.tlscale-dev ## kill runs everywhere and see that nothing is lost (TLSCALE_CHAOS_SEED=... repeats one)
+	$(PYTEST) tests/chaos $(TEST_ARGS)
+
+test-hosts: $(VENV)/.tlscale-dev ## two hosts as network namespaces (root and iproute2)
+	command -v ip >/dev/null || apt-get install -y iproute2
+	$(PYTEST) tests/hosts $(TEST_ARGS)
 
 lint: $(VENV)/.tlscale-dev ## ruff, its formatter as a check, mypy, import-linter
 	$(BIN)/ruff check .

@@ -21,8 +21,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from tlscale import faults
 from tlscale.errors import CheckpointError
-from tlscale.run_folder import file_sha256, write_text
+from tlscale.run_folder import file_sha256, remove_left_overs, write_text
 
 FORMAT = 1
 _MANIFEST = "manifest.json"
@@ -53,11 +54,14 @@ def save_checkpoint(root: Path, checkpoint: Checkpoint) -> Path:
         root.mkdir(parents=True, exist_ok=True)
         _remove_left_overs(root)
         aside.mkdir()
+        faults.at("checkpoint.begin")
         _write_files(aside, checkpoint)
+        faults.at("checkpoint.rename")
         if target.exists():
             shutil.rmtree(target)
         aside.rename(target)
         _flush(root)
+        faults.at("checkpoint.latest")
         write_text(root / "LATEST", target.name + "\n")
     except (OSError, safetensors.SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
@@ -84,18 +88,22 @@ def _write_files(folder: Path, checkpoint: Checkpoint) -> None:
     for name, group in checkpoint.tensors.items():
         tensors = {key: value.detach().cpu().contiguous().clone() for key, value in group.items()}
         safetensors.torch.save_file(tensors, folder / f"{name}.safetensors", metadata={"format": "pt"})
+        faults.at("checkpoint.file")
     (folder / _STATE).write_text(json.dumps(checkpoint.state))
     for path in sorted(folder.iterdir()):
         _flush(path)
         manifest["files"][path.name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+    faults.at("checkpoint.manifest")
     write_text(folder / _MANIFEST, json.dumps(manifest, indent=2) + "\n")
     _flush(folder)
 
 
 def _remove_left_overs(root: Path) -> None:
-    """Folders of writers that were killed; the run folder's lock says that none is at work."""
+    """What writers that were killed left; the run folder's lock says that none is at work."""
     for path in root.glob(".step_*"):
         shutil.rmtree(path, ignore_errors=True)
+    for pointer in ("LATEST", "BEST"):
+        remove_left_overs(root / pointer)
 
 
 def _flush(path: Path) -> None:
@@ -178,10 +186,20 @@ def mark_best(root: Path, step: int) -> None:
     Raises:
         CheckpointError: the disk is full or cannot be written.
     """
+    _point(root / "BEST", step)
+
+
+def mark_latest(root: Path, step: int) -> None:
+    """Point LATEST to the checkpoint of `step`; errors as `mark_best`."""
+    _point(root / "LATEST", step)
+
+
+def _point(pointer: Path, step: int) -> None:
     try:
-        write_text(root / "BEST", f"{checkpoint_folder(root, step).name}\n")
+        remove_left_overs(pointer)
+        write_text(pointer, f"{checkpoint_folder(pointer.parent, step).name}\n")
     except OSError as error:
-        raise CheckpointError(f"cannot write '{root / 'BEST'}': {_reason(error)}. Make room, then --resume.") from error
+        raise CheckpointError(f"cannot write '{pointer}': {_reason(error)}. Make room, then --resume.") from error
 
 
 def pointed_to(root: Path, pointer: str) -> Path | None:
@@ -207,6 +225,7 @@ def prune(root: Path, *, keep: int, keep_steps: Collection[int]) -> None:
         if len(kept) < keep and fault_of(folder) is None:
             kept.append(folder)
     for folder in set(folders) - set(kept) if kept else ():
+        faults.at("checkpoint.prune")
         shutil.rmtree(folder, ignore_errors=True)
 
 

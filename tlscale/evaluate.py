@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from tlscale import faults
 from tlscale.data.transforms import ImageBatch, InputSpec, to_input
 from tlscale.dist import Processes
 from tlscale.metrics import Tally, summary
@@ -76,6 +77,7 @@ def evaluate(
         with torch.inference_mode(), processes.accelerator.autocast():
             for batch in batches:
                 processes.watchdog.beat()
+                faults.at("evaluate")
                 logits_BC = network(*inputs(batch))
                 labels_B = batch.labels_B.to(logits_BC.device)
                 tally.update(logits_BC, labels_B, objective.losses(logits_BC, labels_B))

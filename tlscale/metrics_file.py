@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from tlscale import faults
 from tlscale.errors import TlscaleError
 
 _RECORD_KEYS = ("kind", "step", "epoch", "images_seen", "time_s")
@@ -29,6 +30,8 @@ class MetricsFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._aside = path.with_name(path.name + ".tmp")
+        self._aside.unlink(missing_ok=True)  # of a writer that was killed
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: Mapping[str, Any]) -> None:
@@ -41,6 +44,7 @@ class MetricsFile:
         assert not missing, f"a record without {missing}"
         try:
             self._file.write(json.dumps(_spell_non_finite(record), ensure_ascii=False, allow_nan=False) + "\n")
+            faults.at("metrics.line")
             self._file.flush()
         except OSError as error:
             raise TlscaleError(f"cannot write {self._path}: {error.strerror or error}") from error
@@ -66,11 +70,12 @@ class MetricsFile:
     def _replace(self, content: bytes) -> None:
         """Puts `content` in the file's place at once, so that a crash leaves the old file or the new one."""
         self._file.close()
-        aside = self._path.with_name(self._path.name + ".tmp")
+        aside = self._aside
         with aside.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        faults.at("metrics.cut")
         aside.replace(self._path)
         self._file = self._path.open("a", encoding="utf-8")
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
+from tlscale import faults
 from tlscale.dist import Processes
 from tlscale.errors import EXIT_FAILED
 from tlscale.evaluate import scalars
@@ -69,6 +70,7 @@ class RunBook:
     def trained(self, num_images: int) -> None:
         """A step over so many images, on all processes together, is done."""
         self._window_images += num_images
+        faults.at("step")
 
     @contextmanager
     def not_training(self) -> Iterator[None]:
@@ -98,6 +100,7 @@ class RunBook:
         self._write("evaluate", {"split": split, **scalars(figures)})
         shown = "  ".join(f"{key} {number(figures[key])}" for key in ("top1", "loss", "macro_f1"))
         self._progress.say(f"{split} after step {self._clock.step}: {shown}{'  (best so far)' if is_best else ''}")
+        faults.at("evaluated")
 
     def write_left_out(self, count: int, most: int) -> None:
         """A line on a step that changed nothing, because it was not finite."""

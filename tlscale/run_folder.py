@@ -19,6 +19,7 @@ from typing import Any, Literal
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
+from tlscale import faults
 from tlscale.errors import RunFolderError, TlscaleError
 
 Mode = Literal["fresh", "resume", "overwrite"]
@@ -68,13 +69,21 @@ class RunFolder:
         """Says that the run stopped because it was asked to, and goes on with --resume."""
         return self.path / "STOPPED"
 
+    @property
+    def written_whole(self) -> tuple[Path, ...]:
+        """What `write_text` writes there."""
+        return self.run_json, self.recipe, self.result, self.stopped
+
 
 def clear(folder: RunFolder) -> None:
     """Remove the run that is in a claimed folder.
 
     Not done when the folder is claimed: a new run may yet turn out to be wrong, and then the old one is still there.
+    Who is killed here leaves a run that never began: its recipe goes first, and last what says that it is ours.
     """
-    for entry in _entries(folder):
+    folder.recipe.unlink(missing_ok=True)
+    faults.at("clear")
+    for entry in sorted(_entries(folder), key=lambda entry: entry == folder.run_json):
         shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
 
@@ -104,6 +113,7 @@ def claim(path: Path, mode: Mode) -> Iterator[RunFolder]:
         raise RunFolderError(f"cannot write to the run folder '{path}': {error.strerror or error}") from error
     try:
         _make_ready(folder, mode)
+        faults.at("claimed")
         yield folder
     finally:
         lock.release()
@@ -111,6 +121,8 @@ def claim(path: Path, mode: Mode) -> Iterator[RunFolder]:
 
 def _make_ready(folder: RunFolder, mode: Mode) -> None:
     _refuse_foreign(folder)
+    for path in folder.written_whole:
+        remove_left_overs(path)
     if mode == "fresh" and _entries(folder):
         raise RunFolderError(
             f"'{folder.path}' already holds a run. --resume goes on with it, --overwrite replaces it, --out DIR "
@@ -119,7 +131,10 @@ def _make_ready(folder: RunFolder, mode: Mode) -> None:
 
 
 def _entries(folder: RunFolder) -> list[Path]:
-    return [entry for entry in folder.path.iterdir() if entry not in (folder.lock, folder.stop, folder.stopped)]
+    """What is there of a run; words to a run, and files that a killed writer had not finished, are none of it."""
+    others = {folder.lock, folder.stop, folder.stopped}
+    others.update(left for path in folder.written_whole for left in _left_overs(path))
+    return [entry for entry in folder.path.iterdir() if entry not in others]
 
 
 def _refuse_foreign(folder: RunFolder) -> None:
@@ -162,9 +177,20 @@ def write_text(path: Path, text: str) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
+        faults.at("file.rename")
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def remove_left_overs(path: Path) -> None:
+    """Remove what writers of `path` that were killed left beside it; for who knows that none is at work."""
+    for left in _left_overs(path):
+        left.unlink(missing_ok=True)
+
+
+def _left_overs(path: Path) -> list[Path]:
+    return [left for left in path.parent.glob(f".{path.name}.*") if left.suffix[1:].isdecimal() and left.is_file()]
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

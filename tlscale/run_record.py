@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tlscale import __version__
+from tlscale import __version__, faults
 from tlscale.packages import versions_of
 from tlscale.prepare import Prepared, strategy_of
 from tlscale.recipe.load import dump_recipe, recipe_digest
@@ -62,6 +62,7 @@ def begin_folder(folder: RunFolder, recipe: Recipe, record: dict[str, Any]) -> N
     with naming_disk_errors(folder.path):
         clear(folder)
         write_json(folder.run_json, record)
+        faults.at("record")
         write_text(folder.recipe, dump_recipe(recipe))
 
 

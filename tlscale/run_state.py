@@ -14,7 +14,16 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from tlscale.checkpoint import Checkpoint, mark_best, pack_optimizer, prune, save_checkpoint, unpack_optimizer
+from tlscale import faults
+from tlscale.checkpoint import (
+    Checkpoint,
+    mark_best,
+    mark_latest,
+    pack_optimizer,
+    prune,
+    save_checkpoint,
+    unpack_optimizer,
+)
 from tlscale.dist import Processes
 from tlscale.errors import CheckpointError
 from tlscale.model.classifier import Classifier
@@ -139,6 +148,7 @@ def restore(
     """
     restore_weights(checkpoint, network, ema, fixed)
     unpack_optimizer(optimizer, checkpoint.tensors["optimizer"], checkpoint.state["optimizer"])
+    faults.at("restored")
     saved = checkpoint.state["clock"]
     return Clock(**{**saved, "best": [(int(step), float(figure)) for step, figure in saved["best"]]})
 
@@ -159,7 +169,18 @@ def restore_weights(checkpoint: Checkpoint, network: Classifier, ema: Ema | None
 def write_checkpoint(root: Path, checkpoint: Checkpoint, clock: Clock, section: CheckpointSection) -> None:
     """Save, point BEST to the best step, and only then remove what need not be kept."""
     save_checkpoint(root, checkpoint)
-    steps = [step for step, _ in clock.best]
+    faults.at("checkpoint.best")
     if clock.best_step is not None:
         mark_best(root, clock.best_step)
-    prune(root, keep=section.keep, keep_steps=steps)
+    prune(root, keep=section.keep, keep_steps=[step for step, _ in clock.best])
+
+
+def point_to(root: Path, clock: Clock) -> None:
+    """Have LATEST and BEST say what a run goes on from; who wrote it may have been killed, or newer ones be damaged.
+
+    Raises:
+        CheckpointError: the disk is full or cannot be written.
+    """
+    mark_latest(root, clock.step)
+    if clock.best_step is not None:
+        mark_best(root, clock.best_step)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from tlscale import faults
 from tlscale.checkpoint import carry_moments
 from tlscale.data.sampler import DataOrder
 from tlscale.errors import RecipeError
@@ -94,6 +95,7 @@ def cross_boundary(
     enter(classifier, stage)
     following = build_optimizer(stage.groups, stage.optim)
     carry_moments(optimizer, following)
+    faults.at("stage")
     return following
 
 

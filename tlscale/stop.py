@@ -27,9 +27,14 @@ def stop_with_launcher() -> None:
     `accelerate launch` of one process neither hands SIGTERM on nor ends its child: a cluster that takes the machine
     back would end the launcher alone, and the run would go on, unsaved and unwatched.
     """
-    launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "LOCAL_RANK" in os.environ
-    if launched and sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if "ACCELERATE_MIXED_PRECISION" in os.environ or "LOCAL_RANK" in os.environ:
+        signal_when_parent_dies(signal.SIGTERM)
+
+
+def signal_when_parent_dies(number: signal.Signals) -> None:
+    """Have the kernel send this process a signal when the one that started it dies; only Linux can."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, number)
 
 
 class StopRequest:

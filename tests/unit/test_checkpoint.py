@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pickle
+import random
 import shutil
 import subprocess
 
@@ -134,6 +135,50 @@ def test_damage_is_found_and_the_one_before_is_used(three, damage):
     assert expected in faults[0]
     with pytest.raises(CheckpointError, match="step_00000003' is damaged"):
         load_checkpoint(newest)
+
+
+def spoil(content, other, how, draw):
+    """A file's bytes after an accident; None: the file is gone."""
+    place = draw.randrange(len(content))
+    match how:
+        case "truncated":
+            return content[:place]
+        case "emptied":
+            return b""
+        case "longer":
+            return content + b"\0"
+        case "a bit":
+            return content[:place] + bytes([content[place] ^ (1 << draw.randrange(8))]) + content[place + 1 :]
+        case "page of zeros":
+            return content[:place] + bytes(len(content[place : place + 4096])) + content[place + 4096 :]
+        case "of another run":
+            return other
+        case "gone":
+            return None
+
+
+@pytest.mark.parametrize("how", ["truncated", "emptied", "longer", "a bit", "page of zeros", "of another run", "gone"])
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
+def test_any_accident_of_any_file_is_found_or_changes_nothing(three, tmp_path_factory, name, how):
+    """Whatever is loaded in the end is what was saved: a bit of a manifest's blanks may be another."""
+    others = {"model": make(4, size=7).tensors["model"], "optimizer": {"count": torch.ones(2)}}
+    other = save_checkpoint(tmp_path_factory.mktemp("other"), Checkpoint(3, others, {"clock": {"step": 3}}))
+    path = three / "step_00000003" / name
+    good, spoilt, draw = path.read_bytes(), 0, random.Random(f"{name} {how}")
+    for _ in range(40 if how in ("truncated", "a bit", "page of zeros") else 1):
+        bad = spoil(good, (other / name).read_bytes(), how, draw)
+        if bad == good:
+            continue  # zeros that were zeros
+        path.unlink(missing_ok=True) if bad is None else path.write_bytes(bad)
+        spoilt += fault_of(path.parent) is not None
+        newest, faults = newest_valid(three)
+        assert (newest.name, len(faults)) in (("step_00000002", 1), ("step_00000003", 0))
+        back, before = load_checkpoint(newest), make(int(newest.name[-1]))
+        assert back.state == before.state
+        assert all(torch.equal(back.tensors["model"][key], value) for key, value in before.tensors["model"].items())
+        path.write_bytes(good)
+    assert spoilt
+    assert fault_of(path.parent) is None
 
 
 def test_a_renamed_folder_is_damaged(three):

@@ -6,7 +6,10 @@ import io
 import multiprocessing
 import os
 import pickle
+import select
+import signal
 import subprocess
+import sys
 import time
 from dataclasses import dataclass, fields
 
@@ -309,6 +312,30 @@ def test_a_worker_obeys_its_parent():
     with pytest.raises(RuntimeError, match="worker"):
         for _ in batches:
             pass
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere workers notice by themselves, after some seconds")
+def test_workers_die_with_a_process_that_is_killed():
+    """They hold what it held, such as the lock of the run folder, for as long as they live."""
+    read, write = os.pipe()
+    parent = os.fork()
+    if not parent:
+        try:
+            store, order, split, options = plan([], cache_mib=0)
+            batches = train_batches(store, order, split, 0, start_step=0, stop_step=10**6, workers=2, **options)
+            next(batches)
+            os.write(write, " ".join(str(worker.pid) for worker in multiprocessing.active_children()).encode())
+            os.kill(os.getpid(), signal.SIGKILL)
+        finally:
+            os._exit(1)
+    os.close(write)
+    workers = os.read(read, 100).decode().split()
+    assert os.waitstatus_to_exitcode(os.waitpid(parent, 0)[1]) == -signal.SIGKILL
+    assert len(workers) == 2
+    # The pipe is open in whoever is left of them; torch's own watch would end them after five seconds.
+    assert select.select([read], [], [], 2.5)[0]
+    assert os.read(read, 1) == b""
+    os.close(read)
 
 
 def test_what_a_worker_needs_can_be_sent_to_it():

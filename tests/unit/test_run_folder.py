@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import pytest
 from tests.small_runs import environment
 from tlscale.errors import EXIT_BAD_INPUT, RunFolderError, TlscaleError
 from tlscale.run_folder import RunFolder, claim, clear, naming_disk_errors, write_json, write_text
+from tlscale.run_record import read_record
 
 HOLD = """
 import sys
@@ -60,6 +62,52 @@ def test_resume_keeps_and_overwrite_clears(tmp_path):
         assert contents(tmp_path / "run") == {**before, ".lock": b""}  # until the new run is ready
         clear(folder)
         assert contents(tmp_path / "run") == {".lock": b""}
+
+
+@pytest.mark.parametrize("mode", ["fresh", "resume", "overwrite"])
+def test_a_run_that_was_killed_before_its_first_file_is_none(tmp_path, mode):
+    """What it was writing aside must not turn the folder into somebody else's."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / ".run.json.4711").write_text('{"tlsc')
+    (run / "STOP").touch()
+    with claim(run, mode):
+        assert contents(run) == {".lock": b"", "STOP": b""}
+
+
+def test_what_killed_writers_left_goes_and_nothing_else(tmp_path):
+    put_run(tmp_path / "run")
+    left = (".run.json.1", ".recipe.yaml.22", ".result.json.333", ".STOPPED.4444")
+    others = (".run.json", ".run.json.old", ".notes.txt.55", "run.json.66")
+    for name in left + others:
+        (tmp_path / "run" / name).write_text("x")
+    with claim(tmp_path / "run", "resume"):
+        assert {name for name in left + others if (tmp_path / "run" / name).exists()} == set(others)
+
+
+def test_who_is_killed_while_a_run_is_removed_leaves_one_that_never_began(tmp_path, monkeypatch):
+    """Neither a foreign folder, nor one whose checkpoints are gone and whose result says that it is complete."""
+    put_run(tmp_path / "run")
+    for name in ("recipe.yaml", "result.json", "metrics.jsonl"):
+        (tmp_path / "run" / name).write_text("x")
+    folder, seen = RunFolder(tmp_path / "run"), []
+    unlink, rmtree = type(tmp_path).unlink, shutil.rmtree
+
+    def look(remove):
+        def spy(path, *args, **options):
+            seen.append((folder.recipe.exists() and len(seen) > 0, read_record(folder), folder.run_json.exists()))
+            remove(path, *args, **options)
+
+        return spy
+
+    monkeypatch.setattr(type(tmp_path), "unlink", look(unlink))
+    monkeypatch.setattr(shutil, "rmtree", look(rmtree))
+    clear(folder)
+    assert contents(tmp_path / "run") == {}
+    assert len(seen) == 5
+    first, *later = seen
+    assert first[1] is not None, "as it was"
+    assert later == [(False, None, True)] * 4
 
 
 def test_clear_follows_no_link(tmp_path):

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from tlscale import faults
 from tlscale.codes.key import FORMAT, CodesKey, json_digest
 from tlscale.codes.shards import (
     DamagedError,
@@ -111,6 +112,7 @@ def write_manifest(folder: Path, key: Mapping[str, Any], values: Sequence[ValueS
     for shard in ordered:
         _renew_record(folder, key, shard, values)
     plain = {"format": FORMAT, "key": key, "values": [spec.to_plain() for spec in values]}
+    faults.at("codes.manifest")
     write_text(folder / MANIFEST, seal({**plain, "shards": [shard.to_plain() for shard in ordered]}))
     flush_folder(folder)
 

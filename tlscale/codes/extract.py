@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tlscale import faults
 from tlscale.codes.key import CodesKey
 from tlscale.codes.reading import Codes
 from tlscale.codes.shards import BLOCK, DTYPES, Ints, Shard, ValueSpec, rows_per_shard
@@ -183,6 +184,7 @@ class _Extraction:
             for kept, new in zip(values_R, self._block(rows_B), strict=True):
                 kept[start : start + BLOCK] = new
             on_block(len(rows_B))
+            faults.at("codes.block")
             if self.should_stop is not None and self.should_stop():
                 raise Stopped(
                     f"stopped while computing codes; those that are finished are kept in "

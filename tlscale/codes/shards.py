@@ -25,6 +25,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from tlscale import faults
 from tlscale.codes.key import json_digest
 from tlscale.errors import TlscaleError
 from tlscale.run_folder import file_sha256, write_text
@@ -157,6 +158,7 @@ def write_shard(
         files = {part: _write_array(shard.path(folder, part), array) for part, array in parts.items()}
         shard = Shard(name, len(rows_R), files)
         flush_folder(folder)
+        faults.at("codes.shard")
         write_record(folder, key, shard, specs)
     except OSError as error:
         remove_shard(folder, name)

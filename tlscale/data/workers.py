@@ -17,8 +17,10 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from tlscale import faults
 from tlscale.cores import num_cores
 from tlscale.errors import TlscaleError
+from tlscale.stop import signal_when_parent_dies
 
 
 class Pinnable(Protocol):
@@ -42,7 +44,9 @@ class _Loads(Dataset[Any]):
 
     def __getitem__(self, key: Any) -> Any:  # noqa: ANN401 (whatever `load` takes and gives)
         try:
-            return self._load(key)
+            batch = self._load(key)
+            faults.at("worker")
+            return batch
         except TlscaleError as error:
             return error  # as a value: torch would wrap a raised one, its traceback included, into its message
 
@@ -87,8 +91,10 @@ def _begin_worker(worker: int) -> None:
     """One thread, and deaf to the signals that are meant for the run.
 
     A scheduler sends SIGTERM, and a terminal SIGINT, to every process. The training process then finishes its step and
-    saves, for which it needs its workers; they end when it ends them.
+    saves, for which it needs its workers; they end when it ends them. Where it is killed they are, too: they hold what
+    it held, the lock of the run folder included, and the next start is refused for as long as they live.
     """
+    signal_when_parent_dies(signal.SIGKILL)
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):

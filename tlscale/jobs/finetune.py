@@ -19,7 +19,9 @@ from typing import Any
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
+from tlscale import faults
 from tlscale.checkpoint import checkpoint_folder, load_checkpoint, newest_valid, pointed_to
 from tlscale.codes.batches import CodeBatch
 from tlscale.data.sources import ImageSplit
@@ -39,7 +41,16 @@ from tlscale.progress import Progress
 from tlscale.run_book import RunBook
 from tlscale.run_folder import RunFolder, naming_disk_errors, write_json
 from tlscale.run_record import begin_folder, make_record, read_record
-from tlscale.run_state import Clock, LossWindow, are_finite, restore, restore_weights, snapshot, write_checkpoint
+from tlscale.run_state import (
+    Clock,
+    LossWindow,
+    are_finite,
+    point_to,
+    restore,
+    restore_weights,
+    snapshot,
+    write_checkpoint,
+)
 from tlscale.screen import show_result
 from tlscale.seeds import derive_seed
 from tlscale.stages import Stage, cross_boundary, enter, stage_at
@@ -63,6 +74,7 @@ class Parts:
     optimizer: torch.optim.Optimizer
     feed: Feed | None = None
     wrapped: tuple[nn.Module, AcceleratedOptimizer] | None = None  # what Accelerate made of the feed's module
+    is_rehearsed: bool = True  # false before the first step of a start or a stage, where it matters
 
     def figures(self, split: ImageSplit, feed: Feed) -> dict[str, Any]:
         """Evaluation of the weights that a user would get: the averages, where averages are kept."""
@@ -151,6 +163,7 @@ def _train(
     clock = Clock()
     if checkpoint is not None:
         clock = restore(checkpoint, parts.network, parts.optimizer, parts.ema, prepared.fixed)
+        processes.on_main(partial(point_to, folder.checkpoints, clock))
         screen.say(f"resumed from {newest}, at step {clock.step} of {prepared.total_steps}")
     if stage_at(prepared.stages, clock.step) is not parts.stage:
         _next_stage(parts)
@@ -259,6 +272,7 @@ def _begin_stage(parts: Parts, clock: Clock, scaler_state: dict[str, Any] | None
         parts.feed.module.compile()
     parts.feed.module.train()
     parts.wrapped = accelerator.prepare(parts.feed.module, parts.optimizer)
+    parts.is_rehearsed = parts.processes.world_size < 3 or not isinstance(parts.wrapped[0], DistributedDataParallel)
     if scaler_state is not None and accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(scaler_state)
 
@@ -348,6 +362,7 @@ def _export(parts: Parts, folder: RunFolder) -> str:
 
 
 def _write_result(result: dict[str, Any], folder: RunFolder) -> None:
+    faults.at("result")
     with naming_disk_errors(folder.result):
         write_json(folder.result, result)
 
@@ -368,6 +383,8 @@ def train_step(
     assert parts.feed is not None
     assert parts.wrapped is not None
     inputs, (model, optimizer) = parts.feed.inputs, parts.wrapped
+    if not parts.is_rehearsed:
+        _rehearse(batches[-1], parts)
     vigil = _vigil(parts) if step < parts.careful_until else None
     loss_sums = []
     for number, batch in enumerate(batches):
@@ -389,6 +406,23 @@ def train_step(
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return loss_sum, grad_norm
+
+
+def _rehearse(batch: Any, parts: Parts) -> None:
+    """A forward and a backward pass that leave no trace but in DDP, which then knows the order of the gradients.
+
+    It lays them out anew after its first backward pass. Three processes or more add up in an order that depends on the
+    place of a gradient, so without this the first step after a resume would be rounded in another way than the same
+    step of a run that was not stopped.
+    """
+    assert parts.feed is not None
+    assert parts.wrapped is not None
+    vigil = _vigil(parts)
+    batch = batch.to(parts.processes.device, non_blocking=True)
+    losses_B = _losses(parts.objective, parts.wrapped[0](*parts.feed.inputs(batch)), batch)
+    parts.processes.accelerator.backward(losses_B.sum())
+    vigil.undo()
+    parts.is_rehearsed = True
 
 
 def _vigil(parts: Parts) -> Vigil:

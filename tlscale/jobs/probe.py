@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tlscale import faults
 from tlscale.codes.probe import Choice, PathRow, cannot_compare, checked_grid, choose
 from tlscale.codes.reading import Codes
 from tlscale.data.sources import ImageSplit
@@ -154,6 +155,7 @@ def _fit(
     with naming_disk_errors(folder.model):
         how = export_model(model, folder.model, classes=data.classes, spec=prepared.spec)
     result = _result(prepared, keeper, choice, (layer, pool), figures, split.name, time.monotonic() - began)
+    faults.at("result")
     with naming_disk_errors(folder.result):
         write_json(folder.result, result)
     show_result(result, progress, folder=folder.path, how_to_load=how)

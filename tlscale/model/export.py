@@ -21,6 +21,7 @@ import torch
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
+from tlscale import faults
 from tlscale.data.transforms import InputSpec
 from tlscale.errors import ModelError, RunFolderError
 from tlscale.model.classifier import Classifier, CodesClassifier, feature_width
@@ -74,6 +75,7 @@ def export_model(
     body = as_timm if as_timm is not None else plain.backbone
     ours = {**_own_config(plain, head), "classes": list(classes), "input": spec.to_plain(), "whole": whole}
     _write_config(body, folder, ours, spec)
+    faults.at("export")
     _write_tensors(body.state_dict(), folder / "model.safetensors")
     (folder / _HEAD_FILE).unlink(missing_ok=True)
     if not whole:
