@@ -16,7 +16,7 @@ RECIPE := recipes/resnet_fmnist.yaml
 RUN := runs/resnet_fmnist
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-unit test-dist test-slurm test-chaos test-hosts lint format wheel constraints clean
+.PHONY: help demo test test-all test-unit test-dist test-slurm test-chaos test-hosts test-xla lint format wheel constraints clean
 .DELETE_ON_ERROR:
 
 help: ## what there is
@@ -85,6 +85,13 @@ lint: $(VENV)/.tlscale-dev ## ruff, its formatter as a check, mypy, import-linte
 format: $(VENV)/.tlscale-dev ## let ruff repair and format what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# --- What has a target of its own, and is not in `make test` -----------------------------------------------------------
+
+# In an environment of its own (docs/xla.md), which the script makes where it is missing.
+test-xla: ## the XLA (TPU) path on this machine's CPU, in an environment with torch_xla; the first time that is several GB
+	xla=$$(PYTHON=$(PYTHON) scripts/make_xla_env.sh); \
+	  PJRT_DEVICE=CPU PYTHONPATH=$(CURDIR) OMP_NUM_THREADS=1 "$$xla/bin/python" -m pytest --durations=10 tests/xla $(TEST_ARGS)
 
 # --- Less often -------------------------------------------------------------------------------------------------------
 

@@ -26,6 +26,7 @@ from tlscale.recipe.schema import ComputeSection
 from tlscale.watchdog import Watchdog
 
 T = TypeVar("T")
+M = TypeVar("M", bound=torch.nn.Module)
 _MIXED = {"fp32": "no", "fp64": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
@@ -55,8 +56,35 @@ class Processes:
         As `torch.manual_seed`, without its walk over all kinds of devices, which takes a millisecond of each step.
         """
         torch.default_generator.manual_seed(seed)
-        if self.device.type != "cpu":
+        if self.device.type == "xla":
+            from tlscale import xla
+
+            xla.seed(seed, self.device)
+        elif self.device.type != "cpu":
             torch.get_device_module(self.device).manual_seed(seed)
+
+    def place(self, module: M) -> M:
+        """Move a module to this process's device; its parameters stay the objects that others know."""
+        if self.device.type == "xla":
+            from tlscale import xla
+
+            return xla.place(module, self.device)
+        return module.to(self.device)
+
+    def run_recorded(self) -> None:
+        """The end of a step, or of a batch without gradients: XLA has only recorded it so far."""
+        if self.device.type == "xla":
+            from tlscale import xla
+
+            xla.run_recorded()
+
+    def fetch(self, scalars: list[torch.Tensor]) -> torch.Tensor:
+        """Computed scalars of one dtype as one tensor on the CPU: (len(scalars),). The host waits for the device once."""
+        if self.device.type == "xla":  # for which a stack is another program for each number of scalars
+            from tlscale import xla
+
+            return torch.stack(xla.to_cpu(scalars))
+        return torch.stack(scalars).cpu()
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any process; every process gets the same answer."""
@@ -221,7 +249,6 @@ def start_processes(compute: ComputeSection) -> Processes:
 
 
 def _join(compute: ComputeSection, is_guest: bool) -> Processes:
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
     _check_precision_of_launcher(compute)
     try:
         accelerator = Accelerator(
@@ -236,7 +263,9 @@ def _join(compute: ComputeSection, is_guest: bool) -> Processes:
             f"this program has an Accelerator of its own, with another precision than compute.precision = "
             f"{compute.precision}. Run tlscale in a process of its own, or make both the same."
         ) from error
-    world_size = accelerator.num_processes
+    world_size, is_xla = accelerator.num_processes, accelerator.device.type == "xla"
+    # Processes of XLA (one a chip) are counted by its own runtime, and not in the environment.
+    launched = int(os.environ.get("WORLD_SIZE", world_size if is_xla else 1))
     if launched != world_size:
         raise LaunchError(
             f"the launcher started {launched} processes (WORLD_SIZE), but Accelerate joined {world_size}: each would "
@@ -251,6 +280,10 @@ def _join(compute: ComputeSection, is_guest: bool) -> Processes:
         )
     _check_device(compute, accelerator.device)
     _set_threads(compute, accelerator.device)
+    if is_xla:
+        from tlscale import xla
+
+        xla.prepare(accelerator)
     control: Any = torch_dist.new_group(backend="gloo", timeout=_patience(compute)) if world_size > 1 else None
     watchdog = Watchdog(compute.hang_timeout_s)
     return Processes(accelerator, accelerator.process_index, world_size, watchdog, control, is_guest)
@@ -290,3 +323,17 @@ def _check_device(compute: ComputeSection, device: torch.device) -> None:
         raise LaunchError("compute.precision = fp16 needs a GPU; on a CPU use bf16 or fp32")
     if compute.precision == "fp64" and device.type == "mps":
         raise LaunchError("compute.precision = fp64 is not to be had on this GPU (mps); use fp32")
+    if device.type == "xla":
+        _check_xla(compute)
+
+
+def _check_xla(compute: ComputeSection) -> None:
+    if compute.precision == "fp16":
+        raise LaunchError("compute.precision = fp16 needs a GPU; on XLA devices (TPUs) use bf16 or fp32")
+    if compute.compile:
+        raise LaunchError("compute.compile is for other devices: XLA compiles by itself. Take it out")
+    if compute.gradient_checkpointing:
+        raise LaunchError(
+            "compute.gradient_checkpointing: torch's cannot run on XLA devices (TPUs). Take it out, or lower "
+            "compute.micro_batch_size"
+        )

@@ -74,20 +74,27 @@ def evaluate(
     was_training = network.training
     network.eval()
     try:
-        with torch.inference_mode(), processes.accelerator.autocast():
+        with _no_gradients(processes.device), processes.accelerator.autocast():
             for batch in batches:
                 processes.watchdog.beat()
                 faults.at("evaluate")
                 logits_BC = network(*inputs(batch))
                 labels_B = batch.labels_B.to(logits_BC.device)
                 tally.update(logits_BC, labels_B, objective.losses(logits_BC, labels_B))
+                processes.run_recorded()
     finally:
         network.train(was_training)
-    counts, sums = tally.state()
-    tally.load_state(processes.sum(counts), processes.sum(sums))
-    figures = summary(tally, classes)
+    counts, sums = (processes.sum(part) for part in tally.state())
+    total = Tally(len(classes), "cpu")  # whose figures are read one by one
+    total.load_state(counts, sums)
+    figures = summary(total, classes)
     assert figures["num_images"] == num_images, f"evaluated {figures['num_images']} of {num_images} images"
     return figures
+
+
+def _no_gradients(device: torch.device) -> torch.inference_mode | torch.no_grad:
+    """In inference mode XLA cannot take a view of what was there before."""
+    return torch.no_grad() if device.type == "xla" else torch.inference_mode()
 
 
 def scalars(figures: dict[str, Any]) -> dict[str, float]:

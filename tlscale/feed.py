@@ -297,10 +297,18 @@ def _forward_s(module: nn.Module, images_BCHW: Tensor) -> float:
     for _ in range(4):
         began = time.perf_counter()
         module(images_BCHW)
-        if images_BCHW.device.type == "cuda":
-            torch.cuda.synchronize(images_BCHW.device)
+        _wait_for(images_BCHW.device)
         seconds.append(time.perf_counter() - began)
     return statistics.median(seconds[1:]) / len(images_BCHW)
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "xla":
+        from tlscale import xla
+
+        xla.run_recorded(wait=True)
 
 
 def disk_bytes_per_s(root: Path, num_bytes: int = 32 * 2**20) -> float | None:

@@ -166,6 +166,7 @@ class Keeper:
         def compute(images_BCHW: Tensor) -> tuple[Tensor, ...]:
             with self.processes.accelerator.autocast():
                 codes: tuple[Tensor, ...] = module(images_BCHW)
+            self.processes.run_recorded()
             return codes
 
         codes = self._of_more_layers(key, split)

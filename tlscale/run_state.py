@@ -83,7 +83,7 @@ class LossWindow:
         if not self._sums:
             return None
         steps = [step for step, _ in self._sums]
-        totals = self._processes.sum(torch.stack([loss.double() for _, loss in self._sums]).cpu())
+        totals = self._processes.sum(self._processes.fetch([loss for _, loss in self._sums]).double())
         self._sums.clear()
         for step, total in zip(steps, totals.tolist(), strict=True):
             if not math.isfinite(total):

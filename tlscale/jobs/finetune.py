@@ -99,7 +99,7 @@ def _make_parts(
     prepared: Prepared, processes: Processes, stop: StopRequest, screen: Progress, stage: Stage, careful_until: int
 ) -> Parts:
     recipe, device = prepared.recipe, processes.device
-    network = prepared.classifier.to(device)
+    network = processes.place(prepared.classifier)
     enter(network, stage)
     return Parts(
         prepared,
@@ -201,6 +201,7 @@ def _train(
                 if parts.ema is not None:
                     parts.ema.update(clock.step)
                 window.add(loss_sum, num_images, clock.step)
+            processes.run_recorded()
             book.trained(num_images)
 
             # Log, evaluate, save, stop: the host waits for the device only where one of them is due.

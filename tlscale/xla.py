@@ -1,0 +1,70 @@
+"""What only XLA devices (TPUs) need. Imported where the device is one and nowhere else: torch_xla is rarely there.
+
+XLA computes nothing when it is told to. It records, until a value is asked for or `run_recorded` is called; what was
+recorded is then compiled as one program, which is kept for when the very same is recorded again. So a step ends in one
+call, records the same as the step before, and asks for no value.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+import torch.distributed as torch_dist
+import torch_xla
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def prepare(accelerator: Accelerator) -> None:
+    """What Accelerate leaves undone for XLA.
+
+    It joins several processes by XLA alone, where we want torch's group too. It would put on the device what optimizers
+    count on the host, for which every step of a resumed run would wait. And on a TPU its mixed precision is an
+    environment variable that makes bf16 of all numbers, the weights too, where ours is autocast.
+    """
+    accelerator.device_placement = False  # modules and optimizers are where they belong when it gets them
+    if accelerator.mixed_precision == "bf16":
+        os.environ.pop("XLA_USE_BF16", None)  # read by torch_xla when it makes its first tensor
+        accelerator.native_amp = True
+    if accelerator.num_processes > 1 and not torch_dist.is_initialized():
+        import torch_xla.distributed.xla_backend  # noqa: F401 (registers the backend, and where its processes meet)
+
+        torch_dist.init_process_group("xla", init_method="xla://")
+
+
+def run_recorded(*, wait: bool = False) -> None:
+    """Have the device run what was recorded.
+
+    Args:
+        wait: until it is done.
+    """
+    torch_xla.sync(wait=wait)
+
+
+def seed(number: int, device: torch.device) -> None:
+    """Seed what is drawn on the device from here on."""
+    torch_xla.manual_seed(number, device)
+
+
+def place(module: M, device: torch.device) -> M:
+    """Move a module to the device, its parameters as the objects that they are.
+
+    Moving to XLA makes new parameters, unless torch is told otherwise; an optimizer's groups would keep the old ones.
+    """
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        return module.to(device)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(before)
+
+
+def to_cpu(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors that were computed, on the CPU, by one transfer and no program."""
+    fetched: list[Tensor] = torch_xla._XLAC._xla_get_cpu_tensors(list(tensors))
+    return fetched
