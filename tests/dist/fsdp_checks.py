@@ -1,0 +1,126 @@
+"""What several processes do with a network that is spread over them; test_fsdp.py launches it and reads its facts.
+
+One launch does many runs, because a start costs more than all of them.
+"""
+
+import gc
+import json
+import os
+import sys
+import weakref
+from pathlib import Path
+
+import torch
+from torch.distributed.tensor import DTensor
+
+import tlscale
+from tests.dist.many_checks import EXACT, HALF_VIT, at_each_checkpoint, error_of, recipe
+from tlscale.jobs import finetune
+
+FSDP = {"engine": "fsdp2", "precision": "fp64"}
+
+
+def with_fsdp(changes):
+    return {**changes, "compute": {**changes.get("compute", {}), **FSDP}}
+
+
+PLAIN = {"compute": {"precision": "fp64"}}
+HALF = {
+    **PLAIN,
+    "freeze": HALF_VIT,
+    "codes": {"keep": "always"},
+    "optim": {"clip_grad_norm": 0.5, "ema_decay": 0.9, "lr": 5e-3},
+    "checkpoint": {"every": "3 steps", "keep": 100},
+}
+# What ends in the same weights whatever the engine and the number of processes.
+RUNS = {
+    "exact": EXACT,
+    # 3 images at a time; blocks are computed again in the backward pass.
+    "split": {**EXACT, "compute": {"precision": "fp64", "micro_batch_size": 3, "gradient_checkpointing": True}},
+    "codes": HALF,
+    "images": {**HALF, "codes": {"keep": "never"}},
+    # Frozen in the middle of a stage and of a block.
+    "convnext": {
+        **PLAIN,
+        "backbone": {"name": "test_convnext"},
+        "freeze": r"(stem\..*|stages\.[01]\..*|stages\.2\.blocks\.0\.(conv_dw|norm)\..*)",
+        "codes": {"keep": "always"},
+    },
+}
+# Each process has its own batch statistics, so this one ends as DDP on as many processes does.
+BATCH_NORM = {
+    **PLAIN,
+    "backbone": {"name": "test_resnet"},
+    "freeze": r"(conv1|bn1|layer1)\..*",
+    "compute": {"precision": "fp64", "micro_batch_size": 3},
+}
+
+
+def share_of(rows, rank, world_size):
+    """Rows that a process holds: as `torch.chunk` cuts."""
+    most = -(-rows // world_size)
+    return max(min(rows - rank * most, most), 0)
+
+
+def how_spread(network, optimizer):
+    """What is trained, and its moments, as this process holds it."""
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    trained = {name: param for name, param in network.named_parameters() if param.requires_grad}
+    moments = [state[key] for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
+    tensors = [*trained.values(), *moments]
+    return {
+        "num_trained": len(trained),
+        "num_moments": len(moments),
+        "spread": all(isinstance(tensor, DTensor) for tensor in tensors),
+        "shares": all(
+            tensor.to_local().shape == (share_of(tensor.shape[0], rank, world_size), *tensor.shape[1:])
+            for tensor in tensors
+            if isinstance(tensor, DTensor)
+        ),
+        "held": sum(param.to_local().numel() for param in trained.values()),
+        "of": sum(param.numel() for param in trained.values()),
+        "frozen whole": not any(isinstance(p, DTensor) for p in network.parameters() if not p.requires_grad),
+    }
+
+
+def watched(folder, name, data, changes):
+    """How everything is spread at each checkpoint, and whether anything still holds the whole tensors then."""
+    before, shard = [], finetune.shard
+
+    def spy(module, network, mesh, precision):
+        before.extend(weakref.ref(param) for param in network.parameters() if param.requires_grad)
+        return shard(module, network, mesh, precision)
+
+    def look(clock, network, optimizer):
+        gc.collect()
+        whole = sum(ref() is not None for ref in before)
+        return {**how_spread(network, optimizer), "step": clock.step, "still whole": whole, "were whole": len(before)}
+
+    finetune.shard = spy
+    try:
+        return at_each_checkpoint(look, folder, name, data, **changes)
+    finally:
+        finetune.shard = shard
+
+
+def run(folder, name, data, changes, **options):
+    return tlscale.run(recipe(folder, name, data, **changes), folder / name, **options)
+
+
+def main():
+    folder, data = Path(sys.argv[1]), Path(sys.argv[2])
+    rank, facts = int(os.environ["RANK"]), {"world_size": int(os.environ["WORLD_SIZE"])}
+    facts["spread"] = {name: watched(folder, name, data, with_fsdp(changes)) for name, changes in RUNS.items()}
+    run(folder, "bn_ddp", data, BATCH_NORM)
+    run(folder, "bn_fsdp2", data, with_fsdp(BATCH_NORM))
+    # Begun elsewhere, by another number of processes, and gone on with here.
+    for name in sorted(path.name for path in folder.glob("begun_*")):
+        run(folder, name, data, with_fsdp(RUNS[name.removeprefix("begun_").partition("_by_")[0]]), resume=True)
+    facts["wrong optimizer"] = error_of(
+        lambda: run(folder, "wrong", data, with_fsdp({"optim": {"name": "adafactor"}}))
+    )
+    (folder / f"facts{rank}.json").write_text(json.dumps(facts))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,258 @@
+"""FSDP2 (`compute.engine: fsdp2`): what is trained is spread over the processes, a share of every tensor on each.
+
+Promise: parameters that are trained, their gradients, moments and averages are DTensors, of whose rows each process
+holds its share; they are whole only while the block that they belong to computes. What is frozen, and buffers, are not
+touched: every process has all of them. It is torch's `fully_shard` on any device, as Accelerate's own FSDP trains with
+DDP on a CPU and does not say so (docs/adr/0013).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import fields
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from tlscale.errors import ModelError, RecipeError
+from tlscale.model.freeze import is_norm
+from tlscale.optim import build_optimizer
+from tlscale.recipe.schema import OptimSection
+
+M = TypeVar("M", bound=nn.Module)
+_ROWS = [Shard(0)]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's share of a tensor that is spread over several; any other as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def spread(tensor: Tensor, mesh: DeviceMesh) -> DTensor:
+    """The share of each process of a tensor that all of them have."""
+    return distribute_tensor(tensor.to(mesh.device_type), mesh, _ROWS, src_data_rank=None)
+
+
+# -- shard ----------------------------------------------------------------------------------------------------------
+
+
+def shard(module: nn.Module, network: nn.Module, mesh: DeviceMesh, precision: str) -> int:
+    """Spread the trained parameters of `module` over the processes of `mesh`.
+
+    `network` gets the same ones wherever it holds them, though `module` may be a part of it that is called otherwise.
+
+    Args:
+        module: what is called; all that is trained is in it.
+        network: the run's own, which checkpoints are of.
+        precision: the recipe's.
+
+    Returns:
+        How many blocks of it are whole one after the other, in place of all at once.
+
+    Raises:
+        ModelError: a parameter that has no rows.
+        RecipeError: a precision that this torch cannot have here.
+    """
+    _refuse_scalars(network)
+    places = [
+        (owner, name, param)
+        for owner in network.modules()
+        for name, param in owner.named_parameters(recurse=False)
+        if param.requires_grad
+    ]
+    before = {
+        id(param): (owner, name) for owner in module.modules() for name, param in owner.named_parameters(recurse=False)
+    }
+    options: dict[str, Any] = {
+        "mesh": mesh,
+        "ignored_params": {param for param in module.parameters() if not param.requires_grad},
+        "mp_policy": _policy(module, precision),
+        # Of the root as well: what stayed whole after an evaluation would not see the weights that change after it.
+        "reshard_after_forward": True,
+    }
+    inside = set(module.modules())
+    blocks = [block for block in repeated_blocks(network) if block in inside]
+    for block in blocks:
+        fully_shard(block, **options)
+    fully_shard(module, **options)
+    for owner, name, param in places:
+        home, home_name = before[id(param)]
+        owner.register_parameter(name, home.get_parameter(home_name))
+    return len(blocks)
+
+
+def repeated_blocks(network: nn.Module) -> list[nn.Module]:
+    """The smallest modules that a network is a repetition of, as far as they are trained.
+
+    A block is of a class of which some sequence holds two or more, consists of modules, and has no block within. That
+    is what is whole at once, so it is to be small; and what costs a collective operation, so not a single layer.
+    """
+    classes = {kind for parent in network.modules() for kind in _repeated_classes(parent)}
+    candidates = [
+        module
+        for module in network.modules()
+        if type(module) in classes and any(param.requires_grad for param in module.parameters())
+    ]
+    chosen = set(candidates)
+    return [
+        module for module in candidates if not any(inner in chosen for inner in module.modules() if inner is not module)
+    ]
+
+
+def _repeated_classes(parent: nn.Module) -> list[type[nn.Module]]:
+    if not isinstance(parent, nn.Sequential | nn.ModuleList):
+        return []
+    counts = Counter(type(child) for child in parent if any(child.children()))
+    return [kind for kind, count in counts.items() if count > 1 and kind not in (nn.Sequential, nn.ModuleList)]
+
+
+def _refuse_scalars(network: nn.Module) -> None:
+    for name, param in network.named_parameters():
+        if param.requires_grad and param.ndim == 0:
+            raise ModelError(
+                f"compute.engine: fsdp2 spreads the rows of what is trained over the processes, and {name} is a single "
+                "number without rows. Freeze it, or take compute.engine: ddp"
+            )
+
+
+def _policy(module: nn.Module, precision: str) -> MixedPrecisionPolicy:
+    """In bf16 the processes exchange bf16, but for norm layers: their operations want them in fp32.
+
+    Gradients are summed in fp32, weights kept in fp32, and autocast does the rest, as it does under DDP.
+    """
+    if precision != "bf16":
+        return MixedPrecisionPolicy(cast_forward_inputs=False)
+    if "param_dtype_override_fn" not in {field.name for field in fields(MixedPrecisionPolicy)}:
+        raise RecipeError(
+            f"compute.engine: fsdp2 with compute.precision: bf16 needs torch 2.15, and this is {torch.__version__}; "
+            "take fp32, or compute.engine: ddp"
+        )
+    norms = {id(param) for layer in module.modules() if is_norm(layer) for param in layer.parameters(recurse=False)}
+    return MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,
+        param_dtype_override_fn=lambda param: torch.float32 if id(param) in norms else None,
+    )
+
+
+# -- train ----------------------------------------------------------------------------------------------------------
+
+
+def micro_batch(accelerator: Accelerator, model: nn.Module, *, is_last: bool) -> AbstractContextManager[Any]:
+    """Around the forward and backward pass of a micro-batch: the processes add up gradients in the last one only."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(is_last)
+        return nullcontext()
+    return nullcontext() if is_last else accelerator.no_sync(model)  # type: ignore[no-any-return]
+
+
+def clip_grad_norm(accelerator: Accelerator, model: nn.Module, most: float) -> Tensor:
+    """Clip by the norm of the whole gradient, over all processes; the norm before."""
+    if not isinstance(model, FSDPModule):
+        return accelerator.clip_grad_norm_(model.parameters(), most)  # type: ignore[no-any-return]
+    norm = nn.utils.clip_grad_norm_(model.parameters(), most)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+# -- the optimizer --------------------------------------------------------------------------------------------------
+
+_TRIED_SHAPES = ((5, 4), (3,), (1, 2, 2), (6, 2, 3, 3))  # even and uneven shares, and none
+_TRIED_STEPS = 3
+
+
+def check_optimizer_on_shares(section: OptimSection, mesh: DeviceMesh) -> None:
+    """Try the optimizer on a few tensors that are spread, and on the same ones whole.
+
+    Most update each number by itself, or by norms that DTensors know; some look at the shape of what they see, or at
+    its memory.
+
+    Raises:
+        RecipeError: it does not make the same of both, or keeps what cannot be spread.
+    """
+    why = None
+    try:
+        whole, spread_out = (_after_steps(section, mesh if is_spread else None) for is_spread in (False, True))
+        for one, other in zip(whole, spread_out, strict=True):
+            if not isinstance(other, DTensor) or not torch.allclose(local(spread(one, mesh)), local(other), rtol=1e-9):
+                why = "it updates shares in another way than whole tensors"
+    except Exception as error:  # optimizers raise whatever they like
+        why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    if why is not None:
+        raise RecipeError(
+            f"optim.name: '{section.name}' cannot be had beside compute.engine: fsdp2 ({why}). Take another, such as "
+            "adamw, sgd, lion or lamb, or compute.engine: ddp"
+        )
+
+
+def _after_steps(section: OptimSection, mesh: DeviceMesh | None) -> list[Tensor]:
+    """The parameters, and what the optimizer keeps of them, after a few steps."""
+    generator = torch.Generator().manual_seed(0)
+
+    def numbers(shape: tuple[int, ...]) -> Tensor:
+        drawn = torch.randn(shape, generator=generator, dtype=torch.float64)
+        return drawn if mesh is None else spread(drawn, mesh)
+
+    params = [nn.Parameter(numbers(shape)) for shape in _TRIED_SHAPES]
+    names = [f"tensor {number}" for number in range(len(params))]
+    group = {"params": params, "names": names, "lr": 0.1, "base_lr": 0.1, "weight_decay": 0.01}
+    optimizer = build_optimizer([group], section)
+    for _ in range(_TRIED_STEPS):
+        for param in params:
+            param.grad = numbers(tuple(param.shape))
+        optimizer.step()
+    kept = [
+        value
+        for param in params
+        for _, value in sorted(optimizer.state[param].items())
+        if isinstance(value, Tensor) and value.ndim > 0
+    ]
+    if any(value.shape not in {param.shape for param in params} for value in kept):
+        raise TypeError("it keeps tensors of another shape than the parameters'")
+    return [*(param.detach() for param in params), *kept]
+
+
+def sharded_groups(groups: list[dict[str, Any]], params: Mapping[str, nn.Parameter]) -> list[dict[str, Any]]:
+    """`groups` with what became of their parameters; the groups themselves let go of the whole ones."""
+    for group in groups:
+        group["params"] = [params[name] for name in group["names"]]
+    return groups
+
+
+# -- whole again ----------------------------------------------------------------------------------------------------
+
+
+def hollow_copy(network: M) -> M:
+    """A copy that shares what is frozen, and buffers, and has no values for what is trained.
+
+    It is what `filled` makes whole: a module that was sharded calls the other processes for good.
+    """
+    memo: dict[int, Any] = {id(buffer): buffer for buffer in network.buffers()}
+    for param in network.parameters():
+        memo[id(param)] = nn.Parameter(param.detach().to("meta")) if param.requires_grad else param
+    return copy.deepcopy(network, memo)
+
+
+def filled(hollow: M, network: nn.Module, *, keep: bool) -> M:
+    """`hollow` with the whole values of the trained parameters of `network`; all processes have to call it.
+
+    Args:
+        keep: whether this process wants them; another one gives its share and keeps no memory for the rest.
+    """
+    shares = dict(network.named_parameters())
+    for path, owner in hollow.named_modules():
+        for name, param in list(owner.named_parameters(recurse=False)):
+            if param.requires_grad:
+                share = shares[f"{path}.{name}" if path else name].detach()
+                whole = share.full_tensor() if isinstance(share, DTensor) else share
+                if keep:
+                    owner.register_parameter(name, nn.Parameter(whole.cpu()))
+    return hollow
