@@ -90,28 +90,44 @@ def shard(module: nn.Module, network: nn.Module, mesh: DeviceMesh, precision: st
 
 
 def repeated_blocks(network: nn.Module) -> list[nn.Module]:
-    """The smallest modules that a network is a repetition of, as far as they are trained.
+    """The modules that a network is a repetition of, as far as they are trained; none lies within another.
 
-    A block is of a class of which some sequence holds two or more, consists of modules, and has no block within. That
-    is what is whole at once, so it is to be small; and what costs a collective operation, so not a single layer.
+    A block consists of modules, and is of a class of which sequences hold two or more. One that mostly consists of
+    several blocks of one class is a stage, and not a block. A block is what is whole at once, so it is to be small; and
+    what costs a collective operation, so not a single layer.
     """
-    classes = {kind for parent in network.modules() for kind in _repeated_classes(parent)}
-    candidates = [
-        module
-        for module in network.modules()
-        if type(module) in classes and any(param.requires_grad for param in module.parameters())
-    ]
-    chosen = set(candidates)
-    return [
-        module for module in candidates if not any(inner in chosen for inner in module.modules() if inner is not module)
-    ]
+    counts = Counter(
+        type(child)
+        for parent in network.modules()
+        if isinstance(parent, nn.Sequential | nn.ModuleList)
+        for child in parent.children()
+        if any(child.children()) and not isinstance(child, nn.Sequential | nn.ModuleList)
+    )
+    candidates = {module for module in network.modules() if counts[type(module)] > 1 and _num_trained(module)}
+    blocks = [module for module in network.modules() if module in candidates and not _is_stage(module, candidates)]
+    within = {inner for block in blocks for inner in block.modules() if inner is not block}
+    return [block for block in blocks if block not in within]
 
 
-def _repeated_classes(parent: nn.Module) -> list[type[nn.Module]]:
-    if not isinstance(parent, nn.Sequential | nn.ModuleList):
-        return []
-    counts = Counter(type(child) for child in parent if any(child.children()))
-    return [kind for kind, count in counts.items() if count > 1 and kind not in (nn.Sequential, nn.ModuleList)]
+def _is_stage(module: nn.Module, candidates: set[nn.Module]) -> bool:
+    inner = [part for part in module.modules() if part in candidates and part is not module]
+    counts = Counter(type(part) for part in inner)
+    several = [part for part in inner if counts[type(part)] > 1]
+    return 2 * sum(map(_num_trained, several)) > _num_trained(module)
+
+
+def _num_trained(module: nn.Module) -> int:
+    return sum(param.numel() for param in module.parameters() if param.requires_grad)
+
+
+def whole_bytes(network: nn.Module) -> int:
+    """What a process holds whole while the largest block computes: that, and what is in no block."""
+
+    def num_bytes(module: nn.Module) -> int:
+        return sum(param.numel() * param.element_size() for param in module.parameters() if param.requires_grad)
+
+    blocks = [num_bytes(block) for block in repeated_blocks(network)]
+    return num_bytes(network) - sum(blocks) + max(blocks, default=0)
 
 
 def _refuse_scalars(network: nn.Module) -> None:
@@ -165,7 +181,8 @@ def clip_grad_norm(accelerator: Accelerator, model: nn.Module, most: float) -> T
 
 # -- the optimizer --------------------------------------------------------------------------------------------------
 
-_TRIED_SHAPES = ((5, 4), (3,), (1, 2, 2), (6, 2, 3, 3))  # even and uneven shares, and none
+# Even and uneven shares, and none; from 16 on some optimizers keep sums of rows and columns.
+_TRIED_SHAPES = ((34, 18), (19,), (1, 20, 18), (18, 17, 3, 3))
 _TRIED_STEPS = 3
 
 
@@ -184,6 +201,8 @@ def check_optimizer_on_shares(section: OptimSection, mesh: DeviceMesh) -> None:
         for one, other in zip(whole, spread_out, strict=True):
             if not isinstance(other, DTensor) or not torch.allclose(local(spread(one, mesh)), local(other), rtol=1e-9):
                 why = "it updates shares in another way than whole tensors"
+    except RecipeError:  # it cannot be made at all
+        raise
     except Exception as error:  # optimizers raise whatever they like
         why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     if why is not None:

@@ -6,6 +6,7 @@ One launch does many runs, because a start costs more than all of them.
 import gc
 import json
 import os
+import resource
 import sys
 import weakref
 from pathlib import Path
@@ -52,7 +53,6 @@ BATCH_NORM = {
     **PLAIN,
     "backbone": {"name": "test_resnet"},
     "freeze": r"(conv1|bn1|layer1)\..*",
-    "compute": {"precision": "fp64", "micro_batch_size": 3},
 }
 
 
@@ -103,8 +103,19 @@ def watched(folder, name, data, changes):
         finetune.shard = shard
 
 
-def run(folder, name, data, changes, **options):
-    return tlscale.run(recipe(folder, name, data, **changes), folder / name, **options)
+def where_one_cannot_write(folder, data):
+    """The error of each process when the last one may write no file as large as its share."""
+    free = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, free[1]))
+    try:
+        return error_of(lambda: run(folder, "full", data, with_fsdp(PLAIN)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, free)
+
+
+def run(folder, name, place, changes, **options):
+    return tlscale.run(recipe(folder, name, place, **changes), folder / name, **options)
 
 
 def main():
@@ -119,6 +130,7 @@ def main():
     facts["wrong optimizer"] = error_of(
         lambda: run(folder, "wrong", data, with_fsdp({"optim": {"name": "adafactor"}}))
     )
+    facts["one cannot write"] = where_one_cannot_write(folder, data)
     (folder / f"facts{rank}.json").write_text(json.dumps(facts))
 
 

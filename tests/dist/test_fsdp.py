@@ -5,6 +5,7 @@ The code is what runs on GPUs: torch's `fully_shard` does not ask what a device 
 
 import json
 import shutil
+import time
 
 import pytest
 
@@ -184,6 +185,29 @@ def test_an_optimizer_that_cannot_work_on_shares_is_refused(several):
     for fact in facts:
         assert fact["wrong optimizer"]["kind"] == "RecipeError"
         assert "optim.name: 'adafactor' cannot be had beside compute.engine: fsdp2" in fact["wrong optimizer"]["message"]
+
+
+def test_one_process_that_cannot_write_fails_all(several):
+    folder, facts = several
+    for rank, fact in enumerate(facts):
+        error = fact["one cannot write"]
+        assert error["kind"] == "CheckpointError", error
+        assert "cannot save the checkpoint of step 5" in error["message"]
+        assert "File too large" in error["message"]
+        assert error["said_by_main"] == (rank != 0)
+    assert list((folder / "full" / "checkpoints").iterdir()) == [], "nothing half-written is left"
+    assert not (folder / "full" / "model").exists()
+
+
+def test_a_process_that_fails_in_the_network_ends_all(idx, tmp_path):
+    log = tmp_path / "log"
+    began = time.monotonic()
+    launched = launch(2, REPO / "tests" / "dist" / "failing.py", tmp_path, idx, log=log, launcher="torchrun")
+    assert exit_code_of(launched, log, 120) != 0
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["world_size"] == 2
+    assert "a layer of rank 1 fails" in log.read_text()
+    assert max(record["step"] for record in lines(tmp_path / "run")) == 6
+    assert time.monotonic() - began < 100, "well before compute.hang_timeout_s"
 
 
 # --- Launched in another way than the recipe says ---------------------------------------------------------------------

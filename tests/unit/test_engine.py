@@ -77,15 +77,23 @@ def test_blocks_do_not_overlap_and_hold_what_is_trained(name):
 
 
 def test_the_smallest_of_nested_blocks_is_taken_and_frozen_ones_are_not():
-    def block():
-        return nn.ModuleDict({"a": nn.Linear(2, 2)})
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(2, 2)
 
-    stages = nn.Sequential(*(nn.Sequential(block(), block()) for _ in range(2)))
+    class Stage(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.down = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+            self.blocks = nn.Sequential(Block(), Block())
+
+    stages = nn.Sequential(Stage(), Stage())
     network = nn.ModuleDict({"stages": stages, "layers": nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))})
-    assert repeated_blocks(network) == [block for stage in stages for block in stage]
+    assert repeated_blocks(network) == [block for stage in stages for block in stage.blocks]
     for param in stages[0].parameters():
         param.requires_grad_(False)
-    assert repeated_blocks(network) == list(stages[1])
+    assert repeated_blocks(network) == list(stages[1].blocks)
 
 
 def test_a_parameter_without_rows_cannot_be_spread():

@@ -487,8 +487,8 @@ class Recipe(Section):
             return
         if len(self.stages or ()) > 1:
             raise ValueError(
-                "several 'stages' cannot be had beside 'compute.engine: fsdp2': what is spread over the processes is so "
-                "to the end of the run. Take 'compute.engine: ddp', or a recipe for each stage"
+                "several 'stages' cannot be had beside 'compute.engine: fsdp2': what is spread over the processes is "
+                "so to the end of the run. Take 'compute.engine: ddp', or a recipe for each stage"
             )
         if self.non_finite.action == "rollback":
             raise ValueError(
