@@ -186,30 +186,22 @@ _TRIED_SHAPES = ((34, 18), (19,), (1, 20, 18), (18, 17, 3, 3))
 _TRIED_STEPS = 3
 
 
-def check_optimizer_on_shares(section: OptimSection, mesh: DeviceMesh) -> None:
-    """Try the optimizer on a few tensors that are spread, and on the same ones whole.
+def objection_to_shares(section: OptimSection, mesh: DeviceMesh) -> str | None:
+    """Why an optimizer cannot be had here; None where it does the same on spread tensors as on whole ones.
 
-    Most update each number by itself, or by norms that DTensors know; some look at the shape of what they see, or at
-    its memory.
-
-    Raises:
-        RecipeError: it does not make the same of both, or keeps what cannot be spread.
+    It is tried: most update each number by itself, or by norms that DTensors know; some look at the shape of what they
+    see, or at its memory, and would learn something else without a word.
     """
-    why = None
     try:
         whole, spread_out = (_after_steps(section, mesh if is_spread else None) for is_spread in (False, True))
         for one, other in zip(whole, spread_out, strict=True):
             if not isinstance(other, DTensor) or not torch.allclose(local(spread(one, mesh)), local(other), rtol=1e-9):
-                why = "it updates shares in another way than whole tensors"
+                return "it updates shares in another way than whole tensors"
     except RecipeError:  # it cannot be made at all
         raise
     except Exception as error:  # optimizers raise whatever they like
-        why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    if why is not None:
-        raise RecipeError(
-            f"optim.name: '{section.name}' cannot be had beside compute.engine: fsdp2 ({why}). Take another, such as "
-            "adamw, sgd, lion or lamb, or compute.engine: ddp"
-        )
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'its own check'}"
+    return None
 
 
 def _after_steps(section: OptimSection, mesh: DeviceMesh | None) -> list[Tensor]:

@@ -118,19 +118,23 @@ def run(folder, name, place, changes, **options):
     return tlscale.run(recipe(folder, name, place, **changes), folder / name, **options)
 
 
+def go_on(folder, data):
+    """With runs that were begun elsewhere, by another number of processes."""
+    for name in sorted(path.name for path in folder.glob("begun_*") if path.is_dir()):
+        run(folder, name, data, with_fsdp(RUNS[name.split("_")[1]]), resume=True)
+
+
 def main():
-    folder, data = Path(sys.argv[1]), Path(sys.argv[2])
+    folder, data, parts = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
     rank, facts = int(os.environ["RANK"]), {"world_size": int(os.environ["WORLD_SIZE"])}
-    facts["spread"] = {name: watched(folder, name, data, with_fsdp(changes)) for name, changes in RUNS.items()}
-    run(folder, "bn_ddp", data, BATCH_NORM)
-    run(folder, "bn_fsdp2", data, with_fsdp(BATCH_NORM))
-    # Begun elsewhere, by another number of processes, and gone on with here.
-    for name in sorted(path.name for path in folder.glob("begun_*")):
-        run(folder, name, data, with_fsdp(RUNS[name.removeprefix("begun_").partition("_by_")[0]]), resume=True)
-    facts["wrong optimizer"] = error_of(
-        lambda: run(folder, "wrong", data, with_fsdp({"optim": {"name": "adafactor"}}))
-    )
-    facts["one cannot write"] = where_one_cannot_write(folder, data)
+    go_on(folder, data)
+    if parts == "all":
+        facts["spread"] = {name: watched(folder, name, data, with_fsdp(changes)) for name, changes in RUNS.items()}
+        run(folder, "bn_ddp", data, BATCH_NORM)
+        run(folder, "bn_fsdp2", data, with_fsdp(BATCH_NORM))
+        wrong = with_fsdp({"optim": {"name": "adafactor"}})
+        facts["wrong optimizer"] = error_of(lambda: run(folder, "wrong", data, wrong))
+        facts["one cannot write"] = where_one_cannot_write(folder, data)
     (folder / f"facts{rank}.json").write_text(json.dumps(facts))
 
 

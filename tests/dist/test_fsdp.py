@@ -23,7 +23,7 @@ from tests.small_runs import (
     small_recipe,
     tensors,
 )
-from tlscale.checkpoint import fault_of, load_checkpoint
+from tlscale.checkpoint import fault_of, is_sharded, load_checkpoint
 from tlscale.errors import EXIT_BAD_INPUT
 
 pytestmark = pytest.mark.dist
@@ -38,9 +38,9 @@ def alone(idx, tmp_path_factory):
     return folder
 
 
-def by_several(processes, launcher, folder, idx):
+def by_several(processes, launcher, folder, idx, parts="all"):
     """The runs of fsdp_checks.py by so many processes: (folder, facts of each rank)."""
-    words = (REPO / "tests" / "dist" / "fsdp_checks.py", folder, idx)
+    words = (REPO / "tests" / "dist" / "fsdp_checks.py", folder, idx, parts)
     done = launch(processes, *words, log=folder / "log", launcher=launcher, TLSCALE_CACHE=str(folder / "cache"))
     exit_code, output = exit_code_of(done, folder / "log", 240), (folder / "log").read_text()
     assert exit_code == 0, output[-5000:]
@@ -50,22 +50,29 @@ def by_several(processes, launcher, folder, idx):
 
 
 @pytest.fixture(scope="module")
+def by_two(idx, alone, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("by2")
+    for name in ("exact", "codes"):
+        back_at_first_checkpoint(alone / name, folder / f"begun_{name}_by_1")
+    return by_several(2, "accelerate", folder, idx)
+
+
+@pytest.fixture(scope="module")
 def by_four(idx, tmp_path_factory):
     return by_several(4, "torchrun", tmp_path_factory.mktemp("by4"), idx)
 
 
 @pytest.fixture(scope="module")
-def by_two(idx, alone, by_four, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("by2")
+def by_four_then_two(idx, by_four, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("by4then2")
     for name in ("exact", "codes"):
-        back_at_first_checkpoint(alone / name, folder / f"begun_{name}_by_1")
         back_at_first_checkpoint(by_four[0] / name, folder / f"begun_{name}_by_4")
-    return by_several(2, "accelerate", folder, idx)
+    return by_several(2, "torchrun", folder, idx, "begun")
 
 
-@pytest.fixture(scope="module", params=["2", "4"])
+@pytest.fixture(scope="module", params=["by_two", pytest.param("by_four", marks=pytest.mark.long)])
 def several(request):
-    return request.getfixturevalue({"2": "by_two", "4": "by_four"}[request.param])
+    return request.getfixturevalue(request.param)
 
 
 def test_what_is_trained_is_really_spread(several):
@@ -165,19 +172,29 @@ def test_a_damaged_share_is_found(by_two, tmp_path):
     assert "a.safetensors is not in its manifest" in fault_of(copy)
 
 
-@pytest.mark.parametrize("name", ["begun_exact_by_1", "begun_exact_by_4", "begun_codes_by_1", "begun_codes_by_4"])
-def test_a_run_that_others_began_goes_on_here(by_two, alone, name):
+@pytest.mark.parametrize("name", ["exact", "codes"])
+def test_a_run_that_one_process_began_goes_on_here(by_two, alone, name):
     folder, _ = by_two
-    whole = alone / name.split("_")[1]
-    assert largest_difference(exported(whole), exported(folder / name)) < 1e-12
-    assert [r["lr"] for r in lines(folder / name, "train")] == [r["lr"] for r in lines(whole, "train")]
+    out = folder / f"begun_{name}_by_1"
+    assert largest_difference(exported(alone / name), exported(out)) < 1e-12
+    assert [r["lr"] for r in lines(out, "train")] == [r["lr"] for r in lines(alone / name, "train")]
 
 
 @pytest.mark.parametrize("name", ["exact", "codes"])
-def test_a_run_that_four_began_goes_on_with_one(by_four, alone, idx, tmp_path, name):
-    out = back_at_first_checkpoint(by_four[0] / name, tmp_path / "run")
+def test_a_run_that_was_begun_here_goes_on_with_one_process(several, alone, idx, tmp_path, name):
+    out = back_at_first_checkpoint(several[0] / name, tmp_path / "run")
+    assert is_sharded(last_checkpoint(out))
     tlscale.run(small_recipe(tmp_path / "recipe.yaml", idx, **RUNS[name]), out, resume=True)
     assert largest_difference(exported(alone / name), exported(out)) < 1e-12
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["exact", "codes"])
+def test_a_run_that_four_began_goes_on_with_two(by_four, by_four_then_two, alone, name):
+    out = by_four_then_two[0] / f"begun_{name}_by_4"
+    assert is_sharded(last_checkpoint(out))
+    assert largest_difference(exported(alone / name), exported(out)) < 1e-12
+    assert [r["lr"] for r in lines(out, "train")] == [r["lr"] for r in lines(by_four[0] / name, "train")]
 
 
 def test_an_optimizer_that_cannot_work_on_shares_is_refused(several):
@@ -220,8 +237,8 @@ def test_the_recipe_decides_and_not_the_launcher(idx, tmp_path):
     started = {}
     for name, version in (("plain", "1"), ("fsdp2", "2")):
         words = ("tlscale/run.py", tmp_path / f"{name}.yaml", "--out", tmp_path / name)
-        options = ("--use_fsdp", "--fsdp_version", version)
-        started[name] = launch(2, *options, *words, log=tmp_path / f"{name}.log")
+        kind = ("--use_fsdp", "--fsdp_version", version)
+        started[name] = launch(2, *words, log=tmp_path / f"{name}.log", kind=kind)
     said = {
         "plain": "asks for FSDP (ACCELERATE_USE_FSDP), the recipe for compute.engine = auto. It is version 1, too",
         "fsdp2": "the recipe for compute.engine = fsdp2. Take it out (--use_fsdp",

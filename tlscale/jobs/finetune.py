@@ -25,7 +25,7 @@ from tlscale.codes.batches import CodeBatch
 from tlscale.data.sources import ImageSplit
 from tlscale.data.transforms import ImageBatch
 from tlscale.dist import Processes
-from tlscale.errors import NonFiniteLossError, Stopped
+from tlscale.errors import NonFiniteLossError, RecipeError, Stopped
 from tlscale.evaluate import evaluate, scalars
 from tlscale.feed import Feed, ImageFeed, open_feed, refuse_codes_of_a_probe
 from tlscale.keeper import Images, Keeper
@@ -54,11 +54,11 @@ from tlscale.screen import show_result
 from tlscale.seeds import derive_seed
 from tlscale.sharded_checkpoint import load_sharded, save_sharded
 from tlscale.sharding import (
-    check_optimizer_on_shares,
     clip_grad_norm,
     filled,
     hollow_copy,
     micro_batch,
+    objection_to_shares,
     shard,
     sharded_groups,
 )
@@ -302,7 +302,12 @@ def _begin_stage(parts: Parts, clock: Clock, scaler_state: dict[str, Any] | None
 def _shard(parts: Parts, module: nn.Module, mesh: DeviceMesh) -> None:
     """Spread what is trained over the processes; the optimizer and the averages are of each one's shares."""
     prepared, stage = parts.prepared, parts.stage
-    check_optimizer_on_shares(stage.optim, mesh)
+    why_not = next(filter(None, parts.processes.gather(objection_to_shares(stage.optim, mesh))), None)
+    if why_not is not None:
+        raise RecipeError(
+            f"optim.name: '{stage.optim.name}' cannot be had beside compute.engine: fsdp2 ({why_not}). Take another, "
+            "such as adamw, sgd, lion or lamb, or compute.engine: ddp"
+        )
     parts.hollow = hollow_copy(parts.network)
     num_blocks = shard(module, parts.network, mesh, prepared.recipe.compute.precision)
     groups = sharded_groups(stage.groups, parts.network.rule_names())
