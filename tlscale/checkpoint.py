@@ -224,17 +224,29 @@ def read_whole_tensors(folder: Path) -> Checkpoint:
 
 def _put_together(folder: Path) -> dict[str, Tensor]:
     """The tensors that several processes wrote their shares of, whole, by their names there."""
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
 
-    metadata = dcp.HuggingFaceStorageReader(str(folder)).read_metadata()
     tensors: dict[str, Any] = {
-        name: torch.empty(facts.size, dtype=facts.properties.dtype)
-        for name, facts in metadata.state_dict_metadata.items()
+        name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in tensors_in_shards(folder).items()
     }
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=True)
+        load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
     return tensors
+
+
+def tensors_in_shards(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Shape and type of the whole tensors whose shares are in the files of `folder`."""
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    metadata = HuggingFaceStorageReader(str(folder)).read_metadata()
+    return {
+        name: (facts.size, facts.properties.dtype)
+        for name, facts in metadata.state_dict_metadata.items()
+        if isinstance(facts, TensorStorageMetadata)  # this format has no others
+    }
 
 
 def share_key(group: str, name: str) -> str:

@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 import torch.distributed.tensor
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
@@ -37,6 +39,7 @@ from tlscale.checkpoint import (
     load_checkpoint,
     read_whole_tensors,
     share_key,
+    tensors_in_shards,
 )
 from tlscale.dist import Processes
 from tlscale.errors import CheckpointError
@@ -65,7 +68,7 @@ def save_sharded(root: Path, checkpoint: Checkpoint, processes: Processes) -> No
     processes.on_main(partial(complete_checkpoint, root, aside, whole, shards))
 
 
-def _parted(checkpoint: Checkpoint) -> tuple[dict[str, DTensor], Checkpoint]:
+def _parted(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], Checkpoint]:
     """What is spread, by its name in the files of shares; and the checkpoint of all the rest."""
     shares = {
         share_key(group, name): tensor.detach()
@@ -81,12 +84,12 @@ def _parted(checkpoint: Checkpoint) -> tuple[dict[str, DTensor], Checkpoint]:
 
 
 def _write_shares(
-    root: Path, folder: Path, checkpoint: Checkpoint, shares: Mapping[str, DTensor], processes: Processes
+    root: Path, folder: Path, checkpoint: Checkpoint, shares: Mapping[str, Tensor], processes: Processes
 ) -> dict[str, FileFacts]:
     """This process's files below the checkpoint's folder, with what the manifest says of them."""
     try:
-        writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
-        dcp.save(dict(shares), storage_writer=writer, process_group=processes.control)
+        writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+        save(dict(shares), storage_writer=writer, process_group=processes.control)
         files = sorted(folder.glob(f"shard-{processes.rank + 1:05}-*.safetensors"))
         facts = {f"{SHARDS}/{path.name}": facts_of(path) for path in files}
         if processes.is_main:
@@ -135,14 +138,11 @@ def load_sharded(folder: Path, shapes: Mapping[str, torch.Size], processes: Proc
 
 
 def _read_shares(folder: Path, processes: Processes, mesh: DeviceMesh) -> dict[str, Tensor]:
-    metadata = dcp.HuggingFaceStorageReader(str(folder)).read_metadata()
     shares: dict[str, Any] = {
-        name: torch.distributed.tensor.zeros(
-            facts.size, dtype=facts.properties.dtype, device_mesh=mesh, placements=[Shard(0)]
-        )
-        for name, facts in metadata.state_dict_metadata.items()
+        name: torch.distributed.tensor.zeros(shape, dtype=dtype, device_mesh=mesh, placements=[Shard(0)])
+        for name, (shape, dtype) in tensors_in_shards(folder).items()
     }
-    dcp.load(shares, storage_reader=dcp.HuggingFaceStorageReader(str(folder)), process_group=processes.control)
+    load(shares, storage_reader=HuggingFaceStorageReader(str(folder)), process_group=processes.control)
     return shares
 
 

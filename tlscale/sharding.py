@@ -168,7 +168,7 @@ def micro_batch(accelerator: Accelerator, model: nn.Module, *, is_last: bool) ->
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(is_last)
         return nullcontext()
-    return nullcontext() if is_last else accelerator.no_sync(model)  # type: ignore[no-any-return]
+    return nullcontext() if is_last else accelerator.no_sync(model)
 
 
 def clip_grad_norm(accelerator: Accelerator, model: nn.Module, most: float) -> Tensor:

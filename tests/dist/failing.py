@@ -29,7 +29,7 @@ class Failing(nn.Module):
 @register_model
 def failing_vit(pretrained=False, **keys):
     network = timm.create_model("test_vit", pretrained=False, **keys)
-    network.patch_embed = nn.Sequential(Failing(), network.patch_embed)
+    network.norm_pre = Failing()
     return network
 
 

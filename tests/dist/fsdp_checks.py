@@ -10,13 +10,22 @@ import resource
 import sys
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
+import timm
 import torch
+from timm.models import register_model
+from torch import nn
 from torch.distributed.tensor import DTensor
 
 import tlscale
 from tests.dist.many_checks import EXACT, HALF_VIT, at_each_checkpoint, error_of, recipe
+from tests.small_models import TINY
+from tlscale.dist import start_processes
+from tlscale.evaluate import evaluate
 from tlscale.jobs import finetune
+from tlscale.objective import Objective
+from tlscale.recipe.schema import ComputeSection, LossSection
 
 FSDP = {"engine": "fsdp2", "precision": "fp64"}
 
@@ -53,6 +62,48 @@ BATCH_NORM = {
     **PLAIN,
     "backbone": {"name": "test_resnet"},
     "freeze": r"(conv1|bn1|layer1)\..*",
+}
+
+
+# In these the engines differ by rounding alone, so they are run by both.
+ROUNDED = {
+    "fp32": {"compute": {"precision": "fp32"}, "optim": {"clip_grad_norm": 0.5}},
+    "bf16": {"compute": {"precision": "bf16"}},
+    "bf16_bn": {"compute": {"precision": "bf16"}, "backbone": {"name": "test_resnet"}, "freeze": r"conv1\..*"},
+}
+
+
+class Spoiler(nn.Module):
+    """Gives no numbers in the fifth step on the last process."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += self.training
+        is_last = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
+        return x * float("nan") if self.training and self.calls == 5 and is_last else x
+
+
+@register_model
+def spoilt_vit(pretrained=False, **keys):
+    network = timm.create_model("test_vit", pretrained=False, **keys)
+    network.norm_pre = Spoiler()
+    return network
+
+
+SPOILT = {
+    "backbone": {"name": "spoilt_vit"},
+    "compute": {"precision": "fp64"},
+    "non_finite": {"action": "skip"},
+    "optim": {"ema_decay": 0.9},
+}
+
+
+FAMILIES = {
+    name: {"backbone": {"name": name}, "compute": {"precision": "fp64"}, "duration": "4 steps", "drop_last": True}
+    for name in (*TINY, "lenet5")
 }
 
 
@@ -114,6 +165,36 @@ def where_one_cannot_write(folder, data):
         resource.setrlimit(resource.RLIMIT_FSIZE, free)
 
 
+def passes_of_uneven_shares():
+    """Forward passes of each process in an evaluation in step, where they have 3, 2, 1 and 0 batches; and its count."""
+    processes = start_processes(ComputeSection(engine="fsdp2", threads=1))
+    rank, world_size = processes.rank, processes.world_size
+    counts = [3, 2, 1, 0][-world_size:] if world_size > 2 else [3, 0]
+    batches = [SimpleNamespace(labels_B=torch.arange(2), x_BD=torch.randn(2, 4)) for _ in range(counts[rank])]
+    passes = []
+    network = nn.Linear(4, 5)
+    network.register_forward_hook(lambda module, args, output: passes.append(len(args[0])))
+    figures = evaluate(
+        network,
+        batches,
+        inputs=lambda batch: (batch.x_BD,),
+        num_images=2 * sum(counts),
+        objective=Objective(LossSection(), None),
+        classes=list("abcde"),
+        processes=processes,
+        in_step=True,
+    )
+    processes.close()
+    return {"passes": passes, "num_images": figures["num_images"], "most": max(counts), "all": 2 * sum(counts)}
+
+
+def run_both(folder, data, runs):
+    for name, changes in runs.items():
+        for engine in ("ddp", "fsdp2"):
+            compute = {**changes.get("compute", {}), "engine": engine}
+            run(folder, f"{name}_{engine}", data, {**changes, "compute": compute})
+
+
 def run(folder, name, place, changes, **options):
     return tlscale.run(recipe(folder, name, place, **changes), folder / name, **options)
 
@@ -130,11 +211,13 @@ def main():
     go_on(folder, data)
     if parts == "all":
         facts["spread"] = {name: watched(folder, name, data, with_fsdp(changes)) for name, changes in RUNS.items()}
-        run(folder, "bn_ddp", data, BATCH_NORM)
-        run(folder, "bn_fsdp2", data, with_fsdp(BATCH_NORM))
+        run_both(folder, data, {"bn": BATCH_NORM, "spoilt": SPOILT, **ROUNDED})
+        facts["uneven"] = passes_of_uneven_shares()
         wrong = with_fsdp({"optim": {"name": "adafactor"}})
         facts["wrong optimizer"] = error_of(lambda: run(folder, "wrong", data, wrong))
         facts["one cannot write"] = where_one_cannot_write(folder, data)
+    if parts == "families":
+        run_both(folder, data, FAMILIES)
     (folder / f"facts{rank}.json").write_text(json.dumps(facts))
 
 

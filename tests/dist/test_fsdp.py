@@ -8,9 +8,10 @@ import shutil
 import time
 
 import pytest
+import torch
 
 import tlscale
-from tests.dist.fsdp_checks import RUNS
+from tests.dist.fsdp_checks import FAMILIES, RUNS
 from tests.dist.test_two_processes import back_at_first_checkpoint, exit_code_of, launch
 from tests.small_runs import (
     REPO,
@@ -125,8 +126,8 @@ def test_every_image_is_evaluated_once(several, alone):
 
 def test_codes_were_trained_on(several):
     folder, _ = several
-    assert result(folder / "codes")["codes"]["num_computed"] > 0
-    assert result(folder / "convnext")["codes"]["num_computed"] > 0
+    for name in ("codes", "convnext"):
+        assert set(result(folder / name)["codes"]["kept_mib"]) == {"train", "validation", "test"}
     assert result(folder / "images")["codes"] is None
 
 
@@ -144,6 +145,43 @@ def test_what_is_frozen_has_the_same_bits(several, alone):
 def test_batch_norm_ends_as_with_ddp(several):
     folder, _ = several
     assert largest_difference(exported(folder / "bn_ddp"), exported(folder / "bn_fsdp2")) < 1e-12
+
+
+def test_a_step_that_is_not_finite_on_one_process_is_left_out_on_all(several):
+    folder, _ = several
+    for engine in ("ddp", "fsdp2"):
+        assert result(folder / f"spoilt_{engine}")["steps_left_out"] == [5]
+    assert largest_difference(exported(folder / "spoilt_ddp"), exported(folder / "spoilt_fsdp2")) < 1e-12
+
+
+@pytest.mark.parametrize(("name", "loss", "weights"), [("fp32", 1e-5, 1e-5), ("bf16", 0.05, 0.02), ("bf16_bn", 0.05, 0.02)])
+def test_other_precisions_end_near_ddp(several, name, loss, weights):
+    folder, _ = several
+    ddp, fsdp2 = (folder / f"{name}_{engine}" for engine in ("ddp", "fsdp2"))
+    losses = [[record["loss"] for record in lines(out, "train")] for out in (ddp, fsdp2)]
+    assert losses[0] == pytest.approx(losses[1], abs=loss)
+    assert largest_difference(exported(ddp), exported(fsdp2)) < weights
+    saved = load_checkpoint(last_checkpoint(fsdp2)).tensors
+    floats = [t for group in ("model", "optimizer") for t in saved[group].values() if t.is_floating_point()]
+    assert {tensor.dtype for tensor in floats} == {torch.float32}, "weights and moments are kept in fp32"
+    if name != "fp32":
+        assert largest_difference(exported(ddp), exported(fsdp2)) > 0, "bf16 is exchanged"
+
+
+def test_an_evaluation_in_step_counts_every_image_once(several):
+    _, facts = several
+    for fact in facts:
+        uneven = fact["uneven"]
+        assert uneven["passes"] == [2] * uneven["most"]
+        assert uneven["num_images"] == uneven["all"]
+
+
+@pytest.mark.long
+def test_families_end_as_with_ddp(idx, tmp_path):
+    by_several(2, "torchrun", tmp_path, idx, "families")
+    for name in FAMILIES:
+        ends = [exported(tmp_path / f"{name}_{engine}") for engine in ("ddp", "fsdp2")]
+        assert largest_difference(*ends) < 1e-12, name
 
 
 def test_shares_lie_in_a_file_of_each_process_without_pickle(several):
