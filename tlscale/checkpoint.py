@@ -3,6 +3,9 @@
 Promise: a folder `step_<n>` was written aside, flushed to the disk, hashed in its manifest and renamed, in this
 order, and only then are older ones removed. One that does not agree with its manifest is never loaded; the one
 before it is, loudly. There is no pickle anywhere, so reading a checkpoint runs no code.
+
+Tensors that are spread over processes lie in a folder `shards` within, a file of each process, as torch's distributed
+checkpoint writes safetensors; `load_checkpoint` puts them together, so that one process can go on with what many saved.
 """
 
 from __future__ import annotations
@@ -12,7 +15,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Collection, Mapping
+import warnings
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +34,11 @@ FORMAT = 1
 _MANIFEST = "manifest.json"
 _USUAL = ("state", "param_groups")  # what every optimizer's state dict has
 _STATE = "state.json"
+SHARDS = "shards"
 _NAME = re.compile(r"step_\d{8,18}", re.ASCII)
+
+
+FileFacts = dict[str, Any]  # bytes, sha256
 
 
 @dataclass(frozen=True)
@@ -47,15 +56,38 @@ def save_checkpoint(root: Path, checkpoint: Checkpoint) -> Path:
     Raises:
         CheckpointError: the disk is full or cannot be written; the checkpoints before are untouched.
     """
-    target = checkpoint_folder(root, checkpoint.step)
-    num_bytes = sum(t.numel() * t.element_size() for group in checkpoint.tensors.values() for t in group.values())
-    aside = root / f".{target.name}.{os.getpid()}"
-    try:
+    return complete_checkpoint(root, begin_checkpoint(root, checkpoint), checkpoint)
+
+
+def begin_checkpoint(root: Path, checkpoint: Checkpoint) -> Path:
+    """An empty folder aside, for the files of `checkpoint`; what killed writers left is removed.
+
+    Raises:
+        CheckpointError: as `save_checkpoint`.
+    """
+    aside = root / f".{checkpoint_folder(root, checkpoint.step).name}.{os.getpid()}"
+    with _saving(root, checkpoint, aside):
         root.mkdir(parents=True, exist_ok=True)
         _remove_left_overs(root)
         aside.mkdir()
         faults.at("checkpoint.begin")
-        _write_files(aside, checkpoint)
+    return aside
+
+
+def complete_checkpoint(
+    root: Path, aside: Path, checkpoint: Checkpoint, shards: Mapping[str, FileFacts] | None = None
+) -> Path:
+    """Write the files of `checkpoint` into `aside`, give it its name, and point LATEST to it.
+
+    Args:
+        shards: files that other processes wrote below `aside`, by path.
+
+    Raises:
+        CheckpointError: as `save_checkpoint`; or a file of another process is not there.
+    """
+    target = checkpoint_folder(root, checkpoint.step)
+    with _saving(root, checkpoint, aside):
+        _write_files(aside, checkpoint, shards or {})
         faults.at("checkpoint.rename")
         if target.exists():
             shutil.rmtree(target)
@@ -63,14 +95,27 @@ def save_checkpoint(root: Path, checkpoint: Checkpoint) -> Path:
         _flush(root)
         faults.at("checkpoint.latest")
         write_text(root / "LATEST", target.name + "\n")
+    return target
+
+
+@contextmanager
+def _saving(root: Path, checkpoint: Checkpoint, aside: Path) -> Iterator[None]:
+    """Within: what the disk does not take is an error that says so, and leaves nothing behind."""
+    try:
+        yield
     except (OSError, safetensors.SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
-        raise CheckpointError(
-            f"cannot save the checkpoint of step {checkpoint.step} ({num_bytes / 2**20:.1f} MiB) in '{root}': "
-            f"{_reason(error)}."
-            " The checkpoints before it are untouched; make room and go on with --resume."
-        ) from error
-    return target
+        raise cannot_save(root, checkpoint, error) from error
+
+
+def cannot_save(root: Path, checkpoint: Checkpoint, error: BaseException) -> CheckpointError:
+    """The error of a checkpoint that could not be written."""
+    num_bytes = sum(t.numel() * t.element_size() for group in checkpoint.tensors.values() for t in group.values())
+    return CheckpointError(
+        f"cannot save the checkpoint of step {checkpoint.step} ({num_bytes / 2**20:.1f} MiB) in '{root}': "
+        f"{_reason(error)}."
+        " The checkpoints before it are untouched; make room and go on with --resume."
+    )
 
 
 def checkpoint_folder(root: Path, step: int) -> Path:
@@ -78,24 +123,32 @@ def checkpoint_folder(root: Path, step: int) -> Path:
     return root / f"step_{step:08d}"
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     full = getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error)
     return "the disk is full" if full else str(error)
 
 
-def _write_files(folder: Path, checkpoint: Checkpoint) -> None:
-    manifest: dict[str, Any] = {"format": FORMAT, "step": checkpoint.step, "files": {}}
+def _write_files(folder: Path, checkpoint: Checkpoint, shards: Mapping[str, FileFacts]) -> None:
+    missing = [name for name in shards if not (folder / name).is_file()]
+    if missing:
+        raise FileNotFoundError(f"{missing[0]}, which another process wrote, is not there: no file system of all")
+    manifest: dict[str, Any] = {"format": FORMAT, "step": checkpoint.step, "files": dict(shards)}
     for name, group in checkpoint.tensors.items():
         tensors = {key: value.detach().cpu().contiguous().clone() for key, value in group.items()}
         safetensors.torch.save_file(tensors, folder / f"{name}.safetensors", metadata={"format": "pt"})
         faults.at("checkpoint.file")
     (folder / _STATE).write_text(json.dumps(checkpoint.state))
-    for path in sorted(folder.iterdir()):
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
         _flush(path)
-        manifest["files"][path.name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        manifest["files"][path.name] = facts_of(path)
     faults.at("checkpoint.manifest")
     write_text(folder / _MANIFEST, json.dumps(manifest, indent=2) + "\n")
     _flush(folder)
+
+
+def facts_of(path: Path) -> FileFacts:
+    """What a manifest says of a file."""
+    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
 
 
 def _remove_left_overs(root: Path) -> None:
@@ -130,7 +183,8 @@ def fault_of(folder: Path) -> str | None:
         manifest = json.loads((folder / _MANIFEST).read_text())
         if manifest["format"] > FORMAT:
             return f"it has format {manifest['format']}, this tlscale reads up to {FORMAT}"
-        missing = {_STATE, *(path.name for path in folder.glob("*.safetensors"))} - manifest["files"].keys()
+        there = (path.relative_to(folder).as_posix() for path in folder.rglob("*.safetensors"))
+        missing = {_STATE, *there} - manifest["files"].keys()
         if missing:
             return f"{', '.join(sorted(missing))} is not in its {_MANIFEST}"
         for name, facts in manifest["files"].items():
@@ -157,9 +211,61 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     fault = fault_of(folder)
     if fault is not None:
         raise CheckpointError(f"the checkpoint '{folder}' is damaged: {fault}")
+    checkpoint = read_whole_tensors(folder)
+    tensors = {group: dict(named) for group, named in checkpoint.tensors.items()}
+    for key, tensor in _put_together(folder / SHARDS).items() if is_sharded(folder) else ():
+        group, name = group_and_name(key)
+        tensors.setdefault(group, {})[name] = tensor
+    return Checkpoint(checkpoint.step, tensors, checkpoint.state)
+
+
+def is_sharded(folder: Path) -> bool:
+    """Whether tensors of the checkpoint were spread over processes when it was saved."""
+    return (folder / SHARDS).is_dir()
+
+
+def read_whole_tensors(folder: Path) -> Checkpoint:
+    """A checkpoint that was found valid, without what was spread over processes."""
     tensors = {path.stem: safetensors.torch.load_file(path) for path in folder.glob("*.safetensors")}
-    state = json.loads((folder / _STATE).read_text())
-    return Checkpoint(_step_of(folder), tensors, state)
+    return Checkpoint(_step_of(folder), tensors, json.loads((folder / _STATE).read_text()))
+
+
+def _put_together(folder: Path) -> dict[str, Tensor]:
+    """The tensors that several processes wrote their shares of, whole, by their names there."""
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    tensors: dict[str, Any] = {
+        name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in tensors_in_shards(folder).items()
+    }
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+    return tensors
+
+
+def tensors_in_shards(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Shape and type of the whole tensors whose shares are in the files of `folder`."""
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    metadata = HuggingFaceStorageReader(str(folder)).read_metadata()
+    return {
+        name: (facts.size, facts.properties.dtype)
+        for name, facts in metadata.state_dict_metadata.items()
+        if isinstance(facts, TensorStorageMetadata)  # this format has no others
+    }
+
+
+def share_key(group: str, name: str) -> str:
+    """The name of a tensor in the files of shares, which hold those of all groups."""
+    return f"{group}/{name}"
+
+
+def group_and_name(key: str) -> tuple[str, str]:
+    """The inverse of `share_key`."""
+    group, _, name = key.partition("/")
+    return group, name
 
 
 def newest_valid(root: Path) -> tuple[Path | None, list[str]]:

@@ -19,6 +19,7 @@ import torch.distributed as torch_dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, is_initialized
 from accelerate.utils import InitProcessGroupKwargs
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from tlscale.cores import num_cores
 from tlscale.errors import LaunchError, TlscaleError
@@ -27,6 +28,13 @@ from tlscale.watchdog import Watchdog
 
 T = TypeVar("T")
 M = TypeVar("M", bound=torch.nn.Module)
+# What a launcher may ask Accelerate for, by the variable that hands it on, and how it is taken out again.
+_OTHER_ENGINES = {
+    "ACCELERATE_USE_FSDP": ("FSDP", "--use_fsdp, or 'distributed_type: FSDP' in Accelerate's configuration file"),
+    "ACCELERATE_USE_DEEPSPEED": ("DeepSpeed", "--use_deepspeed, or 'distributed_type: DEEPSPEED' in its file"),
+    "ACCELERATE_USE_MEGATRON_LM": ("Megatron-LM", "--use_megatron_lm, or 'distributed_type: MEGATRON_LM' in its file"),
+    "ACCELERATE_USE_PARALLELISM_CONFIG": ("a parallelism configuration", "--use_parallelism_config, or its section"),
+}
 _MIXED = {"fp32": "no", "fp64": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
@@ -38,6 +46,7 @@ class Processes:
     rank: int
     world_size: int
     watchdog: Watchdog
+    mesh: DeviceMesh | None  # over which `compute.engine: fsdp2` spreads what is trained
     _control: torch_dist.ProcessGroup | None
     _is_guest: bool  # in a program that had an Accelerator of its own
 
@@ -49,6 +58,11 @@ class Processes:
     def device(self) -> torch.device:
         device: torch.device = self.accelerator.device
         return device
+
+    @property
+    def control(self) -> torch_dist.ProcessGroup | None:
+        """All processes, over the CPU; None where there is one."""
+        return self._control
 
     def seed(self, seed: int) -> None:
         """Seed what the network draws from on this process's device, and the CPU's generator.
@@ -250,6 +264,7 @@ def start_processes(compute: ComputeSection) -> Processes:
 
 def _join(compute: ComputeSection, is_guest: bool) -> Processes:
     _check_precision_of_launcher(compute)
+    _check_engine_of_launcher(compute)
     try:
         accelerator = Accelerator(
             mixed_precision=_MIXED[compute.precision],
@@ -279,6 +294,7 @@ def _join(compute: ComputeSection, is_guest: bool) -> Processes:
             f"launch --multi_gpu --num_processes {compute.num_processes}), or change the recipe."
         )
     _check_device(compute, accelerator.device)
+    _check_engine(compute, accelerator)
     _set_threads(compute, accelerator.device)
     if is_xla:
         from tlscale import xla
@@ -286,7 +302,8 @@ def _join(compute: ComputeSection, is_guest: bool) -> Processes:
         xla.prepare(accelerator)
     control: Any = torch_dist.new_group(backend="gloo", timeout=_patience(compute)) if world_size > 1 else None
     watchdog = Watchdog(compute.hang_timeout_s)
-    return Processes(accelerator, accelerator.process_index, world_size, watchdog, control, is_guest)
+    mesh = init_device_mesh(accelerator.device.type, (world_size,)) if compute.engine == "fsdp2" else None
+    return Processes(accelerator, accelerator.process_index, world_size, watchdog, mesh, control, is_guest)
 
 
 def _patience(compute: ComputeSection) -> timedelta:
@@ -302,6 +319,49 @@ def _check_precision_of_launcher(compute: ComputeSection) -> None:
             f"'accelerate launch' asks for mixed precision {launcher}, the recipe for compute.precision = "
             f"{compute.precision}. Take one of the two out; the recipe's is the one that is kept with the run."
         )
+
+
+def _check_engine_of_launcher(compute: ComputeSection) -> None:
+    """The launcher starts processes; how they train together is the recipe's to say, which is kept with the run."""
+    for variable, (name, how) in _OTHER_ENGINES.items():
+        if os.environ.get(variable, "").lower() not in ("1", "true", "yes", "y", "t", "on"):
+            continue
+        why = "" if name != "FSDP" or os.environ.get("FSDP_VERSION", "1") == "2" else _WHY_NOT_FSDP1
+        remedy = "write compute.engine: fsdp2 into the recipe, which needs nothing from the launcher"
+        remedy = "the recipe's does the same" if name == "FSDP" and compute.engine == "fsdp2" else remedy
+        raise LaunchError(
+            f"'accelerate launch' asks for {name} ({variable}), the recipe for compute.engine = {compute.engine}.{why} "
+            f"Take it out ({how}); to spread the network over the processes, {remedy}."
+        )
+
+
+_WHY_NOT_FSDP1 = (
+    " It is version 1, too, which puts frozen and trained parameters into one flat tensor, and so cannot train a part "
+    "of a network without the memory for all of it."
+)
+
+
+def _check_engine(compute: ComputeSection, accelerator: Accelerator) -> None:
+    """Accelerate may have become something else than it was asked for: on CPUs it takes FSDP for DDP and says nothing.
+
+    Raises:
+        LaunchError: the engine is not the recipe's, or has no effect here.
+    """
+    kind, world_size = str(accelerator.distributed_type.value), accelerator.num_processes
+    if kind not in ("NO", "XLA") and not kind.startswith("MULTI_"):
+        raise LaunchError(
+            f"this program has an Accelerator for {kind} with {world_size} processes, which tlscale does not train "
+            "with; compute.engine says how its processes train together. Run it in a process of its own."
+        )
+    if compute.engine == "auto":
+        return
+    if world_size == 1:
+        raise LaunchError(
+            f"compute.engine = {compute.engine} has no effect with one process. Start more ('accelerate launch "
+            "--multi_gpu --num_processes 2'), or write compute.engine=auto: any run can be gone on with that way."
+        )
+    if compute.engine == "fsdp2" and accelerator.device.type == "xla":
+        raise LaunchError("compute.engine = fsdp2 is not to be had on XLA devices; take it out")
 
 
 def _set_threads(compute: ComputeSection, device: torch.device) -> None:

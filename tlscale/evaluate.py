@@ -5,7 +5,7 @@ Shapes: B images, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -52,11 +52,12 @@ def evaluate(
     objective: Objective,
     classes: Sequence[str],
     processes: Processes,
+    in_step: bool = False,
 ) -> dict[str, Any]:
     """Figures of `network` on all images of a split, over all processes.
 
-    The network is the bare one: a wrapped forward pass may talk to the other processes, and they have not the same
-    number of batches. It is left in the mode it came in.
+    Unless `in_step`, the network is the bare one: a wrapped forward pass may talk to the other processes, and they have
+    not the same number of batches. It is left in the mode it came in.
 
     Args:
         network: inputs to logits (B, C).
@@ -66,6 +67,8 @@ def evaluate(
         objective: gives the loss of each image.
         classes: names of the C classes.
         processes: this process among all.
+        in_step: the network is one that is spread over the processes, and all of them have to call it equally often;
+            one that has no more batches repeats its last one, which is not counted.
 
     Returns:
         The dict of `metrics.summary`, the same on every process.
@@ -74,11 +77,13 @@ def evaluate(
     was_training = network.training
     network.eval()
     try:
-        with _no_gradients(processes.device), processes.accelerator.autocast():
-            for batch in batches:
+        with _no_gradients(processes.device, in_step=in_step), processes.accelerator.autocast():
+            for batch, args in _in_step(batches, inputs, processes) if in_step else _alone(batches, inputs):
                 processes.watchdog.beat()
                 faults.at("evaluate")
-                logits_BC = network(*inputs(batch))
+                logits_BC = network(*args)
+                if batch is None:
+                    continue
                 labels_B = batch.labels_B.to(logits_BC.device)
                 tally.update(logits_BC, labels_B, objective.losses(logits_BC, labels_B))
                 processes.run_recorded()
@@ -92,9 +97,33 @@ def evaluate(
     return figures
 
 
-def _no_gradients(device: torch.device) -> torch.inference_mode | torch.no_grad:
-    """In inference mode XLA cannot take a view of what was there before."""
-    return torch.no_grad() if device.type == "xla" else torch.inference_mode()
+def _no_gradients(device: torch.device, *, in_step: bool) -> torch.inference_mode | torch.no_grad:
+    """What FSDP makes in inference mode it could not use in training, and XLA cannot view what was there before."""
+    return torch.no_grad() if in_step or device.type == "xla" else torch.inference_mode()
+
+
+Pass = tuple[B | None, tuple[Tensor, ...]]  # a batch, and what the network takes for it
+
+
+def _alone(batches: Iterable[B], inputs: Callable[[B], tuple[Tensor, ...]]) -> Iterator[Pass[B]]:
+    return ((batch, inputs(batch)) for batch in batches)
+
+
+def _in_step(
+    batches: Iterable[B], inputs: Callable[[B], tuple[Tensor, ...]], processes: Processes
+) -> Iterator[Pass[B]]:
+    """Equally many on every process; without a batch where it is for the others' sake."""
+    own = iter(batches)
+    batch = next(own, None)
+    args = None if batch is None else inputs(batch)
+    looks = processes.gather(None if args is None else [(arg.shape, arg.dtype) for arg in args])
+    if args is None:  # fewer images than processes
+        look = next((look for look in looks if look is not None), [])
+        args = tuple(torch.zeros(shape, dtype=dtype, device=processes.device) for shape, dtype in look)
+    while processes.any(batch is not None):
+        yield batch, args
+        batch = next(own, None)
+        args = args if batch is None else inputs(batch)
 
 
 def scalars(figures: dict[str, Any]) -> dict[str, float]:

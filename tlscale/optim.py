@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from timm.optim._optim_factory import create_optimizer_v2, get_optimizer_info, list_optimizers
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from tlscale.errors import RecipeError, did_you_mean
 from tlscale.recipe.rules import match_rules
@@ -74,8 +75,8 @@ def build_optimizer(groups: list[Group], section: OptimSection) -> torch.optim.O
     options: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value for key, value in section.options.items()
     }
-    if _runs_fused(groups, section):
-        options["fused"] = True
+    if (implementation := _implementation(groups, section)) is not None:
+        options[implementation] = True
     # An optimizer writes into its groups (some count their steps there), and these may be begun from again.
     groups = [{**group} for group in groups]
     try:
@@ -86,19 +87,23 @@ def build_optimizer(groups: list[Group], section: OptimSection) -> torch.optim.O
     return optimizer
 
 
-def _runs_fused(groups: list[Group], section: OptimSection) -> bool:
-    """Whether to take torch's fused step, which does all of an update in one pass over the parameters.
+def _implementation(groups: list[Group], section: OptimSection) -> str | None:
+    """Which of torch's implementations to ask for; None for what it takes by itself, or where there are none.
 
-    torch takes a loop over the tensors by itself (on a CPU), which benchmarks/optimizer_step.py compares. The
-    recipe's own choice among torch's implementations wins.
+    Fused, which does all of an update in one pass over the parameters: by itself torch takes a loop over the tensors
+    (on a CPU), which benchmarks/optimizer_step.py compares. Of tensors that are spread over processes it knows that for
+    Adam alone. The recipe's own choice wins.
     """
     optimizer_class = get_optimizer_info(_base_name(section.name)).opt_class
     if isinstance(optimizer_class, str) or not optimizer_class.__module__.startswith("torch.optim"):
-        return False
+        return None
     known = inspect.signature(optimizer_class.__init__).parameters
-    chosen = {"fused", "foreach", "capturable", "differentiable"} & set(section.options)
-    devices = {param.device.type for group in groups for param in group["params"]}
-    return "fused" in known and not chosen and devices <= {"cpu", "cuda"}
+    if {"fused", "foreach", "capturable", "differentiable"} & set(section.options):
+        return None
+    params = [param for group in groups for param in group["params"]]
+    if any(isinstance(param, DTensor) for param in params) and not optimizer_class.__name__.startswith("Adam"):
+        return "foreach" if "foreach" in known else None
+    return "fused" if "fused" in known and {param.device.type for param in params} <= {"cpu", "cuda"} else None
 
 
 def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> float:

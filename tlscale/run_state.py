@@ -29,6 +29,7 @@ from tlscale.errors import CheckpointError
 from tlscale.model.classifier import Classifier
 from tlscale.model.ema import Ema
 from tlscale.recipe.schema import CheckpointSection, EvaluateSection
+from tlscale.sharding import local
 
 
 @dataclass
@@ -99,8 +100,8 @@ class LossWindow:
 
 
 def are_finite(network: Classifier) -> bool:
-    """Whether all that is trained is a number; what is not must never become a checkpoint."""
-    trained = [param.detach() for param in network.parameters() if param.requires_grad]
+    """Whether all that is trained, as far as this process has it, is a number; what is not must never be saved."""
+    trained = [local(param.detach()) for param in network.parameters() if param.requires_grad]
     return bool(torch.stack([param.isfinite().all() for param in trained]).all())
 
 
@@ -149,6 +150,11 @@ def restore(
     restore_weights(checkpoint, network, ema, fixed)
     unpack_optimizer(optimizer, checkpoint.tensors["optimizer"], checkpoint.state["optimizer"])
     faults.at("restored")
+    return saved_clock(checkpoint)
+
+
+def saved_clock(checkpoint: Checkpoint) -> Clock:
+    """The clock that a checkpoint was saved at."""
     saved = checkpoint.state["clock"]
     return Clock(**{**saved, "best": [(int(step), float(figure)) for step, figure in saved["best"]]})
 
@@ -170,6 +176,11 @@ def write_checkpoint(root: Path, checkpoint: Checkpoint, clock: Clock, section: 
     """Save, point BEST to the best step, and only then remove what need not be kept."""
     save_checkpoint(root, checkpoint)
     faults.at("checkpoint.best")
+    tidy_up(root, clock, section)
+
+
+def tidy_up(root: Path, clock: Clock, section: CheckpointSection) -> None:
+    """After a save: point BEST to the best step, and remove what need not be kept."""
     if clock.best_step is not None:
         mark_best(root, clock.best_step)
     prune(root, keep=section.keep, keep_steps=[step for step, _ in clock.best])

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tlscale.dist import Processes
+from tlscale.sharding import local
 
 
 class Vigil:
@@ -36,8 +37,10 @@ class Vigil:
         """Whether the loss of any process, or a gradient, is not finite; the same answer on all processes."""
         numbers = [loss_sum.double().reshape(())]
         if not self._scales_loss:
-            grads = [param.grad for param in self._network.parameters() if param.grad is not None]
-            numbers += [norm.double().reshape(()) for norm in torch._foreach_norm(grads, float("inf"))]
+            grads = [local(param.grad) for param in self._network.parameters() if param.grad is not None]
+            grads = [grad for grad in grads if grad.numel()]  # of few rows, some processes have none
+            norms = torch._foreach_norm(grads, float("inf")) if grads else ()
+            numbers += [norm.double().reshape(()) for norm in norms]
         finite = bool(torch.stack(numbers).isfinite().all())
         return self._processes.any(not finite)
 

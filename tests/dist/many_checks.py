@@ -74,7 +74,7 @@ def equal_on_all_ranks(values):
     return all(torch.equal(flats[0], other) for other in flats)
 
 
-def at_each_checkpoint(look, folder, name, data, **changes):
+def at_each_checkpoint(look, folder, name, place, **changes):
     """What `look(clock, network, optimizer)` gives whenever the run makes a checkpoint."""
     seen = []
     snapshot = finetune.snapshot
@@ -85,7 +85,7 @@ def at_each_checkpoint(look, folder, name, data, **changes):
 
     finetune.snapshot = spy
     try:
-        tlscale.run(recipe(folder, name, data, **changes), folder / name)
+        tlscale.run(recipe(folder, name, place, **changes), folder / name)
     finally:
         finetune.snapshot = snapshot
     return seen

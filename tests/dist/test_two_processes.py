@@ -32,10 +32,10 @@ pytestmark = pytest.mark.dist
 BIN = Path(sys.executable).parent
 
 
-def launch(processes, *words, log, launcher="accelerate", cpu="true", **changes):
+def launch(processes, *words, log, launcher="accelerate", cpu="true", kind=("--multi_gpu",), **changes):
     """Starts `words` by a launcher; its output goes to the file `log`."""
     if launcher == "accelerate":
-        command = ["accelerate", "launch", "--multi_gpu", "--num_processes", processes, "--main_process_port", "0"]
+        command = ["accelerate", "launch", *kind, "--num_processes", processes, "--main_process_port", "0"]
     else:
         command = ["torchrun", "--standalone", "--nproc-per-node", processes]
     changes |= {"ACCELERATE_USE_CPU": cpu} if cpu else {}

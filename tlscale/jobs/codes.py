@@ -34,7 +34,7 @@ def compute_codes(recipe: Recipe) -> int:
     Raises:
         TlscaleError: wrong input, codes that cannot be kept, or `Stopped` after a signal.
     """
-    processes = start_processes(recipe.compute)
+    processes = start_processes(recipe.compute.without_engine())
     with closing(processes), StopRequest() as stop:
         screen = Progress(0, enabled=processes.is_main)
         with processes.main_first():

@@ -126,7 +126,7 @@ def compare(
 
     # -- table and picture: by the main process, for which the others wait ------------------------------------------
     title = f"Comparison of {', '.join(base.name for base in bases)}"
-    with closing(start_processes(bases[0].compute)) as processes:
+    with closing(start_processes(bases[0].compute.without_engine())) as processes:
         figures = processes.on_main(lambda: _conclude(title, outcomes, _remarks(sizes, least), root, screen))
     _refuse_failures(outcomes, root)
     return figures

@@ -48,7 +48,7 @@ def evaluate_run(
         overrides = ["data.fallback=null", *overrides]  # other data have no shipped sample to fall back to
     recipe = load_recipe(folder / "recipe.yaml", overrides)
     trained = load(folder)
-    with closing(start_processes(recipe.compute)) as processes:
+    with closing(start_processes(recipe.compute.without_engine())) as processes:
         split = _split(_open(recipe, trained), split_name)
         store = ImageStore(split, recipe.data, trained.input_spec)
         dtype = torch.float64 if recipe.compute.precision == "fp64" else torch.float32

@@ -17,17 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
 from tlscale import faults
-from tlscale.checkpoint import checkpoint_folder, load_checkpoint, newest_valid, pointed_to
+from tlscale.checkpoint import Checkpoint, checkpoint_folder, load_checkpoint, newest_valid, pointed_to
 from tlscale.codes.batches import CodeBatch
 from tlscale.data.sources import ImageSplit
 from tlscale.data.transforms import ImageBatch
 from tlscale.dist import Processes
-from tlscale.errors import NonFiniteLossError, Stopped
+from tlscale.errors import NonFiniteLossError, RecipeError, Stopped
 from tlscale.evaluate import evaluate, scalars
 from tlscale.feed import Feed, ImageFeed, open_feed, refuse_codes_of_a_probe
 from tlscale.keeper import Images, Keeper
@@ -48,11 +48,23 @@ from tlscale.run_state import (
     point_to,
     restore,
     restore_weights,
+    saved_clock,
     snapshot,
+    tidy_up,
     write_checkpoint,
 )
 from tlscale.screen import show_result
 from tlscale.seeds import derive_seed
+from tlscale.sharded_checkpoint import load_sharded, save_sharded
+from tlscale.sharding import (
+    clip_grad_norm,
+    filled,
+    hollow_copy,
+    micro_batch,
+    objection_to_shares,
+    shard,
+    sharded_groups,
+)
 from tlscale.stages import Stage, cross_boundary, enter, stage_at
 from tlscale.stop import StopRequest
 from tlscale.vigil import Vigil
@@ -73,7 +85,9 @@ class Parts:
     stage: Stage
     optimizer: torch.optim.Optimizer
     feed: Feed | None = None
-    wrapped: tuple[nn.Module, AcceleratedOptimizer] | None = None  # what Accelerate made of the feed's module
+    # What is called and stepped: what Accelerate, or FSDP2, made of the feed's module.
+    wrapped: tuple[nn.Module, torch.optim.Optimizer] | None = None
+    hollow: Classifier | None = None  # where the network is spread over the processes: what is exported in its place
     is_rehearsed: bool = True  # false before the first step of a start or a stage, where it matters
 
     def figures(self, split: ImageSplit, feed: Feed) -> dict[str, Any]:
@@ -88,6 +102,7 @@ class Parts:
                 objective=self.objective,
                 classes=self.prepared.data.classes,
                 processes=self.processes,
+                in_step=self.hollow is not None,
             )
 
     def averaged(self) -> AbstractContextManager[None]:
@@ -105,13 +120,18 @@ def _make_parts(
         prepared,
         processes,
         network,
-        Ema(prepared.trained, recipe.optim.ema_decay) if recipe.optim.ema_decay is not None else None,
+        _averages(prepared) if processes.mesh is None else None,
         make_objective(prepared, device),
         Keeper(prepared, processes, Images(prepared), screen, stop),
         careful_until if recipe.non_finite.action != "skip" else prepared.total_steps,
         stage,
         build_optimizer(stage.groups, stage.optim),
     )
+
+
+def _averages(prepared: Prepared) -> Ema | None:
+    decay = prepared.recipe.optim.ema_decay
+    return Ema(prepared.trained, decay) if decay is not None else None
 
 
 def train(
@@ -157,12 +177,15 @@ def _train(
 
     # -- resume: into the bare objects of the stage that the checkpoint is of, before Accelerate wraps them -----------
     newest = processes.on_main(partial(_newest, folder, screen)) if record is not None else None
-    checkpoint = processes.on_all(partial(load_checkpoint, newest)) if newest is not None else None
+    checkpoint = _load(newest, prepared, processes) if newest is not None else None
     saved_in = stage_at(prepared.stages, checkpoint.step - 1 if checkpoint is not None else 0)
     parts = _make_parts(prepared, processes, stop, screen, saved_in, careful_until)
     clock = Clock()
     if checkpoint is not None:
-        clock = restore(checkpoint, parts.network, parts.optimizer, parts.ema, prepared.fixed)
+        if processes.mesh is None:
+            clock = restore(checkpoint, parts.network, parts.optimizer, parts.ema, prepared.fixed)
+        else:  # into what is spread over the processes, which is made with the feed
+            clock = saved_clock(checkpoint)
         processes.on_main(partial(point_to, folder.checkpoints, clock))
         screen.say(f"resumed from {newest}, at step {clock.step} of {prepared.total_steps}")
     if stage_at(prepared.stages, clock.step) is not parts.stage:
@@ -170,6 +193,8 @@ def _train(
 
     # -- the loop: its first file is written when all images are there, so that bad ones leave no half-begun run ----
     _begin_stage(parts, clock, checkpoint.state["scaler"] if checkpoint is not None else None)
+    if checkpoint is not None and processes.mesh is not None:
+        restore(checkpoint, parts.network, parts.optimizer, parts.ema, prepared.fixed)
     if record is None:
         record = make_record(prepared, world_size=processes.world_size, device=str(processes.device))
         processes.on_main(partial(begin_folder, folder, recipe, record))
@@ -272,10 +297,35 @@ def _begin_stage(parts: Parts, clock: Clock, scaler_state: dict[str, Any] | None
     if prepared.recipe.compute.compile:
         parts.feed.module.compile()
     parts.feed.module.train()
-    parts.wrapped = accelerator.prepare(parts.feed.module, parts.optimizer)
-    parts.is_rehearsed = parts.processes.world_size < 3 or not isinstance(parts.wrapped[0], DistributedDataParallel)
+    if parts.processes.mesh is not None:
+        _shard(parts, parts.feed.module, parts.processes.mesh)
+    else:
+        parts.wrapped = accelerator.prepare(parts.feed.module, parts.optimizer)
+        parts.is_rehearsed = parts.processes.world_size < 3 or not isinstance(parts.wrapped[0], DistributedDataParallel)
     if scaler_state is not None and accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(scaler_state)
+
+
+def _shard(parts: Parts, module: nn.Module, mesh: DeviceMesh) -> None:
+    """Spread what is trained over the processes; the optimizer and the averages are of each one's shares."""
+    prepared, stage = parts.prepared, parts.stage
+    why_not = next(filter(None, parts.processes.gather(objection_to_shares(stage.optim, mesh))), None)
+    if why_not is not None:
+        raise RecipeError(
+            f"optim.name: '{stage.optim.name}' cannot be had beside compute.engine: fsdp2 ({why_not}). Take another, "
+            "such as adamw, sgd, lion or lamb, or compute.engine: ddp"
+        )
+    parts.hollow = hollow_copy(parts.network)
+    num_blocks = shard(module, parts.network, mesh, prepared.recipe.compute.precision)
+    groups = sharded_groups(stage.groups, parts.network.rule_names())
+    parts.optimizer, parts.ema = build_optimizer(groups, stage.optim), _averages(prepared)
+    # Autocast alone: Accelerate would put DDP around it.
+    prepared_module = parts.processes.accelerator.prepare_model(module, evaluation_mode=True)
+    parts.wrapped = prepared_module, parts.optimizer
+    parts.keeper.screen.say(
+        f"fsdp2: {prepared.trainable_params:,} trained parameters spread over {mesh.size()} processes, "
+        f"{num_blocks} blocks whole one after the other"
+    )
 
 
 @contextmanager
@@ -303,7 +353,7 @@ def _leave_out(clock: Clock, parts: Parts, book: RunBook, folder: RunFolder) -> 
 
 
 def _refuse_non_finite(bad_step: int | None, clock: Clock, parts: Parts, folder: RunFolder, *, may_save: bool) -> None:
-    if bad_step is None and may_save and not are_finite(parts.network):
+    if bad_step is None and may_save and parts.processes.any(not are_finite(parts.network)):
         bad_step = clock.step  # in the backward pass: the loss would show it in the next step
     if bad_step is not None:
         raise NonFiniteLossError(_non_finite(bad_step, folder), bad_step)
@@ -321,7 +371,17 @@ def _save(parts: Parts, clock: Clock, folder: RunFolder, *, elapsed_s: float) ->
         elapsed_s=elapsed_s,
         fixed=parts.prepared.fixed,
     )
-    processes.on_main(partial(write_checkpoint, folder.checkpoints, checkpoint, clock, keeping))
+    if processes.mesh is None:
+        processes.on_main(partial(write_checkpoint, folder.checkpoints, checkpoint, clock, keeping))
+    else:
+        save_sharded(folder.checkpoints, checkpoint, processes)
+        processes.on_main(partial(tidy_up, folder.checkpoints, clock, keeping))
+
+
+def _load(folder: Path, prepared: Prepared, processes: Processes) -> Checkpoint:
+    if processes.mesh is None:
+        return processes.on_all(partial(load_checkpoint, folder))
+    return load_sharded(folder, {name: param.shape for name, param in prepared.trained.items()}, processes)
 
 
 def _finish(parts: Parts, clock: Clock, book: RunBook, folder: RunFolder, progress: Progress) -> dict[str, Any]:
@@ -335,13 +395,15 @@ def _finish(parts: Parts, clock: Clock, book: RunBook, folder: RunFolder, progre
     if clock.best_step is not None and clock.best_step != clock.step:
         # By its step, and not by what BEST points to: that is for people, and may be older than the clock.
         best_folder = checkpoint_folder(folder.checkpoints, clock.best_step)
-        checkpoint = processes.on_all(partial(load_checkpoint, best_folder))
+        checkpoint = _load(best_folder, prepared, processes)
         restore_weights(checkpoint, parts.network, parts.ema, prepared.fixed)
         if clock.best_step <= parts.stage.start_step:  # of another stage, whose frozen part was another
             feed = ImageFeed(prepared, processes, parts.network, parts.keeper.images)
         best = {"step": clock.best_step, **parts.figures(split, feed)}
     _unwrap(parts)  # the exported model has to give its logits without what mixed precision does to them
     with parts.averaged():
+        if parts.hollow is not None:
+            parts.network = filled(parts.hollow, parts.network, keep=processes.is_main)
         how = processes.on_main(partial(_export, parts, folder))
     result = _result(parts, clock, split.name, wall_s=book.elapsed_s(), best=best, last=last)
     processes.on_main(partial(_write_result, result, folder))
@@ -374,7 +436,8 @@ def train_step(
     """One optimizer step over this process's micro-batches.
 
     The gradient is that of the loss summed over all images of all processes, divided by their number `num_images`:
-    exact for short batches too, where a mean of means is not. DDP averages over processes, hence the world size.
+    exact for short batches too, where a mean of means is not. DDP and FSDP2 average over processes, hence the world
+    size.
 
     Returns:
         The loss summed over this process's images, on the device, and the norm of the gradient where it is clipped.
@@ -393,7 +456,7 @@ def train_step(
         processes.seed(derive_seed(seed, processes.rank, number))
         batch = batch.to(processes.device, non_blocking=True)
         is_last = number == len(batches) - 1
-        with nullcontext() if is_last else accelerator.no_sync(model):
+        with micro_batch(accelerator, model, is_last=is_last):
             losses_B = _losses(parts.objective, model(*inputs(batch)), batch)
             loss_sum = losses_B[: batch.num_real].sum()
             accelerator.backward(loss_sum * processes.world_size / num_images)
@@ -403,7 +466,7 @@ def train_step(
         vigil.undo()
         return None
     clip = parts.prepared.recipe.optim.clip_grad_norm
-    grad_norm = accelerator.clip_grad_norm_(model.parameters(), clip) if clip is not None else None
+    grad_norm = clip_grad_norm(accelerator, model, clip) if clip is not None else None
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return loss_sum, grad_norm

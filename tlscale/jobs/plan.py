@@ -21,6 +21,7 @@ from tlscale.prepare import Prepared, prepare
 from tlscale.progress import Progress
 from tlscale.recipe.schema import Recipe
 from tlscale.screen import show_plan
+from tlscale.sharding import whole_bytes
 from tlscale.stages import Stage, enter
 
 _SAMPLE_IMAGES = 2  # batch norm in train mode wants more than one
@@ -104,13 +105,16 @@ def _median_step_s(module: nn.Module, inputs: Callable[[], tuple[Tensor, ...]]) 
 
 
 def _memory_rows(prepared: Prepared) -> list[tuple[str, str]]:
-    params = list(prepared.classifier.parameters())
-    weights = sum(param.numel() * param.element_size() for param in params)
-    gradients = sum(param.numel() * param.element_size() for param in params if param.requires_grad)
+    network = prepared.classifier
+    trained = sum(param.numel() * param.element_size() for param in network.parameters() if param.requires_grad)
+    frozen = sum(param.numel() * param.element_size() for param in network.parameters()) - trained
+    is_spread = prepared.recipe.compute.engine == "fsdp2"
+    gradients = trained / (prepared.split.world_size if is_spread else 1)
     micro = prepared.split.micro_batch_size
     activations = activation_bytes(prepared) * micro
     bytes_of = {
-        "weights": weights,
+        "weights": frozen + gradients,
+        **({"whole while it computes: what is in no block, and a block": whole_bytes(network)} if is_spread else {}),
         "gradients": gradients,
         "optimizer, two values a parameter (as Adam)": 2 * gradients,
         f"activations of {micro} images, measured on {_SAMPLE_IMAGES} in {prepared.dtype}": activations,

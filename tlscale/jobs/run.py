@@ -33,6 +33,7 @@ MAY_CHANGE = (
     "codes.disk_gib",
     "codes.keep",
     "codes.memory_mib",
+    "compute.engine",
     "compute.num_processes",
     "compute.hang_timeout_s",
     "compute.micro_batch_size",

@@ -295,6 +295,9 @@ class LossSection(Section):
 class ComputeSection(Section):
     """How it is computed; nothing here changes what is learned, up to rounding."""
 
+    engine: Literal["auto", "ddp", "fsdp2"] = "auto"
+    """How several processes train together: `ddp`, each with a whole network; `fsdp2`, each with its share of every
+    tensor that is trained, of its gradient, moments and average. `auto`: `ddp` where there are several."""
     precision: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
     """Of the forward and backward pass; weights are kept in float32 (float64 for `fp64`)."""
     micro_batch_size: int | None = Field(None, ge=1)
@@ -315,6 +318,24 @@ class ComputeSection(Section):
     hang_timeout_s: float = Field(1800.0, ge=1.0)
     """Seconds without a sign of life (a step, a batch of an evaluation, a block of codes) after which a process writes
     the stack of each of its threads to stderr and ends; so long it waits for the others, too."""
+
+    def without_engine(self) -> ComputeSection:
+        """The same for what trains nothing, which several processes do without any engine."""
+        return self.model_copy(update={"engine": "auto"})
+
+    @model_validator(mode="after")
+    def _belongs(self) -> ComputeSection:
+        if self.engine != "fsdp2":
+            return self
+        if self.precision == "fp16":
+            raise ValueError("'precision: fp16' would need its loss scaled over all shares; take bf16 beside 'fsdp2'")
+        for key, why in (
+            ("channels_last", "FSDP2 cannot cut tensors that lie in this order"),
+            ("compile", "it was never tried with FSDP2"),
+        ):
+            if getattr(self, key):
+                raise ValueError(f"'{key}' cannot be had beside 'engine: fsdp2': {why}. Take one of them out")
+        return self
 
 
 class NonFiniteSection(Section):
@@ -426,6 +447,7 @@ class Recipe(Section):
         if self.duration.unit == "%":
             raise ValueError(f"'duration: {self.duration}' is a share of nothing; give epochs, steps or images")
         self._strategy_belongs()
+        self._engine_belongs()
         if len(set(self.track)) != len(self.track):
             raise ValueError("'track' names a tracker twice")
         if self.compute.micro_batch_size is not None and self.compute.micro_batch_size > self.batch_size:
@@ -460,6 +482,20 @@ class Recipe(Section):
                 "'codes.layer'"
             )
 
+    def _engine_belongs(self) -> None:
+        if self.compute.engine != "fsdp2":
+            return
+        if len(self.stages or ()) > 1:
+            raise ValueError(
+                "several 'stages' cannot be had beside 'compute.engine: fsdp2': what is spread over the processes is "
+                "so to the end of the run. Take 'compute.engine: ddp', or a recipe for each stage"
+            )
+        if self.non_finite.action == "rollback":
+            raise ValueError(
+                "'non_finite.action: rollback' cannot be had beside 'compute.engine: fsdp2', whose network cannot be "
+                "begun again in the same process. Take 'skip', which ends in the same weights"
+            )
+
     def to_plain(self) -> dict[str, Any]:
         """The complete recipe as plain YAML values, in schema order."""
         return self.model_dump(mode="json")
@@ -471,6 +507,7 @@ NO_EFFECT_BESIDE = {
     "probe": (
         *("freeze", "head", "duration", "drop_last", "optim", "schedule", "loss", "checkpoint", "data.augment"),
         *("batch_size", "compute.micro_batch_size", "compute.gradient_checkpointing", "compute.compile", "evaluate"),
+        "compute.engine",
         *("non_finite", "log_every", "codes.views", "codes.keep", "codes.disk_gib", "data.workers"),
         *("backbone.drop_rate", "backbone.drop_path_rate"),
     ),

@@ -1,0 +1,225 @@
+"""What several processes do with a network that is spread over them; test_fsdp.py launches it and reads its facts.
+
+One launch does many runs, because a start costs more than all of them.
+"""
+
+import gc
+import json
+import os
+import resource
+import sys
+import weakref
+from pathlib import Path
+from types import SimpleNamespace
+
+import timm
+import torch
+from timm.models import register_model
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+import tlscale
+from tests.dist.many_checks import EXACT, HALF_VIT, at_each_checkpoint, error_of, recipe
+from tests.small_models import TINY
+from tlscale.dist import start_processes
+from tlscale.evaluate import evaluate
+from tlscale.jobs import finetune
+from tlscale.objective import Objective
+from tlscale.recipe.schema import ComputeSection, LossSection
+
+FSDP = {"engine": "fsdp2", "precision": "fp64"}
+
+
+def with_fsdp(changes):
+    return {**changes, "compute": {**changes.get("compute", {}), **FSDP}}
+
+
+PLAIN = {"compute": {"precision": "fp64"}}
+HALF = {
+    **PLAIN,
+    "freeze": HALF_VIT,
+    "codes": {"keep": "always"},
+    "optim": {"clip_grad_norm": 0.5, "ema_decay": 0.9, "lr": 5e-3},
+    "checkpoint": {"every": "3 steps", "keep": 100},
+}
+# What ends in the same weights whatever the engine and the number of processes.
+RUNS = {
+    "exact": EXACT,
+    # 3 images at a time; blocks are computed again in the backward pass.
+    "split": {**EXACT, "compute": {"precision": "fp64", "micro_batch_size": 3, "gradient_checkpointing": True}},
+    "codes": HALF,
+    "images": {**HALF, "codes": {"keep": "never"}},
+    # Frozen in the middle of a stage and of a block.
+    "convnext": {
+        **PLAIN,
+        "backbone": {"name": "test_convnext"},
+        "freeze": r"(stem\..*|stages\.[01]\..*|stages\.2\.blocks\.0\.(conv_dw|norm)\..*)",
+        "codes": {"keep": "always"},
+    },
+}
+# Each process has its own batch statistics, so this one ends as DDP on as many processes does.
+BATCH_NORM = {
+    **PLAIN,
+    "backbone": {"name": "test_resnet"},
+    "freeze": r"(conv1|bn1|layer1)\..*",
+}
+
+
+# In these the engines differ by rounding alone, so they are run by both.
+ROUNDED = {
+    "fp32": {"compute": {"precision": "fp32"}, "optim": {"clip_grad_norm": 0.5}},
+    "bf16": {"compute": {"precision": "bf16"}},
+    "bf16_bn": {"compute": {"precision": "bf16"}, "backbone": {"name": "test_resnet"}, "freeze": r"conv1\..*"},
+}
+
+
+class Spoiler(nn.Module):
+    """Gives no numbers in the fifth step on the last process."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += self.training
+        is_last = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
+        return x * float("nan") if self.training and self.calls == 5 and is_last else x
+
+
+@register_model
+def spoilt_vit(pretrained=False, **keys):
+    network = timm.create_model("test_vit", pretrained=False, **keys)
+    network.norm_pre = Spoiler()
+    return network
+
+
+SPOILT = {
+    "backbone": {"name": "spoilt_vit"},
+    "compute": {"precision": "fp64"},
+    "non_finite": {"action": "skip"},
+    "optim": {"ema_decay": 0.9},
+}
+
+
+FAMILIES = {
+    name: {"backbone": {"name": name}, "compute": {"precision": "fp64"}, "duration": "4 steps", "drop_last": True}
+    for name in (*TINY, "lenet5")
+}
+
+
+def share_of(rows, rank, world_size):
+    """Rows that a process holds: as `torch.chunk` cuts."""
+    most = -(-rows // world_size)
+    return max(min(rows - rank * most, most), 0)
+
+
+def how_spread(network, optimizer):
+    """What is trained, and its moments, as this process holds it."""
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    trained = {name: param for name, param in network.named_parameters() if param.requires_grad}
+    moments = [state[key] for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
+    tensors = [*trained.values(), *moments]
+    return {
+        "num_trained": len(trained),
+        "num_moments": len(moments),
+        "spread": all(isinstance(tensor, DTensor) for tensor in tensors),
+        "shares": all(
+            tensor.to_local().shape == (share_of(tensor.shape[0], rank, world_size), *tensor.shape[1:])
+            for tensor in tensors
+            if isinstance(tensor, DTensor)
+        ),
+        "held": sum(param.to_local().numel() for param in trained.values()),
+        "of": sum(param.numel() for param in trained.values()),
+        "frozen whole": not any(isinstance(p, DTensor) for p in network.parameters() if not p.requires_grad),
+    }
+
+
+def watched(folder, name, data, changes):
+    """How everything is spread at each checkpoint, and whether anything still holds the whole tensors then."""
+    before, shard = [], finetune.shard
+
+    def spy(module, network, mesh, precision):
+        before.extend(weakref.ref(param) for param in network.parameters() if param.requires_grad)
+        return shard(module, network, mesh, precision)
+
+    def look(clock, network, optimizer):
+        gc.collect()
+        whole = sum(ref() is not None for ref in before)
+        return {**how_spread(network, optimizer), "step": clock.step, "still whole": whole, "were whole": len(before)}
+
+    finetune.shard = spy
+    try:
+        return at_each_checkpoint(look, folder, name, data, **changes)
+    finally:
+        finetune.shard = shard
+
+
+def where_one_cannot_write(folder, data):
+    """The error of each process when the last one may write no file as large as its share."""
+    free = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, free[1]))
+    try:
+        return error_of(lambda: run(folder, "full", data, with_fsdp(PLAIN)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, free)
+
+
+def passes_of_uneven_shares():
+    """Forward passes of each process in an evaluation in step, where they have 3, 2, 1 and 0 batches; and its count."""
+    processes = start_processes(ComputeSection(engine="fsdp2", threads=1))
+    rank, world_size = processes.rank, processes.world_size
+    counts = [3, 2, 1, 0][-world_size:] if world_size > 2 else [3, 0]
+    batches = [SimpleNamespace(labels_B=torch.arange(2), x_BD=torch.randn(2, 4)) for _ in range(counts[rank])]
+    passes = []
+    network = nn.Linear(4, 5)
+    network.register_forward_hook(lambda module, args, output: passes.append(len(args[0])))
+    figures = evaluate(
+        network,
+        batches,
+        inputs=lambda batch: (batch.x_BD,),
+        num_images=2 * sum(counts),
+        objective=Objective(LossSection(), None),
+        classes=list("abcde"),
+        processes=processes,
+        in_step=True,
+    )
+    processes.close()
+    return {"passes": passes, "num_images": figures["num_images"], "most": max(counts), "all": 2 * sum(counts)}
+
+
+def run_both(folder, data, runs):
+    for name, changes in runs.items():
+        for engine in ("ddp", "fsdp2"):
+            compute = {**changes.get("compute", {}), "engine": engine}
+            run(folder, f"{name}_{engine}", data, {**changes, "compute": compute})
+
+
+def run(folder, name, place, changes, **options):
+    return tlscale.run(recipe(folder, name, place, **changes), folder / name, **options)
+
+
+def go_on(folder, data):
+    """With runs that were begun elsewhere, by another number of processes."""
+    for name in sorted(path.name for path in folder.glob("begun_*") if path.is_dir()):
+        run(folder, name, data, with_fsdp(RUNS[name.split("_")[1]]), resume=True)
+
+
+def main():
+    folder, data, parts = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+    rank, facts = int(os.environ["RANK"]), {"world_size": int(os.environ["WORLD_SIZE"])}
+    go_on(folder, data)
+    if parts == "all":
+        facts["spread"] = {name: watched(folder, name, data, with_fsdp(changes)) for name, changes in RUNS.items()}
+        run_both(folder, data, {"bn": BATCH_NORM, "spoilt": SPOILT, **ROUNDED})
+        facts["uneven"] = passes_of_uneven_shares()
+        wrong = with_fsdp({"optim": {"name": "adafactor"}})
+        facts["wrong optimizer"] = error_of(lambda: run(folder, "wrong", data, wrong))
+        facts["one cannot write"] = where_one_cannot_write(folder, data)
+    if parts == "families":
+        run_both(folder, data, FAMILIES)
+    (folder / f"facts{rank}.json").write_text(json.dumps(facts))
+
+
+if __name__ == "__main__":
+    main()

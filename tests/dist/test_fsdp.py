@@ -1,0 +1,289 @@
+"""FSDP2 on several processes (gloo, on the CPU): really spread, and the same weights as one process has.
+
+The code is what runs on GPUs: torch's `fully_shard` does not ask what a device is.
+"""
+
+import json
+import shutil
+import time
+
+import pytest
+import torch
+
+import tlscale
+from tests.dist.fsdp_checks import FAMILIES, RUNS
+from tests.dist.test_two_processes import back_at_first_checkpoint, exit_code_of, launch
+from tests.small_runs import (
+    REPO,
+    assert_same_bits,
+    exported,
+    largest_difference,
+    last_checkpoint,
+    lines,
+    result,
+    small_recipe,
+    tensors,
+)
+from tlscale.checkpoint import fault_of, is_sharded, load_checkpoint
+from tlscale.errors import EXIT_BAD_INPUT
+
+pytestmark = pytest.mark.dist
+
+
+@pytest.fixture(scope="module")
+def alone(idx, tmp_path_factory):
+    """The same runs by one process, which spreads nothing."""
+    folder = tmp_path_factory.mktemp("alone")
+    for name, changes in RUNS.items():
+        tlscale.run(small_recipe(folder / f"{name}.yaml", idx, **changes), folder / name)
+    return folder
+
+
+def by_several(processes, launcher, folder, idx, parts="all"):
+    """The runs of fsdp_checks.py by so many processes: (folder, facts of each rank)."""
+    words = (REPO / "tests" / "dist" / "fsdp_checks.py", folder, idx, parts)
+    done = launch(processes, *words, log=folder / "log", launcher=launcher, TLSCALE_CACHE=str(folder / "cache"))
+    exit_code, output = exit_code_of(done, folder / "log", 240), (folder / "log").read_text()
+    assert exit_code == 0, output[-5000:]
+    facts = [json.loads((folder / f"facts{rank}.json").read_text()) for rank in range(processes)]
+    assert [fact["world_size"] for fact in facts] == [processes] * processes
+    return folder, facts
+
+
+@pytest.fixture(scope="module")
+def by_two(idx, alone, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("by2")
+    for name in ("exact", "codes"):
+        back_at_first_checkpoint(alone / name, folder / f"begun_{name}_by_1")
+    return by_several(2, "accelerate", folder, idx)
+
+
+@pytest.fixture(scope="module")
+def by_four(idx, tmp_path_factory):
+    return by_several(4, "torchrun", tmp_path_factory.mktemp("by4"), idx)
+
+
+@pytest.fixture(scope="module")
+def by_four_then_two(idx, by_four, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("by4then2")
+    for name in ("exact", "codes"):
+        back_at_first_checkpoint(by_four[0] / name, folder / f"begun_{name}_by_4")
+    return by_several(2, "torchrun", folder, idx, "begun")
+
+
+@pytest.fixture(scope="module", params=["by_two", pytest.param("by_four", marks=pytest.mark.long)])
+def several(request):
+    return request.getfixturevalue(request.param)
+
+
+def test_what_is_trained_is_really_spread(several):
+    _, facts = several
+    for name in RUNS:
+        of_ranks = [fact["spread"][name] for fact in facts]
+        assert len(of_ranks[0]) >= 2, "checkpoints at which it was looked at"
+        for at_rank in of_ranks:
+            for seen in at_rank:
+                assert seen["spread"], name
+                assert seen["shares"], name
+                assert seen["num_moments"] == 2 * seen["num_trained"] > 0
+                assert seen["frozen whole"]
+                assert seen["were whole"] >= seen["num_trained"]
+                assert seen["still whole"] == 0, f"{name}: whole tensors are held beside the shares"
+        for seen in zip(*of_ranks, strict=True):
+            assert sum(share["held"] for share in seen) == seen[0]["of"]
+            assert max(share["held"] for share in seen) < 1.5 * seen[0]["of"] / len(facts)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_weights_are_those_of_one_process(several, alone, name):
+    folder, _ = several
+    assert largest_difference(exported(alone / name), exported(folder / name)) < 1e-12
+    ours, theirs = (load_checkpoint(last_checkpoint(out / name)).tensors for out in (folder, alone))
+    assert ours.keys() == theirs.keys()
+    for group in ours:
+        assert largest_difference(dict(ours[group]), dict(theirs[group])) < 1e-12, group
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_log_is_that_of_one_process(several, alone, name):
+    folder, _ = several
+    ours, theirs = lines(folder / name), lines(alone / name)
+    same = ("kind", "step", "epoch", "images_seen", "lr", "split", "num_images", "top1", "top5", "macro_f1")
+    assert [[r.get(key) for key in same] for r in ours] == [[r.get(key) for key in same] for r in theirs]
+    for key in ("loss", "grad_norm"):
+        pairs = [(one[key], two[key]) for one, two in zip(ours, theirs, strict=True) if key in one]
+        assert [one for one, _ in pairs] == pytest.approx([two for _, two in pairs], abs=1e-11)
+
+
+def test_every_image_is_evaluated_once(several, alone):
+    folder, _ = several
+    for name in RUNS:
+        ours, theirs = result(folder / name), result(alone / name)
+        for key in ("num_images", "confusion", "per_class", "top1", "top5"):
+            assert ours[key] == theirs[key], key
+        assert ours["num_images"] == 37
+
+
+def test_codes_were_trained_on(several):
+    folder, _ = several
+    for name in ("codes", "convnext"):
+        assert set(result(folder / name)["codes"]["kept_mib"]) == {"train", "validation", "test"}
+    assert result(folder / "images")["codes"] is None
+
+
+def test_what_is_frozen_has_the_same_bits(several, alone):
+    folder, _ = several
+    for name in ("codes", "convnext"):
+        trained = {key for key in load_checkpoint(last_checkpoint(alone / name)).tensors["model"]}
+        ours, theirs = exported(folder / name), exported(alone / name)
+        frozen = {key for key in theirs if not any(t.removeprefix("backbone.") == key for t in trained)}
+        frozen = {key for key in frozen if not key.startswith("head")}
+        assert len(frozen) > 5
+        assert_same_bits({key: ours[key] for key in frozen}, {key: theirs[key] for key in frozen})
+
+
+def test_batch_norm_ends_as_with_ddp(several):
+    folder, _ = several
+    assert largest_difference(exported(folder / "bn_ddp"), exported(folder / "bn_fsdp2")) < 1e-12
+
+
+def test_a_step_that_is_not_finite_on_one_process_is_left_out_on_all(several):
+    folder, _ = several
+    for engine in ("ddp", "fsdp2"):
+        assert result(folder / f"spoilt_{engine}")["steps_left_out"] == [5]
+    assert largest_difference(exported(folder / "spoilt_ddp"), exported(folder / "spoilt_fsdp2")) < 1e-12
+
+
+@pytest.mark.parametrize(("name", "loss", "weights"), [("fp32", 1e-5, 1e-5), ("bf16", 0.05, 0.02), ("bf16_bn", 0.05, 0.02)])
+def test_other_precisions_end_near_ddp(several, name, loss, weights):
+    folder, _ = several
+    ddp, fsdp2 = (folder / f"{name}_{engine}" for engine in ("ddp", "fsdp2"))
+    losses = [[record["loss"] for record in lines(out, "train")] for out in (ddp, fsdp2)]
+    assert losses[0] == pytest.approx(losses[1], abs=loss)
+    assert largest_difference(exported(ddp), exported(fsdp2)) < weights
+    saved = load_checkpoint(last_checkpoint(fsdp2)).tensors
+    floats = [t for group in ("model", "optimizer") for t in saved[group].values() if t.is_floating_point()]
+    assert {tensor.dtype for tensor in floats} == {torch.float32}, "weights and moments are kept in fp32"
+    if name != "fp32":
+        assert largest_difference(exported(ddp), exported(fsdp2)) > 0, "bf16 is exchanged"
+
+
+def test_an_evaluation_in_step_counts_every_image_once(several):
+    _, facts = several
+    for fact in facts:
+        uneven = fact["uneven"]
+        assert uneven["passes"] == [2] * uneven["most"]
+        assert uneven["num_images"] == uneven["all"]
+
+
+@pytest.mark.long
+def test_families_end_as_with_ddp(idx, tmp_path):
+    by_several(2, "torchrun", tmp_path, idx, "families")
+    for name in FAMILIES:
+        ends = [exported(tmp_path / f"{name}_{engine}") for engine in ("ddp", "fsdp2")]
+        assert largest_difference(*ends) < 1e-12, name
+
+
+def test_shares_lie_in_a_file_of_each_process_without_pickle(several):
+    folder, facts = several
+    checkpoint = last_checkpoint(folder / "exact")
+    assert len(list((checkpoint / "shards").glob("*.safetensors"))) == len(facts)
+    suffixes = {path.suffix for path in checkpoint.rglob("*") if path.is_file()}
+    assert suffixes == {".safetensors", ".json"}
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    assert sum(name.startswith("shards/") for name in manifest["files"]) == len(facts)
+    held = sum(len(named) for named in map(tensors, (checkpoint / "shards").glob("*.safetensors")))
+    assert held > 0
+    assert tensors(checkpoint / "ema.safetensors") == {}, "all of it is spread"
+
+
+def test_a_damaged_share_is_found(by_two, tmp_path):
+    folder, _ = by_two
+    for number, damage in enumerate((lambda data: data[:-1], lambda data: data[:-9] + b"\1" + data[-8:], None)):
+        copy = shutil.copytree(last_checkpoint(folder / "exact"), tmp_path / str(number) / "step_00000010")
+        assert fault_of(copy) is None
+        share = copy / "shards" / "shard-00002-model-00001-of-00001.safetensors"
+        assert share.is_file()
+        share.write_bytes(damage(share.read_bytes())) if damage else share.unlink()
+        assert "shards/shard-00002" in fault_of(copy)
+    shutil.copy(copy / "shards" / "shard-00001-model-00001-of-00001.safetensors", copy / "shards" / "a.safetensors")
+    assert "a.safetensors is not in its manifest" in fault_of(copy)
+
+
+@pytest.mark.parametrize("name", ["exact", "codes"])
+def test_a_run_that_one_process_began_goes_on_here(by_two, alone, name):
+    folder, _ = by_two
+    out = folder / f"begun_{name}_by_1"
+    assert largest_difference(exported(alone / name), exported(out)) < 1e-12
+    assert [r["lr"] for r in lines(out, "train")] == [r["lr"] for r in lines(alone / name, "train")]
+
+
+@pytest.mark.parametrize("name", ["exact", "codes"])
+def test_a_run_that_was_begun_here_goes_on_with_one_process(several, alone, idx, tmp_path, name):
+    out = back_at_first_checkpoint(several[0] / name, tmp_path / "run")
+    assert is_sharded(last_checkpoint(out))
+    tlscale.run(small_recipe(tmp_path / "recipe.yaml", idx, **RUNS[name]), out, resume=True)
+    assert largest_difference(exported(alone / name), exported(out)) < 1e-12
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["exact", "codes"])
+def test_a_run_that_four_began_goes_on_with_two(by_four, by_four_then_two, alone, name):
+    out = by_four_then_two[0] / f"begun_{name}_by_4"
+    assert is_sharded(last_checkpoint(out))
+    assert largest_difference(exported(alone / name), exported(out)) < 1e-12
+    assert [r["lr"] for r in lines(out, "train")] == [r["lr"] for r in lines(by_four[0] / name, "train")]
+
+
+def test_an_optimizer_that_cannot_work_on_shares_is_refused(several):
+    _, facts = several
+    for fact in facts:
+        assert fact["wrong optimizer"]["kind"] == "RecipeError"
+        assert "optim.name: 'adafactor' cannot be had beside compute.engine: fsdp2" in fact["wrong optimizer"]["message"]
+
+
+def test_one_process_that_cannot_write_fails_all(several):
+    folder, facts = several
+    for rank, fact in enumerate(facts):
+        error = fact["one cannot write"]
+        assert error["kind"] == "CheckpointError", error
+        assert "cannot save the checkpoint of step 5" in error["message"]
+        assert "File too large" in error["message"]
+        assert error["said_by_main"] == (rank != 0)
+    assert list((folder / "full" / "checkpoints").iterdir()) == [], "nothing half-written is left"
+    assert not (folder / "full" / "model").exists()
+
+
+def test_a_process_that_fails_in_the_network_ends_all(idx, tmp_path):
+    log = tmp_path / "log"
+    began = time.monotonic()
+    launched = launch(2, REPO / "tests" / "dist" / "failing.py", tmp_path, idx, log=log, launcher="torchrun")
+    assert exit_code_of(launched, log, 120) != 0
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["world_size"] == 2
+    assert "a layer of rank 1 fails" in log.read_text()
+    assert max(record["step"] for record in lines(tmp_path / "run")) == 6
+    assert time.monotonic() - began < 100, "well before compute.hang_timeout_s"
+
+
+# --- Launched in another way than the recipe says ---------------------------------------------------------------------
+
+
+def test_the_recipe_decides_and_not_the_launcher(idx, tmp_path):
+    """All at once: a start takes seconds."""
+    small_recipe(tmp_path / "plain.yaml", idx)
+    small_recipe(tmp_path / "fsdp2.yaml", idx, compute={"engine": "fsdp2"})
+    started = {}
+    for name, version in (("plain", "1"), ("fsdp2", "2")):
+        words = ("tlscale/run.py", tmp_path / f"{name}.yaml", "--out", tmp_path / name)
+        kind = ("--use_fsdp", "--fsdp_version", version)
+        started[name] = launch(2, *words, log=tmp_path / f"{name}.log", kind=kind)
+    said = {
+        "plain": "asks for FSDP (ACCELERATE_USE_FSDP), the recipe for compute.engine = auto. It is version 1, too",
+        "fsdp2": "the recipe for compute.engine = fsdp2. Take it out (--use_fsdp",
+    }
+    for name, launched in started.items():
+        assert exit_code_of(launched, tmp_path / f"{name}.log") != 0
+        output = (tmp_path / f"{name}.log").read_text()
+        assert output.count(said[name]) == 1, output
+        assert f"exitcode  : {EXIT_BAD_INPUT}" in output
+        assert not (tmp_path / name).exists()

@@ -1,0 +1,165 @@
+"""Checkpoints of a run whose tensors are spread over its processes: each writes and reads its own share.
+
+Promise: what `checkpoint.py` promises, with all processes at work: a folder is named when every share is on the disk
+and in the manifest, and one process that cannot write fails all. Shares are safetensors, by torch's distributed
+checkpoint (its storage for Hugging Face's format, which has no pickled metadata); they are read by any number of
+processes, and by `load_checkpoint` on one. A checkpoint of whole tensors is read as well.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.tensor
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+
+from tlscale.checkpoint import (
+    SHARDS,
+    Checkpoint,
+    FileFacts,
+    begin_checkpoint,
+    cannot_save,
+    complete_checkpoint,
+    facts_of,
+    fault_of,
+    group_and_name,
+    is_sharded,
+    load_checkpoint,
+    read_whole_tensors,
+    share_key,
+    tensors_in_shards,
+)
+from tlscale.dist import Processes
+from tlscale.errors import CheckpointError
+from tlscale.sharding import spread
+
+Groups = dict[str, dict[str, Tensor]]
+
+
+# -- save -----------------------------------------------------------------------------------------------------------
+
+
+def save_sharded(root: Path, checkpoint: Checkpoint, processes: Processes) -> None:
+    """As `save_checkpoint`; all processes call it, each with its shares and the same whole tensors.
+
+    Raises:
+        CheckpointError: on every process, if one cannot write; the checkpoints before are untouched.
+    """
+    shares, whole = _parted(checkpoint)
+    aside = processes.on_main(partial(begin_checkpoint, root, checkpoint))
+    try:
+        facts = processes.on_all(partial(_write_shares, root, aside / SHARDS, checkpoint, shares, processes))
+    except CheckpointError:
+        processes.on_main(partial(shutil.rmtree, aside, ignore_errors=True))
+        raise
+    shards = {name: file for files in processes.gather(facts) for name, file in files.items()}
+    processes.on_main(partial(complete_checkpoint, root, aside, whole, shards))
+
+
+def _parted(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], Checkpoint]:
+    """What is spread, by its name in the files of shares; and the checkpoint of all the rest."""
+    shares = {
+        share_key(group, name): tensor.detach()
+        for group, named in checkpoint.tensors.items()
+        for name, tensor in named.items()
+        if isinstance(tensor, DTensor)
+    }
+    whole = {
+        group: {name: tensor for name, tensor in named.items() if not isinstance(tensor, DTensor)}
+        for group, named in checkpoint.tensors.items()
+    }
+    return shares, Checkpoint(checkpoint.step, whole, checkpoint.state)
+
+
+def _write_shares(
+    root: Path, folder: Path, checkpoint: Checkpoint, shares: Mapping[str, Tensor], processes: Processes
+) -> dict[str, FileFacts]:
+    """This process's files below the checkpoint's folder, with what the manifest says of them."""
+    try:
+        writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+        save(dict(shares), storage_writer=writer, process_group=processes.control)
+        files = sorted(folder.glob(f"shard-{processes.rank + 1:05}-*.safetensors"))
+        facts = {f"{SHARDS}/{path.name}": facts_of(path) for path in files}
+        if processes.is_main:
+            _flush_folder(folder)
+    except CheckpointException as error:  # of any process: torch tells all of them
+        rank, (cause, _) = min(error.failures.items())
+        raise cannot_save(root, checkpoint, cause) from error
+    except OSError as error:
+        raise cannot_save(root, checkpoint, error) from error
+    return facts
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# -- load -----------------------------------------------------------------------------------------------------------
+
+
+def load_sharded(folder: Path, shapes: Mapping[str, torch.Size], processes: Processes) -> Checkpoint:
+    """A checkpoint, what is trained spread over the processes on their devices, all else whole on the CPU.
+
+    Args:
+        folder: of a checkpoint that any number of processes saved, with any engine.
+        shapes: of the trained parameters by rule name.
+
+    Raises:
+        CheckpointError: it does not agree with its manifest.
+    """
+    assert processes.mesh is not None
+    if not is_sharded(folder):
+        return _spread_out(processes.on_all(partial(load_checkpoint, folder)), shapes, processes.mesh)
+    fault = processes.on_main(partial(fault_of, folder))  # before any other code reads a byte of it
+    if fault is not None:
+        raise CheckpointError(f"the checkpoint '{folder}' is damaged: {fault}")
+    checkpoint = processes.on_all(partial(read_whole_tensors, folder))
+    tensors: Groups = {group: dict(named) for group, named in checkpoint.tensors.items()}
+    for key, share in _read_shares(folder / SHARDS, processes, processes.mesh).items():
+        group, name = group_and_name(key)
+        tensors.setdefault(group, {})[name] = share
+    return Checkpoint(checkpoint.step, tensors, checkpoint.state)
+
+
+def _read_shares(folder: Path, processes: Processes, mesh: DeviceMesh) -> dict[str, Tensor]:
+    shares: dict[str, Any] = {
+        name: torch.distributed.tensor.zeros(shape, dtype=dtype, device_mesh=mesh, placements=[Shard(0)])
+        for name, (shape, dtype) in tensors_in_shards(folder).items()
+    }
+    load(shares, storage_reader=HuggingFaceStorageReader(str(folder)), process_group=processes.control)
+    return shares
+
+
+def _spread_out(checkpoint: Checkpoint, shapes: Mapping[str, torch.Size], mesh: DeviceMesh) -> Checkpoint:
+    """What was saved whole; of the optimizer's state what has the shape of its parameter."""
+    tensors: Groups = {}
+    for group, named in checkpoint.tensors.items():
+        tensors[group] = {
+            name: spread(tensor, mesh) if tensor.shape == _shape_of_owner(group, name, shapes) else tensor
+            for name, tensor in named.items()
+        }
+    return Checkpoint(checkpoint.step, tensors, checkpoint.state)
+
+
+def _shape_of_owner(group: str, name: str, shapes: Mapping[str, torch.Size]) -> torch.Size | None:
+    """Of the trained parameter that a tensor of a checkpoint is, or is about; None where there is none."""
+    if group == "optimizer":
+        owners = [param for param in shapes if name.startswith(f"{param}.")]
+        return shapes[max(owners, key=len)] if owners else None
+    return shapes.get(name.removeprefix("backbone."))
