@@ -16,6 +16,7 @@ import timm
 import torch
 from timm.models import register_model
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 import tlscale
@@ -24,6 +25,7 @@ from tests.small_models import TINY
 from tlscale.dist import start_processes
 from tlscale.evaluate import evaluate
 from tlscale.jobs import finetune
+from tlscale.model.freeze import is_norm
 from tlscale.objective import Objective
 from tlscale.recipe.schema import ComputeSection, LossSection
 
@@ -188,6 +190,19 @@ def passes_of_uneven_shares():
     return {"passes": passes, "num_images": figures["num_images"], "most": max(counts), "all": 2 * sum(counts)}
 
 
+def types_while_computing(clock, network, optimizer):
+    """Of parameters that are whole, as they are exchanged: those of norm layers, and the others."""
+    blocks = [module for module in network.modules() if isinstance(module, FSDPModule)]
+    found = {"norm": set(), "other": set()}
+    for block in blocks:
+        block.unshard()
+        for layer in block.modules():
+            kind = "norm" if is_norm(layer) else "other"
+            found[kind] |= {str(p.dtype) for p in layer.parameters(recurse=False) if not isinstance(p, DTensor)}
+        block.reshard()
+    return {kind: sorted(types) for kind, types in found.items()}
+
+
 def run_both(folder, data, runs):
     for name, changes in runs.items():
         for engine in ("ddp", "fsdp2"):
@@ -211,13 +226,15 @@ def main():
     go_on(folder, data)
     if parts == "all":
         facts["spread"] = {name: watched(folder, name, data, with_fsdp(changes)) for name, changes in RUNS.items()}
-        run_both(folder, data, {"bn": BATCH_NORM, "spoilt": SPOILT, **ROUNDED})
+        run_both(folder, data, {"bn": BATCH_NORM})
+        in_bf16 = {"compute": {"precision": "bf16", "engine": "fsdp2"}}
+        facts["types"] = at_each_checkpoint(types_while_computing, folder, "types", data, **in_bf16)
         facts["uneven"] = passes_of_uneven_shares()
         wrong = with_fsdp({"optim": {"name": "adafactor"}})
         facts["wrong optimizer"] = error_of(lambda: run(folder, "wrong", data, wrong))
         facts["one cannot write"] = where_one_cannot_write(folder, data)
-    if parts == "families":
-        run_both(folder, data, FAMILIES)
+    if parts == "both":
+        run_both(folder, data, {"spoilt": SPOILT, **ROUNDED, **FAMILIES})
     (folder / f"facts{rank}.json").write_text(json.dumps(facts))
 
 
