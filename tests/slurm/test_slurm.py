@@ -62,7 +62,7 @@ class Job:
             "RUN_DIR": str(out),
             **changes,
         }
-        command = ["sbatch", "--parsable", f"--chdir={REPO}", f"--output={self.log}", *options]
+        command = ["sbatch", "--parsable", "--cpus-per-task=1", f"--chdir={REPO}", f"--output={self.log}", *options]
         command += [f"{REPO}/launch/slurm.sbatch", str(recipe), *words]
         answer = cluster.ask(*command, **environment).strip()
         assert answer.isdecimal(), answer
