@@ -94,6 +94,12 @@ def test_the_command(tmp_path):
     assert words[words.index("--master-port") + 1] == "23456"  # of the job's number
 
 
+def test_srun_asks_for_the_cores_of_the_job(tmp_path):
+    script = Script(tmp_path, "completes", SLURM_CPUS_PER_TASK="64")
+    assert script.end()[0] == 0
+    assert "--cpus-per-task=64" in script.words()
+
+
 def test_without_a_recipe(tmp_path):
     script = Script(tmp_path, "completes", "")
     code, output = script.end()

@@ -14,7 +14,7 @@ import yaml
 
 from tests.small_runs import REPO, environment, last_checkpoint, logged, result, small_recipe
 
-pytestmark = [pytest.mark.dist, pytest.mark.slow]
+pytestmark = [pytest.mark.dist, pytest.mark.slow, pytest.mark.timeout(600)]
 PYTHON = Path(sys.executable)
 ON_CPU = {"ACCELERATE_USE_CPU": "true", "PYTHON": str(PYTHON), "PATH": f"{PYTHON.parent}:{os.environ['PATH']}"}
 

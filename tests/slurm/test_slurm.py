@@ -19,7 +19,7 @@ from tests.small_runs import REPO, assert_same_runs, last_checkpoint, logged, pu
 
 pytestmark = [
     pytest.mark.long,
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(1800),
     pytest.mark.skipif(why_not() is not None, reason=why_not() or ""),
 ]
 STEPS, EVERY = 600, 20
@@ -62,7 +62,7 @@ class Job:
             "RUN_DIR": str(out),
             **changes,
         }
-        command = ["sbatch", "--parsable", f"--chdir={REPO}", f"--output={self.log}", *options]
+        command = ["sbatch", "--parsable", "--cpus-per-task=1", f"--chdir={REPO}", f"--output={self.log}", *options]
         command += [f"{REPO}/launch/slurm.sbatch", str(recipe), *words]
         answer = cluster.ask(*command, **environment).strip()
         assert answer.isdecimal(), answer
@@ -75,7 +75,7 @@ class Job:
     def output(self) -> str:
         return self.log.read_text() if self.log.exists() else ""
 
-    def wait_for(self, what, condition, timeout_s=300):
+    def wait_for(self, what, condition, timeout_s=600):
         end = time.monotonic() + timeout_s
         while not condition():
             assert time.monotonic() < end, f"not {what}: {self.facts()}\n{self.output()[-4000:]}\n{self.cluster.logs()}"
