@@ -214,6 +214,7 @@ def _begin_stage(parts: Parts, clock: Clock, scaler_state: dict[str, Any] | None
         parts.feed.module.compile()
     parts.feed.module.train()
     parts.wrapped = accelerator.prepare(parts.feed.module, parts.optimizer)
+    parts.processes.run_recorded()  # what was loaded; else the first step would be a program of its own
     if scaler_state is not None and accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(scaler_state)
 
