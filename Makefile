@@ -88,9 +88,11 @@ format: $(VENV)/.tlscale-dev ## let ruff repair and format what it can
 
 # --- What has a target of its own, and is not in `make test` -----------------------------------------------------------
 
-# In an environment of its own (docs/xla.md), which the script makes where it is missing.
+# In an environment of its own (docs/xla.md), which the script makes where it is missing. Programs for the CPU are not
+# optimised: to compile them takes most of the time.
 test-xla: ## the XLA (TPU) path on this machine's CPU, in an environment with torch_xla; the first time that is several GB
 	xla=$$(PYTHON=$(PYTHON) scripts/make_xla_env.sh); \
+	  export XLA_FLAGS='--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'; \
 	  PJRT_DEVICE=CPU PYTHONPATH=$(CURDIR) OMP_NUM_THREADS=1 "$$xla/bin/python" -m pytest --durations=10 tests/xla $(TEST_ARGS)
 
 # --- Less often -------------------------------------------------------------------------------------------------------

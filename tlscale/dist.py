@@ -93,7 +93,7 @@ class Processes:
             xla.run_recorded()
 
     def fetch(self, scalars: list[torch.Tensor]) -> torch.Tensor:
-        """Computed scalars of one dtype as one tensor on the CPU: (len(scalars),). The host waits for the device once."""
+        """Computed scalars of one dtype as one tensor on the CPU: (len(scalars),). The host waits once."""
         if self.device.type == "xla":  # for which a stack is another program for each number of scalars
             from tlscale import xla
 

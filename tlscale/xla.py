@@ -32,9 +32,14 @@ def prepare(accelerator: Accelerator) -> None:
         os.environ.pop("XLA_USE_BF16", None)  # read by torch_xla when it makes its first tensor
         accelerator.native_amp = True
     if accelerator.num_processes > 1 and not torch_dist.is_initialized():
-        import torch_xla.distributed.xla_backend  # noqa: F401 (registers the backend, and where its processes meet)
+        join()
 
-        torch_dist.init_process_group("xla", init_method="xla://")
+
+def join() -> None:
+    """Make torch's process group of all processes of XLA; one of gloo can be made beside it."""
+    import torch_xla.distributed.xla_backend  # noqa: F401 (registers the backend, and where its processes meet)
+
+    torch_dist.init_process_group("xla", init_method="xla://")
 
 
 def run_recorded(*, wait: bool = False) -> None:

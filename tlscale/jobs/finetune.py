@@ -302,6 +302,7 @@ def _begin_stage(parts: Parts, clock: Clock, scaler_state: dict[str, Any] | None
     else:
         parts.wrapped = accelerator.prepare(parts.feed.module, parts.optimizer)
         parts.is_rehearsed = parts.processes.world_size < 3 or not isinstance(parts.wrapped[0], DistributedDataParallel)
+    parts.processes.run_recorded()  # what was loaded; else the first step would be a program of its own
     if scaler_state is not None and accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(scaler_state)
 
