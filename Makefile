@@ -60,7 +60,7 @@ test-all: $(VENV)/.tlscale-dev
 test-unit: $(VENV)/.tlscale-dev ## only the tests in one process
 	$(PYTEST) $(PARALLEL) -m 'not dist and not long' tests $(TEST_ARGS)
 
-test-dist: $(VENV)/.tlscale-dev ## only the tests with several processes
+test-dist: $(VENV)/.tlscale-dev ## all tests with several processes, those that are too long for `make test` as well
 	$(PYTEST) -m dist tests $(TEST_ARGS)
 
 test-slurm: $(VENV)/.tlscale-dev ## launch/slurm.sbatch under a real Slurm on this machine (Debian, root)

@@ -15,9 +15,9 @@ from tlscale.recipe.schema import BackboneSection, Recipe
 TINY = ("test_resnet", "test_vit", "test_efficientnet", "test_convnext", "test_nfnet", "test_byobnet", "test_mambaout")
 
 
-default_cfgs = generate_default_cfgs(
-    {"per_image_resnet.untrained": {"num_classes": 1000, "first_conv": "conv1", "classifier": "fc"}}
-)
+_CFG = {"num_classes": 1000, "first_conv": "conv1", "classifier": "fc"}
+default_cfgs = generate_default_cfgs({"per_image_resnet.untrained": _CFG, "spare_resnet.untrained": _CFG})
+_SHAPE = {"block": BasicBlock, "layers": (1, 1, 1, 1), "channels": (16, 16, 24, 32)}
 
 
 class PerImageResNet(ResNet):
@@ -31,8 +31,21 @@ class PerImageResNet(ResNet):
 @register_model
 def per_image_resnet(pretrained=False, **keys) -> nn.Module:
     """A tiny one, known to timm wherever this module is imported."""
-    shape = {"block": BasicBlock, "layers": (1, 1, 1, 1), "channels": (16, 16, 24, 32)}
-    return build_model_with_cfg(PerImageResNet, "per_image_resnet", pretrained, **shape, **keys)
+    return build_model_with_cfg(PerImageResNet, "per_image_resnet", pretrained, **_SHAPE, **keys)
+
+
+class SpareResNet(ResNet):
+    """A ResNet with a layer that has no part in what it computes."""
+
+    def __init__(self, *args, **keys) -> None:
+        super().__init__(*args, **keys)
+        self.spare = nn.Linear(2, 2)
+
+
+@register_model
+def spare_resnet(pretrained=False, **keys) -> nn.Module:
+    """Another tiny one."""
+    return build_model_with_cfg(SpareResNet, "spare_resnet", pretrained, **_SHAPE, **keys)
 
 
 def section(name="test_resnet", weights="none", **keys) -> BackboneSection:

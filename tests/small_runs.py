@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import struct
 import subprocess
 import sys
 import threading
@@ -42,6 +43,16 @@ def put_small_idx(folder: Path, train: int = 96, test: int = 37) -> Path:
         images_NHW, labels_N = sample_images(role, count)
         put_idx(folder, f"{role}-images-idx3-ubyte", images_NHW)
         put_idx(folder, f"{role}-labels-idx1-ubyte", labels_N)
+    return folder
+
+
+def put_small_idx_with_one_white(folder: Path, row: int = 71) -> Path:
+    """The same, one training image all white; augmentation leaves it so."""
+    path = put_small_idx(folder) / "train-images-idx3-ubyte"
+    content = bytearray(path.read_bytes())
+    assert struct.unpack(">III", content[4:16]) == (96, 28, 28)
+    content[16 + row * 784 : 16 + (row + 1) * 784] = b"\xff" * 784
+    path.write_bytes(content)
     return folder
 
 

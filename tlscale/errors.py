@@ -82,6 +82,12 @@ class NonFiniteLossError(TlscaleError):
         self.step = step
 
 
+class DesyncError(TlscaleError):
+    """The processes do not have the same weights any more."""
+
+    said_by_main = True
+
+
 class Stopped(TlscaleError):  # noqa: N818 (a stop is no error)
     """Not a failure: the run was asked to stop, and saved itself first."""
 

@@ -5,6 +5,7 @@ Promise: whatever is wrong with the recipe, the data or the model is found here,
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,12 +13,18 @@ import torch
 
 from tlscale.data.images import decode_image
 from tlscale.data.loaders import ImageStore, default_workers, find_bad_images
-from tlscale.data.sampler import BatchSplit, DataOrder, split_batch_size
+from tlscale.data.sampler import BatchSplit, DataOrder, least_in_a_pass, split_batch_size
 from tlscale.data.sources import ImageData, ImageSplit, open_data
 from tlscale.data.transforms import InputSpec, resolve_input
-from tlscale.errors import DataError, RecipeError
+from tlscale.errors import DataError, ModelError, RecipeError
 from tlscale.model.backbone import WeightsReport, build_backbone
-from tlscale.model.classifier import Classifier, enable_gradient_checkpointing, feature_width
+from tlscale.model.classifier import (
+    Classifier,
+    enable_gradient_checkpointing,
+    feature_width,
+    trains_on_one_image,
+    unused_parameters,
+)
 from tlscale.model.heads import build_head, is_single_linear
 from tlscale.model.layers import PENULTIMATE
 from tlscale.objective import Objective, class_weights
@@ -157,7 +164,10 @@ def prepare(recipe: Recipe, *, world_size: int, bad_images: list[tuple[int, str]
     if stages:
         _refuse_idle_rates(recipe, stages)
         _enable_checkpointing(recipe, classifier, stages, spec)
-    return Prepared(recipe, data, bad_images, spec, classifier, weights, code_width, order, split, stages)
+    prepared = Prepared(recipe, data, bad_images, spec, classifier, weights, code_width, order, split, stages)
+    if stages:
+        _refuse_what_cannot_train(prepared, world_size)
+    return prepared
 
 
 def _refuse_idle_rates(recipe: Recipe, stages: list[Stage]) -> None:
@@ -224,6 +234,40 @@ def _enable_checkpointing(recipe: Recipe, classifier: Classifier, stages: list[S
         enter(classifier, max(stages, key=lambda stage: len(stage.trained)))
         enable_gradient_checkpointing(classifier, in_chans=spec.in_chans, image_size=spec.image_size)
         enter(classifier, stages[0])
+
+
+def _refuse_what_cannot_train(prepared: Prepared, world_size: int) -> None:
+    """What would fail in the middle of an epoch, or leave a process waiting, is found by a pass on trial."""
+    classifier, stages, trained = prepared.classifier, prepared.stages, prepared.trained
+    for name, param in classifier.rule_names().items():
+        param.requires_grad_(name in trained)
+    size = {"in_chans": prepared.spec.in_chans, "image_size": prepared.spec.image_size}
+    least = least_in_a_pass(prepared.order, prepared.split, prepared.total_steps)
+    alone = least == 1 and not trains_on_one_image(classifier, **size)
+    # Each process waits for the others' gradient of every trained parameter, and so each must get one.
+    waits = world_size > 1 and any(stage.trains_backbone for stage in stages)
+    unused = unused_parameters(classifier, **size) if waits and not alone else []
+    enter(classifier, stages[0])
+    if alone:
+        raise RecipeError(_one_image(prepared))
+    if unused:
+        raise ModelError(
+            f"backbone: {type(classifier.backbone).__name__} has {len(unused)} parameters that are trained but have no "
+            f"part in its features: {', '.join(unused[:5])}{' ...' if len(unused) > 5 else ''}. They never get a "
+            "gradient, which several processes would wait for. Freeze them, in each stage: freeze: "
+            f"'{'|'.join(map(re.escape, unused))}'; or train on one process."
+        )
+
+
+def _one_image(prepared: Prepared) -> str:
+    order, split = prepared.order, prepared.split
+    rest = order.num_images_in(order.steps_per_epoch - 1)
+    if split.micro_batch_size == 1:
+        what, remedy = "micro-batches are of one image", "set compute.micro_batch_size, or batch_size, to more"
+    else:
+        what = f"the last batch of an epoch ({rest} of {order.batch_size} images) leaves a process with one image"
+        remedy = "set drop_last: true, or another batch_size"
+    return f"{split.describe()}: {what}, and batch norm cannot be trained on one image. To go on, {remedy}."
 
 
 def make_objective(prepared: Prepared, device: torch.device) -> Objective:

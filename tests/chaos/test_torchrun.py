@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.chaos.killing import KILLS, Place, assert_ended_as, start_all
-from tests.dist.test_two_processes import exit_code_of, launch, workers_of
+from tests.dist.launches import exit_code_of, launch, workers_of
 from tests.forks import Forks
 from tests.small_runs import REPO, lines, logged, wait_until
 

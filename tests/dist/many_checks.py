@@ -6,11 +6,13 @@ One launch does many runs, because a start costs more than all of them.
 import json
 import os
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.distributed
 
+import tests.small_models  # noqa: F401 (makes spare_resnet known to timm)
 import tlscale
 from tests.small_runs import small_recipe
 from tlscale.data.sampler import DataOrder, micro_batches, split_batch_size
@@ -43,6 +45,9 @@ STAGED = {
     "checkpoint": {"every": "1 steps", "keep": 100},
     "optim": {"ema_decay": 0.9},
 }
+# Nothing but the mask makes a zero. With 2 processes 2 forward passes a step, with 4 one or two.
+DROPOUT = {"head": [{"linear": 16}, {"dropout": 0.5}, "linear"], "compute": {"micro_batch_size": 4}}
+APART = {"checkpoint": {"every": "2 steps", "keep": 100}, "evaluate": {"every": "2 epochs"}}
 PROBE = {"probe": {"kind": "ridge"}, "codes": {"layer": ["blocks.0", "penultimate"]}}
 
 
@@ -89,6 +94,68 @@ def at_each_checkpoint(look, folder, name, place, **changes):
     finally:
         finetune.snapshot = snapshot
     return seen
+
+
+@contextmanager
+def before_each_step(look):
+    """Within: `look(batches, parts)` is called before a step is made of the batches."""
+    train_step = finetune.train_step
+
+    def spy(batches, parts, **options):
+        look(batches, parts)
+        return train_step(batches, parts, **options)
+
+    finetune.train_step = spy
+    try:
+        yield
+    finally:
+        finetune.train_step = train_step
+
+
+def begins_with_equal_weights(folder, name, data):
+    """Whether all ranks have the same parameters and buffers when the first step is made."""
+    seen = []
+
+    def look(batches, parts):
+        if not seen:
+            seen.append(equal_on_all_ranks([*parts.network.parameters(), *parts.network.buffers()]))
+
+    with before_each_step(look):
+        tlscale.run(recipe(folder, name, data, **EXACT), folder / name)
+    return seen[0]
+
+
+def dropout_masks(folder, name, data):
+    """What the head's dropout lets through in each of this rank's forward passes in training, 0 and 1."""
+    masks, watched = [], set()
+
+    def note(module, inputs, output):
+        if module.training:
+            masks.append("".join(map(str, (output != 0).int().flatten().tolist())))
+
+    def look(batches, parts):
+        (dropout,) = (module for module in parts.network.head if isinstance(module, torch.nn.Dropout))
+        if dropout not in watched:
+            dropout.register_forward_hook(note)
+            watched.add(dropout)
+
+    with before_each_step(look):
+        tlscale.run(recipe(folder, name, data, **DROPOUT), folder / name)
+    return masks
+
+
+def come_apart(folder, name, data):
+    """The error of a run in which the last rank's weights change by themselves before the sixth step."""
+    steps = []
+
+    def look(batches, parts):
+        steps.append(batches)
+        if len(steps) == 6 and parts.processes.rank == parts.processes.world_size - 1:
+            with torch.no_grad():
+                parts.network.get_parameter("backbone.blocks.3.mlp.fc1.weight")[1, 2] += 1e-3
+
+    with before_each_step(look):
+        return error_of(lambda: tlscale.run(recipe(folder, name, data, **APART), folder / name))
 
 
 def batch_norm_buffers(folder, name, data):
@@ -154,18 +221,25 @@ def _as_ours(job):
 
 
 def run_all(facts, folder, data):
-    tlscale.run(recipe(folder, "exact", data, **EXACT), folder / "exact")
+    facts["begin with equal weights"] = begins_with_equal_weights(folder, "exact", data)
     tlscale.run(recipe(folder, "split", data, **SPLIT), folder / "split")
     facts["buffers equal"] = batch_norm_buffers(folder, "bn", data)
     facts["ranks agree"] = ranks_agree(folder, "staged", data)
     tlscale.run(recipe(folder, "probed", data, **PROBE), folder / "probed")
     share, Processes.share_buffers = Processes.share_buffers, lambda processes, module: None
-    facts["buffers equal unless shared"] = batch_norm_buffers(folder, "apart", data)
+    facts["not shared"] = error_of(lambda: batch_norm_buffers(folder, "unshared", data))
     Processes.share_buffers = share
+    facts["dropout masks"] = dropout_masks(folder, "dropout", data)
+    facts["dropout masks again"] = dropout_masks(folder, "dropout_again", data)
+    facts["apart"] = come_apart(folder, "apart", data)
     # Begun by one process elsewhere and gone on with here.
     if (folder / "begun").exists():
         tlscale.run(recipe(folder, "begun", data, **EXACT), folder / "begun", resume=True)
     facts["taken"] = error_of(lambda: tlscale.run(recipe(folder, "exact", data, **EXACT), folder / "exact"))
+    spare = {"backbone": {"name": "spare_resnet"}, "duration": "3 steps"}
+    facts["spare"] = error_of(lambda: tlscale.run(recipe(folder, "spare", data, **spare), folder / "spare"))
+    spare["freeze"] = r"spare\.weight|spare\.bias"
+    tlscale.run(recipe(folder, "spared", data, **spare), folder / "spared")
     wrong = {**EXACT, "compute": {"num_processes": 7}}
     facts["wrong number"] = error_of(lambda: tlscale.run(recipe(folder, "wrong", data, **wrong), folder / "wrong"))
     odd = {**EXACT, "batch_size": 15}

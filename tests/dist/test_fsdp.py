@@ -12,7 +12,7 @@ import torch
 
 import tlscale
 from tests.dist.fsdp_checks import FAMILIES, RUNS
-from tests.dist.test_two_processes import back_at_first_checkpoint, exit_code_of, launch
+from tests.dist.launches import back_at_first_checkpoint, exit_code_of, launch
 from tests.small_runs import (
     REPO,
     assert_same_bits,

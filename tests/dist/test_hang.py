@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from tests.dist.test_two_processes import exit_code_of, launch
+from tests.dist.launches import exit_code_of, launch
 from tests.small_runs import REPO, lines
 
 pytestmark = pytest.mark.dist

@@ -1,26 +1,22 @@
 """Several processes (gloo, on the CPU): the same run as on one, and no process is left waiting for another."""
 
-import json
+import itertools
 import os
-import shutil
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 
 import tlscale
+from tests.dist.launches import back_at_first_checkpoint, exit_code_of, facts_of, launch, workers_of
 from tests.dist.many_checks import BATCH_NORM, EXACT, PROBE, SPLIT, STAGED
 from tests.small_runs import (
     REPO,
-    environment,
+    assert_same_bits,
     exported,
     largest_difference,
     lines,
     logged,
-    put_small_idx,
     result,
     small_recipe,
     tensors,
@@ -29,34 +25,6 @@ from tests.small_runs import (
 from tlscale.errors import EXIT_BAD_INPUT, EXIT_STOPPED
 
 pytestmark = pytest.mark.dist
-BIN = Path(sys.executable).parent
-
-
-def launch(processes, *words, log, launcher="accelerate", cpu="true", kind=("--multi_gpu",), **changes):
-    """Starts `words` by a launcher; its output goes to the file `log`."""
-    if launcher == "accelerate":
-        command = ["accelerate", "launch", *kind, "--num_processes", processes, "--main_process_port", "0"]
-    else:
-        command = ["torchrun", "--standalone", "--nproc-per-node", processes]
-    changes |= {"ACCELERATE_USE_CPU": cpu} if cpu else {}
-    with log.open("w") as file:
-        return subprocess.Popen(
-            [BIN / command[0], *map(str, command[1:]), *map(str, words)],
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            env=environment(**changes),
-            cwd=REPO,
-        )
-
-
-def exit_code_of(launched, log, timeout_s=70):
-    """Waits; a launch that hangs is ended, with all its processes, and is a failure."""
-    try:
-        return launched.wait(timeout_s)
-    except subprocess.TimeoutExpired:
-        launched.terminate()  # the launcher ends its workers, which are not of its process group
-        launched.wait(60)
-        pytest.fail(f"hangs: {log.read_text()[-3000:]}")
 
 
 @pytest.fixture(scope="module")
@@ -69,34 +37,15 @@ def alone(idx, tmp_path_factory):
     return folder
 
 
-def back_at_first_checkpoint(done, out):
-    """A copy of a complete run as it was after its first checkpoint."""
-    shutil.copytree(done, out)
-    shutil.rmtree(out / "model")
-    (out / "result.json").unlink()
-    first, *later = sorted((out / "checkpoints").glob("step_*"))
-    for folder in later:
-        shutil.rmtree(folder)
-    for pointer in ("LATEST", "BEST"):
-        (out / "checkpoints" / pointer).write_text(first.name + "\n")
-    return out
-
-
 @pytest.fixture(scope="module", params=[(2, "accelerate"), (4, "torchrun")], ids=["2", "4"])
 def several(request, idx, alone, tmp_path_factory):
     """The runs of many_checks.py by so many processes: (folder, facts of each rank)."""
     processes, launcher = request.param
     folder = tmp_path_factory.mktemp(f"by{processes}")
     back_at_first_checkpoint(alone / "exact", folder / "begun")
-    words = (REPO / "tests" / "dist" / "many_checks.py", folder, idx)
     # A cache of their own: they are to compute the codes together.
-    done = launch(processes, *words, log=folder / "log", launcher=launcher, TLSCALE_CACHE=str(folder / "cache"))
-    exit_code, output = exit_code_of(done, folder / "log"), (folder / "log").read_text()
-    assert exit_code == 0, output[-5000:]
-    facts = [json.loads((folder / f"facts{rank}.json").read_text()) for rank in range(processes)]
-    assert [fact["world_size"] for fact in facts] == [processes] * processes
-    assert [fact["rank"] for fact in facts] == list(range(processes))
-    return folder, facts
+    cache = str(folder / "cache")
+    return folder, facts_of(processes, "many_checks.py", folder, idx, launcher=launcher, TLSCALE_CACHE=cache)
 
 
 def test_processes_agree(several):
@@ -166,7 +115,8 @@ def test_batch_statistics_are_those_of_the_main_process(several):
     for fact in facts:
         assert len(fact["buffers equal"]) >= 4  # steps 3, 4, 8 and 10 at least
         assert all(fact["buffers equal"])
-        assert not any(fact["buffers equal unless shared"]), "this run was to show that they differ by themselves"
+        assert fact["not shared"]["kind"] == "DesyncError", "this run was to show that they differ by themselves"
+        assert ".running_mean' than process 0" in fact["not shared"]["message"]
     assert result(folder / "bn")["num_images"] == 37
 
 
@@ -202,6 +152,36 @@ def test_stages_on_codes_end_in_the_weights_of_one_process(several, alone):
         assert largest_difference(*map(tensors, ends)) < 1e-12
 
 
+def test_all_processes_begin_with_the_same_weights(several):
+    _, facts = several
+    assert [fact["begin with equal weights"] for fact in facts] == [True] * len(facts)
+
+
+def test_dropout_differs_between_processes_and_comes_again(several):
+    folder, facts = several
+    for fact in facts:
+        assert len(fact["dropout masks"]) >= 10, "two forward passes a step, but for a short last batch"
+        assert fact["dropout masks"] == fact["dropout masks again"]
+        assert len(set(fact["dropout masks"])) == len(fact["dropout masks"]), "no pass has the mask of another"
+    for one, other in itertools.combinations(facts, 2):
+        assert not set(one["dropout masks"]) & set(other["dropout masks"])
+    assert_same_bits(exported(folder / "dropout"), exported(folder / "dropout_again"))
+
+
+def test_processes_that_come_apart_are_found_before_a_checkpoint_is_made(several):
+    folder, facts = several
+    last = len(facts) - 1
+    for fact in facts:
+        assert fact["apart"]["kind"] == "DesyncError"
+        assert fact["apart"]["said_by_main"]
+        message = fact["apart"]["message"]
+        assert f"after step 6, process {last} of {len(facts)} has other values in 'blocks.3.mlp.fc1.weight'" in message
+    checkpoints = folder / "apart" / "checkpoints"
+    assert sorted(path.name for path in checkpoints.glob("*step_*")) == ["step_00000002", "step_00000004"]
+    assert (checkpoints / "LATEST").read_text().strip() == "step_00000004"
+    assert not (folder / "apart" / "result.json").exists()
+
+
 def test_codes_are_those_of_one_process(several, alone):
     """Their keys, too: what several processes computed, one finds."""
     from tlscale.codes.store import CodesStore, codes_root
@@ -226,6 +206,10 @@ def test_wrong_starts_end_all_processes(several):
         assert fact["taken"]["said_by_main"] == (rank != 0)
         assert fact["wrong number"]["kind"] == "LaunchError"
         assert f"num_processes = 7, but {len(facts)} run" in fact["wrong number"]["message"]
+        assert fact["spare"]["kind"] == "ModelError"
+        assert r"freeze: 'spare\.weight|spare\.bias'; or train on one process" in fact["spare"]["message"]
+    assert result(folder / "spared")["steps"] == 3, "the remedy that the message names"
+    assert not (folder / "spare" / "run.json").exists()
     # 15 cannot be shared by 2 or by 4.
     assert all(fact["no equal shares"]["kind"] == "RecipeError" for fact in facts)
     assert not (folder / "odd" / "run.json").exists()
@@ -235,9 +219,10 @@ def test_wrong_starts_end_all_processes(several):
 def test_only_the_main_process_prints(several):
     folder, facts = several
     output = (folder / "log").read_text()
-    finished = ["exact", "split", "bn", "apart", "begun", "staged"]
-    assert output.count("load it with timm.create_model") == len(finished)
-    assert output.count("step 10/10") == len(finished) - 1  # the staged one has 12
+    of_ten_steps = ["exact", "split", "bn", "begun", "dropout", "dropout_again"]
+    assert output.count("step 10/10") == len(of_ten_steps)
+    loaded_by_timm = ["exact", "split", "bn", "begun", "staged", "spared"]  # those with a head of one layer
+    assert output.count("load it with timm.create_model") == len(loaded_by_timm)
     assert output.count("images computed in") == 7, "two splits for two stages, and three for the probe"
     assert f"= {len(facts)} processes x" in output
 
@@ -250,12 +235,12 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step(idx, tmp_path):
     small_recipe(tmp_path / "recipe.yaml", idx, **recipe)
     out, log = tmp_path / "run", tmp_path / "log"
     words = ("tlscale/run.py", tmp_path / "recipe.yaml", "--out", out)
-    launched = launch(2, *words, log=log)
-    wait_until(logged(out, 20), launched)
-    workers = workers_of(launched.pid)
-    assert set(workers) == {0, 1}
-    os.kill(workers[1], signal.SIGTERM)
-    assert exit_code_of(launched, log, 60) != 0
+    with launch(2, *words, log=log) as launched:
+        wait_until(logged(out, 20), launched)
+        workers = workers_of(launched.pid)
+        assert set(workers) == {0, 1}
+        os.kill(workers[1], signal.SIGTERM)
+        assert exit_code_of(launched, log) != 0
     output = log.read_text()
     assert output.count("stopped by") == 1
     assert "stopped by a signal to another process after step" in output
@@ -266,40 +251,26 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step(idx, tmp_path):
     assert 'Traceback (most recent call last):\n  File "' + str(REPO / "tlscale") not in output
 
 
-def workers_of(launcher):
-    """rank -> process id of a launcher's workers."""
-    found = {}
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        try:
-            variables = (entry / "environ").read_bytes().split(b"\0")
-            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-        except OSError:
-            continue
-        ranks = [variable for variable in variables if variable.startswith(b"RANK=")]
-        if parent == launcher and ranks:
-            found[int(ranks[0][5:])] = int(entry.name)
-    return found
-
-
 def test_wrong_launches_end_soon_with_one_message(idx, tmp_path):
     """Both at once: a start takes seconds."""
     small_recipe(tmp_path / "wrong.yaml", idx, compute={"num_processes": 3})
     small_recipe(tmp_path / "plain.yaml", idx)
     began = time.monotonic()
-    started = {
-        "wrong": launch(2, "tlscale/run.py", tmp_path / "wrong.yaml", "--out", tmp_path / "a", log=tmp_path / "wrong"),
-        "apart": launch(
-            2, "tlscale/run.py", tmp_path / "plain.yaml", "--out", tmp_path / "b",
-            log=tmp_path / "apart", launcher="torchrun", cpu="",
-        ),
-    }  # fmt: skip
-    for name, said in (("wrong", "asks for compute.num_processes = 3, but 2 run"), ("apart", "Accelerate joined 1")):
-        assert exit_code_of(started[name], tmp_path / name, 60) != 0
-        output = (tmp_path / name).read_text()
-        assert output.count(said) == 1, output
-        assert f"exitcode  : {EXIT_BAD_INPUT}" in output
+    torchrun = {"launcher": "torchrun", "cpu": ""}
+    with (
+        launch(2, "tlscale/run.py", tmp_path / "wrong.yaml", "--out", tmp_path / "a", log=tmp_path / "wrong") as wrong,
+        launch(
+            2, "tlscale/run.py", tmp_path / "plain.yaml", "--out", tmp_path / "b", log=tmp_path / "apart", **torchrun
+        ) as apart,
+    ):
+        for launched, name, said in (
+            (wrong, "wrong", "asks for compute.num_processes = 3, but 2 run"),
+            (apart, "apart", "Accelerate joined 1"),
+        ):
+            assert exit_code_of(launched, tmp_path / name) != 0
+            output = (tmp_path / name).read_text()
+            assert output.count(said) == 1, output
+            assert f"exitcode  : {EXIT_BAD_INPUT}" in output
     assert time.monotonic() - began < 100
     assert not (tmp_path / "a").exists()
     assert not (tmp_path / "b").exists()

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import struct
 
 import pytest
 
@@ -15,7 +14,7 @@ from tests.small_runs import (
     exported,
     lines,
     logged,
-    put_small_idx,
+    put_small_idx_with_one_white,
     result,
     small_recipe,
     tensors,
@@ -34,16 +33,7 @@ BASE = {
 
 @pytest.fixture(scope="module")
 def with_one_colour(tmp_path_factory):
-    """Real images, one of which is all white; augmentation leaves it so."""
-    folder = put_small_idx(tmp_path_factory.mktemp("white"))
-    path = folder / "train-images-idx3-ubyte"
-    content = bytearray(path.read_bytes())
-    count, height, width = struct.unpack(">III", content[4:16])
-    assert (count, height, width) == (96, 28, 28)
-    row = 71
-    content[16 + row * 784 : 16 + (row + 1) * 784] = b"\xff" * 784
-    path.write_bytes(content)
-    return folder
+    return put_small_idx_with_one_white(tmp_path_factory.mktemp("white"))
 
 
 def run(place, name, data, resume=False, **changes):

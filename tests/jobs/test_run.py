@@ -32,6 +32,7 @@ from tlscale.errors import (
     DataError,
     LaunchError,
     NonFiniteLossError,
+    RecipeError,
     RunFolderError,
 )
 from tlscale.recipe.load import load_recipe
@@ -222,6 +223,26 @@ def test_these_leave_the_weights_as_they_are(run, plain, changes):
         tensors(last_checkpoint(out) / "optimizer.safetensors"),
         tensors(last_checkpoint(plain) / "optimizer.safetensors"),
     )
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        # 77 images: 19 batches of 4, and one of 1.
+        ({"batch_size": 4}, r"the last batch of an epoch \(1 of 4 images\).*drop_last: true"),
+        ({"compute": {"micro_batch_size": 1}}, "micro-batches are of one image"),
+    ],
+)
+def test_batch_norm_on_one_image_is_refused_before_the_first_step(run, tmp_path, changes, said):
+    with pytest.raises(RecipeError, match=said):
+        run(head=[{"linear": 8}, "batchnorm", "relu", "linear"], **changes)
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+@pytest.mark.parametrize("changes", [{"drop_last": True}, {"duration": "19 steps"}], ids=str)
+def test_batch_norm_trains_where_no_step_has_one_image(run, changes):
+    changes = {"batch_size": 4, "duration": "1 epochs", **changes}
+    assert result(run(head=[{"linear": 8}, "batchnorm", "relu", "linear"], **changes))["steps"] == 19
 
 
 def test_workers_change_nothing_with_augmentation(run):

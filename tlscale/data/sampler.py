@@ -218,6 +218,14 @@ def micro_batches(order: DataOrder, step: int, split: BatchSplit, rank: int) -> 
     return [MicroBatch(epoch, part, last - first) for part, (_, first, last) in zip(rows, spans, strict=True)]
 
 
+def least_in_a_pass(order: DataOrder, split: BatchSplit, num_steps: int) -> int:
+    """The fewest images, padding included, that any process takes through the network at once in so many steps."""
+    chunk = split.world_size * split.micro_batch_size
+    sizes = {order.num_images_in(0), order.num_images_in(min(num_steps, order.steps_per_epoch) - 1)}
+    full = [split.micro_batch_size for size in sizes if size >= chunk]
+    return min(full + [max(size % chunk // split.world_size, 1) for size in sizes if size % chunk])
+
+
 def _part(count: int, parts: int, index: int) -> tuple[int, int]:
     """First and last (exclusive) of the `index`-th of `parts` contiguous parts, the longer ones first."""
     size, longer = divmod(count, parts)

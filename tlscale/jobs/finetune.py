@@ -26,6 +26,7 @@ from tlscale.checkpoint import Checkpoint, checkpoint_folder, load_checkpoint, n
 from tlscale.codes.batches import CodeBatch
 from tlscale.data.sources import ImageSplit
 from tlscale.data.transforms import ImageBatch
+from tlscale.desync import refuse_desync, what_must_agree
 from tlscale.dist import Processes
 from tlscale.errors import NonFiniteLossError, RecipeError, Stopped
 from tlscale.evaluate import evaluate, scalars
@@ -363,6 +364,7 @@ def _refuse_non_finite(bad_step: int | None, clock: Clock, parts: Parts, folder:
 def _save(parts: Parts, clock: Clock, folder: RunFolder, *, elapsed_s: float) -> None:
     processes, keeping = parts.processes, parts.prepared.recipe.checkpoint
     processes.share_buffers(parts.network)
+    refuse_desync(what_must_agree(parts.network, parts.ema), processes, clock.step)
     checkpoint = snapshot(
         clock,
         parts.network,

@@ -8,7 +8,8 @@ Shapes: B images, C classes, D features.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import cast
 
@@ -196,22 +197,52 @@ def _recomputed_layers(classifier: Classifier, in_chans: int, image_size: int) -
         calls += 1
 
     leaves = [module for module in classifier.backbone.modules() if not any(module.children())]
-    buffers = {name: buffer.clone() for name, buffer in classifier.named_buffers()}
     handles = [leaf.register_forward_pre_hook(count) for leaf in leaves]
-    was_training = classifier.training
-    param = next(classifier.parameters())
     try:
-        with torch.random.fork_rng(devices=[]), torch.enable_grad():
-            classifier.train()
-            images = torch.zeros(2, in_chans, image_size, image_size, device=param.device, dtype=param.dtype)
-            loss = classifier(images).sum()
+        with _on_trial(classifier):
+            output = _trial_output(classifier, in_chans, image_size)
             calls = 0
-            loss.backward()
+            torch.autograd.backward(output)
     finally:
         for handle in handles:
             handle.remove()
+    return calls
+
+
+def unused_parameters(classifier: Classifier, *, in_chans: int, image_size: int) -> list[str]:
+    """Rule names of parameters that want a gradient and get none in a backward pass; the network is left as it was."""
+    with _on_trial(classifier):
+        torch.autograd.backward(_trial_output(classifier, in_chans, image_size))
+        return [name for name, param in classifier.rule_names().items() if param.requires_grad and param.grad is None]
+
+
+def trains_on_one_image(classifier: Classifier, *, in_chans: int, image_size: int) -> bool:
+    """Whether a forward pass in training mode takes a single image: batch norm of one value a channel does not."""
+    with _on_trial(classifier):
+        try:
+            _trial_output(classifier, in_chans, image_size, count=1)
+        except ValueError:
+            return False
+    return True
+
+
+@contextmanager
+def _on_trial(classifier: Classifier) -> Iterator[None]:
+    """Within: training mode. Afterwards mode, buffers and random numbers are as before, and there are no gradients."""
+    buffers = {name: buffer.clone() for name, buffer in classifier.named_buffers()}
+    was_training = classifier.training
+    try:
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+            classifier.train()
+            yield
+    finally:
         classifier.zero_grad(set_to_none=True)
         for name, buffer in classifier.named_buffers():
             buffer.copy_(buffers[name])
         classifier.train(was_training)
-    return calls
+
+
+def _trial_output(classifier: Classifier, in_chans: int, image_size: int, count: int = 2) -> Tensor:
+    param = next(classifier.parameters())
+    images = torch.zeros(count, in_chans, image_size, image_size, device=param.device, dtype=param.dtype)
+    return cast(Tensor, classifier(images)).sum()
