@@ -40,18 +40,20 @@ def place(idx, tmp_path):
     place = Place(tmp_path / "place", "several", idx)
     place.words += (STEPS,)
     place.launched = []
-    yield place
-    for launched in place.launched:
-        for pid in [launched.pid, *workers_of(launched.pid).values(), *place.workers]:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        launched.wait(30)
+    with contextlib.ExitStack() as place.ending:
+        yield place
+        for launched in place.launched:
+            for pid in [launched.pid, *workers_of(launched.pid).values(), *place.workers]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            launched.wait(30)
 
 
 def begin(place, *, options=(), launcher="torchrun", step=6, **variables):
     """Start the line by a launcher, and wait for a step: (launcher, rank -> process id)."""
     words = (*options, TARGET, *place.words[1:])
-    launched = launch(2, *words, log=place.log, launcher=launcher, **place.variables, **variables)
+    started = launch(2, *words, log=place.log, launcher=launcher, **place.variables, **variables)
+    launched = place.ending.enter_context(started)
     place.launched.append(launched)
     wait_until(logged(place.out, step), launched)
     workers = workers_of(launched.pid)

@@ -15,10 +15,10 @@ BIN = Path(sys.executable).parent
 
 
 @contextmanager
-def launch(processes, *words, log, launcher="accelerate", cpu="true", **changes):
+def launch(processes, *words, log, launcher="accelerate", cpu="true", kind=("--multi_gpu",), **changes):
     """Within: `words`, started by a launcher, its output in the file `log`; ended, if it still runs, afterwards."""
     if launcher == "accelerate":
-        command = ["accelerate", "launch", "--multi_gpu", "--num_processes", processes, "--main_process_port", "0"]
+        command = ["accelerate", "launch", *kind, "--num_processes", processes, "--main_process_port", "0"]
     else:
         command = ["torchrun", "--standalone", "--nproc-per-node", processes]
     changes |= {"ACCELERATE_USE_CPU": cpu} if cpu else {}

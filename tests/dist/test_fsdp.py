@@ -6,13 +6,14 @@ The code is what runs on GPUs: torch's `fully_shard` does not ask what a device 
 import json
 import shutil
 import time
+from contextlib import ExitStack
 
 import pytest
 import torch
 
 import tlscale
 from tests.dist.fsdp_checks import FAMILIES, RUNS
-from tests.dist.launches import back_at_first_checkpoint, exit_code_of, launch
+from tests.dist.launches import back_at_first_checkpoint, exit_code_of, facts_of, launch
 from tests.small_runs import (
     REPO,
     assert_same_bits,
@@ -41,13 +42,8 @@ def alone(idx, tmp_path_factory):
 
 def by_several(processes, launcher, folder, idx, parts="all"):
     """The runs of fsdp_checks.py by so many processes: (folder, facts of each rank)."""
-    words = (REPO / "tests" / "dist" / "fsdp_checks.py", folder, idx, parts)
-    done = launch(processes, *words, log=folder / "log", launcher=launcher, TLSCALE_CACHE=str(folder / "cache"))
-    exit_code, output = exit_code_of(done, folder / "log", 500), (folder / "log").read_text()
-    assert exit_code == 0, output[-5000:]
-    facts = [json.loads((folder / f"facts{rank}.json").read_text()) for rank in range(processes)]
-    assert [fact["world_size"] for fact in facts] == [processes] * processes
-    return folder, facts
+    options = {"launcher": launcher, "TLSCALE_CACHE": str(folder / "cache")}
+    return folder, facts_of(processes, "fsdp_checks.py", folder, idx, parts, timeout_s=500, **options)
 
 
 @pytest.fixture(scope="module")
@@ -265,8 +261,9 @@ def test_one_process_that_cannot_write_fails_all(several):
 def test_a_process_that_fails_in_the_network_ends_all(idx, tmp_path):
     log = tmp_path / "log"
     began = time.monotonic()
-    launched = launch(2, REPO / "tests" / "dist" / "failing.py", tmp_path, idx, log=log, launcher="torchrun")
-    assert exit_code_of(launched, log, 120) != 0
+    script = REPO / "tests" / "dist" / "failing.py"
+    with launch(2, script, tmp_path, idx, log=log, launcher="torchrun") as launched:
+        assert exit_code_of(launched, log, 120) != 0
     assert json.loads((tmp_path / "run" / "run.json").read_text())["world_size"] == 2
     assert "a layer of rank 1 fails" in log.read_text()
     assert max(record["step"] for record in lines(tmp_path / "run")) == 6
@@ -280,17 +277,19 @@ def test_the_recipe_decides_and_not_the_launcher(idx, tmp_path):
     """All at once: a start takes seconds."""
     small_recipe(tmp_path / "plain.yaml", idx)
     small_recipe(tmp_path / "fsdp2.yaml", idx, compute={"engine": "fsdp2"})
-    started = {}
-    for name, version in (("plain", "1"), ("fsdp2", "2")):
-        words = ("tlscale/run.py", tmp_path / f"{name}.yaml", "--out", tmp_path / name)
-        kind = ("--use_fsdp", "--fsdp_version", version)
-        started[name] = launch(2, *words, log=tmp_path / f"{name}.log", kind=kind)
     said = {
         "plain": "asks for FSDP (ACCELERATE_USE_FSDP), the recipe for compute.engine = auto. It is version 1, too",
         "fsdp2": "the recipe for compute.engine = fsdp2. Take it out (--use_fsdp",
     }
-    for name, launched in started.items():
-        assert exit_code_of(launched, tmp_path / f"{name}.log") != 0
+    with ExitStack() as ending:
+        started = {}
+        for name, version in (("plain", "1"), ("fsdp2", "2")):
+            words = ("tlscale/run.py", tmp_path / f"{name}.yaml", "--out", tmp_path / name)
+            kind = ("--use_fsdp", "--fsdp_version", version)
+            started[name] = ending.enter_context(launch(2, *words, log=tmp_path / f"{name}.log", kind=kind))
+        ends = {name: exit_code_of(launched, tmp_path / f"{name}.log") for name, launched in started.items()}
+    for name, exit_code in ends.items():
+        assert exit_code != 0
         output = (tmp_path / f"{name}.log").read_text()
         assert output.count(said[name]) == 1, output
         assert f"exitcode  : {EXIT_BAD_INPUT}" in output
