@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from tlscale.dist import Processes
 from tlscale.errors import DesyncError
@@ -41,11 +42,16 @@ def checksum(tensor: Tensor) -> Tensor:
 
 
 def what_must_agree(network: Classifier, ema: Ema | None) -> dict[str, Tensor]:
-    """Trained parameters by the names that rules match, buffers, and averages: the same names on every process."""
+    """Trained parameters by the names that rules match, buffers, and averages: the same names on every process.
+
+    What is spread over the processes (`compute.engine: fsdp2`) is not among them: each has another share of it.
+    """
     tensors = {name: param for name, param in network.rule_names().items() if param.requires_grad}
     buffers = {name.removeprefix("backbone."): buffer for name, buffer in network.named_buffers()}
     averages = {f"average of {name}": average for name, average in ema.averages.items()} if ema is not None else {}
-    return {**tensors, **buffers, **averages}
+    return {
+        name: tensor for name, tensor in {**tensors, **buffers, **averages}.items() if not isinstance(tensor, DTensor)
+    }
 
 
 def refuse_desync(tensors: Mapping[str, Tensor], processes: Processes, step: int) -> None:
@@ -57,7 +63,7 @@ def refuse_desync(tensors: Mapping[str, Tensor], processes: Processes, step: int
     Raises:
         DesyncError: on every process, where not all have the same bits.
     """
-    if processes.world_size == 1:
+    if processes.world_size == 1 or not tensors:
         return
     sums_T = torch.stack([checksum(tensor) for tensor in tensors.values()])
     totals = processes.gather(int(checksum(sums_T)))
