@@ -1,8 +1,8 @@
 """timm's tiny networks under a new head, and steps of training on noise."""
 
-import timm
 import torch
-from timm.models import register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.resnet import BasicBlock, ResNet
 from torch import nn
 
 from tlscale.model.backbone import build_backbone
@@ -15,20 +15,24 @@ from tlscale.recipe.schema import BackboneSection, Recipe
 TINY = ("test_resnet", "test_vit", "test_efficientnet", "test_convnext", "test_nfnet", "test_byobnet", "test_mambaout")
 
 
-class PerImage(nn.Module):
-    """Each image to mean 0 and standard deviation 1; an image of one colour becomes NaN."""
+default_cfgs = generate_default_cfgs(
+    {"per_image_resnet.untrained": {"num_classes": 1000, "first_conv": "conv1", "classifier": "fc"}}
+)
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        std, mean = torch.std_mean(images, dim=(1, 2, 3), keepdim=True)
-        return (images - mean) / std
+
+class PerImageResNet(ResNet):
+    """A ResNet that brings each image to mean 0 and standard deviation 1; an image of one colour becomes NaN."""
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        std, mean = torch.std_mean(x, dim=(1, 2, 3), keepdim=True)
+        return super().forward_features((x - mean) / std)
 
 
 @register_model
 def per_image_resnet(pretrained=False, **keys) -> nn.Module:
-    """timm's smallest ResNet behind `PerImage`; to be known to timm, this module has to be imported."""
-    network = timm.create_model("test_resnet", pretrained=False, **keys)
-    network.conv1 = nn.Sequential(PerImage(), network.conv1)
-    return network
+    """A tiny one, known to timm wherever this module is imported."""
+    shape = {"block": BasicBlock, "layers": (1, 1, 1, 1), "channels": (16, 16, 24, 32)}
+    return build_model_with_cfg(PerImageResNet, "per_image_resnet", pretrained, **shape, **keys)
 
 
 def section(name="test_resnet", weights="none", **keys) -> BackboneSection:

@@ -33,7 +33,7 @@ class Stuck(nn.Module):
 @register_model
 def stuck_vit(pretrained=False, **keys):
     network = timm.create_model("test_vit", pretrained=False, **keys)
-    network.patch_embed = nn.Sequential(Stuck(), network.patch_embed)
+    network.patch_embed.proj = nn.Sequential(Stuck(), network.patch_embed.proj)
     return network
 
 

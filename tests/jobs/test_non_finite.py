@@ -40,7 +40,7 @@ def with_one_colour(tmp_path_factory):
     content = bytearray(path.read_bytes())
     count, height, width = struct.unpack(">III", content[4:16])
     assert (count, height, width) == (96, 28, 28)
-    row = 40
+    row = 71
     content[16 + row * 784 : 16 + (row + 1) * 784] = b"\xff" * 784
     path.write_bytes(content)
     return folder
