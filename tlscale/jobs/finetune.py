@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from tlscale.checkpoint import checkpoint_folder, load_checkpoint, newest_valid, pointed_to
 from tlscale.codes.batches import CodeBatch
@@ -64,6 +65,7 @@ class Parts:
     optimizer: torch.optim.Optimizer
     feed: Feed | None = None
     wrapped: tuple[nn.Module, AcceleratedOptimizer] | None = None  # what Accelerate made of the feed's module
+    is_settled: bool = False  # whether the order in which gradients are summed over processes is final
 
     def figures(self, split: ImageSplit, feed: Feed) -> dict[str, Any]:
         """Evaluation of the weights that a user would get: the averages, where averages are kept."""
@@ -260,6 +262,8 @@ def _begin_stage(parts: Parts, clock: Clock, scaler_state: dict[str, Any] | None
         parts.feed.module.compile()
     parts.feed.module.train()
     parts.wrapped = accelerator.prepare(parts.feed.module, parts.optimizer)
+    # Two numbers give the same sum in any order.
+    parts.is_settled = parts.processes.world_size < 3 or not isinstance(parts.wrapped[0], DistributedDataParallel)
     if scaler_state is not None and accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(scaler_state)
 
@@ -370,6 +374,8 @@ def train_step(
     assert parts.feed is not None
     assert parts.wrapped is not None
     inputs, (model, optimizer) = parts.feed.inputs, parts.wrapped
+    if not parts.is_settled:
+        _settle_order_of_sums(batches[-1], parts)
     vigil = _vigil(parts) if step < parts.careful_until else None
     loss_sums = []
     for number, batch in enumerate(batches):
@@ -391,6 +397,21 @@ def train_step(
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return loss_sum, grad_norm
+
+
+def _settle_order_of_sums(batch: Any, parts: Parts) -> None:  # noqa: ANN401 (of the feed's own kind)
+    """A pass that changes nothing.
+
+    DDP arranges its buckets anew after the first backward pass of a start, and then sums over processes in another
+    order: without this, a run that goes on would differ in the last bits from one that was never stopped.
+    """
+    assert parts.feed is not None
+    assert parts.wrapped is not None
+    vigil, batch = _vigil(parts), batch.to(parts.processes.device)
+    losses_B = _losses(parts.objective, parts.wrapped[0](*parts.feed.inputs(batch)), batch)
+    parts.processes.accelerator.backward(losses_B[: batch.num_real].sum())
+    vigil.undo()
+    parts.is_settled = True
 
 
 def _vigil(parts: Parts) -> Vigil:
