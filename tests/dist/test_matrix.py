@@ -217,7 +217,7 @@ def resumed(trained, idx, tmp_path_factory):
     return found
 
 
-@pytest.mark.parametrize(("before", "after"), itertools.product(PROCESSES, PROCESSES))
+@pytest.mark.parametrize(("before", "after"), list(itertools.product(PROCESSES, PROCESSES)))
 @pytest.mark.parametrize("name", matrix.SAVED)
 def test_saved_by_some_and_resumed_by_others(trained, resumed, name, before, after):
     (folder, facts), run = resumed[after], f"begun_{name}.from{before}"
@@ -236,6 +236,7 @@ def test_saved_by_some_and_resumed_by_others(trained, resumed, name, before, aft
 @pytest.mark.parametrize("processes", PROCESSES)
 @pytest.mark.parametrize("name", matrix.SAVED)
 def test_resumed_by_as_many_the_bits_are_the_same(trained, resumed, name, processes):
+    """By 4, too, although DDP arranges its buckets anew after the first backward pass of each start."""
     run = f"begun_{name}.from{processes}"
     for file in ("ema", "model", "optimizer"):
         assert_same_bits(saved(trained[processes][0], name, file), saved(resumed[processes][0], run, file))

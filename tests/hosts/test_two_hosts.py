@@ -22,7 +22,16 @@ def torchrun(hosts, place, host, *options):
     """The line for a host: the hosts meet at host0, and wait for each other."""
     words = (
         *(BIN / "torchrun", "--nnodes", 2, "--nproc-per-node", 2, "--rdzv-backend", "c10d"),
-        *("--rdzv-endpoint", "host0:29400", "--rdzv-id", "run", *options, "tlscale/run.py", *place.words[1:], *place.more),
+        *(
+            "--rdzv-endpoint",
+            "host0:29400",
+            "--rdzv-id",
+            "run",
+            *options,
+            "tlscale/run.py",
+            *place.words[1:],
+            *place.more,
+        ),
     )
     return hosts.start(host, *words, log=place.log.with_name(f"log{host}"), **ENVIRONMENT, **place.variables)
 
