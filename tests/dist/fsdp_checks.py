@@ -25,6 +25,7 @@ from tests.small_models import TINY
 from tlscale.dist import start_processes
 from tlscale.evaluate import evaluate
 from tlscale.jobs import finetune
+from tlscale.jobs import parts as run_parts
 from tlscale.model.freeze import is_norm
 from tlscale.objective import Objective
 from tlscale.recipe.schema import ComputeSection, LossSection
@@ -138,7 +139,7 @@ def how_spread(network, optimizer):
 
 def watched(folder, name, data, changes):
     """How everything is spread at each checkpoint, and whether anything still holds the whole tensors then."""
-    before, shard = [], finetune.shard
+    before, shard = [], run_parts.shard
 
     def spy(module, network, mesh, precision):
         before.extend(weakref.ref(param) for param in network.parameters() if param.requires_grad)
@@ -149,11 +150,11 @@ def watched(folder, name, data, changes):
         whole = sum(ref() is not None for ref in before)
         return {**how_spread(network, optimizer), "step": clock.step, "still whole": whole, "were whole": len(before)}
 
-    finetune.shard = spy
+    run_parts.shard = spy
     try:
         return at_each_checkpoint(look, folder, name, data, **changes)
     finally:
-        finetune.shard = shard
+        run_parts.shard = shard
 
 
 def where_one_cannot_write(folder, data):

@@ -19,6 +19,7 @@ from tlscale.data.sampler import DataOrder, micro_batches, split_batch_size
 from tlscale.dist import Processes, start_processes
 from tlscale.errors import CheckpointError, DataError, TlscaleError
 from tlscale.jobs import finetune
+from tlscale.jobs import parts as run_parts
 from tlscale.recipe.schema import ComputeSection
 
 # Nothing divides: 77 training images in batches of 16, 19 validation images, 37 test images.
@@ -82,17 +83,17 @@ def equal_on_all_ranks(values):
 def at_each_checkpoint(look, folder, name, place, **changes):
     """What `look(clock, network, optimizer)` gives whenever the run makes a checkpoint."""
     seen = []
-    snapshot = finetune.snapshot
+    snapshot = run_parts.snapshot
 
     def spy(clock, network, optimizer, *args, **options):
         seen.append(look(clock, network, optimizer))
         return snapshot(clock, network, optimizer, *args, **options)
 
-    finetune.snapshot = spy
+    run_parts.snapshot = spy
     try:
         tlscale.run(recipe(folder, name, place, **changes), folder / name)
     finally:
-        finetune.snapshot = snapshot
+        run_parts.snapshot = snapshot
     return seen
 
 

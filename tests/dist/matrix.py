@@ -19,6 +19,7 @@ from tlscale.dist import start_processes
 from tlscale.evaluate import evaluate
 from tlscale.feed import ImageFeed
 from tlscale.jobs import finetune
+from tlscale.jobs import parts as run_parts
 from tlscale.keeper import Images
 from tlscale.prepare import make_objective, prepare
 
@@ -109,7 +110,7 @@ def resume(folder, data, rank, world_size):
     facts = {}
     for out in sorted(path for path in folder.glob("begun_*") if path.is_dir()):
         seeds, agreed = [], []
-        train_step, snapshot = finetune.train_step, finetune.snapshot
+        train_step, snapshot = finetune.train_step, run_parts.snapshot
 
         def spy(batches, parts, *, seed, seeds=seeds, train_step=train_step, **options):
             seeds.append(seed)
@@ -119,13 +120,13 @@ def resume(folder, data, rank, world_size):
             agreed.append([clock.step, equal_on_all_ranks([*network.parameters(), *ema.averages.values()])])
             return snapshot(clock, network, optimizer, ema, *args, **options)
 
-        finetune.train_step, finetune.snapshot = spy, look
+        finetune.train_step, run_parts.snapshot = spy, look
         try:
             name = out.name.removeprefix("begun_").split(".")[0]
             recipe = small_recipe(folder / f"{out.name}.{rank}.yaml", data, **changes_of(name, world_size))
             tlscale.run(recipe, out, resume=True)
         finally:
-            finetune.train_step, finetune.snapshot = train_step, snapshot
+            finetune.train_step, run_parts.snapshot = train_step, snapshot
         facts[out.name] = {"seeds": seeds, "agreed": agreed}
     return facts
 

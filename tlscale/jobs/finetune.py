@@ -9,35 +9,28 @@ Shapes: B images, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Generator
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from tlscale import faults
-from tlscale.checkpoint import Checkpoint, checkpoint_folder, load_checkpoint, newest_valid, pointed_to
+from tlscale.checkpoint import checkpoint_folder, newest_valid, pointed_to
 from tlscale.codes.batches import CodeBatch
-from tlscale.data.sources import ImageSplit
 from tlscale.data.transforms import ImageBatch
-from tlscale.desync import refuse_desync, what_must_agree
 from tlscale.dist import Processes
-from tlscale.errors import NonFiniteLossError, RecipeError, Stopped
-from tlscale.evaluate import evaluate, scalars
-from tlscale.feed import Feed, ImageFeed, open_feed, refuse_codes_of_a_probe
-from tlscale.keeper import Images, Keeper
-from tlscale.model.classifier import Classifier
-from tlscale.model.ema import Ema
+from tlscale.errors import NonFiniteLossError, Stopped
+from tlscale.evaluate import scalars
+from tlscale.feed import ImageFeed, refuse_codes_of_a_probe
+from tlscale.jobs.parts import Parts, begin_stage, load, make_parts, next_stage, save, unwrap, unwrapping
 from tlscale.model.export import export_model
 from tlscale.objective import Objective
-from tlscale.optim import build_optimizer, set_lr
-from tlscale.prepare import Due, Prepared, make_objective, strategy_of
+from tlscale.optim import set_lr
+from tlscale.prepare import Due, Prepared, strategy_of
 from tlscale.progress import Progress
 from tlscale.run_book import RunBook
 from tlscale.run_folder import RunFolder, naming_disk_errors, write_json
@@ -50,89 +43,17 @@ from tlscale.run_state import (
     restore,
     restore_weights,
     saved_clock,
-    snapshot,
-    tidy_up,
-    write_checkpoint,
 )
 from tlscale.screen import show_result
 from tlscale.seeds import derive_seed
-from tlscale.sharded_checkpoint import load_sharded, save_sharded
 from tlscale.sharding import (
     clip_grad_norm,
     filled,
-    hollow_copy,
     micro_batch,
-    objection_to_shares,
-    shard,
-    sharded_groups,
 )
-from tlscale.stages import Stage, cross_boundary, enter, stage_at
+from tlscale.stages import stage_at
 from tlscale.stop import StopRequest
 from tlscale.vigil import Vigil
-
-
-@dataclass
-class Parts:
-    """The objects of a run; `network` is the bare one, which checkpoints and export are of."""
-
-    prepared: Prepared
-    processes: Processes
-    network: Classifier
-    ema: Ema | None
-    objective: Objective
-    keeper: Keeper
-    careful_until: int  # steps before this one are looked at before their update
-    # Of the stage that the run is in:
-    stage: Stage
-    optimizer: torch.optim.Optimizer
-    feed: Feed | None = None
-    # What is called and stepped: what Accelerate, or FSDP2, made of the feed's module.
-    wrapped: tuple[nn.Module, torch.optim.Optimizer] | None = None
-    hollow: Classifier | None = None  # where the network is spread over the processes: what is exported in its place
-    is_rehearsed: bool = True  # false before the first step of a start or a stage, where it matters
-
-    def figures(self, split: ImageSplit, feed: Feed) -> dict[str, Any]:
-        """Evaluation of the weights that a user would get: the averages, where averages are kept."""
-        self.processes.share_buffers(self.network)
-        with self.averaged():
-            return evaluate(
-                feed.module,
-                feed.eval_batches(split),
-                inputs=feed.inputs,
-                num_images=len(split),
-                objective=self.objective,
-                classes=self.prepared.data.classes,
-                processes=self.processes,
-                in_step=self.hollow is not None,
-            )
-
-    def averaged(self) -> AbstractContextManager[None]:
-        """Within: the network has its averaged weights, where averages are kept."""
-        return nullcontext() if self.ema is None else self.ema.in_place()
-
-
-def _make_parts(
-    prepared: Prepared, processes: Processes, stop: StopRequest, screen: Progress, stage: Stage, careful_until: int
-) -> Parts:
-    recipe, device = prepared.recipe, processes.device
-    network = processes.place(prepared.classifier)
-    enter(network, stage)
-    return Parts(
-        prepared,
-        processes,
-        network,
-        _averages(prepared) if processes.mesh is None else None,
-        make_objective(prepared, device),
-        Keeper(prepared, processes, Images(prepared), screen, stop),
-        careful_until if recipe.non_finite.action != "skip" else prepared.total_steps,
-        stage,
-        build_optimizer(stage.groups, stage.optim),
-    )
-
-
-def _averages(prepared: Prepared) -> Ema | None:
-    decay = prepared.recipe.optim.ema_decay
-    return Ema(prepared.trained, decay) if decay is not None else None
 
 
 def train(
@@ -178,9 +99,9 @@ def _train(
 
     # -- resume: into the bare objects of the stage that the checkpoint is of, before Accelerate wraps them -----------
     newest = processes.on_main(partial(_newest, folder, screen)) if record is not None else None
-    checkpoint = _load(newest, prepared, processes) if newest is not None else None
+    checkpoint = load(newest, prepared, processes) if newest is not None else None
     saved_in = stage_at(prepared.stages, checkpoint.step - 1 if checkpoint is not None else 0)
-    parts = _make_parts(prepared, processes, stop, screen, saved_in, careful_until)
+    parts = make_parts(prepared, processes, stop, screen, saved_in, careful_until)
     clock = Clock()
     if checkpoint is not None:
         if processes.mesh is None:
@@ -190,19 +111,19 @@ def _train(
         processes.on_main(partial(point_to, folder.checkpoints, clock))
         screen.say(f"resumed from {newest}, at step {clock.step} of {prepared.total_steps}")
     if stage_at(prepared.stages, clock.step) is not parts.stage:
-        _next_stage(parts)
+        next_stage(parts)
 
     # -- the loop: its first file is written when all images are there, so that bad ones leave no half-begun run ----
-    _begin_stage(parts, clock, checkpoint.state["scaler"] if checkpoint is not None else None)
+    begin_stage(parts, clock, checkpoint.state["scaler"] if checkpoint is not None else None)
     if checkpoint is not None and processes.mesh is not None:
         restore(checkpoint, parts.network, parts.optimizer, parts.ema, prepared.fixed)
     if record is None:
         record = make_record(prepared, world_size=processes.world_size, device=str(processes.device))
         processes.on_main(partial(begin_folder, folder, recipe, record))
     if checkpoint is None and recipe.non_finite.action == "rollback":
-        _save(parts, clock, folder, elapsed_s=0.0)  # something to go back to
+        save(parts, clock, folder, elapsed_s=0.0)  # something to go back to
     with (
-        _unwrapping(parts),
+        unwrapping(parts),
         Progress(prepared.total_steps, clock.step, enabled=processes.is_main) as progress,
         RunBook(prepared, folder, processes, clock, record, progress) as book,
         processes.watchdog.watching(),
@@ -249,7 +170,7 @@ def _train(
                 due_save = due_save or improved
             if due_save:
                 with book.not_training():
-                    _save(parts, clock, folder, elapsed_s=book.elapsed_s())
+                    save(parts, clock, folder, elapsed_s=book.elapsed_s())
             if stopping and clock.step < prepared.total_steps:
                 raise Stopped(_stopped(stop, clock, prepared, folder))
         return _finish(parts, clock, book, folder, progress)
@@ -265,79 +186,8 @@ def _steps(parts: Parts, clock: Clock, book: RunBook) -> Generator[list[Any], No
         if parts.stage is stages[-1]:
             return
         with book.not_training():
-            _next_stage(parts)
-            _begin_stage(parts, clock, None)
-
-
-def _next_stage(parts: Parts) -> None:
-    """Leave the stage that is over: unwrap, freeze, and build the optimizer again with the moments that go on."""
-    _unwrap(parts)
-    # Batch statistics differ by rank until they are shared, and what is frozen now must be the same on all.
-    parts.processes.share_buffers(parts.network)
-    parts.stage = parts.prepared.stages[parts.stage.number + 1]
-    parts.optimizer = cross_boundary(parts.network, parts.optimizer, parts.ema, parts.stage)
-
-
-def _unwrap(parts: Parts) -> None:
-    """Take off what Accelerate put around (and, for mixed precision, into) the module that was trained."""
-    if parts.feed is not None:
-        parts.processes.accelerator.unwrap_model(parts.feed.module, keep_fp32_wrapper=False)
-        # Accelerate leaves alone what bears this mark, and so the next stage would go without mixed precision.
-        vars(parts.feed.module).pop("_is_accelerate_prepared", None)
-        parts.processes.accelerator.free_memory()
-        parts.feed, parts.wrapped = None, None
-
-
-def _begin_stage(parts: Parts, clock: Clock, scaler_state: dict[str, Any] | None) -> None:
-    """Open the feed of the stage, which may compute codes, and have Accelerate wrap what is trained."""
-    prepared, accelerator, key = parts.prepared, parts.processes.accelerator, str(parts.stage.number)
-    decided = clock.keeps_codes.get(key)
-    parts.keeper.begin_stage()
-    parts.feed, keeps = open_feed(parts.stage, prepared, parts.processes, parts.keeper, decided=decided)
-    clock.keeps_codes[key] = keeps
-    if prepared.recipe.compute.compile:
-        parts.feed.module.compile()
-    parts.feed.module.train()
-    if parts.processes.mesh is not None:
-        _shard(parts, parts.feed.module, parts.processes.mesh)
-    else:
-        parts.wrapped = accelerator.prepare(parts.feed.module, parts.optimizer)
-        parts.is_rehearsed = parts.processes.world_size < 3 or not isinstance(parts.wrapped[0], DistributedDataParallel)
-    parts.processes.run_recorded()  # what was loaded; else the first step would be a program of its own
-    if scaler_state is not None and accelerator.scaler is not None:
-        accelerator.scaler.load_state_dict(scaler_state)
-
-
-def _shard(parts: Parts, module: nn.Module, mesh: DeviceMesh) -> None:
-    """Spread what is trained over the processes; the optimizer and the averages are of each one's shares."""
-    prepared, stage = parts.prepared, parts.stage
-    why_not = next(filter(None, parts.processes.gather(objection_to_shares(stage.optim, mesh))), None)
-    if why_not is not None:
-        raise RecipeError(
-            f"optim.name: '{stage.optim.name}' cannot be had beside compute.engine: fsdp2 ({why_not}). Take another, "
-            "such as adamw, sgd, lion or lamb, or compute.engine: ddp"
-        )
-    parts.hollow = hollow_copy(parts.network)
-    num_blocks = shard(module, parts.network, mesh, prepared.recipe.compute.precision)
-    groups = sharded_groups(stage.groups, parts.network.rule_names())
-    parts.optimizer, parts.ema = build_optimizer(groups, stage.optim), _averages(prepared)
-    # Autocast alone: Accelerate would put DDP around it.
-    prepared_module = parts.processes.accelerator.prepare_model(module, evaluation_mode=True)
-    parts.wrapped = prepared_module, parts.optimizer
-    parts.keeper.screen.say(
-        f"fsdp2: {prepared.trainable_params:,} trained parameters spread over {mesh.size()} processes, "
-        f"{num_blocks} blocks whole one after the other"
-    )
-
-
-@contextmanager
-def _unwrapping(parts: Parts) -> Iterator[None]:
-    """Within: a loss that is not finite leaves the network bare, so that the run can begin again in this process."""
-    try:
-        yield
-    except NonFiniteLossError:
-        _unwrap(parts)
-        raise
+            next_stage(parts)
+            begin_stage(parts, clock, None)
 
 
 def _leave_out(clock: Clock, parts: Parts, book: RunBook, folder: RunFolder) -> None:
@@ -361,32 +211,6 @@ def _refuse_non_finite(bad_step: int | None, clock: Clock, parts: Parts, folder:
         raise NonFiniteLossError(_non_finite(bad_step, folder), bad_step)
 
 
-def _save(parts: Parts, clock: Clock, folder: RunFolder, *, elapsed_s: float) -> None:
-    processes, keeping = parts.processes, parts.prepared.recipe.checkpoint
-    processes.share_buffers(parts.network)
-    refuse_desync(what_must_agree(parts.network, parts.ema), processes, clock.step)
-    checkpoint = snapshot(
-        clock,
-        parts.network,
-        parts.optimizer,
-        parts.ema,
-        processes.accelerator,
-        elapsed_s=elapsed_s,
-        fixed=parts.prepared.fixed,
-    )
-    if processes.mesh is None:
-        processes.on_main(partial(write_checkpoint, folder.checkpoints, checkpoint, clock, keeping))
-    else:
-        save_sharded(folder.checkpoints, checkpoint, processes)
-        processes.on_main(partial(tidy_up, folder.checkpoints, clock, keeping))
-
-
-def _load(folder: Path, prepared: Prepared, processes: Processes) -> Checkpoint:
-    if processes.mesh is None:
-        return processes.on_all(partial(load_checkpoint, folder))
-    return load_sharded(folder, {name: param.shape for name, param in prepared.trained.items()}, processes)
-
-
 def _finish(parts: Parts, clock: Clock, book: RunBook, folder: RunFolder, progress: Progress) -> dict[str, Any]:
     """The last and the best weights on the split that chose nothing; the best are exported."""
     prepared, processes, feed = parts.prepared, parts.processes, parts.feed
@@ -398,12 +222,12 @@ def _finish(parts: Parts, clock: Clock, book: RunBook, folder: RunFolder, progre
     if clock.best_step is not None and clock.best_step != clock.step:
         # By its step, and not by what BEST points to: that is for people, and may be older than the clock.
         best_folder = checkpoint_folder(folder.checkpoints, clock.best_step)
-        checkpoint = _load(best_folder, prepared, processes)
+        checkpoint = load(best_folder, prepared, processes)
         restore_weights(checkpoint, parts.network, parts.ema, prepared.fixed)
         if clock.best_step <= parts.stage.start_step:  # of another stage, whose frozen part was another
             feed = ImageFeed(prepared, processes, parts.network, parts.keeper.images)
         best = {"step": clock.best_step, **parts.figures(split, feed)}
-    _unwrap(parts)  # the exported model has to give its logits without what mixed precision does to them
+    unwrap(parts)  # the exported model has to give its logits without what mixed precision does to them
     with parts.averaged():
         if parts.hollow is not None:
             parts.network = filled(parts.hollow, parts.network, keep=processes.is_main)

@@ -1,0 +1,226 @@
+"""The objects of a training run, and what becomes of them from stage to stage and from start to start.
+
+Promise: whoever wraps the network (Accelerate, FSDP2) is known here; checkpoints and export are of the bare one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.parallel import DistributedDataParallel
+
+from tlscale.checkpoint import Checkpoint, load_checkpoint
+from tlscale.data.sources import ImageSplit
+from tlscale.desync import refuse_desync, what_must_agree
+from tlscale.dist import Processes
+from tlscale.errors import NonFiniteLossError, RecipeError
+from tlscale.evaluate import evaluate
+from tlscale.feed import Feed, open_feed
+from tlscale.keeper import Images, Keeper
+from tlscale.model.classifier import Classifier
+from tlscale.model.ema import Ema
+from tlscale.objective import Objective
+from tlscale.optim import build_optimizer
+from tlscale.prepare import Prepared, make_objective
+from tlscale.progress import Progress
+from tlscale.run_folder import RunFolder
+from tlscale.run_state import (
+    Clock,
+    snapshot,
+    tidy_up,
+    write_checkpoint,
+)
+from tlscale.sharded_checkpoint import load_sharded, save_sharded
+from tlscale.sharding import (
+    hollow_copy,
+    objection_to_shares,
+    shard,
+    sharded_groups,
+)
+from tlscale.stages import Stage, cross_boundary, enter
+from tlscale.stop import StopRequest
+
+
+@dataclass
+class Parts:
+    """The objects of a run; `network` is the bare one, which checkpoints and export are of."""
+
+    prepared: Prepared
+    processes: Processes
+    network: Classifier
+    ema: Ema | None
+    objective: Objective
+    keeper: Keeper
+    careful_until: int  # steps before this one are looked at before their update
+    # Of the stage that the run is in:
+    stage: Stage
+    optimizer: torch.optim.Optimizer
+    feed: Feed | None = None
+    # What is called and stepped: what Accelerate, or FSDP2, made of the feed's module.
+    wrapped: tuple[nn.Module, torch.optim.Optimizer] | None = None
+    hollow: Classifier | None = None  # where the network is spread over the processes: what is exported in its place
+    is_rehearsed: bool = True  # false before the first step of a start or a stage, where it matters
+
+    def figures(self, split: ImageSplit, feed: Feed) -> dict[str, Any]:
+        """Evaluation of the weights that a user would get: the averages, where averages are kept."""
+        self.processes.share_buffers(self.network)
+        with self.averaged():
+            return evaluate(
+                feed.module,
+                feed.eval_batches(split),
+                inputs=feed.inputs,
+                num_images=len(split),
+                objective=self.objective,
+                classes=self.prepared.data.classes,
+                processes=self.processes,
+                in_step=self.hollow is not None,
+            )
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Within: the network has its averaged weights, where averages are kept."""
+        return nullcontext() if self.ema is None else self.ema.in_place()
+
+
+def make_parts(
+    prepared: Prepared, processes: Processes, stop: StopRequest, screen: Progress, stage: Stage, careful_until: int
+) -> Parts:
+    """What a run begins with, in `stage`; nothing is wrapped yet.
+
+    Args:
+        careful_until: steps before this one are looked at before their update.
+    """
+    recipe, device = prepared.recipe, processes.device
+    network = processes.place(prepared.classifier)
+    enter(network, stage)
+    return Parts(
+        prepared,
+        processes,
+        network,
+        _averages(prepared) if processes.mesh is None else None,
+        make_objective(prepared, device),
+        Keeper(prepared, processes, Images(prepared), screen, stop),
+        careful_until if recipe.non_finite.action != "skip" else prepared.total_steps,
+        stage,
+        build_optimizer(stage.groups, stage.optim),
+    )
+
+
+def _averages(prepared: Prepared) -> Ema | None:
+    decay = prepared.recipe.optim.ema_decay
+    return Ema(prepared.trained, decay) if decay is not None else None
+
+
+def begin_stage(parts: Parts, clock: Clock, scaler_state: dict[str, Any] | None) -> None:
+    """Open the feed of the stage, which may compute codes, and have Accelerate wrap what is trained."""
+    prepared, accelerator, key = parts.prepared, parts.processes.accelerator, str(parts.stage.number)
+    decided = clock.keeps_codes.get(key)
+    parts.keeper.begin_stage()
+    parts.feed, keeps = open_feed(parts.stage, prepared, parts.processes, parts.keeper, decided=decided)
+    clock.keeps_codes[key] = keeps
+    if prepared.recipe.compute.compile:
+        parts.feed.module.compile()
+    parts.feed.module.train()
+    if parts.processes.mesh is not None:
+        _shard(parts, parts.feed.module, parts.processes.mesh)
+    else:
+        parts.wrapped = accelerator.prepare(parts.feed.module, parts.optimizer)
+        parts.is_rehearsed = parts.processes.world_size < 3 or not isinstance(parts.wrapped[0], DistributedDataParallel)
+    parts.processes.run_recorded()  # what was loaded; else the first step would be a program of its own
+    if scaler_state is not None and accelerator.scaler is not None:
+        accelerator.scaler.load_state_dict(scaler_state)
+
+
+def _shard(parts: Parts, module: nn.Module, mesh: DeviceMesh) -> None:
+    """Spread what is trained over the processes; the optimizer and the averages are of each one's shares."""
+    prepared, stage = parts.prepared, parts.stage
+    why_not = next(filter(None, parts.processes.gather(objection_to_shares(stage.optim, mesh))), None)
+    if why_not is not None:
+        raise RecipeError(
+            f"optim.name: '{stage.optim.name}' cannot be had beside compute.engine: fsdp2 ({why_not}). Take another, "
+            "such as adamw, sgd, lion or lamb, or compute.engine: ddp"
+        )
+    parts.hollow = hollow_copy(parts.network)
+    num_blocks = shard(module, parts.network, mesh, prepared.recipe.compute.precision)
+    groups = sharded_groups(stage.groups, parts.network.rule_names())
+    parts.optimizer, parts.ema = build_optimizer(groups, stage.optim), _averages(prepared)
+    # Autocast alone: Accelerate would put DDP around it.
+    prepared_module = parts.processes.accelerator.prepare_model(module, evaluation_mode=True)
+    parts.wrapped = prepared_module, parts.optimizer
+    parts.keeper.screen.say(
+        f"fsdp2: {prepared.trainable_params:,} trained parameters spread over {mesh.size()} processes, "
+        f"{num_blocks} blocks whole one after the other"
+    )
+
+
+def next_stage(parts: Parts) -> None:
+    """Leave the stage that is over: unwrap, freeze, and build the optimizer again with the moments that go on."""
+    unwrap(parts)
+    # Batch statistics differ by rank until they are shared, and what is frozen now must be the same on all.
+    parts.processes.share_buffers(parts.network)
+    parts.stage = parts.prepared.stages[parts.stage.number + 1]
+    parts.optimizer = cross_boundary(parts.network, parts.optimizer, parts.ema, parts.stage)
+
+
+def unwrap(parts: Parts) -> None:
+    """Take off what Accelerate put around (and, for mixed precision, into) the module that was trained."""
+    if parts.feed is not None:
+        parts.processes.accelerator.unwrap_model(parts.feed.module, keep_fp32_wrapper=False)
+        # Accelerate leaves alone what bears this mark, and so the next stage would go without mixed precision.
+        vars(parts.feed.module).pop("_is_accelerate_prepared", None)
+        parts.processes.accelerator.free_memory()
+        parts.feed, parts.wrapped = None, None
+
+
+@contextmanager
+def unwrapping(parts: Parts) -> Iterator[None]:
+    """Within: a loss that is not finite leaves the network bare, so that the run can begin again in this process."""
+    try:
+        yield
+    except NonFiniteLossError:
+        unwrap(parts)
+        raise
+
+
+def save(parts: Parts, clock: Clock, folder: RunFolder, *, elapsed_s: float) -> None:
+    """Make a checkpoint of the run, on all processes.
+
+    Raises:
+        DesyncError: the processes do not have the same weights any more.
+        CheckpointError: the disk is full or cannot be written; the checkpoints before are untouched.
+    """
+    processes, keeping = parts.processes, parts.prepared.recipe.checkpoint
+    processes.share_buffers(parts.network)
+    refuse_desync(what_must_agree(parts.network, parts.ema), processes, clock.step)
+    checkpoint = snapshot(
+        clock,
+        parts.network,
+        parts.optimizer,
+        parts.ema,
+        processes.accelerator,
+        elapsed_s=elapsed_s,
+        fixed=parts.prepared.fixed,
+    )
+    if processes.mesh is None:
+        processes.on_main(partial(write_checkpoint, folder.checkpoints, checkpoint, clock, keeping))
+    else:
+        save_sharded(folder.checkpoints, checkpoint, processes)
+        processes.on_main(partial(tidy_up, folder.checkpoints, clock, keeping))
+
+
+def load(folder: Path, prepared: Prepared, processes: Processes) -> Checkpoint:
+    """The checkpoint in `folder`, what is spread over the processes as each one's share.
+
+    Raises:
+        CheckpointError: on every process, where it is damaged.
+    """
+    if processes.mesh is None:
+        return processes.on_all(partial(load_checkpoint, folder))
+    return load_sharded(folder, {name: param.shape for name, param in prepared.trained.items()}, processes)
