@@ -407,9 +407,11 @@ def _settle_order_of_sums(batch: Any, parts: Parts) -> None:  # noqa: ANN401 (of
     """
     assert parts.feed is not None
     assert parts.wrapped is not None
-    vigil, batch = _vigil(parts), batch.to(parts.processes.device)
+    processes = parts.processes
+    vigil, batch = _vigil(parts), batch.to(processes.device)
+    processes.seed(derive_seed(parts.prepared.recipe.seed, "settle", processes.rank))
     losses_B = _losses(parts.objective, parts.wrapped[0](*parts.feed.inputs(batch)), batch)
-    parts.processes.accelerator.backward(losses_B[: batch.num_real].sum())
+    processes.accelerator.backward(losses_B[: batch.num_real].sum())
     vigil.undo()
     parts.is_settled = True
 
