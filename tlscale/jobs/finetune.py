@@ -308,10 +308,11 @@ def _rehearse(batch: Any, parts: Parts) -> None:
     """
     assert parts.feed is not None
     assert parts.wrapped is not None
-    vigil = _vigil(parts)
-    batch = batch.to(parts.processes.device, non_blocking=True)
+    processes = parts.processes
+    vigil, batch = _vigil(parts), batch.to(processes.device)
+    processes.seed(derive_seed(parts.prepared.recipe.seed, "settle", processes.rank))
     losses_B = _losses(parts.objective, parts.wrapped[0](*parts.feed.inputs(batch)), batch)
-    parts.processes.accelerator.backward(losses_B.sum())
+    processes.accelerator.backward(losses_B[: batch.num_real].sum())
     vigil.undo()
     parts.is_rehearsed = True
 
