@@ -73,7 +73,7 @@ def run(
     stop = StopRequest(folder.stop if processes.is_main else None)
     with closing(processes), stop, processes.main_holds(lambda: claim(folder.path, mode)):
         screen = Progress(0, enabled=processes.is_main)
-        processes.on_main(partial(_forget_stops, folder, screen))
+        processes.on_main(partial(_forget_stop, folder, screen))
         record = None if overwrite else processes.on_main(lambda: read_record(folder))
         if record is not None:
             processes.on_main(lambda: _refuse_other_recipe(recipe, folder))
@@ -91,6 +91,7 @@ def run(
         show_plan(prepared, screen, device=str(processes.device))
         if record is not None:
             processes.on_main(partial(_refuse_other_inputs, record, prepared, folder))
+        processes.on_main(partial(folder.stopped.unlink, missing_ok=True))
         job = train if recipe.probe is None else probe
         try:
             return job(prepared, folder, processes, stop, record, screen)
@@ -100,9 +101,8 @@ def run(
             raise
 
 
-def _forget_stops(folder: RunFolder, screen: Progress) -> None:
-    """What was said about an earlier start of the run; a request to stop is one to a run that is there."""
-    folder.stopped.unlink(missing_ok=True)
+def _forget_stop(folder: RunFolder, screen: Progress) -> None:
+    """A request to stop is one to a run that is there."""
     if folder.stop.exists():
         screen.say(f"'{folder.stop}' is from before this start, and removed")
         folder.stop.unlink()
