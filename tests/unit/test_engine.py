@@ -5,8 +5,10 @@ import torch
 from torch import nn
 
 from tests.small_models import TINY, classifier, noise
+from tests.small_runs import put_small_idx, small_recipe
 from tlscale.dist import start_processes
 from tlscale.errors import LaunchError, ModelError
+from tlscale.jobs.plan import plan
 from tlscale.recipe.schema import ComputeSection
 from tlscale.sharding import filled, hollow_copy, repeated_blocks, shard
 
@@ -113,3 +115,26 @@ def test_a_hollow_copy_is_made_whole_again():
         network.head[0].weight.add_(1.0)
     whole = filled(hollow, network, keep=True)
     assert torch.equal(whole.eval()(noise()), network.eval()(noise()))
+
+
+def test_the_plan_counts_shares_and_what_is_whole_while_it_computes(tmp_path, capsys):
+    idx = put_small_idx(tmp_path / "idx")
+    rows = {}
+    for engine in ("ddp", "fsdp2"):
+        plan(small_recipe(tmp_path / f"{engine}.yaml", idx, compute={"engine": engine}), world_size=4)
+        out = capsys.readouterr().out.split("Memory of a process")[1]
+        rows[engine] = {
+            name: float(line.split()[-1])
+            for line in out.splitlines()
+            for name in ("weights ", "gradients", "whole while")
+            if line.strip().startswith(name)
+        }
+    network = classifier("test_vit", in_chans=1, num_classes=10)
+    num_bytes = sum(param.numel() * 4 for param in network.parameters())
+    blocks = [sum(param.numel() * 4 for param in block.parameters()) for block in repeated_blocks(network)]
+    assert rows["ddp"]["gradients"] == pytest.approx(num_bytes / 2**20, abs=0.06)
+    assert rows["fsdp2"]["gradients"] == pytest.approx(num_bytes / 4 / 2**20, abs=0.06)
+    assert rows["fsdp2"]["weights "] == pytest.approx(num_bytes / 4 / 2**20, abs=0.06)
+    whole = num_bytes - sum(blocks) + max(blocks)
+    assert rows["fsdp2"]["whole while"] == pytest.approx(whole / 2**20, abs=0.06)
+    assert "whole while" not in rows["ddp"]
