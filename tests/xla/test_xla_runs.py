@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -276,10 +277,13 @@ def test_the_launcher_runs_it(idx, tmp_path):
     assert json.loads((tmp_path / "run" / "run.json").read_text())["device"].startswith("xla")
 
 
-def test_torchs_group_is_there_beside_xla():
+def test_torchs_group_is_there_beside_xla(monkeypatch):
     """What several processes would agree by; here it is a group of one."""
     from tlscale import xla
 
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        monkeypatch.setenv("MASTER_PORT", str(free.getsockname()[1]))
     xla.join()
     try:
         control = torch_dist.new_group(backend="gloo")
