@@ -26,6 +26,7 @@ from tlscale.recipe.schema import ComputeSection
 from tlscale.watchdog import Watchdog
 
 T = TypeVar("T")
+_SCHEME = "tlscale"
 _MIXED = {"fp32": "no", "fp64": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
@@ -227,7 +228,7 @@ def _join(compute: ComputeSection, is_guest: bool) -> Processes:
         accelerator = Accelerator(
             mixed_precision=_MIXED[compute.precision],
             step_scheduler_with_optimizer=False,
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=_patience(compute))],
+            kwargs_handlers=[InitProcessGroupKwargs(init_method=_meeting_place(), timeout=_patience(compute))],
         )
     except ValueError as error:
         if not is_guest:
@@ -254,6 +255,24 @@ def _join(compute: ComputeSection, is_guest: bool) -> Processes:
     control: Any = torch_dist.new_group(backend="gloo", timeout=_patience(compute)) if world_size > 1 else None
     watchdog = Watchdog(compute.hang_timeout_s)
     return Processes(accelerator, accelerator.process_index, world_size, watchdog, control, is_guest)
+
+
+def _meeting_place() -> str | None:
+    """Where the processes find each other; None: where PyTorch says.
+
+    torchrun keeps the store in which processes that it restarts left their addresses, and the new ones may call those
+    of the dead. On one host all of them know how often they were restarted, so each start gets names of its own.
+    """
+    is_again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    return f"{_SCHEME}://" if is_again and os.environ.get("GROUP_WORLD_SIZE") == "1" else None
+
+
+def _meet(_url: str, **options: Any) -> Iterator[tuple[torch_dist.Store, int, int]]:
+    for store, rank, world_size in torch_dist.rendezvous("env://", **options):
+        yield torch_dist.PrefixStore(f"start_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store), rank, world_size
+
+
+torch_dist.register_rendezvous_handler(_SCHEME, _meet)
 
 
 def _patience(compute: ComputeSection) -> timedelta:
