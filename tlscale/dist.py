@@ -19,6 +19,7 @@ import torch.distributed as torch_dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, is_initialized
 from accelerate.utils import InitProcessGroupKwargs
+from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 
 from tlscale.cores import num_cores
 from tlscale.errors import LaunchError, TlscaleError
@@ -267,12 +268,13 @@ def _meeting_place() -> str | None:
     return f"{_SCHEME}://" if is_again and os.environ.get("GROUP_WORLD_SIZE") == "1" else None
 
 
-def _meet(_url: str, **options: Any) -> Iterator[tuple[torch_dist.Store, int, int]]:
-    for store, rank, world_size in torch_dist.rendezvous("env://", **options):
-        yield torch_dist.PrefixStore(f"start_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store), rank, world_size
+def _meet(_url: str, **options: Any) -> Iterator[tuple[Any, int, int]]:
+    for store, rank, world_size in rendezvous("env://", **options):
+        name = f"start_{os.environ['TORCHELASTIC_RESTART_COUNT']}"
+        yield torch_dist.PrefixStore(name, store), rank, world_size  # type: ignore[attr-defined]
 
 
-torch_dist.register_rendezvous_handler(_SCHEME, _meet)
+register_rendezvous_handler(_SCHEME, _meet)  # type: ignore[no-untyped-call]
 
 
 def _patience(compute: ComputeSection) -> timedelta:
