@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, is_initialized
 from accelerate.utils import InitProcessGroupKwargs
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 
 from tlscale.cores import num_cores
 from tlscale.errors import LaunchError, TlscaleError
@@ -35,6 +36,7 @@ _OTHER_ENGINES = {
     "ACCELERATE_USE_MEGATRON_LM": ("Megatron-LM", "--use_megatron_lm, or 'distributed_type: MEGATRON_LM' in its file"),
     "ACCELERATE_USE_PARALLELISM_CONFIG": ("a parallelism configuration", "--use_parallelism_config, or its section"),
 }
+_SCHEME = "tlscale"
 _MIXED = {"fp32": "no", "fp64": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
@@ -269,7 +271,7 @@ def _join(compute: ComputeSection, is_guest: bool) -> Processes:
         accelerator = Accelerator(
             mixed_precision=_MIXED[compute.precision],
             step_scheduler_with_optimizer=False,
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=_patience(compute))],
+            kwargs_handlers=[InitProcessGroupKwargs(init_method=_meeting_place(), timeout=_patience(compute))],
         )
     except ValueError as error:
         if not is_guest:
@@ -304,6 +306,25 @@ def _join(compute: ComputeSection, is_guest: bool) -> Processes:
     watchdog = Watchdog(compute.hang_timeout_s)
     mesh = init_device_mesh(accelerator.device.type, (world_size,)) if compute.engine == "fsdp2" else None
     return Processes(accelerator, accelerator.process_index, world_size, watchdog, mesh, control, is_guest)
+
+
+def _meeting_place() -> str | None:
+    """Where the processes find each other; None: where PyTorch says.
+
+    torchrun keeps the store in which processes that it restarts left their addresses, and the new ones may call those
+    of the dead. On one host all of them know how often they were restarted, so each start gets names of its own.
+    """
+    is_again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    return f"{_SCHEME}://" if is_again and os.environ.get("GROUP_WORLD_SIZE") == "1" else None
+
+
+def _meet(_url: str, **options: Any) -> Iterator[tuple[Any, int, int]]:
+    for store, rank, world_size in rendezvous("env://", **options):
+        name = f"start_{os.environ['TORCHELASTIC_RESTART_COUNT']}"
+        yield torch_dist.PrefixStore(name, store), rank, world_size  # type: ignore[attr-defined]
+
+
+register_rendezvous_handler(_SCHEME, _meet)  # type: ignore[no-untyped-call]
 
 
 def _patience(compute: ComputeSection) -> timedelta:
