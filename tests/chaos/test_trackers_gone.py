@@ -77,7 +77,8 @@ def test_the_folder_of_tensorboard_is_removed_in_the_middle(whole, tracked):
     assert process.wait(200) == 0, log.read_text()[-3000:]
     (out / "tensorboard").unlink()
     assert_same_runs(whole, out)
-    assert "Traceback" not in log.read_text()
+    # TensorBoard's own thread may print its traceback; the run has no error, and says why it goes on without.
+    assert "tensorboard failed while logging and is switched off" in " ".join(log.read_text().split())
 
 
 @pytest.fixture
