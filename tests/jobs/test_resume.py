@@ -99,6 +99,22 @@ def test_a_file_stops_a_run_as_a_signal_does(idx, tmp_path):
     assert_same_runs(tmp_path / "whole", out)
 
 
+def test_a_restart_by_torchrun_does_not_undo_a_stop(idx, tmp_path, monkeypatch):
+    recipe = small_recipe(tmp_path / "recipe.yaml", idx, duration=f"{STEPS} steps")
+    out = tmp_path / "run"
+    with pytest.raises(Stopped), When(logged(out, 5), (out / "STOP").touch):
+        tlscale.run(recipe, out)
+    before = (out / "metrics.jsonl").read_bytes()
+    with monkeypatch.context() as restarted:
+        restarted.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+        with pytest.raises(Stopped, match="only torchrun's restart"):
+            tlscale.run(recipe, out, resume=True)
+    assert (out / "STOPPED").exists()
+    assert (out / "metrics.jsonl").read_bytes() == before
+    tlscale.run(recipe, out, resume=True)
+    assert result(out)["steps"] == STEPS
+
+
 def test_a_file_stops_the_computation_of_codes(idx, tmp_path):
     """Before anything is written: the folder holds the word that it stopped, and the same line begins the run."""
     recipe = small_recipe(tmp_path / "recipe.yaml", idx, freeze=".*", codes={"keep": "always"}, seed=77)

@@ -6,6 +6,7 @@ Chapters: process; folder; data, model and weights; plan; and then the job that 
 from __future__ import annotations
 
 import json
+import os
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -73,6 +74,7 @@ def run(
     stop = StopRequest(folder.stop if processes.is_main else None)
     with closing(processes), stop, processes.main_holds(lambda: claim(folder.path, mode)):
         screen = Progress(0, enabled=processes.is_main)
+        processes.on_main(partial(_obey_earlier_stop, folder))
         processes.on_main(partial(_forget_stop, folder, screen))
         record = None if overwrite else processes.on_main(lambda: read_record(folder))
         if record is not None:
@@ -99,6 +101,16 @@ def run(
             if processes.is_main:
                 _mark_stopped(folder, stop, stopped)
             raise
+
+
+def _obey_earlier_stop(folder: RunFolder) -> None:
+    """torchrun takes a stop for a failure, and with --max_restarts it starts the processes again that just stopped.
+
+    Raises:
+        Stopped: this is such a start.
+    """
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and folder.stopped.exists():
+        raise Stopped(f"'{folder.path}' was stopped, and this is only torchrun's restart: nothing was done")
 
 
 def _forget_stop(folder: RunFolder, screen: Progress) -> None:
