@@ -19,6 +19,6 @@ set -euo pipefail
 recipe=${1:?the recipe is missing: bash launch/local.sh RECIPE [KEY.PATH=VALUE ...]}
 run_dir=${RUN_DIR:-runs/$(basename "$recipe" .yaml)}
 
-# torchrun's --max-restarts stays at 0: it would start a run again that was asked to stop.
+# torchrun's --max-restarts stays at 0: it would start the processes again that just stopped, only to end at once.
 exec "${PYTHON:-python3}" -m torch.distributed.run --standalone --nproc-per-node "${PROCESSES:-gpu}" \
   tlscale/run.py "$recipe" --out "$run_dir" --resume "${@:2}"
