@@ -9,8 +9,12 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.forks import Forks
 
 IDX_FILES = tuple(f"{split}-{what}-ubyte.gz" for split in ("train", "t10k") for what in ("images-idx3", "labels-idx1"))
 # Keys and addresses that would take a test online, or let a result depend on who runs it.
@@ -121,6 +125,16 @@ def idx(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.small_runs import put_small_idx  # imports torch, which must find the environment that is set above
 
     return put_small_idx(tmp_path_factory.mktemp("idx"))
+
+
+@pytest.fixture(scope="module")
+def forks() -> Iterator[Forks]:
+    """Starts runs without the seconds that an import takes."""
+    from tests.forks import Forks  # inherits the environment that is set above
+
+    forks = Forks()
+    yield forks
+    forks.close()
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -128,6 +129,24 @@ def last_checkpoint(out: Path) -> Path:
 
 def result(out: Path) -> dict:
     return json.loads((out / "result.json").read_text())
+
+
+def as_after(step: int, whole: Path, out: Path) -> Path:
+    """A copy of a complete run as it was after the checkpoint of `step`."""
+    shutil.copytree(whole, out)
+    shutil.rmtree(out / "model")
+    (out / "result.json").unlink()
+    for folder in (out / "checkpoints").glob("step_*"):
+        if int(folder.name[5:]) > step:
+            shutil.rmtree(folder)
+    return out
+
+
+def assert_same_evaluation(first: Path, second: Path) -> None:
+    """Every count of the 37 test images, and what follows from counts."""
+    for key in ("num_images", "confusion", "per_class", "top1", "top5"):
+        assert result(first)[key] == result(second)[key], key
+    assert result(first)["num_images"] == 37
 
 
 def assert_same_runs(first: Path, second: Path) -> None:

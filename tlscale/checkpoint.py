@@ -28,7 +28,7 @@ from torch import Tensor
 
 from tlscale import faults
 from tlscale.errors import CheckpointError
-from tlscale.run_folder import file_sha256, remove_left_overs, write_text
+from tlscale.run_folder import file_sha256, flush, remove_left_overs, write_text
 
 FORMAT = 1
 _MANIFEST = "manifest.json"
@@ -92,7 +92,7 @@ def complete_checkpoint(
         if target.exists():
             shutil.rmtree(target)
         aside.rename(target)
-        _flush(root)
+        flush(root)
         faults.at("checkpoint.latest")
         write_text(root / "LATEST", target.name + "\n")
     return target
@@ -139,11 +139,11 @@ def _write_files(folder: Path, checkpoint: Checkpoint, shards: Mapping[str, File
         faults.at("checkpoint.file")
     (folder / _STATE).write_text(json.dumps(checkpoint.state))
     for path in sorted(path for path in folder.iterdir() if path.is_file()):
-        _flush(path)
+        flush(path)
         manifest["files"][path.name] = facts_of(path)
     faults.at("checkpoint.manifest")
     write_text(folder / _MANIFEST, json.dumps(manifest, indent=2) + "\n")
-    _flush(folder)
+    flush(folder)
 
 
 def facts_of(path: Path) -> FileFacts:
@@ -157,14 +157,6 @@ def _remove_left_overs(root: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     for pointer in ("LATEST", "BEST"):
         remove_left_overs(root / pointer)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def list_checkpoints(root: Path) -> list[Path]:

@@ -183,6 +183,15 @@ def write_text(path: Path, text: str) -> None:
         aside.unlink(missing_ok=True)
 
 
+def flush(path: Path) -> None:
+    """Have a file's content, or a folder's names, on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def remove_left_overs(path: Path) -> None:
     """Remove what writers of `path` that were killed left beside it; for who knows that none is at work."""
     for left in _left_overs(path):

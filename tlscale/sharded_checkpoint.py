@@ -8,7 +8,6 @@ processes, and by `load_checkpoint` on one. A checkpoint of whole tensors is rea
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping
 from functools import partial
@@ -43,6 +42,7 @@ from tlscale.checkpoint import (
 )
 from tlscale.dist import Processes
 from tlscale.errors import CheckpointError
+from tlscale.run_folder import flush
 from tlscale.sharding import spread
 
 Groups = dict[str, dict[str, Tensor]]
@@ -93,21 +93,13 @@ def _write_shares(
         files = sorted(folder.glob(f"shard-{processes.rank + 1:05}-*.safetensors"))
         facts = {f"{SHARDS}/{path.name}": facts_of(path) for path in files}
         if processes.is_main:
-            _flush_folder(folder)
+            flush(folder)
     except CheckpointException as error:  # of any process: torch tells all of them
         rank, (cause, _) = min(error.failures.items())
         raise cannot_save(root, checkpoint, cause) from error
     except OSError as error:
         raise cannot_save(root, checkpoint, error) from error
     return facts
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # -- load -----------------------------------------------------------------------------------------------------------

@@ -5,20 +5,12 @@ import re
 import pytest
 
 from tests.chaos.killing import Place, assert_ended_as, drawing
-from tests.forks import Forks
 from tests.jobs.test_disks import resize, size_of
 from tlscale.checkpoint import newest_valid
 from tlscale.errors import EXIT_FAILED
 
 pytestmark = pytest.mark.long
 NUM_SIZES = 12
-
-
-@pytest.fixture(scope="module")
-def forks():
-    forks = Forks()
-    yield forks
-    forks.close()
 
 
 @pytest.fixture(scope="module")

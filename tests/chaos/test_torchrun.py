@@ -10,20 +10,12 @@ import pytest
 
 from tests.chaos.killing import KILLS, Place, assert_ended_as, start_all
 from tests.dist.launches import exit_code_of, launch, workers_of
-from tests.forks import Forks
 from tests.small_runs import REPO, lines, logged, wait_until
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 TARGET = REPO / "tlscale" / "run.py"
 STEPS = "duration=40 steps"
 START_S = 240  # a start takes seconds, on a busy machine minutes
-
-
-@pytest.fixture(scope="module")
-def forks():
-    forks = Forks()
-    yield forks
-    forks.close()
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from tests.chaos.killing import KILLS, Place, assert_ended_as, drawing, start_all
-from tests.forks import HANGS, Forks
+from tests.forks import HANGS
 from tests.small_runs import last_checkpoint, result
 from tests.small_runs import lines as lines_of
 
@@ -31,13 +31,6 @@ AT_POINTS = {
 STAGED = ("rank 0 in its codes", "rank 1 at a stage's end")
 NUM_TIMES = 5
 TIMEOUT_S = 90  # for the one that is left
-
-
-@pytest.fixture(scope="module")
-def forks():
-    forks = Forks()
-    yield forks
-    forks.close()
 
 
 @pytest.fixture(scope="module")

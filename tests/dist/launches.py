@@ -1,7 +1,6 @@
 """Several processes, started as users start them, and what is done with the folders that they leave."""
 
 import json
-import shutil
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.small_runs import REPO, environment
+from tests.small_runs import REPO, as_after, environment
 
 BIN = Path(sys.executable).parent
 
@@ -77,12 +76,8 @@ def workers_of(launcher):
 
 def back_at_first_checkpoint(done, out):
     """A copy of a complete run as it was after its first checkpoint."""
-    shutil.copytree(done, out)
-    shutil.rmtree(out / "model")
-    (out / "result.json").unlink()
-    first, *later = sorted((out / "checkpoints").glob("step_*"))
-    for folder in later:
-        shutil.rmtree(folder)
+    first = min((done / "checkpoints").glob("step_*"))
+    as_after(int(first.name[5:]), done, out)
     for pointer in ("LATEST", "BEST"):
         (out / "checkpoints" / pointer).write_text(first.name + "\n")
     return out

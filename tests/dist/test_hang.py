@@ -14,7 +14,8 @@ pytestmark = pytest.mark.dist
 def test_a_process_that_hangs_ends_the_run_and_is_named(idx, tmp_path):
     log = tmp_path / "log"
     began = time.monotonic()
-    with launch(2, REPO / "tests" / "dist" / "hanging.py", tmp_path, idx, log=log, launcher="torchrun") as launched:
+    script = REPO / "tests" / "dist" / "trouble.py"
+    with launch(2, script, tmp_path, idx, "hangs", log=log, launcher="torchrun") as launched:
         assert exit_code_of(launched, log, 150) != 0
     output = log.read_text()
     assert json.loads((tmp_path / "run" / "run.json").read_text())["world_size"] == 2

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from tests.chaos.killing import Place, assert_ended_as, start_all
-from tests.forks import Forks
 from tests.hosts.two_hosts import TwoHosts, why_not
 from tests.small_runs import lines, logged
 
@@ -41,15 +40,11 @@ ENVIRONMENT = {"ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "eth0"}
 
 
 @pytest.fixture(scope="module")
-def whole(idx, tmp_path_factory):
+def whole(forks, idx, tmp_path_factory):
     """The run of four processes on one host."""
     place = Place(tmp_path_factory.mktemp("whole") / "place", "several", idx)
     place.words += CHANGES
-    forks = Forks()
-    try:
-        assert [forks.wait(pid, 300) for pid in start_all(forks, place, 4)] == [0] * 4, place.output()
-    finally:
-        forks.close()
+    assert [forks.wait(pid, 300) for pid in start_all(forks, place, 4)] == [0] * 4, place.output()
     assert_by_four(place)
     return place
 

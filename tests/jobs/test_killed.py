@@ -7,16 +7,9 @@ import signal
 import pytest
 
 from tests.chaos.killing import Place, assert_ended_as, start_all, start_and_kill, wait_for
-from tests.forks import HANGS, Forks
+from tests.forks import HANGS
 from tests.small_runs import logged
 from tlscale.errors import EXIT_BAD_INPUT
-
-
-@pytest.fixture(scope="module")
-def forks():
-    forks = Forks()
-    yield forks
-    forks.close()
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import shutil
 import pytest
 
 import tlscale
-from tests.small_runs import assert_same_bits, exported, last_checkpoint, put_small_idx, small_recipe, tensors
+from tests.small_runs import as_after, assert_same_bits, exported, last_checkpoint, put_small_idx, small_recipe, tensors
 from tlscale.jobs import finetune
 
 # 21 images in batches of 4: six steps an epoch, the last of one image.
@@ -47,16 +47,6 @@ def fed(monkeypatch):
     train_step = finetune.train_step
     monkeypatch.setattr(finetune, "train_step", spy)
     return steps
-
-
-def as_after(step, whole, out):
-    """A copy of a complete run as it was after `step`."""
-    shutil.copytree(whole, out)
-    shutil.rmtree(out / "model")
-    (out / "result.json").unlink()
-    for folder in (out / "checkpoints").glob("step_*"):
-        if int(folder.name[5:]) > step:
-            shutil.rmtree(folder)
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -7,6 +7,7 @@ import torch
 
 import tlscale
 from tests.small_runs import (
+    as_after,
     assert_same_bits,
     assert_same_runs,
     exported,
@@ -54,23 +55,13 @@ def staged(path, idx, **changes):
     return small_recipe(path, idx, **plain)
 
 
-def begin_again_from(whole, out, step):
-    """A copy of a complete run as it was after `step`."""
-    shutil.copytree(whole, out)
-    shutil.rmtree(out / "model")
-    (out / "result.json").unlink()
-    for folder in (out / "checkpoints").glob("step_*"):
-        if int(folder.name[5:]) > step:
-            shutil.rmtree(folder)
-
-
 @pytest.mark.parametrize("name", VARIANTS)
 def test_stopped_before_at_and_after_a_boundary(name, idx, tmp_path):
     recipe = staged(tmp_path / "recipe.yaml", idx, **VARIANTS[name])
     tlscale.run(recipe, tmp_path / "whole")
     assert result(tmp_path / "whole")["steps"] == LAST
     for step in (4, 5, 6, 11, 12, 13):
-        begin_again_from(tmp_path / "whole", tmp_path / f"from{step}", step)
+        as_after(step, tmp_path / "whole", tmp_path / f"from{step}")
         tlscale.run(recipe, tmp_path / f"from{step}", resume=True)
         assert_same_runs(tmp_path / "whole", tmp_path / f"from{step}")
 

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -21,6 +20,7 @@ from torch import nn
 import tlscale.jobs.evaluate
 from tests.small_runs import (
     REPO,
+    as_after,
     assert_same_bits,
     assert_same_runs,
     environment,
@@ -108,16 +108,6 @@ class Devices:
         self._handle.remove()
 
 
-def resumed_from(whole, out, step):
-    """A copy of a complete run as it was after the checkpoint of `step`."""
-    shutil.copytree(whole, out)
-    shutil.rmtree(out / "model")
-    (out / "result.json").unlink()
-    for folder in (out / "checkpoints").glob("step_*"):
-        if int(folder.name[5:]) > step:
-            shutil.rmtree(folder)
-
-
 def confusion_on_cpu(out):
     """Of the exported model on the run's test images, by torch on the plain CPU."""
     recipe, trained = load_recipe(out / "recipe.yaml"), tlscale.load(out)
@@ -154,7 +144,7 @@ def test_the_main_recipe_trains_on_xla(main_run):
 
 def test_the_main_recipe_resumed_ends_in_the_same_bits(main_run, tmp_path):
     recipe, out, _ = main_run
-    resumed_from(out, tmp_path / "parts", 3)
+    as_after(3, out, tmp_path / "parts")
     tlscale.run(recipe, tmp_path / "parts", resume=True)
     assert_same_runs(out, tmp_path / "parts")
 
@@ -180,7 +170,7 @@ def test_resumed_equals_not_interrupted(name, idx, tmp_path):
     assert devices.seen == {("XLA", "xla", "xla")}
     assert result(tmp_path / "whole")["confusion"] == confusion_on_cpu(tmp_path / "whole")
     for step in (3, 9):
-        resumed_from(tmp_path / "whole", tmp_path / f"from{step}", step)
+        as_after(step, tmp_path / "whole", tmp_path / f"from{step}")
         tlscale.run(recipe, tmp_path / f"from{step}", resume=True)
         assert_same_runs(tmp_path / "whole", tmp_path / f"from{step}")
 

@@ -25,7 +25,6 @@ from tlscale.codes.shards import (
     Shard,
     ValueSpec,
     check_values,
-    flush_folder,
     map_values,
     read_record,
     read_rows,
@@ -36,7 +35,7 @@ from tlscale.codes.shards import (
     write_record,
 )
 from tlscale.cores import num_cores
-from tlscale.run_folder import write_text
+from tlscale.run_folder import flush, write_text
 
 Say = Callable[[str], object]
 MANIFEST = "manifest.json"
@@ -114,7 +113,7 @@ def write_manifest(folder: Path, key: Mapping[str, Any], values: Sequence[ValueS
     plain = {"format": FORMAT, "key": key, "values": [spec.to_plain() for spec in values]}
     faults.at("codes.manifest")
     write_text(folder / MANIFEST, seal({**plain, "shards": [shard.to_plain() for shard in ordered]}))
-    flush_folder(folder)
+    flush(folder)
 
 
 def _renew_record(folder: Path, key: Mapping[str, Any], shard: Shard, values: Sequence[ValueSpec]) -> None:

@@ -28,7 +28,7 @@ from torch import Tensor
 from tlscale import faults
 from tlscale.codes.key import json_digest
 from tlscale.errors import TlscaleError
-from tlscale.run_folder import file_sha256, write_text
+from tlscale.run_folder import file_sha256, flush, write_text
 
 Ints = npt.NDArray[np.int64]
 Array = npt.NDArray[Any]
@@ -157,7 +157,7 @@ def write_shard(
         folder.mkdir(parents=True, exist_ok=True)
         files = {part: _write_array(shard.path(folder, part), array) for part, array in parts.items()}
         shard = Shard(name, len(rows_R), files)
-        flush_folder(folder)
+        flush(folder)
         faults.at("codes.shard")
         write_record(folder, key, shard, specs)
     except OSError as error:
@@ -197,15 +197,6 @@ def _write_array(path: Path, array: Array) -> dict[str, Any]:
         file.flush()
         os.fsync(file.fileno())
     return {"bytes": sum(map(len, pieces)), "sha256": total.hexdigest()}
-
-
-def flush_folder(folder: Path) -> None:
-    """Have the names in `folder` on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def remove_shard(folder: Path, name: str) -> None:
