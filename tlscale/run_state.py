@@ -137,8 +137,8 @@ def restore(
     optimizer: torch.optim.Optimizer,
     ema: Ema | None,
     fixed: Collection[str] = (),
-) -> Clock:
-    """Put a checkpoint back into the objects of a run; the clock that it was saved at.
+) -> None:
+    """Put a checkpoint back into the objects of a run; its clock is `saved_clock`.
 
     Args:
         optimizer: of the stage that the checkpoint was saved in.
@@ -150,7 +150,6 @@ def restore(
     restore_weights(checkpoint, network, ema, fixed)
     unpack_optimizer(optimizer, checkpoint.tensors["optimizer"], checkpoint.state["optimizer"])
     faults.at("restored")
-    return saved_clock(checkpoint)
 
 
 def saved_clock(checkpoint: Checkpoint) -> Clock:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from tlscale import faults
-from tlscale.checkpoint import checkpoint_folder, newest_valid, pointed_to
+from tlscale.checkpoint import Checkpoint, checkpoint_folder, newest_valid, pointed_to
 from tlscale.codes.batches import CodeBatch
 from tlscale.data.transforms import ImageBatch
 from tlscale.dist import Processes
@@ -35,22 +35,10 @@ from tlscale.progress import Progress
 from tlscale.run_book import RunBook
 from tlscale.run_folder import RunFolder, naming_disk_errors, write_json
 from tlscale.run_record import begin_folder, make_record, read_record
-from tlscale.run_state import (
-    Clock,
-    LossWindow,
-    are_finite,
-    point_to,
-    restore,
-    restore_weights,
-    saved_clock,
-)
+from tlscale.run_state import Clock, LossWindow, are_finite, point_to, restore, restore_weights, saved_clock
 from tlscale.screen import show_result
 from tlscale.seeds import derive_seed
-from tlscale.sharding import (
-    clip_grad_norm,
-    filled,
-    micro_batch,
-)
+from tlscale.sharding import clip_grad_norm, filled, micro_batch
 from tlscale.stages import stage_at
 from tlscale.stop import StopRequest
 from tlscale.vigil import Vigil
@@ -97,26 +85,18 @@ def _train(
 ) -> dict[str, Any]:
     recipe = prepared.recipe
 
-    # -- resume: into the bare objects of the stage that the checkpoint is of, before Accelerate wraps them -----------
+    # -- resume -------------------------------------------------------------------------------------------------------
     newest = processes.on_main(partial(_newest, folder, screen)) if record is not None else None
     checkpoint = load(newest, prepared, processes) if newest is not None else None
     saved_in = stage_at(prepared.stages, checkpoint.step - 1 if checkpoint is not None else 0)
     parts = make_parts(prepared, processes, stop, screen, saved_in, careful_until)
-    clock = Clock()
+    clock = saved_clock(checkpoint) if checkpoint is not None else Clock()
     if checkpoint is not None:
-        if processes.mesh is None:
-            clock = restore(checkpoint, parts.network, parts.optimizer, parts.ema, prepared.fixed)
-        else:  # into what is spread over the processes, which is made with the feed
-            clock = saved_clock(checkpoint)
         processes.on_main(partial(point_to, folder.checkpoints, clock))
         screen.say(f"resumed from {newest}, at step {clock.step} of {prepared.total_steps}")
-    if stage_at(prepared.stages, clock.step) is not parts.stage:
-        next_stage(parts)
+    _go_on(checkpoint, clock, parts)
 
     # -- the loop: its first file is written when all images are there, so that bad ones leave no half-begun run ----
-    begin_stage(parts, clock, checkpoint.state["scaler"] if checkpoint is not None else None)
-    if checkpoint is not None and processes.mesh is not None:
-        restore(checkpoint, parts.network, parts.optimizer, parts.ema, prepared.fixed)
     if record is None:
         record = make_record(prepared, world_size=processes.world_size, device=str(processes.device))
         processes.on_main(partial(begin_folder, folder, recipe, record))
@@ -134,22 +114,7 @@ def _train(
         book.training_begins()
         for batches in steps:
             # Train.
-            processes.watchdog.beat()
-            num_images = prepared.order.num_images_in(clock.step)
-            lr = set_lr(parts.optimizer, parts.stage.lr_factor(clock.step))
-            seed = derive_seed(recipe.seed, "step", clock.step)
-            made = train_step(batches, parts, num_images=num_images, seed=seed, step=clock.step)
-            clock.step += 1
-            grad_norm = None
-            if made is None:
-                _leave_out(clock, parts, book, folder)
-            else:
-                loss_sum, grad_norm = made
-                if parts.ema is not None:
-                    parts.ema.update(clock.step)
-                window.add(loss_sum, num_images, clock.step)
-            processes.run_recorded()
-            book.trained(num_images)
+            lr, grad_norm = _make_step(batches, parts, clock, window, book, folder)
 
             # Log, evaluate, save, stop: the host waits for the device only where one of them is due.
             stopping = processes.any(stop.requested)
@@ -174,6 +139,46 @@ def _train(
             if stopping and clock.step < prepared.total_steps:
                 raise Stopped(_stopped(stop, clock, prepared, folder))
         return _finish(parts, clock, book, folder, progress)
+
+
+def _go_on(checkpoint: Checkpoint | None, clock: Clock, parts: Parts) -> None:
+    """Begin where the checkpoint was made, or at the beginning.
+
+    It is put into the bare objects of the stage that it is of, before Accelerate wraps them; what is spread over the
+    processes comes into being with the feed, and takes its share after that.
+    """
+    fixed, is_spread = parts.prepared.fixed, parts.processes.mesh is not None
+    if checkpoint is not None and not is_spread:
+        restore(checkpoint, parts.network, parts.optimizer, parts.ema, fixed)
+    if stage_at(parts.prepared.stages, clock.step) is not parts.stage:
+        next_stage(parts)
+    begin_stage(parts, clock, checkpoint.state["scaler"] if checkpoint is not None else None)
+    if checkpoint is not None and is_spread:
+        restore(checkpoint, parts.network, parts.optimizer, parts.ema, fixed)
+
+
+def _make_step(
+    batches: list[Any], parts: Parts, clock: Clock, window: LossWindow, book: RunBook, folder: RunFolder
+) -> tuple[float, Tensor | None]:
+    """A step of the run: what is learned, and what is remembered of it; the learning rate, and the clipped norm."""
+    prepared = parts.prepared
+    parts.processes.watchdog.beat()
+    num_images = prepared.order.num_images_in(clock.step)
+    lr = set_lr(parts.optimizer, parts.stage.lr_factor(clock.step))
+    seed = derive_seed(prepared.recipe.seed, "step", clock.step)
+    made = train_step(batches, parts, num_images=num_images, seed=seed, step=clock.step)
+    clock.step += 1
+    grad_norm = None
+    if made is None:
+        _leave_out(clock, parts, book, folder)
+    else:
+        loss_sum, grad_norm = made
+        if parts.ema is not None:
+            parts.ema.update(clock.step)
+        window.add(loss_sum, num_images, clock.step)
+    parts.processes.run_recorded()
+    book.trained(num_images)
+    return lr, grad_norm
 
 
 def _steps(parts: Parts, clock: Clock, book: RunBook) -> Generator[list[Any], None, None]:
