@@ -223,7 +223,8 @@ def go_on(folder, data):
 
 def main():
     folder, data, parts = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
-    rank, facts = int(os.environ["RANK"]), {"world_size": int(os.environ["WORLD_SIZE"])}
+    rank = int(os.environ["RANK"])
+    facts = {"rank": rank, "world_size": int(os.environ["WORLD_SIZE"])}
     go_on(folder, data)
     if parts == "all":
         facts["spread"] = {name: watched(folder, name, data, with_fsdp(changes)) for name, changes in RUNS.items()}

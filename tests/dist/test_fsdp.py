@@ -263,7 +263,8 @@ def test_a_process_that_fails_in_the_network_ends_all(idx, tmp_path):
         assert exit_code_of(launched, log, 120) != 0
     assert json.loads((tmp_path / "run" / "run.json").read_text())["world_size"] == 2
     assert "a layer of rank 1 fails" in log.read_text()
-    assert max(record["step"] for record in lines(tmp_path / "run")) == 6
+    # Five steps; one pass more was on trial, before the first.
+    assert max(record["step"] for record in lines(tmp_path / "run")) == 5
     assert time.monotonic() - began < 100, "well before compute.hang_timeout_s"
 
 

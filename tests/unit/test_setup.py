@@ -1,5 +1,6 @@
 """The promises of the repository itself: names, hosts, Makefile, tested versions, scripts, what tests leave behind."""
 
+import fnmatch
 import os
 import re
 import subprocess
@@ -32,6 +33,15 @@ def tracked_files() -> list[Path]:
 
 def dotted(path: Path) -> str:
     return ".".join(path.relative_to(REPO).with_suffix("").parts).removesuffix(".__init__")
+
+
+def test_every_folder_of_tests_is_looked_into(pytestconfig):
+    """pytest passes over some names, "dist" among them, without a word."""
+    passed_over = pytestconfig.getini("norecursedirs")
+    folders = {parent for path in (REPO / "tests").rglob("test_*.py") for parent in path.relative_to(REPO).parents}
+    names = {folder.name for folder in folders}
+    assert "dist" in names
+    assert [name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in passed_over)] == []
 
 
 def test_no_module_hides_a_standard_or_third_party_one():
