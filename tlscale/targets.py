@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tlscale.codes.batches import CodeViews
+from tlscale.codes.reading import Codes
 from tlscale.data.sampler import Ints, MicroBatch
 from tlscale.data.sources import ImageSplit
 from tlscale.data.transforms import ImageBatch
@@ -50,6 +51,14 @@ class Targets:
         self._train = keeper.train_views(teacher.module, self._part, views)
         self._splits: dict[str, CodeViews] = {}
         self._mean_D, self._std_D = _mean_and_deviation(self._codes(self._train))
+
+    def kept(self) -> dict[str, Codes]:
+        """What is there by now, by split and view."""
+        views = {
+            f"train, view {view}" if len(self._train.views) > 1 else "train": codes
+            for view, codes in self._train.views.items()
+        }
+        return views | {name: kept.views[0] for name, kept in self._splits.items()}
 
     def of_training(self, batch: ImageBatch, epoch: int) -> ImageBatch:
         """A batch of the epoch with what the teacher says of it."""

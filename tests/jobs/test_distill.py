@@ -26,6 +26,7 @@ from tlscale.dist import start_processes
 from tlscale.errors import ModelError, RecipeError, ResumeError, Stopped
 from tlscale.feed import ImageFeed
 from tlscale.jobs import finetune
+from tlscale.jobs.codes import compute_codes
 from tlscale.keeper import Images, Keeper, input_path
 from tlscale.prepare import prepare
 from tlscale.progress import Progress
@@ -112,6 +113,13 @@ def test_codes_that_a_probe_computed_are_there_already(idx, teacher, tmp_path):
     assert tlscale.run(probe, tmp_path / "probe")["codes"]["num_computed"] == IMAGES
     found = tlscale.run(taught(tmp_path, idx, {**teacher, **CODES_ONLY}), tmp_path / "out")
     assert found["codes"]["num_computed"] == 0
+
+
+def test_codes_that_were_computed_ahead_are_there_already(idx, teacher, tmp_path):
+    changes = {"data": {"augment": ["flip"], "workers": 0}, "codes": {"views": 2}}
+    recipe = taught(tmp_path, idx, {**teacher, **CODES_ONLY}, **changes)
+    assert compute_codes(recipe) == 2 * 77 + 19 + 37
+    assert tlscale.run(recipe, tmp_path / "out")["codes"]["num_computed"] == 0
 
 
 RESUMED = {
