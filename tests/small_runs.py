@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import safetensors.torch
+import timm
 import torch
 import yaml
 from PIL import Image
@@ -66,6 +67,19 @@ def put_small_folder(folder: Path, train: int = 60, test: int = 20) -> Path:
             (folder / role / name).mkdir(parents=True, exist_ok=True)
             Image.fromarray(image_HW).save(folder / role / name / f"{row:04}.png")
     return folder
+
+
+def put_teacher(path: Path, name: str = "test_resnet", in_chans: int = 3) -> Path:
+    """Weights of a small network, by seed, with batch statistics of real images."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        network = timm.create_model(name, num_classes=0, in_chans=in_chans).train()
+        images_NHW, _ = sample_images("train", 96)
+        pixels = torch.from_numpy(images_NHW).float()[:, None].expand(-1, in_chans, -1, -1) / 128 - 1
+        for _ in range(5):
+            network(torch.nn.functional.interpolate(pixels, size=48))
+    safetensors.torch.save_file(network.state_dict(), path)
+    return path
 
 
 def _merged(base: dict, changes: dict) -> dict:

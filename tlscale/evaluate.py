@@ -5,9 +5,10 @@ Shapes: B images, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from tlscale import faults
 from tlscale.data.transforms import ImageBatch, InputSpec, to_input
 from tlscale.dist import Processes
 from tlscale.metrics import Tally, summary
-from tlscale.objective import Objective
+from tlscale.objective import Batch, Objective
 
 
 @dataclass(frozen=True)
@@ -31,13 +32,6 @@ class InputPath:
     def __call__(self, batch: ImageBatch) -> tuple[Tensor]:
         images_BCHW = to_input(batch.to(self.device, non_blocking=True), self.spec, self.dtype)
         return (images_BCHW.contiguous(memory_format=torch.channels_last) if self.channels_last else images_BCHW,)
-
-
-class Batch(Protocol):
-    """What evaluation needs of a batch, of images or of codes."""
-
-    @property
-    def labels_B(self) -> Tensor: ...  # noqa: N802
 
 
 B = TypeVar("B", bound=Batch)
@@ -71,9 +65,9 @@ def evaluate(
             one that has no more batches repeats its last one, which is not counted.
 
     Returns:
-        The dict of `metrics.summary`, the same on every process.
+        The dict of `metrics.summary`, and the means of the objective's `lessons`; the same on every process.
     """
-    tally = Tally(len(classes), processes.device)
+    tally, lessons = Tally(len(classes), processes.device), _Sums()
     was_training = network.training
     network.eval()
     try:
@@ -81,11 +75,12 @@ def evaluate(
             for batch, args in _in_step(batches, inputs, processes) if in_step else _alone(batches, inputs):
                 processes.watchdog.beat()
                 faults.at("evaluate")
-                logits_BC = network(*args)
+                outputs_BO = network(*args)
                 if batch is None:
                     continue
-                labels_B = batch.labels_B.to(logits_BC.device)
+                logits_BC, labels_B = objective.logits(outputs_BO), batch.labels_B.to(outputs_BO.device)
                 tally.update(logits_BC, labels_B, objective.losses(logits_BC, labels_B))
+                lessons.add(objective.lessons(outputs_BO, batch))
                 processes.run_recorded()
     finally:
         network.train(was_training)
@@ -94,7 +89,26 @@ def evaluate(
     total.load_state(counts, sums)
     figures = summary(total, classes)
     assert figures["num_images"] == num_images, f"evaluated {figures['num_images']} of {num_images} images"
-    return figures
+    return {**figures, **lessons.means(num_images, processes)}
+
+
+class _Sums:
+    """Sums over images of what a teacher adds to their losses, by name; in float64."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, losses: Mapping[str, Tensor]) -> None:
+        for name, losses_B in losses.items():
+            total = losses_B.to("cpu" if losses_B.device.type == "mps" else losses_B.device).double().sum()
+            self._sums[name] = self._sums[name] + total if name in self._sums else total
+
+    def means(self, num_images: int, processes: Processes) -> dict[str, float | None]:
+        """Over all images of all processes; None where one is not finite. A process may have had no batch."""
+        names = next(filter(None, processes.gather(list(self._sums))), [])
+        zero = torch.zeros((), dtype=torch.float64, device=processes.device)
+        means = {name: float(processes.sum(self._sums.get(name, zero))) / num_images for name in names}
+        return {name: mean if math.isfinite(mean) else None for name, mean in means.items()}
 
 
 def _no_gradients(device: torch.device, *, in_step: bool) -> torch.inference_mode | torch.no_grad:

@@ -15,7 +15,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Generator, Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,6 +36,7 @@ from tlscale.model.frontier import Frontier, NoFrontier, find_frontier
 from tlscale.prepare import Prepared
 from tlscale.recipe.schema import CodesSection, Recipe
 from tlscale.stages import Stage
+from tlscale.targets import Targets
 
 
 class Feed(Protocol):
@@ -55,11 +56,18 @@ class Feed(Protocol):
 
 
 class ImageFeed:
-    """Images through the whole network."""
+    """Images through the whole network, beside what a teacher says of them where there is one."""
 
-    def __init__(self, prepared: Prepared, processes: Processes, network: nn.Module, images: Images) -> None:
+    def __init__(
+        self,
+        prepared: Prepared,
+        processes: Processes,
+        network: nn.Module,
+        images: Images,
+        targets: Targets | None = None,
+    ) -> None:
         self.module = network
-        self._prepared, self._processes, self._images = prepared, processes, images
+        self._prepared, self._processes, self._images, self._targets = prepared, processes, images, targets
         self._input_path = input_path(prepared, processes)
         # Opened now, on all processes or on none: a bad image must not leave a half-begun run.
         processes.on_all(images.train)
@@ -68,7 +76,7 @@ class ImageFeed:
 
     def steps(self, start: int, stop: int) -> Generator[list[ImageBatch], None, None]:
         prepared, processes, store = self._prepared, self._processes, self._images.train()
-        return train_batches(
+        batches = train_batches(
             store,
             prepared.order,
             prepared.split,
@@ -77,17 +85,28 @@ class ImageFeed:
             augment=prepared.augment,
             start_step=start,
             stop_step=stop,
+            views=prepared.recipe.codes.views if self._targets is not None else None,
             workers=self._workers(store, augmented=bool(prepared.augment)),
             pin_memory=processes.device.type == "cuda",
         )
+        return batches if self._targets is None else self._taught(batches, start, stop, self._targets)
+
+    def _taught(
+        self, batches: Generator[list[ImageBatch], None, None], start: int, stop: int, targets: Targets
+    ) -> Generator[list[ImageBatch], None, None]:
+        with closing(batches):
+            for step in range(start, stop):
+                epoch = self._prepared.order.epoch(step)
+                yield [targets.of_training(batch, epoch) for batch in next(batches)]
 
     def inputs(self, batch: ImageBatch) -> tuple[Tensor, ...]:
         return self._input_path(batch)
 
     def eval_batches(self, split: ImageSplit) -> Iterable[ImageBatch]:
         processes, store = self._processes, self._processes.on_all(partial(self._images.of, split))
-        workers = self._workers(store, augmented=False)
-        return eval_batches(store, processes.rank, processes.world_size, self._prepared.eval_batch_size, workers)
+        workers, targets = self._workers(store, augmented=False), self._targets
+        batches = eval_batches(store, processes.rank, processes.world_size, self._prepared.eval_batch_size, workers)
+        return batches if targets is None else targets.of_split(split, batches)
 
     def _workers(self, store: ImageStore, *, augmented: bool) -> int:
         return self._prepared.workers(
@@ -148,11 +167,18 @@ class Choice:
 
 
 def open_feed(
-    stage: Stage, prepared: Prepared, processes: Processes, keeper: Keeper, *, decided: bool | None
+    stage: Stage,
+    prepared: Prepared,
+    processes: Processes,
+    keeper: Keeper,
+    *,
+    targets: Targets | None = None,
+    decided: bool | None,
 ) -> tuple[Feed, bool]:
     """The feed of a stage that was entered, and whether it is one of codes.
 
     Args:
+        targets: what a teacher says, where there is one.
         decided: what an earlier start of this run decided for this stage; it goes on in the same way.
 
     Raises:
@@ -164,7 +190,7 @@ def open_feed(
     title = f"stage {stage.number + 1} of {len(prepared.stages)}: " if len(prepared.stages) > 1 else ""
     if choice.frontier is None:
         keeper.screen.say(f"{title}images through the whole network: {choice.why}")
-        return ImageFeed(prepared, processes, prepared.classifier, keeper.images), False
+        return ImageFeed(prepared, processes, prepared.classifier, keeper.images, targets), False
     keeper.screen.say(f"{title}{choice.frontier.describe()}; {choice.why}")
     return CodeFeed(stage, prepared, processes, choice.frontier, keeper), True
 
@@ -197,6 +223,8 @@ def choose_cut(
         store: where codes are kept, on the disk that is measured.
         is_decided: cut wherever it can be done, whatever it costs.
     """
+    if prepared.teacher is not None:
+        return Choice(None, "what is kept are the codes of its teacher")
     why_not = None if is_decided else _objection(stage, prepared)
     if stage.trains_all or why_not:
         return Choice(None, why_not or "nothing is frozen")

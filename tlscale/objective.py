@@ -1,11 +1,13 @@
-"""The loss: cross-entropy for each image, to be summed and divided by the count over all processes.
+"""The loss of each image, to be summed and divided by the count over all processes: cross-entropy, and what a teacher
+adds to it.
 
-Shapes: B images, C classes.
+Shapes: B images, C classes, D numbers of a teacher's codes, O outputs of the network, T targets of the teacher.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -13,7 +15,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tlscale.errors import RecipeError, did_you_mean
-from tlscale.recipe.schema import LossSection
+from tlscale.recipe.schema import DistillSection, LossSection
+
+
+class Batch(Protocol):
+    """What the loss needs of a batch, of images or of codes."""
+
+    @property
+    def labels_B(self) -> Tensor: ...  # noqa: N802
+    @property
+    def partner_labels_B(self) -> Tensor | None: ...  # noqa: N802
+    @property
+    def lam_B(self) -> Tensor | None: ...  # noqa: N802
+
+
+class TaughtBatch(Batch, Protocol):
+    """A batch with what a teacher says of its images."""
+
+    @property
+    def targets_BT(self) -> Tensor | None: ...  # noqa: N802
 
 
 class Objective:
@@ -27,6 +47,23 @@ class Objective:
     def __init__(self, section: LossSection, class_weights_C: Tensor | None) -> None:
         self._smoothing = section.label_smoothing
         self._class_weights_C = class_weights_C
+
+    def logits(self, outputs_BO: Tensor) -> Tensor:
+        """Of what the network gives, the logits, (B, C): all of it."""
+        return outputs_BO
+
+    def of_batch(self, outputs_BO: Tensor, batch: Batch) -> Tensor:
+        """What is trained on: the loss of each image, shape (B,)."""
+        return self._of_labels(outputs_BO, batch)
+
+    def lessons(self, outputs_BO: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """What a teacher adds to the loss of each image, by the names that figures have; each (B,)."""
+        return {}
+
+    def _of_labels(self, logits_BC: Tensor, batch: Batch) -> Tensor:
+        if batch.partner_labels_B is None or batch.lam_B is None:
+            return self.losses(logits_BC, batch.labels_B)
+        return self.mixed_losses(logits_BC, batch.labels_B, batch.partner_labels_B, batch.lam_B)
 
     def losses(self, logits_BC: Tensor, labels_B: Tensor) -> Tensor:
         """Loss of each image, in float32 at least; shape (B,)."""
@@ -44,6 +81,65 @@ class Objective:
         lam_B = lam_B.to(logits_BC.dtype if logits_BC.dtype == torch.float64 else torch.float32)
         own_B = self.losses(logits_BC, labels_B)
         return lam_B * own_B + (1 - lam_B) * self.losses(logits_BC, partner_labels_B)
+
+
+class DistillObjective(Objective):
+    """Cross-entropy, the squared error of predicted codes, and the divergence from a teacher's classes.
+
+    The network gives logits and then predicted codes side by side, (B, C + D); the teacher's targets are its
+    standardised codes and then, where they are learned, its logits.
+
+    Args:
+        section: the recipe's loss.
+        class_weights_C: from `class_weights`, or None.
+        distill: the recipe's weights of each.
+        num_classes: C.
+    """
+
+    def __init__(
+        self, section: LossSection, class_weights_C: Tensor | None, distill: DistillSection, num_classes: int
+    ) -> None:
+        super().__init__(section, class_weights_C)
+        self._distill, self._num_classes = distill, num_classes
+
+    def logits(self, outputs_BO: Tensor) -> Tensor:
+        return outputs_BO[:, : self._num_classes]
+
+    def of_batch(self, outputs_BO: Tensor, batch: Batch) -> Tensor:
+        # A head that nothing else trains is trained on features that hand no gradient back.
+        weight = self._distill.labels if labels_teach(self._distill) else 1.0
+        losses_B = self.lessons(outputs_BO, batch)["distill_loss"]
+        return losses_B if weight == 0 else losses_B + weight * self._of_labels(self.logits(outputs_BO), batch)
+
+    def lessons(self, outputs_BO: Tensor, batch: Batch) -> dict[str, Tensor]:
+        targets_BT: Tensor | None = getattr(batch, "targets_BT", None)
+        assert targets_BT is not None, "a batch without what the teacher says"
+        targets_BT = targets_BT.to(outputs_BO.device)
+        logits_BC, codes_BD = outputs_BO[:, : self._num_classes], outputs_BO[:, self._num_classes :]
+        found: dict[str, Tensor] = {}
+        total_B = outputs_BO.new_zeros(len(outputs_BO))
+        if self._distill.codes > 0:
+            found["codes_loss"] = (codes_BD - targets_BT[:, : codes_BD.shape[1]]).square().mean(1)
+            total_B = total_B + self._distill.codes * found["codes_loss"]
+        if self._distill.logits > 0:
+            teacher_BC = targets_BT[:, codes_BD.shape[1] :]
+            found["logits_loss"] = _softened_divergence(logits_BC, teacher_BC, self._distill.temperature)
+            total_B = total_B + self._distill.logits * found["logits_loss"]
+        return {**found, "distill_loss": total_B}
+
+
+def labels_teach(distill: DistillSection) -> bool:
+    """Whether the loss on logits, of labels or of a teacher's classes, has a part in what the backbone learns."""
+    return distill.labels > 0 or distill.logits > 0
+
+
+def _softened_divergence(logits_BC: Tensor, teacher_BC: Tensor, temperature: float) -> Tensor:
+    """Kullback-Leibler divergence of each image, times the temperature's square, so that the gradient's size does not
+    depend on it (Hinton et al. 2015, "Distilling the Knowledge in a Neural Network", section 2)."""
+    logits_BC = logits_BC if logits_BC.dtype == torch.float64 else logits_BC.float()
+    own_BC = F.log_softmax(logits_BC / temperature, dim=1)
+    wanted_BC = F.log_softmax(teacher_BC.to(logits_BC.dtype) / temperature, dim=1)
+    return F.kl_div(own_BC, wanted_BC, reduction="none", log_target=True).sum(1) * temperature**2
 
 
 def class_weights(section: LossSection, labels_N: np.ndarray, classes: Sequence[str]) -> Tensor | None:

@@ -27,13 +27,15 @@ from tlscale.model.classifier import (
 )
 from tlscale.model.heads import build_head, is_single_linear
 from tlscale.model.layers import PENULTIMATE
-from tlscale.objective import Objective, class_weights
+from tlscale.model.student import Student
+from tlscale.objective import DistillObjective, Objective, class_weights, labels_teach
 from tlscale.optim import check_optimizer
 from tlscale.recipe.duration import Duration
 from tlscale.recipe.schema import Recipe
 from tlscale.recipe.values import augmentation_values
 from tlscale.seeds import derive_seed
 from tlscale.stages import Stage, enter, plan_stages, to_steps
+from tlscale.teacher import Teacher, open_teacher
 from tlscale.tracking import check_installed
 
 
@@ -51,6 +53,7 @@ class Prepared:
     order: DataOrder
     split: BatchSplit
     stages: list[Stage]
+    teacher: Teacher | None = None
 
     @property
     def total_steps(self) -> int:
@@ -155,7 +158,8 @@ def prepare(recipe: Recipe, *, world_size: int, bad_images: list[tuple[int, str]
     spec = _input_spec(recipe, data, backbone)
     bad_images = _find_bad(recipe, data, spec) if bad_images is None else bad_images
     data = _without(data, bad_images)
-    classifier, code_width = _assemble(recipe, data, backbone, spec)
+    teacher = _teacher(recipe, data, spec)
+    classifier, code_width = _assemble(recipe, data, backbone, spec, teacher)
     order = DataOrder(len(data.train), recipe.batch_size, recipe.seed, recipe.drop_last)
     # A probe takes no steps: its batches are of its own making.
     batch_size = recipe.batch_size if recipe.probe is None else world_size
@@ -164,7 +168,7 @@ def prepare(recipe: Recipe, *, world_size: int, bad_images: list[tuple[int, str]
     if stages:
         _refuse_idle_rates(recipe, stages)
         _enable_checkpointing(recipe, classifier, stages, spec)
-    prepared = Prepared(recipe, data, bad_images, spec, classifier, weights, code_width, order, split, stages)
+    prepared = Prepared(recipe, data, bad_images, spec, classifier, weights, code_width, order, split, stages, teacher)
     if stages:
         _refuse_what_cannot_train(prepared, world_size)
     return prepared
@@ -216,11 +220,32 @@ def _without(data: ImageData, bad_images: list[tuple[int, str]]) -> ImageData:
     return replace(data, train=train)
 
 
-def _assemble(recipe: Recipe, data: ImageData, backbone: torch.nn.Module, spec: InputSpec) -> tuple[Classifier, int]:
+def _teacher(recipe: Recipe, data: ImageData, spec: InputSpec) -> Teacher | None:
+    if recipe.distill is None:
+        return None
+    teacher = open_teacher(recipe.distill, recipe.seed, data.classes, spec)
+    if recipe.compute.precision == "fp64":
+        teacher.module.double()
+    return teacher
+
+
+def _assemble(
+    recipe: Recipe, data: ImageData, backbone: torch.nn.Module, spec: InputSpec, teacher: Teacher | None
+) -> tuple[Classifier, int]:
     width = feature_width(backbone, in_chans=spec.in_chans, image_size=spec.image_size)
     seed = derive_seed(recipe.seed, "head")
     head = build_head(recipe.head, in_features=width, num_classes=len(data.classes), seed=seed)
     classifier = Classifier(backbone, head)
+    if recipe.distill is not None and teacher is not None:
+        classifier = Student(
+            backbone,
+            head,
+            [(recipe.distill.match[layer], teacher.widths[layer]) for layer in teacher.layers],
+            image_size=spec.image_size,
+            in_chans=spec.in_chans,
+            labels_teach=labels_teach(recipe.distill),
+            seed=derive_seed(recipe.seed, "projections"),
+        )
     if recipe.compute.precision == "fp64":
         classifier.double()
     if recipe.compute.channels_last:
@@ -253,7 +278,7 @@ def _refuse_what_cannot_train(prepared: Prepared, world_size: int) -> None:
     if unused:
         raise ModelError(
             f"backbone: {type(classifier.backbone).__name__} has {len(unused)} parameters that are trained but have no "
-            f"part in its features: {', '.join(unused[:5])}{' ...' if len(unused) > 5 else ''}. They never get a "
+            f"part in what is learned: {', '.join(unused[:5])}{' ...' if len(unused) > 5 else ''}. They never get a "
             "gradient, which several processes would wait for. Freeze them, in each stage: freeze: "
             f"'{'|'.join(map(re.escape, unused))}'; or train on one process."
         )
@@ -276,12 +301,16 @@ def make_objective(prepared: Prepared, device: torch.device) -> Objective:
     weights_C = class_weights(recipe.loss, data.train.labels_N, data.classes)
     if weights_C is not None:
         weights_C = weights_C.to(prepared.dtype).to(device)
+    if recipe.distill is not None:
+        return DistillObjective(recipe.loss, weights_C, recipe.distill, len(data.classes))
     return Objective(recipe.loss, weights_C)
 
 
 def strategy_of(prepared: Prepared) -> str:
-    """The strategy's name (design.md, section 2): codes, early_codes, mlp, head, finetune, stages or scratch."""
+    """The strategy's name: codes, early_codes, mlp, head, finetune, stages, scratch (design.md, section 2), distill."""
     recipe = prepared.recipe
+    if recipe.distill is not None:
+        return "distill"
     if recipe.probe is not None:
         return "codes" if set(recipe.codes.layer or [PENULTIMATE]) == {PENULTIMATE} else "early_codes"
     if len(prepared.stages) > 1:

@@ -52,6 +52,7 @@ def make_record(prepared: Prepared, *, world_size: int, device: str) -> dict[str
             "num_matched": prepared.weights.num_matched,
             "num_tensors": prepared.weights.num_tensors,
         },
+        "teacher": None if prepared.teacher is None else prepared.teacher.to_plain(),
         "trainable_params": prepared.trainable_params,
         "total_params": prepared.total_params,
     }

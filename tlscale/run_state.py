@@ -57,7 +57,7 @@ class Clock:
         """
         if figure is None:
             return False
-        sign = 1 if evaluation.select == "loss" else -1
+        sign = 1 if evaluation.select in ("loss", "distill_loss") else -1
         entries = sorted([*self.best, (self.step, figure)], key=lambda entry: (sign * entry[1], entry[0]))
         self.best = entries[: keeping.keep_best]
         return any(step == self.step for step, _ in self.best)

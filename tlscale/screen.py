@@ -8,6 +8,7 @@ from typing import Any
 from tlscale.codes.probe import Choice
 from tlscale.data.sampler import DataOrder
 from tlscale.model.layers import PENULTIMATE
+from tlscale.model.student import Student
 from tlscale.prepare import Prepared, strategy_of
 from tlscale.progress import Progress, format_duration, number
 from tlscale.recipe.schema import Recipe
@@ -38,6 +39,9 @@ def _show_stage(stage: Stage, prepared: Prepared, screen: Progress) -> None:
     rows = [(row.rule, row.num_tensors, f"{row.num_params:,}", row.norm_mode) for row in stage.freeze_rows]
     head = [param for name, param in prepared.classifier.head.named_parameters()]
     rows.append(("head  (train)", len(head), f"{sum(param.numel() for param in head):,}", "train"))
+    if isinstance(prepared.classifier, Student):
+        taught = list(prepared.classifier.projections.parameters())
+        rows.append(("projections  (train)", len(taught), f"{sum(param.numel() for param in taught):,}", "-"))
     screen.table(f"Parameters{of}", ("freeze rule", "tensors", "parameters", "norm layers"), rows)
     groups = [(g["base_lr"], g["weight_decay"], len(g["names"]), _names(g["names"])) for g in stage.groups]
     screen.table(f"Groups of {stage.optim.name}{of}", ("peak lr", "weight decay", "tensors", "such as"), groups)
@@ -59,6 +63,7 @@ def _plan_rows(prepared: Prepared, device: str) -> list[tuple[str, str]]:
         ("augment", ", ".join(_augmentation(*item) for item in prepared.augment.items()) or "none"),
         ("backbone", f"{recipe.backbone.name}, {prepared.code_width} features"),
         ("weights", str(prepared.weights)),
+        *([("teacher", str(prepared.teacher))] if prepared.teacher is not None else []),
         *(_training_rows(prepared, order, trained, total) if prepared.stages else _probe_rows(recipe)),
         ("device", f"{device}, {recipe.compute.precision}"),
     ]

@@ -84,7 +84,8 @@ class Spoiler(nn.Module):
         self.calls = 0
 
     def forward(self, x):
-        self.calls += self.training
+        is_on_trial = torch.equal(x[0], x[-1])  # before the run, with images that are all zero
+        self.calls += self.training and not is_on_trial
         is_last = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
         return x * float("nan") if self.training and self.calls == 5 and is_last else x
 

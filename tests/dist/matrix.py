@@ -13,7 +13,7 @@ from pathlib import Path
 
 import tlscale
 from tests.dist.many_checks import before_each_step, equal_on_all_ranks
-from tests.small_runs import small_recipe
+from tests.small_runs import put_teacher, small_recipe
 from tlscale.data.sources import ImageSplit
 from tlscale.dist import start_processes
 from tlscale.evaluate import evaluate
@@ -46,7 +46,20 @@ MIXED = {
 SAVED = {"saved_adamw": {**MIXED, "optim": {"lr": 2e-3, "ema_decay": 0.9}}, "saved_sgd": MIXED}
 OFTEN = {"evaluate": {"every": "2 epochs"}, "checkpoint": {"every": "3 steps", "keep": 100}}
 BATCH_NORM = {"backbone": {"name": "test_resnet"}}
+# What a teacher says is kept once for all processes.
+TAUGHT = {
+    **RARELY,
+    "compute": {"precision": "fp64"},
+    "data": {"augment": ["flip"], "workers": 0},
+    "codes": {"views": 2},
+    "distill": {
+        "teacher": {"name": "test_resnet"},
+        "image_size": 48,
+        "match": {"layer2": "blocks.2", "penultimate": ["blocks.2", "penultimate"]},
+    },
+}
 RUNS = {
+    "taught": (2, TAUGHT),
     **MATRIX,
     "mixed": (2, MIXED),
     **{name: (2, {**changes, **OFTEN}) for name, changes in SAVED.items()},
@@ -75,7 +88,11 @@ def train(folder, data, rank=0, world_size=1):
 
 
 def run(folder, data, name, rank, world_size, resume=False):
-    recipe = small_recipe(folder / f"{name}.{rank}.yaml", data, **changes_of(name, world_size))
+    changes = changes_of(name, world_size)
+    if "distill" in changes:
+        teacher = {"name": "test_resnet", "weights": str(put_teacher(folder / f"teacher{rank}.safetensors"))}
+        changes = {**changes, "distill": {**changes["distill"], "teacher": teacher}}
+    recipe = small_recipe(folder / f"{name}.{rank}.yaml", data, **changes)
     return tlscale.run(recipe, folder / name, resume=resume)
 
 

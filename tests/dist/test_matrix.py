@@ -150,6 +150,14 @@ def test_mixed_and_smoothed_labels_and_class_weights(trained, processes):
 
 
 @pytest.mark.parametrize("processes", PROCESSES)
+def test_a_student_is_taught_the_same(trained, processes):
+    assert_same_training((trained[1][0], "taught"), (trained[processes][0], "taught"), ["model", "optimizer"])
+    last = [result(trained[number][0] / "taught") for number in (1, processes)]
+    assert last[0]["distill_loss"] == pytest.approx(last[1]["distill_loss"], rel=1e-12)
+    assert last[1]["codes"]["kept_mib"] == last[0]["codes"]["kept_mib"]
+
+
+@pytest.mark.parametrize("processes", PROCESSES)
 def test_norms_rates_and_losses_in_the_log(trained, processes):
     for name in ("sgd_fp64_1", "sgd_fp64_4", "mixed"):
         ours, theirs = lines(trained[processes][0] / name, "train"), lines(trained[1][0] / name, "train")

@@ -54,6 +54,84 @@ WRONG_RECIPES: list[tuple[str, str, list[str], list[str]]] = [
         [AT, "'non_finite.action: rollback' cannot be had beside 'compute.engine: fsdp2'"],
     ),
     (
+        "distill_no_teacher",
+        GOOD + "distill: {match: {layer1: layer1}}\n",
+        [],
+        [f"{AT}:4: distill", "name one teacher: 'teacher' (a backbone and its weights), or 'run'"],
+    ),
+    (
+        "distill_two_teachers",
+        GOOD + "distill: {run: r, teacher: {name: resnet18}, match: {layer1: layer1}}\n",
+        [],
+        [f"{AT}:4: distill", "name one teacher"],
+    ),
+    (
+        "distill_random_teacher",
+        GOOD + "distill: {teacher: {name: resnet18, weights: none}, match: {layer1: layer1}}\n",
+        [],
+        [f"{AT}:4: distill", "a teacher that knows nothing"],
+    ),
+    (
+        "distill_of_nothing",
+        GOOD + "distill: {teacher: {name: resnet18}}\n",
+        [],
+        [f"{AT}:4: distill", "'match' says which codes the loss 'codes' is of"],
+    ),
+    (
+        "distill_of_no_codes",
+        GOOD + "distill: {teacher: {name: resnet18}, codes: 0}\n",
+        [],
+        [f"{AT}:4: distill", "nothing of the teacher is learned"],
+    ),
+    (
+        "distill_logits_of_a_backbone",
+        GOOD + "distill: {teacher: {name: resnet18}, match: {layer1: layer1}, logits: 1.0}\n",
+        [],
+        [f"{AT}:4: distill", "'logits' needs a teacher that knows the classes: 'run'"],
+    ),
+    (
+        "distill_idle_temperature",
+        GOOD + "distill: {teacher: {name: resnet18}, match: {layer1: layer1}, temperature: 2.0}\n",
+        [],
+        [f"{AT}:4: distill", "'temperature' has no effect where 'logits' is 0"],
+    ),
+    (
+        "distill_mixup",
+        GOOD + "distill: {run: r, match: {layer1: layer1}}\n",
+        ["data.augment=[mixup]"],
+        ["'data.augment' cannot have mixup beside 'distill': a teacher is asked one image"],
+    ),
+    (
+        "distill_one_view",
+        GOOD + "distill: {run: r, match: {layer1: layer1}}\n",
+        ["data.augment=[flip]"],
+        ["'data.augment' beside 'distill' needs 'codes.views' of 2 or more"],
+    ),
+    (
+        "distill_fsdp2",
+        GOOD + "distill: {run: r, match: {layer1: layer1}}\ncompute: {engine: fsdp2}\n",
+        [],
+        ["'distill' cannot be had beside 'compute.engine: fsdp2' yet. Take 'ddp'"],
+    ),
+    (
+        "distill_keep",
+        GOOD + "distill: {run: r, match: {layer1: layer1}}\ncodes: {keep: never}\n",
+        [],
+        ["'codes.keep' has no effect beside 'distill'"],
+    ),
+    (
+        "distill_loss_of_nobody",
+        GOOD + "evaluate: {select: distill_loss}\n",
+        [],
+        ["'evaluate.select: distill_loss' is there only beside 'distill'"],
+    ),
+    (
+        "distill_probe",
+        GOOD + "distill: {run: r, match: {layer1: layer1}}\nprobe: {}\n",
+        [],
+        [f"{AT}:4: 'distill' has no effect beside 'probe'"],
+    ),
+    (
         "engine_probe",
         GOOD + "compute: {engine: fsdp2}\nprobe: {}\n",
         [],
@@ -237,12 +315,6 @@ WRONG_RECIPES: list[tuple[str, str, list[str], list[str]]] = [
         GOOD + "loss: {class_weights: {cat: x}}\n",
         [],
         [f"{AT}:4: loss.class_weights.cat = 'x': must be a number"],
-    ),
-    (
-        "bundled",
-        f"{NAME}\n{DATA}\nbackbone: {{name: resnet18, weights: bundled}}\n",
-        [],
-        [f"{AT}:3: backbone.weights = 'bundled'", "no bundled weights in this version; use pretrained, none"],
     ),
     # keys that do not go together
     (

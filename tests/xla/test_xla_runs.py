@@ -231,7 +231,8 @@ def test_a_step_is_one_program_that_is_compiled_once_and_that_nobody_waits_for(n
 # --- The frozen frontier ----------------------------------------------------------------------------------------------
 
 
-def test_training_on_codes_ends_near_training_on_images(idx, tmp_path):
+def test_training_on_codes_ends_near_training_on_images(idx, tmp_path, monkeypatch):
+    monkeypatch.setenv("TLSCALE_CACHE", str(tmp_path / "cache"))  # an earlier test has kept the same codes
     for keep in ("always", "never"):
         recipe = small_recipe(
             tmp_path / f"{keep}.yaml", idx, freeze=HALF, backbone=RESNET, codes={"keep": keep}, name="same"

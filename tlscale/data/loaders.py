@@ -9,7 +9,7 @@ Shape letters: N images of a split, B images of a batch, C channels, H height, W
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 
@@ -212,6 +212,7 @@ def train_batches(
     augment: Mapping[str, float | None],
     start_step: int,
     stop_step: int,
+    views: int | None = None,
     workers: int = 0,
     pin_memory: bool = False,
 ) -> Generator[list[ImageBatch], None, None]:
@@ -223,6 +224,7 @@ def train_batches(
         store: with `crops` exactly where `augment` has a crop.
         seed: of the augmentation; streams of its own, so it may be the order's.
         augment: as `augmentation_values` gives it.
+        views: epoch e sees the images as they are in epoch e modulo this; None: new ones in each epoch.
 
     Raises:
         DataError: an image cannot be read.
@@ -231,7 +233,11 @@ def train_batches(
     assert len(store) == order.num_images
     augmenter = make_augmenter(store.spec, augment)
     steps = range(start_step, stop_step)
-    wanted = (micro_batch for step in steps for micro_batch in micro_batches(order, step, split, rank))
+    wanted = (
+        replace(micro_batch, epoch=micro_batch.epoch % views) if views is not None else micro_batch
+        for step in steps
+        for micro_batch in micro_batches(order, step, split, rank)
+    )
     batches = load_in_order(partial(train_batch, store, augmenter, seed), wanted, workers, pin_memory)
     try:
         for step in steps:

@@ -206,6 +206,7 @@ class ImageBatch:
     partner_labels_B: Tensor | None = None  # int64
     lam_B: Tensor | None = None  # float32: share of the image itself, in pixels and in the target
     boxes_B4: Tensor | None = None  # int64, y0 y1 x0 x1: pasted from the partner; without area it is mixup
+    targets_BT: Tensor | None = None  # what a teacher says of each image
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> ImageBatch:
         """The batch on `device`."""

@@ -18,6 +18,7 @@ from tlscale.prepare import Prepared, prepare
 from tlscale.progress import Progress, format_duration
 from tlscale.recipe.schema import Recipe
 from tlscale.stop import StopRequest
+from tlscale.targets import ask_teacher
 
 _GIB = 2**30
 
@@ -26,7 +27,7 @@ def compute_codes(recipe: Recipe) -> int:
     """Compute and keep the codes of all images of the recipe's data; what is there is not computed again.
 
     They are those of `codes.layer`, or what a probe takes by itself; and for a recipe that trains, those that its
-    (first stage's) frozen part gives.
+    (first stage's) frozen part gives, or its teacher.
 
     Returns:
         How many images went through the network, over all processes.
@@ -47,6 +48,8 @@ def compute_codes(recipe: Recipe) -> int:
             wanted = wanted_codes(recipe)
             codes = layer_codes(keeper, wanted, [data.train, *others])
             _show(codes, screen)
+        elif (targets := ask_teacher(prepared, processes, keeper)) is not None:
+            _show(targets.kept(), screen)
         else:
             _frozen_codes(prepared, processes, keeper, others)
         screen.say(f"{keeper.num_computed:,} images were computed; all codes are in '{keeper.store.root}'")

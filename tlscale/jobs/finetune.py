@@ -20,15 +20,12 @@ from torch import Tensor
 
 from tlscale import faults
 from tlscale.checkpoint import Checkpoint, checkpoint_folder, newest_valid, pointed_to
-from tlscale.codes.batches import CodeBatch
-from tlscale.data.transforms import ImageBatch
 from tlscale.dist import Processes
 from tlscale.errors import NonFiniteLossError, Stopped
 from tlscale.evaluate import scalars
 from tlscale.feed import ImageFeed, refuse_codes_of_a_probe
 from tlscale.jobs.parts import Parts, begin_stage, load, make_parts, next_stage, save, unwrap, unwrapping
 from tlscale.model.export import export_model
-from tlscale.objective import Objective
 from tlscale.optim import set_lr
 from tlscale.prepare import Due, Prepared, strategy_of
 from tlscale.progress import Progress
@@ -230,7 +227,7 @@ def _finish(parts: Parts, clock: Clock, book: RunBook, folder: RunFolder, progre
         checkpoint = load(best_folder, prepared, processes)
         restore_weights(checkpoint, parts.network, parts.ema, prepared.fixed)
         if clock.best_step <= parts.stage.start_step:  # of another stage, whose frozen part was another
-            feed = ImageFeed(prepared, processes, parts.network, parts.keeper.images)
+            feed = ImageFeed(prepared, processes, parts.network, parts.keeper.images, parts.targets)
         best = {"step": clock.best_step, **parts.figures(split, feed)}
     unwrap(parts)  # the exported model has to give its logits without what mixed precision does to them
     with parts.averaged():
@@ -289,7 +286,7 @@ def train_step(
         batch = batch.to(processes.device, non_blocking=True)
         is_last = number == len(batches) - 1
         with micro_batch(accelerator, model, is_last=is_last):
-            losses_B = _losses(parts.objective, model(*inputs(batch)), batch)
+            losses_B = parts.objective.of_batch(model(*inputs(batch)), batch)
             loss_sum = losses_B[: batch.num_real].sum()
             accelerator.backward(loss_sum * processes.world_size / num_images)
         loss_sums.append(loss_sum.detach())
@@ -316,7 +313,7 @@ def _rehearse(batch: Any, parts: Parts) -> None:
     processes = parts.processes
     vigil, batch = _vigil(parts), batch.to(processes.device)
     processes.seed(derive_seed(parts.prepared.recipe.seed, "settle", processes.rank))
-    losses_B = _losses(parts.objective, parts.wrapped[0](*parts.feed.inputs(batch)), batch)
+    losses_B = parts.objective.of_batch(parts.wrapped[0](*parts.feed.inputs(batch)), batch)
     processes.accelerator.backward(losses_B[: batch.num_real].sum())
     vigil.undo()
     parts.is_rehearsed = True
@@ -327,12 +324,6 @@ def _vigil(parts: Parts) -> Vigil:
     vigil = Vigil(parts.network, parts.processes, parts.stage.fixed, scales_loss=scales_loss)
     vigil.begin()
     return vigil
-
-
-def _losses(objective: Objective, logits_BC: Tensor, batch: ImageBatch | CodeBatch) -> Tensor:
-    if batch.partner_labels_B is None or batch.lam_B is None:
-        return objective.losses(logits_BC, batch.labels_B)
-    return objective.mixed_losses(logits_BC, batch.labels_B, batch.partner_labels_B, batch.lam_B)
 
 
 def _newest(folder: RunFolder, progress: Progress) -> Path | None:
@@ -379,7 +370,7 @@ def _result(
         "steps_left_out": clock.left_out,
         "wall_s": round(wall_s, 3),
         "images_per_s": round(order.images_seen(clock.step) / max(clock.train_s, 1e-9), 1),
-        "codes": parts.keeper.facts() if any(clock.keeps_codes.values()) else None,
+        "codes": parts.keeper.facts() if any(clock.keeps_codes.values()) or parts.targets is not None else None,
         "trainable_params": prepared.trainable_params,
         "total_params": prepared.total_params,
         "is_sample": prepared.data.is_sample,

@@ -37,6 +37,7 @@ from tlscale.sharded_checkpoint import load_sharded, save_sharded
 from tlscale.sharding import hollow_copy, objection_to_shares, shard, sharded_groups
 from tlscale.stages import Stage, cross_boundary, enter
 from tlscale.stop import StopRequest
+from tlscale.targets import Targets, ask_teacher
 
 
 @dataclass
@@ -54,6 +55,7 @@ class Parts:
     stage: Stage
     optimizer: torch.optim.Optimizer
     feed: Feed | None = None
+    targets: Targets | None = None  # of all stages, where there is a teacher
     # What is called and stepped: what Accelerate, or FSDP2, made of the feed's module.
     wrapped: tuple[nn.Module, torch.optim.Optimizer] | None = None
     hollow: Classifier | None = None  # where the network is spread over the processes: what is exported in its place
@@ -113,7 +115,11 @@ def begin_stage(parts: Parts, clock: Clock, scaler_state: dict[str, Any] | None)
     prepared, accelerator, key = parts.prepared, parts.processes.accelerator, str(parts.stage.number)
     decided = clock.keeps_codes.get(key)
     parts.keeper.begin_stage()
-    parts.feed, keeps = open_feed(parts.stage, prepared, parts.processes, parts.keeper, decided=decided)
+    if parts.targets is None:
+        parts.targets = ask_teacher(prepared, parts.processes, parts.keeper)
+    parts.feed, keeps = open_feed(
+        parts.stage, prepared, parts.processes, parts.keeper, targets=parts.targets, decided=decided
+    )
     clock.keeps_codes[key] = keeps
     if prepared.recipe.compute.compile:
         parts.feed.module.compile()

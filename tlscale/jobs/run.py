@@ -143,9 +143,12 @@ def _refuse_other_recipe(recipe: Recipe, folder: RunFolder) -> None:
 
 def _refuse_other_inputs(record: dict[str, Any], prepared: Prepared, folder: RunFolder) -> None:
     now = {"data": str(prepared.data.identity["fingerprint"]), "weights": prepared.weights.sha256}
-    for what, key in (("data", "fingerprint"), ("weights", "sha256")):
-        if record[what][key] != now[what]:
+    then = {"data": record["data"]["fingerprint"], "weights": record["weights"]["sha256"]}
+    if prepared.teacher is not None:
+        now["teacher's weights"], then["teacher's weights"] = prepared.teacher.digest, record["teacher"]["sha256"]
+    for what, digest in then.items():
+        if digest != now[what]:
             raise ResumeError(
                 f"'{folder.path}' cannot be resumed: its {what} are not those that it was started with "
-                f"({record[what][key][:12]} then, {now[what][:12]} now). Bring them back, or start another: --out DIR"
+                f"({digest[:12]} then, {now[what][:12]} now). Bring them back, or start another: --out DIR"
             )

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 import tlscale.model.classic  # noqa: F401 (its architectures get known to timm)
 from tlscale.errors import ModelError, did_you_mean
 from tlscale.hub import cache_only_when_unreachable
+from tlscale.model.bundled import bundled
 from tlscale.recipe.schema import BackboneSection
 from tlscale.run_folder import file_sha256
 from tlscale.seeds import derive_seed
@@ -65,7 +66,9 @@ def build_backbone(section: BackboneSection, *, image_size: int | None, seed: in
         size = {"img_size": image_size} if image_size is not None and _is_built_for_one_size(section) else {}
         torch.manual_seed(derive_seed(seed, "backbone"))
         model = _create(section, size, pretrained=section.weights == "pretrained")
-    if section.weights in ("pretrained", "none"):
+    if section.weights == "bundled":
+        return model, _load_bundled(model, section)
+    if not section.from_file:
         origin = "random weights, by seed" if section.weights == "none" else _pretrained_origin(model)
         return model, WeightsReport(origin, 0, 0, state_digest(model.state_dict()))
     return model, _load_file(model, section)
@@ -203,6 +206,16 @@ def _load_file(model: nn.Module, section: BackboneSection) -> WeightsReport:
         raise ModelError(_mismatch(report, section, state, own))
     model.load_state_dict(matched, strict=False)
     return WeightsReport(report.origin, report.num_matched, report.num_tensors, state_digest(model.state_dict()))
+
+
+def _load_bundled(model: nn.Module, section: BackboneSection) -> WeightsReport:
+    """Weights that ship with tlscale; the model is told what images they were made with."""
+    weights = bundled(section.name)
+    as_file = section.model_copy(update={"weights": str(weights.path), "sha256": weights.sha256, "min_matched": 1.0})
+    report = _load_file(model, as_file)
+    model.pretrained_cfg = {**model.pretrained_cfg, **weights.pretrained_cfg}  # type: ignore[assignment, dict-item]
+    origin = f"bundled {section.name} (tlscale/weights/{weights.path.name})"
+    return WeightsReport(origin, report.num_matched, report.num_tensors, report.sha256)
 
 
 def _read_state(path: Path, section: BackboneSection) -> dict[str, Tensor]:

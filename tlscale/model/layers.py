@@ -159,24 +159,46 @@ class LayerCodes(nn.Module):
     def _pass(self, images_BCHW: Tensor, *, to_the_end: bool) -> _Taps:
         if self.backbone.training:  # by a train() of the backbone's own
             self.backbone.eval()
-        taps = _Taps(self.backbone, self.wanted, images_BCHW.shape, to_the_end)
-        with ExitStack() as hooks:
-            for layer in taps.pools:
-                if layer != PENULTIMATE:
-                    hook = self.backbone.get_submodule(layer).register_forward_hook(partial(taps.take, layer))
-                    hooks.callback(hook.remove)
-            try:
-                features = self.backbone(images_BCHW)
-            except _EverythingTaken:
-                return taps
-        if PENULTIMATE in taps.pools:
-            taps.take_penultimate(features)
-        if missing := [layer for layer in taps.pools if layer not in taps.strides]:
-            raise ModelError(
-                f"codes.layer: {type(self.backbone).__name__} does not run its module '{missing[0]}' by itself, so it "
-                f"gives no codes. Name a module around or in it, or a stage: {', '.join(stages(self.backbone))}"
-            )
-        return taps
+        return _tapped(self.backbone, self.wanted, images_BCHW, to_the_end=to_the_end)
+
+
+def features_and_codes(
+    backbone: nn.Module, wanted: Sequence[tuple[str, str]], images_BCHW: Tensor
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """What the backbone gives, and the codes of each (layer, pool), by one pass in the mode that it is in.
+
+    Gradients flow through both.
+
+    Args:
+        wanted: as `LayerCodes` checked them.
+
+    Raises:
+        ModelError: a layer does not give one vector an image, or not clearly.
+    """
+    taps = _tapped(backbone, wanted, images_BCHW, to_the_end=True)
+    assert taps.features is not None
+    return taps.features, tuple(taps.codes[pair] for pair in wanted)
+
+
+def _tapped(backbone: nn.Module, wanted: Sequence[tuple[str, str]], images_BCHW: Tensor, *, to_the_end: bool) -> _Taps:
+    taps = _Taps(backbone, wanted, images_BCHW.shape, to_the_end)
+    with ExitStack() as hooks:
+        for layer in taps.pools:
+            if layer != PENULTIMATE:
+                hook = backbone.get_submodule(layer).register_forward_hook(partial(taps.take, layer))
+                hooks.callback(hook.remove)
+        try:
+            taps.features = backbone(images_BCHW)
+        except _EverythingTaken:
+            return taps
+    if PENULTIMATE in taps.pools:
+        taps.take_penultimate(taps.features)
+    if missing := [layer for layer in taps.pools if layer not in taps.strides]:
+        raise ModelError(
+            f"codes.layer: {type(backbone).__name__} does not run its module '{missing[0]}' by itself, so it "
+            f"gives no codes. Name a module around or in it, or a stage: {', '.join(stages(backbone))}"
+        )
+    return taps
 
 
 def _check_pool(pool: str) -> None:
@@ -251,6 +273,7 @@ class _Taps:
     pools: dict[str, list[str]] = field(default_factory=dict)
     codes: dict[tuple[str, str], Tensor] = field(default_factory=dict)
     strides: dict[str, int | None] = field(default_factory=dict)
+    features: Tensor | None = None  # what the backbone gives, if the pass went to the end
 
     def __post_init__(self) -> None:
         for layer, pool in self.wanted:

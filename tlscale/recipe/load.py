@@ -19,7 +19,7 @@ from tlscale.errors import RecipeError
 from tlscale.recipe.keys import all_keys
 from tlscale.recipe.overrides import Override, read_override
 from tlscale.recipe.problems import check_recipe
-from tlscale.recipe.schema import Recipe
+from tlscale.recipe.schema import BackboneSection, Recipe
 from tlscale.recipe.shipped import shipped_recipes
 from tlscale.recipe.yaml_text import MAX_BYTES, Findings, Node, Origin, Problem, read_yaml, write_yaml
 
@@ -254,12 +254,21 @@ def _set(tree: Node, change: Override, rest: tuple[str, ...], findings: Findings
 
 def _with_absolute_paths(recipe: Recipe) -> Recipe:
     """Local paths no longer depend on the current folder or on `~`."""
-    data, backbone = recipe.data, recipe.backbone
+    data, distill = recipe.data, recipe.distill
     if data.source in _LOCAL_SOURCES and data.path is not None:
         data = data.model_copy(update={"path": _absolute(data.path)})
-    if backbone.weights not in ("pretrained", "none"):
-        backbone = backbone.model_copy(update={"weights": _absolute(backbone.weights)})
-    return recipe.model_copy(update={"data": data, "backbone": backbone})
+    if distill is not None:
+        teacher = None if distill.teacher is None else _with_absolute_weights(distill.teacher)
+        run = None if distill.run is None else _absolute(distill.run)
+        distill = distill.model_copy(update={"teacher": teacher, "run": run})
+    backbone = _with_absolute_weights(recipe.backbone)
+    return recipe.model_copy(update={"data": data, "backbone": backbone, "distill": distill})
+
+
+def _with_absolute_weights(backbone: BackboneSection) -> BackboneSection:
+    if not backbone.from_file:
+        return backbone
+    return backbone.model_copy(update={"weights": _absolute(backbone.weights)})
 
 
 def _absolute(path: str) -> str:

@@ -22,6 +22,7 @@ from tlscale.recipe.values import (
     NumberRules,
     Pools,
     PositiveDuration,
+    augmentation_values,
     run_name,
     weights_place,
 )
@@ -131,7 +132,8 @@ class BackboneSection(Section):
     name: str
     """A timm model, with or without the tag of its weights (`resnet18`, `resnet18.a1_in1k`)."""
     weights: Annotated[str, AfterValidator(weights_place)] = "pretrained"
-    """`pretrained`: timm's; `none`: random, by seed; else the path of a `.safetensors` (or `.pth`) file."""
+    """`pretrained`: timm's; `bundled`: those that ship with tlscale; `none`: random, by seed; else the path of a
+    `.safetensors` (or `.pth`) file."""
     sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")
     """Refuse the file of weights unless it has this SHA-256."""
     allow_pickle: bool = False
@@ -145,11 +147,15 @@ class BackboneSection(Section):
     drop_path_rate: float = Field(0.0, ge=0.0, lt=1.0)
     """Stochastic depth, where the architecture has it."""
 
+    @property
+    def from_file(self) -> bool:
+        """Whether `weights` is the path of a file."""
+        return self.weights not in ("pretrained", "bundled", "none")
+
     @model_validator(mode="after")
     def _belongs(self) -> BackboneSection:
-        from_file = self.weights not in ("pretrained", "none")
         for key, unset in (("sha256", None), ("allow_pickle", False), ("min_matched", 0.9)):
-            if not from_file and getattr(self, key) != unset:
+            if not self.from_file and getattr(self, key) != unset:
                 raise ValueError(f"'{key}' has an effect only where 'weights' is the path of a file")
         return self
 
@@ -259,6 +265,53 @@ class ProbeSection(Section):
         return self
 
 
+class DistillSection(Section):
+    """Learn what a teacher says of the same images, from its codes, which are computed once: alone, or beside the
+    labels. Projections from the student's layers to the teacher's codes are trained with it, and dropped at the end."""
+
+    teacher: BackboneSection | None = None
+    """The teacher: a backbone with its weights, as in `backbone`."""
+    run: str | None = Field(None, min_length=1)
+    """In place of `teacher`: the folder of a run that has ended, whose logits can be matched too."""
+    image_size: int | None = Field(None, ge=8, le=2048)
+    """Height and width that the teacher sees, in pixels; by itself what it was trained at."""
+    match: dict[str, Names] = {}
+    """Layers of the teacher, each with the layer (or layers) of the student that its codes are predicted from:
+    `{blocks.4: layer3, penultimate: penultimate}`. Codes are pooled by their mean over positions, and the teacher's
+    are standardised over the training images."""
+    codes: float = Field(1.0, ge=0.0)
+    """Weight of the loss on codes: the squared error of an image, as a mean over all the numbers that are predicted."""
+    logits: float = Field(0.0, ge=0.0)
+    """Weight of the loss on logits: the divergence of the student's classes from the teacher's, both softened by
+    `temperature`, times its square (Hinton et al. 2015). For `run`."""
+    temperature: float = Field(4.0, gt=0.0)
+    """Of the loss on logits."""
+    labels: float = Field(1.0, ge=0.0)
+    """Weight of the loss on labels. With 0, and `logits` 0, labels have no part in what the backbone learns: the head
+    is trained on its features all the same, and so tells what can be read from them."""
+
+    @model_validator(mode="after")
+    def _belongs(self) -> DistillSection:
+        if (self.teacher is None) == (self.run is None):
+            raise ValueError("name one teacher: 'teacher' (a backbone and its weights), or 'run' (a run folder)")
+        if self.teacher is not None and self.teacher.weights == "none":
+            raise ValueError("'teacher.weights: none' is a teacher that knows nothing; name weights")
+        if self.teacher is not None and (self.teacher.drop_rate or self.teacher.drop_path_rate):
+            raise ValueError("'teacher' is in eval mode, where 'drop_rate' and 'drop_path_rate' have no effect")
+        if bool(self.match) != (self.codes > 0):
+            raise ValueError(
+                "'match' says which codes the loss 'codes' is of: name layers and give it a weight, or do neither "
+                "(codes: 0)"
+            )
+        if self.logits > 0 and self.run is None:
+            raise ValueError("'logits' needs a teacher that knows the classes: 'run', the folder of a run")
+        if self.codes == self.logits == 0:
+            raise ValueError("nothing of the teacher is learned: 'codes' and 'logits' are both 0")
+        if self.logits == 0 and self.temperature != 4.0:
+            raise ValueError("'temperature' has no effect where 'logits' is 0")
+        return self
+
+
 class StageSection(Section):
     """A part of the run with its own frozen layers; what is left out is as in the rest of the recipe."""
 
@@ -362,8 +415,8 @@ class EvaluateSection(Section):
     """How often; the last step is always evaluated."""
     batch_size: int | None = Field(None, ge=1)
     """Images per process and forward pass; by itself what a process takes in training."""
-    select: Literal["top1", "loss", "macro_f1"] = "top1"
-    """The validation figure by which weights are best."""
+    select: Literal["top1", "loss", "macro_f1", "distill_loss"] = "top1"
+    """The validation figure by which weights are best; `distill_loss`: what `distill` adds to the loss."""
 
 
 class CheckpointSection(Section):
@@ -411,6 +464,8 @@ class Recipe(Section):
     """Codes."""
     probe: ProbeSection | None = None
     """A classifier on codes instead of training."""
+    distill: DistillSection | None = None
+    """A teacher."""
     stages: list[StageSection] | None = Field(None, min_length=1, max_length=100)
     """Several stages, one after the other, each with its own `freeze` and `duration`; in place of those."""
     duration: PositiveDuration = Field(default_factory=lambda: parse_duration("10 epochs"))
@@ -447,6 +502,7 @@ class Recipe(Section):
         if self.duration.unit == "%":
             raise ValueError(f"'duration: {self.duration}' is a share of nothing; give epochs, steps or images")
         self._strategy_belongs()
+        self._distill_belongs()
         self._engine_belongs()
         if len(set(self.track)) != len(self.track):
             raise ValueError("'track' names a tracker twice")
@@ -482,6 +538,25 @@ class Recipe(Section):
                 "'codes.layer'"
             )
 
+    def _distill_belongs(self) -> None:
+        if self.distill is None:
+            if self.evaluate.select == "distill_loss":
+                raise ValueError("'evaluate.select: distill_loss' is there only beside 'distill'")
+            return
+        names = augmentation_values(self.data.augment)
+        mixing = [name for name in ("mixup", "cutmix") if name in names]
+        if mixing:
+            raise ValueError(f"'data.augment' cannot have {mixing[0]} beside 'distill': a teacher is asked one image")
+        if names and self.codes.views == 1:
+            raise ValueError(
+                "'data.augment' beside 'distill' needs 'codes.views' of 2 or more: so many augmented views of each "
+                "image are shown to the teacher, once, and to the student, one an epoch"
+            )
+        if self.compute.engine == "fsdp2":
+            raise ValueError("'distill' cannot be had beside 'compute.engine: fsdp2' yet. Take 'ddp'")
+        if self.codes.keep != "auto":
+            raise ValueError("'codes.keep' has no effect beside 'distill': the teacher's codes are kept in any case")
+
     def _engine_belongs(self) -> None:
         if self.compute.engine != "fsdp2":
             return
@@ -507,7 +582,7 @@ NO_EFFECT_BESIDE = {
     "probe": (
         *("freeze", "head", "duration", "drop_last", "optim", "schedule", "loss", "checkpoint", "data.augment"),
         *("batch_size", "compute.micro_batch_size", "compute.gradient_checkpointing", "compute.compile", "evaluate"),
-        "compute.engine",
+        *("compute.engine", "distill"),
         *("non_finite", "log_every", "codes.views", "codes.keep", "codes.disk_gib", "data.workers"),
         *("backbone.drop_rate", "backbone.drop_path_rate"),
     ),

@@ -83,6 +83,7 @@ def derive(
             _finetune(recipe, plain, parameter_names)
         case "scratch":
             _train(recipe, plain)
+            _untaught(plain)
             plain["backbone"]["weights"] = "none"
             _reset(plain, "backbone.sha256", "backbone.allow_pickle", "backbone.min_matched", "freeze")
             _reset(plain, "optim.layer_decay", "optim.lr_rules")
@@ -181,6 +182,12 @@ def _reset(plain: dict[str, Any], *keys: str) -> None:
         section.pop(name, None)
 
 
+def _untaught(plain: dict[str, Any]) -> None:
+    """Without the teacher that the recipe may have: that is no part of these strategies."""
+    if plain["distill"] is not None:
+        _reset(plain, "distill", "evaluate.select")
+
+
 def _probe(plain: dict[str, Any], layers: list[str]) -> None:
     _reset(plain, *NO_EFFECT_BESIDE_PROBE, "stages")
     plain["probe"] = plain["probe"] or {"kind": "logistic"}
@@ -193,6 +200,7 @@ def _train_new_layers(recipe: Recipe, plain: dict[str, Any], strategy: str, head
     _train(recipe, plain)
     # Frozen layers are in eval mode and have no backward pass, so these would have no effect.
     _reset(plain, "backbone.drop_rate", "backbone.drop_path_rate", "compute.gradient_checkpointing")
+    _untaught(plain)
     plain |= {"freeze": ".*", "head": head, "optim": dict(NEW_LAYERS_OPTIM[strategy])}
 
 

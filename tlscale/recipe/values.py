@@ -160,10 +160,8 @@ def run_name(name: str) -> str:
 
 
 def weights_place(weights: str) -> str:
-    if weights == "bundled":
-        raise ValueError("there are no bundled weights in this version; use pretrained, none or the path of a file")
     if not weights:
-        raise ValueError("use pretrained, none or the path of a file")
+        raise ValueError("use pretrained, bundled, none or the path of a file")
     return weights
 
 

@@ -1,0 +1,48 @@
+"""Weights that ship with tlscale: small networks with real features, for machines without a hub.
+
+Promise: a file that is not the one that was shipped is an error. Beside each `NAME.safetensors` in `tlscale/weights`
+lie `NAME.json`, with its SHA-256 and what images it was made with, and its model card, `NAME.md`.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tlscale.errors import ModelError, did_you_mean
+
+FOLDER = Path(__file__).resolve().parents[1] / "weights"
+
+
+@dataclass(frozen=True)
+class Bundled:
+    """The weights of one backbone, without classifier."""
+
+    path: Path
+    sha256: str
+    pretrained_cfg: dict[str, Any]
+    """What timm would have in the model's own: mean, std, input size and so on."""
+
+
+def bundled_names() -> list[str]:
+    """The timm models whose weights ship."""
+    return sorted(path.stem for path in FOLDER.glob("*.safetensors"))
+
+
+def bundled(name: str) -> Bundled:
+    """The weights of a timm model.
+
+    Raises:
+        ModelError: none ship for it.
+    """
+    names = bundled_names()
+    if name not in names:
+        raise ModelError(
+            f"backbone.weights: no weights of '{name}' ship with tlscale.{did_you_mean(name, names)} There are: "
+            f"{', '.join(names) or 'none'}. Take one of these as backbone.name, or other weights: pretrained, none, or "
+            "the path of a file"
+        )
+    facts = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+    return Bundled(FOLDER / f"{name}.safetensors", facts["sha256"], facts["pretrained_cfg"])

@@ -1,0 +1,145 @@
+"""What a student learns of its teacher: kept codes, standardised, beside each batch of images.
+
+Promise: the teacher sees each image (and, with augmentation, each view of it) once, in the pixels' own size for it but
+with the same cut, flip and colours as the student; codes that are there already are not computed again.
+
+Shapes: B images of a batch, N of a split, D numbers of a code, T of all that is learned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Iterator
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tlscale.codes.batches import CodeViews
+from tlscale.codes.reading import Codes
+from tlscale.data.sampler import Ints, MicroBatch
+from tlscale.data.sources import ImageSplit
+from tlscale.data.transforms import ImageBatch
+from tlscale.dist import Processes
+from tlscale.keeper import Images, Keeper, Part, layers_part
+from tlscale.prepare import Prepared
+from tlscale.teacher import LOGITS, Teacher
+
+_CHUNK = 4096
+
+
+class Targets:
+    """The teacher's answers on the images of a run.
+
+    Codes are standardised, each number by its mean and deviation over all views of the training images: every number
+    counts alike, whatever layer it is of. Logits are as they are, in the order of the run's classes.
+    """
+
+    def __init__(self, prepared: Prepared, teacher: Teacher, keeper: Keeper) -> None:
+        """
+        Args:
+            keeper: of the teacher's codes.
+
+        Raises:
+            DataError: an image cannot be read.
+            Stopped: the run was asked to stop; what was computed stays.
+        """
+        self._teacher, self._keeper, self._dtype = teacher, keeper, prepared.dtype
+        self._part = _part(teacher)
+        last_epoch = prepared.order.epoch(prepared.total_steps - 1)
+        views = range(min(prepared.recipe.codes.views, last_epoch + 1))
+        self._train = keeper.train_views(teacher.module, self._part, views)
+        self._splits: dict[str, CodeViews] = {}
+        self._mean_D, self._std_D = _mean_and_deviation(self._codes(self._train))
+
+    def kept(self) -> dict[str, Codes]:
+        """What is there by now, by split and view."""
+        views = {
+            f"train, view {view}" if len(self._train.views) > 1 else "train": codes
+            for view, codes in self._train.views.items()
+        }
+        return views | {name: kept.views[0] for name, kept in self._splits.items()}
+
+    def of_training(self, batch: ImageBatch, epoch: int) -> ImageBatch:
+        """A batch of the epoch with what the teacher says of it."""
+        return self._taught(batch, self._train, epoch)
+
+    def of_split(self, split: ImageSplit, batches: Iterable[ImageBatch]) -> Generator[ImageBatch, None, None]:
+        """Batches of a split as it is evaluated, with what the teacher says of them."""
+        if split.name not in self._splits:
+            codes = self._keeper.codes(self._teacher.module, self._part, split)
+            self._splits[split.name] = CodeViews({0: codes}, split.labels_N)
+        for batch in batches:
+            yield self._taught(batch, self._splits[split.name], 0)
+
+    def _taught(self, batch: ImageBatch, kept: CodeViews, epoch: int) -> ImageBatch:
+        rows_B = batch.rows_B.numpy()
+        values = kept.batch(MicroBatch(epoch, rows_B, batch.num_real)).codes
+        num_layers = len(self._teacher.layers)
+        parts = []
+        if num_layers:
+            parts.append(((_joined(values[:num_layers]) - self._mean_D) / self._std_D).to(self._dtype))
+        if self._teacher.class_order_C is not None:
+            parts.append(values[num_layers].to(self._dtype)[:, self._teacher.class_order_C])
+        return replace(batch, targets_BT=torch.cat(parts, 1))
+
+    def _codes(self, kept: CodeViews) -> Iterator[Tensor]:
+        """All codes of all views, (at most `_CHUNK`, D) float64 at a time."""
+        if not self._teacher.layers:
+            return
+        for codes in kept.views.values():
+            for start in range(0, len(codes), _CHUNK):
+                positions_B: Ints = np.arange(start, min(start + _CHUNK, len(codes)))
+                yield _joined(codes.take(positions_B)[: len(self._teacher.layers)])
+
+
+def ask_teacher(prepared: Prepared, processes: Processes, keeper: Keeper) -> Targets | None:
+    """What the teacher says of a run's images, where the recipe has one: found, or computed now.
+
+    Args:
+        keeper: of the run, which counts what is computed.
+
+    Raises:
+        DataError: an image cannot be read.
+        Stopped: the run was asked to stop; what was computed stays.
+    """
+    teacher = prepared.teacher
+    if teacher is None:
+        return None
+    as_it_sees = replace(prepared, spec=teacher.spec)
+    asking = Keeper(as_it_sees, processes, Images(as_it_sees), keeper.screen, keeper.stop)
+    processes.place(teacher.module)
+    targets = Targets(prepared, teacher, asking)
+    for split in (prepared.data.validation, prepared.data.test):
+        if split is not None:
+            list(targets.of_split(split, ()))  # now, and not in the middle of the run
+    if processes.device.type == "cuda":
+        teacher.module.cpu()  # it is not asked again: its memory is the student's
+    keeper.num_computed += asking.num_computed
+    keeper.kept |= {f"teacher, {name}": count for name, count in asking.kept.items()}
+    return targets
+
+
+def _part(teacher: Teacher) -> Part:
+    """Codes alone have the key that a probe's have, and so may be there already."""
+    if not teacher.asks_logits:
+        return layers_part(teacher.backbone, [(layer, "avg") for layer in teacher.layers])
+    names = (*(f"{layer} avg" for layer in teacher.layers), LOGITS)
+    return Part(teacher.digest, names, (*("avg" for _ in teacher.layers), "as is"))
+
+
+def _joined(values: tuple[Tensor, ...]) -> Tensor:
+    return torch.cat([value.double() for value in values], 1)
+
+
+def _mean_and_deviation(chunks: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """Of each number, (D,) float64; a number that never changes has a deviation of 1, and so a target of 0."""
+    kept = [(len(chunk_BD), chunk_BD.sum(0), chunk_BD.square().sum(0)) for chunk_BD in chunks]
+    if not kept:
+        return torch.zeros(0), torch.ones(0)
+    count = sum(length for length, _, _ in kept)
+    mean_D = torch.stack([total_D for _, total_D, _ in kept]).sum(0) / count
+    variance_D = torch.stack([square_D for _, _, square_D in kept]).sum(0) / count - mean_D.square()
+    # What is left of a constant by rounding is no deviation.
+    is_constant_D = variance_D <= 1e-10 * mean_D.square().clamp(min=1e-20)
+    return mean_D, torch.where(is_constant_D, torch.ones_like(mean_D), variance_D.clamp(min=0).sqrt())

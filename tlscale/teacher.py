@@ -1,0 +1,175 @@
+"""The teacher of a distillation: a network that is only asked, and what of its answers is learned.
+
+Promise: it is in eval mode and never trained; what it says of an image depends on its weights, its input and nothing
+else, and so is computed once.
+
+Shapes: B images, C classes, D numbers of a code.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from tlscale.data.transforms import InputSpec, resolve_input
+from tlscale.errors import ModelError, RecipeError
+from tlscale.model.backbone import build_backbone, function_digest, state_digest
+from tlscale.model.classifier import Classifier, CodesClassifier
+from tlscale.model.export import load
+from tlscale.model.layers import LayerCodes
+from tlscale.recipe.schema import DataSection, DistillSection
+
+LOGITS = "logits"
+"""The name of the teacher's logits among its codes."""
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A network that is asked, and what is asked of it."""
+
+    module: nn.Module
+    """Images (B, in_chans, H, W) to a code (B, D) of each of `layers` and, where they are asked for, logits (B, C)."""
+    backbone: nn.Module
+    spec: InputSpec
+    layers: tuple[str, ...]
+    """Whose codes are asked for, in the recipe's order."""
+    widths: dict[str, int]
+    """D of each layer."""
+    class_order_C: Tensor | None
+    """The place of each class of the run among the teacher's logits; None where they are not asked for."""
+    origin: str
+    digest: str
+    """SHA-256 of what it computes."""
+
+    @property
+    def asks_logits(self) -> bool:
+        return self.class_order_C is not None
+
+    def __str__(self) -> str:
+        asked = [*self.layers, *([LOGITS] if self.asks_logits else [])]
+        return f"{self.origin}; at {self.spec.image_size} px; {', '.join(asked)}"
+
+    def to_plain(self) -> dict[str, Any]:
+        """For `run.json`."""
+        return {"origin": self.origin, "sha256": self.digest, "input": self.spec.to_plain(), "layers": self.widths}
+
+
+def open_teacher(section: DistillSection, seed: int, classes: Sequence[str], student: InputSpec) -> Teacher:
+    """The teacher that the recipe names.
+
+    Args:
+        section: the recipe's `distill`.
+        seed: of the run; what is random in building a network with weights is written over.
+        classes: of the run, in the order of their numbers.
+        student: what the student sees: the teacher sees the same part of the image, at its own size.
+
+    Raises:
+        ModelError: weights that cannot be had, layers that are not there, an input that the teacher cannot take.
+        RecipeError: a run with other classes.
+        RunFolderError: no run there that has ended.
+    """
+    if section.run is None:
+        assert section.teacher is not None
+        backbone, report = build_backbone(section.teacher, image_size=section.image_size, seed=seed)
+        cfg: dict[str, Any] = backbone.pretrained_cfg  # type: ignore[assignment]
+        # Of these only the size and the crop are read; the mean and so on are the teacher's own.
+        data = DataSection(source="fashion_mnist", image_size=section.image_size, crop_pct=student.crop_pct)
+        side = (student.image_size, student.image_size)
+        spec = resolve_input(data, in_chans=section.teacher.in_chans, pretrained_cfg=cfg, image_hw=side)
+        return _asked(section, backbone, None, spec, None, f"{section.teacher.name}, {report}")
+    trained = load(section.run)
+    spec = replace(
+        trained.input_spec,
+        image_size=section.image_size or trained.input_spec.image_size,
+        crop_pct=student.crop_pct,
+    )
+    order_C = _class_order(section, trained.classes, classes) if section.logits > 0 else None
+    whole = trained.model if section.logits > 0 else None
+    return _asked(section, _backbone(trained.model), whole, spec, order_C, f"the run in '{section.run}'")
+
+
+def _asked(
+    section: DistillSection,
+    backbone: nn.Module,
+    whole: nn.Module | None,
+    spec: InputSpec,
+    class_order_C: Tensor | None,
+    origin: str,
+) -> Teacher:
+    layers = tuple(section.match)
+    codes = _codes(backbone, layers)
+    images_BCHW = torch.zeros(2, spec.in_chans, spec.image_size, spec.image_size)
+    try:
+        rows = codes.describe(images_BCHW) if codes is not None else []
+        if whole is not None:
+            with torch.no_grad():
+                whole(images_BCHW)
+    except ModelError as error:
+        raise ModelError(_of_the_teacher(error)) from error
+    except Exception as error:  # each architecture complains in its own way about images too small for it
+        raise ModelError(
+            f"distill.image_size: the teacher cannot take images of {spec.image_size} pixels: "
+            f"{(str(error).splitlines() or [type(error).__name__])[0]}"
+        ) from error
+    digest = function_digest(backbone)
+    if whole is not None:
+        digest = hashlib.sha256(f"{digest} {state_digest(whole.state_dict())} {whole}".encode()).hexdigest()
+    widths = {row.layer: row.width for row in rows}
+    return Teacher(_Answers(codes, whole), backbone, spec, layers, widths, class_order_C, origin, digest)
+
+
+class _Answers(nn.Module):
+    """Codes of some layers, and logits, of each image; always in eval mode."""
+
+    def __init__(self, codes: LayerCodes | None, whole: nn.Module | None) -> None:
+        super().__init__()
+        self.codes, self.whole = codes, whole
+        self.eval()
+
+    def train(self, mode: bool = True) -> _Answers:
+        return super().train(False)
+
+    def forward(self, images_BCHW: Tensor) -> tuple[Tensor, ...]:
+        answers: tuple[Tensor, ...] = self.codes(images_BCHW) if self.codes is not None else ()
+        return answers if self.whole is None else (*answers, self.whole(images_BCHW))
+
+
+def _codes(backbone: nn.Module, layers: Sequence[str]) -> LayerCodes | None:
+    try:
+        return LayerCodes(backbone, [(layer, "avg") for layer in layers]) if layers else None
+    except ModelError as error:
+        raise ModelError(_of_the_teacher(error)) from error
+
+
+def _of_the_teacher(error: ModelError) -> str:
+    return (
+        str(error)
+        .replace("codes.layer:", "distill.match, of the teacher:")
+        .replace("Set data.image_size", "Set distill.image_size")
+    )
+
+
+def _backbone(model: nn.Module) -> nn.Module:
+    """The backbone of an exported model, without its classifier."""
+    if isinstance(model, Classifier | CodesClassifier):
+        return model.backbone
+    backbone = copy.deepcopy(model)
+    cast(Any, backbone).reset_classifier(0)
+    return backbone.eval()
+
+
+def _class_order(section: DistillSection, known: Sequence[str], classes: Sequence[str]) -> Tensor:
+    if set(known) != set(classes):
+        other = sorted(set(known) ^ set(classes))
+        raise RecipeError(
+            f"distill.run: the run in '{section.run}' knows other classes than the data have: "
+            f"{', '.join(other[:5])}{' ...' if len(other) > 5 else ''} are in one of them only. Its codes can be "
+            "learned all the same (distill.match; distill.logits: 0)"
+        )
+    return torch.tensor([list(known).index(name) for name in classes])
