@@ -40,12 +40,10 @@ def backbone_of(run: Path) -> tuple[nn.Module, Any]:
 
 
 def in_half(model: nn.Module) -> dict[str, Tensor]:
-    """The state in float16, where a number is one that it can hold, without counters."""
+    """The state with its numbers in float16; counters as they are."""
     state = {}
     for name, tensor in model.state_dict().items():
-        if not tensor.is_floating_point():
-            continue
-        half = tensor.to(torch.float16)
+        half = tensor.to(torch.float16) if tensor.is_floating_point() else tensor
         if not half.isfinite().all():
             sys.exit(f"'{name}' has numbers up to {float(tensor.abs().max()):g}, too large for float16")
         state[name] = half.contiguous()
@@ -55,7 +53,7 @@ def in_half(model: nn.Module) -> dict[str, Tensor]:
 def difference(model: nn.Module, state: dict[str, Tensor], name: str, spec: Any) -> float:  # noqa: ANN401
     """Root mean square of how far the features move, as a share of their deviation over random images."""
     other = timm.create_model(name, num_classes=0, in_chans=spec.in_chans).eval()
-    other.load_state_dict({key: value.float() for key, value in state.items()}, strict=False)
+    other.load_state_dict({key: value.float() for key, value in state.items()})
     images = torch.randn(64, spec.in_chans, spec.image_size, spec.image_size, generator=torch.Generator())
     with torch.no_grad():
         one, two = model.eval()(images), other(images)

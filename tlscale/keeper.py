@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -117,6 +118,7 @@ class Keeper:
     images: Images
     screen: Progress
     stop: StopRequest
+    in_full: bool = False  # in float32 where the run is in less
     num_computed: int = 0  # images that went through a frozen part, over all processes
     kept: dict[str, int] = field(default_factory=dict)  # bytes of the codes of each split
 
@@ -153,6 +155,11 @@ class Keeper:
         augmenter = make_augmenter(prepared.spec, prepared.augment)
         return CodeViews(kept, split.labels_N, prepared.recipe.codes.views, augmenter, seed)
 
+    @property
+    def _precision(self) -> str:
+        precision = self.prepared.recipe.compute.precision
+        return "fp32" if self.in_full and precision != "fp64" else precision
+
     def facts(self) -> dict[str, Any]:
         """For `result.json`: how many images went through a frozen part in this start of the run, and what is kept."""
         return {"num_computed": self.num_computed, "kept_mib": {k: round(n / 2**20, 3) for k, n in self.kept.items()}}
@@ -164,7 +171,7 @@ class Keeper:
             return to_inputs(load(positions_B))[0]
 
         def compute(images_BCHW: Tensor) -> tuple[Tensor, ...]:
-            with self.processes.accelerator.autocast():
+            with nullcontext() if self.in_full else self.processes.accelerator.autocast():
                 codes: tuple[Tensor, ...] = module(images_BCHW)
             self.processes.run_recorded()
             return codes
@@ -239,7 +246,7 @@ class Keeper:
             pools=part.pools,
             dtype=recipe.codes.dtype,
             compute={
-                "precision": recipe.compute.precision,
+                "precision": self._precision,
                 "device": self.processes.device.type,
                 "channels_last": recipe.compute.channels_last,
                 "fold_norm": recipe.codes.fold_norm,

@@ -107,7 +107,8 @@ def ask_teacher(prepared: Prepared, processes: Processes, keeper: Keeper) -> Tar
     if teacher is None:
         return None
     as_it_sees = replace(prepared, spec=teacher.spec)
-    asking = Keeper(as_it_sees, processes, Images(as_it_sees), keeper.screen, keeper.stop)
+    # What is learned in every epoch is computed once: it is not rounded for the sake of speed.
+    asking = Keeper(as_it_sees, processes, Images(as_it_sees), keeper.screen, keeper.stop, in_full=True)
     processes.place(teacher.module)
     targets = Targets(prepared, teacher, asking)
     for split in (prepared.data.validation, prepared.data.test):

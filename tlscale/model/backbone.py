@@ -211,8 +211,12 @@ def _load_file(model: nn.Module, section: BackboneSection) -> WeightsReport:
 def _load_bundled(model: nn.Module, section: BackboneSection) -> WeightsReport:
     """Weights that ship with tlscale; the model is told what images they were made with."""
     weights = bundled(section.name)
-    as_file = section.model_copy(update={"weights": str(weights.path), "sha256": weights.sha256, "min_matched": 1.0})
-    report = _load_file(model, as_file)
+    if (found := file_sha256(weights.path)) != weights.sha256:
+        raise ModelError(
+            f"backbone.weights: '{weights.path}' is not the file that ships with tlscale: its SHA-256 is {found}, not "
+            f"{weights.sha256}. Install tlscale again"
+        )
+    report = _load_file(model, section.model_copy(update={"weights": str(weights.path), "min_matched": 1.0}))
     model.pretrained_cfg = {**model.pretrained_cfg, **weights.pretrained_cfg}  # type: ignore[assignment, dict-item]
     origin = f"bundled {section.name} (tlscale/weights/{weights.path.name})"
     return WeightsReport(origin, report.num_matched, report.num_tensors, report.sha256)
