@@ -11,7 +11,7 @@ Writes --out, a Parquet file for a recipe's `data: {source: manifest, path: ...}
 package, version, licence and file with its SHA-256) and `LICENCES.md`. The columns are `image` (JPEG), `label` (what
 kind of picture it is, or `letter`), `split` (`train`, `validation`) and `source` (the picture or font). No picture and
 no package's fonts are in both splits. The same seed, packages and libraries write the same bytes, in five minutes or so
-on one core; all pictures are held in memory (1.5 GB).
+on one core; all pictures are held in memory (2 GB).
 
 No digits are drawn and no data set of images is used, so that digits and Fashion-MNIST stay unseen.
 """
