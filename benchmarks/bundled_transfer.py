@@ -1,4 +1,4 @@
-"""What the weights that ship are worth: linear probes on data sets that had no part in their making, against random ones.
+"""What the weights that ship are worth: linear probes on data that had no part in their making, beside random weights.
 
     python benchmarks/bundled_transfer.py [--weights bundled] [--size 48] [--seeds 3] [--only digits]
 
@@ -32,7 +32,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 import tlscale
-from tlscale.metrics import _wilson
+from tlscale.metrics import wilson
 
 NETWORK = "resnet10t"
 LAYERS = ["layer2", "layer3", "layer4"]
@@ -164,7 +164,7 @@ def main() -> None:
 def _row(name: str, labels: int, weights: str, found: list[dict[str, Any]]) -> str:
     top1s = [result["top1"] for result in found]
     mean, count = statistics.fmean(top1s), found[0]["num_images"]
-    low, high = _wilson(round(mean * count), count) or (0.0, 1.0)
+    low, high = wilson(round(mean * count), count) or (0.0, 1.0)
     layers = ", ".join(str(result["probe"]["layer"]) for result in found)
     each = ", ".join(f"{top1:.4f}" for top1 in top1s)
     shown = "random" if weights == "none" else "bundled"

@@ -163,7 +163,7 @@ def summary(tally: Tally, class_names: Sequence[str]) -> dict[str, Any]:
     return {
         "num_images": num_images,
         "top1": _ratio(hits, num_images),
-        "top1_interval95": _wilson(hits, num_images),
+        "top1_interval95": wilson(hits, num_images),
         "top5": _ratio(int(tally.top5), num_images) if tally.num_classes > 5 else None,
         "loss": _ratio(float(tally.loss), num_images),
         "macro_f1": _ratio(math.fsum(f1s), len(f1s)),
@@ -191,7 +191,7 @@ def _ratio(part: float, whole: int) -> float | None:
     return part / whole if whole and math.isfinite(part) else None
 
 
-def _wilson(hits: int, num_images: int) -> list[float] | None:
+def wilson(hits: int, num_images: int) -> list[float] | None:
     """The 95% score interval of a share (Wilson 1927); unlike the normal one it stays within 0..1."""
     if not num_images:
         return None

@@ -1,4 +1,4 @@
-"""The weights that ship: the file that was shipped, or an error; loaded as any other, with the input they were made with."""
+"""The weights that ship: the file that was shipped, or an error; loaded as any other, and with their input."""
 
 import hashlib
 import json
@@ -49,7 +49,9 @@ def test_there_is_one():
 def test_the_input_is_the_one_it_was_made_with():
     model, _ = build()
     cfg = bundled("resnet10t").pretrained_cfg
-    spec = resolve_input(DataSection(source="fashion_mnist"), in_chans=3, pretrained_cfg=model.pretrained_cfg, image_hw=(28, 28))
+    spec = resolve_input(
+        DataSection(source="fashion_mnist"), in_chans=3, pretrained_cfg=model.pretrained_cfg, image_hw=(28, 28)
+    )
     assert [3, spec.image_size, spec.image_size] == cfg["input_size"]
     assert (list(spec.mean), list(spec.std)) == (cfg["mean"], cfg["std"])
 
@@ -77,7 +79,9 @@ def test_another_file_is_an_error(tmp_path, monkeypatch):
     content[-1] ^= 1
     path.write_bytes(content)
     found = hashlib.sha256(content).hexdigest()
-    with pytest.raises(ModelError, match=f"ships with tlscale: its SHA-256 is {found}, not {bundled('resnet10t').sha256}"):
+    with pytest.raises(
+        ModelError, match=f"ships with tlscale: its SHA-256 is {found}, not {bundled('resnet10t').sha256}"
+    ):
         build()
 
 
