@@ -1,6 +1,6 @@
 """What the weights that ship are worth: linear probes on data that had no part in their making, beside random weights.
 
-    python benchmarks/bundled_transfer.py [--weights bundled] [--size 48] [--seeds 3] [--only digits]
+    python benchmarks/bundled_transfer.py [--size 48] [--seeds 3] [--only digits] [--layer layer3]
 
 For each data set the best layer (by held-out images) of the bundled ResNet-10-T and of the same network with random
 weights, each fitted by logistic regression on the same labelled images, for several choices of these. Fashion-MNIST is
@@ -35,7 +35,8 @@ import tlscale
 from tlscale.metrics import wilson
 
 NETWORK = "resnet10t"
-LAYERS = ["layer2", "layer3", "layer4"]
+LAYERS = ["layer3.0.act1", "layer3", "layer4"]
+POOLS = ["avg", "avgmax"]
 Labelled = tuple[str, Image.Image]
 
 
@@ -121,14 +122,16 @@ def put(name: str, make: Callable[[], Iterator[Labelled]]) -> Path:
     return folder
 
 
-def probe(data: dict[str, Any], weights: str, size: int, labels: int, seed: int, out: Path) -> dict[str, Any]:
+def probe(
+    data: dict[str, Any], weights: str, options: argparse.Namespace, labels: int, seed: int, out: Path
+) -> dict[str, Any]:
     recipe = {
         "name": "probe",
         "seed": seed,
-        "data": {**data, "image_size": size, "train_limit": labels, "validation_fraction": 0.2},
+        "data": {**data, "image_size": options.size, "train_limit": labels, "validation_fraction": 0.2},
         "backbone": {"name": NETWORK, "weights": weights},
         "probe": {"kind": "logistic"},
-        "codes": {"layer": LAYERS},
+        "codes": {"layer": options.layer or LAYERS, "pool": options.pool or POOLS},
         "compute": {"channels_last": True},
     }
     file = out.with_suffix(".yaml")
@@ -141,6 +144,9 @@ def main() -> None:
     parser.add_argument("--weights", default="bundled", help="or the path of a file")
     parser.add_argument("--size", type=int, default=48, help="pixels")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--layer", action="append", help=f"in place of {', '.join(LAYERS)}")
+    parser.add_argument("--pool", action="append", help=f"in place of {', '.join(POOLS)}")
+    parser.add_argument("--labels", type=int, action="append", help="only these numbers of labels")
     parser.add_argument("--only", choices=list(DATASETS), action="append")
     options = parser.parse_args()
     rows = []
@@ -149,10 +155,10 @@ def main() -> None:
             if options.only and name not in options.only:
                 continue
             data = {"source": "fashion_mnist"} if make is None else {"source": "folder", "path": str(put(name, make))}
-            for labels in sizes:
+            for labels in options.labels or sizes:
                 for weights in (options.weights, "none"):
                     found = [
-                        probe(data, weights, options.size, labels, seed, Path(folder) / f"{len(rows)}_{seed}")
+                        probe(data, weights, options, labels, seed, Path(folder) / f"{len(rows)}_{seed}")
                         for seed in range(options.seeds)
                     ]
                     rows.append(_row(name, labels, weights, found))
@@ -165,7 +171,7 @@ def _row(name: str, labels: int, weights: str, found: list[dict[str, Any]]) -> s
     top1s = [result["top1"] for result in found]
     mean, count = statistics.fmean(top1s), found[0]["num_images"]
     low, high = wilson(round(mean * count), count) or (0.0, 1.0)
-    layers = ", ".join(str(result["probe"]["layer"]) for result in found)
+    layers = ", ".join(f"{result['probe']['layer']} {result['probe']['pool']}" for result in found)
     each = ", ".join(f"{top1:.4f}" for top1 in top1s)
     shown = "random" if weights == "none" else "bundled"
     return f"| {name} | {labels:,} | {shown} | **{mean:.4f}** | {each} | {low:.4f} to {high:.4f} | {layers} |"

@@ -133,10 +133,10 @@ def test_plan_shows_the_arithmetic_and_writes_nothing(tmp_path, monkeypatch):
         "2",
     )
     assert code == 0
-    assert "256 images a step = 2 processes x 1 micro-batch x 128" in text
+    assert "128 images a step = 2 processes x 1 micro-batch x 64" in text
     assert "(conv1|bn1)" in text
     assert "eval" in text
-    assert "activations of 128 images" in text
+    assert "activations of 64 images" in text
     assert list(tmp_path.iterdir()) == []
 
 

@@ -28,6 +28,7 @@ STAND_INS: dict[str, Any] = {
     "data.source": "fashion_mnist",
     "backbone": {"name": "stand-in"},
     "backbone.name": "stand-in",
+    "distill.teacher.name": "stand-in",
     "stages.duration": "1 steps",
 }
 _MAX_PASSES = 50  # a pass sets at least one key aside, so few recipes need more than five
