@@ -42,7 +42,7 @@ demo: $(VENV)/.tlscale ## train a ResNet on Fashion-MNIST, from nothing to a mod
 	$(BIN)/accelerate launch tlscale/run.py $(RECIPE) --resume
 	@echo
 	@echo "Figures:  $(RUN)/result.json"
-	@echo "Model:    $(RUN)/model/  (timm.create_model('local-dir:$(RUN)/model', pretrained=True) loads it)"
+	@echo "Model:    $(RUN)/model/  (tlscale.load('$(RUN)') loads it)"
 	@echo "Log:      $(RUN)/metrics.jsonl"
 	@echo "A second 'make demo' goes on from the last checkpoint; to start anew, remove $(RUN)/."
 
