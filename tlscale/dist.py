@@ -267,6 +267,9 @@ def start_processes(compute: ComputeSection) -> Processes:
 def _join(compute: ComputeSection, is_guest: bool) -> Processes:
     _check_precision_of_launcher(compute)
     _check_engine_of_launcher(compute)
+    if "WORLD_SIZE" in os.environ:
+        # Before they meet: one that ends at once would leave the others in the middle of it.
+        _check_count(compute, int(os.environ["WORLD_SIZE"]))
     try:
         accelerator = Accelerator(
             mixed_precision=_MIXED[compute.precision],
@@ -289,12 +292,7 @@ def _join(compute: ComputeSection, is_guest: bool) -> Processes:
             "train alone. On a machine without accelerators set ACCELERATE_USE_CPU=true for torchrun, or use "
             "'accelerate launch --multi_gpu'."
         )
-    if compute.num_processes is not None and compute.num_processes != world_size:
-        raise LaunchError(
-            f"the recipe asks for compute.num_processes = {compute.num_processes}, but {world_size} run. Start it with "
-            f"'accelerate launch --num_processes {compute.num_processes}' (on CPUs: ACCELERATE_USE_CPU=true accelerate "
-            f"launch --multi_gpu --num_processes {compute.num_processes}), or change the recipe."
-        )
+    _check_count(compute, world_size)
     _check_device(compute, accelerator.device)
     _check_engine(compute, accelerator)
     _set_threads(compute, accelerator.device)
@@ -306,6 +304,15 @@ def _join(compute: ComputeSection, is_guest: bool) -> Processes:
     watchdog = Watchdog(compute.hang_timeout_s)
     mesh = init_device_mesh(accelerator.device.type, (world_size,)) if compute.engine == "fsdp2" else None
     return Processes(accelerator, accelerator.process_index, world_size, watchdog, mesh, control, is_guest)
+
+
+def _check_count(compute: ComputeSection, world_size: int) -> None:
+    if compute.num_processes is not None and compute.num_processes != world_size:
+        raise LaunchError(
+            f"the recipe asks for compute.num_processes = {compute.num_processes}, but {world_size} run. Start it with "
+            f"'accelerate launch --num_processes {compute.num_processes}' (on CPUs: ACCELERATE_USE_CPU=true accelerate "
+            f"launch --multi_gpu --num_processes {compute.num_processes}), or change the recipe."
+        )
 
 
 def _meeting_place() -> str | None:
