@@ -67,7 +67,7 @@ def evaluate(
     Returns:
         The dict of `metrics.summary`, and the means of the objective's `lessons`; the same on every process.
     """
-    tally, lessons = Tally(len(classes), processes.device), _Sums()
+    tally, lessons = Tally(len(classes), processes.device), _Sums(objective.lesson_names, processes.device)
     was_training = network.training
     network.eval()
     try:
@@ -95,19 +95,17 @@ def evaluate(
 class _Sums:
     """Sums over images of what a teacher adds to their losses, by name; in float64."""
 
-    def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
+    def __init__(self, names: Sequence[str], device: torch.device) -> None:
+        device = torch.device("cpu") if device.type == "mps" else device  # which has no float64
+        self._sums = {name: torch.zeros((), dtype=torch.float64, device=device) for name in names}
 
     def add(self, losses: Mapping[str, Tensor]) -> None:
         for name, losses_B in losses.items():
-            total = losses_B.to("cpu" if losses_B.device.type == "mps" else losses_B.device).double().sum()
-            self._sums[name] = self._sums[name] + total if name in self._sums else total
+            self._sums[name] = self._sums[name] + losses_B.to(self._sums[name].device).double().sum()
 
     def means(self, num_images: int, processes: Processes) -> dict[str, float | None]:
-        """Over all images of all processes; None where one is not finite. A process may have had no batch."""
-        names = next(filter(None, processes.gather(list(self._sums))), [])
-        zero = torch.zeros((), dtype=torch.float64, device=processes.device)
-        means = {name: float(processes.sum(self._sums.get(name, zero))) / num_images for name in names}
+        """Over all images of all processes; None where one is not finite."""
+        means = {name: float(processes.sum(total)) / num_images for name, total in self._sums.items()}
         return {name: mean if math.isfinite(mean) else None for name, mean in means.items()}
 
 

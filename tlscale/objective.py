@@ -29,13 +29,6 @@ class Batch(Protocol):
     def lam_B(self) -> Tensor | None: ...  # noqa: N802
 
 
-class TaughtBatch(Batch, Protocol):
-    """A batch with what a teacher says of its images."""
-
-    @property
-    def targets_BT(self) -> Tensor | None: ...  # noqa: N802
-
-
 class Objective:
     """Cross-entropy with label smoothing, class weights and mixed labels.
 
@@ -47,6 +40,9 @@ class Objective:
     def __init__(self, section: LossSection, class_weights_C: Tensor | None) -> None:
         self._smoothing = section.label_smoothing
         self._class_weights_C = class_weights_C
+
+    lesson_names: tuple[str, ...] = ()
+    """Of what `lessons` gives."""
 
     def logits(self, outputs_BO: Tensor) -> Tensor:
         """Of what the network gives, the logits, (B, C): all of it."""
@@ -101,6 +97,8 @@ class DistillObjective(Objective):
     ) -> None:
         super().__init__(section, class_weights_C)
         self._distill, self._num_classes = distill, num_classes
+        weights = (("codes_loss", distill.codes), ("logits_loss", distill.logits), ("distill_loss", 1.0))
+        self.lesson_names = tuple(name for name, weight in weights if weight > 0)
 
     def logits(self, outputs_BO: Tensor) -> Tensor:
         return outputs_BO[:, : self._num_classes]

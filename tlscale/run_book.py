@@ -18,7 +18,7 @@ from tlscale.run_folder import RunFolder
 from tlscale.run_state import Clock
 from tlscale.tracking import MetricsFile, Trackers, open_trackers
 
-_SHOWN, _TAUGHT = ("top1", "loss", "macro_f1"), ("distill_loss",)  # the latter where there is a teacher
+_SHOWN = ("top1", "loss", "macro_f1", "distill_loss")  # of an evaluation; the last where there is a teacher
 
 
 class RunBook:
@@ -100,7 +100,7 @@ class RunBook:
     def write_evaluation(self, split: str, figures: dict[str, Any], *, is_best: bool) -> None:
         """A line on an evaluation."""
         self._write("evaluate", {"split": split, **scalars(figures)})
-        shown = "  ".join(f"{key} {number(figures[key])}" for key in (*_SHOWN, *_TAUGHT) if key in figures)
+        shown = "  ".join(f"{key} {number(figures[key])}" for key in _SHOWN if key in figures)
         self._progress.say(f"{split} after step {self._clock.step}: {shown}{'  (best so far)' if is_best else ''}")
         faults.at("evaluated")
 

@@ -21,7 +21,7 @@ from tlscale.data.sampler import Ints, MicroBatch
 from tlscale.data.sources import ImageSplit
 from tlscale.data.transforms import ImageBatch
 from tlscale.dist import Processes
-from tlscale.keeper import Images, Keeper, Part, layers_part
+from tlscale.keeper import Images, Keeper, Part, layers_part, name_of
 from tlscale.prepare import Prepared
 from tlscale.teacher import LOGITS, Teacher
 
@@ -54,11 +54,7 @@ class Targets:
 
     def kept(self) -> dict[str, Codes]:
         """What is there by now, by split and view."""
-        views = {
-            f"train, view {view}" if len(self._train.views) > 1 else "train": codes
-            for view, codes in self._train.views.items()
-        }
-        return views | {name: kept.views[0] for name, kept in self._splits.items()}
+        return self._train.by_name("train") | {name: kept.views[0] for name, kept in self._splits.items()}
 
     def of_training(self, batch: ImageBatch, epoch: int) -> ImageBatch:
         """A batch of the epoch with what the teacher says of it."""
@@ -123,10 +119,11 @@ def ask_teacher(prepared: Prepared, processes: Processes, keeper: Keeper) -> Tar
 
 def _part(teacher: Teacher) -> Part:
     """Codes alone have the key that a probe's have, and so may be there already."""
+    wanted = [(layer, "avg") for layer in teacher.layers]
     if not teacher.asks_logits:
-        return layers_part(teacher.backbone, [(layer, "avg") for layer in teacher.layers])
-    names = (*(f"{layer} avg" for layer in teacher.layers), LOGITS)
-    return Part(teacher.digest, names, (*("avg" for _ in teacher.layers), "as is"))
+        return layers_part(teacher.backbone, wanted)
+    names = (*map(name_of, wanted), LOGITS)
+    return Part(teacher.digest, names, (*(pool for _, pool in wanted), "as is"))
 
 
 def _joined(values: tuple[Tensor, ...]) -> Tensor:

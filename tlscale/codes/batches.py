@@ -68,6 +68,10 @@ class CodeViews:
     augmenter: Augmenter | None = None  # where it mixes images
     seed: int = 0
 
+    def by_name(self, split: str) -> dict[str, Codes]:
+        """Each view under a name for tables."""
+        return {f"{split}, view {view}" if len(self.views) > 1 else split: kept for view, kept in self.views.items()}
+
     def batch(self, micro_batch: MicroBatch) -> CodeBatch:
         """The codes of a micro-batch, of the view of its epoch."""
         view, rows_B = micro_batch.epoch % self.num_views, micro_batch.rows_B

@@ -66,8 +66,7 @@ def _frozen_codes(prepared: Prepared, processes: Processes, keeper: Keeper, othe
         )
     keeper.screen.say(f"{choice.frontier.describe()}; {choice.why}")
     part = frontier_part(choice.frontier, prepared)
-    views = keeper.train_views(choice.frontier.prefix, part, range(prepared.recipe.codes.views)).views
-    shown = {f"train, view {view}" if len(views) > 1 else "train": codes for view, codes in views.items()}
+    shown = keeper.train_views(choice.frontier.prefix, part, range(prepared.recipe.codes.views)).by_name("train")
     for split in others:
         shown[split.name] = keeper.codes(choice.frontier.prefix, part, split)
     _show(shown, keeper.screen)
