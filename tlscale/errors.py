@@ -68,6 +68,10 @@ class ResumeError(CheckpointError):
     exit_code = EXIT_BAD_INPUT
 
 
+class WorkerError(TlscaleError):
+    """A process that reads images was killed."""
+
+
 class NonFiniteLossError(TlscaleError):
     """The loss, a gradient or a weight became NaN or infinite.
 

@@ -25,6 +25,8 @@ from tlscale.data.sampler import DataOrder, split_batch_size
 from tlscale.data.sources import ImageSplit
 from tlscale.data.tables import FileStore, LabelledTable
 from tlscale.data.transforms import ImageBatch, InputSpec, eval_transform
+from tlscale.data.workers import load_in_order
+from tlscale.errors import WorkerError
 from tlscale.recipe.schema import DataSection
 from tlscale.recipe.values import augmentation_values
 
@@ -276,6 +278,32 @@ def test_a_file_that_is_gone_is_a_bad_image(tmp_path):
     assert "gone.png" in reason
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_worker_that_is_killed_is_named_and_leaves_no_handler(workers):
+    def load(key: int) -> torch.Tensor:
+        if key == 7:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return torch.full((1000,), key)
+
+    handler = signal.getsignal(signal.SIGCHLD)
+    batches = load_in_order(load, range(20), workers, pin_memory=False)
+    assert [int(next(batches)[0]) for _ in range(3)] == [0, 1, 2]
+    assert signal.getsignal(signal.SIGCHLD) == handler, "torch's would raise anywhere in the main thread"
+    with pytest.raises(WorkerError, match=r"was killed \(.*data.workers=1") as caught:
+        list(batches)
+    assert not multiprocessing.active_children(), caught
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError, FileNotFoundError, RuntimeError])
+def test_what_a_worker_raises_itself_is_no_killed_worker(error):
+    def load(key: int) -> torch.Tensor:
+        raise error(f"of image {key}")
+
+    with pytest.raises(error, match="of image 0") as caught:
+        next(load_in_order(load, range(3), 1, pin_memory=False))
+    assert not multiprocessing.active_children(), caught
+
+
 def test_workers_end_when_the_iterator_is_closed():
     store, order, split, options = plan(["flip"], cache_mib=0)
     batches = train_batches(store, order, split, 0, start_step=0, stop_step=10**6, workers=2, **options)
@@ -309,7 +337,7 @@ def test_a_worker_obeys_its_parent():
     worker.terminate()
     worker.join(5)
     assert not worker.is_alive()
-    with pytest.raises(RuntimeError, match="worker"):
+    with pytest.raises(WorkerError, match="killed"):
         for _ in batches:
             pass
 

@@ -1,17 +1,20 @@
 """Work in other processes and threads, whose results come in order as if there were none.
 
 Promise: worker processes change no result and no random generator, outlive the signals that a scheduler sends to all
-processes at once, and end with the iterator.
+processes at once, and end with the iterator; one that is killed ends the run with a message that says so.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from traceback import clear_frames
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -19,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from tlscale import faults
 from tlscale.cores import num_cores
-from tlscale.errors import TlscaleError
+from tlscale.errors import TlscaleError, WorkerError
 from tlscale.stop import signal_when_parent_dies
 
 
@@ -34,6 +37,12 @@ R = TypeVar("R")
 B = TypeVar("B", bound=Pinnable)
 
 _MOST_THREADS = 4
+# What the loader raises of a worker that was killed: while it waits for a batch, or while it fetches one that the
+# worker announced and still holds. What a worker itself raised begins with "Caught".
+_LOST = re.compile(
+    r"RuntimeError: DataLoader worker \(pid.* exited unexpectedly"
+    r"|(Connection\w*Error|EOFError|BrokenPipeError|FileNotFoundError): (?!Caught)"
+)
 
 
 class _Loads(Dataset[Any]):
@@ -54,33 +63,61 @@ class _Loads(Dataset[Any]):
 def load_in_order(
     load: Callable[[K], B], wanted: Iterable[K], workers: int, pin_memory: bool
 ) -> Generator[B, None, None]:
-    """`load` of each of `wanted`, in order, here or in worker processes."""
+    """`load` of each of `wanted`, in order, here or in worker processes.
+
+    Raises:
+        WorkerError: one of them was killed.
+    """
     if workers == 0:
         for key in wanted:
             batch = load(key)
             yield batch.pin_memory() if pin_memory else batch
         return
-    iterator = iter(
-        DataLoader(
-            _Loads(load),
-            batch_size=None,
-            sampler=wanted,
-            num_workers=workers,
-            pin_memory=pin_memory,
-            collate_fn=_as_is,
-            worker_init_fn=_begin_worker,
-            # Forked workers share the cache. Elsewhere than on Linux forking is unsafe or unknown.
-            multiprocessing_context="fork" if sys.platform == "linux" else None,
-            generator=torch.Generator(),  # else it draws a number from the global one
-        )
+    loader = DataLoader(
+        _Loads(load),
+        batch_size=None,
+        sampler=wanted,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        collate_fn=_as_is,
+        worker_init_fn=_begin_worker,
+        # Forked workers share the cache. Elsewhere than on Linux forking is unsafe or unknown.
+        multiprocessing_context="fork" if sys.platform == "linux" else None,
+        generator=torch.Generator(),  # else it draws a number from the global one
     )
+    with _keeping_handler():
+        iterator = iter(loader)
     try:
         for item in iterator:
             if isinstance(item, TlscaleError):
                 raise item
             yield item
+    except Exception as error:
+        clear_frames(error.__traceback__)  # they hold the iterator for as long as somebody holds the error
+        if not _LOST.match(f"{type(error).__name__}: {error}"):
+            raise
+        raise WorkerError(
+            f"a process that reads images was killed ({error}): for memory, most likely. Take fewer of them "
+            "(data.workers=1; 0: none), and go on with --resume."
+        ) from error
     finally:
         del iterator  # ends the workers
+
+
+@contextmanager
+def _keeping_handler() -> Iterator[None]:
+    """Within: the handler of SIGCHLD that torch installs is taken away again.
+
+    It raises out of any line of the main thread. Without it a lost worker is found where its batch is waited for.
+    """
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
+        yield  # where torch installs none
+        return
+    before = signal.getsignal(signal.SIGCHLD)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
 
 
 def _as_is(item: R) -> R:
