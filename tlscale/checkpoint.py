@@ -1,8 +1,8 @@
 """Checkpoints: safetensors and JSON only, complete or not there.
 
 Promise: a folder `step_<n>` was written aside, flushed to the disk, hashed in its manifest and renamed, in this
-order, and only then are older ones removed. One that does not agree with its manifest is never loaded; the one
-before it is, loudly. There is no pickle anywhere, so reading a checkpoint runs no code.
+order, and only then are older ones removed. One that does not agree with its manifest, or is of another run, is never
+loaded; the one before it is, loudly. There is no pickle anywhere, so reading a checkpoint runs no code.
 
 Tensors that are spread over processes lie in a folder `shards` within, a file of each process, as torch's distributed
 checkpoint writes safetensors; `load_checkpoint` puts them together, so that one process can go on with what many saved.
@@ -18,7 +18,7 @@ import shutil
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +43,16 @@ FileFacts = dict[str, Any]  # bytes, sha256
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint holds: named groups of tensors, and a state of plain JSON values."""
+    """What a checkpoint holds: named groups of tensors, and a state of plain JSON values.
+
+    Attributes:
+        run_id: of the run that it is a checkpoint of; None: it goes with any.
+    """
 
     step: int
     tensors: Mapping[str, Mapping[str, Tensor]]
     state: Mapping[str, Any]
+    run_id: str | None = None
 
 
 def save_checkpoint(root: Path, checkpoint: Checkpoint) -> Path:
@@ -132,7 +137,12 @@ def _write_files(folder: Path, checkpoint: Checkpoint, shards: Mapping[str, File
     missing = [name for name in shards if not (folder / name).is_file()]
     if missing:
         raise FileNotFoundError(f"{missing[0]}, which another process wrote, is not there: no file system of all")
-    manifest: dict[str, Any] = {"format": FORMAT, "step": checkpoint.step, "files": dict(shards)}
+    manifest: dict[str, Any] = {
+        "format": FORMAT,
+        "run_id": checkpoint.run_id,
+        "step": checkpoint.step,
+        "files": dict(shards),
+    }
     for name, group in checkpoint.tensors.items():
         tensors = {key: value.detach().cpu().contiguous().clone() for key, value in group.items()}
         safetensors.torch.save_file(tensors, folder / f"{name}.safetensors", metadata={"format": "pt"})
@@ -169,12 +179,18 @@ def _step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step_"))
 
 
-def fault_of(folder: Path) -> str | None:
-    """Why a checkpoint cannot be trusted; None where every file is as its manifest says."""
+def fault_of(folder: Path, run_id: str | None = None) -> str | None:
+    """Why a checkpoint cannot be trusted; None where every file is as its manifest says.
+
+    Args:
+        run_id: of the run that it must be of; None: of any.
+    """
     try:
         manifest = json.loads((folder / _MANIFEST).read_text())
         if manifest["format"] > FORMAT:
             return f"it has format {manifest['format']}, this tlscale reads up to {FORMAT}"
+        if run_id is not None and manifest.get("run_id") != run_id:
+            return f"it is of another run ({manifest.get('run_id')}, and this one is {run_id})"
         there = (path.relative_to(folder).as_posix() for path in folder.rglob("*.safetensors"))
         missing = {_STATE, *there} - manifest["files"].keys()
         if missing:
@@ -194,21 +210,29 @@ def fault_of(folder: Path) -> str | None:
     return None
 
 
-def load_checkpoint(folder: Path) -> Checkpoint:
+def load_checkpoint(folder: Path, run_id: str | None = None) -> Checkpoint:
     """A checkpoint, its tensors on the CPU.
 
+    Args:
+        run_id: as `fault_of`.
+
     Raises:
-        CheckpointError: it does not agree with its manifest.
+        CheckpointError: it does not agree with its manifest, or is of another run.
     """
-    fault = fault_of(folder)
-    if fault is not None:
-        raise CheckpointError(f"the checkpoint '{folder}' is damaged: {fault}")
+    refuse_fault(folder, run_id)
     checkpoint = read_whole_tensors(folder)
     tensors = {group: dict(named) for group, named in checkpoint.tensors.items()}
     for key, tensor in _put_together(folder / SHARDS).items() if is_sharded(folder) else ():
         group, name = group_and_name(key)
         tensors.setdefault(group, {})[name] = tensor
-    return Checkpoint(checkpoint.step, tensors, checkpoint.state)
+    return replace(checkpoint, tensors=tensors)
+
+
+def refuse_fault(folder: Path, run_id: str | None = None) -> None:
+    """Raises `CheckpointError` where a checkpoint has a fault."""
+    fault = fault_of(folder, run_id)
+    if fault is not None:
+        raise CheckpointError(f"the checkpoint '{folder}' cannot be used: {fault}")
 
 
 def is_sharded(folder: Path) -> bool:
@@ -260,18 +284,21 @@ def group_and_name(key: str) -> tuple[str, str]:
     return group, name
 
 
-def newest_valid(root: Path) -> tuple[Path | None, list[str]]:
+def newest_valid(root: Path, run_id: str | None = None) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that agrees with its manifest, and what was found wrong with newer ones.
+
+    Args:
+        run_id: as `fault_of`.
 
     Raises:
         CheckpointError: there are checkpoints, and none is valid: starting afresh would lose the run in silence.
     """
     faults: list[str] = []
     for folder in reversed(list_checkpoints(root)):
-        fault = fault_of(folder)
+        fault = fault_of(folder, run_id)
         if fault is None:
             return folder, faults
-        faults.append(f"the checkpoint '{folder}' is damaged and passed over: {fault}")
+        faults.append(f"the checkpoint '{folder}' is passed over: {fault}")
     if faults:
         lines = "\n  ".join(faults)
         raise CheckpointError(f"no checkpoint in '{root}' can be used:\n  {lines}\n  --overwrite starts afresh.")
@@ -310,17 +337,18 @@ def pointed_to(root: Path, pointer: str) -> Path | None:
     return next((path for path in list_checkpoints(root) if path.name == name), None)
 
 
-def prune(root: Path, *, keep: int, keep_steps: Collection[int]) -> None:
+def prune(root: Path, *, keep: int, keep_steps: Collection[int], run_id: str | None = None) -> None:
     """Remove all but the newest `keep` valid checkpoints and those of `keep_steps`.
 
-    A damaged one does not count as one that is kept; where none is valid, none is removed.
+    One that is damaged, or of another run than `run_id`, does not count as one that is kept; where none is valid, none
+    is removed.
     """
     folders = [folder for folder in reversed(list_checkpoints(root)) if _step_of(folder) not in keep_steps]
     if len(folders) <= keep:
         return  # the usual case of a first save; nothing needs to be read
     kept: list[Path] = []
     for folder in folders:
-        if len(kept) < keep and fault_of(folder) is None:
+        if len(kept) < keep and fault_of(folder, run_id) is None:
             kept.append(folder)
     for folder in set(folders) - set(kept) if kept else ():
         faults.at("checkpoint.prune")

@@ -1,9 +1,10 @@
-"""`run.json`: what made a run, so that its figures can be traced and its inputs recognised."""
+"""`run.json`: what made a run, so that its figures can be traced and its inputs and checkpoints recognised."""
 
 from __future__ import annotations
 
 import json
 import platform
+import secrets
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -15,7 +16,6 @@ from tlscale import __version__, faults
 from tlscale.packages import versions_of
 from tlscale.prepare import Prepared, strategy_of
 from tlscale.recipe.load import dump_recipe, recipe_digest
-from tlscale.recipe.schema import Recipe
 from tlscale.run_folder import RunFolder, clear, naming_disk_errors, write_json, write_text
 
 _PACKAGES = ("torch", "torchvision", "timm", "accelerate", "datasets", "safetensors", "numpy", "pillow")
@@ -26,6 +26,7 @@ def make_record(prepared: Prepared, *, world_size: int, device: str) -> dict[str
     return {
         "tlscale": __version__,
         "name": prepared.recipe.name,
+        "id": secrets.token_hex(8),  # its checkpoints bear it
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "strategy": strategy_of(prepared),
         "recipe_sha256": recipe_digest(prepared.recipe),
@@ -58,13 +59,15 @@ def make_record(prepared: Prepared, *, world_size: int, device: str) -> dict[str
     }
 
 
-def begin_folder(folder: RunFolder, recipe: Recipe, record: dict[str, Any]) -> None:
-    """Write what a run begins with; what an earlier run left in the folder is removed."""
+def begin_folder(folder: RunFolder, prepared: Prepared, *, world_size: int, device: str) -> dict[str, Any]:
+    """Write what a run begins with; what an earlier run left in the folder is removed. Its `run.json`."""
+    record = make_record(prepared, world_size=world_size, device=device)
     with naming_disk_errors(folder.path):
         clear(folder)
         write_json(folder.run_json, record)
         faults.at("record")
-        write_text(folder.recipe, dump_recipe(recipe))
+        write_text(folder.recipe, dump_recipe(prepared.recipe))
+    return record
 
 
 def read_record(folder: RunFolder) -> dict[str, Any] | None:

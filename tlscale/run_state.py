@@ -42,6 +42,7 @@ class Clock:
     window_loss: float = 0.0  # summed since the last log line, over all processes
     window_images: int = 0
     best: list[tuple[int, float]] = field(default_factory=list)  # (step, validation figure), best first
+    run_id: str | None = None  # of `run.json`
     wandb_run_id: str | None = None
     keeps_codes: dict[str, bool] = field(default_factory=dict)  # stage -> whether it trains on codes
     left_out: list[int] = field(default_factory=list)  # steps that changed nothing, as something was not finite
@@ -128,7 +129,7 @@ def snapshot(
         groups["ema"] = ema.averages
     scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
     state = {"clock": {**asdict(clock), "elapsed_s": elapsed_s}, "optimizer": plain, "scaler": scaler}
-    return Checkpoint(clock.step, groups, state)
+    return Checkpoint(clock.step, groups, state, clock.run_id)
 
 
 def restore(
@@ -182,7 +183,7 @@ def tidy_up(root: Path, clock: Clock, section: CheckpointSection) -> None:
     """After a save: point BEST to the best step, and remove what need not be kept."""
     if clock.best_step is not None:
         mark_best(root, clock.best_step)
-    prune(root, keep=section.keep, keep_steps=[step for step, _ in clock.best])
+    prune(root, keep=section.keep, keep_steps=[step for step, _ in clock.best], run_id=clock.run_id)
 
 
 def point_to(root: Path, clock: Clock) -> None:

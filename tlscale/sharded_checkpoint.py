@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,11 +33,11 @@ from tlscale.checkpoint import (
     cannot_save,
     complete_checkpoint,
     facts_of,
-    fault_of,
     group_and_name,
     is_sharded,
     load_checkpoint,
     read_whole_tensors,
+    refuse_fault,
     share_key,
     tensors_in_shards,
 )
@@ -80,7 +81,7 @@ def _parted(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], Checkpoint]:
         group: {name: tensor for name, tensor in named.items() if not isinstance(tensor, DTensor)}
         for group, named in checkpoint.tensors.items()
     }
-    return shares, Checkpoint(checkpoint.step, whole, checkpoint.state)
+    return shares, replace(checkpoint, tensors=whole)
 
 
 def _write_shares(
@@ -105,28 +106,29 @@ def _write_shares(
 # -- load -----------------------------------------------------------------------------------------------------------
 
 
-def load_sharded(folder: Path, shapes: Mapping[str, torch.Size], processes: Processes) -> Checkpoint:
+def load_sharded(
+    folder: Path, shapes: Mapping[str, torch.Size], processes: Processes, run_id: str | None = None
+) -> Checkpoint:
     """A checkpoint, what is trained spread over the processes on their devices, all else whole on the CPU.
 
     Args:
         folder: of a checkpoint that any number of processes saved, with any engine.
         shapes: of the trained parameters by rule name.
+        run_id: of the run that it must be of; None: of any.
 
     Raises:
-        CheckpointError: it does not agree with its manifest.
+        CheckpointError: it does not agree with its manifest, or is of another run.
     """
     assert processes.mesh is not None
     if not is_sharded(folder):
-        return _spread_out(processes.on_all(partial(load_checkpoint, folder)), shapes, processes.mesh)
-    fault = processes.on_main(partial(fault_of, folder))  # before any other code reads a byte of it
-    if fault is not None:
-        raise CheckpointError(f"the checkpoint '{folder}' is damaged: {fault}")
+        return _spread_out(processes.on_all(partial(load_checkpoint, folder, run_id)), shapes, processes.mesh)
+    processes.on_main(partial(refuse_fault, folder, run_id))  # before any other code reads a byte of it
     checkpoint = processes.on_all(partial(read_whole_tensors, folder))
     tensors: Groups = {group: dict(named) for group, named in checkpoint.tensors.items()}
     for key, share in _read_shares(folder / SHARDS, processes, processes.mesh).items():
         group, name = group_and_name(key)
         tensors.setdefault(group, {})[name] = share
-    return Checkpoint(checkpoint.step, tensors, checkpoint.state)
+    return replace(checkpoint, tensors=tensors)
 
 
 def _read_shares(folder: Path, processes: Processes, mesh: DeviceMesh) -> dict[str, Tensor]:
@@ -146,7 +148,7 @@ def _spread_out(checkpoint: Checkpoint, shapes: Mapping[str, torch.Size], mesh: 
             name: spread(tensor, mesh) if tensor.shape == _shape_of_owner(group, name, shapes) else tensor
             for name, tensor in named.items()
         }
-    return Checkpoint(checkpoint.step, tensors, checkpoint.state)
+    return replace(checkpoint, tensors=tensors)
 
 
 def _shape_of_owner(group: str, name: str, shapes: Mapping[str, torch.Size]) -> torch.Size | None:

@@ -301,9 +301,27 @@ def test_a_damaged_newest_checkpoint_is_passed_over_loudly(stopped, tmp_path, ca
     tlscale.run(small_recipe(tmp_path / "recipe.yaml", data, **changes), out, resume=True)
     output = " ".join(capsys.readouterr().out.split())
     assert "WARNING: the checkpoint" in output
-    assert "is damaged and passed over: model.safetensors has changed since it was written" in output
+    assert "is passed over: model.safetensors has changed since it was written" in output
     tlscale.run(small_recipe(tmp_path / "recipe.yaml", data, **changes), tmp_path / "whole")
     assert_same_runs(tmp_path / "whole", out)
+
+
+def test_a_checkpoint_of_another_run_is_passed_over_loudly(stopped, tmp_path, capsys):
+    """Of the same recipe even, which only the id tells apart."""
+    changes, data, out = stopped
+    recipe = small_recipe(tmp_path / "recipe.yaml", data, **changes)
+    tlscale.run(recipe, tmp_path / "whole")
+    theirs = tmp_path / "whole" / "checkpoints"
+    newest = theirs / (theirs / "LATEST").read_text().strip()
+    shutil.copytree(newest, out / "checkpoints" / newest.name)
+    capsys.readouterr()
+    tlscale.run(recipe, out, resume=True)
+    output = " ".join(capsys.readouterr().out.split())
+    assert f"{newest.name}' is passed over: it is of another run (" in output
+    assert "resumed from" in output
+    assert_same_runs(tmp_path / "whole", out)
+    ids = {json.loads((folder / "run.json").read_text())["id"] for folder in (tmp_path / "whole", out)}
+    assert len(ids) == 2
 
 
 def test_all_checkpoints_damaged_is_an_error_and_no_fresh_start(stopped, tmp_path):

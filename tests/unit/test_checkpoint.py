@@ -7,6 +7,7 @@ import pickle
 import random
 import shutil
 import subprocess
+from dataclasses import replace
 
 import pytest
 import safetensors.torch
@@ -133,8 +134,25 @@ def test_damage_is_found_and_the_one_before_is_used(three, damage):
     assert len(faults) == 1
     assert str(newest) in faults[0]
     assert expected in faults[0]
-    with pytest.raises(CheckpointError, match="step_00000003' is damaged"):
+    with pytest.raises(CheckpointError, match="step_00000003' cannot be used"):
         load_checkpoint(newest)
+
+
+def test_one_of_another_run_is_neither_used_nor_counted(tmp_path):
+    for step, run_id in ((1, "ours"), (2, "ours"), (3, "theirs")):
+        save_checkpoint(tmp_path, replace(make(step), run_id=run_id))
+    foreign = tmp_path / "step_00000003"
+    assert fault_of(foreign) is None
+    assert fault_of(foreign, "ours") == "it is of another run (theirs, and this one is ours)"
+    assert newest_valid(tmp_path)[0] == foreign
+    path, faults = newest_valid(tmp_path, "ours")
+    assert path == tmp_path / "step_00000002"
+    assert faults == [f"the checkpoint '{foreign}' is passed over: {fault_of(foreign, 'ours')}"]
+    with pytest.raises(CheckpointError, match="cannot be used: it is of another run"):
+        load_checkpoint(foreign, "ours")
+    assert load_checkpoint(path, "ours").step == 2
+    prune(tmp_path, keep=1, keep_steps=(), run_id="ours")
+    assert names(tmp_path) == ["step_00000002"]
 
 
 def spoil(content, other, how, draw):

@@ -31,7 +31,7 @@ from tlscale.prepare import Due, Prepared, strategy_of
 from tlscale.progress import Progress
 from tlscale.run_book import RunBook
 from tlscale.run_folder import RunFolder, naming_disk_errors, write_json
-from tlscale.run_record import begin_folder, make_record, read_record
+from tlscale.run_record import begin_folder, read_record
 from tlscale.run_state import Clock, LossWindow, are_finite, point_to, restore, restore_weights, saved_clock
 from tlscale.screen import show_result
 from tlscale.seeds import derive_seed
@@ -83,8 +83,9 @@ def _train(
     recipe = prepared.recipe
 
     # -- resume -------------------------------------------------------------------------------------------------------
-    newest = processes.on_main(partial(_newest, folder, screen)) if record is not None else None
-    checkpoint = load(newest, prepared, processes) if newest is not None else None
+    run_id = record.get("id") if record is not None else None
+    newest = processes.on_main(partial(_newest, folder, run_id, screen)) if record is not None else None
+    checkpoint = load(newest, prepared, processes, run_id) if newest is not None else None
     saved_in = stage_at(prepared.stages, checkpoint.step - 1 if checkpoint is not None else 0)
     parts = make_parts(prepared, processes, stop, screen, saved_in, careful_until)
     clock = saved_clock(checkpoint) if checkpoint is not None else Clock()
@@ -95,8 +96,10 @@ def _train(
 
     # -- the loop: its first file is written when all images are there, so that bad ones leave no half-begun run ----
     if record is None:
-        record = make_record(prepared, world_size=processes.world_size, device=str(processes.device))
-        processes.on_main(partial(begin_folder, folder, recipe, record))
+        record = processes.on_main(
+            partial(begin_folder, folder, prepared, world_size=processes.world_size, device=str(processes.device))
+        )
+    clock.run_id = record.get("id")
     if checkpoint is None and recipe.non_finite.action == "rollback":
         save(parts, clock, folder, elapsed_s=0.0)  # something to go back to
     with (
@@ -224,7 +227,7 @@ def _finish(parts: Parts, clock: Clock, book: RunBook, folder: RunFolder, progre
     if clock.best_step is not None and clock.best_step != clock.step:
         # By its step, and not by what BEST points to: that is for people, and may be older than the clock.
         best_folder = checkpoint_folder(folder.checkpoints, clock.best_step)
-        checkpoint = load(best_folder, prepared, processes)
+        checkpoint = load(best_folder, prepared, processes, clock.run_id)
         restore_weights(checkpoint, parts.network, parts.ema, prepared.fixed)
         if clock.best_step <= parts.stage.start_step:  # of another stage, whose frozen part was another
             feed = ImageFeed(prepared, processes, parts.network, parts.keeper.images, parts.targets)
@@ -326,8 +329,8 @@ def _vigil(parts: Parts) -> Vigil:
     return vigil
 
 
-def _newest(folder: RunFolder, progress: Progress) -> Path | None:
-    path, faults = newest_valid(folder.checkpoints)
+def _newest(folder: RunFolder, run_id: str | None, progress: Progress) -> Path | None:
+    path, faults = newest_valid(folder.checkpoints, run_id)
     for fault in faults:
         progress.say(f"WARNING: {fault}", style="bold red")
     return path

@@ -211,12 +211,12 @@ def save(parts: Parts, clock: Clock, folder: RunFolder, *, elapsed_s: float) -> 
         processes.on_main(partial(tidy_up, folder.checkpoints, clock, keeping))
 
 
-def load(folder: Path, prepared: Prepared, processes: Processes) -> Checkpoint:
+def load(folder: Path, prepared: Prepared, processes: Processes, run_id: str | None) -> Checkpoint:
     """The checkpoint in `folder`, what is spread over the processes as each one's share.
 
     Raises:
-        CheckpointError: on every process, where it is damaged.
+        CheckpointError: on every process, where it is damaged or of another run.
     """
     if processes.mesh is None:
-        return processes.on_all(partial(load_checkpoint, folder))
-    return load_sharded(folder, {name: param.shape for name, param in prepared.trained.items()}, processes)
+        return processes.on_all(partial(load_checkpoint, folder, run_id))
+    return load_sharded(folder, {name: param.shape for name, param in prepared.trained.items()}, processes, run_id)

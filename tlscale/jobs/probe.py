@@ -35,7 +35,7 @@ from tlscale.progress import Progress
 from tlscale.recipe.schema import ProbeSection, Recipe
 from tlscale.run_book import RunBook
 from tlscale.run_folder import RunFolder, naming_disk_errors, write_json
-from tlscale.run_record import begin_folder, make_record
+from tlscale.run_record import begin_folder
 from tlscale.run_state import Clock
 from tlscale.screen import show_probe, show_result
 from tlscale.stop import StopRequest
@@ -63,8 +63,9 @@ def probe(
     split = data.test or data.validation
     assert split is not None, "prepare refuses data that nothing can be evaluated on"
     codes |= {} if split.name in codes else layer_codes(keeper, wanted, [split])
-    record = make_record(prepared, world_size=processes.world_size, device=str(processes.device))
-    processes.on_main(partial(begin_folder, folder, recipe, record))
+    record = processes.on_main(
+        partial(begin_folder, folder, prepared, world_size=processes.world_size, device=str(processes.device))
+    )
     with (
         Progress(0, enabled=processes.is_main) as progress,
         RunBook(prepared, folder, processes, Clock(), record, progress) as book,
