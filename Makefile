@@ -37,7 +37,7 @@ $(VENV)/.tlscale-dev: $(VENV)/.tlscale
 
 # --- The README's first command ---------------------------------------------------------------------------------------
 
-demo: $(VENV)/.tlscale ## train a ResNet on Fashion-MNIST, from nothing to a model in runs/
+demo: $(VENV)/.tlscale ## fine-tune the ResNet that ships with tlscale on Fashion-MNIST, from nothing to a model in runs/
 	bash scripts/get_fashion_mnist.sh
 	$(BIN)/accelerate launch tlscale/run.py $(RECIPE) --resume
 	@echo
