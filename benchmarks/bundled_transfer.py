@@ -11,7 +11,8 @@ evaluated on all of its 10,000 test images; the others are split once into halve
 - patterns: made here: stripes, checks, dots, rings, crosses, triangles, noise and bricks, of any size, angle and grey,
   half hidden by noise; 8 classes, 100 labels.
 
-Prints Markdown. The data sets are kept below `$TLSCALE_CACHE/bundled_transfer`.
+Prints Markdown: each, and the difference between the two over the choices of labels. The data sets are kept below
+`$TLSCALE_CACHE/bundled_transfer`.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from typing import Any
 import numpy as np
 import yaml
 from PIL import Image
+from scipy import stats
 from sklearn.datasets import load_digits
 
 import tlscale
@@ -149,22 +151,30 @@ def main() -> None:
     parser.add_argument("--labels", type=int, action="append", help="only these numbers of labels")
     parser.add_argument("--only", choices=list(DATASETS), action="append")
     options = parser.parse_args()
-    rows = []
+    rows: list[str] = []
+    differences = []
     with tempfile.TemporaryDirectory() as folder:
         for name, (make, sizes) in DATASETS.items():
             if options.only and name not in options.only:
                 continue
             data = {"source": "fashion_mnist"} if make is None else {"source": "folder", "path": str(put(name, make))}
             for labels in options.labels or sizes:
+                pair = []
                 for weights in (options.weights, "none"):
                     found = [
                         probe(data, weights, options, labels, seed, Path(folder) / f"{len(rows)}_{seed}")
                         for seed in range(options.seeds)
                     ]
                     rows.append(_row(name, labels, weights, found))
+                    pair.append([result["top1"] for result in found])
+                differences.append(_difference(name, labels, *pair))
     print("\n| data | labels | weights | top1, mean | each | 95 % interval of the mean's images | layers |")
     print("|---|---|---|---|---|---|---|")
     print("\n".join(rows))
+    if options.seeds > 1:
+        print("\n| data | labels | bundled - random, mean | 95 % interval over seeds | bundled is better |")
+        print("|---|---|---|---|---|")
+        print("\n".join(differences))
 
 
 def _row(name: str, labels: int, weights: str, found: list[dict[str, Any]]) -> str:
@@ -175,6 +185,15 @@ def _row(name: str, labels: int, weights: str, found: list[dict[str, Any]]) -> s
     each = ", ".join(f"{top1:.4f}" for top1 in top1s)
     shown = "random" if weights == "none" else "bundled"
     return f"| {name} | {labels:,} | {shown} | **{mean:.4f}** | {each} | {low:.4f} to {high:.4f} | {layers} |"
+
+
+def _difference(name: str, labels: int, bundled: list[float], random: list[float]) -> str:
+    """Of the same labels and test images, by Student's t."""
+    each = [one - other for one, other in zip(bundled, random, strict=True)]
+    count, mean = len(each), statistics.fmean(each)
+    half = stats.t.ppf(0.975, count - 1) * statistics.stdev(each) / count**0.5 if count > 1 else float("nan")
+    wins = sum(difference > 0 for difference in each)
+    return f"| {name} | {labels:,} | **{mean:+.4f}** | {mean - half:+.4f} to {mean + half:+.4f} | {wins} of {count} |"
 
 
 if __name__ == "__main__":
