@@ -553,7 +553,7 @@ def test_a_damaged_best_checkpoint_is_an_error_and_not_other_weights(run, tmp_pa
     assert_same_bits(exported(out), model)
     (out / "result.json").unlink()
     (best / "model.safetensors").write_bytes(b"")
-    with pytest.raises(CheckpointError, match=f"{best.name}' is damaged"):
+    with pytest.raises(CheckpointError, match=f"{best.name}' cannot be used"):
         run(**changes, resume=True)
 
 
