@@ -19,15 +19,14 @@ from tlscale.checkpoint import (
     Checkpoint,
     mark_best,
     mark_latest,
-    pack_optimizer,
     prune,
     save_checkpoint,
-    unpack_optimizer,
 )
 from tlscale.dist import Processes
 from tlscale.errors import CheckpointError
 from tlscale.model.classifier import Classifier
 from tlscale.model.ema import Ema
+from tlscale.optimizer_state import pack_optimizer, unpack_optimizer
 from tlscale.recipe.schema import CheckpointSection, EvaluateSection
 from tlscale.sharding import local
 

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import torch
 
 from tlscale import faults
-from tlscale.checkpoint import carry_moments
 from tlscale.data.sampler import DataOrder
 from tlscale.errors import RecipeError
 from tlscale.model.classifier import Classifier
 from tlscale.model.ema import Ema
 from tlscale.model.freeze import FreezeRow, check_trainable, fixed_names, freeze_parameters
 from tlscale.optim import Group, build_optimizer, parameter_groups
+from tlscale.optimizer_state import carry_moments
 from tlscale.recipe.duration import Duration
 from tlscale.recipe.rules import Rule, match_rules
 from tlscale.recipe.schema import OptimSection, Recipe, ScheduleSection, StageSection

@@ -21,13 +21,12 @@ from tlscale.checkpoint import (
     load_checkpoint,
     mark_best,
     newest_valid,
-    pack_optimizer,
     pointed_to,
     prune,
     save_checkpoint,
-    unpack_optimizer,
 )
 from tlscale.errors import CheckpointError
+from tlscale.optimizer_state import pack_optimizer, unpack_optimizer
 
 
 def make(step: int, size: int = 5) -> Checkpoint:

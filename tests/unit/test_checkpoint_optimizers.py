@@ -9,9 +9,10 @@ import torch
 from timm.optim import list_optimizers
 from torch import nn
 
-from tlscale.checkpoint import Checkpoint, load_checkpoint, pack_optimizer, save_checkpoint, unpack_optimizer
+from tlscale.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from tlscale.errors import CheckpointError, RecipeError
 from tlscale.optim import build_optimizer, parameter_groups, set_lr
+from tlscale.optimizer_state import pack_optimizer, unpack_optimizer
 from tlscale.recipe.schema import OptimSection
 
 # Of other packages, or for CUDA alone; and one that needs second derivatives, which is refused.
