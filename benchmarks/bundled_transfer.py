@@ -167,11 +167,12 @@ def main() -> None:
                     ]
                     rows.append(_row(name, labels, weights, found))
                     pair.append([result["top1"] for result in found])
-                differences.append(_difference(name, labels, *pair))
+                if options.seeds > 1:
+                    differences.append(_difference(name, labels, *pair))
     print("\n| data | labels | weights | top1, mean | each | 95 % interval of the mean's images | layers |")
     print("|---|---|---|---|---|---|---|")
     print("\n".join(rows))
-    if options.seeds > 1:
+    if differences:
         print("\n| data | labels | bundled - random, mean | 95 % interval over seeds | bundled is better |")
         print("|---|---|---|---|---|")
         print("\n".join(differences))
@@ -188,10 +189,10 @@ def _row(name: str, labels: int, weights: str, found: list[dict[str, Any]]) -> s
 
 
 def _difference(name: str, labels: int, bundled: list[float], random: list[float]) -> str:
-    """Of the same labels and test images, by Student's t."""
+    """Of the same labels and test images, by Student's t; two seeds or more."""
     each = [one - other for one, other in zip(bundled, random, strict=True)]
     count, mean = len(each), statistics.fmean(each)
-    half = stats.t.ppf(0.975, count - 1) * statistics.stdev(each) / count**0.5 if count > 1 else float("nan")
+    half = stats.t.ppf(0.975, count - 1) * statistics.stdev(each) / count**0.5
     wins = sum(difference > 0 for difference in each)
     return f"| {name} | {labels:,} | **{mean:+.4f}** | {mean - half:+.4f} to {mean + half:+.4f} | {wins} of {count} |"
 

@@ -35,14 +35,16 @@ class Objective:
     Args:
         section: the recipe's loss.
         class_weights_C: from `class_weights`, or None.
+
+    Attributes:
+        lesson_names: of what `lessons` gives.
     """
+
+    lesson_names: tuple[str, ...] = ()
 
     def __init__(self, section: LossSection, class_weights_C: Tensor | None) -> None:
         self._smoothing = section.label_smoothing
         self._class_weights_C = class_weights_C
-
-    lesson_names: tuple[str, ...] = ()
-    """Of what `lessons` gives."""
 
     def logits(self, outputs_BO: Tensor) -> Tensor:
         """Of what the network gives, the logits, (B, C): all of it."""

@@ -60,7 +60,11 @@ def make_record(prepared: Prepared, *, world_size: int, device: str) -> dict[str
 
 
 def begin_folder(folder: RunFolder, prepared: Prepared, *, world_size: int, device: str) -> dict[str, Any]:
-    """Write what a run begins with; what an earlier run left in the folder is removed. Its `run.json`."""
+    """Write what a run begins with; what an earlier run left in the folder is removed.
+
+    Returns:
+        What `run.json` holds.
+    """
     record = make_record(prepared, world_size=world_size, device=device)
     with naming_disk_errors(folder.path):
         clear(folder)
