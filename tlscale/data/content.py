@@ -26,6 +26,7 @@ DIGEST = np.dtype("S32")
 """SHA-256. NumPy drops zero bytes at the end of single items; among items of one width that loses nothing."""
 _SETTLED_NS = 2 * 10**9  # the coarsest clock of a file system (FAT) ticks once in two seconds
 _BUSY_S = 5.0
+_MASK63 = 2**63 - 1
 _TABLE = "CREATE TABLE IF NOT EXISTS contents (stamp BLOB PRIMARY KEY, digest BLOB, seal BLOB) WITHOUT ROWID"
 
 
@@ -51,7 +52,9 @@ def digest_bytes(digests_N: Digests) -> list[bytes]:
 
 def file_stamp(found: os.stat_result) -> tuple[int, int, int, int, int]:
     """Return what changes when a file does: device, inode, size, times of the last write and of the last change, ns."""
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+    # Numbers of devices and inodes may have 64 bits; in 63 they fit into signed integers.
+    device, inode = found.st_dev & _MASK63, found.st_ino & _MASK63
+    return device, inode, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def stamp_bytes(facts: Iterable[int], looked_ns: int, more: bytes = b"") -> bytes | None:
@@ -112,6 +115,37 @@ class ContentIndex:
 
 def _seal(stamp: bytes, digest: bytes) -> bytes:
     return hashlib.sha256(stamp + digest).digest()[:8]  # a database may be damaged
+
+
+class Contents:
+    """The digests of the images of a table, as far as they are known."""
+
+    def __init__(self, num_images: int) -> None:
+        self.digests_N = np.zeros(num_images, DIGEST)
+        self.known_N = np.zeros(num_images, dtype=bool)
+        self.read_N = np.zeros(num_images, dtype=bool)
+        """Whether the digest is of what was read, and not from the index."""
+
+    def note(self, row: int, raw: bytes | npt.NDArray[Any]) -> bytes:
+        """Hash what was read, and keep its digest."""
+        digest = content_digest(raw)
+        self.digests_N[row] = digest
+        self.known_N[row] = self.read_N[row] = True
+        return digest
+
+    def recall(self, rows_N: npt.NDArray[np.int64], stamps_N: Sequence[bytes | None], index: ContentIndex) -> None:
+        """Take from the index what it knows of these rows."""
+        found = index.look_up(stamp for stamp in stamps_N if stamp is not None)
+        for row, stamp in zip(rows_N.tolist(), stamps_N, strict=True):
+            if stamp is not None and stamp in found:
+                self.digests_N[row] = found[stamp]
+                self.known_N[row] = True
+
+    def remember(self, rows_N: npt.NDArray[np.int64], stamps_N: Sequence[bytes | None], index: ContentIndex) -> None:
+        """Give the index what was read of these rows."""
+        digests = digest_bytes(self.digests_N[rows_N])
+        index.add({stamp: digest for stamp, digest in zip(stamps_N, digests, strict=True) if stamp is not None})
+        self.read_N[rows_N] = False
 
 
 def now_ns() -> int:

@@ -12,6 +12,7 @@ Shape letters: N rows.
 
 from __future__ import annotations
 
+import itertools
 import os
 import stat
 from collections.abc import Iterable
@@ -24,6 +25,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
+from tlscale.data.content import file_stamp, now_ns
 from tlscale.data.tables import (
     BytesStore,
     FileStore,
@@ -41,6 +43,7 @@ from tlscale.data.tables import (
 from tlscale.errors import DataError, did_you_mean
 from tlscale.recipe.schema import DataSection
 
+Stats = npt.NDArray[np.int64]
 IMAGE_COLUMNS = ("image", "img", "path", "file", "filename", "file_name", "filepath", "file_path", "image_path")
 LABEL_COLUMNS = ("label", "labels", "class", "class_name", "target")
 SPLIT_COLUMN = "split"
@@ -61,11 +64,12 @@ def read_manifest_source(section: DataSection, file: Path) -> Source:
         raise DataError(f"{file} has no rows")
     rows = _rows_of_splits(section, file, table)
     column = _image_column(table[image], f"{file}, column {image!r}")
-    content = _content(file, column)
+    looked_ns, stats_N5 = now_ns(), _stats(file, column)
+    content = _content(file, column, stats_N5)
     splits: dict[Role, SourceSplit] = {}
     for role, (name, rows_N) in rows.items():
         names, codes_N = encode_labels(table[label].take(rows_N), f"{file}, column {label!r}, split {name!r}")
-        splits[role] = SourceSplit(name, _store(file, column, rows_N, content), names, codes_N)
+        splits[role] = SourceSplit(name, _store(file, column, rows_N, content, stats_N5, looked_ns), names, codes_N)
     return Source(str(file), splits, notes=tuple(_repeated(file, column)))
 
 
@@ -162,18 +166,20 @@ def _image_column(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
     raise DataError(f"{where}: of type {kind}; expected paths (text), images (binary) or a struct {{bytes, path}}")
 
 
-def _content(file: Path, column: pa.ChunkedArray) -> str:
-    if not pa.types.is_large_string(column.type):
+def _content(file: Path, column: pa.ChunkedArray, stats_N5: Stats | None) -> str:
+    if stats_N5 is None:
         with file.open("rb") as stream:
             return digest(iter(lambda: stream.read(1 << 20), b""))
-    return digest(_facts(file, column))
+    return digest(itertools.chain(_paths(column), [stats_N5[:, 2:4].astype("<i8").tobytes()]))
 
 
-def _facts(file: Path, column: pa.ChunkedArray) -> Iterable[str | bytes]:
-    """Paths, sizes and times of change of all files; raises on those that are not there."""
+def _stats(file: Path, column: pa.ChunkedArray) -> Stats | None:
+    """The `file_stamp` of all files, None where the images are in the table; raises on those that are not there."""
+    if not pa.types.is_large_string(column.type):
+        return None
     root = str(file.parent)
     missing: list[str] = []
-    facts = np.zeros((len(column), 2), dtype="<i8")
+    stats_N5 = np.zeros((len(column), 5), dtype=np.int64)
     for row, path in enumerate(_paths(column)):
         _check_inside(file, row, path)
         try:
@@ -183,14 +189,13 @@ def _facts(file: Path, column: pa.ChunkedArray) -> Iterable[str | bytes]:
             continue
         if not stat.S_ISREG(found.st_mode):
             missing.append(path)
-        facts[row] = found.st_size, found.st_mtime_ns
+        stats_N5[row] = file_stamp(found)
     if missing:
         raise DataError(
             f"{file}: {len(missing):,} of {len(column):,} files are not there: {first_few(quoted(missing))}; "
             f"paths are relative to {root}"
         )
-    yield from _paths(column)
-    yield facts.tobytes()
+    return stats_N5
 
 
 def _paths(column: pa.ChunkedArray) -> Iterable[str]:
@@ -211,9 +216,17 @@ def _check_inside(file: Path, row: int, path: str) -> None:
         )
 
 
-def _store(file: Path, column: pa.ChunkedArray, rows_N: npt.NDArray[np.int64], content: str) -> ImageStore:
-    if pa.types.is_large_string(column.type):
-        return FileStore(str(file.parent), column.take(rows_N).combine_chunks(), content)
+def _store(
+    file: Path,
+    column: pa.ChunkedArray,
+    rows_N: npt.NDArray[np.int64],
+    content: str,
+    stats_N5: Stats | None,
+    looked_ns: int,
+) -> ImageStore:
+    if stats_N5 is not None:
+        paths_N = column.take(rows_N).combine_chunks()
+        return FileStore(str(file.parent), paths_N, content, stats_N5[rows_N], looked_ns)
     return BytesStore(file.name, column, rows_N, content)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from tlscale import faults
 from tlscale.checkpoint import Checkpoint, checkpoint_folder, newest_valid, pointed_to
+from tlscale.data.identity import result_identity
 from tlscale.dist import Processes
 from tlscale.errors import NonFiniteLossError, Stopped
 from tlscale.evaluate import scalars
@@ -238,6 +239,7 @@ def _finish(parts: Parts, clock: Clock, book: RunBook, folder: RunFolder, progre
             parts.network = filled(parts.hollow, parts.network, keep=processes.is_main)
         how = processes.on_main(partial(_export, parts, folder))
     result = _result(parts, clock, split.name, wall_s=book.elapsed_s(), best=best, last=last)
+    result |= processes.on_main(partial(result_identity, prepared.data))
     processes.on_main(partial(_write_result, result, folder))
     book.trackers.summary(scalars(result))
     show_result(result, progress, folder=folder.path, how_to_load=how)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tlscale import faults
 from tlscale.codes.probe import Choice, PathRow, cannot_compare, checked_grid, choose
 from tlscale.codes.reading import Codes
+from tlscale.data.identity import result_identity
 from tlscale.data.sources import ImageSplit
 from tlscale.dist import Processes
 from tlscale.evaluate import scalars
@@ -156,6 +157,7 @@ def _fit(
     with naming_disk_errors(folder.model):
         how = export_model(model, folder.model, classes=data.classes, spec=prepared.spec)
     result = _result(prepared, keeper, choice, (layer, pool), figures, split.name, time.monotonic() - began)
+    result |= result_identity(prepared.data)
     faults.at("result")
     with naming_disk_errors(folder.result):
         write_json(folder.result, result)
