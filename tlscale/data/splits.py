@@ -183,7 +183,7 @@ def _number(split: SourceSplit, classes: tuple[str, ...], role: Role, place: str
             f"the {len(classes)} classes are {first_few(quoted(classes), 10)}.{did_you_mean(outside[0], classes)}"
         )
     numbers_C = np.array([number.get(name, NO_LABEL) for name in split.label_names], dtype=np.int64)
-    return LabelledTable(split.store, numbers_C[split.codes_N], f"{role}/{split.name}")
+    return LabelledTable(split.store, numbers_C[split.codes_N])
 
 
 def _absences(classes: tuple[str, ...], tables: Mapping[Role, LabelledTable]) -> tuple[str, ...]:
