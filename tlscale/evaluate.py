@@ -17,7 +17,7 @@ from tlscale import faults
 from tlscale.data.transforms import ImageBatch, InputSpec, to_input
 from tlscale.dist import Processes
 from tlscale.metrics import Tally, summary
-from tlscale.objective import Batch, Objective
+from tlscale.objective import Batch, Objective, cross_entropy
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,8 @@ def evaluate(
         batches: this process's share of the split.
         inputs: from a batch to what the network takes, on its device.
         num_images: of the split, over all processes.
-        objective: gives the loss of each image.
+        objective: knows which outputs are logits, and what a teacher adds. The `loss` is plain cross-entropy whatever
+            is trained on.
         classes: names of the C classes.
         processes: this process among all.
         in_step: the network is one that is spread over the processes, and all of them have to call it equally often;
@@ -79,7 +80,7 @@ def evaluate(
                 if batch is None:
                     continue
                 logits_BC, labels_B = objective.logits(outputs_BO), batch.labels_B.to(outputs_BO.device)
-                tally.update(logits_BC, labels_B, objective.losses(logits_BC, labels_B))
+                tally.update(logits_BC, labels_B, cross_entropy(logits_BC, labels_B))
                 lessons.add(objective.lessons(outputs_BO, batch))
                 processes.run_recorded()
     finally:

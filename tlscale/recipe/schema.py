@@ -336,13 +336,15 @@ class StageSection(Section):
 
 
 class LossSection(Section):
-    """Cross-entropy, summed over the images and divided by their number over all processes."""
+    """Cross-entropy, summed over the images and divided by their number over all processes: what is trained on. The
+    `loss` of every evaluation is plain cross-entropy, without weights and smoothing."""
 
     label_smoothing: float = Field(0.0, ge=0.0, lt=1.0)
     """Share of the target that is spread over all classes."""
     class_weights: Literal["none", "balanced"] | dict[str, float] = "none"
-    """`balanced`: inverse to each class's number of training images; or a weight for each class by name. Weights are
-    scaled such that their mean over the training images is 1."""
+    """`balanced`: inverse to each class's number of training images; or a weight for each class by name. An image's loss
+    is multiplied by the weight of its own label; one mixed of two labels has a share of each label's weighted loss.
+    Weights are scaled such that their mean over the training images is 1."""
 
 
 class ComputeSection(Section):
