@@ -126,13 +126,7 @@ def _train(
                 norm = {} if grad_norm is None else {"grad_norm": float(grad_norm)}
                 book.write_training({"loss": window.take_mean(), "lr": lr, **norm})
             if due.evaluate(clock.step):
-                assert prepared.data.validation is not None
-                assert parts.feed is not None
-                with book.not_training():
-                    figures = parts.figures(prepared.data.validation, parts.feed)
-                improved = clock.rank_step(figures[recipe.evaluate.select], recipe.evaluate, recipe.checkpoint)
-                book.write_evaluation("validation", figures, is_best=clock.best_step == clock.step)
-                due_save = due_save or improved
+                due_save = _validate(parts, clock, book) or due_save
             if due_save:
                 with book.not_training():
                     save(parts, clock, folder, elapsed_s=book.elapsed_s())
@@ -216,22 +210,35 @@ def _refuse_non_finite(bad_step: int | None, clock: Clock, parts: Parts, folder:
         raise NonFiniteLossError(_non_finite(bad_step, folder), bad_step)
 
 
+def _validate(parts: Parts, clock: Clock, book: RunBook) -> bool:
+    """Evaluate the validation images and rank the step; whether its checkpoint is one to keep."""
+    recipe, split = parts.prepared.recipe, parts.prepared.data.validation
+    assert split is not None
+    assert parts.feed is not None
+    select = recipe.evaluate.select
+    with book.not_training():
+        figures = parts.figures(split, parts.feed, error_of=select)
+    is_kept = clock.rank_step(figures[select], recipe.evaluate, recipe.checkpoint, figures[f"{select}_se"])
+    book.write_evaluation("validation", figures, is_best=clock.chosen_step == clock.step, error_of=select)
+    return is_kept
+
+
 def _finish(parts: Parts, clock: Clock, book: RunBook, folder: RunFolder, progress: Progress) -> dict[str, Any]:
-    """The last and the best weights on the split that chose nothing; the best are exported."""
+    """The last and the chosen weights on the split that chose nothing; the chosen ones are exported."""
     prepared, processes, feed = parts.prepared, parts.processes, parts.feed
     assert feed is not None
     split = prepared.data.test or prepared.data.validation
     assert split is not None, "prepare refuses data that nothing can be evaluated on"
     last = {"step": clock.step, **parts.figures(split, feed)}
     best = last
-    if clock.best_step is not None and clock.best_step != clock.step:
+    if clock.chosen_step is not None and clock.chosen_step != clock.step:
         # By its step, and not by what BEST points to: that is for people, and may be older than the clock.
-        best_folder = checkpoint_folder(folder.checkpoints, clock.best_step)
+        best_folder = checkpoint_folder(folder.checkpoints, clock.chosen_step)
         checkpoint = load(best_folder, prepared, processes, clock.run_id)
         restore_weights(checkpoint, parts.network, parts.ema, prepared.fixed)
-        if clock.best_step <= parts.stage.start_step:  # of another stage, whose frozen part was another
+        if clock.chosen_step <= parts.stage.start_step:  # of another stage, whose frozen part was another
             feed = ImageFeed(prepared, processes, parts.network, parts.keeper.images, parts.targets)
-        best = {"step": clock.best_step, **parts.figures(split, feed)}
+        best = {"step": clock.chosen_step, **parts.figures(split, feed)}
     unwrap(parts)  # the exported model has to give its logits without what mixed precision does to them
     with parts.averaged():
         if parts.hollow is not None:
@@ -366,6 +373,7 @@ def _result(
         "num_classes": len(prepared.data.classes),
         **{key: value for key, value in best.items() if key not in ("step", "confusion", "per_class")},
         "weights": "best" if prepared.data.validation is not None else "last",
+        "choice": clock.choice(prepared.recipe.evaluate),
         **brief,
         "epochs": round(clock.step / order.steps_per_epoch, 4),
         "steps": clock.step,

@@ -61,8 +61,12 @@ class Parts:
     hollow: Classifier | None = None  # where the network is spread over the processes: what is exported in its place
     is_rehearsed: bool = True  # false before the first step of a start or a stage, where it matters
 
-    def figures(self, split: ImageSplit, feed: Feed) -> dict[str, Any]:
-        """Evaluation of the weights that a user would get: the averages, where averages are kept."""
+    def figures(self, split: ImageSplit, feed: Feed, *, error_of: str | None = None) -> dict[str, Any]:
+        """Evaluate the weights that a user would get: the averages, where averages are kept.
+
+        Args:
+            error_of: the figure whose standard error is wanted, too.
+        """
         self.processes.share_buffers(self.network)
         with self.averaged():
             return evaluate(
@@ -74,6 +78,7 @@ class Parts:
                 classes=self.prepared.data.classes,
                 processes=self.processes,
                 in_step=self.hollow is not None,
+                error_of=error_of,
             )
 
     def averaged(self) -> AbstractContextManager[None]:

@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 
+from tlscale.corrections import refuse_uncorrected
 from tlscale.dist import start_processes
 from tlscale.errors import ResumeError, Stopped
 from tlscale.jobs.finetune import train
 from tlscale.jobs.probe import probe
 from tlscale.prepare import Prepared, prepare
 from tlscale.progress import Progress
-from tlscale.recipe.load import diff_recipes, load_recipe
+from tlscale.recipe.load import diff_recipes, load_stored_recipe, with_values
 from tlscale.recipe.schema import Recipe
 from tlscale.run_folder import Mode, RunFolder, claim, naming_disk_errors, write_json
 from tlscale.run_record import read_record
@@ -78,7 +79,7 @@ def run(
         processes.on_main(partial(_forget_stop, folder, screen))
         record = None if overwrite else processes.on_main(lambda: read_record(folder))
         if record is not None:
-            processes.on_main(lambda: _refuse_other_recipe(recipe, folder))
+            recipe = with_values(recipe, processes.on_main(partial(_refuse_other_recipe, recipe, folder, screen)))
             done = processes.on_main(lambda: folder.result.read_text() if folder.result.exists() else None)
             if done is not None:
                 screen.say(f"'{folder.path}' is complete already; its figures are in {folder.result}")
@@ -93,6 +94,7 @@ def run(
         show_plan(prepared, screen, device=str(processes.device))
         if record is not None:
             processes.on_main(partial(_refuse_other_inputs, record, prepared, folder))
+            record = processes.on_main(partial(refuse_uncorrected, folder, prepared, record))
         processes.on_main(partial(folder.stopped.unlink, missing_ok=True))
         job = train if recipe.probe is None else probe
         try:
@@ -127,10 +129,19 @@ def _mark_stopped(folder: RunFolder, stop: StopRequest, stopped: Stopped) -> Non
     folder.stop.unlink(missing_ok=True)
 
 
-def _refuse_other_recipe(recipe: Recipe, folder: RunFolder) -> None:
+def _refuse_other_recipe(recipe: Recipe, folder: RunFolder, screen: Progress) -> dict[str, dict[str, object]]:
+    """Compare the recipe with that of the run.
+
+    Returns:
+        By section the keys that came after the run began, with what it does all the same.
+    """
+    stored, older = load_stored_recipe(folder.recipe)
+    for section, keys in older.items():
+        for key, value in keys.items():
+            screen.say(f"{section}.{key}: {value}, as the run began: it is older than this key")
     changes = [
         f"{key}: {old!r} -> {new!r}"
-        for key, old, new in diff_recipes(load_recipe(folder.recipe), recipe)
+        for key, old, new in diff_recipes(stored, with_values(recipe, older))
         if not key.startswith(MAY_CHANGE)
     ]
     if changes:
@@ -139,6 +150,7 @@ def _refuse_other_recipe(recipe: Recipe, folder: RunFolder) -> None:
             f"'{folder.path}' cannot be resumed with another recipe:\n  {lines}\n  Its own recipe is "
             f"'{folder.recipe}'; another recipe wants another folder: --out DIR"
         )
+    return older
 
 
 def _refuse_other_inputs(record: dict[str, Any], prepared: Prepared, folder: RunFolder) -> None:

@@ -342,9 +342,9 @@ class LossSection(Section):
     label_smoothing: float = Field(0.0, ge=0.0, lt=1.0)
     """Share of the target that is spread over all classes."""
     class_weights: Literal["none", "balanced"] | dict[str, float] = "none"
-    """`balanced`: inverse to each class's number of training images; or a weight for each class by name. An image's loss
-    is multiplied by the weight of its own label; one mixed of two labels has a share of each label's weighted loss.
-    Weights are scaled such that their mean over the training images is 1."""
+    """`balanced`: inverse to each class's number of training images; or a weight for each class by name. An image's
+    loss is multiplied by the weight of its own label; one mixed of two labels has a share of each label's weighted
+    loss. Weights are scaled such that their mean over the training images is 1."""
 
 
 class ComputeSection(Section):
@@ -419,6 +419,10 @@ class EvaluateSection(Section):
     """Images per process and forward pass; by itself what a process takes in training."""
     select: Literal["top1", "loss", "macro_f1", "distill_loss"] = "top1"
     """The validation figure by which weights are best; `distill_loss`: what `distill` adds to the loss."""
+    choose: Literal["latest_within_se", "best"] = "latest_within_se"
+    """Which weights are exported: `best`: those of the best validation figure; `latest_within_se`: the latest ones
+    whose figure is within one standard error of the best, since the best of many figures of few images is best by luck.
+    The error is binomial for `top1`, that of the mean for a loss, and by bootstrap for `macro_f1`."""
 
 
 class CheckpointSection(Section):
@@ -429,7 +433,7 @@ class CheckpointSection(Section):
     keep: int = Field(2, ge=1, le=1000)
     """Newest checkpoints to keep."""
     keep_best: int = Field(1, ge=1, le=1000)
-    """Best checkpoints to keep besides, by `evaluate.select`."""
+    """Best checkpoints to keep besides, by `evaluate.select`; the one that `evaluate.choose` names is the first."""
 
 
 class WandbSection(Section):
