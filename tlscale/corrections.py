@@ -76,6 +76,19 @@ def _loss_chooses(past: Past) -> bool:
     return chooses and (_is_weighted(past) or _is_smoothed(past))
 
 
+def _saw_fresh_views(past: Past) -> bool:
+    """Whether a stage that is not over trains on images, and its epochs come to a view that is seen again."""
+    prepared = past.prepared
+    if not prepared.augment or prepared.teacher is not None:
+        return False
+    for stage in prepared.stages:
+        views, decided = prepared.image_views(stage), past.clock.get("keeps_codes", {}).get(str(stage.number))
+        is_ahead, last_epoch = stage.stop_step > past.clock["step"], prepared.order.epoch(stage.stop_step - 1)
+        if views is not None and decided is False and is_ahead and last_epoch >= views:
+            return True
+    return False
+
+
 CORRECTIONS: tuple[Correction, ...] = (
     Correction(
         "weights-beside-smoothing",
@@ -88,6 +101,12 @@ CORRECTIONS: tuple[Correction, ...] = (
         "the validation loss, by which evaluate.select: loss chooses the weights, had class weights and smoothing in "
         "it; it is plain cross-entropy now, and figures of both kinds cannot be ranked together",
         _loss_chooses,
+    ),
+    Correction(
+        "same-views-without-codes",
+        "codes.views had no effect where there was no room for codes, and each epoch saw new augmented images; it sees "
+        "the same codes.views of them either way now",
+        _saw_fresh_views,
     ),
 )
 

@@ -105,6 +105,15 @@ class Prepared:
             self.recipe.data, cached=store.cached, augmented=augmented, device=device, processes=processes
         )
 
+    def image_views(self, stage: Stage) -> int | None:
+        """How many augmented views of each training image a stage sees; None: a new one in each epoch.
+
+        It hangs on the recipe alone, and not on whether codes are kept, for which there may be no room.
+        """
+        codes = self.recipe.codes
+        are_few = codes.views > 1 or (codes.keep == "always" and not stage.trains_all)
+        return codes.views if are_few or self.teacher is not None else None
+
     @property
     def eval_batch_size(self) -> int:
         """Images per process and forward pass at evaluation."""

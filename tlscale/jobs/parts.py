@@ -31,6 +31,7 @@ from tlscale.objective import Objective
 from tlscale.optim import build_optimizer
 from tlscale.prepare import Prepared, make_objective
 from tlscale.progress import Progress
+from tlscale.run_book import RunBook
 from tlscale.run_folder import RunFolder
 from tlscale.run_state import Clock, snapshot, tidy_up, write_checkpoint
 from tlscale.sharded_checkpoint import load_sharded, save_sharded
@@ -188,6 +189,19 @@ def unwrapping(parts: Parts) -> Iterator[None]:
     except NonFiniteLossError:
         unwrap(parts)
         raise
+
+
+def validate(parts: Parts, clock: Clock, book: RunBook) -> bool:
+    """Evaluate the validation images and rank the step; whether its checkpoint is one to keep."""
+    recipe, split = parts.prepared.recipe, parts.prepared.data.validation
+    assert split is not None
+    assert parts.feed is not None
+    select = recipe.evaluate.select
+    with book.not_training():
+        figures = parts.figures(split, parts.feed, error_of=select)
+    is_kept = clock.rank_step(figures[select], recipe.evaluate, recipe.checkpoint, figures[f"{select}_se"])
+    book.write_evaluation("validation", figures, is_best=clock.chosen_step == clock.step, error_of=select)
+    return is_kept
 
 
 def save(parts: Parts, clock: Clock, folder: RunFolder, *, elapsed_s: float) -> None:

@@ -225,7 +225,8 @@ class CodesSection(Section):
     """What becomes of a layer's positions: their mean `avg`, their maximum `max`, both `avgmax`, the class `token`, or
     `none`: all of them. One or a list, of which each is tried. `penultimate` is as the backbone pools it."""
     views: int = Field(1, ge=1, le=1000)
-    """With `data.augment`: keep so many augmented views of each training image; epoch e sees view e modulo `views`."""
+    """With `data.augment`: so many augmented views of each training image, whether codes of them are kept or not; epoch
+    e sees view e modulo `views`. With 1 and `keep: auto`, no codes are kept, and each epoch sees new ones."""
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     """In what the codes are kept; `auto`: as they are computed."""
     fold_norm: bool = False
@@ -536,8 +537,6 @@ class Recipe(Section):
                     raise ValueError(f"'{key}' has no effect beside '{name}': {why}. Take it out")
         if self.codes.views > 1 and not self.data.augment:
             raise ValueError("'codes.views' has no effect without 'data.augment': all views would be the same")
-        if self.codes.views > 1 and self.codes.keep == "never":
-            raise ValueError("'codes.views' has no effect beside 'codes.keep: never'")
         if self.codes.pool != ["avg"] and set(self.codes.layer or [_PENULTIMATE]) == {_PENULTIMATE}:
             raise ValueError(
                 "'codes.pool' has no effect on penultimate codes, which the backbone pools itself; name layers in "
