@@ -22,6 +22,7 @@ from typing import Any
 
 from tlscale.checkpoint import list_checkpoints
 from tlscale.errors import ResumeError
+from tlscale.model.backbone import layer_depths
 from tlscale.prepare import Prepared
 from tlscale.recipe.schema import Recipe
 from tlscale.run_folder import RunFolder, naming_disk_errors, write_json
@@ -89,6 +90,14 @@ def _saw_fresh_views(past: Past) -> bool:
     return False
 
 
+def _was_a_layer_too_deep(past: Past) -> bool:
+    """Whether timm counts a part of the backbone to the layer of the classifier, and a stage ahead decays by layer."""
+    ahead = [stage for stage in past.prepared.stages if stage.stop_step > past.clock["step"]]
+    if all(stage.optim.layer_decay in (None, 1.0) for stage in ahead):
+        return False
+    return min(layer_depths(past.prepared.classifier.backbone)[0].values()) != 1
+
+
 CORRECTIONS: tuple[Correction, ...] = (
     Correction(
         "weights-beside-smoothing",
@@ -107,6 +116,13 @@ CORRECTIONS: tuple[Correction, ...] = (
         "codes.views had no effect where there was no room for codes, and each epoch saw new augmented images; it sees "
         "the same codes.views of them either way now",
         _saw_fresh_views,
+    ),
+    Correction(
+        "layer-decay-of-timm",
+        "optim.layer_decay counted one layer too many in backbones whose last norm timm counts to the classifier's "
+        "layer (ConvNeXt, EVA, BEiT, MobileNetV3, others), so that all of them learned too slowly; it counts as timm "
+        "does now",
+        _was_a_layer_too_deep,
     ),
 )
 

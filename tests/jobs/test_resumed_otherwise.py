@@ -147,10 +147,12 @@ BOTH = {"loss": {"class_weights": "balanced", "label_smoothing": 0.1}}
 REFUSED = {
     "weights-beside-smoothing": BOTH,
     "plain-validation-loss": {"loss": {"label_smoothing": 0.1}, "evaluate": {"select": "loss", "every": "3 steps"}},
+    "layer-decay-of-timm": {"backbone": {"name": "test_convnext"}, "optim": {"layer_decay": 0.7}},
     "same-views-without-codes": {**VIEWS, "codes": {"views": 2, "disk_gib": 1e-9}},
 }
 ALLOWED = {
     "weights alone": {"loss": {"class_weights": "balanced"}},
+    "layers that timm counts as we did": {"backbone": {"name": "test_vit"}, "optim": {"layer_decay": 0.7}},
     "as many views as epochs": {**VIEWS, "codes": {"views": 3, "disk_gib": 1e-9}},
     "views of codes": {**VIEWS, "codes": {"views": 2}},
 }
