@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -68,7 +69,7 @@ def find_bad(section: DataSection, splits: Mapping[Role, SourceSplit]) -> BadIma
     known = _Checked(max_pixels)
     found = {role: find_bad_images(split.store, max_pixels=max_pixels, known=known) for role, split in splits.items()}
     known.save()
-    return BadImages(found)
+    return BadImages({role: rows for role, rows in found.items() if rows})
 
 
 class _Images(Protocol):
@@ -148,4 +149,5 @@ class _Checked:
             aside.write_bytes(content)
             aside.replace(path)
         except OSError:
-            aside.unlink(missing_ok=True)
+            with suppress(OSError):
+                aside.unlink(missing_ok=True)
