@@ -23,8 +23,11 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
+from tlscale.data.jpeg import DamagedError, load_jpeg
+from tlscale.data.tiff import Meaning, UnreadTiffError, describe, is_tiff, meaning_of
+from tlscale.data.webp import has_hole
 from tlscale.errors import DataError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
@@ -109,15 +112,38 @@ def _from_array(pixels: npt.NDArray[Any], max_pixels: int) -> Image.Image:
 
 
 def _from_bytes(raw: bytes, max_pixels: int) -> Image.Image:
+    meaning = _tiff_meaning(raw)
     try:
         image = Image.open(io.BytesIO(raw), formats=FORMATS)
     except UnidentifiedImageError:
+        if is_tiff(raw):
+            raise _BadError(describe(raw)) from None
         raise _BadError(f"not an image of the formats {', '.join(FORMATS)}{_looks_like(raw)}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _BadError(f"too many pixels: {error}") from None
     _check_size(image.width, image.height, max_pixels)
+    _load(image, raw)
+    return _upright(_eight_bits(image, meaning))
+
+
+def _tiff_meaning(raw: bytes) -> Meaning:
+    try:
+        return meaning_of(raw) if is_tiff(raw) else Meaning()
+    except UnreadTiffError as error:
+        raise _BadError(str(error)) from None
+
+
+def _load(image: ImageFile.ImageFile, raw: bytes) -> None:
+    """Decode, and see to it that nothing was missing."""
+    try:
+        if image.format in ("JPEG", "MPO"):
+            load_jpeg(image, raw)
+            return
+    except DamagedError as error:
+        raise _BadError(f"the image is damaged or cut short: {error}") from None
     image.load()
-    return _upright(image)
+    if image.format == "WEBP" and has_hole(raw):
+        raise _BadError("the image is damaged: bytes are zero where data should be")
 
 
 def _looks_like(raw: bytes) -> str:
@@ -153,7 +179,9 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _channels(image: Image.Image, in_chans: int) -> Pixels:
-    image = _eight_bits(image)
+    if image.mode == "La":  # Pillow converts it to nothing; the grey is weighted already
+        grey_HW, alpha_HW = np.moveaxis(np.asarray(image).astype(np.int64), 2, 0)
+        image = Image.fromarray(np.minimum(grey_HW + 255 - alpha_HW, 255).astype(np.uint8))
     if image.mode in _WITH_ALPHA or "transparency" in image.info:
         image = _over_white(image)
     if image.mode not in ("L", "RGB"):
@@ -168,25 +196,27 @@ def _over_white(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
+def _eight_bits(image: Image.Image, meaning: Meaning) -> Image.Image:
     if image.mode == "F":
-        return _from_float(np.asarray(image))
+        return _from_float(np.asarray(image), is_inverted=meaning.is_inverted)
     if image.mode != "I" and not image.mode.startswith("I;16"):
         return image
     wide_HW = np.asarray(image).astype(np.int64)
-    if wide_HW.min() < 0 or wide_HW.max() > 65535:
+    if wide_HW.min() < 0 or wide_HW.max() > meaning.most:
         raise _BadError(
             f"32-bit integers from {wide_HW.min()} to {wide_HW.max()}, and no telling which is white; "
             "save it as 8 or 16 bits"
         )
-    grey_HW = ((wide_HW * 255 + 32767) // 65535).astype(np.uint8)
+    wide_HW = meaning.most - wide_HW if meaning.is_inverted else wide_HW
+    grey_HW = ((wide_HW * 255 + meaning.most // 2) // meaning.most).astype(np.uint8)
     clear = image.info.get("transparency")
     if isinstance(clear, int):
         grey_HW[wide_HW == clear] = 255
     return Image.fromarray(grey_HW)
 
 
-def _from_float(grey_HW: npt.NDArray[Any]) -> Image.Image:
+def _from_float(grey_HW: npt.NDArray[Any], *, is_inverted: bool) -> Image.Image:
     if not (np.isfinite(grey_HW).all() and grey_HW.min() >= 0 and grey_HW.max() <= 1):
         raise _BadError("floating point outside 0..1, and no telling which is white; save it as 8 or 16 bits")
+    grey_HW = 1 - grey_HW if is_inverted else grey_HW
     return Image.fromarray(np.rint(grey_HW * 255).astype(np.uint8))
