@@ -26,6 +26,7 @@ import numpy.typing as npt
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from tlscale.data.jpeg import DamagedError, load_jpeg
+from tlscale.data.png import fault_of, scaled_key
 from tlscale.data.tiff import Meaning, UnreadTiffError, describe, is_tiff, meaning_of
 from tlscale.data.webp import has_hole
 from tlscale.errors import DataError
@@ -135,6 +136,9 @@ def _tiff_meaning(raw: bytes) -> Meaning:
 
 def _load(image: ImageFile.ImageFile, raw: bytes) -> None:
     """Decode, and see to it that nothing was missing."""
+    fault = fault_of(raw) if image.format == "PNG" else None
+    if fault is not None:
+        raise _BadError(fault)
     try:
         if image.format in ("JPEG", "MPO"):
             load_jpeg(image, raw)
@@ -143,7 +147,13 @@ def _load(image: ImageFile.ImageFile, raw: bytes) -> None:
         raise _BadError(f"the image is damaged or cut short: {error}") from None
     image.load()
     if image.format == "WEBP" and has_hole(raw):
-        raise _BadError("the image is damaged: bytes are zero where data should be")
+        raise _BadError("the image is damaged: bytes are equal where data should be")
+    if image.format == "PNG" and image.mode == "L" and isinstance(image.info.get("transparency"), int):
+        image.info["transparency"] = scaled_key(raw, image.info["transparency"])
+    if image.format == "PPM" and image.info.get("scale", 1) != 1:
+        raise _BadError(
+            "floating point of another scale than 1, and no telling which is white; save it as 8 or 16 bits"
+        )
 
 
 def _looks_like(raw: bytes) -> str:

@@ -132,7 +132,7 @@ def _read(raw: bytes) -> _Tags:
         photometric=tags.get(_PHOTOMETRIC),
         fill_order=int(tags.get(_FILL_ORDER, 1)),
         samples=samples,
-        planes_apart=samples > 1 and tags.get(_PLANAR, 1) == 2,
+        planes_apart=tags.get(_PLANAR, 1) == 2,
         colour_map=tuple(tags.get(_COLOUR_MAP, ())),
         ink_set=int(tags.get(_INK_SET, 1)),
         extra=tuple(tags.get(_EXTRA, ())),
@@ -179,6 +179,10 @@ def _faults_of_numbers(tags: _Tags) -> Iterator[str]:
 
 
 def _are_planes_read(tags: _Tags, num_extra: int) -> bool:
-    if tags.photometric not in (_RGB, _CMYK) or num_extra:
+    """Whether the planes come together as they should; of one sample there is one plane."""
+    bits, is_raw = tags.bits[0], tags.compression == _RAW
+    if num_extra or tags.fill_order == 2:
         return False
-    return tags.bits[0] == 8 or (tags.bits[0] == 16 and tags.compression != _RAW)
+    if tags.samples == 1:  # Pillow takes the first letter of what it knows of the numbers
+        return not is_raw or (bits in (1, 8) and not tags.is_inverted)
+    return tags.photometric in (_RGB, _CMYK) and (bits == 8 or (bits == 16 and not is_raw))
