@@ -23,7 +23,7 @@ from PIL import Image, ImageFile
 
 Ints = npt.NDArray[np.int64]
 
-_SOI, _EOI, _SOS = 0xD8, 0xD9, 0xDA
+_SOI, _EOI, _SOS, _DRI = 0xD8, 0xD9, 0xDA, 0xDD
 _RST = range(0xD0, 0xD8)
 _BARE = frozenset((0x01, _SOI, *_RST))  # markers without a length
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
@@ -53,7 +53,14 @@ class _Layout:
     """Bits of each coefficient of a component that no scan has given; -1: all."""
     restarts: list[list[int]] = field(default_factory=list)
     """Restart markers of each scan, 0..7 each."""
+    num_restarts: list[int] = field(default_factory=list)
+    """How many a scan must have at least."""
     has_end: bool = False
+    height_width: tuple[int, int] = (0, 0)
+    sampling: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """Of each component, down and across."""
+    interval: int = 0
+    """Blocks (MCUs) between restart markers; 0: there are none."""
 
 
 def load_jpeg(image: ImageFile.ImageFile, raw: bytes) -> None:
@@ -85,10 +92,9 @@ def _check(layout: _Layout) -> None:
     lacking = [component for component, left_64 in layout.left_C64.items() if left_64.any()]
     if lacking:
         raise DamagedError(f"scans of {len(lacking)} of {len(layout.left_C64)} components are missing")
-    for numbers in layout.restarts:
-        wrong = next((at for at, number in enumerate(numbers) if number != at % 8), None)
-        if wrong is not None:
-            raise DamagedError(f"a restart marker is missing, before the {wrong + 1:,}th of {len(numbers):,}")
+    for numbers, least in zip(layout.restarts, layout.num_restarts, strict=True):
+        if len(numbers) < least or any(number != at % 8 for at, number in enumerate(numbers)):
+            raise DamagedError(f"restart markers are missing: {len(numbers):,} are there, {least:,} are needed")
 
 
 class _Feed:
@@ -153,6 +159,8 @@ def _layout(raw: bytes) -> _Layout | None:
             at = place + 4 + len(body)
             if kind in _FRAMES:
                 _note_frame(layout, kind, body)
+            elif kind == _DRI:
+                layout.interval = int.from_bytes(body)
             elif kind == _SOS:
                 _note_scan(layout, body)
                 places = _markers(raw) if places is None else places
@@ -174,7 +182,10 @@ def _markers(raw: bytes) -> Ints:
 def _note_frame(layout: _Layout, kind: int, body: bytes) -> None:
     layout.frame = kind
     first = -1 if kind == _PROGRESSIVE else 1
-    layout.left_C64 = {body[6 + 3 * number]: np.full(64, first) for number in range(body[5])}
+    places = range(6, 6 + 3 * body[5], 3)
+    layout.left_C64 = {body[place]: np.full(64, first) for place in places}
+    layout.sampling = {body[place]: (body[place + 1] & 15, body[place + 1] >> 4) for place in places}
+    layout.height_width = int.from_bytes(body[1:3]), int.from_bytes(body[3:5])
 
 
 def _note_scan(layout: _Layout, body: bytes) -> None:
@@ -185,6 +196,19 @@ def _note_scan(layout: _Layout, body: bytes) -> None:
             layout.left_C64[component][low : high + 1] = bits & 15
         else:
             layout.left_C64[component][:] = 0
+    blocks = _num_blocks(layout, components)
+    layout.num_restarts.append((blocks - 1) // layout.interval if layout.interval else 0)
+
+
+def _num_blocks(layout: _Layout, components: list[int]) -> int:
+    """Number of blocks (MCUs) of a scan."""
+    height, width = layout.height_width
+    down, across = (max(sides[axis] for sides in layout.sampling.values()) for axis in (0, 1))
+    if len(components) > 1:  # each holds some blocks of each component
+        return -(-height // (8 * down)) * -(-width // (8 * across))
+    own_down, own_across = layout.sampling[components[0]]
+    height, width = -(-height * own_down // down), -(-width * own_across // across)
+    return -(-height // 8) * -(-width // 8)
 
 
 def _note_data(layout: _Layout, raw: bytes, start: int, places: Ints) -> int:
