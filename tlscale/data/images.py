@@ -9,16 +9,16 @@ What is found of data that are cut off, lost or overwritten:
 - JPEG: whatever leaves data over or lacks some, scans and restart markers that are missing (`jpeg`). Not found: damage
   after which the numbers of blocks and of bytes still agree, as after some flipped bits and some short stretches of
   other data; that between restart markers less than 1 KiB apart; and any but a cut where arithmetic coding was used.
-- WebP: what is cut off, and stretches of equal bytes where data were (`webp`). Not found: other data in their place, and
-  damage to the transparency.
+- WebP: what is cut off, and stretches of equal bytes where data were (`webp`). Not found: other data in their place,
+  and damage to the transparency.
 - GIF, TIFF, BMP, PPM: what is cut off, and what their decoders stumble over. Pixels that are stored as they are can be
   overwritten by anything.
 
 What becomes of what is not plain grey or RGB:
 - EXIF orientation is applied.
 - Transparent pixels lie over white, also those of palettes and of PNG's colour key.
-- 16-bit and 12-bit grey is scaled to 8 bits (Pillow would clip it); 32-bit integers count as 16-bit ones and must lie in
-  0..65535; floating point must lie in 0..1. There is no telling what other ranges mean, so they are bad images.
+- 16-bit and 12-bit grey is scaled to 8 bits (Pillow would clip it); 32-bit integers count as 16-bit ones and must lie
+  in 0..65535; floating point must lie in 0..1. There is no telling what other ranges mean, so they are bad images.
 - 16-bit colour loses its lower 8 bits. A TIFF of a kind that would come out inverted, dark or garbled, or off by more
   than that, is a bad image, and the error says what it is (`tiff`).
 - CMYK and YCbCr become RGB without a colour profile; of an animation or a multi-page file the first frame is taken.
