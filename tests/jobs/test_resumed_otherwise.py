@@ -4,6 +4,9 @@ import json
 import shutil
 
 import pytest
+import torch
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.resnet import BasicBlock, ResNet
 
 import tlscale
 from tests.small_runs import (
@@ -185,6 +188,41 @@ def test_an_older_run_that_no_correction_changes_goes_on(idx, tmp_path, name):
     tlscale.run(recipe, out, resume=True)
     assert_same_bits(exported(out), exported(whole))
     assert "corrections" not in record_of(out), "what began without them is known by that"
+
+
+class BySizeResNet(ResNet):
+    """A ResNet that computes with the size of the batch."""
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward_features(x) * (1 + x.shape[0] / 16)
+
+
+default_cfgs = generate_default_cfgs(
+    {"by_size_resnet.untrained": {"num_classes": 1000, "first_conv": "conv1", "classifier": "fc"}}
+)
+
+
+@register_model
+def by_size_resnet(pretrained=False, **keys) -> torch.nn.Module:
+    """A tiny one, known to timm wherever this module is imported."""
+    shape = {"block": BasicBlock, "layers": (1, 1, 1, 1), "channels": (16, 16, 24, 32)}
+    return build_model_with_cfg(BySizeResNet, "by_size_resnet", pretrained, **shape, **keys)
+
+
+def test_a_network_that_computes_with_the_batch_size_is_trained_on_images(idx, tmp_path, capsys):
+    """And an older run that trained on codes of it is refused."""
+    changes = {"backbone": {"name": "by_size_resnet"}, "freeze": ".*", "codes": {"keep": "always"}}
+    recipe = small_recipe(tmp_path / "r.yaml", idx, **changes, **SAVED, duration="4 steps")
+    whole = tmp_path / "whole"
+    tlscale.run(recipe, whole)
+    assert "depends on the size of the batch" in " ".join(capsys.readouterr().out.split())
+    assert result(whole)["codes"] is None
+    out = as_after(3, whole, tmp_path / "run")
+    rewrite(out, corrections=None)
+    state = out / "checkpoints" / "step_00000003" / "state.json"
+    state.write_text(state.read_text().replace('"keeps_codes": {"0": false}', '"keeps_codes": {"0": true}'))
+    with pytest.raises(ResumeError, match="no-codes-of-what-counts: "):
+        tlscale.run(recipe, out, resume=True)
 
 
 def test_an_older_run_without_a_step_begins_anew_with_all_corrections(idx, tmp_path):
