@@ -46,7 +46,7 @@ def make_record(prepared: Prepared, *, world_size: int, device: str) -> dict[str
             "notes": list(prepared.data.notes),
             "classes": list(prepared.data.classes),
         },
-        "bad_images": [list(row) for row in prepared.bad_images],
+        "bad_images": prepared.bad_images.to_plain(),
         "input": prepared.spec.to_plain(),
         "weights": {
             "origin": prepared.weights.origin,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,10 @@ def show_plan(prepared: Prepared, screen: Progress, *, device: str) -> None:
     """What is about to happen, with the arithmetic of every derived number."""
     recipe, data = prepared.recipe, prepared.data
     for note in data.notes:
-        screen.say(note, style="bold red" if data.is_sample else None)
-    for row, why in prepared.bad_images[:_WORST_SHOWN]:
-        screen.say(f"left out, training image {row}: {why}", style="yellow")
-    if prepared.bad_images:
-        screen.say(f"{len(prepared.bad_images)} bad training images are left out; all are listed in run.json")
+        is_loud = note.split(":")[0].isupper()
+        screen.say(note, style="bold red" if data.is_sample or is_loud else None)
+    for reason in islice(prepared.bad_images.reasons(), _WORST_SHOWN):
+        screen.say(f"skipped, {reason}", style="yellow")
     if prepared.frozen_params and recipe.backbone.weights == "none":
         screen.say("the frozen layers are random: backbone.weights is none", style="yellow")
     screen.table("Plan", ("what", "how"), _plan_rows(prepared, device))

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from tlscale.corrections import refuse_uncorrected
+from tlscale.data.sources import BadImages
 from tlscale.dist import start_processes
 from tlscale.errors import ResumeError, Stopped
 from tlscale.jobs.finetune import train
@@ -87,7 +88,7 @@ def run(
                 return dict(json.loads(done))
 
         # -- data, model and weights: whatever is wrong with them ends the run here -------------------------------
-        bad_images = [(int(row), str(why)) for row, why in record["bad_images"]] if record else None
+        bad_images = BadImages.from_plain(record["bad_images"]) if record else None
         with processes.main_first():  # what a hub has to give is fetched once
             prepared = prepare(recipe, world_size=processes.world_size, bad_images=bad_images)
 
@@ -165,9 +166,23 @@ def _refuse_other_inputs(record: dict[str, Any], prepared: Prepared, folder: Run
     then = {"data": record["data"]["fingerprint"], "weights": record["weights"]["sha256"]}
     if prepared.teacher is not None:
         now["teacher's weights"], then["teacher's weights"] = prepared.teacher.digest, record["teacher"]["sha256"]
+    _refuse_other_transform(record, prepared, folder)
     for what, digest in then.items():
         if digest != now[what]:
             raise ResumeError(
                 f"'{folder.path}' cannot be resumed: its {what} are not those that it was started with "
                 f"({digest[:12]} then, {now[what][:12]} now). Bring them back, or start another: --out DIR"
             )
+
+
+def _refuse_other_transform(record: dict[str, Any], prepared: Prepared, folder: RunFolder) -> None:
+    """Refuse a run of an older version, which took the size of the first training image for that of all."""
+    then, now = record["input"], prepared.spec.to_plain()
+    changes = [f"{key}: {then.get(key)!r} -> {value!r}" for key, value in now.items() if then.get(key) != value]
+    if changes:
+        keep = f", with data.crop_pct={then['crop_pct']:g} to have it as it was" if "crop_pct" in then else ""
+        raise ResumeError(
+            f"'{folder.path}' cannot be resumed: its images would be fed in another way ({', '.join(changes)}). "
+            "Versions of tlscale before this one took crop_pct from the size of the first training image; now it "
+            f"comes from the median size of the training split. Start another run: --out DIR{keep}"
+        )

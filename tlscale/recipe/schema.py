@@ -72,7 +72,8 @@ class DataSection(Section):
     fallback: Literal["sample"] | None = None
     """`sample`: where `fashion_mnist` cannot be had, use the 7,000 real images that ship with tlscale, and say so."""
     on_bad_image: Literal["error", "skip"] = "error"
-    """A training image that cannot be read: stop, or leave it out and count it. At evaluation it is always an error."""
+    """An image that cannot be read: stop, or try all images first and skip the bad ones of every split, before a limit
+    or a hold-out is drawn; the results count them."""
     max_megapixels: float = Field(64.0, gt=0.0, le=89.0)
     """Larger images are bad images (a decompression bomb is one); 89 is the limit of the library that reads them."""
     image_size: int | None = Field(None, ge=8, le=2048)
