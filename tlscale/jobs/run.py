@@ -138,7 +138,7 @@ def _refuse_other_recipe(recipe: Recipe, folder: RunFolder, screen: Progress) ->
         By section the keys that came after the run began, with what it does all the same.
     """
     stored, older = load_stored_recipe(folder.recipe)
-    for section, keys in older.items():
+    for section, keys in older.items() if recipe.probe is None else ():  # a probe has no use for them
         for key, value in keys.items():
             screen.say(f"{section}.{key}: {value}, as the run began: it is older than this key")
     changes = [
