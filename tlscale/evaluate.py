@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from tlscale.data.transforms import ImageBatch, InputSpec, to_input
 from tlscale.dist import Processes
 from tlscale.metrics import Tally, summary
 from tlscale.objective import Batch, Objective
+from tlscale.predictions import Predictions
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,14 @@ class InputPath:
         return (images_BCHW.contiguous(memory_format=torch.channels_last) if self.channels_last else images_BCHW,)
 
 
-B = TypeVar("B", bound=Batch)
+class Placed(Batch, Protocol):
+    """A batch that knows its images' places in their split."""
+
+    @property
+    def rows_B(self) -> Tensor: ...  # noqa: N802
+
+
+B = TypeVar("B", bound=Placed)
 
 
 def evaluate(
@@ -47,6 +55,7 @@ def evaluate(
     classes: Sequence[str],
     processes: Processes,
     in_step: bool = False,
+    predictions: Predictions | None = None,
 ) -> dict[str, Any]:
     """Figures of `network` on all images of a split, over all processes.
 
@@ -63,6 +72,7 @@ def evaluate(
         processes: this process among all.
         in_step: the network is one that is spread over the processes, and all of them have to call it equally often;
             one that has no more batches repeats its last one, which is not counted.
+        predictions: takes this process's logits, image by image.
 
     Returns:
         The dict of `metrics.summary`, and the means of the objective's `lessons`; the same on every process.
@@ -81,7 +91,11 @@ def evaluate(
                 logits_BC, labels_B = objective.logits(outputs_BO), batch.labels_B.to(outputs_BO.device)
                 tally.update(logits_BC, labels_B, objective.losses(logits_BC, labels_B))
                 lessons.add(objective.lessons(outputs_BO, batch))
+                if predictions is not None:
+                    predictions.add(batch.rows_B, logits_BC)
                 processes.run_recorded()
+                if predictions is not None:
+                    predictions.fetch()
     finally:
         network.train(was_training)
     counts, sums = (processes.sum(part) for part in tally.state())

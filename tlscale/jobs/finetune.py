@@ -20,13 +20,16 @@ from torch import Tensor
 
 from tlscale import faults
 from tlscale.checkpoint import Checkpoint, checkpoint_folder, newest_valid, pointed_to
+from tlscale.data.sources import ImageSplit
 from tlscale.dist import Processes
 from tlscale.errors import NonFiniteLossError, Stopped
 from tlscale.evaluate import scalars
 from tlscale.feed import ImageFeed, refuse_codes_of_a_probe
 from tlscale.jobs.parts import Parts, begin_stage, load, make_parts, next_stage, save, unwrap, unwrapping
+from tlscale.metrics import majority
 from tlscale.model.export import export_model
 from tlscale.optim import set_lr
+from tlscale.predictions import Predictions, write_predictions
 from tlscale.prepare import Due, Prepared, strategy_of
 from tlscale.progress import Progress
 from tlscale.run_book import RunBook
@@ -222,7 +225,8 @@ def _finish(parts: Parts, clock: Clock, book: RunBook, folder: RunFolder, progre
     assert feed is not None
     split = prepared.data.test or prepared.data.validation
     assert split is not None, "prepare refuses data that nothing can be evaluated on"
-    last = {"step": clock.step, **parts.figures(split, feed)}
+    predictions = Predictions(split, prepared.data.classes)
+    last = {"step": clock.step, **parts.figures(split, feed, predictions=predictions)}
     best = last
     if clock.best_step is not None and clock.best_step != clock.step:
         # By its step, and not by what BEST points to: that is for people, and may be older than the clock.
@@ -231,13 +235,15 @@ def _finish(parts: Parts, clock: Clock, book: RunBook, folder: RunFolder, progre
         restore_weights(checkpoint, parts.network, parts.ema, prepared.fixed)
         if clock.best_step <= parts.stage.start_step:  # of another stage, whose frozen part was another
             feed = ImageFeed(prepared, processes, parts.network, parts.keeper.images, parts.targets)
-        best = {"step": clock.best_step, **parts.figures(split, feed)}
+        predictions = Predictions(split, prepared.data.classes)
+        best = {"step": clock.best_step, **parts.figures(split, feed, predictions=predictions)}
     unwrap(parts)  # the exported model has to give its logits without what mixed precision does to them
     with parts.averaged():
         if parts.hollow is not None:
             parts.network = filled(parts.hollow, parts.network, keep=processes.is_main)
         how = processes.on_main(partial(_export, parts, folder))
-    result = _result(parts, clock, split.name, wall_s=book.elapsed_s(), best=best, last=last)
+    write_predictions(folder.predictions, predictions, processes)
+    result = _result(parts, clock, split, wall_s=book.elapsed_s(), best=best, last=last)
     processes.on_main(partial(_write_result, result, folder))
     book.trackers.summary(scalars(result))
     show_result(result, progress, folder=folder.path, how_to_load=how)
@@ -253,6 +259,7 @@ def _export(parts: Parts, folder: RunFolder) -> str:
             head=prepared.recipe.head,
             classes=prepared.data.classes,
             spec=prepared.spec,
+            fitted={"fitted_on": ["train"], "scored_on": "test" if prepared.data.test is not None else "validation"},
         )
 
 
@@ -353,8 +360,13 @@ def _stopped(stop: StopRequest, clock: Clock, prepared: Prepared, folder: RunFol
     )
 
 
+def _chooses(prepared: Prepared) -> bool:
+    """Whether the validation images chose among the weights of several steps."""
+    return prepared.to_steps(prepared.recipe.evaluate.every) < prepared.total_steps
+
+
 def _result(
-    parts: Parts, clock: Clock, split: str, *, wall_s: float, best: dict[str, Any], last: dict[str, Any]
+    parts: Parts, clock: Clock, split: ImageSplit, *, wall_s: float, best: dict[str, Any], last: dict[str, Any]
 ) -> dict[str, Any]:
     """The final figures; those at the top are of the exported weights."""
     prepared, order = parts.prepared, parts.prepared.order
@@ -362,7 +374,10 @@ def _result(
     return {
         "name": prepared.recipe.name,
         "strategy": strategy_of(prepared),
-        "split": split,
+        "split": split.name,
+        "scored_model": "exported",
+        "selected_on": split.name if split.name == "validation" and _chooses(prepared) else None,
+        "majority": majority(prepared.data.train.labels_N, split.labels_N, prepared.data.classes),
         "num_classes": len(prepared.data.classes),
         **{key: value for key, value in best.items() if key not in ("step", "confusion", "per_class")},
         "weights": "best" if prepared.data.validation is not None else "last",
