@@ -131,7 +131,13 @@ def names_of(store, count):
 def test_names_do_not_tell_where_the_data_are(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", "/data/people/jane")
     root = "/home/joe/photos"
-    paths = ["train/ash/1.jpg", "/home/joe/photos/oak/2.jpg", "/home/sue/3.jpg", "/data/people/jane/4.jpg", "/mnt/5.jpg"]
+    paths = [
+        "train/ash/1.jpg",
+        "/home/joe/photos/oak/2.jpg",
+        "/home/sue/3.jpg",
+        "/data/people/jane/4.jpg",
+        "/mnt/5.jpg",
+    ]
     store = FileStore(root, pa.array(paths, pa.large_string()), "x")
     assert names_of(store, 5) == ["train/ash/1.jpg", "oak/2.jpg", "~/3.jpg", "~/4.jpg", "../../../mnt/5.jpg"]
     assert names_of(ArrayStore("/home/joe/t10k-images", np.zeros((2, 1, 1), np.uint8), "x"), 2) == [
