@@ -63,20 +63,20 @@ class Predictions:
 
     @torch.no_grad()
     def add(self, positions_B: Tensor, logits_BC: Tensor) -> None:
-        """Take a batch, without waiting for the device.
+        """Take a batch, without waiting for the device: it is moved to the CPU when the next one comes.
 
         Args:
             positions_B: of the images in the split.
             logits_BC: of any floating dtype; fp16 and bf16 are taken to float32, as `metrics.Tally` does.
         """
+        self._fetch()
         logits_BC = logits_BC if logits_BC.dtype == torch.float64 else logits_BC.float()
         answered_B = ~logits_BC.isnan().any(dim=1)
         finite_BC = torch.nan_to_num(logits_BC)
         labels_B = torch.where(answered_B, finite_BC.argmax(dim=1), _NO_ANSWER)
         self._computed.append((positions_B, logits_BC, labels_B, finite_BC.softmax(dim=1).amax(dim=1)))
 
-    def fetch(self) -> None:
-        """Move what was computed to the CPU; the host waits for the device."""
+    def _fetch(self) -> None:
         for computed in self._computed:
             positions_B, logits_BC, labels_B, probability_B = (part.cpu() for part in computed)
             truth_B1 = torch.from_numpy(self.split.labels_N[positions_B.numpy()])[:, None]
@@ -93,6 +93,7 @@ class Predictions:
 
     def tables(self) -> Iterator[pa.Table]:
         """The rows of the images that this process has, in the order of the split, some at a time."""
+        self._fetch()
         if not self._kept:
             return
         columns = {name: torch.cat([kept[name] for kept in self._kept]) for name in self._kept[0]}

@@ -38,7 +38,6 @@ def collected(split, classes, logits_NC, order, batch=7):
         losses_B = torch.nn.functional.cross_entropy(wide_BC, labels_B, reduction="none")
         tally.update(logits_BC, labels_B, losses_B)
         predictions.add(positions_B, logits_BC)
-        predictions.fetch()
     return predictions, summary(tally, classes)
 
 

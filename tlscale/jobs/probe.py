@@ -24,6 +24,7 @@ from tlscale.codes.reading import Codes
 from tlscale.data.sources import ImageData, ImageSplit
 from tlscale.dist import Processes
 from tlscale.evaluate import scalars
+from tlscale.jobs.scores import fitted, score_of_probe
 from tlscale.keeper import Images, Keeper, layers_part, name_of
 from tlscale.metrics import Tally, majority, summary
 from tlscale.model.classifier import CodesClassifier
@@ -167,36 +168,17 @@ def _fit(
 
 def _export(prepared: Prepared, choice: Choice, layer_and_pool: tuple[str, str], folder: RunFolder) -> str:
     """Write the model; how it is to be loaded."""
-    probe, data = choice.probe, prepared.data
+    probe = choice.probe
     head = probe.head if isinstance(probe.head, KnnHead) else nn.Sequential(probe.head)
     model = CodesClassifier(LayerCodes(prepared.classifier.backbone, [layer_and_pool]), head)
-    scored_on = "test" if data.test is not None else "validation"
-    fitted = {
-        "fitted_on": ["train", "validation"] if probe.refitted else ["train"],
-        "scored_on": None if probe.refitted and data.test is None else scored_on,
-    }
     with naming_disk_errors(folder.model):
-        return export_model(model, folder.model, classes=data.classes, spec=prepared.spec, fitted=fitted)
+        about = fitted(prepared, refitted=probe.refitted)
+        return export_model(model, folder.model, classes=prepared.data.classes, spec=prepared.spec, fitted=about)
 
 
 def _held_majority(data: ImageData) -> dict[str, Any] | None:
     held = data.validation
     return None if held is None else majority(data.train.labels_N, held.labels_N, data.classes)
-
-
-def _scores(prepared: Prepared, choice: Choice, split: ImageSplit) -> dict[str, Any]:
-    """Which classifier the figures are of, which one is exported, and what the scored images chose.
-
-    A refitted classifier has learned from the held-out images: only a test split can score it.
-    """
-    data, refitted = prepared.data, choice.probe.refitted
-    has_chosen = sum(map(len, choice.table.values())) > 1
-    return {
-        "scored_model": "before_refit" if refitted and data.test is None else "exported",
-        "exported_model": "refitted_on_train_and_validation" if refitted else "fitted_on_train",
-        "selected_on": split.name if split.name == "validation" and has_chosen else None,
-        "majority": majority(data.train.labels_N, split.labels_N, data.classes),
-    }
 
 
 def _values(codes: Codes, number: int, device: torch.device) -> Tensor:
@@ -232,7 +214,6 @@ def _figures(prepared: Prepared, head: nn.Module, codes_ND: Tensor, predictions:
         logits_BC = head(codes_BD.to(prepared.dtype))
         tally.update(logits_BC, labels_B, objective.losses(logits_BC, labels_B))
         predictions.add(positions_B, logits_BC)
-        predictions.fetch()
     return summary(tally, prepared.data.classes)
 
 
@@ -257,7 +238,7 @@ def _result(
         "name": prepared.recipe.name,
         "strategy": strategy_of(prepared),
         "split": split.name,
-        **_scores(prepared, choice, split),
+        **score_of_probe(prepared, choice, split),
         "num_classes": len(prepared.data.classes),
         **whole,
         "weights": "last",
@@ -284,6 +265,7 @@ def _result(
         "is_sample": prepared.data.is_sample,
         "notes": list(prepared.data.notes),
         "num_bad_images": len(prepared.bad_images),
+        "skipped_images": prepared.bad_images.counts,
         "per_class": figures["per_class"],
         "confusion": figures["confusion"],
     }
