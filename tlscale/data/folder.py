@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -16,6 +17,8 @@ import pyarrow as pa
 
 from tlscale.data.content import file_stamp, now_ns
 from tlscale.data.images import EXTENSIONS
+from tlscale.data.same_files import Identities, identities_of, number_files
+from tlscale.data.split_names import are_splits, role_of
 from tlscale.data.tables import (
     VALIDATION_NAMES,
     FileStore,
@@ -33,7 +36,6 @@ from tlscale.errors import DataError, did_you_mean
 from tlscale.recipe.schema import DataSection
 
 _LEFT_BY_DESKTOPS = frozenset(("Thumbs.db", "desktop.ini", "__MACOSX"))
-_SPLIT_WORDS = frozenset(("train", "training", "test", "testing", "dev", *VALIDATION_NAMES))
 
 
 def read_folder_source(section: DataSection, root: Path) -> Source:
@@ -47,9 +49,14 @@ def read_folder_source(section: DataSection, root: Path) -> Source:
     picked = _pick(section, root)
     notes = list(_unused(root, picked.values())) if picked else []
     splits: dict[Role, SourceSplit] = {}
+    identities: list[Identities] = []
     for role, name in (picked or {"train": "."}).items():
-        splits[role], strangers = _read_split(root, name)
+        splits[role], found_N4, strangers = _read_split(root, name)
+        identities.append(found_N4)
         notes.extend(strangers)
+    numbers = number_files(identities)
+    if numbers is not None:
+        splits = {role: replace(splits[role], files_N=files_N) for role, files_N in zip(splits, numbers, strict=True)}
     return Source(str(root), splits, notes=tuple(notes))
 
 
@@ -62,14 +69,27 @@ def _pick(section: DataSection, root: Path) -> dict[Role, str] | None:
     top = [entry.name for entry in _visible(root) if entry.is_dir()]
     nested = [name for name in filter(None, named) if "/" in name and (root / name).is_dir()]
     if section.train_split in (*top, *nested):
-        return pick_splits(section, [*top, *nested], str(root))
-    telling = [name for name in top if name.lower() in _SPLIT_WORDS]
+        return pick_splits(section, _available(root, section.train_split, top, nested), str(root), any_word=True)
+    telling = top if are_splits(top) else [name for name in top if _tells(name)]
     if telling or section.train_split != "train" or section.validation_split or section.test_split != "test":
         raise DataError(
             f"{root} has no folder {section.train_split!r} (data.train_split); its folders are "
-            f"{first_few(quoted(top), 20) or 'none'}.{did_you_mean(section.train_split, [*top, *telling])}"
+            f"{first_few(quoted(top), 20) or 'none'}.{did_you_mean(section.train_split, top)}"
         )
     return None
+
+
+def _available(root: Path, train: str, top: list[str], nested: list[str]) -> list[str]:
+    """The folders that may be splits: at the top, those that the recipe names below it, and those beside train."""
+    holders = {PurePosixPath(name).parts[0] for name in nested}  # their first part is no split by itself
+    parent = PurePosixPath(train).parent
+    beside = [] if parent.name == "" else [str(parent / e.name) for e in _visible(root / parent) if e.is_dir()]
+    return list(dict.fromkeys([*(name for name in top if name not in holders or name == train), *nested, *beside]))
+
+
+def _tells(name: str) -> bool:
+    """Whether a folder can hardly be a class: 'Test' and 'val' are no classes, but 'trains' may be."""
+    return role_of(name) in ("validation", "test") or name.lower() in ("train", "training")
 
 
 def _unused(root: Path, picked: Iterable[str]) -> Iterator[str]:
@@ -88,8 +108,8 @@ def _visible(folder: Path) -> list[os.DirEntry[str]]:
     return sorted(kept, key=lambda entry: entry.name)
 
 
-def _read_split(root: Path, name: str) -> tuple[SourceSplit, list[str]]:
-    """The split, and notes on files that lie beside the class folders."""
+def _read_split(root: Path, name: str) -> tuple[SourceSplit, Identities, list[str]]:
+    """The split, what identifies its files, and notes on files that lie beside the class folders."""
     folder = root / name
     entries = _visible(folder)
     classes = [entry.name for entry in entries if entry.is_dir()]
@@ -100,10 +120,10 @@ def _read_split(root: Path, name: str) -> tuple[SourceSplit, list[str]]:
     if not classes:
         raise DataError(f"{folder} has no class folders; expected {folder}/CLASS/IMAGE for each class")
     notes = [f"{folder}: not used, as they are no images: {first_few(beside)}"] if beside else []
-    return _collect(root, name, classes), notes
+    return *_collect(root, name, classes), notes
 
 
-def _collect(root: Path, name: str, classes: list[str]) -> SourceSplit:
+def _collect(root: Path, name: str, classes: list[str]) -> tuple[SourceSplit, Identities]:
     order, looked_ns = sort_labels(classes), now_ns()
     chunks, counts, stats = [], [], []
     facts: list[str | bytes] = []
@@ -122,8 +142,9 @@ def _collect(root: Path, name: str, classes: list[str]) -> SourceSplit:
         more = [f"and {rest:,} more of this kind"] if rest > 0 else []
         raise DataError("\n".join([*problems[:5], *more]))
     codes_N = np.repeat(np.arange(len(order), dtype=np.int64), counts)
-    store = FileStore(str(root), pa.concat_arrays(chunks), digest(facts), np.concatenate(stats), looked_ns)
-    return SourceSplit(name, store, order, codes_N)
+    stats_N5 = np.concatenate(stats)
+    store = FileStore(str(root), pa.concat_arrays(chunks), digest(facts), stats_N5, looked_ns)
+    return SourceSplit(name, store, order, codes_N), identities_of(stats_N5)
 
 
 def _read_class(root: Path, name: str, label: str) -> tuple[list[str], Ints, list[str]]:

@@ -26,6 +26,8 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from tlscale.data.content import file_stamp, now_ns
+from tlscale.data.same_files import identities_of, number_files
+from tlscale.data.split_names import SPLIT_COLUMN, may_name_splits, split_values
 from tlscale.data.tables import (
     BytesStore,
     FileStore,
@@ -33,9 +35,11 @@ from tlscale.data.tables import (
     Role,
     Source,
     SourceSplit,
+    column_note,
     digest,
     encode_labels,
     first_few,
+    is_text,
     pick_column,
     pick_splits,
     quoted,
@@ -46,8 +50,8 @@ from tlscale.recipe.schema import DataSection
 Stats = npt.NDArray[np.int64]
 IMAGE_COLUMNS = ("image", "img", "path", "file", "filename", "file_name", "filepath", "file_path", "image_path")
 LABEL_COLUMNS = ("label", "labels", "class", "class_name", "target")
-SPLIT_COLUMN = "split"
 MOST_EMBEDDED_BYTES = 2 << 30
+_FIRST_ROWS = 1024
 
 
 def read_manifest_source(section: DataSection, file: Path) -> Source:
@@ -58,7 +62,7 @@ def read_manifest_source(section: DataSection, file: Path) -> Source:
     """
     if not file.is_file():
         raise DataError(f"data.path: {file} {'is not a file' if file.exists() else 'does not exist'}{_hint(file)}")
-    table = _read_table(section, file)
+    table, notes = _read_table(section, file)
     image, label = table.column_names[:2]
     if len(table) == 0:
         raise DataError(f"{file} has no rows")
@@ -66,19 +70,21 @@ def read_manifest_source(section: DataSection, file: Path) -> Source:
     column = _image_column(table[image], f"{file}, column {image!r}")
     looked_ns, stats_N5 = now_ns(), _stats(file, column)
     content = _content(file, column, stats_N5)
+    numbers = None if stats_N5 is None else number_files([identities_of(stats_N5)])
     splits: dict[Role, SourceSplit] = {}
     for role, (name, rows_N) in rows.items():
         names, codes_N = encode_labels(table[label].take(rows_N), f"{file}, column {label!r}, split {name!r}")
-        splits[role] = SourceSplit(name, _store(file, column, rows_N, content, stats_N5, looked_ns), names, codes_N)
-    return Source(str(file), splits, notes=tuple(_repeated(file, column)))
+        store = _store(file, column, rows_N, content, stats_N5, looked_ns)
+        splits[role] = SourceSplit(name, store, names, codes_N, None if numbers is None else numbers[0][rows_N])
+    return Source(str(file), splits, notes=notes)
 
 
 def _hint(file: Path) -> str:
     return "; for a folder of Parquet files use source 'hub' with the folder as 'path'" if file.is_dir() else ""
 
 
-def _read_table(section: DataSection, file: Path) -> pa.Table:
-    """The columns image, label and, where there is one, split, in this order."""
+def _read_table(section: DataSection, file: Path) -> tuple[pa.Table, tuple[str, ...]]:
+    """The columns image, label and, where there is one, split, in this order; and notes on other columns."""
     try:
         match file.suffix.lower():
             case ".csv" | ".tsv":
@@ -98,21 +104,54 @@ def _columns(section: DataSection, columns: list[str], file: Path) -> list[str]:
     label = pick_column(section.label_column, LABEL_COLUMNS, columns, "label_column", str(file))
     if image == label:
         raise DataError(f"{file}: column {image!r} cannot be both data.image_column and data.label_column")
-    return [image, label, *([SPLIT_COLUMN] if SPLIT_COLUMN in columns else [])]
+    return [image, label, *_split_column([name for name in columns if name not in (image, label)], file)]
 
 
-def _read_csv(section: DataSection, file: Path) -> pa.Table:
+def _split_column(columns: list[str], file: Path) -> list[str]:
+    """The column of the splits, if there is one: 'split' before other spellings of it."""
+    found = [name for name in columns if name.strip().lower() == SPLIT_COLUMN]
+    found = [SPLIT_COLUMN] if SPLIT_COLUMN in found else found
+    if len(found) > 1:
+        raise DataError(f"{file}: columns {first_few(quoted(found))} may all name the split; call one {SPLIT_COLUMN!r}")
+    return found
+
+
+def _notes(unread: pa.Table, file: Path) -> tuple[str, ...]:
+    """Notes on columns that name splits and are not read."""
+    remedy = f"Call the column {SPLIT_COLUMN!r}, and its values train, validation and test, to have it read"
+    notes = []
+    for name in unread.column_names:
+        values = split_values(pc.unique(unread[name].cast(pa.large_string())).to_pylist())
+        if values:
+            notes.append(column_note(name, values, str(file), remedy))
+    return tuple(notes)
+
+
+def _read_csv(section: DataSection, file: Path) -> tuple[pa.Table, tuple[str, ...]]:
     parse = pyarrow.csv.ParseOptions(delimiter="\t" if file.suffix.lower() == ".tsv" else ",")
     with pyarrow.csv.open_csv(file, parse_options=parse) as reader:
         columns = _columns(section, reader.schema.names, file)
+        others = [name for name in _may_name_splits(reader) if name not in columns]
     # All as text: label 007 is not label 7, and a file may be called 1.
+    names = [*columns, *others]
     convert = pyarrow.csv.ConvertOptions(
-        column_types={name: pa.string() for name in columns}, include_columns=columns, strings_can_be_null=False
+        column_types={name: pa.string() for name in names}, include_columns=names, strings_can_be_null=False
     )
-    return pyarrow.csv.read_csv(file, parse_options=parse, convert_options=convert)
+    table = pyarrow.csv.read_csv(file, parse_options=parse, convert_options=convert)
+    return table.select(columns), _notes(table.select(others), file)
 
 
-def _read_parquet(section: DataSection, file: Path) -> pa.Table:
+def _may_name_splits(batches: Iterable[pa.RecordBatch]) -> list[str]:
+    """The columns of text whose first values name splits."""
+    first = next(iter(batches), None)
+    if first is None:
+        return []
+    texts = {name: first[name] for name in first.schema.names if is_text(first[name].type)}
+    distinct = {name: pc.unique(column.cast(pa.large_string())).to_pylist() for name, column in texts.items()}
+    return [name for name, values in distinct.items() if may_name_splits(values)]
+
+
+def _read_parquet(section: DataSection, file: Path) -> tuple[pa.Table, tuple[str, ...]]:
     with pq.ParquetFile(file) as parquet:
         columns = _columns(section, parquet.schema_arrow.names, file)
         meta = parquet.metadata
@@ -128,22 +167,25 @@ def _read_parquet(section: DataSection, file: Path) -> pa.Table:
                 f"{file}: {size / 2**30:.1f} GiB of images in the table, more than the {MOST_EMBEDDED_BYTES >> 30} GiB "
                 f"that are kept in memory; 'source: hub' with 'path: {file.parent}' maps them from disk"
             )
-        return parquet.read(columns=columns)
+        texts = [field.name for field in parquet.schema_arrow if is_text(field.type) and field.name not in columns]
+        others = _may_name_splits(parquet.iter_batches(_FIRST_ROWS, columns=texts)) if texts else []
+        return parquet.read(columns=columns).select(columns), _notes(parquet.read(columns=others), file)
 
 
 def _rows_of_splits(section: DataSection, file: Path, table: pa.Table) -> dict[Role, tuple[str, npt.NDArray[np.int64]]]:
     if table.num_columns == 2:
         picked = pick_splits(section, [section.train_split], f"{file} (it has no column {SPLIT_COLUMN!r})")
         return {"train": (picked["train"], np.arange(len(table), dtype=np.int64))}
-    names_N = table[SPLIT_COLUMN].cast(pa.large_string()).combine_chunks()
+    column = table.column_names[2]
+    names_N = table[column].cast(pa.large_string()).combine_chunks()
     available = sorted(pc.unique(names_N).drop_null().to_pylist())
-    picked = pick_splits(section, available, f"{file}, column {SPLIT_COLUMN!r},")
+    picked = pick_splits(section, available, f"{file}, column {column!r},")
     strange = [name for name in available if name not in picked.values()]
     if strange or names_N.null_count:
         shown = first_few([*quoted(strange), *(["empty"] if names_N.null_count else [])])
         known = [section.train_split, section.validation_split or "validation", section.test_split]
         raise DataError(
-            f"{file}, column {SPLIT_COLUMN!r}: unknown split {shown}; the splits are {', '.join(known)} "
+            f"{file}, column {column!r}: unknown split {shown}; the splits are {', '.join(known)} "
             "(data.train_split, data.validation_split, data.test_split)."
             f"{did_you_mean(strange[0], known) if strange else ''}"
         )
@@ -228,10 +270,3 @@ def _store(
         paths_N = column.take(rows_N).combine_chunks()
         return FileStore(str(file.parent), paths_N, content, stats_N5[rows_N], looked_ns)
     return BytesStore(file.name, column, rows_N, content)
-
-
-def _repeated(file: Path, column: pa.ChunkedArray) -> Iterable[str]:
-    if pa.types.is_large_string(column.type):
-        repeated = len(column) - pc.count_distinct(column).as_py()
-        if repeated:
-            yield f"{file}: {repeated:,} rows name a file that another row names too; across splits that is a leak"

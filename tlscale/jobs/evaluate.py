@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from tlscale.data.loaders import ImageStore, default_workers, eval_batches
-from tlscale.data.sources import ImageData, ImageSplit, open_data
+from tlscale.data.sources import BadImages, ImageData, ImageSplit, open_data
 from tlscale.dist import start_processes
 from tlscale.errors import DataError, RunFolderError
 from tlscale.evaluate import InputPath, evaluate
@@ -49,7 +49,9 @@ def evaluate_run(
     recipe = load_recipe(folder / "recipe.yaml", overrides)
     trained = load(folder)
     with closing(start_processes(recipe.compute.without_engine())) as processes:
-        split = _split(_open(recipe, trained), split_name)
+        own_data = not any(override.startswith("data.") for override in overrides)
+        skipped = _skipped(folder) if own_data else None
+        split = _split(_open(recipe, trained, skipped), split_name)
         store = ImageStore(split, recipe.data, trained.input_spec)
         dtype = torch.float64 if recipe.compute.precision == "fp64" else torch.float32
         workers = default_workers(
@@ -72,10 +74,16 @@ def evaluate_run(
     return figures
 
 
-def _open(recipe: Recipe, trained: TrainedModel) -> ImageData:
+def _skipped(folder: Path) -> BadImages | None:
+    """The images that the run skipped, so that its splits are drawn as they were; None where it has no record."""
+    file = folder / "run.json"
+    return BadImages.from_plain(json.loads(file.read_text())["bad_images"]) if file.is_file() else None
+
+
+def _open(recipe: Recipe, trained: TrainedModel, skipped: BadImages | None) -> ImageData:
     # The model's classes are the truth: a class list that other data would give by themselves may be in another order.
     section = recipe.data.model_copy(update={"classes": list(trained.classes)})
-    return open_data(section, recipe.seed)
+    return open_data(section, recipe.seed, bad_images=skipped)
 
 
 def _split(data: ImageData, name: str | None) -> ImageSplit:

@@ -18,16 +18,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tlscale import faults
-from tlscale.checkpoint import Checkpoint, checkpoint_folder, newest_valid, pointed_to
+from tlscale import computed, faults
+from tlscale.checkpoint import Checkpoint, checkpoint_folder, newest_valid
 from tlscale.data.identity import result_identity
+from tlscale.data.sources import ImageSplit
 from tlscale.dist import Processes
 from tlscale.errors import NonFiniteLossError, Stopped
 from tlscale.evaluate import scalars
 from tlscale.feed import ImageFeed, refuse_codes_of_a_probe
-from tlscale.jobs.parts import Parts, begin_stage, load, make_parts, next_stage, save, unwrap, unwrapping
+from tlscale.jobs.endings import non_finite, stopped
+from tlscale.jobs.parts import Parts, begin_stage, load, make_parts, next_stage, save, unwrap, unwrapping, validate
+from tlscale.jobs.scores import fitted, score_of_training
 from tlscale.model.export import export_model
 from tlscale.optim import set_lr
+from tlscale.predictions import Predictions, write_predictions
 from tlscale.prepare import Due, Prepared, strategy_of
 from tlscale.progress import Progress
 from tlscale.run_book import RunBook
@@ -81,34 +85,32 @@ def _train(
     screen: Progress,
     careful_until: int,
 ) -> dict[str, Any]:
-    recipe = prepared.recipe
-
     # -- resume -------------------------------------------------------------------------------------------------------
     run_id = record.get("id") if record is not None else None
     newest = processes.on_main(partial(_newest, folder, run_id, screen)) if record is not None else None
     checkpoint = load(newest, prepared, processes, run_id) if newest is not None else None
+    hangs_on = computed.what_hangs_on_passes(prepared)
     saved_in = stage_at(prepared.stages, checkpoint.step - 1 if checkpoint is not None else 0)
     parts = make_parts(prepared, processes, stop, screen, saved_in, careful_until)
     clock = saved_clock(checkpoint) if checkpoint is not None else Clock()
+    computed.keep_decisions(record, clock)
     if checkpoint is not None:
         processes.on_main(partial(point_to, folder.checkpoints, clock))
         screen.say(f"resumed from {newest}, at step {clock.step} of {prepared.total_steps}")
     _go_on(checkpoint, clock, parts)
 
     # -- the loop: its first file is written when all images are there, so that bad ones leave no half-begun run ----
-    if record is None:
-        record = processes.on_main(
-            partial(begin_folder, folder, prepared, world_size=processes.world_size, device=str(processes.device))
-        )
+    start = computed.of_start(prepared, processes, clock.step)
+    record = processes.on_main(partial(_record, record, folder, prepared, processes, start, clock, hangs_on, screen))
     clock.run_id = record.get("id")
-    if checkpoint is None and recipe.non_finite.action == "rollback":
+    if checkpoint is None and prepared.recipe.non_finite.action == "rollback":
         save(parts, clock, folder, elapsed_s=0.0)  # something to go back to
     with (
         unwrapping(parts),
         Progress(prepared.total_steps, clock.step, enabled=processes.is_main) as progress,
         RunBook(prepared, folder, processes, clock, record, progress) as book,
         processes.watchdog.watching(),
-        closing(_steps(parts, clock, book)) as steps,
+        closing(_steps(parts, clock, book, folder)) as steps,
     ):
         window, due = LossWindow(clock, processes), Due(prepared)
         parts.keeper.screen = progress
@@ -127,19 +129,29 @@ def _train(
                 norm = {} if grad_norm is None else {"grad_norm": float(grad_norm)}
                 book.write_training({"loss": window.take_mean(), "lr": lr, **norm})
             if due.evaluate(clock.step):
-                assert prepared.data.validation is not None
-                assert parts.feed is not None
-                with book.not_training():
-                    figures = parts.figures(prepared.data.validation, parts.feed)
-                improved = clock.rank_step(figures[recipe.evaluate.select], recipe.evaluate, recipe.checkpoint)
-                book.write_evaluation("validation", figures, is_best=clock.best_step == clock.step)
-                due_save = due_save or improved
+                due_save = validate(parts, clock, book) or due_save
             if due_save:
                 with book.not_training():
                     save(parts, clock, folder, elapsed_s=book.elapsed_s())
             if stopping and clock.step < prepared.total_steps:
-                raise Stopped(_stopped(stop, clock, prepared, folder))
-        return _finish(parts, clock, book, folder, progress)
+                raise Stopped(stopped(stop, clock, prepared, folder))
+        return _finish(parts, clock, book, folder, progress, record)
+
+
+def _record(
+    record: dict[str, Any] | None,
+    folder: RunFolder,
+    prepared: Prepared,
+    processes: Processes,
+    start: computed.Computed,
+    clock: Clock,
+    hangs_on: list[str],
+    screen: Progress,
+) -> dict[str, Any]:
+    """`run.json` of a run that begins, or that goes on in the way of this start."""
+    if record is None:
+        record = begin_folder(folder, prepared, world_size=processes.world_size, device=str(processes.device))
+    return computed.note_start(folder, record, start, clock, hangs_on, screen)
 
 
 def _go_on(checkpoint: Checkpoint | None, clock: Clock, parts: Parts) -> None:
@@ -182,7 +194,7 @@ def _make_step(
     return lr, grad_norm
 
 
-def _steps(parts: Parts, clock: Clock, book: RunBook) -> Generator[list[Any], None, None]:
+def _steps(parts: Parts, clock: Clock, book: RunBook, folder: RunFolder) -> Generator[list[Any], None, None]:
     """The batches of every step that is left, over all stages; a stage is begun when its first step comes."""
     stages = parts.prepared.stages
     while True:
@@ -194,6 +206,7 @@ def _steps(parts: Parts, clock: Clock, book: RunBook) -> Generator[list[Any], No
         with book.not_training():
             next_stage(parts)
             begin_stage(parts, clock, None)
+            parts.processes.on_main(partial(computed.note_decisions, folder, clock))
 
 
 def _leave_out(clock: Clock, parts: Parts, book: RunBook, folder: RunFolder) -> None:
@@ -207,38 +220,44 @@ def _leave_out(clock: Clock, parts: Parts, book: RunBook, folder: RunFolder) -> 
     book.write_left_out(len(clock.left_out), most)
     if len(clock.left_out) > most:
         why = f"{len(clock.left_out)} steps were left out, and non_finite.most_steps is {most}. "
-        raise NonFiniteLossError(why + _non_finite(clock.step, folder), clock.step)
+        raise NonFiniteLossError(why + non_finite(clock.step, folder), clock.step)
 
 
 def _refuse_non_finite(bad_step: int | None, clock: Clock, parts: Parts, folder: RunFolder, *, may_save: bool) -> None:
     if bad_step is None and may_save and parts.processes.any(not are_finite(parts.network)):
         bad_step = clock.step  # in the backward pass: the loss would show it in the next step
     if bad_step is not None:
-        raise NonFiniteLossError(_non_finite(bad_step, folder), bad_step)
+        raise NonFiniteLossError(non_finite(bad_step, folder), bad_step)
 
 
-def _finish(parts: Parts, clock: Clock, book: RunBook, folder: RunFolder, progress: Progress) -> dict[str, Any]:
-    """The last and the best weights on the split that chose nothing; the best are exported."""
+def _finish(
+    parts: Parts, clock: Clock, book: RunBook, folder: RunFolder, progress: Progress, record: dict[str, Any]
+) -> dict[str, Any]:
+    """The last and the chosen weights on the split that chose nothing; the chosen ones are exported."""
     prepared, processes, feed = parts.prepared, parts.processes, parts.feed
     assert feed is not None
     split = prepared.data.test or prepared.data.validation
     assert split is not None, "prepare refuses data that nothing can be evaluated on"
-    last = {"step": clock.step, **parts.figures(split, feed)}
+    predictions = Predictions(split, prepared.data.classes)
+    last = {"step": clock.step, **parts.figures(split, feed, predictions=predictions)}
     best = last
-    if clock.best_step is not None and clock.best_step != clock.step:
+    if clock.chosen_step is not None and clock.chosen_step != clock.step:
         # By its step, and not by what BEST points to: that is for people, and may be older than the clock.
-        best_folder = checkpoint_folder(folder.checkpoints, clock.best_step)
+        best_folder = checkpoint_folder(folder.checkpoints, clock.chosen_step)
         checkpoint = load(best_folder, prepared, processes, clock.run_id)
         restore_weights(checkpoint, parts.network, parts.ema, prepared.fixed)
-        if clock.best_step <= parts.stage.start_step:  # of another stage, whose frozen part was another
+        if clock.chosen_step <= parts.stage.start_step:  # of another stage, whose frozen part was another
             feed = ImageFeed(prepared, processes, parts.network, parts.keeper.images, parts.targets)
-        best = {"step": clock.best_step, **parts.figures(split, feed)}
+        predictions = Predictions(split, prepared.data.classes)
+        best = {"step": clock.chosen_step, **parts.figures(split, feed, predictions=predictions)}
     unwrap(parts)  # the exported model has to give its logits without what mixed precision does to them
     with parts.averaged():
         if parts.hollow is not None:
             parts.network = filled(parts.hollow, parts.network, keep=processes.is_main)
         how = processes.on_main(partial(_export, parts, folder))
-    result = _result(parts, clock, split.name, wall_s=book.elapsed_s(), best=best, last=last)
+    write_predictions(folder.predictions, predictions, processes)
+    result = _result(parts, clock, split, wall_s=book.elapsed_s(), best=best, last=last)
+    result["changes"] = record["changes"]  # of how it was computed, from start to start
     result |= processes.on_main(partial(result_identity, prepared.data))
     processes.on_main(partial(_write_result, result, folder))
     book.trackers.summary(scalars(result))
@@ -255,6 +274,7 @@ def _export(parts: Parts, folder: RunFolder) -> str:
             head=prepared.recipe.head,
             classes=prepared.data.classes,
             spec=prepared.spec,
+            fitted=fitted(prepared),
         )
 
 
@@ -338,25 +358,8 @@ def _newest(folder: RunFolder, run_id: str | None, progress: Progress) -> Path |
     return path
 
 
-def _non_finite(bad_step: int, folder: RunFolder) -> str:
-    newest = pointed_to(folder.checkpoints, "LATEST")
-    return (
-        f"the loss or the weights became NaN or infinite at step {bad_step}; up to step {bad_step - 1} all was finite. "
-        f"{f'The last checkpoint is {newest}' if newest else 'There is no checkpoint yet'}; nothing was saved after. "
-        "Lower optim.lr, lengthen schedule.warmup, set optim.clip_grad_norm=1.0, or use compute.precision=fp32; "
-        "non_finite.action=skip or rollback leaves single steps out."
-    )
-
-
-def _stopped(stop: StopRequest, clock: Clock, prepared: Prepared, folder: RunFolder) -> str:
-    return (
-        f"stopped by {stop.by or 'a signal to another process'} after step {clock.step} of {prepared.total_steps}; all "
-        f"is saved in '{folder.path}'. The same line with --resume goes on."
-    )
-
-
 def _result(
-    parts: Parts, clock: Clock, split: str, *, wall_s: float, best: dict[str, Any], last: dict[str, Any]
+    parts: Parts, clock: Clock, split: ImageSplit, *, wall_s: float, best: dict[str, Any], last: dict[str, Any]
 ) -> dict[str, Any]:
     """The final figures; those at the top are of the exported weights."""
     prepared, order = parts.prepared, parts.prepared.order
@@ -364,10 +367,12 @@ def _result(
     return {
         "name": prepared.recipe.name,
         "strategy": strategy_of(prepared),
-        "split": split,
+        "split": split.name,
+        **score_of_training(prepared, split),
         "num_classes": len(prepared.data.classes),
         **{key: value for key, value in best.items() if key not in ("step", "confusion", "per_class")},
         "weights": "best" if prepared.data.validation is not None else "last",
+        "choice": clock.choice(prepared.recipe.evaluate),
         **brief,
         "epochs": round(clock.step / order.steps_per_epoch, 4),
         "steps": clock.step,
@@ -381,6 +386,7 @@ def _result(
         "is_sample": prepared.data.is_sample,
         "notes": list(prepared.data.notes),
         "num_bad_images": len(prepared.bad_images),
+        "skipped_images": prepared.bad_images.counts,
         "per_class": best["per_class"],
         "confusion": best["confusion"],
     }
