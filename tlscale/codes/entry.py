@@ -33,6 +33,7 @@ from tlscale.codes.shards import (
 )
 from tlscale.cores import num_cores
 from tlscale.data.content import DIGEST, Digests
+from tlscale.errors import DataError
 
 Say = Callable[[str], object]
 OLDER_MANIFEST = "manifest.json"
@@ -177,6 +178,18 @@ def are_among(ids_N: Digests, sorted_M: Digests) -> Any:
     if not len(sorted_M):
         return np.zeros(len(ids_N), dtype=bool)
     return sorted_M[np.minimum(np.searchsorted(sorted_M, ids_N), len(sorted_M) - 1)] == ids_N
+
+
+def checked_ids(ids_N: Digests) -> Digests:
+    """The addresses as an array.
+
+    Raises:
+        DataError: there are none.
+    """
+    ids_N = np.asarray(ids_N, dtype=DIGEST)
+    if not len(ids_N):
+        raise DataError("codes were asked for of no image")
+    return ids_N
 
 
 def remove_strays(folder: Path, is_idle: Callable[[str], bool]) -> None:

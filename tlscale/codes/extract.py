@@ -22,10 +22,11 @@ import numpy as np
 import torch
 
 from tlscale.codes.blocks import Extraction, Module, Pictures
+from tlscale.codes.entry import checked_ids
 from tlscale.codes.key import CodesKey
 from tlscale.codes.reading import Codes
 from tlscale.codes.shards import BLOCK, Ints, rows_per_shard
-from tlscale.codes.store import CodesStore, checked_ids
+from tlscale.codes.store import CodesStore
 from tlscale.data.content import Digests, digest_bytes
 from tlscale.dist import Processes
 from tlscale.errors import Stopped, TlscaleError

@@ -36,6 +36,7 @@ from tlscale.codes.entry import (
     Piece,
     Say,
     are_among,
+    checked_ids,
     damage,
     facts_of,
     faults_of,
@@ -60,8 +61,8 @@ from tlscale.codes.shards import (
     write_error,
     write_shard,
 )
-from tlscale.data.content import DIGEST, Digests
-from tlscale.errors import DataError, TlscaleError, did_you_mean
+from tlscale.data.content import Digests
+from tlscale.errors import TlscaleError, did_you_mean
 
 Bools = npt.NDArray[np.bool_]
 _LOCKS = "locks"
@@ -393,15 +394,3 @@ def nearest_folder(path: Path) -> Path:
 
 def _gib(num_bytes: int) -> str:
     return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
-
-
-def checked_ids(ids_N: Digests) -> Digests:
-    """The addresses as an array.
-
-    Raises:
-        DataError: there are none.
-    """
-    ids_N = np.asarray(ids_N, dtype=DIGEST)
-    if not len(ids_N):
-        raise DataError("codes were asked for of no image")
-    return ids_N

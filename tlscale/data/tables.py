@@ -127,7 +127,8 @@ class LabelledTable:
         if len(unknown):
             stamps = self.store.stamps(unknown)
             if stamps is None:
-                list(map_in_threads(self.read, unknown.tolist()))
+                for row in unknown.tolist():
+                    self.read(row)
             else:
                 contents.recall(unknown, stamps, ContentIndex())
         return self.noted_digests(rows_N)
