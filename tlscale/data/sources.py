@@ -58,7 +58,7 @@ def open_data(section: DataSection, seed: int) -> ImageData:
     Raises:
         DataError: missing or wrong, with the place and what to do.
     """
-    source = _read(section)
+    source = read_source(section)
     chosen = choose_splits(section, source, seed)
     splits = chosen.splits
     return ImageData(
@@ -72,7 +72,12 @@ def open_data(section: DataSection, seed: int) -> ImageData:
     )
 
 
-def _read(section: DataSection) -> Source:
+def read_source(section: DataSection) -> Source:
+    """Read all splits of a source, as they lie.
+
+    Raises:
+        DataError: missing or wrong, with the place and what to do.
+    """
     if section.source == "fashion_mnist":
         return read_fashion_mnist(section)
     assert section.path is not None, "the schema sees to it"
