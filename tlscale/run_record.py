@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import platform
 import secrets
-import subprocess
 import sys
 from datetime import UTC, datetime
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 from tlscale import __version__, faults
+from tlscale.git_state import git_state
 from tlscale.packages import versions_of
 from tlscale.prepare import Prepared, strategy_of
 from tlscale.recipe.load import dump_recipe, recipe_digest
@@ -81,17 +81,3 @@ def read_record(folder: RunFolder) -> dict[str, Any] | None:
     """
     begun = folder.run_json.exists() and folder.recipe.exists()
     return dict(json.loads(folder.run_json.read_text())) if begun else None
-
-
-def git_state() -> dict[str, Any] | None:
-    """Commit of the checkout that the run is started in, and whether it has changes; None outside of one."""
-    try:
-        commit = _git("rev-parse", "HEAD")
-        return {"commit": commit, "changed": bool(_git("status", "--porcelain", "--untracked-files=no"))}
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def _git(*words: str) -> str:
-    done = subprocess.run(["git", *words], capture_output=True, text=True, timeout=10, check=True)
-    return done.stdout.strip()
