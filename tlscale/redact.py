@@ -13,7 +13,7 @@ _URL_USER = re.compile(r"(?<=://)[^/\s@]+@")
 _URL_SECRET = re.compile(r"(?i)([?&][^=&\s]*(?:token|key|sig|secret|passw|credential)[^=&\s]*=)[^&\s]+")
 _PLAIN_SECRET = re.compile(r"(?i)(?<!\S)([\w.-]*(?:api_?key|token|secret|passw|credential)[\w.-]*=)[^&\s]+")
 _SECRET_KEY = re.compile(r"(?i)api_?key|token|secret|passw|credential")
-_REDACTED = "[redacted]"
+REDACTED = "[redacted]"
 
 
 def redact(value: Any) -> Any:  # noqa: ANN401 (plain YAML values)
@@ -24,7 +24,7 @@ def redact(value: Any) -> Any:  # noqa: ANN401 (plain YAML values)
     """
     if isinstance(value, Mapping):
         return {
-            key: _REDACTED if isinstance(item, str) and _SECRET_KEY.search(str(key)) else redact(item)
+            key: REDACTED if isinstance(item, str) and _SECRET_KEY.search(str(key)) else redact(item)
             for key, item in value.items()
         }
     if isinstance(value, list | tuple):
@@ -32,7 +32,7 @@ def redact(value: Any) -> Any:  # noqa: ANN401 (plain YAML values)
     if not isinstance(value, str):
         return value
     for secret in (_URL_SECRET, _PLAIN_SECRET):
-        value = secret.sub(rf"\1{_REDACTED}", value)
+        value = secret.sub(rf"\1{REDACTED}", value)
     return _URL_USER.sub("", value)
 
 

@@ -14,6 +14,7 @@ import torch
 from tlscale import __version__, faults
 from tlscale.git_state import git_state
 from tlscale.packages import versions_of
+from tlscale.places import places_of, without_places
 from tlscale.prepare import Prepared, strategy_of
 from tlscale.recipe.load import dump_recipe, recipe_digest
 from tlscale.run_folder import RunFolder, clear, naming_disk_errors, write_json, write_text
@@ -22,8 +23,8 @@ _PACKAGES = ("torch", "torchvision", "timm", "accelerate", "datasets", "safetens
 
 
 def make_record(prepared: Prepared, *, world_size: int, device: str) -> dict[str, Any]:
-    """The facts of a run that is about to begin."""
-    return {
+    """Return the facts of a run that is about to begin; places on this machine are in its recipe alone."""
+    record = {
         "tlscale": __version__,
         "name": prepared.recipe.name,
         "id": secrets.token_hex(8),  # its checkpoints bear it
@@ -57,6 +58,8 @@ def make_record(prepared: Prepared, *, world_size: int, device: str) -> dict[str
         "trainable_params": prepared.trainable_params,
         "total_params": prepared.total_params,
     }
+    plain: dict[str, Any] = without_places(record, places_of(prepared.recipe))
+    return plain
 
 
 def begin_folder(folder: RunFolder, prepared: Prepared, *, world_size: int, device: str) -> dict[str, Any]:
