@@ -30,7 +30,18 @@ _LOADING = frozenset(
         *("args", "kwargs", "self", "model_name", "variant", "model_cls", "model_cfg", "cache_dir", "checkpoint_path"),
         *("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_model_args", "pretrained_strict"),
         *("pretrained_filter_fn", "pretrained_custom_load", "kwargs_filter", "features_only", "feature_cfg"),
-        *("out_indices", "feature_cls", "scriptable", "exportable", "no_jit", "device", "dtype", "state_dict"),
+        *(
+            "out_indices",
+            "feature_cls",
+            "scriptable",
+            "exportable",
+            "no_jit",
+            "device",
+            "dtype",
+            "state_dict",
+            "url",
+            "fn",
+        ),
     )
 )
 _COMMON = frozenset(("num_classes", "in_chans", "global_pool", "drop_rate", "drop_path_rate", "img_size"))
@@ -107,11 +118,13 @@ def check_model_folder(folder: Path) -> None:
 
 
 def _arguments_of(architecture: str) -> frozenset[str]:
-    """What describes a network of timm: the arguments of the functions and classes of its module."""
+    """What describes a network of timm: the arguments of the functions and classes that its module has or builds on."""
     module = sys.modules[timm.model_entrypoint(architecture).__module__]
+    things = [thing for thing in vars(module).values() if inspect.isclass(thing) or inspect.isfunction(thing)]
+    classes = [parent for thing in things if inspect.isclass(thing) for parent in thing.__mro__]
     names = set(_COMMON)
-    for thing in vars(module).values():
-        if (inspect.isclass(thing) or inspect.isfunction(thing)) and thing.__module__ == module.__name__:
+    for thing in (*things, *classes):
+        if thing.__module__ == module.__name__ or thing.__module__.startswith("timm.models."):
             with contextlib.suppress(ValueError, TypeError):  # some classes have no signature
                 names.update(inspect.signature(thing).parameters)
     return frozenset(names - _LOADING)
