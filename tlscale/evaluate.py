@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from tlscale import faults
 from tlscale.data.transforms import ImageBatch, InputSpec, to_input
 from tlscale.dist import Processes
-from tlscale.metrics import Tally, summary
-from tlscale.objective import Batch, Objective
+from tlscale.metrics import Tally, error_of_mean, standard_error, summary
+from tlscale.objective import Batch, Objective, cross_entropy
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ def evaluate(
     classes: Sequence[str],
     processes: Processes,
     in_step: bool = False,
+    error_of: str | None = None,
 ) -> dict[str, Any]:
     """Figures of `network` on all images of a split, over all processes.
 
@@ -58,14 +59,17 @@ def evaluate(
         batches: this process's share of the split.
         inputs: from a batch to what the network takes, on its device.
         num_images: of the split, over all processes.
-        objective: gives the loss of each image.
+        objective: knows which outputs are logits, and what a teacher adds. The `loss` is plain cross-entropy whatever
+            is trained on.
         classes: names of the C classes.
         processes: this process among all.
         in_step: the network is one that is spread over the processes, and all of them have to call it equally often;
             one that has no more batches repeats its last one, which is not counted.
+        error_of: the figure whose standard error is wanted, too: top1, loss, macro_f1 or one of the `lessons`.
 
     Returns:
-        The dict of `metrics.summary`, and the means of the objective's `lessons`; the same on every process.
+        The dict of `metrics.summary`, the means of the objective's `lessons`, and `<error_of>_se`; the same on every
+        process.
     """
     tally, lessons = Tally(len(classes), processes.device), _Sums(objective.lesson_names, processes.device)
     was_training = network.training
@@ -79,7 +83,7 @@ def evaluate(
                 if batch is None:
                     continue
                 logits_BC, labels_B = objective.logits(outputs_BO), batch.labels_B.to(outputs_BO.device)
-                tally.update(logits_BC, labels_B, objective.losses(logits_BC, labels_B))
+                tally.update(logits_BC, labels_B, cross_entropy(logits_BC, labels_B))
                 lessons.add(objective.lessons(outputs_BO, batch))
                 processes.run_recorded()
     finally:
@@ -89,7 +93,12 @@ def evaluate(
     total.load_state(counts, sums)
     figures = summary(total, classes)
     assert figures["num_images"] == num_images, f"evaluated {figures['num_images']} of {num_images} images"
-    return {**figures, **lessons.means(num_images, processes)}
+    figures |= lessons.means(num_images, processes)
+    if error_of is not None:
+        is_lesson = error_of in objective.lesson_names
+        error = lessons.error(error_of, num_images, processes) if is_lesson else standard_error(total, error_of)
+        figures[f"{error_of}_se"] = error
+    return figures
 
 
 class _Sums:
@@ -98,15 +107,23 @@ class _Sums:
     def __init__(self, names: Sequence[str], device: torch.device) -> None:
         device = torch.device("cpu") if device.type == "mps" else device  # which has no float64
         self._sums = {name: torch.zeros((), dtype=torch.float64, device=device) for name in names}
+        self._squares = dict(self._sums)
 
     def add(self, losses: Mapping[str, Tensor]) -> None:
         for name, losses_B in losses.items():
-            self._sums[name] = self._sums[name] + losses_B.to(self._sums[name].device).double().sum()
+            losses_B = losses_B.to(self._sums[name].device).double()
+            self._sums[name] = self._sums[name] + losses_B.sum()
+            self._squares[name] = self._squares[name] + losses_B.square().sum()
 
     def means(self, num_images: int, processes: Processes) -> dict[str, float | None]:
         """Over all images of all processes; None where one is not finite."""
         means = {name: float(processes.sum(total)) / num_images for name, total in self._sums.items()}
         return {name: mean if math.isfinite(mean) else None for name, mean in means.items()}
+
+    def error(self, name: str, num_images: int, processes: Processes) -> float | None:
+        """The standard error of a mean."""
+        total, squares = (float(processes.sum(parts[name])) for parts in (self._sums, self._squares))
+        return error_of_mean(total, squares, num_images)
 
 
 def _no_gradients(device: torch.device, *, in_step: bool) -> torch.inference_mode | torch.no_grad:

@@ -1,7 +1,8 @@
 """What a stage's network is fed with: images through all of it, or codes through the part that is trained.
 
-Promise: both feeds give the same steps, the same images in the same order, and the same weights in the end; which one
-it is is a matter of cost, decided here and said on the screen. What cannot be split safely is fed with images.
+Promise: both feeds give the same steps, the same images in the same order, in the same augmented views, and the same
+weights in the end; which one it is is a matter of cost, decided here and said on the screen. What cannot be split
+safely is fed with images.
 
 Shapes: B images.
 """
@@ -65,9 +66,15 @@ class ImageFeed:
         network: nn.Module,
         images: Images,
         targets: Targets | None = None,
+        views: int | None = None,
     ) -> None:
+        """
+        Args:
+            views: the augmented views of each training image; None: a new one in each epoch.
+        """
         self.module = network
         self._prepared, self._processes, self._images, self._targets = prepared, processes, images, targets
+        self._views = views
         self._input_path = input_path(prepared, processes)
         # Opened now, on all processes or on none: a bad image must not leave a half-begun run.
         processes.on_all(images.train)
@@ -85,7 +92,7 @@ class ImageFeed:
             augment=prepared.augment,
             start_step=start,
             stop_step=stop,
-            views=prepared.recipe.codes.views if self._targets is not None else None,
+            views=self._views,
             workers=self._workers(store, augmented=bool(prepared.augment)),
             pin_memory=processes.device.type == "cuda",
         )
@@ -190,7 +197,8 @@ def open_feed(
     title = f"stage {stage.number + 1} of {len(prepared.stages)}: " if len(prepared.stages) > 1 else ""
     if choice.frontier is None:
         keeper.screen.say(f"{title}images through the whole network: {choice.why}")
-        return ImageFeed(prepared, processes, prepared.classifier, keeper.images, targets), False
+        views = prepared.image_views(stage)
+        return ImageFeed(prepared, processes, prepared.classifier, keeper.images, targets, views), False
     keeper.screen.say(f"{title}{choice.frontier.describe()}; {choice.why}")
     return CodeFeed(stage, prepared, processes, choice.frontier, keeper), True
 

@@ -16,6 +16,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -55,6 +56,7 @@ class Tally:
         side = num_classes if num_classes <= MAX_CONFUSION_CLASSES else 0
         self.confusion_CC = counts(side, side)
         self.loss = torch.zeros((), dtype=torch.float64, device=self._float_device)
+        self.loss_squares = torch.zeros((), dtype=torch.float64, device=self._float_device)
         self.bin_confidence_M = torch.zeros(num_bins, dtype=torch.float64, device=self._float_device)
 
     @torch.no_grad()
@@ -84,7 +86,9 @@ class Tally:
             self.confusion_CC.view(-1).index_add_(0, cells_B, answered_B.long())
         self._update_bins(logits_BC, answered_B, hits_B)
         losses_B = losses_B.detach().to(self._float_device).double()
-        self.loss += torch.where(valid_B.to(self._float_device), losses_B, 0.0).sum()
+        losses_B = torch.where(valid_B.to(self._float_device), losses_B, 0.0)
+        self.loss += losses_B.sum()
+        self.loss_squares += losses_B.square().sum()
 
     def _update_bins(self, logits_BC: Tensor, answered_B: Tensor, hits_B: Tensor) -> None:
         confidence_B = logits_BC.softmax(dim=1).amax(dim=1)
@@ -112,7 +116,7 @@ class Tally:
     def state(self) -> tuple[Tensor, Tensor]:
         """All counts (int64, on the device) and all sums (float64), flat copies, to be summed over processes."""
         counts = torch.cat([tensor.reshape(-1) for tensor in self._counts()])
-        return counts, torch.cat([self.loss.reshape(-1), self.bin_confidence_M])
+        return counts, torch.cat([torch.stack([self.loss, self.loss_squares]), self.bin_confidence_M])
 
     def load_state(self, counts: Tensor, sums: Tensor) -> None:
         """Takes the place of what was counted so far; both as `state` gives them, on any device."""
@@ -121,11 +125,12 @@ class Tally:
         assert counts.dtype == torch.int64, f"counts are int64, not {counts.dtype}"
         assert sums.dtype == torch.float64, f"sums are float64, not {sums.dtype}"
         assert counts.numel() == sum(sizes), "this state is of another number of classes or bins"
-        assert sums.numel() == 1 + self.num_bins, "this state is of another number of bins"
+        assert sums.numel() == 2 + self.num_bins, "this state is of another number of bins"
         for tensor, part in zip(mine, torch.split(counts, sizes), strict=True):
             tensor.copy_(part.view(tensor.shape))
         self.loss.copy_(sums[0])
-        self.bin_confidence_M.copy_(sums[1:])
+        self.loss_squares.copy_(sums[1])
+        self.bin_confidence_M.copy_(sums[2:])
 
 
 def _rank_of_label(logits_BC: Tensor, labels_B: Tensor) -> Tensor:
@@ -208,3 +213,79 @@ def _ece(tally: Tally) -> float | None:
     """The mean over images of |share right - mean confidence| of their bin; a bin weighs as many as it holds."""
     columns = zip(tally.bin_hits_M.tolist(), tally.bin_confidence_M.tolist(), strict=True)
     return _ratio(math.fsum(abs(hits - confidence) for hits, confidence in columns), int(tally.bin_images_M.sum()))
+
+
+# -- uncertainty ------------------------------------------------------------------------------------------------------
+
+_NUM_RESAMPLED = 200
+_RESAMPLING_SEED = 20_240
+
+
+def standard_error(tally: Tally, figure: str) -> float | None:
+    """Return the standard error of a figure of `summary`: how far it moves from one draw of such images to another.
+
+    That of `top1` is binomial, that of `loss` the standard error of a mean, and that of `macro_f1` a bootstrap over
+    images with a fixed seed, so that a resumed run finds what an unbroken one does.
+
+    Args:
+        tally: the sums, over all processes.
+        figure: top1, loss or macro_f1.
+
+    Returns:
+        None where there is none: of no image, or of a loss that is not finite.
+    """
+    num_images = tally.num_images
+    if not num_images:
+        return None
+    if figure == "top1":
+        share = int(tally.hits_C.sum()) / num_images
+        return math.sqrt(share * (1 - share) / num_images)
+    if figure == "loss":
+        return error_of_mean(float(tally.loss), float(tally.loss_squares), num_images)
+    assert figure == "macro_f1", f"no standard error of {figure}"
+    return _macro_f1_error(tally, num_images)
+
+
+def error_of_mean(total: float, total_squares: float, count: int) -> float | None:
+    """Return the standard error of the mean of `count` values by their sum and that of their squares."""
+    if count < 2 or not math.isfinite(total_squares):
+        return None
+    return math.sqrt(max(total_squares / count - (total / count) ** 2, 0.0) / (count - 1))
+
+
+def _macro_f1_error(tally: Tally, num_images: int) -> float:
+    """The standard deviation of macro-F1 over draws of as many images, by kinds: (true class, answer)."""
+    labels_K, answers_K, is_hit_K, counts_K = _kinds(tally)
+    num_classes, found = tally.num_classes, []
+    draws = np.random.default_rng(_RESAMPLING_SEED)
+    for _ in range(_NUM_RESAMPLED):
+        drawn_K = draws.multinomial(num_images, counts_K / num_images)
+        images_C = np.bincount(labels_K, drawn_K, num_classes)
+        answers_C = np.bincount(answers_K, drawn_K, num_classes + 1)[:num_classes]
+        hits_C = np.bincount(labels_K, drawn_K * is_hit_K, num_classes)
+        there_C = images_C > 0
+        found.append(float((2 * hits_C[there_C] / (images_C + answers_C)[there_C]).mean()))
+    return float(np.std(found, ddof=1))
+
+
+def _kinds(tally: Tally) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """True class, answer (C where there is none), whether it is right, and number of images, of each pair that occurs.
+
+    Where there is no confusion matrix, wrong answers are given to the images without a right one in the order of the
+    classes: each class has its own numbers, and only which one is taken for which is made up.
+    """
+    num_classes = tally.num_classes
+    images_C, hits_C = tally.images_C.cpu().numpy(), tally.hits_C.cpu().numpy()
+    if tally.confusion_CC.numel():
+        table_CC = tally.confusion_CC.cpu().numpy()
+        table_CA = np.concatenate([table_CC, (images_C - table_CC.sum(1))[:, None]], axis=1)
+        labels_K, answers_K = table_CA.nonzero()
+        return labels_K, answers_K, labels_K == answers_K, table_CA[labels_K, answers_K]
+    classes_C = np.arange(num_classes)
+    missed_M = np.repeat(classes_C, images_C - hits_C)
+    wrong_M = np.full(len(missed_M), num_classes)
+    given_M = np.repeat(classes_C, tally.answers_C.cpu().numpy() - hits_C)
+    wrong_M[: len(given_M)] = given_M
+    labels_K, answers_K = np.concatenate([classes_C, missed_M]), np.concatenate([classes_C, wrong_M])
+    is_hit_K = np.arange(len(labels_K)) < num_classes
+    return labels_K, answers_K, is_hit_K, np.concatenate([hits_C, np.ones_like(missed_M)])

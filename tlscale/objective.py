@@ -1,6 +1,10 @@
 """The loss of each image, to be summed and divided by the count over all processes: cross-entropy, and what a teacher
 adds to it.
 
+Promise: what is trained on is w[y] times the cross-entropy with the smoothed target, averaged over the images of the
+batch over all processes; w has a mean of 1 over the training images, so that it changes what an image weighs among
+others and not the size of the step. What is reported (`cross_entropy`) has neither weights nor smoothing.
+
 Shapes: B images, C classes, D numbers of a teacher's codes, O outputs of the network, T targets of the teacher.
 """
 
@@ -29,8 +33,21 @@ class Batch(Protocol):
     def lam_B(self) -> Tensor | None: ...  # noqa: N802
 
 
+def cross_entropy(logits_BC: Tensor, labels_B: Tensor) -> Tensor:
+    """Return the plain cross-entropy of each image, in float32 at least; shape (B,).
+
+    This is the `loss` of every evaluation: weights and smoothing are means of training, and a figure that had them
+    could not be compared with that of another recipe.
+    """
+    return F.cross_entropy(_at_least_float32(logits_BC), labels_B, reduction="none")
+
+
+def _at_least_float32(logits_BC: Tensor) -> Tensor:
+    return logits_BC.float() if logits_BC.dtype in (torch.float16, torch.bfloat16) else logits_BC
+
+
 class Objective:
-    """Cross-entropy with label smoothing, class weights and mixed labels.
+    """What is trained on: cross-entropy with label smoothing, class weights and mixed labels.
 
     Args:
         section: the recipe's loss.
@@ -64,17 +81,24 @@ class Objective:
         return self.mixed_losses(logits_BC, batch.labels_B, batch.partner_labels_B, batch.lam_B)
 
     def losses(self, logits_BC: Tensor, labels_B: Tensor) -> Tensor:
-        """Loss of each image, in float32 at least; shape (B,)."""
-        logits_BC = logits_BC.float() if logits_BC.dtype in (torch.float16, torch.bfloat16) else logits_BC
-        weights_C = self._class_weights_C
-        if weights_C is not None and weights_C.dtype != logits_BC.dtype:
-            weights_C = weights_C.to(logits_BC.dtype)
-        return F.cross_entropy(logits_BC, labels_B, weight=weights_C, label_smoothing=self._smoothing, reduction="none")
+        """Compute w[y] times the smoothed cross-entropy of each image, in float32 at least; shape (B,).
+
+        The weight is that of the image's own label alone. PyTorch's own `weight` beside `label_smoothing` weighs each
+        class of the smoothed target by the weight of that class, so that an image of a common class is pulled to a
+        rare one more than to its own.
+        """
+        logits_BC = _at_least_float32(logits_BC)
+        losses_B = F.cross_entropy(logits_BC, labels_B, label_smoothing=self._smoothing, reduction="none")
+        if self._class_weights_C is None:
+            return losses_B
+        return self._class_weights_C.to(losses_B.dtype)[labels_B] * losses_B
 
     def mixed_losses(self, logits_BC: Tensor, labels_B: Tensor, partner_labels_B: Tensor, lam_B: Tensor) -> Tensor:
         """Loss of images that are `lam` of one label and 1 - `lam` of another (mixup, cutmix).
 
-        Cross-entropy is linear in its target, so this equals the loss of the mixed target.
+        Each of the two labels has its own weight, lam * w[a] * CE(a) + (1 - lam) * w[b] * CE(b): partners are drawn
+        evenly, so the mean weight of an image stays 1. Without weights this equals the loss of the mixed target, since
+        cross-entropy is linear in it.
         """
         lam_B = lam_B.to(logits_BC.dtype if logits_BC.dtype == torch.float64 else torch.float32)
         own_B = self.losses(logits_BC, labels_B)

@@ -6,15 +6,15 @@ Promise: whatever is wrong with the recipe, the data or the model is found here,
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from tlscale.data.images import decode_image
-from tlscale.data.loaders import ImageStore, default_workers, find_bad_images
+from tlscale.data.loaders import ImageStore, default_workers
 from tlscale.data.sampler import BatchSplit, DataOrder, least_in_a_pass, split_batch_size
-from tlscale.data.sources import ImageData, ImageSplit, open_data
+from tlscale.data.sizes import median_side_px
+from tlscale.data.sources import BadImages, ImageData, ImageSplit, open_data
 from tlscale.data.transforms import InputSpec, resolve_input
 from tlscale.errors import DataError, ModelError, RecipeError
 from tlscale.model.backbone import WeightsReport, build_backbone
@@ -45,7 +45,6 @@ class Prepared:
 
     recipe: Recipe
     data: ImageData
-    bad_images: list[tuple[int, str]]
     spec: InputSpec
     classifier: Classifier
     weights: WeightsReport
@@ -54,6 +53,11 @@ class Prepared:
     split: BatchSplit
     stages: list[Stage]
     teacher: Teacher | None = None
+
+    @property
+    def bad_images(self) -> BadImages:
+        """Images that are skipped."""
+        return self.data.bad_images
 
     @property
     def total_steps(self) -> int:
@@ -105,6 +109,15 @@ class Prepared:
             self.recipe.data, cached=store.cached, augmented=augmented, device=device, processes=processes
         )
 
+    def image_views(self, stage: Stage) -> int | None:
+        """How many augmented views of each training image a stage sees; None: a new one in each epoch.
+
+        It hangs on the recipe alone, and not on whether codes are kept, for which there may be no room.
+        """
+        codes = self.recipe.codes
+        are_few = codes.views > 1 or (codes.keep == "always" and not stage.trains_all)
+        return codes.views if are_few or self.teacher is not None else None
+
     @property
     def eval_batch_size(self) -> int:
         """Images per process and forward pass at evaluation."""
@@ -137,27 +150,29 @@ class Due:
         return self._evaluate is not None and (step % self._evaluate == 0 or step == self._last)
 
 
-def prepare(recipe: Recipe, *, world_size: int, bad_images: list[tuple[int, str]] | None = None) -> Prepared:
+def prepare(
+    recipe: Recipe, *, world_size: int, bad_images: BadImages | None = None, tries_images: bool = True
+) -> Prepared:
     """Open the data, build the model, match the rules, do the arithmetic.
 
     Args:
         recipe: the recipe.
         world_size: number of processes.
-        bad_images: positions and reasons of training images that an earlier start of this run found bad; None:
-            look for them, where the recipe says to skip them.
+        bad_images: those that an earlier start of this run found; None: find them, where the recipe says to skip them.
+        tries_images: decode images to find those; else all are taken as sound.
 
     Raises:
         TlscaleError: whatever is wrong, of the kind that says where.
     """
     check_installed(recipe.track)
     check_optimizer(recipe.optim)
-    data = open_data(recipe.data, recipe.seed)
+    data = open_data(recipe.data, recipe.seed, bad_images=bad_images, tries_images=tries_images)
+    if len(data.train) == 0:
+        raise DataError(f"all training images are bad, such as {next(iter(data.bad_images.reasons()))}")
     if data.test is None and data.validation is None:
         raise DataError("there is nothing to evaluate on: no test split, and data.validation_fraction is 0")
     backbone, weights = build_backbone(recipe.backbone, image_size=recipe.data.image_size, seed=recipe.seed)
     spec = _input_spec(recipe, data, backbone)
-    bad_images = _find_bad(recipe, data, spec) if bad_images is None else bad_images
-    data = _without(data, bad_images)
     teacher = _teacher(recipe, data, spec)
     classifier, code_width = _assemble(recipe, data, backbone, spec, teacher)
     order = DataOrder(len(data.train), recipe.batch_size, recipe.seed, recipe.drop_last)
@@ -168,7 +183,7 @@ def prepare(recipe: Recipe, *, world_size: int, bad_images: list[tuple[int, str]
     if stages:
         _refuse_idle_rates(recipe, stages)
         _enable_checkpointing(recipe, classifier, stages, spec)
-    prepared = Prepared(recipe, data, bad_images, spec, classifier, weights, code_width, order, split, stages, teacher)
+    prepared = Prepared(recipe, data, spec, classifier, weights, code_width, order, split, stages, teacher)
     if stages:
         _refuse_what_cannot_train(prepared, world_size)
     return prepared
@@ -184,40 +199,10 @@ def _refuse_idle_rates(recipe: Recipe, stages: list[Stage]) -> None:
 
 def _input_spec(recipe: Recipe, data: ImageData, backbone: torch.nn.Module) -> InputSpec:
     cfg: dict[str, Any] = backbone.pretrained_cfg  # type: ignore[assignment]
-    image_hw = _first_image_hw(recipe, data.train)
-    return resolve_input(recipe.data, in_chans=recipe.backbone.in_chans, pretrained_cfg=cfg, image_hw=image_hw)
-
-
-def _first_image_hw(recipe: Recipe, split: ImageSplit) -> tuple[int, int]:
-    """Height and width of the first training image that can be read."""
-    max_pixels = round(recipe.data.max_megapixels * 1e6)
-    for row in range(len(split)):
-        try:
-            image_HWC = decode_image(
-                split.read(row), in_chans=recipe.backbone.in_chans, max_pixels=max_pixels, where=split.where(row)
-            )
-        except DataError:
-            if recipe.data.on_bad_image == "error":
-                raise
-            continue
-        return image_HWC.shape[0], image_HWC.shape[1]
-    raise DataError(f"none of the {len(split)} training images can be read; the first is {split.where(0)}")
-
-
-def _find_bad(recipe: Recipe, data: ImageData, spec: InputSpec) -> list[tuple[int, str]]:
-    if recipe.data.on_bad_image == "error":
-        return []
-    max_pixels = round(recipe.data.max_megapixels * 1e6)
-    return find_bad_images(data.train, in_chans=spec.in_chans, max_pixels=max_pixels)
-
-
-def _without(data: ImageData, bad_images: list[tuple[int, str]]) -> ImageData:
-    if not bad_images:
-        return data
-    train = data.train.without([position for position, _ in bad_images])
-    if len(train) == 0:
-        raise DataError(f"all {len(bad_images)} training images are bad; the first: {bad_images[0][1]}")
-    return replace(data, train=train)
+    side_px = median_side_px(data.train.table)
+    return resolve_input(
+        recipe.data, in_chans=recipe.backbone.in_chans, pretrained_cfg=cfg, image_hw=(side_px, side_px)
+    )
 
 
 def _teacher(recipe: Recipe, data: ImageData, spec: InputSpec) -> Teacher | None:

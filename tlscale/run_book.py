@@ -100,12 +100,23 @@ class RunBook:
             best=self._clock.best[0][1] if self._clock.best else None,
         )
 
-    def write_evaluation(self, split: str, figures: dict[str, Any], *, is_best: bool) -> None:
-        """A line on an evaluation."""
+    def write_evaluation(
+        self, split: str, figures: dict[str, Any], *, is_best: bool, error_of: str | None = None
+    ) -> None:
+        """Write a line on an evaluation.
+
+        Args:
+            is_best: its weights are those that would be exported now.
+            error_of: the figure that is shown with its standard error.
+        """
         self._write("evaluate", {"split": split, **scalars(figures)})
-        shown = "  ".join(f"{key} {number(figures[key])}" for key in _SHOWN if key in figures)
-        self._progress.say(f"{split} after step {self._clock.step}: {shown}{'  (best so far)' if is_best else ''}")
+        errors = {key: f" ± {number(figures[f'{key}_se'])}" for key in _SHOWN if key == error_of}
+        shown = "  ".join(f"{key} {number(figures[key])}{errors.get(key, '')}" for key in _SHOWN if key in figures)
+        self._progress.say(f"{split} after step {self._clock.step}: {shown}{self._rank() if is_best else ''}")
         faults.at("evaluated")
+
+    def _rank(self) -> str:
+        return "  (best so far)" if self._clock.chosen is None else "  (within one standard error of the best)"
 
     def write_left_out(self, count: int, most: int) -> None:
         """A line on a step that changed nothing, because it was not finite."""

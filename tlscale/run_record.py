@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tlscale import __version__, faults
+from tlscale import __version__, corrections, faults
 from tlscale.git_state import git_state
 from tlscale.packages import versions_of
 from tlscale.places import places_of, without_places
@@ -29,6 +29,7 @@ def make_record(prepared: Prepared, *, world_size: int, device: str) -> dict[str
         "name": prepared.recipe.name,
         "id": secrets.token_hex(8),  # its checkpoints bear it
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "corrections": corrections.names(),  # in force when it began
         "strategy": strategy_of(prepared),
         "recipe_sha256": recipe_digest(prepared.recipe),
         "git": git_state(),
@@ -46,7 +47,7 @@ def make_record(prepared: Prepared, *, world_size: int, device: str) -> dict[str
             "notes": list(prepared.data.notes),
             "classes": list(prepared.data.classes),
         },
-        "bad_images": [list(row) for row in prepared.bad_images],
+        "bad_images": prepared.bad_images.to_plain(),
         "input": prepared.spec.to_plain(),
         "weights": {
             "origin": prepared.weights.origin,

@@ -9,6 +9,7 @@ import math
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -41,26 +42,60 @@ class Clock:
     window_loss: float = 0.0  # summed since the last log line, over all processes
     window_images: int = 0
     best: list[tuple[int, float]] = field(default_factory=list)  # (step, validation figure), best first
+    best_error: float | None = None  # standard error of the best figure
+    # (step, validation figure, its standard error), where that is not the best: the latest within an error of it.
+    chosen: tuple[int, float, float | None] | None = None
     run_id: str | None = None  # of `run.json`
     wandb_run_id: str | None = None
     keeps_codes: dict[str, bool] = field(default_factory=dict)  # stage -> whether it trains on codes
     left_out: list[int] = field(default_factory=list)  # steps that changed nothing, as something was not finite
 
     @property
-    def best_step(self) -> int | None:
-        return self.best[0][0] if self.best else None
+    def chosen_step(self) -> int | None:
+        """The step whose weights would be exported now."""
+        return self.chosen[0] if self.chosen else self.best[0][0] if self.best else None
 
-    def rank_step(self, figure: float | None, evaluation: EvaluateSection, keeping: CheckpointSection) -> bool:
-        """Enter this step's validation figure; whether it is among the best, the earlier one winning a tie.
+    def kept_steps(self, keeping: CheckpointSection) -> list[int]:
+        """The steps whose checkpoints are kept whatever comes after: the chosen one, and the best."""
+        steps = [] if self.chosen_step is None else [self.chosen_step]
+        return [*steps, *(step for step, _ in self.best if step not in steps)][: keeping.keep_best]
 
-        None (a loss that is not finite) is never among the best.
+    def rank_step(
+        self,
+        figure: float | None,
+        evaluation: EvaluateSection,
+        keeping: CheckpointSection,
+        error: float | None = None,
+    ) -> bool:
+        """Enter this step's validation figure; whether its checkpoint is one to keep.
+
+        The earlier of two equal figures is the better one. The chosen step only ever moves to this one: it is the
+        latest, so it is chosen where it is best, or within one standard error of the best.
+
+        Args:
+            figure: None (a loss that is not finite) is never among the best.
+            error: its standard error; None: as 0.
         """
         if figure is None:
             return False
         sign = 1 if evaluation.select in ("loss", "distill_loss") else -1
         entries = sorted([*self.best, (self.step, figure)], key=lambda entry: (sign * entry[1], entry[0]))
         self.best = entries[: keeping.keep_best]
-        return any(step == self.step for step, _ in self.best)
+        best_step, best = self.best[0]
+        if best_step == self.step:
+            self.best_error, self.chosen = error, None
+        elif evaluation.choose == "latest_within_se" and sign * (figure - best) <= (self.best_error or 0.0):
+            self.chosen = self.step, figure, error
+        return self.step in self.kept_steps(keeping)
+
+    def choice(self, evaluation: EvaluateSection) -> dict[str, Any] | None:
+        """Which validation figure chose the weights, beside the best one, each with its standard error."""
+        if not self.best:
+            return None
+        step, figure = self.best[0]
+        best = {"step": step, "figure": figure, "standard_error": self.best_error}
+        chosen = best if self.chosen is None else dict(zip(best, self.chosen, strict=True))
+        return {"select": evaluation.select, "choose": evaluation.choose, **chosen, "best": best}
 
 
 class LossWindow:
@@ -155,7 +190,9 @@ def restore(
 def saved_clock(checkpoint: Checkpoint) -> Clock:
     """The clock that a checkpoint was saved at."""
     saved = checkpoint.state["clock"]
-    return Clock(**{**saved, "best": [(int(step), float(figure)) for step, figure in saved["best"]]})
+    best = [(int(step), float(figure)) for step, figure in saved["best"]]
+    chosen = saved.get("chosen")  # checkpoints of older versions have none
+    return Clock(**{**saved, "best": best, "chosen": None if chosen is None else tuple(chosen)})
 
 
 def restore_weights(checkpoint: Checkpoint, network: Classifier, ema: Ema | None, fixed: Collection[str] = ()) -> None:
@@ -172,17 +209,17 @@ def restore_weights(checkpoint: Checkpoint, network: Classifier, ema: Ema | None
 
 
 def write_checkpoint(root: Path, checkpoint: Checkpoint, clock: Clock, section: CheckpointSection) -> None:
-    """Save, point BEST to the best step, and only then remove what need not be kept."""
+    """Save, point BEST to the chosen step, and only then remove what need not be kept."""
     save_checkpoint(root, checkpoint)
     faults.at("checkpoint.best")
     tidy_up(root, clock, section)
 
 
 def tidy_up(root: Path, clock: Clock, section: CheckpointSection) -> None:
-    """After a save: point BEST to the best step, and remove what need not be kept."""
-    if clock.best_step is not None:
-        mark_best(root, clock.best_step)
-    prune(root, keep=section.keep, keep_steps=[step for step, _ in clock.best], run_id=clock.run_id)
+    """After a save: point BEST to the chosen step, and remove what need not be kept."""
+    if clock.chosen_step is not None:
+        mark_best(root, clock.chosen_step)
+    prune(root, keep=section.keep, keep_steps=clock.kept_steps(section), run_id=clock.run_id)
 
 
 def point_to(root: Path, clock: Clock) -> None:
@@ -192,5 +229,5 @@ def point_to(root: Path, clock: Clock) -> None:
         CheckpointError: the disk is full or cannot be written.
     """
     mark_latest(root, clock.step)
-    if clock.best_step is not None:
-        mark_best(root, clock.best_step)
+    if clock.chosen_step is not None:
+        mark_best(root, clock.chosen_step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,10 @@ def show_plan(prepared: Prepared, screen: Progress, *, device: str) -> None:
     """What is about to happen, with the arithmetic of every derived number."""
     recipe, data = prepared.recipe, prepared.data
     for note in data.notes:
-        screen.say(note, style="bold red" if data.is_sample else None)
-    for row, why in prepared.bad_images[:_WORST_SHOWN]:
-        screen.say(f"left out, training image {row}: {why}", style="yellow")
-    if prepared.bad_images:
-        screen.say(f"{len(prepared.bad_images)} bad training images are left out; all are listed in run.json")
+        is_loud = note.split(":")[0].isupper()
+        screen.say(note, style="bold red" if data.is_sample or is_loud else None)
+    for reason in islice(prepared.bad_images.reasons(), _WORST_SHOWN):
+        screen.say(f"skipped, {reason}", style="yellow")
     if prepared.frozen_params and recipe.backbone.weights == "none":
         screen.say("the frozen layers are random: backbone.weights is none", style="yellow")
     screen.table("Plan", ("what", "how"), _plan_rows(prepared, device))
@@ -132,6 +132,8 @@ def show_result(result: dict[str, Any], screen: Progress, *, folder: Path, how_t
     title = f"{result['num_images']:,} {result['split']} images"
     if result["steps"]:  # a probe has no steps, and so only one set of weights
         screen.table(title, ("weights", "step", "top1", "loss", "macro-F1"), rows)
+    if result.get("choice") is not None:
+        screen.say(_choice(result["choice"]))
     show_classes(result, screen)
     low, high = result["top1_interval95"]
     how = f"with the {result['weights']} weights; {result['epochs']:g} epochs" if result["steps"] else "by the probe"
@@ -146,6 +148,21 @@ def show_result(result: dict[str, Any], screen: Progress, *, folder: Path, how_t
         )
     screen.say(f"figures: {folder / 'result.json'}   curves: {folder / 'metrics.jsonl'}   model: {folder / 'model'}")
     screen.say(f"load it with {how_to_load}")
+
+
+def _choice(choice: dict[str, Any]) -> str:
+    """By which validation figure the weights were chosen, and how sure that is."""
+
+    def figure(of: dict[str, Any]) -> str:
+        return f"{number(of['figure'])} ± {number(of['standard_error'])} at step {of['step']:,}"
+
+    best = figure(choice["best"])
+    if choice["step"] == choice["best"]["step"]:
+        return f"the best validation {choice['select']} chose the weights: {best}"
+    return (
+        f"the latest validation {choice['select']} within one standard error of the best chose the weights: "
+        f"{figure(choice)}; the best is {best}"
+    )
 
 
 def show_classes(figures: dict[str, Any], screen: Progress) -> None:

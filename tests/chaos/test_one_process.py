@@ -93,8 +93,8 @@ def kills_of(name, there):
     """What is done to the starts of a trial, one after the other: (kind, value)."""
     draw = drawing(name)
     if name in LAST:
-        # Every second step, the ends of the stages, and what was found best.
-        saves = {*range(2, 13, 2), 5, 9, 13, *best_steps(there.out)}
+        # Every second step, the ends of the stages, and what was chosen so far.
+        saves = {*range(2, 13, 2), 5, 9, 13, *chosen_steps(there.out)}
         return [("fault", f"{LAST[name]}@{len(saves)}")]
     if name.startswith("any time"):
         return [("time", draw.uniform(0.0, there.seconds / (1 + start))) for start in range(3)]
@@ -106,12 +106,14 @@ def kills_of(name, there):
     return [("fault", fault) for fault in faults]
 
 
-def best_steps(out):
-    """The steps whose evaluation was the best so far."""
-    best, steps = -1.0, []
+def chosen_steps(out):
+    """The steps whose evaluation was within a standard error of the best so far, or the best."""
+    best, error, steps = -1.0, 0.0, []
     for record in lines(out, "evaluate"):
-        if record["split"] == "validation" and record["top1"] > best:
-            best, steps = record["top1"], [*steps, record["step"]]
+        if record["split"] == "validation" and record["top1"] >= best - error:
+            steps = [*steps, record["step"]]
+            if record["top1"] > best:
+                best, error = record["top1"], record["top1_se"]
     return steps
 
 

@@ -155,7 +155,7 @@ def test_the_best_weights_are_exported_and_the_last_are_told(run):
     out = run(
         optim={"lr": 0.5},
         schedule={"warmup": "100%", "decay": "constant"},
-        evaluate={"every": "2 steps", "select": "loss"},
+        evaluate={"every": "2 steps", "select": "loss", "choose": "best"},
         checkpoint={"every": "3 steps", "keep": 1, "keep_best": 2},
     )
     losses = {record["step"]: record["loss"] for record in lines(out, "evaluate")}
@@ -168,7 +168,8 @@ def test_the_best_weights_are_exported_and_the_last_are_told(run):
     assert own_top1(out, "test", 37)[1] == pytest.approx(figures["best"]["loss"], abs=1e-5)
     assert (out / "checkpoints" / "BEST").read_text().strip() == f"step_{best[0]:08}"
     kept = sorted(path.name for path in (out / "checkpoints").glob("step_*"))
-    assert kept == sorted({f"step_{step:08}" for step in (*best, 10)})
+    newest = next(step for step in (10, 9) if step not in best)
+    assert kept == sorted({f"step_{step:08}" for step in (*best, newest)})
 
 
 def test_without_validation_the_last_weights(run):
@@ -305,7 +306,8 @@ def test_each_part_runs_and_its_figures_are_those_of_the_model(run, plain, part)
     out = run(**PARTS[part])
     figures = result(out)
     tolerance = 2e-2 if "bf16" in part else 1e-5  # evaluated in the run's precision, loaded in float32
-    assert abs(figures["loss"] - own_top1(out, "test", 37)[1]) < (0.3 if "smoothing" in part else tolerance)
+    # Plain cross-entropy of the model, whatever it was trained on.
+    assert abs(figures["loss"] - own_top1(out, "test", 37)[1]) < tolerance
     if part not in ("tensorboard", "drop_last"):
         same_names = exported(out).keys() == exported(plain).keys()
         assert not same_names or largest_difference(exported(out), exported(plain)) > 1e-6, "it had no effect"
@@ -487,18 +489,17 @@ def bad_images(tmp_path):
     return folder, [paths[3], paths[20]]
 
 
-def test_bad_images_are_left_out_counted_and_listed(bad_images, tmp_path, capsys):
+def test_bad_images_are_skipped_counted_and_listed(bad_images, tmp_path, capsys):
     folder, bad = bad_images
     data = {"source": "folder", "on_bad_image": "skip"}
     recipe = small_recipe(tmp_path / "recipe.yaml", folder, **{"data": data})
     tlscale.run(recipe, tmp_path / "run")
     record, output = json.loads((tmp_path / "run" / "run.json").read_text()), capsys.readouterr().out
-    listed = [why for _, why in record["bad_images"]]
-    seen = result(tmp_path / "run")["images_seen"]
-    in_train = [path for path in bad if any(str(path) in why for why in listed)]
-    assert result(tmp_path / "run")["num_bad_images"] == len(listed) == len(in_train) > 0
-    assert f"{len(listed)} bad training image" in " ".join(output.split())
-    assert seen == 2 * (48 - len(listed))
+    listed = [why for _, why in record["bad_images"]["train"]]
+    assert [str(path) in why for path, why in zip(bad, listed, strict=True)] == [True, True]
+    assert result(tmp_path / "run")["num_bad_images"] == 2
+    assert "SKIPPED: 2 of 60 images of train" in " ".join(output.split())
+    assert result(tmp_path / "run")["images_seen"] == 2 * (58 - 12)  # the hold-out is drawn from sound images
 
 
 def test_resume_keeps_the_list_of_bad_images(bad_images, tmp_path):

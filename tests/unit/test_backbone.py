@@ -10,10 +10,11 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from timm.optim import param_groups_layer_decay
 
 from tests.small_models import TINY, noise, section
 from tlscale.errors import ModelError
-from tlscale.model.backbone import build_backbone, layer_numbers, no_weight_decay, state_digest
+from tlscale.model.backbone import build_backbone, layer_depths, no_weight_decay, state_digest
 
 
 def build(backbone_section, image_size=None, seed=0):
@@ -393,15 +394,61 @@ def test_no_weight_decay_is_what_the_architecture_wants():
     assert no_weight_decay(build(section("test_resnet"))[0]) == frozenset()
 
 
-def test_layers_are_numbered_from_the_image():
-    numbers = layer_numbers(build(section("test_vit"), 32)[0])
-    assert numbers["patch_embed.proj.weight"] == 0
-    blocks = [numbers[f"blocks.{i}.attn.qkv.weight"] for i in range(6)]
-    assert blocks == sorted(set(blocks))
-    assert numbers["norm.weight"] >= blocks[-1]
+def test_layers_are_counted_from_the_output():
+    depths, of_classifier = layer_depths(build(section("test_vit"), 32)[0])
+    assert depths["patch_embed.proj.weight"] == max(depths.values())
+    blocks = [depths[f"blocks.{i}.attn.qkv.weight"] for i in range(6)]
+    assert blocks == sorted(set(blocks), reverse=True)
+    assert (depths["norm.weight"], of_classifier) == (1, 0)
+
+
+def timms_scales(full):
+    """By name what timm multiplies the learning rate with, at a decay of 0.5 a layer."""
+    names = {id(param): name for name, param in full.named_parameters()}
+    groups = param_groups_layer_decay(full, layer_decay=0.5)
+    return {names[id(param)]: group["lr_scale"] for group in groups for param in group["params"]}
+
+
+def assert_depths_are_timms(name, scales, backbone):
+    depths, of_classifier = layer_depths(backbone)
+    assert {key: 0.5**depth for key, depth in depths.items()} == {key: scales[key] for key in depths}, name
+    # What a backbone lacks is the classifier, in place of which the recipe's head stands.
+    assert {0.5**of_classifier} == {scales[key] for key in scales.keys() - depths.keys()}, name
+
+
+# Last norms with the classifier in one layer and in their own, callables, several classifiers, heads of several layers.
+SOME = (
+    *("test_convnext", "test_vit", "test_resnet", "test_efficientnet", "test_nfnet", "test_byobnet", "test_mambaout"),
+    *("convnext_atto", "beit_base_patch16_224", "eva02_tiny_patch14_224", "mobilenetv3_small_050", "lcnet_035"),
+    *("swin_tiny_patch4_window7_224", "levit_128s", "efficientformer_l1", "inception_next_atto", "repvit_m0_9"),
+)
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_layer_depths_are_timms(name):
+    with torch.device("meta"):
+        full, backbone = (timm.create_model(name, num_classes=num) for num in (7, 0))
+    assert_depths_are_timms(name, timms_scales(full), backbone)
+
+
+@pytest.mark.slow
+def test_layer_depths_are_timms_in_every_module_that_has_groups():
+    """A model of each; on the meta device, so that nothing is computed."""
+    num_tried = 0
+    for module in timm.list_modules():
+        for name in timm.list_models(module=module)[:1]:
+            with torch.device("meta"):
+                full = timm.create_model(name, num_classes=7)
+                if not hasattr(full, "group_matcher"):
+                    continue
+                scales = timms_scales(full)
+                full.reset_classifier(0)
+            assert_depths_are_timms(name, scales, full)
+            num_tried += 1
+    assert num_tried > 80
 
 
 def test_an_architecture_without_grouping():
     backbone = torch.nn.Sequential(torch.nn.Linear(2, 2))
     with pytest.raises(ModelError, match="timm does not group the layers of Sequential; use lr_rules"):
-        layer_numbers(backbone)
+        layer_depths(backbone)

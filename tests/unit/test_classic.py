@@ -14,7 +14,7 @@ import tlscale.model.classic as classic
 from tests.small_models import loss_of, noise, section, state_of
 from tlscale.data.transforms import InputSpec
 from tlscale.errors import ModelError
-from tlscale.model.backbone import build_backbone, layer_numbers
+from tlscale.model.backbone import build_backbone, layer_depths
 from tlscale.model.classifier import Classifier, enable_gradient_checkpointing, feature_width
 from tlscale.model.export import export_model, load
 from tlscale.model.staged import StagedNet
@@ -536,7 +536,8 @@ def test_features_only(name, how):
 @every_net
 def test_layers_are_grouped_from_the_image_on(name):
     model = build(name)
-    fine = layer_numbers(model)
+    fine = timm.models.group_parameters(model, model.group_matcher(coarse=False), reverse=True)
+    assert layer_depths(model) == ({key: max(fine.values()) - number for key, number in fine.items()}, 0)
     order = [fine[key] for key, _ in model.named_parameters()]
     assert order == sorted(order), "they are registered from the image on"
     assert set(order) == set(range(max(order) + 1))

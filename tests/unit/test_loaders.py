@@ -19,8 +19,9 @@ import pytest
 import torch
 from PIL import Image
 
+from tlscale.data.bad_images import find_bad_images
 from tlscale.data.images import BadImageError
-from tlscale.data.loaders import ImageStore, default_workers, eval_batches, find_bad_images, train_batches
+from tlscale.data.loaders import ImageStore, default_workers, eval_batches, train_batches
 from tlscale.data.sampler import DataOrder, split_batch_size
 from tlscale.data.sources import ImageSplit
 from tlscale.data.tables import FileStore, LabelledTable
@@ -260,20 +261,20 @@ def test_a_bad_image_in_a_worker_is_the_same_error():
 
 
 def test_bad_images_are_found_with_their_reasons():
-    bad = find_bad_images(damaged(), max_pixels=10**6, in_chans=3)
+    bad = find_bad_images(damaged(), max_pixels=10**6)
     assert [row for row, _ in bad] == [9, 30]
     assert all(reason.startswith(f"picture {row}: ") for row, reason in bad)
-    assert [row for row, _ in find_bad_images(damaged(), max_pixels=10**6, in_chans=3, rows=range(0, 37, 3))] == [9, 30]
-    assert find_bad_images(damaged(), max_pixels=10**6, in_chans=3, rows=range(10, 20)) == []
-    assert find_bad_images(split_of(files()), max_pixels=10**6, in_chans=1) == []
-    assert find_bad_images(damaged().without([9, 30]), max_pixels=10**6, in_chans=3) == []
+    assert [row for row, _ in find_bad_images(damaged(), max_pixels=10**6, rows=range(0, 37, 3))] == [9, 30]
+    assert find_bad_images(damaged(), max_pixels=10**6, rows=range(10, 20)) == []
+    assert find_bad_images(split_of(files()), max_pixels=10**6) == []
+    assert find_bad_images(damaged().without([9, 30]), max_pixels=10**6) == []
 
 
 def test_a_file_that_is_gone_is_a_bad_image(tmp_path):
     (tmp_path / "there.png").write_bytes(files()[0])
     store = FileStore(str(tmp_path), pa.array(["there.png", "gone.png"], pa.large_string()), "")
     split = ImageSplit("train", LabelledTable(store, np.zeros(2, np.int64)), np.arange(2))
-    ((row, reason),) = find_bad_images(split, max_pixels=10**6, in_chans=3)
+    ((row, reason),) = find_bad_images(split, max_pixels=10**6)
     assert row == 1
     assert "gone.png" in reason
 

@@ -18,7 +18,7 @@ from sklearn.metrics import (
 )
 from torch.nn.functional import cross_entropy
 
-from tlscale.metrics import MAX_CONFUSION_CLASSES, Tally, summary
+from tlscale.metrics import MAX_CONFUSION_CLASSES, Tally, standard_error, summary
 
 
 def names(num_classes):
@@ -111,6 +111,46 @@ def test_wilson_interval_stays_within_0_and_1(right):
     logits_BC = torch.tensor([[1.0, 0.0]] * 3 if right else [[0.0, 1.0]] * 3)
     low, high = summary(tally_of(logits_BC, torch.zeros(3, dtype=torch.long)), names(2))["top1_interval95"]
     assert (high == 1.0 and 0.4 < low < 0.5) if right else (low == 0.0 and 0.5 < high < 0.6)
+
+
+# -- standard errors ----------------------------------------------------------------------------------------------
+
+
+def test_standard_errors_are_those_of_scores_and_means():
+    logits_BC, labels_B = draw(0, 120, 4)
+    tally = tally_of(logits_BC, labels_B)
+    hits = int((logits_BC.argmax(1) == labels_B).sum())
+    assert standard_error(tally, "top1") == pytest.approx(math.sqrt(hits / 120 * (1 - hits / 120) / 120))
+    losses_B = cross_entropy(logits_BC.double(), labels_B, reduction="none")
+    assert standard_error(tally, "loss") == pytest.approx(float(losses_B.std()) / math.sqrt(120), rel=1e-5)
+    empty = Tally(4, "cpu")
+    assert [standard_error(empty, figure) for figure in ("top1", "loss", "macro_f1")] == [None] * 3
+    logits_BC[0, 0] = math.nan
+    assert standard_error(tally_of(logits_BC, labels_B), "loss") is None
+
+
+@pytest.mark.parametrize("has_confusion", [True, False])
+def test_the_error_of_macro_f1_is_how_far_it_moves_from_draw_to_draw(has_confusion):
+    found, errors = [], []
+    for seed in range(60):
+        logits_BC, labels_B = draw(seed, 200, 5, used_classes=4)
+        tally = tally_of(logits_BC, labels_B)
+        found.append(summary(tally, names(5))["macro_f1"])
+        if seed < 8:
+            if not has_confusion:
+                tally.confusion_CC = tally.confusion_CC[:0, :0]
+            errors.append(standard_error(tally, "macro_f1"))
+            assert standard_error(tally, "macro_f1") == errors[-1], "the same seed each time"
+    assert np.mean(errors) == pytest.approx(np.std(found), rel=0.25)
+
+
+def test_the_error_of_macro_f1_with_answers_that_are_none():
+    logits_BC, labels_B = draw(0, 50, 3)
+    logits_BC[:10] = math.nan
+    tally = tally_of(logits_BC, labels_B)
+    assert 0.02 < standard_error(tally, "macro_f1") < 0.2
+    tally.confusion_CC = tally.confusion_CC[:0, :0]
+    assert 0.02 < standard_error(tally, "macro_f1") < 0.2
 
 
 def test_nan_is_never_right():

@@ -1,5 +1,7 @@
 """The loss of each image, against the formula written out and against PyTorch's own sums."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tlscale.errors import RecipeError
-from tlscale.objective import Objective, class_weights
+from tlscale.objective import Objective, class_weights, cross_entropy
 from tlscale.recipe.schema import LossSection
 
 CLASSES = ("ant", "bee", "cat", "dog")
@@ -20,15 +22,15 @@ def draw(seed=0, count=7, num_classes=4, dtype=torch.float64):
     return logits_BC, torch.randint(num_classes, (count,), generator=generator)
 
 
-def by_hand(logits_BC, targets_BC, weights_C=None):
-    """Cross-entropy with a target for each class: what smoothed and mixed labels are."""
-    weights_C = torch.ones(logits_BC.shape[1], dtype=logits_BC.dtype) if weights_C is None else weights_C
-    return -(targets_BC * weights_C * (logits_BC - logits_BC.logsumexp(1, keepdim=True))).sum(1)
-
-
-def soft(labels_B, num_classes, smoothing):
-    one_hot_BC = F.one_hot(labels_B, num_classes).double()
-    return one_hot_BC * (1 - smoothing) + smoothing / num_classes
+def by_hand(logits_BC, labels_B, smoothing, weights=None):
+    """w[y] times the cross-entropy with the smoothed target, image by image, in plain Python."""
+    losses = []
+    for logits, label in zip(logits_BC.tolist(), labels_B.tolist(), strict=True):
+        total = math.fsum(math.exp(logit) for logit in logits)
+        smoothed = [smoothing / len(logits) + (1 - smoothing) * (number == label) for number in range(len(logits))]
+        crossed = -math.fsum(t * (z - math.log(total)) for t, z in zip(smoothed, logits, strict=True))
+        losses.append(crossed * (1.0 if weights is None else weights[label]))
+    return torch.tensor(losses, dtype=torch.float64)
 
 
 SMOOTHING = st.sampled_from([0.0, 0.1, 0.6])
@@ -43,13 +45,26 @@ def test_losses_are_the_formula(seed, smoothing, weights):
     objective = Objective(LossSection(label_smoothing=smoothing), weights_C)
     found_B = objective.losses(logits_BC, labels_B)
     assert found_B.shape == (7,)
-    # Smoothing weighs each class by its own weight, the image's own label by its.
-    torch.testing.assert_close(found_B, by_hand(logits_BC, soft(labels_B, 4, smoothing), weights_C))
+    torch.testing.assert_close(found_B, by_hand(logits_BC, labels_B, smoothing, weights))
+    # What is reported has neither.
+    torch.testing.assert_close(cross_entropy(logits_BC, labels_B), by_hand(logits_BC, labels_B, 0.0))
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_smoothing_pulls_an_image_to_its_own_class_however_rare_another_is():
+    """The gradient of a confused answer points to the label, at weights of 100 to 1; PyTorch's own weights do not."""
+    logits_BC, labels_B = torch.zeros(1, 2, requires_grad=True), torch.tensor([0])
+    weights_C = torch.tensor([0.02, 2.0])
+    Objective(LossSection(label_smoothing=0.1), weights_C).losses(logits_BC, labels_B).sum().backward()
+    assert logits_BC.grad[0, 0] < 0 < logits_BC.grad[0, 1]
+    theirs_BC = torch.zeros(1, 2, requires_grad=True)
+    F.cross_entropy(theirs_BC, labels_B, weight=weights_C, label_smoothing=0.1, reduction="sum").backward()
+    assert theirs_BC.grad[0, 1] < 0, "PyTorch has changed its mind"
+
+
 @pytest.mark.parametrize("weighted", [False, True])
-def test_sums_are_pytorchs(smoothing, weighted):
+def test_sums_are_pytorchs(weighted):
+    """Where both mean the same: without smoothing bit for bit, so that older runs go on as they began."""
+    smoothing = 0.0
     logits_BC, labels_B = draw()
     weights_C = torch.tensor([0.5, 2.0, 1.0, 0.0], dtype=torch.float64) if weighted else None
     found = Objective(LossSection(label_smoothing=smoothing), weights_C).losses(logits_BC, labels_B).sum()
@@ -62,18 +77,20 @@ def test_sums_are_pytorchs(smoothing, weighted):
 
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 999), smoothing=SMOOTHING, weights=WEIGHTS)
-def test_mixed_losses_are_those_of_the_mixed_target(seed, smoothing, weights):
+def test_mixed_losses_are_each_label_s_share_of_its_own_weighted_loss(seed, smoothing, weights):
     logits_BC, labels_B = draw(seed)
     _, partners_B = draw(seed + 1000)
     lam_B = torch.rand(7, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     weights_C = None if weights is None else torch.tensor(weights, dtype=torch.float64)
     objective = Objective(LossSection(label_smoothing=smoothing), weights_C)
     found_B = objective.mixed_losses(logits_BC, labels_B, partners_B, lam_B)
-    lam_B1 = lam_B[:, None]
-    target_BC = lam_B1 * soft(labels_B, 4, smoothing) + (1 - lam_B1) * soft(partners_B, 4, smoothing)
-    torch.testing.assert_close(found_B, by_hand(logits_BC, target_BC, weights_C))
+    own_B, other_B = (by_hand(logits_BC, labels, smoothing, weights) for labels in (labels_B, partners_B))
+    torch.testing.assert_close(found_B, lam_B * own_B + (1 - lam_B) * other_B)
     if weights_C is None:
-        torch.testing.assert_close(found_B, F.cross_entropy(logits_BC, target_BC, reduction="none"))
+        one_hot = (F.one_hot(labels, 4).double() for labels in (labels_B, partners_B))
+        target_BC = sum(share_B[:, None] * hot_BC for share_B, hot_BC in zip((lam_B, 1 - lam_B), one_hot, strict=True))
+        theirs_B = F.cross_entropy(logits_BC, target_BC, label_smoothing=smoothing, reduction="none")
+        torch.testing.assert_close(found_B, theirs_B)
 
 
 def test_all_of_one_label_is_no_mixing():

@@ -65,7 +65,7 @@ def test_a_run_names_no_folder_but_in_its_recipe(tmp_path, monkeypatch):
     record = json.loads((out / "run.json").read_text())
     assert record["data"]["place"] == "photos"
     assert any("later" in note for note in record["data"]["notes"])
-    assert record["bad_images"][0][1].startswith("train/Coat/")
+    assert record["bad_images"]["train"][0][1].startswith("train/Coat/")
     assert "weights.safetensors" in record["weights"]["origin"]
     (run,) = offline_runs(out)
     assert run.config["data"]["path"] == "photos"

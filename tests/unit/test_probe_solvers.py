@@ -179,16 +179,48 @@ def test_ridge_scale_is_that_of_scores_left_out():
 def test_best_scale_is_the_lowest_point():
     codes_ND, labels_N = draw(60, 5, 3, spread=0.3)
     scores_NC = codes_ND[:, :3]
+    # One image in 62 is doubted, and the doubt is of the other two classes.
+    targets_NC = F.one_hot(labels_N, 3).double() * (1 - 1.5 / 62) + 0.5 / 62
     for sign in (1, 20):
         found = best_scale(sign * scores_NC, labels_N)
-        losses = [float(F.cross_entropy(factor * found * sign * scores_NC, labels_N)) for factor in (0.97, 1, 1.03)]
+        losses = [float(F.cross_entropy(factor * found * sign * scores_NC, targets_NC)) for factor in (0.97, 1, 1.03)]
         if 1.1e-2 < found < 0.9e3:
             assert losses[1] == min(losses)
         else:
             assert found == pytest.approx(1e-2, rel=1e-6)
             assert losses[0] < losses[1]
-    perfect_NC = F.one_hot(labels_N, 3).double()
-    assert best_scale(perfect_NC, labels_N) == pytest.approx(1e3, rel=1e-6)
+
+
+@pytest.mark.parametrize("num_classes", [2, 3, 10])
+@pytest.mark.parametrize("size", [0.1, 1.0, 10.0])
+def test_scores_that_are_all_right_are_as_sure_as_their_number_allows(num_classes, size):
+    labels_N = torch.arange(60) % num_classes
+    scores_NC = size * F.one_hot(labels_N, num_classes).double()
+    shares_NC = (best_scale(scores_NC, labels_N) * scores_NC).softmax(1)
+    torch.testing.assert_close(shares_NC.amax(1), torch.full((60,), 61 / 62, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(("width", "spread"), [(512, 6.0), (64, 6.0), (8, 2.0)])
+@pytest.mark.parametrize("strength", [1e-3, 1e-2, 0.1, 1.0, 10.0])
+def test_ridge_is_not_surer_than_it_is_right(width, spread, strength):
+    """On codes that separate the training images, one image in thirty of the others is another's: its loss is of the
+    size of the logistic's, and no answer is sure."""
+    generator = torch.Generator().manual_seed(width)
+    means_CD = spread / math.sqrt(width) * torch.randn(3, width, generator=generator, dtype=torch.float64)
+    labels_N, others_M = torch.arange(90) % 3, torch.arange(300) % 3
+    codes_ND, codes_MD = (
+        means_CD[labels] + torch.randn(len(labels), width, generator=generator, dtype=torch.float64)
+        for labels in (labels_N, others_M)
+    )
+    others_M[::30] = (others_M[::30] + 1) % 3
+    mean_D = codes_ND.mean(0)
+    ridge, logistic = (
+        solve(codes_ND - mean_D, labels_N, 3, (value,)).logits(0, codes_MD - mean_D)
+        for solve, value in ((ridge_path, strength), (logistic_path, 0.01))
+    )
+    loss, other = float(F.cross_entropy(ridge, others_M)), float(F.cross_entropy(logistic, others_M))
+    assert loss < 1.5 * other + 0.05
+    assert float(ridge.softmax(1).amax()) < 0.99999
 
 
 @pytest.mark.parametrize("shape", [(40, 6), (6, 40), (7, 7), (30, 1)])

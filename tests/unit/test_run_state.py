@@ -1,6 +1,8 @@
 """The clock's ranking of steps, and the window that finds a loss that is not finite."""
 
+import json
 import math
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -9,19 +11,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.small_models import classifier
+from tlscale.checkpoint import Checkpoint
 from tlscale.dist import start_processes
 from tlscale.errors import CheckpointError
 from tlscale.model.classifier import Classifier
 from tlscale.model.freeze import fixed_names
 from tlscale.recipe.schema import CheckpointSection, ComputeSection, EvaluateSection
-from tlscale.run_state import Clock, LossWindow, are_finite, restore_weights, snapshot
+from tlscale.run_state import Clock, LossWindow, are_finite, restore_weights, saved_clock, snapshot
 
 FIGURES = st.lists(st.none() | st.sampled_from([0.1, 0.2, 0.5, 0.9]), min_size=1, max_size=12)
 
 
 @given(figures=FIGURES, keep_best=st.integers(1, 4), select=st.sampled_from(["top1", "loss", "macro_f1"]))
 def test_the_best_steps_are_the_best_and_the_earlier_wins_a_tie(figures, keep_best, select):
-    clock, evaluation = Clock(), EvaluateSection(select=select)
+    clock, evaluation = Clock(), EvaluateSection(select=select, choose="best")
     entered = []
     for step, figure in enumerate(figures, start=1):
         clock.step = step
@@ -31,7 +34,54 @@ def test_the_best_steps_are_the_best_and_the_earlier_wins_a_tie(figures, keep_be
         order = sorted(entered, key=lambda entry: (entry[1] if select == "loss" else -entry[1], entry[0]))[:keep_best]
         assert clock.best == order
         assert is_among == (step in [best for best, _ in order])
-        assert clock.best_step == (order[0][0] if order else None)
+        assert clock.chosen_step == (order[0][0] if order else None)
+
+
+ENTRIES = st.lists(
+    st.none() | st.tuples(st.sampled_from([0.1, 0.2, 0.45, 0.5, 0.85, 0.9]), st.sampled_from([None, 0.0, 0.06, 0.4])),
+    min_size=1,
+    max_size=14,
+)
+
+
+@given(
+    entries=ENTRIES,
+    keep_best=st.integers(1, 4),
+    select=st.sampled_from(["top1", "loss"]),
+    stops=st.sets(st.integers(1, 14)),
+)
+def test_the_latest_step_within_one_standard_error_of_the_best_is_chosen(entries, keep_best, select, stops):
+    """By the definition, looking at all figures so far; resumed anywhere; and no checkpoint is needed that is gone."""
+    clock, keeping = Clock(), CheckpointSection(keep_best=keep_best)
+    evaluation, sign = EvaluateSection(select=select), 1 if select == "loss" else -1
+    entered, on_disk = [], set()
+    for step, entry in enumerate(entries, start=1):
+        clock.step = step
+        figure, error = entry or (None, None)
+        if figure is not None:
+            entered.append((step, figure, error))
+        is_kept = clock.rank_step(figure, evaluation, keeping, error)
+        if entered:
+            best = min(entered, key=lambda one: (sign * one[1], one[0]))
+            chosen = max(one for one in entered if sign * (one[1] - best[1]) <= (best[2] or 0.0))
+            assert clock.chosen_step == chosen[0]
+            plain = [dict(zip(("step", "figure", "standard_error"), one, strict=True)) for one in (chosen, best)]
+            made = {"select": select, "choose": "latest_within_se", **plain[0], "best": plain[1]}
+            assert clock.choice(evaluation) == made
+        kept = set(clock.kept_steps(keeping))
+        assert is_kept == (step in kept)
+        assert clock.chosen_step is None or clock.chosen_step in kept
+        assert kept <= on_disk | {step}, "what was removed is wanted again"
+        on_disk = kept
+        if step in stops:  # as a checkpoint has it
+            state = json.loads(json.dumps({"clock": asdict(clock)}))
+            clock = saved_clock(Checkpoint(step, {}, state))
+
+
+def test_a_checkpoint_of_an_older_version_has_chosen_the_best():
+    older = {"step": 3, "best": [[2, 0.5]], "keeps_codes": {}}
+    clock = saved_clock(Checkpoint(3, {}, {"clock": older}))
+    assert (clock.chosen_step, clock.chosen, clock.best_error) == (2, None, None)
 
 
 @pytest.fixture

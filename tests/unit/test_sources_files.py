@@ -183,13 +183,6 @@ def test_parquet_with_gaps(tmp_path):
         open_source("manifest", tmp_path / "bad.parquet")
 
 
-def test_repeated_paths_are_noted(tmp_path):
-    put_folder(tmp_path, a=2)
-    (tmp_path / "l.csv").write_text("path,label,split\na/0.png,x,train\na/1.png,y,train\na/0.png,x,test\n")
-    notes = open_source("manifest", tmp_path / "l.csv", validation_fraction=0.0).notes
-    assert any("1 rows name a file" in note for note in notes)
-
-
 @pytest.mark.parametrize("end", ["", ".gz"])
 def test_idx(tmp_path, end):
     put_idx_split(tmp_path, "train", [0, 1, 2] * 5, end)

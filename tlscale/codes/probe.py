@@ -8,7 +8,7 @@ module from raw codes to logits, the standardisation folded in.
 | kind | grid | solved by |
 |---|---|---|
 | `logistic` | `lam` (see `solvers`) | quasi-Newton, all strengths side by side |
-| `ridge` | `lam` | one eigendecomposition; scores scaled so that their softmax is a probability |
+| `ridge` | `lam` | one eigendecomposition; scores scaled by those of left-out images: their softmax is a probability |
 | `knn` | number of neighbours | the votes of the nearest by cosine of standardised codes |
 | `sklearn` | `lam` | scikit-learn's LogisticRegression, once a strength |
 

@@ -98,9 +98,10 @@ def principal_axes(codes_ND: Tensor) -> tuple[Tensor, Tensor]:
 def ridge_path(codes_ND: Tensor, labels_N: Tensor, num_classes: int, strengths: Sequence[float]) -> LinearPath:
     """Ridge regression on one-hot targets (1 and 0), in closed form for all strengths from one eigendecomposition.
 
-    Its scores are no logits. They are multiplied by the one number that gives the lowest cross-entropy of the scores
-    that each image has when it is left out of the fit (which are known in closed form: Allen 1974, "The relationship
-    between variable selection and data augmentation and a method for prediction"). Answers stay what they were.
+    Its scores are no logits. They are multiplied by the one number by which their softmax fits best (`best_scale`) on
+    the scores that each image has when it is left out of the fit (which are known in closed form: Allen 1974, "The
+    relationship between variable selection and data augmentation and a method for prediction"). Answers stay what they
+    were.
     """
     axes_DR, variances_R = principal_axes(codes_ND)
     rotated_NR, targets_NC = codes_ND @ axes_DR, F.one_hot(labels_N, num_classes).double()
@@ -119,12 +120,21 @@ def ridge_path(codes_ND: Tensor, labels_N: Tensor, num_classes: int, strengths: 
 
 
 def best_scale(scores_NC: Tensor, labels_N: Tensor, least: float = 1e-2, most: float = 1e3) -> float:
-    """The factor, within these bounds, with the lowest cross-entropy of `factor * scores` (which is convex in it)."""
+    """Find the factor, within these bounds, by which `softmax(factor * scores)` fits the labels best.
+
+    The cross-entropy is convex in the factor. Its targets leave a doubt of 1 / (N + 2) to the other classes, which is
+    Laplace's rule of succession: the next answer after N right ones out of N is right with (N + 1) / (N + 2). Without
+    the doubt (Platt 1999, "Probabilistic outputs for support vector machines") the best factor for scores that are all
+    right would be infinite, and every answer sure.
+    """
+    num_images, num_classes = scores_NC.shape
+    doubt = 1 / (num_images + 2)
+    targets_NC = torch.full_like(scores_NC, doubt / (num_classes - 1)).scatter_(1, labels_N[:, None], 1 - doubt)
+    wanted_N = (targets_NC * scores_NC).sum(1)
     low, high = math.log(least), math.log(most)
-    own_N = scores_NC.gather(1, labels_N[:, None])[:, 0]
     for _ in range(40):
         middle = (low + high) / 2
-        slope = ((math.exp(middle) * scores_NC).softmax(1) * scores_NC).sum(1).sub(own_N).mean()
+        slope = ((math.exp(middle) * scores_NC).softmax(1) * scores_NC).sum(1).sub(wanted_N).mean()
         low, high = (low, middle) if slope > 0 else (middle, high)
     return math.exp((low + high) / 2)
 

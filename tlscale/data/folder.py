@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pyarrow as pa
 
 from tlscale.data.images import EXTENSIONS
+from tlscale.data.same_files import Identities, identity_of, number_files
+from tlscale.data.split_names import are_splits, role_of
 from tlscale.data.tables import (
     VALIDATION_NAMES,
     FileStore,
@@ -32,7 +35,6 @@ from tlscale.errors import DataError, did_you_mean
 from tlscale.recipe.schema import DataSection
 
 _LEFT_BY_DESKTOPS = frozenset(("Thumbs.db", "desktop.ini", "__MACOSX"))
-_SPLIT_WORDS = frozenset(("train", "training", "test", "testing", "dev", *VALIDATION_NAMES))
 
 
 def read_folder_source(section: DataSection, root: Path) -> Source:
@@ -46,9 +48,14 @@ def read_folder_source(section: DataSection, root: Path) -> Source:
     picked = _pick(section, root)
     notes = list(_unused(root, picked.values())) if picked else []
     splits: dict[Role, SourceSplit] = {}
+    identities: list[Identities] = []
     for role, name in (picked or {"train": "."}).items():
-        splits[role], strangers = _read_split(root, name)
+        splits[role], found_N4, strangers = _read_split(root, name)
+        identities.append(found_N4)
         notes.extend(strangers)
+    numbers = number_files(identities)
+    if numbers is not None:
+        splits = {role: replace(splits[role], files_N=files_N) for role, files_N in zip(splits, numbers, strict=True)}
     return Source(str(root), splits, notes=tuple(notes))
 
 
@@ -64,16 +71,29 @@ def _pick(section: DataSection, root: Path) -> dict[Role, str] | None:
     if isinstance(section, ScoredSection):
         wanted += [section.test_split, section.validation_split or "", *VALIDATION_NAMES]
     if any(name in (*top, *nested) for name in wanted):
-        return pick_splits(section, [*top, *nested], str(root))
-    telling = [name for name in top if name.lower() in _SPLIT_WORDS]
+        return pick_splits(section, _available(root, section.train_split, top, nested), str(root), any_word=True)
+    telling = top if are_splits(top) else [name for name in top if _tells(name)]
     if isinstance(section, ScoredSection) and not telling:
         return None
     if telling or section.train_split != "train" or section.validation_split or section.test_split != "test":
         raise DataError(
             f"{root} has no folder {section.train_split!r} (data.train_split); its folders are "
-            f"{first_few(quoted(top), 20) or 'none'}.{did_you_mean(section.train_split, [*top, *telling])}"
+            f"{first_few(quoted(top), 20) or 'none'}.{did_you_mean(section.train_split, top)}"
         )
     return None
+
+
+def _available(root: Path, train: str, top: list[str], nested: list[str]) -> list[str]:
+    """The folders that may be splits: at the top, those that the recipe names below it, and those beside train."""
+    holders = {PurePosixPath(name).parts[0] for name in nested}  # their first part is no split by itself
+    parent = PurePosixPath(train).parent
+    beside = [] if parent.name == "" else [str(parent / e.name) for e in _visible(root / parent) if e.is_dir()]
+    return list(dict.fromkeys([*(name for name in top if name not in holders or name == train), *nested, *beside]))
+
+
+def _tells(name: str) -> bool:
+    """Whether a folder can hardly be a class: 'Test' and 'val' are no classes, but 'trains' may be."""
+    return role_of(name) in ("validation", "test") or name.lower() in ("train", "training")
 
 
 def _unused(root: Path, picked: Iterable[str]) -> Iterator[str]:
@@ -92,8 +112,8 @@ def _visible(folder: Path) -> list[os.DirEntry[str]]:
     return sorted(kept, key=lambda entry: entry.name)
 
 
-def _read_split(root: Path, name: str) -> tuple[SourceSplit, list[str]]:
-    """The split, and notes on files that lie beside the class folders."""
+def _read_split(root: Path, name: str) -> tuple[SourceSplit, Identities, list[str]]:
+    """The split, what identifies its files, and notes on files that lie beside the class folders."""
     folder = root / name
     entries = _visible(folder)
     classes = [entry.name for entry in entries if entry.is_dir()]
@@ -104,37 +124,38 @@ def _read_split(root: Path, name: str) -> tuple[SourceSplit, list[str]]:
     if not classes:
         raise DataError(f"{folder} has no class folders; expected {folder}/CLASS/IMAGE for each class")
     notes = [f"{folder}: not used, as they are no images: {first_few(beside)}"] if beside else []
-    return _collect(root, name, classes), notes
+    return *_collect(root, name, classes), notes
 
 
-def _collect(root: Path, name: str, classes: list[str]) -> SourceSplit:
+def _collect(root: Path, name: str, classes: list[str]) -> tuple[SourceSplit, Identities]:
     order = sort_labels(classes)
-    chunks, counts = [], []
+    chunks, counts, identities = [], [], []
     facts: list[str | bytes] = []
     problems: list[str] = []
     for label in order:
-        paths, sizes_and_times, wrong = _read_class(root, name, label)
+        paths, identities_N4, wrong = _read_class(root, name, label)
+        identities.append(identities_N4)
         problems.extend(wrong)
         if not paths and not wrong:
             problems.append(f"{root / name / label} is empty: a class needs at least one image")
         chunks.append(pa.array(paths, type=pa.large_string()))
         counts.append(len(paths))
-        facts.extend(("\0".join(paths), sizes_and_times))
+        facts.extend(("\0".join(paths), identities_N4[:, 2:].astype("<i8").tobytes()))
     if problems:
         rest = len(problems) - 5
         more = [f"and {rest:,} more of this kind"] if rest > 0 else []
         raise DataError("\n".join([*problems[:5], *more]))
     codes_N = np.repeat(np.arange(len(order), dtype=np.int64), counts)
     store = FileStore(str(root), pa.concat_arrays(chunks), digest(facts))
-    return SourceSplit(name, store, order, codes_N)
+    return SourceSplit(name, store, order, codes_N), np.concatenate(identities)
 
 
-def _read_class(root: Path, name: str, label: str) -> tuple[list[str], bytes, list[str]]:
-    """Paths below `root`, sizes and times of change as bytes, and what is wrong."""
+def _read_class(root: Path, name: str, label: str) -> tuple[list[str], Identities, list[str]]:
+    """Paths below `root`, what identifies the files, and what is wrong."""
     folder = root / name / label
     prefix = "" if name == "." else f"{name}/"
     paths: list[str] = []
-    facts: list[int] = []
+    identities: list[tuple[int, ...]] = []
     wrong: list[str] = []
     for entry in _visible(folder):
         try:
@@ -148,8 +169,8 @@ def _read_class(root: Path, name: str, label: str) -> tuple[list[str], bytes, li
             wrong.append(f"{entry.path} has no ending of an image ({_endings()}); take it out of the class folder")
         else:
             paths.append(f"{prefix}{label}/{entry.name}")
-            facts.extend((stat.st_size, stat.st_mtime_ns))
-    return paths, np.array(facts, dtype="<i8").tobytes(), wrong
+            identities.append(identity_of(stat))
+    return paths, np.array(identities, dtype=np.int64).reshape(-1, 4), wrong
 
 
 def _is_image_name(name: str) -> bool:

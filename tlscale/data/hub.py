@@ -18,13 +18,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow.compute as pc
 
+from tlscale.data.split_names import may_name_splits, split_values
 from tlscale.data.tables import (
     NO_LABEL,
     Ints,
     Role,
     Source,
     SourceSplit,
+    column_note,
     digest,
     encode_labels,
     first_few,
@@ -41,6 +44,7 @@ if TYPE_CHECKING:  # importing datasets takes a second; only these sources pay i
 IMAGE_COLUMNS = ("image", "img")
 LABEL_COLUMNS = ("label", "labels", "class", "class_name", "target")
 TIMEOUT_S = 10.0
+_FIRST_ROWS = 1024
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _log = logging.getLogger(__name__)
 
@@ -186,8 +190,39 @@ def _source(section: DataSection, loaded: Mapping[str, Dataset], place: str, ide
     for role, name in picked.items():
         splits[role] = _read_split(loaded[name], name, image, label, f"{place}, split {name!r}")
     unused = [name for name in loaded if name not in picked.values()]
-    notes = (f"{place}: splits that are not used: {first_few(quoted(unused))}",) if unused else ()
-    return Source(place, splits, _declared(train, label), identity, notes)
+    notes = [f"{place}: splits that are not used: {first_few(quoted(unused))}"] if unused else []
+    for name in picked.values():
+        notes.extend(_unread_columns(loaded[name], (image, label), f"{place}, split {name!r}"))
+    return Source(place, splits, _declared(train, label), identity, tuple(notes))
+
+
+def _unread_columns(split: Dataset, read: tuple[str, str], where: str) -> list[str]:
+    """Notes on columns that name splits and are not read: here splits are those of the data set."""
+    notes = []
+    for name in (column for column in split.column_names if column not in read):
+        values = split_values(_few_texts(split, name))
+        if values:
+            notes.append(column_note(name, values, where, "Divide the data set by it first, or use source 'manifest'"))
+    return notes
+
+
+def _few_texts(split: Dataset, column: str) -> list[str | None]:
+    """The distinct values of a column that may name splits; none where it cannot."""
+    import datasets
+
+    feature = split.features[column]
+    if isinstance(feature, datasets.ClassLabel):
+        names: list[str | None] = list(feature.names)
+        if not may_name_splits(names):
+            return []
+        numbers = split.select_columns([column]).with_format("arrow")[:][column]
+        return [names[number] for number in pc.unique(numbers).drop_null().to_pylist() if number >= 0]
+    if not (isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string")):
+        return []
+    texts = split.select_columns([column]).with_format("arrow")
+    if not may_name_splits(pc.unique(texts[:_FIRST_ROWS][column]).to_pylist()):
+        return []
+    return list(pc.unique(texts[:][column]).to_pylist())
 
 
 def _read_split(split: Dataset, name: str, image: str, label: str, where: str) -> SourceSplit:

@@ -124,7 +124,7 @@ def read_idx_source(section: DataSection, folder: Path) -> Source:
             f"{folder} has no IDX files such as {section.train_split}-images-idx3-ubyte.gz; "
             f"it has {first_few(names) or 'no files'}"
         )
-    picked = pick_splits(section, list(prefixes), str(folder))
+    picked = pick_splits(section, [*prefixes, *_strangers(folder, prefixes)], str(folder))
     read = {role: read_split(folder, name, prefixes[name]) for role, name in picked.items()}
     checksums = {file: sha256 for _, sums in read.values() for file, sha256 in sums.items()}
     return Source(str(folder), {role: split for role, (split, _) in read.items()}, identity={"checksums": checksums})
@@ -138,3 +138,9 @@ def _prefixes(section: DataSection, folder: Path) -> dict[str, str]:
     if section.test_split == "test" and "test" not in there and find_idx(folder, "t10k", "images"):
         there["test"] = "t10k"
     return there
+
+
+def _strangers(folder: Path, prefixes: dict[str, str]) -> list[str]:
+    """How other files of images in the folder start."""
+    found = {path.name.partition("-images")[0] for path in folder.glob("*-images[-.]idx3-ubyte*")}
+    return sorted(found - {*prefixes, *prefixes.values()})

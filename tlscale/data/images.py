@@ -18,7 +18,8 @@ Shape letters: H height, W width, C channels.
 from __future__ import annotations
 
 import io
-from typing import Any
+import warnings
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -75,6 +76,21 @@ def decode_image(raw: bytes | npt.NDArray[Any], *, in_chans: int, max_pixels: in
         raise BadImageError(f"{where}: {error}") from None
     except Exception as error:  # on hostile bytes Pillow's decoders raise nearly anything
         raise BadImageError(f"{where}: the image is damaged or cut short ({type(error).__name__}: {error})") from error
+
+
+def header_hw(file: BinaryIO, where: str) -> tuple[int, int]:
+    """Return height and width from the header of an encoded image; nothing is decoded.
+
+    Raises:
+        BadImageError: it has no header that can be read.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what Pillow has to say of a size is said when the image is decoded
+            image = Image.open(file, formats=FORMATS)
+        return image.height, image.width
+    except Exception as error:  # on hostile bytes Pillow's readers raise nearly anything
+        raise BadImageError(f"{where}: the header cannot be read ({type(error).__name__}: {error})") from error
 
 
 class _BadError(Exception):

@@ -8,7 +8,7 @@ Shape letters: N images of a split, B images of a batch, C channels, H height, W
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -34,7 +34,6 @@ from tlscale.data.sampler import (
 from tlscale.data.sources import ImageSplit
 from tlscale.data.transforms import ImageBatch, InputSpec, Pixels, eval_transform
 from tlscale.data.workers import load_in_order, map_in_threads
-from tlscale.errors import DataError
 from tlscale.recipe.schema import DataSection
 
 _MIB = 2**20
@@ -159,28 +158,6 @@ class ImageStore:
         rows = np.unique(np.linspace(0, len(self) - 1, min(_SAMPLE, len(self))).astype(np.int64)).tolist()
         sizes = [image.size for image in map_in_threads(self._decode, rows)]
         return round(sum(sizes) / len(sizes) * len(self))
-
-
-def find_bad_images(
-    split: ImageSplit, *, in_chans: int, max_pixels: int, rows: Sequence[int] | None = None
-) -> list[tuple[int, str]]:
-    """The images that cannot be read, each with the reason; for `on_bad_image: skip`, before the first step.
-
-    Args:
-        rows: which to try; None: all. Processes may share the work and put their lists together.
-    """
-
-    def reason(row: int) -> tuple[int, str] | None:
-        try:
-            _decoded(split, row, in_chans, max_pixels)
-        except DataError as error:
-            return row, str(error)
-        return None
-
-    rows = range(len(split)) if rows is None else rows
-    blocks = [rows[start : start + _BLOCK] for start in range(0, len(rows), _BLOCK)]
-    found = map_in_threads(lambda block: [reason(row) for row in block], blocks)
-    return [bad for block in found for bad in block if bad is not None]
 
 
 def default_workers(

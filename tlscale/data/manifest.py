@@ -24,16 +24,21 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
+from tlscale.data.same_files import Identities, identity_of, number_files
+from tlscale.data.split_names import SPLIT_COLUMN, may_name_splits, split_values
 from tlscale.data.tables import (
     BytesStore,
     FileStore,
     ImageStore,
+    Ints,
     Role,
     Source,
     SourceSplit,
+    column_note,
     digest,
     encode_labels,
     first_few,
+    is_text,
     pick_column,
     pick_splits,
     quoted,
@@ -43,8 +48,8 @@ from tlscale.recipe.schema import DataSection
 
 IMAGE_COLUMNS = ("image", "img", "path", "file", "filename", "file_name", "filepath", "file_path", "image_path")
 LABEL_COLUMNS = ("label", "labels", "class", "class_name", "target")
-SPLIT_COLUMN = "split"
 MOST_EMBEDDED_BYTES = 2 << 30
+_FIRST_ROWS = 1024
 
 
 def read_manifest_source(section: DataSection, file: Path) -> Source:
@@ -55,26 +60,27 @@ def read_manifest_source(section: DataSection, file: Path) -> Source:
     """
     if not file.is_file():
         raise DataError(f"data.path: {file} {'is not a file' if file.exists() else 'does not exist'}{_hint(file)}")
-    table = _read_table(section, file)
+    table, notes = _read_table(section, file)
     image, label = table.column_names[:2]
     if len(table) == 0:
         raise DataError(f"{file} has no rows")
     rows = _rows_of_splits(section, file, table)
     column = _image_column(table[image], f"{file}, column {image!r}")
-    content = _content(file, column)
+    content, files_N = _content(file, column)
     splits: dict[Role, SourceSplit] = {}
     for role, (name, rows_N) in rows.items():
         names, codes_N = encode_labels(table[label].take(rows_N), f"{file}, column {label!r}, split {name!r}")
-        splits[role] = SourceSplit(name, _store(file, column, rows_N, content), names, codes_N)
-    return Source(str(file), splits, notes=tuple(_repeated(file, column)))
+        numbers_N = None if files_N is None else files_N[rows_N]
+        splits[role] = SourceSplit(name, _store(file, column, rows_N, content), names, codes_N, numbers_N)
+    return Source(str(file), splits, notes=notes)
 
 
 def _hint(file: Path) -> str:
     return "; for a folder of Parquet files use source 'hub' with the folder as 'path'" if file.is_dir() else ""
 
 
-def _read_table(section: DataSection, file: Path) -> pa.Table:
-    """The columns image, label and, where there is one, split, in this order."""
+def _read_table(section: DataSection, file: Path) -> tuple[pa.Table, tuple[str, ...]]:
+    """The columns image, label and, where there is one, split, in this order; and notes on other columns."""
     try:
         match file.suffix.lower():
             case ".csv" | ".tsv":
@@ -94,21 +100,54 @@ def _columns(section: DataSection, columns: list[str], file: Path) -> list[str]:
     label = pick_column(section.label_column, LABEL_COLUMNS, columns, "label_column", str(file))
     if image == label:
         raise DataError(f"{file}: column {image!r} cannot be both data.image_column and data.label_column")
-    return [image, label, *([SPLIT_COLUMN] if SPLIT_COLUMN in columns else [])]
+    return [image, label, *_split_column([name for name in columns if name not in (image, label)], file)]
 
 
-def _read_csv(section: DataSection, file: Path) -> pa.Table:
+def _split_column(columns: list[str], file: Path) -> list[str]:
+    """The column of the splits, if there is one: 'split' before other spellings of it."""
+    found = [name for name in columns if name.strip().lower() == SPLIT_COLUMN]
+    found = [SPLIT_COLUMN] if SPLIT_COLUMN in found else found
+    if len(found) > 1:
+        raise DataError(f"{file}: columns {first_few(quoted(found))} may all name the split; call one {SPLIT_COLUMN!r}")
+    return found
+
+
+def _notes(unread: pa.Table, file: Path) -> tuple[str, ...]:
+    """Notes on columns that name splits and are not read."""
+    remedy = f"Call the column {SPLIT_COLUMN!r}, and its values train, validation and test, to have it read"
+    notes = []
+    for name in unread.column_names:
+        values = split_values(pc.unique(unread[name].cast(pa.large_string())).to_pylist())
+        if values:
+            notes.append(column_note(name, values, str(file), remedy))
+    return tuple(notes)
+
+
+def _read_csv(section: DataSection, file: Path) -> tuple[pa.Table, tuple[str, ...]]:
     parse = pyarrow.csv.ParseOptions(delimiter="\t" if file.suffix.lower() == ".tsv" else ",")
     with pyarrow.csv.open_csv(file, parse_options=parse) as reader:
         columns = _columns(section, reader.schema.names, file)
+        others = [name for name in _may_name_splits(reader) if name not in columns]
     # All as text: label 007 is not label 7, and a file may be called 1.
+    names = [*columns, *others]
     convert = pyarrow.csv.ConvertOptions(
-        column_types={name: pa.string() for name in columns}, include_columns=columns, strings_can_be_null=False
+        column_types={name: pa.string() for name in names}, include_columns=names, strings_can_be_null=False
     )
-    return pyarrow.csv.read_csv(file, parse_options=parse, convert_options=convert)
+    table = pyarrow.csv.read_csv(file, parse_options=parse, convert_options=convert)
+    return table.select(columns), _notes(table.select(others), file)
 
 
-def _read_parquet(section: DataSection, file: Path) -> pa.Table:
+def _may_name_splits(batches: Iterable[pa.RecordBatch]) -> list[str]:
+    """The columns of text whose first values name splits."""
+    first = next(iter(batches), None)
+    if first is None:
+        return []
+    texts = {name: first[name] for name in first.schema.names if is_text(first[name].type)}
+    distinct = {name: pc.unique(column.cast(pa.large_string())).to_pylist() for name, column in texts.items()}
+    return [name for name, values in distinct.items() if may_name_splits(values)]
+
+
+def _read_parquet(section: DataSection, file: Path) -> tuple[pa.Table, tuple[str, ...]]:
     with pq.ParquetFile(file) as parquet:
         columns = _columns(section, parquet.schema_arrow.names, file)
         meta = parquet.metadata
@@ -124,22 +163,25 @@ def _read_parquet(section: DataSection, file: Path) -> pa.Table:
                 f"{file}: {size / 2**30:.1f} GiB of images in the table, more than the {MOST_EMBEDDED_BYTES >> 30} GiB "
                 f"that are kept in memory; 'source: hub' with 'path: {file.parent}' maps them from disk"
             )
-        return parquet.read(columns=columns)
+        texts = [field.name for field in parquet.schema_arrow if is_text(field.type) and field.name not in columns]
+        others = _may_name_splits(parquet.iter_batches(_FIRST_ROWS, columns=texts)) if texts else []
+        return parquet.read(columns=columns).select(columns), _notes(parquet.read(columns=others), file)
 
 
 def _rows_of_splits(section: DataSection, file: Path, table: pa.Table) -> dict[Role, tuple[str, npt.NDArray[np.int64]]]:
     if table.num_columns == 2:
         picked = pick_splits(section, [section.train_split], f"{file} (it has no column {SPLIT_COLUMN!r})")
         return {"train": (picked["train"], np.arange(len(table), dtype=np.int64))}
-    names_N = table[SPLIT_COLUMN].cast(pa.large_string()).combine_chunks()
+    column = table.column_names[2]
+    names_N = table[column].cast(pa.large_string()).combine_chunks()
     available = sorted(pc.unique(names_N).drop_null().to_pylist())
-    picked = pick_splits(section, available, f"{file}, column {SPLIT_COLUMN!r},")
+    picked = pick_splits(section, available, f"{file}, column {column!r},")
     strange = [name for name in available if name not in picked.values()]
     if strange or names_N.null_count:
         shown = first_few([*quoted(strange), *(["empty"] if names_N.null_count else [])])
         known = [section.train_split, section.validation_split or "validation", section.test_split]
         raise DataError(
-            f"{file}, column {SPLIT_COLUMN!r}: unknown split {shown}; the splits are {', '.join(known)} "
+            f"{file}, column {column!r}: unknown split {shown}; the splits are {', '.join(known)} "
             "(data.train_split, data.validation_split, data.test_split)."
             f"{did_you_mean(strange[0], known) if strange else ''}"
         )
@@ -162,18 +204,22 @@ def _image_column(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
     raise DataError(f"{where}: of type {kind}; expected paths (text), images (binary) or a struct {{bytes, path}}")
 
 
-def _content(file: Path, column: pa.ChunkedArray) -> str:
+def _content(file: Path, column: pa.ChunkedArray) -> tuple[str, Ints | None]:
+    """A fingerprint of the images, and for image files their numbers by row."""
     if not pa.types.is_large_string(column.type):
         with file.open("rb") as stream:
-            return digest(iter(lambda: stream.read(1 << 20), b""))
-    return digest(_facts(file, column))
+            return digest(iter(lambda: stream.read(1 << 20), b"")), None
+    identities_N4 = _identities(file, column)
+    numbers = number_files([identities_N4])
+    content = digest([*_paths(column), identities_N4[:, 2:].astype("<i8").tobytes()])
+    return content, None if numbers is None else numbers[0]
 
 
-def _facts(file: Path, column: pa.ChunkedArray) -> Iterable[str | bytes]:
-    """Paths, sizes and times of change of all files; raises on those that are not there."""
+def _identities(file: Path, column: pa.ChunkedArray) -> Identities:
+    """What identifies the files; raises on those that are not there."""
     root = str(file.parent)
     missing: list[str] = []
-    facts = np.zeros((len(column), 2), dtype="<i8")
+    identities_N4 = np.zeros((len(column), 4), dtype=np.int64)
     for row, path in enumerate(_paths(column)):
         _check_inside(file, row, path)
         try:
@@ -183,14 +229,13 @@ def _facts(file: Path, column: pa.ChunkedArray) -> Iterable[str | bytes]:
             continue
         if not stat.S_ISREG(found.st_mode):
             missing.append(path)
-        facts[row] = found.st_size, found.st_mtime_ns
+        identities_N4[row] = identity_of(found)
     if missing:
         raise DataError(
             f"{file}: {len(missing):,} of {len(column):,} files are not there: {first_few(quoted(missing))}; "
             f"paths are relative to {root}"
         )
-    yield from _paths(column)
-    yield facts.tobytes()
+    return identities_N4
 
 
 def _paths(column: pa.ChunkedArray) -> Iterable[str]:
@@ -215,10 +260,3 @@ def _store(file: Path, column: pa.ChunkedArray, rows_N: npt.NDArray[np.int64], c
     if pa.types.is_large_string(column.type):
         return FileStore(str(file.parent), column.take(rows_N).combine_chunks(), content)
     return BytesStore(file.name, column, rows_N, content)
-
-
-def _repeated(file: Path, column: pa.ChunkedArray) -> Iterable[str]:
-    if pa.types.is_large_string(column.type):
-        repeated = len(column) - pc.count_distinct(column).as_py()
-        if repeated:
-            yield f"{file}: {repeated:,} rows name a file that another row names too; across splits that is a leak"

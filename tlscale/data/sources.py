@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from tlscale.data.bad_images import BadImages, find_bad
 from tlscale.data.fashion_mnist import read_fashion_mnist
 from tlscale.data.folder import read_folder_source
 from tlscale.data.hub import read_disk_source, read_hub_source
@@ -26,7 +27,7 @@ from tlscale.data.splits import Chosen, choose_splits
 from tlscale.data.tables import ImageSplit, ImageTable, LabelledTable, Role, Source, digest
 from tlscale.recipe.schema import DataSection
 
-__all__ = ["ImageData", "ImageSplit", "ImageTable", "open_data"]
+__all__ = ["BadImages", "ImageData", "ImageSplit", "ImageTable", "open_data"]
 
 _ROLES: tuple[Role, ...] = ("train", "validation", "test")
 
@@ -46,30 +47,58 @@ class ImageData:
     """What a person should know; those that must not be missed start with a word in capitals."""
     is_sample: bool
     """The shipped sample stands in for the real data set."""
+    bad_images: BadImages = field(default_factory=BadImages)
+    """Those that are skipped."""
 
 
-def open_data(section: DataSection, seed: int) -> ImageData:
+def open_data(
+    section: DataSection, seed: int, *, bad_images: BadImages | None = None, tries_images: bool = True
+) -> ImageData:
     """Find the images of a recipe.
 
     Args:
         section: `data` of the recipe; relative paths start at the current folder.
         seed: of the recipe; decides which images a limit keeps and which are held out.
+        bad_images: those that the run skips, found when it began; None: find them, where the recipe says to skip them.
+        tries_images: decode images to find those that are to be skipped; else all are taken as sound.
 
     Raises:
         DataError: missing or wrong, with the place and what to do.
     """
     source = read_source(section)
-    chosen = choose_splits(section, source, seed)
-    splits = chosen.splits
+    bad_images, said = _bad_images(section, source, bad_images, tries_images=tries_images)
+    early = {} if bad_images.is_late else bad_images.found
+    chosen = choose_splits(section, source, seed, {role: [row for row, _ in rows] for role, rows in early.items()})
+    splits = dict(chosen.splits)
+    if bad_images.is_late and len(bad_images):
+        splits["train"] = splits["train"].without([position for position, _ in bad_images.found["train"]])
     return ImageData(
         classes=chosen.classes,
         train=splits["train"],
         validation=splits.get("validation"),
         test=splits.get("test"),
         identity=_identity(section, source, chosen),
-        notes=(*source.notes, *chosen.notes),
+        notes=(*source.notes, *said, *chosen.notes),
         is_sample=source.is_sample,
+        bad_images=bad_images,
     )
+
+
+def _bad_images(
+    section: DataSection, source: Source, known: BadImages | None, *, tries_images: bool
+) -> tuple[BadImages, list[str]]:
+    """The images to be skipped, and notes on them."""
+    if section.on_bad_image == "error":
+        return BadImages(), []
+    if known is None and not tries_images:
+        return BadImages(), ["data.on_bad_image: skip: all images are taken as sound here; a run tries each of them"]
+    bad_images = known if known is not None else find_bad(section, source.splits)
+    return bad_images, [
+        f"SKIPPED: {count:,} of {len(source.splits[role].codes_N):,} images of {role} cannot be read "
+        "(data.on_bad_image); all are listed in run.json"
+        for role, count in bad_images.counts.items()
+        if role in source.splits
+    ]
 
 
 def read_source(section: DataSection) -> Source:

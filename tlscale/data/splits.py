@@ -12,12 +12,13 @@ Shape letters: N images or rows, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
+from tlscale.data.same_files import check_files
 from tlscale.data.tables import (
     NO_LABEL,
     ImageSplit,
@@ -49,8 +50,13 @@ class Chosen:
     notes: tuple[str, ...]
 
 
-def choose_splits(section: DataSection, source: Source, seed: int) -> Chosen:
+def choose_splits(
+    section: DataSection, source: Source, seed: int, bad: Mapping[Role, Sequence[int]] | None = None
+) -> Chosen:
     """Number the classes, limit the training images, hold out a validation split.
+
+    Args:
+        bad: rows of the source's splits that are skipped: to what is drawn they are not there.
 
     Raises:
         DataError: labels outside the classes, fewer than two classes, a limit or hold-out that cannot be had.
@@ -61,9 +67,11 @@ def choose_splits(section: DataSection, source: Source, seed: int) -> Chosen:
         role: number_labels(split, classes, role, source.place)
         for role, split in name_labels(labelled, classes).items()
     }
-    notes += _absences(classes, tables)
-    rows_N, held_N, said = _divide_train(section, tables, classes, seed)
-    splits = {role: ImageSplit(role, table, np.arange(len(table))) for role, table in tables.items()}
+    good = {role: _good_rows(table, role, (bad or {}).get(role, ())) for role, table in tables.items()}
+    files = {role: split.files_N for role, split in labelled.items()}
+    notes += (*check_files(tables, files, classes, source.place), *_absences(classes, tables, good))
+    rows_N, held_N, said = _divide_train(section, tables, good["train"], classes, files["train"], seed)
+    splits = {role: ImageSplit(role, table, good[role]) for role, table in tables.items()}
     splits["train"] = ImageSplit("train", tables["train"], rows_N)
     if held_N is not None:
         splits["validation"] = ImageSplit("validation", tables["train"], held_N)
@@ -170,7 +178,7 @@ def name_labels(splits: Mapping[Role, SourceSplit], classes: tuple[str, ...]) ->
         return dict(splits)
     named = {str(i): name for i, name in enumerate(classes)}
     return {
-        role: SourceSplit(s.name, s.store, tuple(named.get(name, name) for name in s.label_names), s.codes_N)
+        role: replace(s, label_names=tuple(named.get(name, name) for name in s.label_names))
         for role, s in splits.items()
     }
 
@@ -194,27 +202,42 @@ def number_labels(split: SourceSplit, classes: tuple[str, ...], role: Role, plac
     return LabelledTable(split.store, numbers_C[split.codes_N], f"{role}/{split.name}")
 
 
-def _absences(classes: tuple[str, ...], tables: Mapping[Role, LabelledTable]) -> tuple[str, ...]:
+def _good_rows(table: LabelledTable, role: Role, bad: Sequence[int]) -> Ints:
+    rows_N = np.delete(np.arange(len(table), dtype=np.int64), np.array(bad, dtype=np.int64))
+    if not len(rows_N):
+        raise DataError(f"all {len(table):,} images of the {role} split are bad; the first is {table.where(0)}")
+    return rows_N
+
+
+def _absences(
+    classes: tuple[str, ...], tables: Mapping[Role, LabelledTable], good: Mapping[Role, Ints]
+) -> tuple[str, ...]:
     notes = []
     for role, table in tables.items():
-        absent = [classes[i] for i in np.flatnonzero(np.bincount(table.labels_N, minlength=len(classes)) == 0)]
+        counts_C = np.bincount(table.labels_N[good[role]], minlength=len(classes))
+        absent = [classes[i] for i in np.flatnonzero(counts_C == 0)]
         if absent:
             notes.append(f"{role}: no images of {len(absent)} of {len(classes)} classes: {first_few(quoted(absent))}")
     return tuple(notes)
 
 
 def _divide_train(
-    section: DataSection, tables: Mapping[Role, LabelledTable], classes: tuple[str, ...], seed: int
+    section: DataSection,
+    tables: Mapping[Role, LabelledTable],
+    rows_N: Ints,
+    classes: tuple[str, ...],
+    files_N: Ints | None,
+    seed: int,
 ) -> tuple[Ints, Ints | None, list[str]]:
-    """Rows to train on, rows held out for validation, and notes."""
+    """Of `rows_N` of train, the rows to train on, rows held out for validation, and notes."""
     labels_N = tables["train"].labels_N
-    rows_N = np.arange(len(labels_N), dtype=np.int64)
     notes = []
     if section.train_limit is not None:
-        _check_limit(section.train_limit, labels_N)
-        limit_seed = derive_seed(seed, "data", "train_limit")
-        rows_N = stratified_subset(labels_N, rows_N, section.train_limit, limit_seed, keep_all_classes=True)
-        notes.append(f"train: {len(rows_N):,} of {len(labels_N):,} images, stratified (data.train_limit)")
+        _check_limit(section.train_limit, labels_N[rows_N])
+        count, limit_seed = len(rows_N), derive_seed(seed, "data", "train_limit")
+        kept = stratified_subset(labels_N[rows_N], rows_N, section.train_limit, limit_seed, keep_all_classes=True)
+        rows_N = rows_N[kept]
+        notes.append(f"train: {len(rows_N):,} of {count:,} images, stratified (data.train_limit)")
     fraction = section.validation_fraction
     if "validation" in tables:
         if fraction not in (0.0, _DEFAULT_FRACTION):
@@ -224,7 +247,7 @@ def _divide_train(
         return rows_N, None, notes
     if fraction == 0.0:
         return rows_N, None, [*notes, "no validation split, and none is held out (data.validation_fraction: 0)"]
-    held = stratified_holdout(labels_N[rows_N], rows_N, fraction, derive_seed(seed, "data", "validation"))
+    held = _holdout_by_file(labels_N, rows_N, files_N, fraction, derive_seed(seed, "data", "validation"))
     if not len(held):
         raise DataError(
             "no validation split, and none can be held out: each class has one training image. Bring a validation "
@@ -234,6 +257,16 @@ def _divide_train(
     notes.append(f"validation: {len(held_N):,} images held out of train, stratified (data.validation_fraction)")
     notes.extend(_single(labels_N[rows_N], classes))
     return np.delete(rows_N, held), held_N, notes
+
+
+def _holdout_by_file(labels_N: Ints, rows_N: Ints, files_N: Ints | None, fraction: float, seed: int) -> Ints:
+    """Positions in `rows_N` of the held-out rows; all rows of a file go where the first of them goes."""
+    if files_N is None:
+        return stratified_holdout(labels_N[rows_N], rows_N, fraction, seed)
+    _, firsts, files = np.unique(files_N[rows_N], return_index=True, return_inverse=True)
+    order = np.sort(firsts)  # one row a file, ascending: without repeated files all rows
+    held = order[stratified_holdout(labels_N[rows_N[order]], rows_N[order], fraction, seed)]
+    return np.flatnonzero(np.isin(files.reshape(-1), files.reshape(-1)[held])).astype(np.int64)
 
 
 def _check_limit(limit: int, labels_N: Ints) -> None:

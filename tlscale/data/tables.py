@@ -16,19 +16,20 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from tlscale.data.split_names import Role as Role
+from tlscale.data.split_names import lookalikes, role_of
 from tlscale.errors import DataError, did_you_mean
 from tlscale.recipe.schema import DataSection
 
 Ints = npt.NDArray[np.int64]
 Raw = bytes | npt.NDArray[Any]
-Role = Literal["train", "validation", "test"]
 VALIDATION_NAMES = ("validation", "valid", "val")
 """Names of a validation split that are found without being told."""
 NO_LABEL = -1
@@ -141,6 +142,8 @@ class SourceSplit:
     """Label texts; not all of them need occur."""
     codes_N: Ints
     """Places in `label_names`, by row; `NO_LABEL` where the source withholds the label."""
+    files_N: Ints | None = None
+    """Number of the file of each row, equal for equal files of all splits; None: each row is a file of its own."""
 
     def used_names(self) -> list[str]:
         """The label texts that occur, in the order of `label_names`."""
@@ -235,6 +238,12 @@ def sort_labels(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(distinct, key=int) if all(map(is_integer, distinct)) else sorted(distinct))
 
 
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a column of this type holds text, also as a dictionary."""
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
 def encode_labels(labels_N: pa.ChunkedArray, where: str) -> tuple[tuple[str, ...], Ints]:
     """Label texts, sorted, and the place of each row's label among them.
 
@@ -248,8 +257,7 @@ def encode_labels(labels_N: pa.ChunkedArray, where: str) -> tuple[tuple[str, ...
     if pa.types.is_dictionary(labels_N.type):
         labels_N = labels_N.cast(labels_N.type.value_type)
     kind = labels_N.type
-    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
-    if not (is_text or pa.types.is_integer(kind) or pa.types.is_boolean(kind)):
+    if not (is_text(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind)):
         raise DataError(f"{where}: labels are of type {kind}; expected text or whole numbers")
     text_N = labels_N.cast(pa.large_string()).combine_chunks()
     empty = len(text_N) - (pc.sum(pc.not_equal(pc.utf8_trim_whitespace(text_N), "")).as_py() or 0)
@@ -266,11 +274,17 @@ def encode_labels(labels_N: pa.ChunkedArray, where: str) -> tuple[tuple[str, ...
     return names, sorted_C[encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64)]
 
 
-def pick_splits(section: DataSection, available: Sequence[str], where: str) -> dict[Role, str]:
+def pick_splits(
+    section: DataSection, available: Sequence[str], where: str, *, any_word: bool = False
+) -> dict[Role, str]:
     """Which split of the source plays which role; validation and test may be missing.
 
+    Args:
+        any_word: an unused name with a word such as 'test' in it is refused too, not only one that is such a word.
+
     Raises:
-        DataError: a split that the recipe names is not there, or one split has two roles.
+        DataError: a split that the recipe names is not there, one split has two roles, or a split that nothing uses
+            is called like a role that nothing plays.
     """
     picked: dict[Role, str] = {}
     if section.train_split in available or not isinstance(section, ScoredSection):
@@ -293,6 +307,12 @@ def pick_splits(section: DataSection, available: Sequence[str], where: str) -> d
             raise DataError(f"{where}: split {name!r} would be both {role} and {twin}; each needs its own")
     if not picked:
         _named_split(section.train_split, "train_split", available, where)  # which says what there is
+    unused = [name for name in available if name not in picked.values()]
+    for name, role in lookalikes(unused, picked, any_word=any_word).items():
+        raise DataError(
+            f"{where}: unknown split {name!r}. Did you mean {role!r}? Name it in the recipe (data.{role}_split: "
+            f"{name!r}), or rename it; one that is not to be used must not be called like a split"
+        )
     return picked
 
 
@@ -317,11 +337,21 @@ def pick_column(given: str | None, usual: Sequence[str], columns: Sequence[str],
                 f"{did_you_mean(given, columns)}"
             )
         return given
-    found = [column for column in columns if column.lower() in usual]
+    found = [column for column in columns if column.strip().lower() in usual]
     if len(found) != 1:
         what = f"columns {_quoted(found)} may all be it" if found else f"no column is called {' or '.join(usual)}"
         raise DataError(f"{where}: {what}; say which in data.{key}. The columns are {_quoted(columns)}")
     return found[0]
+
+
+def column_note(column: str, values: Collection[str], where: str, remedy: str) -> str:
+    """Return the note on a column that names splits, and that nothing reads."""
+    shown = first_few(quoted(list(values)))
+    held = " and ".join(sorted({str(role_of(value)) for value in values} - {"train"}))
+    return (
+        f"SPLITS IGNORED: {where}, column {column!r} is not used: it has the values {shown}, but rows of {held} are "
+        f"treated like all others. {remedy}"
+    )
 
 
 def digest(parts: Iterable[bytes | str]) -> str:

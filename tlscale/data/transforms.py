@@ -87,8 +87,9 @@ def resolve_input(
         section: its `image_size`, `interpolation`, `crop_pct`, `mean` and `std` win.
         pretrained_cfg: timm's, as a mapping; keys that are missing or None have timm's defaults. A model that cannot
             take another size than its own says so itself, when it is built.
-        image_hw: height and width of the first training image. Images smaller than the resized image that a crop would
-            be cut from are not cropped (crop_pct 1): enlarging them just to cut their edges off helps nobody.
+        image_hw: height and width that stand for those of all images (`sizes.median_side_px`). Images smaller than the
+            resized image that a crop would be cut from are not cropped (crop_pct 1): enlarging them just to cut their
+            edges off helps nobody.
 
     Raises:
         RecipeError: the backbone's own size is not square, or its interpolation is unknown, and the recipe gives none.

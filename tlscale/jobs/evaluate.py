@@ -19,9 +19,10 @@ from typing import Any
 
 import torch
 
+from tlscale.data.bad_images import find_bad_images
 from tlscale.data.labelled import count_shared, open_labelled, own_images
-from tlscale.data.loaders import ImageStore, default_workers, eval_batches, find_bad_images
-from tlscale.data.sources import ImageData, ImageSplit, open_data
+from tlscale.data.loaders import ImageStore, default_workers, eval_batches
+from tlscale.data.sources import BadImages, ImageData, ImageSplit, open_data
 from tlscale.data.tables import Role
 from tlscale.dist import Processes, start_processes
 from tlscale.errors import DataError, RecipeError, RunFolderError, TlscaleError
@@ -103,10 +104,12 @@ def evaluate_run(
         if is_other:
             named = [role for role in _SPLITS if any(text.startswith(f"data.{role}_split=") for text in overrides)]
             scored = _other_images(folder, own, recipe, trained, split_name, named, processes)
+            scored = _without_bad(scored, recipe.data)
         else:
             with processes.main_first():
-                scored = _own_images(folder, recipe, trained, split_name)
-        scored = _without_bad(scored, recipe.data, trained)
+                scored = _own_images(folder, own, trained, split_name)
+            if own.data.on_bad_image == "error":  # else the run says which
+                scored = _without_bad(scored, recipe.data)
         figures = {**scored.figures, **_figures(recipe, trained, scored.split, processes)}
         if processes.is_main:
             target = target or folder / "evaluations" / (name or _default_name(folder, figures))
@@ -227,7 +230,7 @@ def _own_images(folder: Path, recipe: Recipe, trained: TrainedModel, name: Role 
     Raises:
         DataError: there is no such split, or the model was fitted on it.
     """
-    data = _open_own(recipe, trained)
+    data = _open_own(folder, recipe, trained)
     splits = {split.name: split for split in (data.test, data.validation, data.train) if split is not None}
     name = name or next(iter(splits))
     if name not in splits:
@@ -248,6 +251,8 @@ def _own_images(folder: Path, recipe: Recipe, trained: TrainedModel, name: Role 
     if name == "validation":
         head["selected_on"] = "validation"
         notes.append("these images chose the weights or the settings of the model: the figures are too good by that")
+    if recipe.data.on_bad_image == "skip":
+        head["num_bad_images"] = data.bad_images.counts.get(name, 0)
     if name == "train":
         head["num_trained_on"] = len(splits[name])
         notes.append("the model was trained on these images")
@@ -284,7 +289,7 @@ def _trained_on(folder: Path, own: Recipe, trained: TrainedModel, scored: ImageS
     """How many of some images the run was trained on (`num`, None where it cannot be told), and in words (`said`)."""
     refitted = _was_refitted(folder, own)
     try:
-        data = _open_own(own, trained)
+        data = _open_own(folder, own, trained)
         if not _is_unchanged(folder, data):
             raise DataError("its data are not those that it was trained on")
         num = sum(count_shared(scored, split) for split in own_images(data, refitted=refitted))
@@ -298,10 +303,11 @@ def _trained_on(folder: Path, own: Recipe, trained: TrainedModel, scored: ImageS
     return {"num": num, "num_selected_on": chose, "said": said + (": the figures are too good by those" if num else "")}
 
 
-def _open_own(recipe: Recipe, trained: TrainedModel) -> ImageData:
+def _open_own(folder: Path, recipe: Recipe, trained: TrainedModel) -> ImageData:
     # The model's classes are the truth: a class list that other data would give by themselves may be in another order.
     section = recipe.data.model_copy(update={"classes": list(trained.classes)})
-    return open_data(section, recipe.seed)
+    skipped = _read_json(folder / "run.json").get("bad_images")
+    return open_data(section, recipe.seed, bad_images=None if skipped is None else BadImages.from_plain(skipped))
 
 
 def _is_unchanged(folder: Path, data: ImageData) -> bool:
@@ -324,12 +330,12 @@ def _read_json(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _without_bad(scored: _Scored, section: DataSection, trained: TrainedModel) -> _Scored:
+def _without_bad(scored: _Scored, section: DataSection) -> _Scored:
     """`data.on_bad_image: skip`: without the images that cannot be read, which are counted."""
     if section.on_bad_image != "skip":
         return scored
     max_pixels = round(section.max_megapixels * 1e6)
-    bad = find_bad_images(scored.split, in_chans=trained.input_spec.in_chans, max_pixels=max_pixels)
+    bad = find_bad_images(scored.split, max_pixels=max_pixels)
     if len(bad) == len(scored.split):
         raise DataError(f"none of the {len(bad):,} images can be read; the first: {bad[0][1]}")
     notes = [f"skipped {len(bad):,} of {len(scored.split):,} images, which cannot be read: {bad[0][1]}"] if bad else []

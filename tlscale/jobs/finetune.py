@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tlscale import faults
+from tlscale import computed, faults
 from tlscale.checkpoint import Checkpoint, checkpoint_folder, newest_valid, pointed_to
 from tlscale.dist import Processes
 from tlscale.errors import NonFiniteLossError, Stopped
 from tlscale.evaluate import scalars
 from tlscale.feed import ImageFeed, refuse_codes_of_a_probe
-from tlscale.jobs.parts import Parts, begin_stage, load, make_parts, next_stage, save, unwrap, unwrapping
+from tlscale.jobs.parts import Parts, begin_stage, load, make_parts, next_stage, save, unwrap, unwrapping, validate
 from tlscale.model.export import export_model
 from tlscale.optim import set_lr
 from tlscale.prepare import Due, Prepared, strategy_of
@@ -80,34 +80,32 @@ def _train(
     screen: Progress,
     careful_until: int,
 ) -> dict[str, Any]:
-    recipe = prepared.recipe
-
     # -- resume -------------------------------------------------------------------------------------------------------
     run_id = record.get("id") if record is not None else None
     newest = processes.on_main(partial(_newest, folder, run_id, screen)) if record is not None else None
     checkpoint = load(newest, prepared, processes, run_id) if newest is not None else None
+    hangs_on = computed.what_hangs_on_passes(prepared)
     saved_in = stage_at(prepared.stages, checkpoint.step - 1 if checkpoint is not None else 0)
     parts = make_parts(prepared, processes, stop, screen, saved_in, careful_until)
     clock = saved_clock(checkpoint) if checkpoint is not None else Clock()
+    computed.keep_decisions(record, clock)
     if checkpoint is not None:
         processes.on_main(partial(point_to, folder.checkpoints, clock))
         screen.say(f"resumed from {newest}, at step {clock.step} of {prepared.total_steps}")
     _go_on(checkpoint, clock, parts)
 
     # -- the loop: its first file is written when all images are there, so that bad ones leave no half-begun run ----
-    if record is None:
-        record = processes.on_main(
-            partial(begin_folder, folder, prepared, world_size=processes.world_size, device=str(processes.device))
-        )
+    start = computed.of_start(prepared, processes, clock.step)
+    record = processes.on_main(partial(_record, record, folder, prepared, processes, start, clock, hangs_on, screen))
     clock.run_id = record.get("id")
-    if checkpoint is None and recipe.non_finite.action == "rollback":
+    if checkpoint is None and prepared.recipe.non_finite.action == "rollback":
         save(parts, clock, folder, elapsed_s=0.0)  # something to go back to
     with (
         unwrapping(parts),
         Progress(prepared.total_steps, clock.step, enabled=processes.is_main) as progress,
         RunBook(prepared, folder, processes, clock, record, progress) as book,
         processes.watchdog.watching(),
-        closing(_steps(parts, clock, book)) as steps,
+        closing(_steps(parts, clock, book, folder)) as steps,
     ):
         window, due = LossWindow(clock, processes), Due(prepared)
         parts.keeper.screen = progress
@@ -126,19 +124,29 @@ def _train(
                 norm = {} if grad_norm is None else {"grad_norm": float(grad_norm)}
                 book.write_training({"loss": window.take_mean(), "lr": lr, **norm})
             if due.evaluate(clock.step):
-                assert prepared.data.validation is not None
-                assert parts.feed is not None
-                with book.not_training():
-                    figures = parts.figures(prepared.data.validation, parts.feed)
-                improved = clock.rank_step(figures[recipe.evaluate.select], recipe.evaluate, recipe.checkpoint)
-                book.write_evaluation("validation", figures, is_best=clock.best_step == clock.step)
-                due_save = due_save or improved
+                due_save = validate(parts, clock, book) or due_save
             if due_save:
                 with book.not_training():
                     save(parts, clock, folder, elapsed_s=book.elapsed_s())
             if stopping and clock.step < prepared.total_steps:
                 raise Stopped(_stopped(stop, clock, prepared, folder))
-        return _finish(parts, clock, book, folder, progress)
+        return _finish(parts, clock, book, folder, progress, record)
+
+
+def _record(
+    record: dict[str, Any] | None,
+    folder: RunFolder,
+    prepared: Prepared,
+    processes: Processes,
+    start: computed.Computed,
+    clock: Clock,
+    hangs_on: list[str],
+    screen: Progress,
+) -> dict[str, Any]:
+    """`run.json` of a run that begins, or that goes on in the way of this start."""
+    if record is None:
+        record = begin_folder(folder, prepared, world_size=processes.world_size, device=str(processes.device))
+    return computed.note_start(folder, record, start, clock, hangs_on, screen)
 
 
 def _go_on(checkpoint: Checkpoint | None, clock: Clock, parts: Parts) -> None:
@@ -181,7 +189,7 @@ def _make_step(
     return lr, grad_norm
 
 
-def _steps(parts: Parts, clock: Clock, book: RunBook) -> Generator[list[Any], None, None]:
+def _steps(parts: Parts, clock: Clock, book: RunBook, folder: RunFolder) -> Generator[list[Any], None, None]:
     """The batches of every step that is left, over all stages; a stage is begun when its first step comes."""
     stages = parts.prepared.stages
     while True:
@@ -193,6 +201,7 @@ def _steps(parts: Parts, clock: Clock, book: RunBook) -> Generator[list[Any], No
         with book.not_training():
             next_stage(parts)
             begin_stage(parts, clock, None)
+            parts.processes.on_main(partial(computed.note_decisions, folder, clock))
 
 
 def _leave_out(clock: Clock, parts: Parts, book: RunBook, folder: RunFolder) -> None:
@@ -216,28 +225,31 @@ def _refuse_non_finite(bad_step: int | None, clock: Clock, parts: Parts, folder:
         raise NonFiniteLossError(_non_finite(bad_step, folder), bad_step)
 
 
-def _finish(parts: Parts, clock: Clock, book: RunBook, folder: RunFolder, progress: Progress) -> dict[str, Any]:
-    """The last and the best weights on the split that chose nothing; the best are exported."""
+def _finish(
+    parts: Parts, clock: Clock, book: RunBook, folder: RunFolder, progress: Progress, record: dict[str, Any]
+) -> dict[str, Any]:
+    """The last and the chosen weights on the split that chose nothing; the chosen ones are exported."""
     prepared, processes, feed = parts.prepared, parts.processes, parts.feed
     assert feed is not None
     split = prepared.data.test or prepared.data.validation
     assert split is not None, "prepare refuses data that nothing can be evaluated on"
     last = {"step": clock.step, **parts.figures(split, feed)}
     best = last
-    if clock.best_step is not None and clock.best_step != clock.step:
+    if clock.chosen_step is not None and clock.chosen_step != clock.step:
         # By its step, and not by what BEST points to: that is for people, and may be older than the clock.
-        best_folder = checkpoint_folder(folder.checkpoints, clock.best_step)
+        best_folder = checkpoint_folder(folder.checkpoints, clock.chosen_step)
         checkpoint = load(best_folder, prepared, processes, clock.run_id)
         restore_weights(checkpoint, parts.network, parts.ema, prepared.fixed)
-        if clock.best_step <= parts.stage.start_step:  # of another stage, whose frozen part was another
+        if clock.chosen_step <= parts.stage.start_step:  # of another stage, whose frozen part was another
             feed = ImageFeed(prepared, processes, parts.network, parts.keeper.images, parts.targets)
-        best = {"step": clock.best_step, **parts.figures(split, feed)}
+        best = {"step": clock.chosen_step, **parts.figures(split, feed)}
     unwrap(parts)  # the exported model has to give its logits without what mixed precision does to them
     with parts.averaged():
         if parts.hollow is not None:
             parts.network = filled(parts.hollow, parts.network, keep=processes.is_main)
         how = processes.on_main(partial(_export, parts, folder))
     result = _result(parts, clock, split.name, wall_s=book.elapsed_s(), best=best, last=last)
+    result["changes"] = record["changes"]  # of how it was computed, from start to start
     processes.on_main(partial(_write_result, result, folder))
     book.trackers.summary(scalars(result))
     show_result(result, progress, folder=folder.path, how_to_load=how)
@@ -366,6 +378,7 @@ def _result(
         "num_classes": len(prepared.data.classes),
         **{key: value for key, value in best.items() if key not in ("step", "confusion", "per_class")},
         "weights": "best" if prepared.data.validation is not None else "last",
+        "choice": clock.choice(prepared.recipe.evaluate),
         **brief,
         "epochs": round(clock.step / order.steps_per_epoch, 4),
         "steps": clock.step,
@@ -379,6 +392,7 @@ def _result(
         "is_sample": prepared.data.is_sample,
         "notes": list(prepared.data.notes),
         "num_bad_images": len(prepared.bad_images),
+        "skipped_images": prepared.bad_images.counts,
         "per_class": best["per_class"],
         "confusion": best["confusion"],
     }

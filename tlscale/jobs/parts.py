@@ -31,6 +31,7 @@ from tlscale.objective import Objective
 from tlscale.optim import build_optimizer
 from tlscale.prepare import Prepared, make_objective
 from tlscale.progress import Progress
+from tlscale.run_book import RunBook
 from tlscale.run_folder import RunFolder
 from tlscale.run_state import Clock, snapshot, tidy_up, write_checkpoint
 from tlscale.sharded_checkpoint import load_sharded, save_sharded
@@ -61,8 +62,12 @@ class Parts:
     hollow: Classifier | None = None  # where the network is spread over the processes: what is exported in its place
     is_rehearsed: bool = True  # false before the first step of a start or a stage, where it matters
 
-    def figures(self, split: ImageSplit, feed: Feed) -> dict[str, Any]:
-        """Evaluation of the weights that a user would get: the averages, where averages are kept."""
+    def figures(self, split: ImageSplit, feed: Feed, *, error_of: str | None = None) -> dict[str, Any]:
+        """Evaluate the weights that a user would get: the averages, where averages are kept.
+
+        Args:
+            error_of: the figure whose standard error is wanted, too.
+        """
         self.processes.share_buffers(self.network)
         with self.averaged():
             return evaluate(
@@ -74,6 +79,7 @@ class Parts:
                 classes=self.prepared.data.classes,
                 processes=self.processes,
                 in_step=self.hollow is not None,
+                error_of=error_of,
             )
 
     def averaged(self) -> AbstractContextManager[None]:
@@ -183,6 +189,19 @@ def unwrapping(parts: Parts) -> Iterator[None]:
     except NonFiniteLossError:
         unwrap(parts)
         raise
+
+
+def validate(parts: Parts, clock: Clock, book: RunBook) -> bool:
+    """Evaluate the validation images and rank the step; whether its checkpoint is one to keep."""
+    recipe, split = parts.prepared.recipe, parts.prepared.data.validation
+    assert split is not None
+    assert parts.feed is not None
+    select = recipe.evaluate.select
+    with book.not_training():
+        figures = parts.figures(split, parts.feed, error_of=select)
+    is_kept = clock.rank_step(figures[select], recipe.evaluate, recipe.checkpoint, figures[f"{select}_se"])
+    book.write_evaluation("validation", figures, is_best=clock.chosen_step == clock.step, error_of=select)
+    return is_kept
 
 
 def save(parts: Parts, clock: Clock, folder: RunFolder, *, elapsed_s: float) -> None:

@@ -32,7 +32,7 @@ def plan(recipe: Recipe, *, world_size: int) -> None:
     """Show what `run` would do with `world_size` processes; nothing is trained, and no codes are computed."""
     if recipe.probe is None:
         refuse_codes_of_a_probe(recipe)
-    prepared = prepare(recipe, world_size=world_size)
+    prepared = prepare(recipe, world_size=world_size, tries_images=False)
     screen = Progress(0)
     show_plan(prepared, screen, device=f"planned for {world_size} process{'es' if world_size > 1 else ''}")
     if recipe.probe is not None:

@@ -243,6 +243,7 @@ def _result(
         "is_sample": prepared.data.is_sample,
         "notes": list(prepared.data.notes),
         "num_bad_images": len(prepared.bad_images),
+        "skipped_images": prepared.bad_images.counts,
         "per_class": figures["per_class"],
         "confusion": figures["confusion"],
     }

@@ -14,13 +14,15 @@ from typing import Any
 
 import torch
 
+from tlscale.corrections import refuse_uncorrected
+from tlscale.data.sources import BadImages
 from tlscale.dist import start_processes
 from tlscale.errors import ResumeError, Stopped
 from tlscale.jobs.finetune import train
 from tlscale.jobs.probe import probe
 from tlscale.prepare import Prepared, prepare
 from tlscale.progress import Progress
-from tlscale.recipe.load import diff_recipes, load_recipe
+from tlscale.recipe.load import diff_recipes, load_stored_recipe, with_values
 from tlscale.recipe.schema import Recipe
 from tlscale.run_folder import Mode, RunFolder, claim, naming_disk_errors, write_json
 from tlscale.run_record import read_record
@@ -78,14 +80,14 @@ def run(
         processes.on_main(partial(_forget_stop, folder, screen))
         record = None if overwrite else processes.on_main(lambda: read_record(folder))
         if record is not None:
-            processes.on_main(lambda: _refuse_other_recipe(recipe, folder))
+            recipe = with_values(recipe, processes.on_main(partial(_refuse_other_recipe, recipe, folder, screen)))
             done = processes.on_main(lambda: folder.result.read_text() if folder.result.exists() else None)
             if done is not None:
                 screen.say(f"'{folder.path}' is complete already; its figures are in {folder.result}")
                 return dict(json.loads(done))
 
         # -- data, model and weights: whatever is wrong with them ends the run here -------------------------------
-        bad_images = [(int(row), str(why)) for row, why in record["bad_images"]] if record else None
+        bad_images = BadImages.from_plain(record["bad_images"]) if record else None
         with processes.main_first():  # what a hub has to give is fetched once
             prepared = prepare(recipe, world_size=processes.world_size, bad_images=bad_images)
 
@@ -93,6 +95,7 @@ def run(
         show_plan(prepared, screen, device=str(processes.device))
         if record is not None:
             processes.on_main(partial(_refuse_other_inputs, record, prepared, folder))
+            record = processes.on_main(partial(refuse_uncorrected, folder, prepared, record))
         processes.on_main(partial(folder.stopped.unlink, missing_ok=True))
         job = train if recipe.probe is None else probe
         try:
@@ -127,10 +130,19 @@ def _mark_stopped(folder: RunFolder, stop: StopRequest, stopped: Stopped) -> Non
     folder.stop.unlink(missing_ok=True)
 
 
-def _refuse_other_recipe(recipe: Recipe, folder: RunFolder) -> None:
+def _refuse_other_recipe(recipe: Recipe, folder: RunFolder, screen: Progress) -> dict[str, dict[str, object]]:
+    """Compare the recipe with that of the run.
+
+    Returns:
+        By section the keys that came after the run began, with what it does all the same.
+    """
+    stored, older = load_stored_recipe(folder.recipe)
+    for section, keys in older.items():
+        for key, value in keys.items():
+            screen.say(f"{section}.{key}: {value}, as the run began: it is older than this key")
     changes = [
         f"{key}: {old!r} -> {new!r}"
-        for key, old, new in diff_recipes(load_recipe(folder.recipe), recipe)
+        for key, old, new in diff_recipes(stored, with_values(recipe, older))
         if not key.startswith(MAY_CHANGE)
     ]
     if changes:
@@ -139,6 +151,7 @@ def _refuse_other_recipe(recipe: Recipe, folder: RunFolder) -> None:
             f"'{folder.path}' cannot be resumed with another recipe:\n  {lines}\n  Its own recipe is "
             f"'{folder.recipe}'; another recipe wants another folder: --out DIR"
         )
+    return older
 
 
 def _refuse_other_inputs(record: dict[str, Any], prepared: Prepared, folder: RunFolder) -> None:
@@ -146,9 +159,23 @@ def _refuse_other_inputs(record: dict[str, Any], prepared: Prepared, folder: Run
     then = {"data": record["data"]["fingerprint"], "weights": record["weights"]["sha256"]}
     if prepared.teacher is not None:
         now["teacher's weights"], then["teacher's weights"] = prepared.teacher.digest, record["teacher"]["sha256"]
+    _refuse_other_transform(record, prepared, folder)
     for what, digest in then.items():
         if digest != now[what]:
             raise ResumeError(
                 f"'{folder.path}' cannot be resumed: its {what} are not those that it was started with "
                 f"({digest[:12]} then, {now[what][:12]} now). Bring them back, or start another: --out DIR"
             )
+
+
+def _refuse_other_transform(record: dict[str, Any], prepared: Prepared, folder: RunFolder) -> None:
+    """Refuse a run of an older version, which took the size of the first training image for that of all."""
+    then, now = record["input"], prepared.spec.to_plain()
+    changes = [f"{key}: {then.get(key)!r} -> {value!r}" for key, value in now.items() if then.get(key) != value]
+    if changes:
+        keep = f", with data.crop_pct={then['crop_pct']:g} to have it as it was" if "crop_pct" in then else ""
+        raise ResumeError(
+            f"'{folder.path}' cannot be resumed: its images would be fed in another way ({', '.join(changes)}). "
+            "Versions of tlscale before this one took crop_pct from the size of the first training image; now it "
+            f"comes from the median size of the training split. Start another run: --out DIR{keep}"
+        )

@@ -90,19 +90,32 @@ def no_weight_decay(model: nn.Module) -> frozenset[str]:
     return frozenset(names()) if callable(names) else frozenset()
 
 
-def layer_numbers(model: nn.Module) -> dict[str, int]:
-    """Number of the layer of each parameter, 0 nearest the image, by timm's own grouping.
+def layer_depths(model: nn.Module) -> tuple[dict[str, int], int]:
+    """Count the layers between each parameter and the output, by timm's own grouping of the whole model.
+
+    timm puts what none of its patterns names (a last norm, say) into one layer with the classifier. A backbone has no
+    classifier any more, so its names are put back for the count.
+
+    Returns:
+        By name, 0 for the last layer; and the same for the classifier, which is the last layer in nearly all models.
 
     Raises:
         ModelError: the architecture has no grouping.
     """
-    from timm.models import group_parameters
+    from timm.models._manipulate import group_with_matcher
 
     matcher = getattr(model, "group_matcher", None)
     if not callable(matcher):
         raise ModelError(f"optim.layer_decay: timm does not group the layers of {type(model).__name__}; use lr_rules")
-    numbers: dict[str, int] = group_parameters(model, matcher(coarse=False), reverse=True)
-    return numbers
+    cfg: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}
+    named = cfg.get("classifier") or "head.fc"
+    classifiers = [f"{name}.weight" for name in ((named,) if isinstance(named, str) else named)]
+    objects = [*model.named_parameters(), *((name, None) for name in classifiers)]
+    numbers: dict[str, int] = group_with_matcher(iter(objects), matcher(coarse=False), reverse=True)
+    deepest = max(numbers.values())
+    depths = {name: deepest - number for name, number in numbers.items()}
+    of_classifier = min(depths[name] for name in classifiers)
+    return {name: depths[name] for name, _ in model.named_parameters()}, of_classifier
 
 
 def state_digest(state: Mapping[str, Tensor]) -> str:

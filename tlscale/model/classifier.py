@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.module_tracker import ModuleTracker
 
 from tlscale.errors import ModelError
-from tlscale.model.backbone import layer_numbers, no_weight_decay
+from tlscale.model.backbone import layer_depths, no_weight_decay
 from tlscale.model.freeze import frozen_modules, is_norm
 from tlscale.model.heads import KnnHead
 from tlscale.model.layers import LayerCodes
@@ -57,15 +57,13 @@ class Classifier(nn.Module):
         return params
 
     def layer_depth(self) -> dict[str, int]:
-        """Layers away from the head by rule name, 0 for the head itself.
+        """Count the layers away from the output by rule name, as timm counts them: the head is one of them.
 
         Raises:
             ModelError: timm does not group the layers of this architecture.
         """
-        numbers = layer_numbers(self.backbone)
-        deepest = max(numbers.values())
-        depth = {name: deepest - number + 1 for name, number in numbers.items()}
-        return {name: depth.get(name, 0) for name in self.rule_names()}
+        depths, of_head = layer_depths(self.backbone)
+        return {name: depths.get(name, of_head) for name in self.rule_names()}
 
     def never_decayed(self) -> frozenset[str]:
         """Rule names that the architecture wants without weight decay."""

@@ -26,6 +26,9 @@ from tlscale.recipe.yaml_text import MAX_BYTES, Findings, Node, Origin, Problem,
 MAX_EXTENDS = 5
 _LOCAL_SOURCES = ("folder", "manifest", "idx", "disk")
 
+# Keys that came later than some run folders, whose recipe.yaml is complete but for them, and what those runs did.
+_BEFORE_THE_KEY: dict[str, dict[str, object]] = {"evaluate": {"choose": "best"}}
+
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Reads a recipe file, applies overrides, checks all of it and fills in the defaults.
@@ -52,6 +55,30 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if recipe is None or findings.problems:
         raise RecipeError(_message(findings.problems, os.fspath(path)))
     return _with_absolute_paths(recipe)
+
+
+def load_stored_recipe(path: str | Path) -> tuple[Recipe, dict[str, dict[str, object]]]:
+    """Read the recipe of a run folder as the run had it.
+
+    Returns:
+        The recipe, and by section the values of the keys that its file lacks since they came later: what such a run
+        did before there was the key, and not the default of today.
+
+    Raises:
+        RecipeError: as `load_recipe`.
+    """
+    recipe = load_recipe(path)
+    older = {
+        section: {key: value for key, value in keys.items() if key not in getattr(recipe, section).model_fields_set}
+        for section, keys in _BEFORE_THE_KEY.items()
+    }
+    return with_values(recipe, older), {section: keys for section, keys in older.items() if keys}
+
+
+def with_values(recipe: Recipe, values: dict[str, dict[str, object]]) -> Recipe:
+    """Replace values of some sections, which are taken as valid."""
+    sections = {name: getattr(recipe, name).model_copy(update=keys) for name, keys in values.items()}
+    return recipe.model_copy(update=sections)
 
 
 def dump_recipe(recipe: Recipe) -> str:

@@ -72,7 +72,8 @@ class DataSection(Section):
     fallback: Literal["sample"] | None = None
     """`sample`: where `fashion_mnist` cannot be had, use the 7,000 real images that ship with tlscale, and say so."""
     on_bad_image: Literal["error", "skip"] = "error"
-    """A training image that cannot be read: stop, or leave it out and count it. At evaluation it is always an error."""
+    """An image that cannot be read: stop, or try all images first and skip the bad ones of every split, before a limit
+    or a hold-out is drawn; the results count them."""
     max_megapixels: float = Field(64.0, gt=0.0, le=89.0)
     """Larger images are bad images (a decompression bomb is one); 89 is the limit of the library that reads them."""
     image_size: int | None = Field(None, ge=8, le=2048)
@@ -225,7 +226,8 @@ class CodesSection(Section):
     """What becomes of a layer's positions: their mean `avg`, their maximum `max`, both `avgmax`, the class `token`, or
     `none`: all of them. One or a list, of which each is tried. `penultimate` is as the backbone pools it."""
     views: int = Field(1, ge=1, le=1000)
-    """With `data.augment`: keep so many augmented views of each training image; epoch e sees view e modulo `views`."""
+    """With `data.augment`: so many augmented views of each training image, whether codes of them are kept or not; epoch
+    e sees view e modulo `views`. With 1 and `keep: auto`, no codes are kept, and each epoch sees new ones."""
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     """In what the codes are kept; `auto`: as they are computed."""
     fold_norm: bool = False
@@ -336,13 +338,15 @@ class StageSection(Section):
 
 
 class LossSection(Section):
-    """Cross-entropy, summed over the images and divided by their number over all processes."""
+    """Cross-entropy, summed over the images and divided by their number over all processes: what is trained on. The
+    `loss` of every evaluation is plain cross-entropy, without weights and smoothing."""
 
     label_smoothing: float = Field(0.0, ge=0.0, lt=1.0)
     """Share of the target that is spread over all classes."""
     class_weights: Literal["none", "balanced"] | dict[str, float] = "none"
-    """`balanced`: inverse to each class's number of training images; or a weight for each class by name. Weights are
-    scaled such that their mean over the training images is 1."""
+    """`balanced`: inverse to each class's number of training images; or a weight for each class by name. An image's
+    loss is multiplied by the weight of its own label; one mixed of two labels has a share of each label's weighted
+    loss. Weights are scaled such that their mean over the training images is 1."""
 
 
 class ComputeSection(Section):
@@ -417,6 +421,10 @@ class EvaluateSection(Section):
     """Images per process and forward pass; by itself what a process takes in training."""
     select: Literal["top1", "loss", "macro_f1", "distill_loss"] = "top1"
     """The validation figure by which weights are best; `distill_loss`: what `distill` adds to the loss."""
+    choose: Literal["latest_within_se", "best"] = "latest_within_se"
+    """Which weights are exported: `best`: those of the best validation figure; `latest_within_se`: the latest ones
+    whose figure is within one standard error of the best, since the best of many figures of few images is best by luck.
+    The error is binomial for `top1`, that of the mean for a loss, and by bootstrap for `macro_f1`."""
 
 
 class CheckpointSection(Section):
@@ -427,7 +435,7 @@ class CheckpointSection(Section):
     keep: int = Field(2, ge=1, le=1000)
     """Newest checkpoints to keep."""
     keep_best: int = Field(1, ge=1, le=1000)
-    """Best checkpoints to keep besides, by `evaluate.select`."""
+    """Best checkpoints to keep besides, by `evaluate.select`; the one that `evaluate.choose` names is the first."""
 
 
 class WandbSection(Section):
@@ -530,8 +538,6 @@ class Recipe(Section):
                     raise ValueError(f"'{key}' has no effect beside '{name}': {why}. Take it out")
         if self.codes.views > 1 and not self.data.augment:
             raise ValueError("'codes.views' has no effect without 'data.augment': all views would be the same")
-        if self.codes.views > 1 and self.codes.keep == "never":
-            raise ValueError("'codes.views' has no effect beside 'codes.keep: never'")
         if self.codes.pool != ["avg"] and set(self.codes.layer or [_PENULTIMATE]) == {_PENULTIMATE}:
             raise ValueError(
                 "'codes.pool' has no effect on penultimate codes, which the backbone pools itself; name layers in "

@@ -1,0 +1,83 @@
+"""Run folders, checkpoints and codes that an older tlscale left still load, evaluate and resume, in another folder."""
+
+import json
+import shutil
+
+import pytest
+
+import tlscale
+from tests.older_runs import put_older_runs
+from tests.small_runs import exported, result
+from tlscale.codes.store import CodesStore
+from tlscale.jobs.evaluate import evaluate_run
+
+FINISHED = ("trained", "views", "full", "probe", "probe_no_test", "knn")
+STOPPED = ("ema", "on_codes", "staged", "distilled", "weighted", "decayed", "sharded")
+
+
+@pytest.fixture
+def older(tmp_path, monkeypatch):
+    """A copy of all that there is, as the working folder and with its own cache."""
+    folder = put_older_runs(tmp_path / "older")
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("TLSCALE_CACHE", str(folder / "cache"))
+    return folder
+
+
+def recipe_of(name):
+    # One process here; the sharded checkpoint is of two.
+    return tlscale.load_recipe(f"recipes/{name}.yaml", ["compute.engine=auto"] if name == "sharded" else [])
+
+
+def test_all_of_it_is_tested(older):
+    assert sorted(path.name for path in (older / "runs").iterdir()) == sorted([*FINISHED, *STOPPED])
+
+
+@pytest.mark.parametrize("name", FINISHED)
+def test_a_finished_run_loads_and_has_its_figures(name, older):
+    figures = result(older / "runs" / name)
+    assert tlscale.load(f"runs/{name}").classes == ("board", "ring", "slope")
+    again = evaluate_run(f"runs/{name}")
+    for key in ("split", "num_images", "confusion"):
+        assert again[key] == figures[key], key
+    assert again["loss"] == pytest.approx(figures["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", FINISHED)
+def test_a_finished_run_is_complete(name, older):
+    before = (older / "runs" / name / "result.json").read_text()
+    assert tlscale.run(recipe_of(name), f"runs/{name}", resume=True) == json.loads(before)
+    assert (older / "runs" / name / "result.json").read_text() == before
+
+
+@pytest.mark.parametrize("name", STOPPED)
+def test_an_unfinished_run_ends_as_it_did(name, older):
+    figures = tlscale.run(recipe_of(name), f"runs/{name}", resume=True)
+    end = json.loads((older / "ends.json").read_text())[name]
+    for key in ("split", "num_images", "steps", "confusion"):
+        assert figures[key] == end[key], key
+    assert figures["loss"] == pytest.approx(end["loss"], rel=1e-4)
+    log = [json.loads(line) for line in (older / "runs" / name / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log if line["kind"] == "train"] == list(range(1, 9)), "resumed, not begun again"
+
+
+def test_codes_of_each_kind_are_whole(older):
+    store = CodesStore()
+    assert store.verify(None) == []
+    keys = [entry.key for entry in store.entries()]
+    assert {tuple(key["layers"]) for key in keys} == {
+        ("layer3 avg", "layer3 max", "penultimate"),
+        ("backbone.layer2",),
+        ("logits",),
+    }
+    assert {key["transform"].get("view") for key in keys} == {None, 0, 1}
+
+
+def test_codes_that_are_there_are_those_that_a_new_run_computes(older):
+    """A probe on what is kept and one that computes everything again fit the same classifier."""
+    found = tlscale.run(recipe_of("probe"), "found")
+    shutil.rmtree(older / "cache")
+    fresh = tlscale.run(recipe_of("probe"), "fresh")
+    assert fresh["codes"]["num_computed"] == 48
+    assert found["loss"] == pytest.approx(fresh["loss"], rel=1e-4)
+    assert exported(older / "found").keys() == exported(older / "fresh").keys()

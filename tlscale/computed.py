@@ -1,0 +1,141 @@
+"""How a run was computed, start by start: on how many processes, in what passes, on codes or on images.
+
+Promise: what changes only rounding, and what makes another training of the same recipe, is in `run.json` with the step
+from which on it holds; nobody has to guess it from logs. A choice of tlscale's own is kept when the run is resumed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from tlscale.dist import Processes
+from tlscale.prepare import Prepared
+from tlscale.progress import Progress
+from tlscale.run_folder import RunFolder, naming_disk_errors, write_json
+from tlscale.run_state import Clock
+from tlscale.stages import enter
+
+_WORDS = {
+    "num_processes": "number of processes",
+    "micro_batch_size": "images of a process in one pass",
+    "engine": "engine",
+}
+
+
+@dataclass(frozen=True)
+class Computed:
+    """How the steps from one start on are computed; `run.json` holds a list of them under `computed`."""
+
+    from_step: int
+    num_processes: int
+    micro_batch_size: int
+    engine: str | None  # None: of an older version, which did not say
+
+    def differs(self, other: Computed) -> list[str]:
+        """Names of what is not the same."""
+        return [
+            name
+            for name in _WORDS
+            if getattr(self, name) != getattr(other, name) and None not in (getattr(self, name), getattr(other, name))
+        ]
+
+
+def of_start(prepared: Prepared, processes: Processes, step: int) -> Computed:
+    """Describe a start of the run that makes its steps from `step` (of those done) on."""
+    engine = "one process" if processes.world_size == 1 else "ddp"
+    split = prepared.split
+    return Computed(step, split.world_size, split.micro_batch_size, "fsdp2" if processes.mesh is not None else engine)
+
+
+def what_hangs_on_passes(prepared: Prepared) -> list[str]:
+    """Find what makes another training of other passes over the same batch: `batch norm`, `dropout`.
+
+    Batch norm takes its statistics over the images of a pass; dropout draws its masks by process and pass. Call it
+    before the network is wrapped: the stages are entered for it.
+    """
+    found = set()
+    for stage in prepared.stages:
+        enter(prepared.classifier, stage)
+        for module in prepared.classifier.modules():
+            if module.training and _takes_statistics(module):
+                found.add("batch norm")
+            if module.training and _drops(module):
+                found.add("dropout")
+    enter(prepared.classifier, prepared.stages[0])
+    return sorted(found)
+
+
+def _takes_statistics(module: nn.Module) -> bool:
+    return getattr(module, "running_var", None) is not None and not isinstance(module, _InstanceNorm)
+
+
+def _drops(module: nn.Module) -> bool:
+    rates = [getattr(module, name, 0.0) or 0.0 for name in ("p", "prob", "drop_prob", "rate")]
+    return "Drop" in type(module).__name__ and any(isinstance(rate, int | float) and rate > 0 for rate in rates)
+
+
+def keep_decisions(record: dict[str, Any] | None, clock: Clock) -> None:
+    """Take from `run.json` what was decided for a stage and is in no checkpoint yet."""
+    clock.keeps_codes = {**(record or {}).get("keeps_codes", {}), **clock.keeps_codes}
+
+
+def note_start(
+    folder: RunFolder, record: dict[str, Any], start: Computed, clock: Clock, hangs_on: list[str], screen: Progress
+) -> dict[str, Any]:
+    """Write down how the run goes on; announce what is not as before.
+
+    Steps that no checkpoint has are made again, so that what was noted of them is taken back.
+
+    Args:
+        hangs_on: from `what_hangs_on_passes`.
+
+    Returns:
+        What `run.json` holds.
+    """
+    starts = [known for known in _starts(record) if known.from_step < start.from_step]
+    differing = start.differs(starts[-1]) if starts else []
+    changes = [change for change in record.get("changes", []) if change["step"] < start.from_step]
+    for name in differing:
+        other = hangs_on if name != "engine" else []
+        effect = f"another training ({', '.join(other)})" if other else "rounding"
+        before, after = getattr(starts[-1], name), getattr(start, name)
+        changes.append({"step": start.from_step, "what": name, "before": before, "after": after, "effect": effect})
+        screen.say(_announced(changes[-1], other), style="yellow" if other else None)
+    if differing or not starts:
+        starts.append(start)
+    new = {**record, "computed": [asdict(one) for one in starts], "changes": changes, "keeps_codes": clock.keeps_codes}
+    return _write_if_new(folder, record, new)
+
+
+def note_decisions(folder: RunFolder, clock: Clock) -> None:
+    """Write down what was decided for a stage that has begun."""
+    record = json.loads(folder.run_json.read_text())
+    _write_if_new(folder, record, {**record, "keeps_codes": clock.keeps_codes})
+
+
+def _write_if_new(folder: RunFolder, record: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """Write `run.json` where something has changed; what it holds."""
+    if new != record:
+        with naming_disk_errors(folder.run_json):
+            write_json(folder.run_json, new)
+    return new
+
+
+def _announced(change: dict[str, Any], hangs_on: list[str]) -> str:
+    what = f"{_WORDS[change['what']]}: {change['before']} -> {change['after']}, from step {change['step']:,} on"
+    if not hangs_on:
+        return f"{what}: the same training up to rounding"
+    return f"WARNING: {what}: with {' and '.join(hangs_on)} this is another training than the run began as"
+
+
+def _starts(record: dict[str, Any]) -> list[Computed]:
+    if "computed" in record:
+        return [Computed(**start) for start in record["computed"]]
+    batch = re.search(r"x (\d+)$", record.get("batch") or "")  # of an older version
+    return [Computed(0, int(record["world_size"]), int(batch[1]), None)] if batch else []

@@ -1,0 +1,169 @@
+"""Corrections: what an earlier version trained or chose wrongly, and which unfinished runs must not be resumed for it.
+
+Promise: a run that began before a correction, and that would go on as another training because of it, is refused on
+`--resume` with the correction's name. `run.json` lists under `corrections` the names of those in force when the run
+began; runs of versions that knew of none have no such key. A run that has made no step yet begins anew with all of
+them.
+
+To add one, write one more entry of `CORRECTIONS`:
+
+    Correction("its-name", "what was wrong, and what is right now", lambda past: past.recipe.loss.label_smoothing > 0),
+
+The predicate is asked for unfinished training runs that lack the name, have a checkpoint and have passed all other
+checks of `--resume`; it says whether this run would go on in another way than it began. Names are for ever.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from tlscale.checkpoint import list_checkpoints
+from tlscale.errors import ResumeError
+from tlscale.model.backbone import layer_depths
+from tlscale.prepare import Prepared
+from tlscale.recipe.schema import Recipe
+from tlscale.run_folder import RunFolder, naming_disk_errors, write_json
+
+
+@dataclass(frozen=True)
+class Past:
+    """An unfinished run that is to be resumed.
+
+    Attributes:
+        prepared: the run as this version would go on with it.
+        record: its `run.json`.
+        clock: of its newest checkpoint, as `run_state.Clock` writes it: `step`, `best`, `keeps_codes` (stage -> whether
+            it trains on codes) and so on; a key may be missing in one of an older version.
+    """
+
+    prepared: Prepared
+    record: dict[str, Any]
+    clock: dict[str, Any]
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe, which is that of the run."""
+        return self.prepared.recipe
+
+
+@dataclass(frozen=True)
+class Correction:
+    """One correction.
+
+    Attributes:
+        name: as `run.json` has it.
+        text: what was wrong and what is right now, for the message.
+        applies: whether a run that began without it would go on as another training.
+    """
+
+    name: str
+    text: str
+    applies: Callable[[Past], bool]
+
+
+def _is_weighted(past: Past) -> bool:
+    return past.recipe.loss.class_weights != "none"
+
+
+def _is_smoothed(past: Past) -> bool:
+    return past.recipe.loss.label_smoothing > 0
+
+
+def _loss_chooses(past: Past) -> bool:
+    chooses = past.recipe.evaluate.select == "loss" and past.prepared.data.validation is not None
+    return chooses and (_is_weighted(past) or _is_smoothed(past))
+
+
+def _saw_fresh_views(past: Past) -> bool:
+    """Whether a stage that is not over trains on images, and its epochs come to a view that is seen again."""
+    prepared = past.prepared
+    if not prepared.augment or prepared.teacher is not None:
+        return False
+    for stage in prepared.stages:
+        views, decided = prepared.image_views(stage), past.clock.get("keeps_codes", {}).get(str(stage.number))
+        is_ahead, last_epoch = stage.stop_step > past.clock["step"], prepared.order.epoch(stage.stop_step - 1)
+        if views is not None and decided is False and is_ahead and last_epoch >= views:
+            return True
+    return False
+
+
+def _was_a_layer_too_deep(past: Past) -> bool:
+    """Whether timm counts a part of the backbone to the layer of the classifier, and a stage ahead decays by layer."""
+    ahead = [stage for stage in past.prepared.stages if stage.stop_step > past.clock["step"]]
+    if all(stage.optim.layer_decay in (None, 1.0) for stage in ahead):
+        return False
+    return min(layer_depths(past.prepared.classifier.backbone)[0].values()) != 1
+
+
+CORRECTIONS: tuple[Correction, ...] = (
+    Correction(
+        "weights-beside-smoothing",
+        "loss.class_weights beside loss.label_smoothing weighed every class of the smoothed target by its own weight, "
+        "so that a rare class was the answer for everything; an image has the weight of its own label now",
+        lambda past: _is_weighted(past) and _is_smoothed(past),
+    ),
+    Correction(
+        "plain-validation-loss",
+        "the validation loss, by which evaluate.select: loss chooses the weights, had class weights and smoothing in "
+        "it; it is plain cross-entropy now, and figures of both kinds cannot be ranked together",
+        _loss_chooses,
+    ),
+    Correction(
+        "same-views-without-codes",
+        "codes.views had no effect where there was no room for codes, and each epoch saw new augmented images; it sees "
+        "the same codes.views of them either way now",
+        _saw_fresh_views,
+    ),
+    Correction(
+        "layer-decay-of-timm",
+        "optim.layer_decay counted one layer too many in backbones whose last norm timm counts to the classifier's "
+        "layer (ConvNeXt, EVA, BEiT, MobileNetV3, others), so that all of them learned too slowly; it counts as timm "
+        "does now",
+        _was_a_layer_too_deep,
+    ),
+)
+
+
+def names() -> list[str]:
+    """Return the names of all corrections, for `run.json` of a run that begins."""
+    return [correction.name for correction in CORRECTIONS]
+
+
+def refuse_uncorrected(folder: RunFolder, prepared: Prepared, record: dict[str, Any]) -> dict[str, Any]:
+    """Let a run be resumed only where no correction makes it another training.
+
+    Returns:
+        What `run.json` holds from now on.
+
+    Raises:
+        ResumeError: naming the corrections.
+    """
+    clock = _newest_clock(folder)
+    if clock is None or not clock["step"]:
+        record = {**record, "corrections": names()}
+        with naming_disk_errors(folder.run_json):
+            write_json(folder.run_json, record)
+        return record
+    past, known = Past(prepared, record, clock), record.get("corrections", [])
+    found = [correction for correction in CORRECTIONS if correction.name not in known and correction.applies(past)]
+    if found:
+        lines = "\n  ".join(f"{correction.name}: {correction.text}" for correction in found)
+        raise ResumeError(
+            f"'{folder.path}' cannot be resumed: it began with a version of tlscale in which something was wrong, and "
+            f"would go on from step {clock['step']} as another training:\n  {lines}\n  Finish it with the version that "
+            "it began with, or begin it again: --overwrite, or --out DIR"
+        )
+    return record
+
+
+def _newest_clock(folder: RunFolder) -> dict[str, Any] | None:
+    """The clock of the newest checkpoint that has one; whether that is sound is found when it is loaded."""
+    for checkpoint in reversed(list_checkpoints(folder.checkpoints)):
+        try:
+            return dict(json.loads((checkpoint / "state.json").read_text())["clock"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return None

@@ -1,0 +1,153 @@
+"""Find the images that cannot be read, for `data.on_bad_image: skip`, before anything is drawn from the splits.
+
+Promise: every image of every split is tried, by its content: what was found sound once is not decoded again, wherever
+it lies and whatever it is called then. The findings below `$TLSCALE_CACHE/checked` only save time; none is relied on
+for anything else, and a folder that cannot be written is no error.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import PIL
+
+from tlscale.data.images import decode_image
+from tlscale.data.tables import Raw, Role, SourceSplit
+from tlscale.data.workers import map_in_threads
+from tlscale.errors import DataError
+from tlscale.recipe.schema import DataSection
+
+_BLOCK = 256  # images that a thread takes at once
+_RULES = 1  # raise it when `decode_image` comes to refuse what it took before
+_DIGEST_BYTES = 32
+
+
+@dataclass(frozen=True)
+class BadImages:
+    """Images that a run skips, each with the reason."""
+
+    found: Mapping[Role, Sequence[tuple[int, str]]] = field(default_factory=dict)
+    """For each split of the source: rows of the whole split, ascending."""
+    is_late: bool = False
+    """Of a run of an older version: positions in the training split after the limit and the hold-out were drawn."""
+
+    def __len__(self) -> int:
+        return sum(map(len, self.found.values()))
+
+    @property
+    def counts(self) -> dict[Role, int]:
+        """Number of skipped images by split, without those that have none."""
+        return {role: len(rows) for role, rows in self.found.items() if rows}
+
+    def reasons(self) -> Iterable[str]:
+        """One line an image."""
+        return (f"{role} image {row}: {why}" for role, rows in self.found.items() for row, why in rows)
+
+    def to_plain(self) -> Any:
+        """For `run.json`."""
+        plain = {role: [[row, why] for row, why in rows] for role, rows in self.found.items() if rows}
+        return plain.get("train", []) if self.is_late else plain
+
+    @classmethod
+    def from_plain(cls, plain: Any) -> BadImages:
+        """What `to_plain` gave; a list is what older versions wrote."""
+        if isinstance(plain, list):
+            return cls({"train": [(int(row), str(why)) for row, why in plain]}, is_late=True)
+        return cls({role: [(int(row), str(why)) for row, why in rows] for role, rows in plain.items()})
+
+
+def find_bad(section: DataSection, splits: Mapping[Role, SourceSplit]) -> BadImages:
+    """Try every image of every split."""
+    max_pixels = round(section.max_megapixels * 1e6)
+    known = _Checked(max_pixels)
+    found = {role: find_bad_images(split.store, max_pixels=max_pixels, known=known) for role, split in splits.items()}
+    known.save()
+    return BadImages({role: rows for role, rows in found.items() if rows})
+
+
+class _Images(Protocol):
+    def __len__(self) -> int: ...
+
+    def read(self, row: int, /) -> Raw: ...
+
+    def where(self, row: int, /) -> str: ...
+
+
+def find_bad_images(
+    images: _Images, *, max_pixels: int, rows: Sequence[int] | None = None, known: _Checked | None = None
+) -> list[tuple[int, str]]:
+    """Return the images that cannot be read, each with the reason.
+
+    Args:
+        rows: which to try; None: all.
+        known: what was found sound before; what is found now is added.
+    """
+
+    def reason(row: int) -> tuple[int, str] | None:
+        try:
+            raw = images.read(row)
+            digest = content_digest(raw) if known is not None else None
+            if known is None or digest not in known:
+                decode_image(raw, in_chans=3, max_pixels=max_pixels, where=images.where(row))
+            if known is not None and digest is not None:
+                known.add(digest)
+        except DataError as error:
+            return row, str(error)
+        return None
+
+    rows = range(len(images)) if rows is None else rows
+    blocks = [rows[start : start + _BLOCK] for start in range(0, len(rows), _BLOCK)]
+    found = map_in_threads(lambda block: [reason(row) for row in block], blocks)
+    return [bad for block in found for bad in block if bad is not None]
+
+
+def content_digest(raw: Raw) -> bytes | None:
+    """Return what identifies an encoded image by its content; None for an array, which takes no decoding."""
+    return None if isinstance(raw, np.ndarray) else hashlib.sha256(raw).digest()
+
+
+class _Checked:
+    """Digests of images that were decoded and found sound, by these rules and this Pillow."""
+
+    def __init__(self, max_pixels: int) -> None:
+        root = Path(os.environ.get("TLSCALE_CACHE") or Path.home() / ".cache" / "tlscale")
+        rules = f"{_RULES} {PIL.__version__} {max_pixels}"
+        self._folder = root / "checked" / hashlib.sha256(rules.encode()).hexdigest()[:16]
+        self._known: set[bytes] = set()
+        self._new: set[bytes] = set()
+        for path in self._folder.glob("*.sha256"):
+            try:
+                held = path.read_bytes()
+            except OSError:
+                continue
+            ends = range(_DIGEST_BYTES, len(held) + 1, _DIGEST_BYTES)
+            self._known.update(held[end - _DIGEST_BYTES : end] for end in ends)
+
+    def __contains__(self, digest: bytes | None) -> bool:
+        return digest in self._known
+
+    def add(self, digest: bytes) -> None:
+        if digest not in self._known:
+            self._new.add(digest)
+
+    def save(self) -> None:
+        """Write what is new to a file of its own, so that processes beside this one lose nothing."""
+        if not self._new:
+            return
+        content = b"".join(sorted(self._new))
+        path = self._folder / f"{hashlib.sha256(content).hexdigest()[:32]}.sha256"
+        aside = path.with_suffix(f".{os.getpid()}.tmp")
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            aside.write_bytes(content)
+            aside.replace(path)
+        except OSError:
+            with suppress(OSError):
+                aside.unlink(missing_ok=True)

@@ -1,0 +1,101 @@
+"""Find rows that are one and the same file, however it is spelt: `a.png`, `./a.png`, by an absolute path or a link.
+
+Promise: a file with two labels is an error, one in two splits is announced, and rows of one file are never divided.
+
+Shape letters: N rows of a split, M rows of all splits, 4 the numbers that identify a file.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+
+import numpy as np
+import numpy.typing as npt
+
+from tlscale.data.tables import Ints, LabelledTable, Role
+from tlscale.errors import DataError
+
+Identities = npt.NDArray[np.int64]
+
+
+def identity_of(found: os.stat_result) -> tuple[int, ...]:
+    """Return what tells a file from others, whatever it is called: device, inode, size and time of change."""
+    # Devices and inodes are unsigned 64-bit numbers on some file systems.
+    return (
+        *(number - (number >> 63 << 64) for number in (found.st_dev, found.st_ino)),
+        found.st_size,
+        found.st_mtime_ns,
+    )
+
+
+def number_files(identities: Sequence[Identities]) -> list[Ints] | None:
+    """Return for each split the number of the file of each row, equal for equal files over all splits.
+
+    Args:
+        identities: (N, 4) for each split, as `identity_of` gives it.
+
+    Returns:
+        None where the file system numbers no files.
+    """
+    all_M4 = np.concatenate(identities)
+    if not len(all_M4) or (all_M4[:, 1] == 0).any():
+        return None
+    _, numbers_M = np.unique(all_M4, axis=0, return_inverse=True)
+    return np.split(numbers_M.reshape(-1).astype(np.int64), np.cumsum([len(part) for part in identities])[:-1])
+
+
+def check_files(
+    tables: Mapping[Role, LabelledTable], files: Mapping[Role, Ints | None], classes: Sequence[str], place: str
+) -> list[str]:
+    """Return notes on files that several rows name.
+
+    Raises:
+        DataError: one file has two labels.
+    """
+    numbered = {role: numbers_N for role, numbers_N in files.items() if numbers_N is not None and role in tables}
+    if not numbered:
+        return []
+    files_M = np.concatenate(list(numbered.values()))
+    labels_M = np.concatenate([tables[role].labels_N for role in numbered])
+    order_M = np.lexsort((labels_M, files_M))
+    same_M = files_M[order_M][1:] == files_M[order_M][:-1]
+    clash = np.flatnonzero(same_M & (labels_M[order_M][1:] != labels_M[order_M][:-1]))
+    if len(clash):
+        rows = [(role, row) for role in numbered for row in range(len(numbered[role]))]
+        pair = [rows[order_M[clash[0] + step]] for step in (0, 1)]
+        raise DataError(_two_labels([(tables[role], row) for role, row in pair], classes, len(clash), place))
+    return [*_repeated(numbered), *_leaks(tables, numbered)]
+
+
+def _two_labels(pair: list[tuple[LabelledTable, int]], classes: Sequence[str], count: int, place: str) -> str:
+    said = " and ".join(f"{table.where(row)} is {classes[table.labels_N[row]]!r}" for table, row in pair)
+    return (
+        f"{place}: {count:,} file{'s have' if count > 1 else ' has'} two labels: {said}; keep the row (or the link) "
+        "that is right"
+    )
+
+
+def _repeated(numbered: Mapping[Role, Ints]) -> list[str]:
+    notes = []
+    for role, files_N in numbered.items():
+        count = len(files_N) - len(np.unique(files_N))
+        if count:
+            notes.append(
+                f"{role}: {count:,} rows name a file that another row names too; rows of one file are never divided"
+            )
+    return notes
+
+
+def _leaks(tables: Mapping[Role, LabelledTable], numbered: Mapping[Role, Ints]) -> list[str]:
+    notes = []
+    for one, other in combinations(numbered, 2):
+        shared = np.intersect1d(numbered[one], numbered[other])
+        if len(shared):
+            row = int(np.flatnonzero(numbered[other] == shared[0])[0])
+            notes.append(
+                f"LEAK: rows name {len(shared):,} file{'s' * (len(shared) > 1)} in both {one} and {other}, such as "
+                f"{tables[other].where(row)}: figures on {other} are too good"
+            )
+    return notes

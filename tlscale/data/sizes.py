@@ -1,0 +1,51 @@
+"""Find out how large the images of a data set are, from the headers of a few of them.
+
+Promise: the answer hangs on the training split as the source holds it, not on the seed, a limit, a hold-out or what is
+skipped, so that all runs on one data set see their images in the same way.
+"""
+
+from __future__ import annotations
+
+import io
+import statistics
+
+import numpy as np
+
+from tlscale.data.images import BadImageError, header_hw
+from tlscale.data.tables import FileStore, ImageTable, LabelledTable
+from tlscale.errors import DataError
+
+MOST_HEADERS = 256
+
+
+def median_side_px(table: ImageTable) -> int:
+    """Return the median of the shorter sides of at most `MOST_HEADERS` images, evenly spaced over the table.
+
+    An image whose header cannot be read does not count: it is for those who decode it to find it bad.
+
+    Raises:
+        DataError: none of the headers can be read.
+    """
+    rows = np.unique(np.linspace(0, len(table) - 1, min(MOST_HEADERS, len(table))).round().astype(np.int64)).tolist()
+    sides: list[int] = []
+    errors: list[DataError] = []
+    for row in rows:
+        try:
+            sides.append(_shorter_side(table, row))
+        except DataError as error:
+            errors.append(error)
+    if not sides:
+        raise DataError(f"none of {len(rows)} training images can be read; the first: {errors[0]}")
+    return statistics.median_low(sides)
+
+
+def _shorter_side(table: ImageTable, row: int) -> int:
+    where = table.where(row)
+    if isinstance(table, LabelledTable) and isinstance(table.store, FileStore):
+        try:
+            with open(where, "rb") as file:  # a header is a small part of a photo
+                return min(header_hw(file, where))
+        except OSError as error:
+            raise BadImageError(f"{where}: cannot be read: {error.strerror or error}") from None
+    raw = table.read(row)
+    return int(min(raw.shape[:2])) if isinstance(raw, np.ndarray) else min(header_hw(io.BytesIO(raw), where))
