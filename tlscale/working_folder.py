@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import configparser
 import contextlib
+import importlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,3 +50,13 @@ def outside_working_folder() -> Iterator[None]:
             yield
     finally:
         os.environ.update(was)
+
+
+def import_torch() -> None:
+    """Import torch while the working folder is elsewhere.
+
+    Of its wheels for CUDA one library (cuSPARSELt) names an empty folder among those in which its own libraries are
+    looked for, which the system takes for the working folder: a `libcuda.so.1` there would be run.
+    """
+    with contextlib.suppress(ImportError), outside_working_folder():
+        importlib.import_module("torch")

@@ -8,13 +8,13 @@ Shape letters: N images of a split.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from tlscale.data.content import content_digest
 from tlscale.data.sources import ImageData, read_source
 from tlscale.data.splits import name_labels, number_labels
 from tlscale.data.tables import (
@@ -149,13 +149,6 @@ def _joined(wanted: Sequence[Role], tables: Sequence[LabelledTable], splits: Seq
     return ImageSplit(wanted[0], table, np.flatnonzero(codes_N != NO_LABEL).astype(np.int64))
 
 
-def image_digest(raw: Raw) -> bytes:
-    """SHA-256 of what `split.read(i)` gives: the bytes of an encoded image, or a decoded array and its shape."""
-    if isinstance(raw, bytes):
-        return hashlib.sha256(raw).digest()
-    return hashlib.sha256(repr((raw.shape, raw.dtype.str)).encode() + np.ascontiguousarray(raw).tobytes()).digest()
-
-
 def count_shared(scored: ImageSplit, other: ImageSplit) -> int:
     """How many images of `scored` are in `other` too, by content.
 
@@ -177,7 +170,7 @@ def count_shared(scored: ImageSplit, other: ImageSplit) -> int:
 
 def _read_digest(split: ImageSplit, i: int) -> tuple[int, bytes]:
     raw = split.read(i)
-    return len(raw) if isinstance(raw, bytes) else raw.nbytes, image_digest(raw)
+    return len(raw) if isinstance(raw, bytes) else raw.nbytes, content_digest(raw)
 
 
 def _file_size(split: ImageSplit, i: int) -> int | None:
