@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from tlscale.corrections import refuse_uncorrected
+from tlscale.data.identity import scored_identity, used_identity
 from tlscale.data.sources import BadImages
 from tlscale.dist import start_processes
 from tlscale.errors import ResumeError, Stopped
@@ -29,7 +30,8 @@ from tlscale.run_record import read_record
 from tlscale.screen import show_plan
 from tlscale.stop import StopRequest
 
-# A resumed run may differ in these: none of them changes what is learned.
+# A resumed run may differ in these: they change nothing of what is learned, or only rounding. The exception is batch
+# norm and dropout on other passes (`compute.micro_batch_size`, the number of processes), which `computed` announces.
 MAY_CHANGE = (
     "checkpoint.",
     "codes.cache_gib",
@@ -95,6 +97,8 @@ def run(
         show_plan(prepared, screen, device=str(processes.device))
         if record is not None:
             processes.on_main(partial(_refuse_other_inputs, record, prepared, folder))
+            record = processes.on_main(partial(_compare_data, record, prepared, folder, screen))
+            processes.on_main(partial(_refuse_other_transform, record, prepared, folder))
             record = processes.on_main(partial(refuse_uncorrected, folder, prepared, record))
         processes.on_main(partial(folder.stopped.unlink, missing_ok=True))
         job = train if recipe.probe is None else probe
@@ -137,13 +141,13 @@ def _refuse_other_recipe(recipe: Recipe, folder: RunFolder, screen: Progress) ->
         By section the keys that came after the run began, with what it does all the same.
     """
     stored, older = load_stored_recipe(folder.recipe)
-    for section, keys in older.items():
+    for section, keys in older.items() if recipe.probe is None else ():  # a probe has no use for them
         for key, value in keys.items():
             screen.say(f"{section}.{key}: {value}, as the run began: it is older than this key")
     changes = [
         f"{key}: {old!r} -> {new!r}"
         for key, old, new in diff_recipes(stored, with_values(recipe, older))
-        if not key.startswith(MAY_CHANGE)
+        if not key.startswith(MAY_CHANGE) or (key == "codes.keep" and _sees_other_views(stored, recipe))
     ]
     if changes:
         lines = "\n  ".join(changes)
@@ -154,18 +158,18 @@ def _refuse_other_recipe(recipe: Recipe, folder: RunFolder, screen: Progress) ->
     return older
 
 
+def _sees_other_views(stored: Recipe, recipe: Recipe) -> bool:
+    """With `codes.keep: always` a single view is kept for all epochs; otherwise each epoch sees a new one."""
+    is_one = bool(recipe.data.augment) and recipe.codes.views == 1 and recipe.distill is None
+    return is_one and (stored.codes.keep == "always") != (recipe.codes.keep == "always")
+
+
 def _refuse_other_inputs(record: dict[str, Any], prepared: Prepared, folder: RunFolder) -> None:
-    now = {"data": str(prepared.data.identity["fingerprint"]), "weights": prepared.weights.sha256}
-    then = {"data": record["data"]["fingerprint"], "weights": record["weights"]["sha256"]}
+    now, then = {"weights": prepared.weights.sha256}, {"weights": record["weights"]["sha256"]}
     if prepared.teacher is not None:
         now["teacher's weights"], then["teacher's weights"] = prepared.teacher.digest, record["teacher"]["sha256"]
-    _refuse_other_transform(record, prepared, folder)
     for what, digest in then.items():
-        if digest != now[what]:
-            raise ResumeError(
-                f"'{folder.path}' cannot be resumed: its {what} are not those that it was started with "
-                f"({digest[:12]} then, {now[what][:12]} now). Bring them back, or start another: --out DIR"
-            )
+        _refuse_another(what, digest, now[what], folder)
 
 
 def _refuse_other_transform(record: dict[str, Any], prepared: Prepared, folder: RunFolder) -> None:
@@ -178,4 +182,45 @@ def _refuse_other_transform(record: dict[str, Any], prepared: Prepared, folder: 
             f"'{folder.path}' cannot be resumed: its images would be fed in another way ({', '.join(changes)}). "
             "Versions of tlscale before this one took crop_pct from the size of the first training image; now it "
             f"comes from the median size of the training split. Start another run: --out DIR{keep}"
+        )
+
+
+def _compare_data(record: dict[str, Any], prepared: Prepared, folder: RunFolder, screen: Progress) -> dict[str, Any]:
+    """Refuse other training or validation images; announce and record another test split.
+
+    Returns:
+        What `run.json` holds from now on.
+
+    Raises:
+        ResumeError: the run would go on with other data.
+    """
+    data, then = prepared.data, record["data"]
+    if "used_sha256" not in then:
+        screen.say(f"'{folder.path}' is of an older tlscale: its data were compared by the older identity")
+        _refuse_another("data", then["fingerprint"], str(data.identity["fingerprint"]), folder)
+        return record
+    _refuse_another("data", then["used_sha256"], used_identity(data, then["used_by"]).sha256, folder)
+    if data.test is None and "test" not in then["num_images"]:
+        return record  # the validation split is scored, and that is the same
+    scored = scored_identity(data, then["scored_by"])
+    if scored.sha256 == then["scored_sha256"]:
+        return record
+    screen.say(
+        f"WARNING: the test split is not the one that '{folder.path}' was started with ({then['scored_sha256'][:12]} "
+        f"then, {scored.sha256[:12]} now). Training is not affected; the score will be of the new one",
+        style="bold red",
+    )
+    earlier = [*then.get("earlier_scored_sha256", []), then["scored_sha256"]]
+    now = {"scored_sha256": scored.sha256, "scored_by": scored.by, "num_images": data.identity["num_images"]}
+    record = {**record, "data": {**then, **now, "earlier_scored_sha256": earlier}}
+    with naming_disk_errors(folder.run_json):
+        write_json(folder.run_json, record)
+    return record
+
+
+def _refuse_another(what: str, then: str, now: str, folder: RunFolder) -> None:
+    if then != now:
+        raise ResumeError(
+            f"'{folder.path}' cannot be resumed: its {what} are not those that it was started with "
+            f"({then[:12]} then, {now[:12]} now). Bring them back, or start another: --out DIR"
         )
