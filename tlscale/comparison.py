@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -65,6 +65,8 @@ class Outcome:
     """Images that went through the backbone while codes were computed or the network was trained."""
     found_codes: bool = False
     """Whether codes that another run had computed were used, so that `wall_s` is without that."""
+    seconds: dict[str, float] | None = None
+    """The parts of `wall_s`; None of a run of an older version."""
     layer: str | None = None
     split: str | None = None
     num_images: int | None = None
@@ -130,6 +132,7 @@ def finished(variant: str, size: int | None, seed: int, folder: RunFolder, resul
         interval95=tuple(result["top1_interval95"]),
         held_out_top1=_held_out_top1(folder, result),
         wall_s=result["wall_s"],
+        seconds=result.get("seconds"),
         trainable_params=result["trainable_params"],
         steps=result["steps"],
         images_seen=computed if computed is not None and whole_is_frozen else result["images_seen"],
@@ -263,8 +266,18 @@ def markdown(title: str, outcomes: Sequence[Outcome], extra: Sequence[str] = ())
     return "\n".join([f"# {title}", "", *picture, *lines, "", *(part for line in remarks for part in (line, ""))])
 
 
-def write_comparison(out: Path, title: str, outcomes: Sequence[Outcome], extra: Sequence[str] = ()) -> dict[str, Any]:
+def write_comparison(
+    out: Path,
+    title: str,
+    outcomes: Sequence[Outcome],
+    extra: Sequence[str] = (),
+    *,
+    times: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """`compare.json`, `compare.md`, `compare.png` and `compare.svg` in the folder `out`.
+
+    Args:
+        times: `wall_s` and `seconds` of the comparison itself.
 
     Returns:
         What `compare.json` holds.
@@ -272,7 +285,12 @@ def write_comparison(out: Path, title: str, outcomes: Sequence[Outcome], extra: 
     Raises:
         TlscaleError: they cannot be written.
     """
-    figures = {"name": title, "notes": [*notes(outcomes), *extra], "runs": [asdict(outcome) for outcome in outcomes]}
+    figures = {
+        "name": title,
+        **(times or {}),
+        "notes": [*notes(outcomes), *extra],
+        "runs": [asdict(outcome) for outcome in outcomes],
+    }
     text = json.dumps(figures, indent=2, allow_nan=False) + "\n"
     with naming_disk_errors(out):
         write_text(out / "compare.json", text)

@@ -9,10 +9,13 @@ import tlscale
 from tests.older_runs import put_older_runs
 from tests.small_runs import exported, result
 from tlscale.codes.store import CodesStore
+from tlscale.errors import ResumeError
 from tlscale.jobs.evaluate import evaluate_run
 
 FINISHED = ("trained", "views", "full", "probe", "probe_no_test", "knn")
-STOPPED = ("ema", "on_codes", "staged", "distilled", "weighted", "decayed", "sharded")
+STOPPED = ("ema", "on_codes", "staged", "distilled", "sharded")
+# What a correction of a later version would go on with as another training.
+REFUSED = {"weighted": "label_smoothing", "decayed": "layer_decay"}
 
 
 @pytest.fixture
@@ -30,7 +33,7 @@ def recipe_of(name):
 
 
 def test_all_of_it_is_tested(older):
-    assert sorted(path.name for path in (older / "runs").iterdir()) == sorted([*FINISHED, *STOPPED])
+    assert sorted(path.name for path in (older / "runs").iterdir()) == sorted([*FINISHED, *STOPPED, *REFUSED])
 
 
 @pytest.mark.parametrize("name", FINISHED)
@@ -40,7 +43,8 @@ def test_a_finished_run_loads_and_has_its_figures(name, older):
     again = evaluate_run(f"runs/{name}")
     for key in ("split", "num_images", "confusion"):
         assert again[key] == figures[key], key
-    assert again["loss"] == pytest.approx(figures["loss"], rel=1e-4)
+    if name != "full":  # whose loss is smoothed: that of older versions; today it is the plain one
+        assert again["loss"] == pytest.approx(figures["loss"], rel=1e-4)
 
 
 @pytest.mark.parametrize("name", FINISHED)
@@ -59,6 +63,14 @@ def test_an_unfinished_run_ends_as_it_did(name, older):
     assert figures["loss"] == pytest.approx(end["loss"], rel=1e-4)
     log = [json.loads(line) for line in (older / "runs" / name / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log if line["kind"] == "train"] == list(range(1, 9)), "resumed, not begun again"
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_an_unfinished_run_that_a_correction_would_change_is_refused(name, older):
+    before = {path: path.stat().st_mtime_ns for path in (older / "runs" / name / "checkpoints").rglob("*")}
+    with pytest.raises(ResumeError, match=REFUSED[name]):
+        tlscale.run(recipe_of(name), f"runs/{name}", resume=True)
+    assert {path: path.stat().st_mtime_ns for path in (older / "runs" / name / "checkpoints").rglob("*")} == before
 
 
 def test_codes_of_each_kind_are_whole(older):

@@ -17,15 +17,21 @@ from tlscale.errors import DataError, RunFolderError
 from tlscale.evaluate import InputPath, evaluate
 from tlscale.model.export import TrainedModel, load
 from tlscale.objective import Objective
-from tlscale.progress import Progress, number
+from tlscale.progress import Pace, Progress, number
 from tlscale.recipe.load import load_recipe
 from tlscale.recipe.schema import LossSection, Recipe
 from tlscale.run_folder import write_json
 from tlscale.screen import show_classes
+from tlscale.stopwatch import Stopwatch, describe_seconds
 
 
 def evaluate_run(
-    run: str | Path, overrides: Sequence[str] = (), *, split_name: str | None = None, as_json: bool = False
+    run: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    split_name: str | None = None,
+    as_json: bool = False,
+    watch: Stopwatch | None = None,
 ) -> dict[str, Any]:
     """Figures of the run's exported model.
 
@@ -34,6 +40,7 @@ def evaluate_run(
         overrides: changes to its recipe, such as other data.
         split_name: train, validation or test; by itself test, or validation where there is none.
         as_json: print the figures as JSON rather than as tables.
+        watch: measures it; by default from this call.
 
     Returns:
         The figures, which are also written to `evaluation_<split>.json` in the run folder.
@@ -41,6 +48,7 @@ def evaluate_run(
     Raises:
         TlscaleError: no such run, or data that do not fit its classes.
     """
+    watch = watch or Stopwatch()
     folder = Path(run)
     if not (folder / "recipe.yaml").is_file():
         raise RunFolderError(f"'{run}' is not a run folder: there is no '{folder / 'recipe.yaml'}'")
@@ -51,22 +59,28 @@ def evaluate_run(
     with closing(start_processes(recipe.compute.without_engine())) as processes:
         own_data = not any(override.startswith("data.") for override in overrides)
         skipped = _skipped(folder) if own_data else None
-        split = _split(_open(recipe, trained, skipped), split_name)
-        store = ImageStore(split, recipe.data, trained.input_spec)
+        with watch("scan"):
+            split = _split(_open(recipe, trained, skipped), split_name)
+        screen = Progress(0, enabled=processes.is_main and not as_json)
+        with watch("decode"):
+            pace = Pace(len(split), screen.say, f"decoding {split.name}")
+            store = ImageStore(split, recipe.data, trained.input_spec, on_images=pace.add)
         dtype = torch.float64 if recipe.compute.precision == "fp64" else torch.float32
         workers = default_workers(
             recipe.data, cached=store.cached, augmented=False, device=processes.device, processes=processes.world_size
         )
         batch_size = recipe.evaluate.batch_size or recipe.batch_size
-        figures = evaluate(
-            trained.model.to(processes.device, dtype),
-            eval_batches(store, processes.rank, processes.world_size, batch_size, workers),
-            inputs=InputPath(trained.input_spec, dtype, processes.device, recipe.compute.channels_last),
-            num_images=len(split),
-            objective=Objective(LossSection(label_smoothing=recipe.loss.label_smoothing), None),
-            classes=trained.classes,
-            processes=processes,
-        )
+        with watch("evaluate"):
+            figures = evaluate(
+                trained.model.to(processes.device, dtype),
+                eval_batches(store, processes.rank, processes.world_size, batch_size, workers),
+                inputs=InputPath(trained.input_spec, dtype, processes.device, recipe.compute.channels_last),
+                num_images=len(split),
+                objective=Objective(LossSection(label_smoothing=recipe.loss.label_smoothing), None),
+                classes=trained.classes,
+                processes=processes,
+            )
+        figures |= watch.figures(parts=("start", "scan", "decode", "evaluate"))
         figures = {"split": split.name, "source": recipe.data.source, **figures}
         if processes.is_main:
             write_json(folder / f"evaluation_{split.name}.json", figures)
@@ -108,3 +122,4 @@ def _show(figures: dict[str, Any], *, as_json: bool) -> None:
         f"macro-F1 {number(figures['macro_f1'])}, ECE {number(figures['ece'])}",
         style="bold",
     )
+    screen.say(f"seconds: {describe_seconds(figures)}")

@@ -9,7 +9,6 @@ Shapes: B images of a block, N images, C classes, D features.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -52,7 +51,6 @@ def probe(
     screen: Progress,
 ) -> dict[str, Any]:
     """Fit the recipe's probe, evaluate it and export its model; what `result.json` holds."""
-    began = time.monotonic()
     recipe, data = prepared.recipe, prepared.data
     refuse_wrong_probe(prepared)
 
@@ -71,8 +69,8 @@ def probe(
         RunBook(prepared, folder, processes, Clock(), record, progress) as book,
     ):
         # -- fit: on the main process; the others wait for what it finds -------------------------------------------
-        result = processes.on_main(lambda: _fit(prepared, keeper, codes, split, folder, book, progress, began))
-        book.trackers.summary(scalars(result))
+        result = processes.on_main(lambda: _fit(prepared, keeper, codes, split, folder, book, progress))
+        book.write_summary(result)
     return result
 
 
@@ -122,21 +120,21 @@ def _fit(
     folder: RunFolder,
     book: RunBook,
     progress: Progress,
-    began: float,
 ) -> dict[str, Any]:
     recipe, data, device = prepared.recipe, prepared.data, keeper.processes.device
     assert recipe.probe is not None
     wanted = wanted_codes(recipe)
     held = data.validation
-    choice = choose(
-        recipe.probe.kind,
-        _candidates(wanted, codes, device, has_held_out=held is not None),
-        data.train.labels_N,
-        held.labels_N if held is not None else data.train.labels_N[:0],
-        num_classes=len(data.classes),
-        grid=_grid(recipe.probe),
-        refit=recipe.probe.refit,
-    )
+    with prepared.watch("train"):
+        choice = choose(
+            recipe.probe.kind,
+            _candidates(wanted, codes, device, has_held_out=held is not None),
+            data.train.labels_N,
+            held.labels_N if held is not None else data.train.labels_N[:0],
+            num_classes=len(data.classes),
+            grid=_grid(recipe.probe),
+            refit=recipe.probe.refit,
+        )
     for name, rows in choice.table.items():
         for row in rows:
             book.write_probe(name, row.setting, row.held_top1, row.held_loss)
@@ -146,16 +144,17 @@ def _fit(
 
     # -- evaluate: the images that chose nothing, once ----------------------------------------------------------------
     number = [name_of(pair) for pair in wanted].index(choice.name)
-    figures = _figures(prepared, choice.probe.head, _values(codes[split.name], number, device), split)
+    with prepared.watch("test"):
+        figures = _figures(prepared, choice.probe.head, _values(codes[split.name], number, device), split)
     book.write_evaluation(split.name, figures, is_best=False)
 
     # -- export -------------------------------------------------------------------------------------------------------
     layer, pool = wanted[number]
     head = choice.probe.head if isinstance(choice.probe.head, KnnHead) else nn.Sequential(choice.probe.head)
     model = CodesClassifier(LayerCodes(prepared.classifier.backbone, [(layer, pool)]), head)
-    with naming_disk_errors(folder.model):
+    with prepared.watch("export"), naming_disk_errors(folder.model):
         how = export_model(model, folder.model, classes=data.classes, spec=prepared.spec)
-    result = _result(prepared, keeper, choice, (layer, pool), figures, split.name, time.monotonic() - began)
+    result = _result(prepared, keeper, choice, (layer, pool), figures, split.name)
     faults.at("result")
     with naming_disk_errors(folder.result):
         write_json(folder.result, result)
@@ -208,7 +207,6 @@ def _result(
     chosen: tuple[str, str],
     figures: dict[str, Any],
     split: str,
-    wall_s: float,
 ) -> dict[str, Any]:
     num_params = sum(param.numel() for param in choice.probe.head.parameters())
     backbone_params = sum(param.numel() for param in prepared.classifier.backbone.parameters())
@@ -235,8 +233,7 @@ def _result(
         "epochs": 0,
         "steps": 0,
         "images_seen": choice.probe.num_images,
-        "wall_s": round(wall_s, 3),
-        "images_per_s": round(choice.probe.num_images / max(wall_s, 1e-9), 1),
+        **prepared.watch.figures(choice.probe.num_images),
         "codes": keeper.facts(),
         "trainable_params": num_params,
         "total_params": backbone_params + num_params,
