@@ -59,7 +59,7 @@ def compute_codes(recipe: Recipe, watch: Stopwatch | None = None) -> int:
         else:
             _frozen_codes(prepared, processes, keeper, others)
         screen.say(f"{keeper.num_computed:,} images were computed; all codes are in '{keeper.store.root}'")
-        screen.say(describe_seconds(watch.figures(parts=("start", "scan", "decode", "codes"))))
+        screen.say("seconds: " + describe_seconds(watch.figures(parts=("start", "scan", "decode", "codes"))))
         return keeper.num_computed
 
 
