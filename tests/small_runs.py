@@ -150,6 +150,7 @@ def as_after(step: int, whole: Path, out: Path) -> Path:
     shutil.copytree(whole, out)
     shutil.rmtree(out / "model")
     (out / "result.json").unlink()
+    (out / "predictions.parquet").unlink(missing_ok=True)
     for folder in (out / "checkpoints").glob("step_*"):
         if int(folder.name[5:]) > step:
             shutil.rmtree(folder)

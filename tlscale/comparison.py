@@ -1,26 +1,24 @@
 """Runs side by side: one table, one picture, and what of the differences is more than chance.
 
 Promise: figures of runs are shown together only when they are of the same images. No run is called the best without
-those that its interval does not tell from it. Nothing here runs anything.
+those that a paired test on these images does not tell from it. Nothing here runs anything.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from matplotlib import rc_context, ticker
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-
+from tlscale.comparison_plot import draw
 from tlscale.errors import DataError
+from tlscale.metrics import wilson
 from tlscale.metrics_file import read_metrics
 from tlscale.model.layers import PENULTIMATE
+from tlscale.paired import LEVEL, Pair
 from tlscale.progress import number
 from tlscale.run_folder import RunFolder, naming_disk_errors, write_text
 
@@ -28,19 +26,6 @@ COLUMNS = (
     *("strategy", "images", "top1", "95% interval", "against the best", "held-out top1"),
     *("seconds", "trainable", "steps", "images seen", "layer"),
 )
-# Okabe and Ito's colours that keep apart for the colour-blind and on white; a marker says the same without colour.
-_STYLES = (
-    ("#0072B2", "o"),
-    ("#56B4E9", "s"),
-    ("#009E73", "^"),
-    ("#E69F00", "D"),
-    ("#D55E00", "v"),
-    ("#555555", "X"),
-    ("#CC79A7", "P"),
-)
-_OWN_STYLE = {"codes": 0, "early_codes": 1, "mlp": 2, "head": 3, "finetune": 4, "scratch": 5}
-_FONT: Any = {"font.size": 10, "font.family": "DejaVu Sans", "svg.hashsalt": "tlscale", "svg.fonttype": "path"}
-_DPI = 200
 
 
 @dataclass(frozen=True)
@@ -71,6 +56,12 @@ class Outcome:
     split: str | None = None
     num_images: int | None = None
     fingerprint: str | None = None
+    selected_on: str | None = None
+    """The split of the score, where its images also chose the step, layer or strength."""
+    scored_model: str | None = None
+    """`exported`, or `before_refit`: then the exported model has no score of its own."""
+    majority: dict[str, Any] | None = None
+    """`label` and `top1` of always saying the most frequent class of the training images."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +90,11 @@ class Row:
         return max(run.top1 for run in self.runs if run.top1 is not None)
 
     @property
+    def majority_top1(self) -> float | None:
+        shares = [run.majority["top1"] for run in self.runs if run.majority is not None]
+        return fmean(shares) if shares else None
+
+    @property
     def found_codes(self) -> bool:
         return any(run.found_codes for run in self.runs)
 
@@ -122,14 +118,15 @@ def finished(variant: str, size: int | None, seed: int, folder: RunFolder, resul
     counts, codes = record["data"]["num_images"], result.get("codes")
     whole_is_frozen = result["strategy"] not in ("finetune", "stages", "scratch")
     computed = codes["num_computed"] if codes is not None else None
+    score = _score(result, counts)
     return Outcome(
         variant=variant,
         size=size if size is not None else counts["train"] + counts.get("validation", 0),
         seed=seed,
         folder=str(folder.path),
         recipe_sha256=record["recipe_sha256"],
-        top1=result["top1"],
-        interval95=tuple(result["top1_interval95"]),
+        top1=score["top1"],
+        interval95=tuple(score["top1_interval95"]),
         held_out_top1=_held_out_top1(folder, result),
         wall_s=result["wall_s"],
         seconds=result.get("seconds"),
@@ -141,7 +138,29 @@ def finished(variant: str, size: int | None, seed: int, folder: RunFolder, resul
         split=result["split"],
         num_images=result["num_images"],
         fingerprint=record["data"]["fingerprint"],
+        selected_on=score.get("selected_on"),
+        scored_model=score.get("scored_model"),
+        majority=result.get("majority"),
     )
+
+
+def _score(result: dict[str, Any], counts: dict[str, int]) -> dict[str, Any]:
+    """The figures of a run that may be shown.
+
+    An older tlscale scored a probe that it had fitted again, to the validation images as well, on these very images.
+    What they said of it before that is in the result, too.
+    """
+    probe = result.get("probe", {})
+    saw_them = result["split"] == "validation" and probe.get("num_images", 0) > counts["train"]
+    if "scored_model" in result or not saw_them:
+        return result
+    num_hits = round(probe["held_out_top1"] * result["num_images"])
+    return {
+        "top1": probe["held_out_top1"],
+        "top1_interval95": wilson(num_hits, result["num_images"]),
+        "scored_model": "before_refit",
+        "selected_on": "validation" if sum(map(len, probe["tried"].values())) > 1 else None,
+    }
 
 
 def _held_out_top1(folder: RunFolder, result: dict[str, Any]) -> float | None:
@@ -192,23 +211,48 @@ def to_rows(outcomes: Sequence[Outcome]) -> list[Row]:
     return sorted(rows, key=lambda row: (row.size, -row.top1))
 
 
-def against_best(row: Row, rows: Sequence[Row]) -> str:
-    """`best`, or how many points less; and whether the intervals of the two overlap."""
+def against_best(row: Row, rows: Sequence[Row], pairs: Sequence[Pair] = ()) -> str:
+    """`best`, or how many points less; and whether a paired test tells the two apart."""
     best = max((other for other in rows if other.size == row.size), key=lambda other: other.top1)
     if row is best:
         return "best"
     points = f"{100 * (row.top1 - best.top1):+.1f} points"
-    return f"{points}, not distinguishable" if row.high >= best.low else points
+    pair = next((pair for pair in pairs if pair.size == row.size and pair.joins(row.variant, best.variant)), None)
+    if pair is None:
+        return f"{points}, no paired test"
+    p = f"p {pair.p_corrected:.2g}" if pair.p_corrected >= 1e-4 else "p < 0.0001"
+    return f"{points} ({p})" if pair.is_distinguishable else f"{points}, not distinguishable ({p})"
 
 
-def table(outcomes: Sequence[Outcome]) -> list[tuple[str, ...]]:
-    """Cells under `COLUMNS`: what ran, then what failed."""
-    cells = [_cells(row, against_best(row, rows)) for rows in [to_rows(outcomes)] for row in rows]
+def table(outcomes: Sequence[Outcome], pairs: Sequence[Pair] = ()) -> list[tuple[str, ...]]:
+    """Cells under `COLUMNS`: of each size what ran, then its most frequent class; then what failed."""
+    rows = to_rows(outcomes)
+    cells: list[tuple[str, ...]] = []
+    for size in dict.fromkeys(row.size for row in rows):
+        own = [row for row in rows if row.size == size]
+        cells += [_cells(row, against_best(row, own, pairs)) for row in own]
+        cells += _majority_cells(own)
     for outcome in outcomes:
         if outcome.error is not None:
             told = (outcome.variant, f"{outcome.size:,}" if outcome.size else "-", "-", "-", "failed, see below")
-            cells.append((*told, *["-"] * (len(COLUMNS) - len(told))))
+            cells.append(_filled(*told))
     return cells
+
+
+def _majority_cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    """A row on the most frequent class of the training images; none where an older tlscale made all runs."""
+    known = [run.majority for row in rows for run in row.runs if run.majority is not None]
+    if not known:
+        return []
+    labels = {majority["label"] for majority in known}
+    name = f"always {labels.pop()!r}" if len(labels) == 1 else "always the most frequent class"
+    share = fmean(majority["top1"] for majority in known)
+    points = f"{100 * (share - rows[0].top1):+.1f} points"
+    return [_filled(name, f"{rows[0].size:,}", f"{share:.4f}", "-", points)]
+
+
+def _filled(*cells: str) -> tuple[str, ...]:
+    return (*cells, *["-"] * (len(COLUMNS) - len(cells)))
 
 
 def _cells(row: Row, verdict: str) -> tuple[str, ...]:
@@ -233,23 +277,22 @@ def _count(value: float | None, digits: int = 0) -> str:
     return "-" if value is None else f"{value:,.{digits}f}"
 
 
-def notes(outcomes: Sequence[Outcome]) -> list[str]:
+def notes(outcomes: Sequence[Outcome], pairs: Sequence[Pair] = ()) -> list[str]:
     """What to know of the table."""
     done = [outcome for outcome in outcomes if outcome.error is None]
     broken = [f"{outcome.folder} failed: {outcome.error}" for outcome in outcomes if outcome.error is not None]
     if not done:
         return ["No run came to its end.", *broken]
-    many = max(len(row.runs) for row in to_rows(outcomes)) > 1
+    rows = to_rows(outcomes)
     lines = [
         f"top1 on {done[0].num_images:,} {done[0].split} images, with its 95% interval (Wilson): chance in which test "
-        "images were drawn. 'Not distinguishable': the interval overlaps that of the best of the same size. 'images': "
-        "labelled training images, those held out to choose by included. 'images seen': images that went through the "
-        "backbone, to compute codes or to train."
+        "images were drawn. 'images': labelled training images, those held out to choose by included. 'images seen': "
+        "images that went through the backbone, to compute codes or to train.",
+        *_notes_on_tests(rows, pairs),
     ]
-    if many:
+    if max(len(row.runs) for row in rows) > 1:
         lines.append("Over several seeds: means; in brackets the least and the most, which the interval spans as well.")
-    if done[0].split != "test":
-        lines.append("There is no test split: these images have also chosen between layers, strengths and steps.")
+    lines += _notes_on_selection(done)
     if any(outcome.found_codes for outcome in done):
         lines.append(
             "* its codes, or some, were there from another run or an earlier start; these seconds are without them."
@@ -257,11 +300,50 @@ def notes(outcomes: Sequence[Outcome]) -> list[str]:
     return [*lines, *broken]
 
 
-def markdown(title: str, outcomes: Sequence[Outcome], extra: Sequence[str] = ()) -> str:
+def _notes_on_tests(rows: Sequence[Row], pairs: Sequence[Pair]) -> list[str]:
+    lines = []
+    if pairs:
+        lines.append(
+            "p: exact McNemar tests on the same images, corrected for the number of pairs of the same size (Holm). "
+            f"'Not distinguishable': p is {LEVEL:g} or more."
+        )
+    others = [row for row in rows if "no paired test" in against_best(row, rows, pairs)]
+    if others:
+        names = ", ".join(run.folder for row in others for run in row.runs)
+        lines.append(
+            f"'No paired test': {names} or the best of the size has no predictions.parquet (an older tlscale made it), "
+            "or the two were scored on different images. Nothing is said on whether they differ by more than chance."
+        )
+    return lines
+
+
+def _notes_on_selection(done: Sequence[Outcome]) -> list[str]:
+    """What the scores of runs without a test split are of."""
+    if done[0].split == "test":
+        return []
+    chosen = ", ".join(dict.fromkeys(run.variant for run in done if run.selected_on is not None))
+    refitted = ", ".join(dict.fromkeys(run.variant for run in done if run.scored_model == "before_refit"))
+    lines = ["There is no test split: top1 is of validation images."]
+    if chosen:
+        lines.append(
+            f"Of {chosen} these images have also chosen the layer, the strength or the step (selected_on: validation), "
+            "so that top1 is likely somewhat too high."
+        )
+    if refitted:
+        lines.append(
+            f"Of {refitted} top1 is that of the classifier before it was fitted again to training and validation "
+            "images; the exported one has no score of its own."
+        )
+    return lines
+
+
+def markdown(title: str, outcomes: Sequence[Outcome], extra: Sequence[str] = (), pairs: Sequence[Pair] = ()) -> str:
     """The table as a page."""
-    rows = [COLUMNS, ("---",) * len(COLUMNS), *table(outcomes)]
+    rows = [COLUMNS, ("---",) * len(COLUMNS), *table(outcomes, pairs)]
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
-    remarks = [line.replace("* ", "\\* ", 1) if line.startswith("* ") else line for line in (*notes(outcomes), *extra)]
+    remarks = [
+        line.replace("* ", "\\* ", 1) if line.startswith("* ") else line for line in (*notes(outcomes, pairs), *extra)
+    ]
     picture = ["![accuracy by training-set size and by time](compare.png)", ""] if to_rows(outcomes) else []
     return "\n".join([f"# {title}", "", *picture, *lines, "", *(part for line in remarks for part in (line, ""))])
 
@@ -271,6 +353,7 @@ def write_comparison(
     title: str,
     outcomes: Sequence[Outcome],
     extra: Sequence[str] = (),
+    pairs: Sequence[Pair] = (),
     *,
     times: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -288,129 +371,14 @@ def write_comparison(
     figures = {
         "name": title,
         **(times or {}),
-        "notes": [*notes(outcomes), *extra],
+        "notes": [*notes(outcomes, pairs), *extra],
         "runs": [asdict(outcome) for outcome in outcomes],
+        "pairs": [pair.to_plain() for pair in pairs],
     }
     text = json.dumps(figures, indent=2, allow_nan=False) + "\n"
     with naming_disk_errors(out):
         write_text(out / "compare.json", text)
-        write_text(out / "compare.md", markdown(title, outcomes, extra))
+        write_text(out / "compare.md", markdown(title, outcomes, extra, pairs))
         if rows := to_rows(outcomes):
             draw(rows, [out / "compare.png", out / "compare.svg"])
     return dict(json.loads(text))
-
-
-# -- the picture ------------------------------------------------------------------------------------------------------
-
-
-def draw(rows: Sequence[Row], paths: Sequence[Path]) -> None:
-    """Accuracy by training-set size and by time; with one size only, a line of dots for each.
-
-    Args:
-        rows: at least one.
-        paths: files; their endings name the formats.
-    """
-    sizes = sorted({row.size for row in rows})
-    with rc_context(_FONT):
-        figure = _lines(rows, sizes) if len(sizes) > 1 else _dots(rows)
-        for path in paths:
-            # Without a date, the same figures give the same bytes.
-            figure.savefig(path, dpi=_DPI, metadata={"Date": None} if path.suffix == ".svg" else None)
-
-
-def _style(variant: str, variants: Sequence[str]) -> tuple[str, str]:
-    known = all(name in _OWN_STYLE for name in variants)
-    return _STYLES[_OWN_STYLE[variant] if known else variants.index(variant) % len(_STYLES)]
-
-
-def _plain_axes(axes: Axes) -> None:
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    axes.grid(color="#e4e4e4", linewidth=0.8)
-    axes.set_axisbelow(True)
-
-
-def _lines(rows: Sequence[Row], sizes: Sequence[int]) -> Figure:
-    figure = Figure(figsize=(9.0, 4.4), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-    by_end = sorted(rows, key=lambda row: (-row.size, -row.top1))  # as the lines end, from the top
-    variants = list(dict.fromkeys(row.variant for row in by_end))
-    span = math.log(max(sizes) / min(sizes))
-    handles = []
-    for position, variant in enumerate(variants):
-        own = sorted((row for row in rows if row.variant == variant), key=lambda row: row.size)
-        colour, marker = _style(variant, variants)
-        # Side by side, so that no interval hides another.
-        aside = math.exp((position - (len(variants) - 1) / 2) * span * 0.014)
-        tops, bars = [row.top1 for row in own], _bars(own)
-        line = {"color": colour, "marker": marker, "markersize": 5, "linewidth": 1.3, "elinewidth": 1.2}
-        drawn = left.errorbar([row.size * aside for row in own], tops, yerr=bars, **line)
-        right.errorbar([_seconds(row) for row in own], tops, yerr=bars, **(line | {"linewidth": 0.8}))
-        _hollow(right, [(_seconds(row), row.top1, row) for row in own], colour, marker, 5)
-        handles.append(drawn)
-    for axes, label in ((left, "labelled training images"), (right, _seconds_label(rows))):
-        _plain_axes(axes)
-        axes.set_xscale("log")
-        axes.set_xlabel(label)
-    left.set_ylabel("top-1 accuracy")
-    left.xaxis.set_major_locator(ticker.FixedLocator(list(sizes)))
-    left.xaxis.set_major_formatter(ticker.FuncFormatter(lambda size, _: f"{size:,.0f}"))
-    left.xaxis.set_minor_locator(ticker.NullLocator())
-    _log_seconds(right, rows)
-    figure.legend(handles, variants, loc="outside upper center", ncols=min(len(variants), 6), frameon=False)
-    return figure
-
-
-def _bars(rows: Sequence[Row]) -> list[list[float]]:
-    """How far the intervals go down and up, as matplotlib takes it."""
-    return [[row.top1 - row.low for row in rows], [row.high - row.top1 for row in rows]]
-
-
-def _seconds(row: Row) -> float:
-    return max(row.mean("wall_s") or 0.0, 0.01)
-
-
-def _seconds_label(rows: Sequence[Row]) -> str:
-    hollow = " (hollow: its codes were there already)" if any(row.found_codes for row in rows) else ""
-    return f"seconds{hollow}" if hollow else "seconds of the run"
-
-
-def _hollow(axes: Axes, points: Sequence[tuple[float, float, Row]], colour: str, marker: str, size: float) -> None:
-    """Marks the runs whose time is without the computing of their codes."""
-    for x, y, row in points:
-        if row.found_codes:
-            axes.plot([x], [y], color=colour, marker=marker, markersize=size, markerfacecolor="white", zorder=3)
-
-
-def _log_seconds(axes: Axes, rows: Sequence[Row]) -> None:
-    """As many numbers as fit; a decade alone would often leave the axis without any."""
-    seconds = [_seconds(row) for row in rows]
-    decades = math.log10(max(seconds) / min(seconds))
-    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if decades < 2 else (1, 3) if decades < 4 else (1,)))
-    axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:,.6g}"))
-    axes.xaxis.set_minor_locator(ticker.NullLocator())
-    if decades < 0.5:  # runs of much the same length: room on both sides
-        axes.set_xlim(min(seconds) / 2, max(seconds) * 2)
-
-
-def _dots(rows: Sequence[Row]) -> Figure:
-    ordered = sorted(rows, key=lambda row: row.top1)
-    variants = [row.variant for row in rows]
-    figure = Figure(figsize=(9.0, 1.5 + 0.42 * len(ordered)), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-    for height, row in enumerate(ordered):
-        colour, marker = _style(row.variant, variants)
-        line = {"color": colour, "marker": marker, "markersize": 7, "elinewidth": 1.6}
-        left.errorbar([row.top1], [height], xerr=_bars([row]), **line)
-        right.plot([_seconds(row)], [height], color=colour, marker=marker, markersize=7)
-        _hollow(right, [(_seconds(row), height, row)], colour, marker, 7)
-    for axes in (left, right):
-        _plain_axes(axes)
-        axes.tick_params(axis="y", length=0)
-    left.set_yticks(range(len(ordered)), [row.variant for row in ordered])
-    left.set_ylim(-0.6, len(ordered) - 0.4)
-    left.set_xlabel(f"top-1 accuracy with {ordered[0].size:,} labelled training images")
-    right.set_xscale("log")
-    right.set_xlabel(_seconds_label(rows))
-    _log_seconds(right, rows)
-    return figure

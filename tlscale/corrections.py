@@ -20,12 +20,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from tlscale.checkpoint import list_checkpoints
 from tlscale.errors import ResumeError
 from tlscale.model.backbone import layer_depths
+from tlscale.model.frontier import NoFrontier, find_frontier
+from tlscale.model.halves import OF_BATCH_SIZE, OF_CALLS
 from tlscale.prepare import Prepared
 from tlscale.recipe.schema import Recipe
 from tlscale.run_folder import RunFolder, naming_disk_errors, write_json
+from tlscale.stages import enter
 
 
 @dataclass(frozen=True)
@@ -98,6 +103,26 @@ def _was_a_layer_too_deep(past: Past) -> bool:
     return min(layer_depths(past.prepared.classifier.backbone)[0].values()) != 1
 
 
+def _is_split_no_more(past: Past) -> bool:
+    """Whether a stage ahead trains on codes of a network that counts its calls, or computes with the batch size."""
+    prepared, decided = past.prepared, past.clock.get("keeps_codes", {})
+    spec, generator = prepared.spec, torch.Generator().manual_seed(0)
+    shape = (4, spec.in_chans, spec.image_size, spec.image_size)
+    images_BCHW = torch.randn(*shape, generator=generator).to(prepared.dtype)
+    for stage in prepared.stages:
+        if stage.stop_step <= past.clock["step"] or not decided.get(str(stage.number)):
+            continue
+        enter(prepared.classifier, stage)
+        try:
+            find_frontier(prepared.classifier, images_BCHW)
+        except NoFrontier as refused:
+            if refused.reason.startswith((OF_BATCH_SIZE, OF_CALLS)):
+                return True
+        finally:
+            enter(prepared.classifier, prepared.stages[0])
+    return False
+
+
 CORRECTIONS: tuple[Correction, ...] = (
     Correction(
         "weights-beside-smoothing",
@@ -123,6 +148,12 @@ CORRECTIONS: tuple[Correction, ...] = (
         "layer (ConvNeXt, EVA, BEiT, MobileNetV3, others), so that all of them learned too slowly; it counts as timm "
         "does now",
         _was_a_layer_too_deep,
+    ),
+    Correction(
+        "no-codes-of-what-counts",
+        "a network that counts its calls, or whose frozen part computes with the size of the batch, was trained on "
+        "codes, which are not what it would compute in training; such a one is trained on images now",
+        _is_split_no_more,
     ),
 )
 

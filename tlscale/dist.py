@@ -125,6 +125,19 @@ class Processes:
         torch_dist.all_gather_object(values, value, group=self._control)
         return values
 
+    def to_main(self, value: T, source: int) -> T:
+        """Hand `value` of the process `source` to the main one; to be called by these two alone.
+
+        Returns:
+            On the main process what the other handed over; elsewhere `value`.
+        """
+        box: list[Any] = [value]
+        if self.rank == source != 0:
+            torch_dist.send_object_list(box, dst=0, group=self._control)
+        elif source != 0:
+            torch_dist.recv_object_list(box, src=source, group=self._control)
+        return box[0]  # type: ignore[no-any-return]
+
     def on_main(self, job: Callable[[], T]) -> T:
         """Run `job` on the main process only; its result, or its error, reaches every process.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from tlscale.data.transforms import ImageBatch, InputSpec, to_input
 from tlscale.dist import Processes
 from tlscale.metrics import Tally, error_of_mean, standard_error, summary
 from tlscale.objective import Batch, Objective, cross_entropy
+from tlscale.predictions import Predictions
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,14 @@ class InputPath:
         return (images_BCHW.contiguous(memory_format=torch.channels_last) if self.channels_last else images_BCHW,)
 
 
-B = TypeVar("B", bound=Batch)
+class Placed(Batch, Protocol):
+    """A batch that knows its images' places in their split."""
+
+    @property
+    def rows_B(self) -> Tensor: ...  # noqa: N802
+
+
+B = TypeVar("B", bound=Placed)
 
 
 def evaluate(
@@ -48,6 +56,7 @@ def evaluate(
     processes: Processes,
     in_step: bool = False,
     error_of: str | None = None,
+    predictions: Predictions | None = None,
 ) -> dict[str, Any]:
     """Figures of `network` on all images of a split, over all processes.
 
@@ -66,6 +75,7 @@ def evaluate(
         in_step: the network is one that is spread over the processes, and all of them have to call it equally often;
             one that has no more batches repeats its last one, which is not counted.
         error_of: the figure whose standard error is wanted, too: top1, loss, macro_f1 or one of the `lessons`.
+        predictions: takes this process's logits, image by image.
 
     Returns:
         The dict of `metrics.summary`, the means of the objective's `lessons`, and `<error_of>_se`; the same on every
@@ -85,14 +95,30 @@ def evaluate(
                 logits_BC, labels_B = objective.logits(outputs_BO), batch.labels_B.to(outputs_BO.device)
                 tally.update(logits_BC, labels_B, cross_entropy(logits_BC, labels_B))
                 lessons.add(objective.lessons(outputs_BO, batch))
+                if predictions is not None:
+                    predictions.add(batch.rows_B, logits_BC)
                 processes.run_recorded()
     finally:
         network.train(was_training)
+    figures = _over_all(tally, lessons, objective, classes, processes, error_of)
+    assert figures["num_images"] == num_images, f"evaluated {figures['num_images']} of {num_images} images"
+    return figures
+
+
+def _over_all(
+    tally: Tally,
+    lessons: _Sums,
+    objective: Objective,
+    classes: Sequence[str],
+    processes: Processes,
+    error_of: str | None,
+) -> dict[str, Any]:
+    """The figures of what all processes counted."""
     counts, sums = (processes.sum(part) for part in tally.state())
     total = Tally(len(classes), "cpu")  # whose figures are read one by one
     total.load_state(counts, sums)
     figures = summary(total, classes)
-    assert figures["num_images"] == num_images, f"evaluated {figures['num_images']} of {num_images} images"
+    num_images = figures["num_images"]
     figures |= lessons.means(num_images, processes)
     if error_of is not None:
         is_lesson = error_of in objective.lesson_names

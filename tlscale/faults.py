@@ -37,6 +37,7 @@ POINTS = {
     "checkpoint.prune": "before a checkpoint that need not be kept is removed",
     "stage": "a stage is over, the next one has its optimizer",
     "export": "config.json of the exported model is written, its weights are not",
+    "predictions": "the model is exported, predictions.parquet is written aside and has no name yet",
     "result": "the model is exported, result.json is not written",
 }
 _SPELLING = re.compile(r"(?P<name>[a-z.]+)(@(?P<count>[1-9]\d*))?(:(?P<rank>\d+))?", re.ASCII)

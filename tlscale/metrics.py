@@ -192,6 +192,16 @@ def _per_class(tally: Tally, class_names: Sequence[str]) -> dict[str, dict[str, 
     }
 
 
+def majority(train_labels_N: np.ndarray, scored_labels_N: np.ndarray, class_names: Sequence[str]) -> dict[str, Any]:
+    """Score the answer that learns nothing from an image: always the most frequent class of the training images.
+
+    Returns:
+        `label`, the first of equally frequent ones, and `top1`, its share of the scored images.
+    """
+    label = int(np.bincount(train_labels_N, minlength=len(class_names)).argmax())
+    return {"label": class_names[label], "top1": _ratio(int((scored_labels_N == label).sum()), len(scored_labels_N))}
+
+
 def _ratio(part: float, whole: int) -> float | None:
     return part / whole if whole and math.isfinite(part) else None
 

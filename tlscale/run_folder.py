@@ -48,6 +48,10 @@ class RunFolder:
         return self.path / "result.json"
 
     @property
+    def predictions(self) -> Path:
+        return self.path / "predictions.parquet"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
@@ -71,8 +75,8 @@ class RunFolder:
 
     @property
     def written_whole(self) -> tuple[Path, ...]:
-        """What `write_text` writes there."""
-        return self.run_json, self.recipe, self.result, self.stopped
+        """What `write_text` and `replacing` write there."""
+        return self.run_json, self.recipe, self.result, self.stopped, self.predictions
 
 
 def clear(folder: RunFolder) -> None:
@@ -167,6 +171,18 @@ def naming_disk_errors(path: Path) -> Iterator[None]:
         raise TlscaleError(
             f"cannot write to '{path}': {error}. The checkpoints are untouched; make room and go on with --resume"
         ) from error
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Within: a file aside to write to, which takes the place of `path` when it is on the disk; never if that fails."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield aside
+        flush(aside)
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -110,14 +110,20 @@ def _names(names: list[str]) -> str:
     return ", ".join(names[:2]) + (" ..." if len(names) > 2 else "")
 
 
-def show_probe(kind: str, choice: Choice, screen: Progress) -> None:
-    """The best setting of each set of codes, by the held-out images; the best of all is marked."""
+def show_probe(kind: str, choice: Choice, screen: Progress, *, majority: dict[str, Any] | None) -> None:
+    """Show the best setting of each set of codes, by the held-out images; the best of all is marked.
+
+    Args:
+        majority: of the held-out images, as `metrics.majority` gives it; None without such images.
+    """
     rows = []
     for name, path in choice.table.items():
         best = min(path, key=lambda row: row.rank()) if len(path) > 1 else path[0]
         figures = ("-", "-") if best.held_top1 is None or best.held_loss is None else (best.held_top1, best.held_loss)
         shown = [figure if isinstance(figure, str) else number(figure) for figure in figures]
         rows.append((name, f"{best.setting:g}", *shown, "chosen" if name == choice.name else ""))
+    if majority is not None:
+        rows.append((f"always {majority['label']!r}", "-", number(majority["top1"]), "-", ""))
     setting = "neighbours" if kind == "knn" else "strength"
     screen.table(f"Probe {kind}, by held-out images", ("codes", setting, "top1", "loss", ""), rows)
 
@@ -130,6 +136,8 @@ def show_result(result: dict[str, Any], screen: Progress, *, folder: Path, how_t
         rows.append(
             (name, figures["step"], number(figures["top1"]), number(figures["loss"]), number(figures["macro_f1"]))
         )
+    label, share = result["majority"]["label"], number(result["majority"]["top1"])
+    rows.append((f"always {label!r}", "-", share, "-", "-"))
     title = f"{result['num_images']:,} {result['split']} images"
     if result["steps"]:  # a probe has no steps, and so only one set of weights
         screen.table(title, ("weights", "step", "top1", "loss", "macro-F1"), rows)
@@ -139,17 +147,35 @@ def show_result(result: dict[str, Any], screen: Progress, *, folder: Path, how_t
     low, high = result["top1_interval95"]
     how = f"with the {result['weights']} weights; {result['epochs']:g} epochs" if result["steps"] else "by the probe"
     screen.say(
-        f"top1 {number(result['top1'])} (95% interval {low:.4f} to {high:.4f}) {how} in "
-        f"{format_duration(result['wall_s'])}, {result['images_per_s']:.0f} images/s",
+        f"top1 {number(result['top1'])} (95% interval {low:.4f} to {high:.4f}) against {share} for always saying "
+        f"{label!r}, {how} in {format_duration(result['wall_s'])}, {result['images_per_s']:.0f} images/s",
         style="bold",
     )
     screen.say(f"seconds: {describe_seconds(result)}")
+    _show_what_the_score_is_of(result, screen)
     if result["is_sample"]:
         screen.say(
             "FALLBACK SAMPLE: these are figures of the small shipped sample, not of Fashion-MNIST", style="bold red"
         )
     screen.say(f"figures: {folder / 'result.json'}   curves: {folder / 'metrics.jsonl'}   model: {folder / 'model'}")
     screen.say(f"load it with {how_to_load}")
+
+
+def _show_what_the_score_is_of(result: dict[str, Any], screen: Progress) -> None:
+    if result["selected_on"] is not None:
+        chosen = "layer, pooling or strength" if "probe" in result else "the step of these weights"
+        screen.say(
+            f"selected on {result['selected_on']}: without a test split these images also chose {chosen}, so top1 is "
+            "likely somewhat too high",
+            style="yellow",
+        )
+    if result["scored_model"] == "before_refit":
+        screen.say(
+            "top1 is of the classifier that was fitted to the training images alone. The exported model was fitted "
+            "again, to training and validation images, and has no score of its own (probe.refit: false exports the "
+            "one that was scored)",
+            style="yellow",
+        )
 
 
 def _choice(choice: dict[str, Any]) -> str:

@@ -42,6 +42,7 @@ AT_POINTS = {
     "checkpoint.prune": 2,
     "stage": ["stage", "stage"],
     "export": ["export", "export"],
+    "predictions": ["predictions", "predictions"],
     "result": ["result", "result"],
 }
 ELSEWHERE = {

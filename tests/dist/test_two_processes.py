@@ -5,11 +5,14 @@ import os
 import signal
 import time
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 import tlscale
 from tests.dist.launches import back_at_first_checkpoint, exit_code_of, facts_of, launch, workers_of
 from tests.dist.many_checks import BATCH_NORM, EXACT, PROBE, SPLIT, STAGED
+from tests.recompute import assert_follows
 from tests.small_runs import (
     assert_same_evaluation,
     REPO,
@@ -106,6 +109,20 @@ def test_every_image_is_evaluated_once(several, alone):
     folder, _ = several
     for name in ("exact", "split"):
         assert_same_evaluation(folder / name, alone / name)
+
+
+@pytest.mark.parametrize("name", ["exact", "split", "staged", "probed"])
+def test_predictions_are_those_of_one_process(several, alone, name):
+    """The rows of all processes, each image once, in the order of the split; and all scored figures follow."""
+    folder, _ = several
+    ours, theirs = (pq.read_table(out / name / "predictions.parquet") for out in (folder, alone))
+    for column in ("path", "row", "true_label", "label"):
+        assert ours[column].equals(theirs[column]), column
+    assert ours["row"].to_pylist() == list(range(37))
+    logits = [np.array(table["logits"].to_pylist()) for table in (ours, theirs)]
+    assert np.abs(logits[0] - logits[1]).max() < (1e-12 if name != "probed" else 1e-4)
+    if name in ("staged", "probed"):  # the others' loss is smoothed
+        assert_follows(result(folder / name), folder / name / "predictions.parquet")
 
 
 def test_batch_statistics_are_those_of_the_main_process(several):

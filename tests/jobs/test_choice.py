@@ -99,7 +99,7 @@ def test_without_validation_nothing_is_chosen(idx, tmp_path):
 
 def test_the_screen_says_how_sure_the_choice_is(idx, tmp_path, capsys):
     out = tmp_path / "run"
-    tlscale.run(recipe_of(tmp_path / "r.yaml", idx, "top1"), out)
+    tlscale.run(recipe_of(tmp_path / "r.yaml", idx, "top1", duration="4 steps"), out)
     said, choice = capsys.readouterr().out, result(out)["choice"]
     at_best = (
         f"{choice['best']['figure']:.4f} ± {choice['best']['standard_error']:.4f} at step {choice['best']['step']}"

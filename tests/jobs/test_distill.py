@@ -173,7 +173,7 @@ def test_the_teacher_is_asked_of_what_the_student_sees(name, idx, teacher, tmp_p
         prepared = prepare(recipe, world_size=1)
         keeper = Keeper(prepared, processes, Images(prepared), Progress(0, enabled=False), stop)
         targets = ask_teacher(prepared, processes, keeper)
-        feed = ImageFeed(prepared, processes, prepared.classifier, keeper.images, targets)
+        feed = ImageFeed(prepared, processes, prepared.classifier, keeper.images, targets, recipe.codes.views)
         seen = [batch for batches in feed.steps(0, prepared.total_steps) for batch in batches]
         asked = {}
         assert prepared.teacher.spec.interpolation == "bilinear"

@@ -92,7 +92,7 @@ def test_the_run_folder(plain):
     }
     assert found == checkpoints | {
         ".lock", "recipe.yaml", "run.json", "metrics.jsonl", "result.json", "checkpoints/LATEST", "checkpoints/BEST",
-        "model/config.json", "model/model.safetensors",
+        "predictions.parquet", "model/config.json", "model/model.safetensors",
     }  # fmt: skip
     record = json.loads((plain / "run.json").read_text())
     assert record["world_size"] == 1

@@ -24,6 +24,7 @@ from tlscale.comparison import (
     write_comparison,
 )
 from tlscale.errors import DataError, TlscaleError
+from tlscale.paired import Pair
 from tlscale.run_folder import RunFolder
 
 
@@ -46,29 +47,71 @@ def column(cells, name):
     return [row[COLUMNS.index(name)] for row in cells]
 
 
+def pair(first, second, size, p):
+    return Pair(size, first, second, 10000, 30, 20, p, p)
+
+
 def test_the_best_of_each_size_and_what_is_not_distinguishable_from_it():
     outcomes = [
         *(outcome("codes", 0.800, 100), outcome("head", 0.785, 100), outcome("scratch", 0.500, 100)),
         *(outcome("codes", 0.850, 1000), outcome("head", 0.860, 1000), outcome("scratch", 0.900, 1000)),
     ]
-    cells = table(outcomes)
+    tests = [
+        *(pair("codes", "head", 100, 0.05), pair("scratch", "codes", 100, 1e-9), pair("head", "scratch", 100, 1e-9)),
+        pair("head", "scratch", 1000, 0.012),
+    ]
+    cells = table(outcomes, tests)
     assert column(cells, "strategy") == ["codes", "head", "scratch", "scratch", "head", "codes"]
     assert column(cells, "images") == ["100"] * 3 + ["1,000"] * 3
     assert column(cells, "against the best") == [
-        *("best", "-1.5 points, not distinguishable", "-30.0 points"),
-        *("best", "-4.0 points", "-5.0 points"),
+        *("best", "-1.5 points, not distinguishable (p 0.05)", "-30.0 points (p < 0.0001)"),
+        *("best", "-4.0 points (p 0.012)", "-5.0 points, no paired test"),
     ]
 
 
-@given(tops=st.lists(st.floats(0.1, 0.9), min_size=1, max_size=6, unique=True), half=st.floats(0, 0.1))
-def test_exactly_one_is_best_and_overlap_is_what_is_said(tops, half):
+@given(
+    tops=st.lists(st.floats(0.1, 0.9), min_size=1, max_size=6, unique=True), half=st.floats(0, 0.1), p=st.floats(0, 1)
+)
+def test_exactly_one_is_best_and_a_paired_test_is_what_is_said(tops, half, p):
+    """Overlap of intervals says nothing of the same images."""
     rows = to_rows([outcome(f"v{i}", top1, half=half) for i, top1 in enumerate(tops)])
-    verdicts = [against_best(row, rows) for row in rows]
+    tests = [pair(rows[0].variant, row.variant, 1000, p) for row in rows[1:]]
+    verdicts = [against_best(row, rows, tests) for row in rows]
     assert verdicts.count("best") == 1
     assert verdicts[0] == "best"
     assert rows[0].top1 == max(tops)
     for row, verdict in zip(rows[1:], verdicts[1:], strict=True):
-        assert ("not distinguishable" in verdict) == (row.top1 + half >= max(tops) - half)
+        assert verdict.startswith(f"{100 * (row.top1 - max(tops)):+.1f} points")
+        assert ("not distinguishable" in verdict) == (p >= 0.05)
+
+
+def test_the_most_frequent_class_has_a_row_of_each_size():
+    ash = {"label": "ash", "top1": 0.48}
+    outcomes = [
+        *(outcome("codes", 0.8, 100, majority=ash), outcome("head", 0.4, 100, majority=ash)),
+        *(outcome("codes", 0.9, 1000, majority={"label": "oak", "top1": 0.5}),),
+    ]
+    cells = table(outcomes)
+    assert column(cells, "strategy") == ["codes", "head", "always 'ash'", "codes", "always 'oak'"]
+    assert column(cells, "top1") == ["0.8000", "0.4000", "0.4800", "0.9000", "0.5000"]
+    assert cells[2][1:5] == ("100", "0.4800", "-", "-32.0 points")
+    assert {len(row) for row in cells} == {len(COLUMNS)}
+    seeds = [outcome(seed=0, majority=ash), outcome(seed=1, majority={"label": "oak", "top1": 0.5})]
+    assert table(seeds)[1][:3] == ("always the most frequent class", "1,000", "0.4900")
+
+
+def test_the_picture_has_a_line_at_the_most_frequent_class(tmp_path):
+    for sizes in ((1000,), (100, 1000)):
+        plain, lined = (
+            [outcome("codes", 0.8, size, majority=known) for size in sizes]
+            for known in (None, {"label": "ash", "top1": 0.48})
+        )
+        pages = []
+        for name, outcomes in (("plain", plain), ("lined", lined)):
+            draw(to_rows(outcomes), [tmp_path / f"{name}.svg"])
+            pages.append((tmp_path / f"{name}.svg").read_text())
+        assert "stroke-dasharray" in pages[1]
+        assert "stroke-dasharray" not in pages[0]
 
 
 def test_over_seeds_the_mean_and_the_interval_spans_them():
@@ -152,6 +195,27 @@ def test_a_probe_is_read(tmp_path, layer, shown):
     result = {"images_seen": 100, "best": {"step": 0}, "probe": probe, "codes": {"num_computed": 120}}
     found = finished("codes", 100, 0, *put_run(tmp_path / "run", "codes", result))
     assert (found.layer, found.held_out_top1, found.images_seen, found.found_codes) == (shown, 0.6, 120, True)
+
+
+@pytest.mark.parametrize(("num_fitted", "shown"), [(100, 0.6), (90, 0.95)], ids=["refitted", "not refitted"])
+def test_a_probe_that_an_older_version_scored_on_what_it_was_fitted_to_has_the_score_before_that(
+    tmp_path, num_fitted, shown
+):
+    """90 training and 10 validation images; of the latter, 0.6 were right before the refit."""
+    probe = {
+        "layer": "penultimate",
+        "pool": "avg",
+        "held_out_top1": 0.6,
+        "num_images": num_fitted,
+        "tried": {"x": [1, 2]},
+    }
+    result = {"images_seen": 100, "best": {"step": 0}, "probe": probe, "codes": {"num_computed": 120}}
+    result |= {"split": "validation", "num_images": 10, "top1": 0.95, "top1_interval95": [0.9, 1.0]}
+    found = finished("codes", 100, 0, *put_run(tmp_path / "run", "codes", result))
+    assert found.top1 == shown
+    if num_fitted == 100:
+        assert found.interval95 == pytest.approx((0.3127, 0.8318), abs=1e-4)
+        assert (found.scored_model, found.selected_on) == ("before_refit", "validation")
 
 
 # -- files ------------------------------------------------------------------------------------------------------------

@@ -514,15 +514,109 @@ def test_hooks_of_what_is_looked_into():
     assert "'backbone', which is frozen in part, has hooks" in reason(network, 32)
 
 
+class Counts(nn.Conv2d):
+    """A convolution that is another one after a thousand calls."""
+
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x) * (1 + self.calls // 1000)
+
+
+class CountsInABuffer(nn.Conv2d):
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.register_buffer("calls", torch.tensor(0))
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x) * (1 + self.calls // 1000)
+
+
+class Remembers(nn.Conv2d):
+    """A convolution that adds a little of what it gave before."""
+
+    def forward(self, x):
+        x = super().forward(x)
+        x = x + 0.1 * getattr(self, "before", 0.0)
+        self.before = x.mean(0).detach()
+        return x
+
+
+def count_in_the_open(self, x):
+    self.calls = getattr(self, "calls", 0) + 1
+    return pooled(self.top(self.stem(x) if self.calls < 1000 else self.stem(-x)))
+
+
+@pytest.mark.parametrize(
+    ("network", "why"),
+    [
+        (Parts(lambda self, x: pooled(self.top(self.stem(x))), stem=frozen(Counts(3, 4, 3)), top=conv(5, 4)), "calls"),
+        (Parts(lambda self, x: pooled(self.top(self.stem(x))), stem=frozen(conv()), top=Counts(4, 5, 3)), "calls"),
+        (Parts(count_in_the_open, stem=frozen(conv()), top=conv(5, 4)), "calls"),
+        (
+            Parts(
+                lambda self, x: pooled(self.top(self.stem(x))), stem=frozen(CountsInABuffer(3, 4, 3)), top=conv(5, 4)
+            ),
+            "buffer",
+        ),
+        (
+            Parts(lambda self, x: pooled(self.top(self.stem(x))), stem=frozen(conv()), top=Remembers(4, 5, 3)),
+            "other values",
+        ),
+    ],
+    ids=["frozen", "trained", "in the open", "buffer", "tensor"],
+)
+def test_a_network_that_counts_its_calls(network, why):
+    """However late it makes a difference."""
+    found = reason(network.train())
+    assert found.startswith("the network is not the same from call to call: ")
+    assert why in found
+
+
+class BySize(nn.Conv2d):
+    """A convolution whose result is by the size of the batch."""
+
+    def forward(self, x):
+        return super().forward(x) / len(x)
+
+
+def by_size_in_the_open(self, x):
+    return pooled(self.top(self.stem(x) / x.shape[0]))
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        Parts(lambda self, x: pooled(self.top(self.stem(x))), stem=frozen(BySize(3, 4, 3)), top=conv(5, 4)),
+        Parts(by_size_in_the_open, stem=frozen(conv()), top=conv(5, 4)),
+    ],
+    ids=["frozen", "in the open"],
+)
+def test_a_frozen_part_that_computes_with_the_batch_size(network):
+    network.register_module("pool", nn.AdaptiveAvgPool2d(2))
+    found = reason(network.train())
+    assert found == "what the frozen part gives for an image depends on the size of the batch"
+
+
+def test_a_trained_part_that_computes_with_the_batch_size_is_kept_as_it_is():
+    network = Parts(lambda self, x: pooled(self.top(self.stem(x))), stem=frozen(conv()), top=BySize(4, 5, 3))
+    assert kept_of(network)[0] == [(4, 8, 8)]
+
+
 def test_what_the_halves_get_wrong_is_found_out():
-    class Remembers(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv, self.seen = conv(5, 4), 0
+    """The size of the batch, rounded up: 1 for two images as for three, and so taken for a constant."""
 
-        def forward(self, x):
-            self.seen += 1
-            return pooled(self.conv(x)) * self.seen
+    def forward(self, x):
+        return pooled(self.top(self.stem(x))) * ((x.shape[0] + 6) // 7)
 
-    network = Parts(lambda self, x: self.top(self.stem(x)), stem=frozen(conv()), top=Remembers())
+    network = Parts(forward, stem=frozen(conv()), top=conv(5, 4))
     assert reason(network) == "the two halves do not give what the whole network gives in evaluation"
+
+
+def test_counters_are_left_as_they_were():
+    network = Parts(lambda self, x: pooled(self.top(self.stem(x))), stem=frozen(Counts(3, 4, 3)), top=conv(5, 4))
+    network.stem.calls = 7
+    reason(network.train())
+    assert network.stem.calls == 7

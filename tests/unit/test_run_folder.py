@@ -77,7 +77,7 @@ def test_a_run_that_was_killed_before_its_first_file_is_none(tmp_path, mode):
 
 def test_what_killed_writers_left_goes_and_nothing_else(tmp_path):
     put_run(tmp_path / "run")
-    left = (".run.json.1", ".recipe.yaml.22", ".result.json.333", ".STOPPED.4444")
+    left = (".run.json.1", ".recipe.yaml.22", ".result.json.333", ".STOPPED.4444", ".predictions.parquet.5")
     others = (".run.json", ".run.json.old", ".notes.txt.55", "run.json.66")
     for name in left + others:
         (tmp_path / "run" / name).write_text("x")

@@ -63,9 +63,16 @@ class FittedProbe:
     path: tuple[PathRow, ...]
     """All of the grid, in its order."""
     num_images: int
-    """That the classifier was fitted to: with `refit`, the held-out ones too."""
+    """That `head` was fitted to: with `refit`, the held-out ones too."""
     converged: bool  # the last fit
     head: nn.Module
+    before_refit: nn.Module
+    """Fitted to the training images alone: what the held-out images can score. `head` itself without a refit."""
+
+    @property
+    def refitted(self) -> bool:
+        """Whether `head` was fitted to the held-out images as well, so that they cannot score it."""
+        return self.head is not self.before_refit
 
     def module(self) -> nn.Module:
         """Raw codes (B, D) -> logits (B, C), in float32: `nn.Linear`, or `KnnHead`. On the device of the codes."""
@@ -273,7 +280,8 @@ def _select(kind: str, train: _Images, held: _Images, num_classes: int, grid: Se
 
 
 def _finish(selected: _Selected, train: _Images, held: _Images, num_classes: int, refit: bool) -> FittedProbe:
-    head, converged, chosen = selected.head, selected.chosen.converged, selected.chosen
+    before_refit = selected.head.eval()
+    head, converged, chosen = before_refit, selected.chosen.converged, selected.chosen
     refit = refit and len(held.labels) > 0
     images = train + held if refit else train
     if refit and selected.kind == "knn":
@@ -282,7 +290,7 @@ def _finish(selected: _Selected, train: _Images, held: _Images, num_classes: int
         mean_D, std_D, codes_ND = _standardise(images.codes)
         linear = linear_path(selected.kind, codes_ND, images.labels, num_classes, (chosen.setting,))
         head, converged = _folded(linear, 0, mean_D, std_D), linear.converged[0]
-    return FittedProbe(selected.kind, chosen, selected.path, len(images.labels), converged, head.eval())
+    return FittedProbe(selected.kind, chosen, selected.path, len(images.labels), converged, head.eval(), before_refit)
 
 
 def _figures(logits_MC: Tensor, labels_M: Tensor) -> tuple[float | None, float | None]:

@@ -1,14 +1,26 @@
 """From the bytes of an image file, or an array, to pixels: uint8, height x width x channels.
 
-Promise: what cannot be read whole is a `BadImageError` that names the place, never another image and never a part of
-one. Only the formats below are tried (Pillow would run Ghostscript on an EPS that calls itself .jpg), and the size in
-the header is checked before a pixel is decoded.
+Promise: what cannot be read whole is a `BadImageError` that names the place, never another image and, as far as the
+format lets anybody find out, never a part of one. Only the formats below are tried (Pillow would run Ghostscript on an
+EPS that calls itself .jpg), and the size in the header is checked before a pixel is decoded.
+
+What is found of data that are cut off, lost or overwritten:
+- PNG: everything, by its checksums.
+- JPEG: whatever leaves data over or lacks some, scans and restart markers that are missing (`jpeg`). Not found: damage
+  after which the numbers of blocks and of bytes still agree, as after some flipped bits and some short stretches of
+  other data; that between restart markers less than 1 KiB apart; and any but a cut where arithmetic coding was used.
+- WebP: what is cut off, and stretches of equal bytes where data were (`webp`). Not found: other data in their place,
+  and damage to the transparency.
+- GIF, TIFF, BMP, PPM: what is cut off, and what their decoders stumble over. Pixels that are stored as they are can be
+  overwritten by anything.
 
 What becomes of what is not plain grey or RGB:
 - EXIF orientation is applied.
 - Transparent pixels lie over white, also those of palettes and of PNG's colour key.
-- 16-bit grey is scaled to 8 bits (Pillow would clip it); 32-bit integers count as 16-bit ones and must lie in
-  0..65535; floating point must lie in 0..1. There is no telling what other ranges mean, so they are bad images.
+- 16-bit and 12-bit grey is scaled to 8 bits (Pillow would clip it); 32-bit integers count as 16-bit ones and must lie
+  in 0..65535; floating point must lie in 0..1. There is no telling what other ranges mean, so they are bad images.
+- 16-bit colour loses its lower 8 bits. A TIFF of a kind that would come out inverted, dark or garbled, or off by more
+  than that, is a bad image, and the error says what it is (`tiff`).
 - CMYK and YCbCr become RGB without a colour profile; of an animation or a multi-page file the first frame is taken.
 - One channel is ITU-R 601 luma; three channels from grey are three times the same.
 
@@ -23,8 +35,12 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
+from tlscale.data.jpeg import DamagedError, load_jpeg
+from tlscale.data.png import fault_of, scaled_key
+from tlscale.data.tiff import Meaning, UnreadTiffError, describe, is_tiff, meaning_of
+from tlscale.data.webp import has_hole
 from tlscale.errors import DataError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
@@ -109,15 +125,47 @@ def _from_array(pixels: npt.NDArray[Any], max_pixels: int) -> Image.Image:
 
 
 def _from_bytes(raw: bytes, max_pixels: int) -> Image.Image:
+    meaning = _tiff_meaning(raw)
     try:
         image = Image.open(io.BytesIO(raw), formats=FORMATS)
     except UnidentifiedImageError:
+        if is_tiff(raw):
+            raise _BadError(describe(raw)) from None
         raise _BadError(f"not an image of the formats {', '.join(FORMATS)}{_looks_like(raw)}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _BadError(f"too many pixels: {error}") from None
     _check_size(image.width, image.height, max_pixels)
+    _load(image, raw)
+    return _upright(_eight_bits(image, meaning))
+
+
+def _tiff_meaning(raw: bytes) -> Meaning:
+    try:
+        return meaning_of(raw) if is_tiff(raw) else Meaning()
+    except UnreadTiffError as error:
+        raise _BadError(str(error)) from None
+
+
+def _load(image: ImageFile.ImageFile, raw: bytes) -> None:
+    """Decode, and see to it that nothing was missing."""
+    fault = fault_of(raw) if image.format == "PNG" else None
+    if fault is not None:
+        raise _BadError(fault)
+    try:
+        if image.format in ("JPEG", "MPO"):
+            load_jpeg(image, raw)
+            return
+    except DamagedError as error:
+        raise _BadError(f"the image is damaged or cut short: {error}") from None
     image.load()
-    return _upright(image)
+    if image.format == "WEBP" and has_hole(raw):
+        raise _BadError("the image is damaged: bytes are equal where data should be")
+    if image.format == "PNG" and image.mode == "L" and isinstance(image.info.get("transparency"), int):
+        image.info["transparency"] = scaled_key(raw, image.info["transparency"])
+    if image.format == "PPM" and image.info.get("scale", 1) != 1:
+        raise _BadError(
+            "floating point of another scale than 1, and no telling which is white; save it as 8 or 16 bits"
+        )
 
 
 def _looks_like(raw: bytes) -> str:
@@ -153,7 +201,9 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _channels(image: Image.Image, in_chans: int) -> Pixels:
-    image = _eight_bits(image)
+    if image.mode == "La":  # Pillow converts it to nothing; the grey is weighted already
+        grey_HW, alpha_HW = np.moveaxis(np.asarray(image).astype(np.int64), 2, 0)
+        image = Image.fromarray(np.minimum(grey_HW + 255 - alpha_HW, 255).astype(np.uint8))
     if image.mode in _WITH_ALPHA or "transparency" in image.info:
         image = _over_white(image)
     if image.mode not in ("L", "RGB"):
@@ -168,25 +218,27 @@ def _over_white(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
+def _eight_bits(image: Image.Image, meaning: Meaning) -> Image.Image:
     if image.mode == "F":
-        return _from_float(np.asarray(image))
+        return _from_float(np.asarray(image), is_inverted=meaning.is_inverted)
     if image.mode != "I" and not image.mode.startswith("I;16"):
         return image
     wide_HW = np.asarray(image).astype(np.int64)
-    if wide_HW.min() < 0 or wide_HW.max() > 65535:
+    if wide_HW.min() < 0 or wide_HW.max() > meaning.most:
         raise _BadError(
             f"32-bit integers from {wide_HW.min()} to {wide_HW.max()}, and no telling which is white; "
             "save it as 8 or 16 bits"
         )
-    grey_HW = ((wide_HW * 255 + 32767) // 65535).astype(np.uint8)
+    wide_HW = meaning.most - wide_HW if meaning.is_inverted else wide_HW
+    grey_HW = ((wide_HW * 255 + meaning.most // 2) // meaning.most).astype(np.uint8)
     clear = image.info.get("transparency")
     if isinstance(clear, int):
         grey_HW[wide_HW == clear] = 255
     return Image.fromarray(grey_HW)
 
 
-def _from_float(grey_HW: npt.NDArray[Any]) -> Image.Image:
+def _from_float(grey_HW: npt.NDArray[Any], *, is_inverted: bool) -> Image.Image:
     if not (np.isfinite(grey_HW).all() and grey_HW.min() >= 0 and grey_HW.max() <= 1):
         raise _BadError("floating point outside 0..1, and no telling which is white; save it as 8 or 16 bits")
+    grey_HW = 1 - grey_HW if is_inverted else grey_HW
     return Image.fromarray(np.rint(grey_HW * 255).astype(np.uint8))

@@ -22,6 +22,7 @@ from tlscale.comparison import (
     finished,
     refuse_other_images,
     table,
+    to_rows,
     write_comparison,
 )
 from tlscale.data.sources import open_data
@@ -39,6 +40,7 @@ from tlscale.errors import (
 from tlscale.jobs.run import run
 from tlscale.model.backbone import build_backbone
 from tlscale.model.layers import layer_names
+from tlscale.paired import paired_tests
 from tlscale.progress import Progress
 from tlscale.recipe.load import diff_recipes, dump_recipe, load_recipe, recipe_digest
 from tlscale.recipe.schema import BackboneSection, Recipe
@@ -312,10 +314,11 @@ def _conclude(
     title: str, outcomes: Sequence[Outcome], remarks: Sequence[str], root: Path, screen: Progress, watch: Stopwatch
 ) -> dict[str, Any]:
     refuse_other_images(outcomes)
+    pairs = paired_tests(to_rows(outcomes))
     times = watch.figures(parts=("start", "runs"))
     remarks = [*remarks, _of_time(times)]
-    figures = write_comparison(root, title, outcomes, remarks, times=times)
-    screen.table(title, COLUMNS, table(outcomes))
+    figures = write_comparison(root, title, outcomes, remarks, pairs, times=times)
+    screen.table(title, COLUMNS, table(outcomes, pairs))
     for line in figures["notes"]:
         screen.say(line)
     screen.say(f"table: {root / 'compare.md'}   picture: {root / 'compare.png'}   figures: {root / 'compare.json'}")

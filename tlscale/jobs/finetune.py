@@ -19,14 +19,18 @@ import torch
 from torch import Tensor
 
 from tlscale import computed, faults
-from tlscale.checkpoint import Checkpoint, checkpoint_folder, newest_valid, pointed_to
+from tlscale.checkpoint import Checkpoint, checkpoint_folder, newest_valid
+from tlscale.data.sources import ImageSplit
 from tlscale.dist import Processes
 from tlscale.errors import NonFiniteLossError, Stopped
 from tlscale.evaluate import scalars
 from tlscale.feed import ImageFeed, refuse_codes_of_a_probe
+from tlscale.jobs.endings import non_finite, stopped
 from tlscale.jobs.parts import Parts, begin_stage, load, make_parts, next_stage, save, unwrap, unwrapping, validate
+from tlscale.jobs.scores import fitted, score_of_training
 from tlscale.model.export import export_model
 from tlscale.optim import set_lr
+from tlscale.predictions import Predictions, write_predictions
 from tlscale.prepare import Due, Prepared, strategy_of
 from tlscale.progress import Progress
 from tlscale.run_book import RunBook
@@ -130,7 +134,7 @@ def _train(
             if due_save:
                 save(parts, clock, folder)
             if stopping and clock.step < prepared.total_steps:
-                raise Stopped(_stopped(stop, clock, prepared, folder))
+                raise Stopped(stopped(stop, clock, prepared, folder))
         with prepared.watch("export"):
             return _finish(parts, clock, book, folder, progress, record)
 
@@ -217,14 +221,14 @@ def _leave_out(clock: Clock, parts: Parts, book: RunBook, folder: RunFolder) -> 
     book.write_left_out(len(clock.left_out), most)
     if len(clock.left_out) > most:
         why = f"{len(clock.left_out)} steps were left out, and non_finite.most_steps is {most}. "
-        raise NonFiniteLossError(why + _non_finite(clock.step, folder), clock.step)
+        raise NonFiniteLossError(why + non_finite(clock.step, folder), clock.step)
 
 
 def _refuse_non_finite(bad_step: int | None, clock: Clock, parts: Parts, folder: RunFolder, *, may_save: bool) -> None:
     if bad_step is None and may_save and parts.processes.any(not are_finite(parts.network)):
         bad_step = clock.step  # in the backward pass: the loss would show it in the next step
     if bad_step is not None:
-        raise NonFiniteLossError(_non_finite(bad_step, folder), bad_step)
+        raise NonFiniteLossError(non_finite(bad_step, folder), bad_step)
 
 
 def _finish(
@@ -235,8 +239,9 @@ def _finish(
     assert feed is not None
     split = prepared.data.test or prepared.data.validation
     assert split is not None, "prepare refuses data that nothing can be evaluated on"
+    predictions = Predictions(split, prepared.data.classes)
     with prepared.watch("test"):
-        last = {"step": clock.step, **parts.figures(split, feed)}
+        last = {"step": clock.step, **parts.figures(split, feed, predictions=predictions)}
     best = last
     if clock.chosen_step is not None and clock.chosen_step != clock.step:
         # By its step, and not by what BEST points to: that is for people, and may be older than the clock.
@@ -245,14 +250,16 @@ def _finish(
         restore_weights(checkpoint, parts.network, parts.ema, prepared.fixed)
         if clock.chosen_step <= parts.stage.start_step:  # of another stage, whose frozen part was another
             feed = ImageFeed(prepared, processes, parts.network, parts.keeper.images, parts.targets)
+        predictions = Predictions(split, prepared.data.classes)
         with prepared.watch("test"):
-            best = {"step": clock.chosen_step, **parts.figures(split, feed)}
+            best = {"step": clock.chosen_step, **parts.figures(split, feed, predictions=predictions)}
     unwrap(parts)  # the exported model has to give its logits without what mixed precision does to them
     with parts.averaged():
         if parts.hollow is not None:
             parts.network = filled(parts.hollow, parts.network, keep=processes.is_main)
         how = processes.on_main(partial(_export, parts, folder))
-    result = _result(parts, clock, split.name, best=best, last=last)
+    write_predictions(folder.predictions, predictions, processes)
+    result = _result(parts, clock, split, best=best, last=last)
     result["changes"] = record["changes"]  # of how it was computed, from start to start
     processes.on_main(partial(_write_result, result, folder))
     book.write_summary(result)
@@ -269,6 +276,7 @@ def _export(parts: Parts, folder: RunFolder) -> str:
             head=prepared.recipe.head,
             classes=prepared.data.classes,
             spec=prepared.spec,
+            fitted=fitted(prepared),
         )
 
 
@@ -352,31 +360,17 @@ def _newest(folder: RunFolder, run_id: str | None, progress: Progress) -> Path |
     return path
 
 
-def _non_finite(bad_step: int, folder: RunFolder) -> str:
-    newest = pointed_to(folder.checkpoints, "LATEST")
-    return (
-        f"the loss or the weights became NaN or infinite at step {bad_step}; up to step {bad_step - 1} all was finite. "
-        f"{f'The last checkpoint is {newest}' if newest else 'There is no checkpoint yet'}; nothing was saved after. "
-        "Lower optim.lr, lengthen schedule.warmup, set optim.clip_grad_norm=1.0, or use compute.precision=fp32; "
-        "non_finite.action=skip or rollback leaves single steps out."
-    )
-
-
-def _stopped(stop: StopRequest, clock: Clock, prepared: Prepared, folder: RunFolder) -> str:
-    return (
-        f"stopped by {stop.by or 'a signal to another process'} after step {clock.step} of {prepared.total_steps}; all "
-        f"is saved in '{folder.path}'. The same line with --resume goes on."
-    )
-
-
-def _result(parts: Parts, clock: Clock, split: str, *, best: dict[str, Any], last: dict[str, Any]) -> dict[str, Any]:
+def _result(
+    parts: Parts, clock: Clock, split: ImageSplit, *, best: dict[str, Any], last: dict[str, Any]
+) -> dict[str, Any]:
     """The final figures; those at the top are of the exported weights."""
     prepared, order = parts.prepared, parts.prepared.order
     brief = {name: {"step": figures["step"], **scalars(figures)} for name, figures in (("best", best), ("last", last))}
     return {
         "name": prepared.recipe.name,
         "strategy": strategy_of(prepared),
-        "split": split,
+        "split": split.name,
+        **score_of_training(prepared, split),
         "num_classes": len(prepared.data.classes),
         **{key: value for key, value in best.items() if key not in ("step", "confusion", "per_class")},
         "weights": "best" if prepared.data.validation is not None else "last",

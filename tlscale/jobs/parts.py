@@ -29,6 +29,7 @@ from tlscale.model.classifier import Classifier
 from tlscale.model.ema import Ema
 from tlscale.objective import Objective
 from tlscale.optim import build_optimizer
+from tlscale.predictions import Predictions
 from tlscale.prepare import Prepared, make_objective
 from tlscale.progress import Progress
 from tlscale.run_book import RunBook
@@ -62,11 +63,14 @@ class Parts:
     hollow: Classifier | None = None  # where the network is spread over the processes: what is exported in its place
     is_rehearsed: bool = True  # false before the first step of a start or a stage, where it matters
 
-    def figures(self, split: ImageSplit, feed: Feed, *, error_of: str | None = None) -> dict[str, Any]:
+    def figures(
+        self, split: ImageSplit, feed: Feed, *, error_of: str | None = None, predictions: Predictions | None = None
+    ) -> dict[str, Any]:
         """Evaluate the weights that a user would get: the averages, where averages are kept.
 
         Args:
             error_of: the figure whose standard error is wanted, too.
+            predictions: takes them image by image, where they are wanted.
         """
         self.processes.share_buffers(self.network)
         with self.averaged():
@@ -80,6 +84,7 @@ class Parts:
                 processes=self.processes,
                 in_step=self.hollow is not None,
                 error_of=error_of,
+                predictions=predictions,
             )
 
     def averaged(self) -> AbstractContextManager[None]:

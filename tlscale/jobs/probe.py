@@ -1,8 +1,9 @@
 """A probe: codes of one or several layers, a classifier fitted to them at once, and a model that classifies images.
 
 Chapters: codes; fit; evaluate; export. The held-out images choose the layer, the pooling and the regularisation; the
-test images are looked at once, in the end. A probe that is stopped keeps the codes that are ready, and begins again
-with them.
+test images are looked at once, in the end. Without test images the score is that of the classifier that was fitted to
+the training images alone: one that is fitted again, to the held-out images as well, has no score of its own. A probe
+that is stopped keeps the codes that are ready, and begins again with them.
 
 Shapes: B images of a block, N images, C classes, D features.
 """
@@ -19,16 +20,18 @@ from torch import Tensor, nn
 from tlscale import faults
 from tlscale.codes.probe import Choice, PathRow, cannot_compare, checked_grid, choose
 from tlscale.codes.reading import Codes
-from tlscale.data.sources import ImageSplit
+from tlscale.data.sources import ImageData, ImageSplit
 from tlscale.dist import Processes
 from tlscale.evaluate import scalars
+from tlscale.jobs.scores import fitted, score_of_probe
 from tlscale.keeper import Images, Keeper, layers_part, name_of
-from tlscale.metrics import Tally, summary
+from tlscale.metrics import Tally, majority, summary
 from tlscale.model.classifier import CodesClassifier
 from tlscale.model.export import export_model
 from tlscale.model.folding import fold_norms
 from tlscale.model.heads import KnnHead
 from tlscale.model.layers import PENULTIMATE, LayerCodes
+from tlscale.predictions import Predictions, write_predictions
 from tlscale.prepare import Prepared, make_objective, strategy_of
 from tlscale.progress import Progress
 from tlscale.recipe.schema import ProbeSection, Recipe
@@ -138,28 +141,44 @@ def _fit(
     for name, rows in choice.table.items():
         for row in rows:
             book.write_probe(name, row.setting, row.held_top1, row.held_loss)
-    show_probe(recipe.probe.kind, choice, progress)
-    if not isinstance(choice.probe.head, KnnHead):  # neighbours are compared as they were found
-        choice.probe.head.to(prepared.dtype)
+    show_probe(recipe.probe.kind, choice, progress, majority=_held_majority(data))
+    for head in (choice.probe.head, choice.probe.before_refit):
+        if not isinstance(head, KnnHead):  # neighbours are compared as they were found
+            head.to(prepared.dtype)
 
-    # -- evaluate: the images that chose nothing, once ----------------------------------------------------------------
+    # -- evaluate: by images that the classifier was not fitted to, once ----------------------------------------------
     number = [name_of(pair) for pair in wanted].index(choice.name)
+    scored = choice.probe.head if data.test is not None else choice.probe.before_refit
+    predictions = Predictions(split, data.classes)
     with prepared.watch("test"):
-        figures = _figures(prepared, choice.probe.head, _values(codes[split.name], number, device), split)
+        figures = _figures(prepared, scored, _values(codes[split.name], number, device), predictions)
     book.write_evaluation(split.name, figures, is_best=False)
 
     # -- export -------------------------------------------------------------------------------------------------------
-    layer, pool = wanted[number]
-    head = choice.probe.head if isinstance(choice.probe.head, KnnHead) else nn.Sequential(choice.probe.head)
-    model = CodesClassifier(LayerCodes(prepared.classifier.backbone, [(layer, pool)]), head)
-    with prepared.watch("export"), naming_disk_errors(folder.model):
-        how = export_model(model, folder.model, classes=data.classes, spec=prepared.spec)
-    result = _result(prepared, keeper, choice, (layer, pool), figures, split.name)
+    with prepared.watch("export"):
+        how = _export(prepared, choice, wanted[number], folder)
+        write_predictions(folder.predictions, predictions)
+    result = _result(prepared, keeper, choice, wanted[number], figures, split)
     faults.at("result")
     with naming_disk_errors(folder.result):
         write_json(folder.result, result)
     show_result(result, progress, folder=folder.path, how_to_load=how)
     return result
+
+
+def _export(prepared: Prepared, choice: Choice, layer_and_pool: tuple[str, str], folder: RunFolder) -> str:
+    """Write the model; how it is to be loaded."""
+    probe = choice.probe
+    head = probe.head if isinstance(probe.head, KnnHead) else nn.Sequential(probe.head)
+    model = CodesClassifier(LayerCodes(prepared.classifier.backbone, [layer_and_pool]), head)
+    with naming_disk_errors(folder.model):
+        about = fitted(prepared, refitted=probe.refitted)
+        return export_model(model, folder.model, classes=prepared.data.classes, spec=prepared.spec, fitted=about)
+
+
+def _held_majority(data: ImageData) -> dict[str, Any] | None:
+    held = data.validation
+    return None if held is None else majority(data.train.labels_N, held.labels_N, data.classes)
 
 
 def _values(codes: Codes, number: int, device: torch.device) -> Tensor:
@@ -184,15 +203,17 @@ def _grid(section: ProbeSection) -> list[float] | None:
 
 
 @torch.no_grad()
-def _figures(prepared: Prepared, head: nn.Module, codes_ND: Tensor, split: ImageSplit) -> dict[str, Any]:
-    """All figures of the classifier on a split."""
+def _figures(prepared: Prepared, head: nn.Module, codes_ND: Tensor, predictions: Predictions) -> dict[str, Any]:
+    """All figures of the classifier on a split, whose predictions are collected."""
     objective = make_objective(prepared, codes_ND.device)
     tally = Tally(len(prepared.data.classes), codes_ND.device)
-    labels_N = torch.from_numpy(split.labels_N).to(codes_ND.device)
+    labels_N = torch.from_numpy(predictions.split.labels_N).to(codes_ND.device)
     head = head.to(codes_ND.device)
-    for codes_BD, labels_B in zip(torch.split(codes_ND, _BLOCK), torch.split(labels_N, _BLOCK), strict=True):
+    parts = (torch.split(part, _BLOCK) for part in (torch.arange(len(labels_N)), codes_ND, labels_N))
+    for positions_B, codes_BD, labels_B in zip(*parts, strict=True):
         logits_BC = head(codes_BD.to(prepared.dtype))
         tally.update(logits_BC, labels_B, objective.losses(logits_BC, labels_B))
+        predictions.add(positions_B, logits_BC)
     return summary(tally, prepared.data.classes)
 
 
@@ -206,7 +227,7 @@ def _result(
     choice: Choice,
     chosen: tuple[str, str],
     figures: dict[str, Any],
-    split: str,
+    split: ImageSplit,
 ) -> dict[str, Any]:
     num_params = sum(param.numel() for param in choice.probe.head.parameters())
     backbone_params = sum(param.numel() for param in prepared.classifier.backbone.parameters())
@@ -215,7 +236,8 @@ def _result(
     return {
         "name": prepared.recipe.name,
         "strategy": strategy_of(prepared),
-        "split": split,
+        "split": split.name,
+        **score_of_probe(prepared, choice, split),
         "num_classes": len(prepared.data.classes),
         **whole,
         "weights": "last",
@@ -228,6 +250,7 @@ def _result(
             **_plain(choice.probe.chosen),
             "converged": choice.probe.converged,
             "num_images": choice.probe.num_images,
+            "refitted": choice.probe.refitted,
             "tried": {name: [_plain(row) for row in rows] for name, rows in choice.table.items()},
         },
         "epochs": 0,

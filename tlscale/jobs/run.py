@@ -30,7 +30,8 @@ from tlscale.screen import show_plan
 from tlscale.stop import StopRequest
 from tlscale.stopwatch import Stopwatch
 
-# A resumed run may differ in these: none of them changes what is learned.
+# A resumed run may differ in these: they change nothing of what is learned, or only rounding. The exception is batch
+# norm and dropout on other passes (`compute.micro_batch_size`, the number of processes), which `computed` announces.
 MAY_CHANGE = (
     "checkpoint.",
     "codes.cache_gib",
@@ -158,13 +159,13 @@ def _refuse_other_recipe(recipe: Recipe, folder: RunFolder, screen: Progress) ->
         By section the keys that came after the run began, with what it does all the same.
     """
     stored, older = load_stored_recipe(folder.recipe)
-    for section, keys in older.items():
+    for section, keys in older.items() if recipe.probe is None else ():  # a probe has no use for them
         for key, value in keys.items():
             screen.say(f"{section}.{key}: {value}, as the run began: it is older than this key")
     changes = [
         f"{key}: {old!r} -> {new!r}"
         for key, old, new in diff_recipes(stored, with_values(recipe, older))
-        if not key.startswith(MAY_CHANGE)
+        if not key.startswith(MAY_CHANGE) or (key == "codes.keep" and _sees_other_views(stored, recipe))
     ]
     if changes:
         lines = "\n  ".join(changes)
@@ -173,6 +174,12 @@ def _refuse_other_recipe(recipe: Recipe, folder: RunFolder, screen: Progress) ->
             f"'{folder.recipe}'; another recipe wants another folder: --out DIR"
         )
     return older
+
+
+def _sees_other_views(stored: Recipe, recipe: Recipe) -> bool:
+    """With `codes.keep: always` a single view is kept for all epochs; otherwise each epoch sees a new one."""
+    is_one = bool(recipe.data.augment) and recipe.codes.views == 1 and recipe.distill is None
+    return is_one and (stored.codes.keep == "always") != (recipe.codes.keep == "always")
 
 
 def _refuse_other_inputs(record: dict[str, Any], prepared: Prepared, folder: RunFolder) -> None:

@@ -51,6 +51,7 @@ def export_model(
     head: Sequence[HeadLayer] = ("linear",),
     classes: Sequence[str],
     spec: InputSpec,
+    fitted: Mapping[str, Any] | None = None,
 ) -> str:
     """Write `config.json` and `model.safetensors` (and `head.safetensors` for any but a linear head) to `folder`.
 
@@ -61,6 +62,8 @@ def export_model(
         head: the recipe's head, where the classifier's is made of such layers.
         classes: names of the C classes in the order of the logits.
         spec: what images the network was trained on.
+        fitted: for `config.json`: `fitted_on`, the splits that it learned from, and `scored_on`, the split that its
+            score in `result.json` is of; None where it has no score of its own.
 
     Returns:
         How the folder is to be loaded, in words.
@@ -74,6 +77,7 @@ def export_model(
     whole = as_timm is not None
     body = as_timm if as_timm is not None else plain.backbone
     ours = {**_own_config(plain, head), "classes": list(classes), "input": spec.to_plain(), "whole": whole}
+    ours |= fitted or {}
     _write_config(body, folder, ours, spec)
     faults.at("export")
     _write_tensors(body.state_dict(), folder / "model.safetensors")

@@ -16,7 +16,7 @@ import contextlib
 import math
 import operator
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -27,12 +27,12 @@ from torch.utils.flop_counter import flop_registry
 
 from tlscale.model.cut import Analysis, Fact, analyse, cheapest_cut, goals, output, with_inputs
 from tlscale.model.fingerprint import Fingerprints
+from tlscale.model.halves import TORCHS_OWN, check_halves
 from tlscale.model.tracing import RECOMPUTED, NoFrontier, Recomputed, first_line, module_of
 
 __all__ = ["CutValue", "Frontier", "NoFrontier", "find_frontier"]
 
-_NUM_TRIED = 4  # images that the halves are checked with
-_CHECK_SEED = 20_240
+_NUM_TRIED = 4  # images that the halves are checked with, and more than twice as many
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def _split(network: nn.Module, images: Tensor) -> Frontier:
         _recompute_as_before(_copy_between(network, in_training, None, cut)),
         _recompute_as_before(_copy_between(network, in_eval, None, [again[marks[node]] for node in cut])),
     )
-    _check(network, images, prefix, suffix)
+    check_halves(network, images, prefix, suffix)
     suffix.eval()
     return Frontier(
         prefix=prefix,
@@ -154,6 +154,12 @@ def _split(network: nn.Module, images: Tensor) -> Frontier:
 @contextlib.contextmanager
 def _left_as_found(network: nn.Module) -> Iterator[None]:
     modes = {module: module.training for module in network.modules()}
+    numbers = [
+        (module, name, value)
+        for module in network.modules()
+        for name, value in vars(module).items()
+        if name not in TORCHS_OWN and isinstance(value, int | float | str)
+    ]
     buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
     names = set(vars(network))
     try:
@@ -164,6 +170,8 @@ def _left_as_found(network: nn.Module) -> Iterator[None]:
                 buffer.copy_(before)
         for module, mode in modes.items():
             module.training = mode
+        for module, name, value in numbers:  # counters
+            vars(module)[name] = value
         for name in set(vars(network)) - names:  # constants that the tracer hung there
             delattr(network, name)
 
@@ -268,74 +276,7 @@ def _recompute_as_before(half: fx.GraphModule) -> fx.GraphModule:
     return half
 
 
-# -- check --------------------------------------------------------------------------------------------------------
-
-
-def _check(network: nn.Module, images: Tensor, prefix: _Prefix, suffix: _Suffix) -> None:
-    """Run the halves and the whole side by side.
-
-    Raises:
-        NoFrontier: they differ, or the prefix is no function of each image alone.
-    """
-    _check_rows(images, prefix)
-    exact = images.device.type == "cpu"
-    for mode, word in ((False, "evaluation"), (True, "training")):
-        before = [buffer.clone() for buffer in suffix.train(mode).buffers()]
-        whole = _seeded(network, images.clone()), [buffer.clone() for buffer in suffix.buffers()]
-        for buffer, value in zip(suffix.buffers(), before, strict=True):
-            buffer.copy_(value)
-        found = _seeded(suffix, *(code.clone() for code in prefix(images.clone()))), list(suffix.buffers())
-        if not all(_agree(one, other, exact=exact) for one, other in zip(whole, found, strict=True)):
-            raise NoFrontier(f"the two halves do not give what the whole network gives in {word}")
-
-
-def _check_rows(images: Tensor, prefix: _Prefix) -> None:
-    """Codes depend on no random number, and those of an image on no other image of its batch."""
-    codes = _seeded(prefix, images.clone())
-    if not _agree(codes, _seeded(prefix, images.clone(), seed=_CHECK_SEED + 1), exact=True):
-        raise NoFrontier("the frozen part gives other values for the same images")
-    among_others = torch.cat([1 - images[:1], images[1:]]).flip(0)
-    moved = [code.flip(0)[1:] for code in _seeded(prefix, among_others)]
-    if not _agree([code[1:] for code in codes], moved, exact=False):
-        raise NoFrontier("what the frozen part gives for an image depends on the other images of the batch")
-
-
-def _seeded(module: nn.Module, *inputs: Tensor, seed: int = _CHECK_SEED) -> list[Tensor]:
-    torch.manual_seed(seed)
-    if inputs[0].device.type == "xla":
-        from tlscale import xla
-
-        xla.seed(seed, inputs[0].device)
-    return _tensors(module(*inputs))
-
-
-def _tensors(output: Any) -> list[Tensor]:
-    if isinstance(output, Mapping):
-        output = list(output.values())
-    if isinstance(output, tuple | list):
-        return [tensor for item in output for tensor in _tensors(item)]
-    return [output] if isinstance(output, Tensor) else []
-
-
-def _agree(ones: Sequence[Tensor], others: Sequence[Tensor], *, exact: bool) -> bool:
-    pairs = list(zip(ones, others, strict=True))
-    if any(one.shape != other.shape or one.dtype != other.dtype for one, other in pairs):
-        return False
-    if exact or not all(one.is_floating_point() for one, _ in pairs):
-        return all(torch.equal(one.nan_to_num(), other.nan_to_num()) for one, other in pairs)
-    return all(_difference(one, other) <= _tolerance(one) for one, other in pairs)
-
-
-def _difference(one: Tensor, other: Tensor) -> float:
-    """Largest difference as a share of the largest value."""
-    scale = one.abs().max().clamp(min=torch.finfo(one.dtype).tiny)
-    return float((one - other).abs().max() / scale)
-
-
-def _tolerance(tensor: Tensor) -> float:
-    """Room for another order of summation; on an accelerator also for products in reduced precision (TF32)."""
-    rounding = 8 * torch.finfo(tensor.dtype).eps
-    return max(1e-5, rounding) if tensor.device.type == "cpu" else max(5e-3, rounding)
+# -- describe -------------------------------------------------------------------------------------------------------
 
 
 def _values(images: Tensor, prefix: _Prefix, names: Sequence[str]) -> tuple[CutValue, ...]:

@@ -1,0 +1,82 @@
+"""The scored figures of a run out of its predictions.parquet, by NumPy alone: nothing of tlscale is imported."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+
+SCORED = ("num_images", "top1", "top5", "loss", "macro_f1", "ece", "num_without_answer", "per_class", "confusion")
+
+
+def figures_from(path: Path) -> dict:
+    table = pq.read_table(path)
+    about = json.loads(table.schema.metadata[b"tlscale"])
+    classes = about["classes"]
+    place = {name: number for number, name in enumerate(classes)}
+    true_N = np.array([place[name] for name in table["true_label"].to_pylist()])
+    label_N = np.array([place.get(name, -1) for name in table["label"].to_pylist()])
+    has_N, hit_N = label_N >= 0, label_N == true_N
+    num_images, num_classes = len(true_N), len(classes)
+    probability_N = np.array(table["probability"].to_pylist(), dtype=float)
+    truth_N = np.array(table["true_probability"].to_pylist(), dtype=float)
+    per_class = {name: _of_class(true_N == c, label_N == c, hit_N) for c, name in enumerate(classes)}
+    f1s = [row["f1"] for row in per_class.values() if row["f1"] is not None]
+    confusion = np.zeros((num_classes, num_classes), dtype=int)
+    np.add.at(confusion, (true_N[has_N], label_N[has_N]), 1)
+    with np.errstate(divide="ignore"):
+        loss = float(-np.log(truth_N).mean())
+    return {
+        "num_images": num_images,
+        "top1": hit_N.mean(),
+        "top5": _top5(table, place, true_N, has_N) if num_classes > 5 else None,
+        "loss": loss if np.isfinite(loss) else None,
+        "macro_f1": float(np.mean(f1s)),
+        "ece": _calibration_error(probability_N[has_N], hit_N[has_N]),
+        "num_without_answer": int((~has_N).sum()),
+        "per_class": per_class,
+        "confusion": confusion.tolist(),
+    }
+
+
+def _of_class(is_true_N, is_label_N, hit_N) -> dict:
+    images, answers, hits = int(is_true_N.sum()), int(is_label_N.sum()), int((hit_N & is_true_N).sum())
+    return {
+        "accuracy": hits / images if images else None,
+        "precision": hits / answers if images and answers else None,
+        "f1": 2 * hits / (images + answers) if images else None,
+        "num_images": images,
+    }
+
+
+def _top5(table, place, true_N, has_N) -> float:
+    if "logits" not in table.column_names:
+        best = [[place[name] for name in names] for names in table["top_labels"].to_pylist()]
+    else:
+        logits_NC = np.nan_to_num(np.array(table["logits"].to_pylist(), dtype=float))
+        best = np.argsort(-logits_NC, axis=1, kind="stable")[:, :5]
+    return float(np.mean([true in row and has for true, row, has in zip(true_N, best, has_N, strict=True)]))
+
+
+def _calibration_error(probability_N, hit_N, num_bins=15) -> float | None:
+    if not len(hit_N):
+        return None
+    # As float32, in which the bins are found: 0.2 is an edge.
+    bins_N = np.clip(np.ceil(probability_N.astype(np.float32) * np.float32(num_bins)).astype(int) - 1, 0, num_bins - 1)
+    gaps = [abs(hit_N[bins_N == m].sum() - probability_N[bins_N == m].sum()) for m in range(num_bins)]
+    return float(sum(gaps) / len(hit_N))
+
+
+def assert_follows(result: dict, path: Path, rel: float = 2e-6) -> None:
+    """Whatever `result` says of the scored split is what the predictions say."""
+    import pytest
+
+    found = figures_from(path)
+    exact = ("num_images", "top1", "top5", "num_without_answer", "confusion", "per_class")
+    for key in exact:
+        assert found[key] == (pytest.approx(result[key]) if isinstance(result[key], float) else result[key]), key
+    for key in ("loss", "macro_f1", "ece"):
+        expected = result[key]
+        assert found[key] == (expected if expected is None else pytest.approx(expected, rel=rel, abs=1e-7)), key

@@ -1,0 +1,157 @@
+"""The picture of a comparison: accuracy by training-set size and by time, with what the most frequent class scores."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from matplotlib import rc_context, ticker
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+if TYPE_CHECKING:
+    from tlscale.comparison import Row
+
+# Okabe and Ito's colours that keep apart for the colour-blind and on white; a marker says the same without colour.
+_STYLES = (
+    ("#0072B2", "o"),
+    ("#56B4E9", "s"),
+    ("#009E73", "^"),
+    ("#E69F00", "D"),
+    ("#D55E00", "v"),
+    ("#555555", "X"),
+    ("#CC79A7", "P"),
+)
+_OWN_STYLE = {"codes": 0, "early_codes": 1, "mlp": 2, "head": 3, "finetune": 4, "scratch": 5}
+_FONT: Any = {"font.size": 10, "font.family": "DejaVu Sans", "svg.hashsalt": "tlscale", "svg.fonttype": "path"}
+_DPI = 200
+_MAJORITY: Any = {"color": "#555555", "linestyle": "--", "linewidth": 1.0, "label": "always the most frequent class"}
+
+
+def draw(rows: Sequence[Row], paths: Sequence[Path]) -> None:
+    """Accuracy by training-set size and by time; with one size only, a line of dots for each.
+
+    Args:
+        rows: at least one.
+        paths: files; their endings name the formats.
+    """
+    sizes = sorted({row.size for row in rows})
+    with rc_context(_FONT):
+        figure = _lines(rows, sizes) if len(sizes) > 1 else _dots(rows)
+        for path in paths:
+            # Without a date, the same figures give the same bytes.
+            figure.savefig(path, dpi=_DPI, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+def _style(variant: str, variants: Sequence[str]) -> tuple[str, str]:
+    known = all(name in _OWN_STYLE for name in variants)
+    return _STYLES[_OWN_STYLE[variant] if known else variants.index(variant) % len(_STYLES)]
+
+
+def _plain_axes(axes: Axes) -> None:
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    axes.grid(color="#e4e4e4", linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def _lines(rows: Sequence[Row], sizes: Sequence[int]) -> Figure:
+    figure = Figure(figsize=(9.0, 4.4), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    by_end = sorted(rows, key=lambda row: (-row.size, -row.top1))  # as the lines end, from the top
+    variants = list(dict.fromkeys(row.variant for row in by_end))
+    span = math.log(max(sizes) / min(sizes))
+    handles = []
+    for position, variant in enumerate(variants):
+        own = sorted((row for row in rows if row.variant == variant), key=lambda row: row.size)
+        colour, marker = _style(variant, variants)
+        # Side by side, so that no interval hides another.
+        aside = math.exp((position - (len(variants) - 1) / 2) * span * 0.014)
+        tops, bars = [row.top1 for row in own], _bars(own)
+        line = {"color": colour, "marker": marker, "markersize": 5, "linewidth": 1.3, "elinewidth": 1.2}
+        drawn = left.errorbar([row.size * aside for row in own], tops, yerr=bars, **line)
+        right.errorbar([_seconds(row) for row in own], tops, yerr=bars, **(line | {"linewidth": 0.8}))
+        _hollow(right, [(_seconds(row), row.top1, row) for row in own], colour, marker, 5)
+        handles.append(drawn)
+    shares = {size: share for size in sizes if (share := _majority(rows, size)) is not None}
+    if shares:
+        handles += left.plot(list(shares), list(shares.values()), **_MAJORITY)
+        variants.append(_MAJORITY["label"])
+    for axes, label in ((left, "labelled training images"), (right, _seconds_label(rows))):
+        _plain_axes(axes)
+        axes.set_xscale("log")
+        axes.set_xlabel(label)
+    left.set_ylabel("top-1 accuracy")
+    left.xaxis.set_major_locator(ticker.FixedLocator(list(sizes)))
+    left.xaxis.set_major_formatter(ticker.FuncFormatter(lambda size, _: f"{size:,.0f}"))
+    left.xaxis.set_minor_locator(ticker.NullLocator())
+    _log_seconds(right, rows)
+    figure.legend(handles, variants, loc="outside upper center", ncols=min(len(variants), 6), frameon=False)
+    return figure
+
+
+def _majority(rows: Sequence[Row], size: int) -> float | None:
+    """The mean share of the most frequent class at a size; None where an older tlscale made all runs."""
+    shares = [row.majority_top1 for row in rows if row.size == size and row.majority_top1 is not None]
+    return fmean(shares) if shares else None
+
+
+def _bars(rows: Sequence[Row]) -> list[list[float]]:
+    """How far the intervals go down and up, as matplotlib takes it."""
+    return [[row.top1 - row.low for row in rows], [row.high - row.top1 for row in rows]]
+
+
+def _seconds(row: Row) -> float:
+    return max(row.mean("wall_s") or 0.0, 0.01)
+
+
+def _seconds_label(rows: Sequence[Row]) -> str:
+    hollow = " (hollow: its codes were there already)" if any(row.found_codes for row in rows) else ""
+    return f"seconds{hollow}" if hollow else "seconds of the run"
+
+
+def _hollow(axes: Axes, points: Sequence[tuple[float, float, Row]], colour: str, marker: str, size: float) -> None:
+    """Marks the runs whose time is without the computing of their codes."""
+    for x, y, row in points:
+        if row.found_codes:
+            axes.plot([x], [y], color=colour, marker=marker, markersize=size, markerfacecolor="white", zorder=3)
+
+
+def _log_seconds(axes: Axes, rows: Sequence[Row]) -> None:
+    """As many numbers as fit; a decade alone would often leave the axis without any."""
+    seconds = [_seconds(row) for row in rows]
+    decades = math.log10(max(seconds) / min(seconds))
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if decades < 2 else (1, 3) if decades < 4 else (1,)))
+    axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:,.6g}"))
+    axes.xaxis.set_minor_locator(ticker.NullLocator())
+    if decades < 0.5:  # runs of much the same length: room on both sides
+        axes.set_xlim(min(seconds) / 2, max(seconds) * 2)
+
+
+def _dots(rows: Sequence[Row]) -> Figure:
+    ordered = sorted(rows, key=lambda row: row.top1)
+    variants = [row.variant for row in rows]
+    figure = Figure(figsize=(9.0, 1.5 + 0.42 * len(ordered)), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for height, row in enumerate(ordered):
+        colour, marker = _style(row.variant, variants)
+        line = {"color": colour, "marker": marker, "markersize": 7, "elinewidth": 1.6}
+        left.errorbar([row.top1], [height], xerr=_bars([row]), **line)
+        right.plot([_seconds(row)], [height], color=colour, marker=marker, markersize=7)
+        _hollow(right, [(_seconds(row), height, row)], colour, marker, 7)
+    share = _majority(rows, ordered[0].size)
+    if share is not None:
+        figure.legend([left.axvline(share, **_MAJORITY)], [_MAJORITY["label"]], loc="outside upper left", frameon=False)
+    for axes in (left, right):
+        _plain_axes(axes)
+        axes.tick_params(axis="y", length=0)
+    left.set_yticks(range(len(ordered)), [row.variant for row in ordered])
+    left.set_ylim(-0.6, len(ordered) - 0.4)
+    left.set_xlabel(f"top-1 accuracy with {ordered[0].size:,} labelled training images")
+    right.set_xscale("log")
+    right.set_xlabel(_seconds_label(rows))
+    _log_seconds(right, rows)
+    return figure

@@ -1,0 +1,188 @@
+"""Tell from its tags whether a TIFF is one of those that Pillow decodes right, and how its numbers are meant.
+
+Promise: a TIFF that would come out inverted, dark or garbled is refused, and the error says what it is. TIFF leaves
+much open (what 0 is, how many bits, where the planes lie), and Pillow decodes some of it wrongly without an error:
+what is let through here was compared with files written byte by byte (tests/unit/test_tiff.py).
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from PIL import TiffImagePlugin
+
+_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_SUBFILE, _BITS, _COMPRESSION, _PHOTOMETRIC, _FILL_ORDER = 254, 258, 259, 262, 266
+_SAMPLES, _PLANAR, _COLOUR_MAP, _INK_SET, _EXTRA, _FORMAT = 277, 284, 320, 332, 338, 339
+_RAW, _FAX, _JPEGS = 1, (2, 3, 4), (6, 7)
+_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE, _CMYK, _YCBCR = 0, 1, 2, 3, 5, 6
+_COLOURS = {_WHITE_IS_ZERO: 1, _BLACK_IS_ZERO: 1, _RGB: 3, _PALETTE: 1, _CMYK: 4, _YCBCR: 3}
+_UNSIGNED, _SIGNED, _FLOAT = 1, 2, 3
+_PHOTOMETRICS = {
+    None: "no word on what 0 is (PhotometricInterpretation)",
+    _WHITE_IS_ZERO: "grey with white as 0",
+    _BLACK_IS_ZERO: "grey",
+    _RGB: "RGB",
+    _PALETTE: "palette",
+    4: "mask",
+    _CMYK: "CMYK",
+    _YCBCR: "YCbCr",
+    8: "CIE Lab",
+    9: "ICC Lab",
+    10: "ITU Lab",
+    32803: "raw sensor",
+    34892: "linear raw sensor",
+}
+_FORMATS = {_UNSIGNED: "", _SIGNED: "signed ", _FLOAT: "floating point "}
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """What the numbers of a TIFF of more than 8 bits mean."""
+
+    most: int = 65535
+    """White, or black where `is_inverted`."""
+    is_inverted: bool = False
+
+
+@dataclass(frozen=True)
+class _Tags:
+    is_big_endian: bool
+    subfile: int
+    bits: tuple[int, ...]
+    compression: int
+    photometric: int | None
+    fill_order: int
+    samples: int
+    planes_apart: bool
+    colour_map: tuple[int, ...]
+    ink_set: int
+    extra: tuple[int, ...]
+    formats: tuple[int, ...]
+
+    @property
+    def num_colours(self) -> int:
+        """Samples that are colour; the others are alpha, or anything."""
+        return _COLOURS.get(self.photometric, 0) if self.photometric is not None else 0
+
+    @property
+    def is_inverted(self) -> bool:
+        return self.photometric == _WHITE_IS_ZERO
+
+
+class UnreadTiffError(Exception):
+    """What this TIFF is, and that it is not read."""
+
+
+def is_tiff(raw: bytes) -> bool:
+    """Return whether these bytes begin as a TIFF."""
+    return raw.startswith(_STARTS)
+
+
+def meaning_of(raw: bytes) -> Meaning:
+    """Return what the numbers of a TIFF mean.
+
+    Raises:
+        UnreadTiffError: it is of a kind that does not come out right.
+    """
+    try:
+        tags = _read(raw)
+    except Exception:  # on damaged tags Pillow's reader raises nearly anything; its decoder will say it
+        return Meaning()
+    why = next(_faults(tags), None)
+    if why is not None:
+        raise UnreadTiffError(f"{describe(raw)}: {why}")
+    return Meaning(4095 if tags.bits[0] == 12 else 65535, tags.is_inverted and tags.bits[0] > 8)
+
+
+def describe(raw: bytes) -> str:
+    """Return what a TIFF that is not read is, and what to do."""
+    try:
+        tags = _read(raw)
+    except Exception:
+        return "a TIFF whose tags cannot be read"
+    kind = "".join(_FORMATS.get(number, f"sample format {number} ") for number in dict.fromkeys(tags.formats))
+    bits = " and ".join(str(number) for number in dict.fromkeys(tags.bits))
+    colour = _PHOTOMETRICS.get(tags.photometric, f"photometric interpretation {tags.photometric}")
+    parts = [
+        f"{bits}-bit {kind}{colour}",
+        f"{tags.samples} sample{'s' * (tags.samples > 1)} a pixel",
+        *(["planes apart"] if tags.planes_apart else []),
+        *([f"compression {tags.compression}"] if tags.compression != _RAW else []),
+        *(["big-endian"] if tags.is_big_endian else []),
+    ]
+    return f"a TIFF that is not read ({', '.join(parts)}); save it as 8-bit grey or RGB"
+
+
+def _read(raw: bytes) -> _Tags:
+    header = raw[:16] if raw[2] == 43 or raw[3] == 43 else raw[:8]
+    file = io.BytesIO(raw)
+    tags = TiffImagePlugin.ImageFileDirectory_v2(header)
+    file.seek(tags.next)
+    tags.load(file)
+    samples = int(tags.get(_SAMPLES, 1))
+    bits = tuple(int(number) for number in tags.get(_BITS, (1,)))
+    return _Tags(
+        is_big_endian=raw[:1] == b"M",
+        subfile=int(tags.get(_SUBFILE, 0)),
+        bits=bits,
+        compression=int(tags.get(_COMPRESSION, _RAW)),
+        photometric=tags.get(_PHOTOMETRIC),
+        fill_order=int(tags.get(_FILL_ORDER, 1)),
+        samples=samples,
+        planes_apart=tags.get(_PLANAR, 1) == 2,
+        colour_map=tuple(tags.get(_COLOUR_MAP, ())),
+        ink_set=int(tags.get(_INK_SET, 1)),
+        extra=tuple(tags.get(_EXTRA, ())),
+        formats=tuple(int(number) for number in tags.get(_FORMAT, (_UNSIGNED,))),
+    )
+
+
+def _faults(tags: _Tags) -> Iterator[str]:
+    """What does not come out right, if anything."""
+    num_extra = tags.samples - tags.num_colours
+    if tags.compression == 6:
+        return  # the old form of JPEG leaves most tags out
+    if tags.subfile & 5:
+        yield "its first page is a reduced copy or a mask of another"
+    if tags.photometric not in _COLOURS:
+        yield "its colours are not known here"
+    if len({*tags.bits}) > 1 or len({*tags.formats}) > 1:
+        yield "its samples differ in bits or format"
+    if num_extra < 0:
+        yield "samples are missing"
+    yield from _faults_of_numbers(tags)
+    if tags.planes_apart and not _are_planes_read(tags, num_extra):
+        yield "its planes lie apart"
+    if num_extra > 0 and (tags.is_inverted or tags.bits[0] != 8) and (tags.photometric, tags.bits[0]) != (_RGB, 16):
+        yield "it has more samples than colours"
+    if tags.bits[0] == 16 and (tags.photometric == _CMYK or (num_extra > 0 and set(tags.extra) != {0})):
+        yield "16 bits with CMYK or transparency lose too much"
+    if tags.photometric == _YCBCR and tags.compression not in _JPEGS:
+        yield "YCbCr is read where it is compressed as JPEG"
+    if tags.photometric == _CMYK and tags.ink_set != 1:
+        yield "its inks are others than CMYK"
+    if tags.photometric == _PALETTE and tags.colour_map and max(tags.colour_map) < 256:
+        yield "its palette is black, or not written in 16 bits"
+
+
+def _faults_of_numbers(tags: _Tags) -> Iterator[str]:
+    bits, form = tags.bits[0], tags.formats[0]
+    if form == _SIGNED and bits != 32:
+        yield "there is no telling which number is white"
+    if form in (_SIGNED, _FLOAT) and tags.is_big_endian and tags.compression != _RAW:
+        yield "the order of its bytes is not known after unpacking"
+    if tags.fill_order == 2 and (tags.compression not in (_RAW, *_FAX) or (bits == 8 and tags.is_inverted)):
+        yield "its bits are in reverse order (FillOrder)"
+
+
+def _are_planes_read(tags: _Tags, num_extra: int) -> bool:
+    """Whether the planes come together as they should; of one sample there is one plane."""
+    bits, is_raw = tags.bits[0], tags.compression == _RAW
+    if num_extra or tags.fill_order == 2:
+        return False
+    if tags.samples == 1:  # Pillow takes the first letter of what it knows of the numbers
+        return not is_raw or (bits in (1, 8) and not tags.is_inverted)
+    return tags.photometric in (_RGB, _CMYK) and (bits == 8 or (bits == 16 and not is_raw))

@@ -1,0 +1,28 @@
+"""What a training run says where it ends before its last step."""
+
+from __future__ import annotations
+
+from tlscale.checkpoint import pointed_to
+from tlscale.prepare import Prepared
+from tlscale.run_folder import RunFolder
+from tlscale.run_state import Clock
+from tlscale.stop import StopRequest
+
+
+def non_finite(bad_step: int, folder: RunFolder) -> str:
+    """The loss or the weights are not finite: what is saved, and what to do."""
+    newest = pointed_to(folder.checkpoints, "LATEST")
+    return (
+        f"the loss or the weights became NaN or infinite at step {bad_step}; up to step {bad_step - 1} all was finite. "
+        f"{f'The last checkpoint is {newest}' if newest else 'There is no checkpoint yet'}; nothing was saved after. "
+        "Lower optim.lr, lengthen schedule.warmup, set optim.clip_grad_norm=1.0, or use compute.precision=fp32; "
+        "non_finite.action=skip or rollback leaves single steps out."
+    )
+
+
+def stopped(stop: StopRequest, clock: Clock, prepared: Prepared, folder: RunFolder) -> str:
+    """Somebody stopped the run."""
+    return (
+        f"stopped by {stop.by or 'a signal to another process'} after step {clock.step} of {prepared.total_steps}; all "
+        f"is saved in '{folder.path}'. The same line with --resume goes on."
+    )

@@ -1,0 +1,142 @@
+"""Are two halves of a network the network? They are run side by side before they are used.
+
+Promise: what `check_halves` lets pass gave, on batches of two sizes and in both modes, the very numbers of the whole
+network; its frozen half is a function of each image alone, and the network is the same from call to call. What shows
+only after many calls, or in batches of a size that was not tried, is found where a module keeps a number, a text or a
+buffer for it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tlscale.model.tracing import NoFrontier
+
+_CHECK_SEED = 20_240
+
+# Reasons for which networks were split wrongly once; `corrections` knows them by these words.
+OF_BATCH_SIZE = "what the frozen part gives for an image depends on the size of the batch"
+OF_CALLS = "the network is not the same from call to call"
+
+TORCHS_OWN = frozenset(vars(nn.Module()))
+"""Attributes that every module has."""
+
+
+def check_halves(network: nn.Module, images: Tensor, prefix: nn.Module, suffix: nn.Module) -> None:
+    """Run the halves and the whole side by side, on batches of two sizes.
+
+    Raises:
+        NoFrontier: they differ, or the prefix is no function of each image alone, or the network is not the same when
+            it is called again.
+    """
+    # A size that is no multiple, and larger: rounded up or cut off, a batch size may look like a constant.
+    more = torch.cat([images, 1 - images, 2 * images[:1]])
+    _check_rows(images, more, prefix)
+    for mode, word in ((False, "evaluation"), (True, "training")):
+        suffix.train(mode)
+        _check_calls(network, images)
+        for batch in (images, more):
+            _check_one(network, batch, prefix, suffix, word)
+
+
+def _check_one(network: nn.Module, images: Tensor, prefix: nn.Module, suffix: nn.Module, word: str) -> None:
+    before = [buffer.clone() for buffer in suffix.buffers()]
+    whole = _seeded(network, images.clone()), [buffer.clone() for buffer in suffix.buffers()]
+    for buffer, value in zip(suffix.buffers(), before, strict=True):
+        buffer.copy_(value)
+    found = _seeded(suffix, *(code.clone() for code in prefix(images.clone()))), list(suffix.buffers())
+    exact = images.device.type == "cpu"
+    if not all(_agree(one, other, exact=exact) for one, other in zip(whole, found, strict=True)):
+        raise NoFrontier(f"the two halves do not give what the whole network gives in {word}")
+
+
+def _check_calls(network: nn.Module, images: Tensor) -> None:
+    """Called twice the network gives the same, and keeps nothing of the calls but in buffers."""
+    buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
+    once = _seeded(network, images.clone())
+    kept = _plain_state(network)
+    for buffer, value in buffers:
+        buffer.copy_(value)
+    again = _seeded(network, images.clone())
+    now = _plain_state(network)
+    changed = next((name for name in now if kept.get(name) != now[name]), None)
+    if changed is not None:
+        raise NoFrontier(f"{OF_CALLS}: it changes its '{changed}'")
+    if not _agree(once, again, exact=images.device.type == "cpu"):
+        raise NoFrontier(f"{OF_CALLS}: it gives other values for the same images")
+
+
+def _check_rows(images: Tensor, more: Tensor, prefix: nn.Module) -> None:
+    """Codes depend on no random number and no earlier call, and those of an image on nothing else in its batch."""
+    buffers = [buffer.clone() for buffer in prefix.buffers()]
+    codes = _seeded(prefix, images.clone())
+    if not all(torch.equal(*pair) for pair in zip(prefix.buffers(), buffers, strict=True)):
+        raise NoFrontier(f"{OF_CALLS}: its frozen part changes a buffer")
+    if not _agree(codes, _seeded(prefix, images.clone(), seed=_CHECK_SEED + 1), exact=True):
+        raise NoFrontier("the frozen part gives other values for the same images")
+    among_others = torch.cat([1 - images[:1], images[1:]]).flip(0)
+    moved = [code.flip(0)[1:] for code in _seeded(prefix, among_others)]
+    if not _agree([code[1:] for code in codes], moved, exact=False):
+        raise NoFrontier("what the frozen part gives for an image depends on the other images of the batch")
+    if not _agree(codes, [code[: len(images)] for code in _seeded(prefix, more.clone())], exact=False):
+        raise NoFrontier(OF_BATCH_SIZE)
+
+
+def _seeded(module: nn.Module, *inputs: Tensor, seed: int = _CHECK_SEED) -> list[Tensor]:
+    torch.manual_seed(seed)
+    if inputs[0].device.type == "xla":
+        from tlscale import xla
+
+        xla.seed(seed, inputs[0].device)
+    return _tensors(module(*inputs))
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    if isinstance(output, Mapping):
+        output = list(output.values())
+    if isinstance(output, tuple | list):
+        return [tensor for item in output for tensor in _tensors(item)]
+    return [output] if isinstance(output, Tensor) else []
+
+
+def _agree(ones: Sequence[Tensor], others: Sequence[Tensor], *, exact: bool) -> bool:
+    pairs = list(zip(ones, others, strict=True))
+    if any(one.shape != other.shape or one.dtype != other.dtype for one, other in pairs):
+        return False
+    if exact or not all(one.is_floating_point() for one, _ in pairs):
+        return all(torch.equal(one.nan_to_num(), other.nan_to_num()) for one, other in pairs)
+    return all(_difference(one, other) <= _tolerance(one) for one, other in pairs)
+
+
+def _difference(one: Tensor, other: Tensor) -> float:
+    """Largest difference as a share of the largest value."""
+    scale = one.abs().max().clamp(min=torch.finfo(one.dtype).tiny)
+    return float((one - other).abs().max() / scale)
+
+
+def _tolerance(tensor: Tensor) -> float:
+    """Room for another order of summation; on an accelerator also for products in reduced precision (TF32)."""
+    rounding = 8 * torch.finfo(tensor.dtype).eps
+    return max(1e-5, rounding) if tensor.device.type == "cpu" else max(5e-3, rounding)
+
+
+def _plain_state(network: nn.Module) -> dict[str, str]:
+    """Values that the modules of a network keep besides tensors and settings of torch's own, as text, by name."""
+    return {
+        f"{path}.{name}".lstrip("."): repr(value)
+        for path, module in network.named_modules()
+        for name, value in vars(module).items()
+        if name not in TORCHS_OWN and _is_plain(value)
+    }
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple | list | set | dict | deque):
+        return all(map(_is_plain, value.values() if isinstance(value, dict) else value))
+    return value is None or isinstance(value, int | float | str | itertools.count)

@@ -1,0 +1,152 @@
+"""Paired tests: whether two runs that were scored on the same images differ by more than chance.
+
+Promise: two runs are paired only where the images and their true labels are the same, row by row. The test is exact
+(McNemar 1947): of the images on which only one of the two is right, under equal accuracy each run has half. Over
+several seeds an image counts once, for the run that is right more often on it. The p-values of a comparison are
+corrected for the number of pairs (Holm 1979, "A simple sequentially rejective multiple test procedure").
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from tlscale.predictions import read_predictions
+
+if TYPE_CHECKING:
+    from tlscale.comparison import Row
+
+LEVEL = 0.05
+"""Runs whose corrected p-value is at least this are not distinguishable."""
+_KEYS = ("path", "row", "true_label")
+Hits = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """Which images a run was scored on, and which it answered right."""
+
+    images: str
+    """Digest of their paths, rows and true labels, in order."""
+    keys: pa.Table
+    is_right_N: npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The test of two variants of the same size."""
+
+    size: int
+    first: str
+    second: str
+    num_images: int
+    num_first_only: int
+    """Images on which the first is right (more often), and the second is not."""
+    num_second_only: int
+    p: float
+    p_corrected: float
+
+    @property
+    def is_distinguishable(self) -> bool:
+        return self.p_corrected < LEVEL
+
+    def joins(self, first: str, second: str) -> bool:
+        """Whether it is the pair of these two variants, in either order."""
+        return {self.first, self.second} == {first, second}
+
+    def to_plain(self) -> dict[str, Any]:
+        """As JSON."""
+        return {**vars(self), "distinguishable": self.is_distinguishable}
+
+
+def read_scored(folder: Path) -> Scored | None:
+    """What a run's `predictions.parquet` says; None where there is none: an older tlscale made the run."""
+    path = folder / "predictions.parquet"
+    if not path.is_file():
+        return None
+    table = read_predictions(path, (*_KEYS, "label")).combine_chunks()
+    total = hashlib.sha256()
+    for name in _KEYS:
+        for value in table[name].to_pylist():
+            total.update(f"{value}\0".encode())
+    is_right = pc.fill_null(pc.equal(table["label"], table["true_label"]), False)
+    return Scored(total.hexdigest(), table.select(_KEYS), is_right.to_numpy(zero_copy_only=False))
+
+
+def paired_tests(rows: Sequence[Row]) -> list[Pair]:
+    """The tests of all pairs of variants of each size, corrected for the number of pairs of their size.
+
+    Runs without predictions, and pairs of runs that were scored on different images, have none.
+    """
+    scored = {run.folder: read_scored(Path(run.folder)) for row in rows for run in row.runs}
+    found: list[Pair] = []
+    for size in dict.fromkeys(row.size for row in rows):
+        tests = []
+        for one, other in combinations([row for row in rows if row.size == size], 2):
+            others = {run.seed: scored[run.folder] for run in other.runs}
+            runs = [(scored[run.folder], others[run.seed]) for run in one.runs if run.seed in others]
+            known = [(first, second) for first, second in runs if first is not None and second is not None]
+            test = paired_test(size, one.variant, other.variant, known) if len(known) == len(runs) else None
+            tests += [test] if test is not None else []
+        found += corrected(tests)
+    return found
+
+
+def paired_test(size: int, first: str, second: str, runs: Sequence[tuple[Scored, Scored]]) -> Pair | None:
+    """The exact test of two variants; `p_corrected` is `p` still.
+
+    Args:
+        runs: of each seed, the two runs.
+
+    Returns:
+        None where no seed is there, or a seed's two runs were scored on different images.
+    """
+    if not runs or any(one.images != other.images for one, other in runs):
+        return None
+    leads_N = _leads(runs)
+    num_first, num_second = int((leads_N > 0).sum()), int((leads_N < 0).sum())
+    p = exact_p(num_first, num_second)
+    return Pair(size, first, second, len(leads_N), num_first, num_second, p, p)
+
+
+def _leads(runs: Sequence[tuple[Scored, Scored]]) -> Hits:
+    """For each image, in how many seeds more the first is right than the second."""
+    leads = [one.is_right_N.astype(np.int64) - other.is_right_N for one, other in runs]
+    if len({one.images for one, _ in runs}) == 1:
+        total_N: Hits = np.sum(leads, axis=0, dtype=np.int64)
+        return total_N
+    # The seeds hold out other images: each that any of them has counts once.
+    by_image: dict[tuple[object, ...], int] = {}
+    for (one, _), leads_N in zip(runs, leads, strict=True):
+        columns = (one.keys[name].to_pylist() for name in _KEYS)
+        for key, lead in zip(zip(*columns, strict=True), leads_N.tolist(), strict=True):
+            by_image[key] = by_image.get(key, 0) + lead
+    return np.fromiter(by_image.values(), dtype=np.int64, count=len(by_image))
+
+
+def exact_p(num_first: int, num_second: int) -> float:
+    """The two-sided p-value of so many images on which only the first, or only the second, is right."""
+    from scipy.stats import binomtest  # takes half a second
+
+    total = num_first + num_second
+    return float(binomtest(num_first, total).pvalue) if total else 1.0
+
+
+def corrected(pairs: Sequence[Pair]) -> list[Pair]:
+    """The pairs with their p-values corrected by Holm's method for their number, in the order in which they came."""
+    order = sorted(range(len(pairs)), key=lambda place: pairs[place].p)
+    found: dict[int, Pair] = {}
+    least = 0.0
+    for rank, place in enumerate(order):
+        least = max(least, min(1.0, pairs[place].p * (len(pairs) - rank)))
+        found[place] = replace(pairs[place], p_corrected=least)
+    return [found[place] for place in range(len(pairs))]

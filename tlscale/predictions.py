@@ -1,0 +1,226 @@
+"""The predictions on the scored split, one row an image: `predictions.parquet` of a run folder.
+
+Promise: the file has every image of the split once, in its order, whatever the number of processes, and it is there
+before `result.json`. The scored figures of `result.json` follow from it alone.
+
+| column | holds |
+|---|---|
+| `path` | the image's path below the data's root, or a place such as `table.parquet row 7` |
+| `row` | the image's row in its split of the source, from 0; a hold-out of train has rows of train |
+| `true_label`, `label` | class names; `label` is null where the network gave no number (NaN) |
+| `probability` | of `label`: softmax in the precision of the run, which picks the bin of the calibration error |
+| `true_probability` | of `true_label`, in double precision: minus its logarithm is the cross-entropy of the image |
+| `logits` | a list of C numbers, in the order of the classes: float32, or float64 of a run in fp64 |
+| `top_labels`, `top_logits` | with more than `MOST_LOGITS` classes, in place of `logits`: the best 5 |
+
+The metadata of the schema has under `tlscale` a JSON object: `format`, `classes` (names, in order), `split`.
+
+Shapes: N images of the split, B images of a batch, C classes, K = 5 answers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from tlscale import faults
+from tlscale.data.sources import ImageSplit
+from tlscale.data.tables import FileStore, Ints
+from tlscale.dist import Processes
+from tlscale.run_folder import naming_disk_errors, replacing
+
+FORMAT = 1
+MOST_LOGITS = 1000
+"""With more classes than this only the best 5 logits of an image are stored."""
+_TOP = 5
+_CHUNK = 4096  # images that are written, or handed to the main process, at once
+_NO_ANSWER = -1
+_HOME = re.compile(r"^/(home|Users)/[^/]+/")
+
+
+class Predictions:
+    """Collect this process's predictions on a split, on the CPU; with many classes only the best of each image.
+
+    Args:
+        split: the images that are scored.
+        classes: names of the C classes.
+    """
+
+    def __init__(self, split: ImageSplit, classes: Sequence[str]) -> None:
+        self.split, self.classes = split, tuple(classes)
+        self._computed: list[tuple[Tensor, ...]] = []
+        self._kept: list[dict[str, Tensor]] = []
+
+    @torch.no_grad()
+    def add(self, positions_B: Tensor, logits_BC: Tensor) -> None:
+        """Take a batch, without waiting for the device: it is moved to the CPU when the next one comes.
+
+        Args:
+            positions_B: of the images in the split.
+            logits_BC: of any floating dtype; fp16 and bf16 are taken to float32, as `metrics.Tally` does.
+        """
+        self._fetch()
+        logits_BC = logits_BC if logits_BC.dtype == torch.float64 else logits_BC.float()
+        answered_B = ~logits_BC.isnan().any(dim=1)
+        finite_BC = torch.nan_to_num(logits_BC)
+        labels_B = torch.where(answered_B, finite_BC.argmax(dim=1), _NO_ANSWER)
+        self._computed.append((positions_B, logits_BC, labels_B, finite_BC.softmax(dim=1).amax(dim=1)))
+
+    def _fetch(self) -> None:
+        for computed in self._computed:
+            positions_B, logits_BC, labels_B, probability_B = (part.cpu() for part in computed)
+            truth_B1 = torch.from_numpy(self.split.labels_N[positions_B.numpy()])[:, None]
+            finite_BC = torch.nan_to_num(logits_BC).double()
+            true_B = finite_BC.log_softmax(dim=1).gather(1, truth_B1)[:, 0].exp()
+            kept = {"position": positions_B, "label": labels_B, "probability": probability_B.double(), "true": true_B}
+            if len(self.classes) <= MOST_LOGITS:
+                kept["logits"] = logits_BC
+            else:
+                kept["top"] = _best_of(finite_BC)
+                kept["top_logits"] = logits_BC.gather(1, kept["top"])
+            self._kept.append(kept)
+        self._computed.clear()
+
+    def tables(self) -> Iterator[pa.Table]:
+        """The rows of the images that this process has, in the order of the split, some at a time."""
+        self._fetch()
+        if not self._kept:
+            return
+        columns = {name: torch.cat([kept[name] for kept in self._kept]) for name in self._kept[0]}
+        for order_B in torch.split(columns["position"].argsort(), _CHUNK):
+            yield self._table({name: column[order_B].numpy() for name, column in columns.items()})
+
+    def _table(self, columns: dict[str, np.ndarray]) -> pa.Table:
+        positions_B, names = columns["position"], pa.array(self.classes, pa.string())
+        answers_B = columns["label"]
+        labels_B = pa.array(answers_B, mask=answers_B == _NO_ANSWER)
+        is_none_B = answers_B == _NO_ANSWER
+        arrays = {
+            "path": pa.array(image_names(self.split, positions_B), pa.string()),
+            "row": pa.array(self.split.rows_N[positions_B], pa.int64()),
+            "true_label": names.take(pa.array(self.split.labels_N[positions_B])),
+            "label": names.take(labels_B),
+            "probability": pa.array(columns["probability"], mask=is_none_B),
+            "true_probability": pa.array(columns["true"], mask=is_none_B),
+        }
+        if "logits" in columns:
+            arrays["logits"] = _lists(pa.array(columns["logits"].ravel()), len(self.classes))
+        else:
+            arrays["top_labels"] = _lists(names.take(pa.array(columns["top"].ravel())), _TOP)
+            arrays["top_logits"] = _lists(pa.array(columns["top_logits"].ravel()), _TOP)
+        about = {"format": FORMAT, "classes": list(self.classes), "split": self.split.name}
+        return pa.table(arrays).replace_schema_metadata({"tlscale": json.dumps(about, ensure_ascii=False)})
+
+
+def _lists(values: pa.Array, length: int) -> pa.ListArray:
+    return pa.ListArray.from_arrays(np.arange(0, len(values) + 1, length, dtype=np.int32), values)
+
+
+def _best_of(logits_BC: Tensor) -> Tensor:
+    """Classes of the highest logits, (B, K), the best first; of equal ones the first, as `metrics` counts them."""
+    values_BK, labels_BK = logits_BC.topk(_TOP, dim=1)
+    tied_B = (logits_BC >= values_BK[:, -1:]).sum(dim=1) > _TOP  # topk does not say which of them it takes
+    labels_BK[tied_B] = logits_BC[tied_B].argsort(dim=1, descending=True, stable=True)[:, :_TOP]
+    labels_BK = labels_BK.sort(dim=1).values
+    return labels_BK.gather(1, logits_BC.gather(1, labels_BK).argsort(dim=1, descending=True, stable=True))
+
+
+def image_names(split: ImageSplit, positions_B: Ints) -> list[str]:
+    """Names of images by which a person finds them in the data, and that do not tell where the data are."""
+    store = getattr(split.table, "store", None)
+    if not isinstance(store, FileStore):
+        return [_readable(os.path.basename(split.where(int(position)))) for position in positions_B]
+    rows_B = split.rows_N[positions_B]
+    return [_readable(_below(store, path)) for path in store.paths_N.take(pa.array(rows_B)).to_pylist()]
+
+
+def _below(store: FileStore, path: str) -> str:
+    """The path from the data's root on; `~/...` where a file elsewhere is in somebody's home."""
+    below = os.path.relpath(path, os.path.abspath(store.root)) if os.path.isabs(path) else path
+    if below.split(os.sep)[0] != "..":
+        return below
+    own = os.path.expanduser("~") + os.sep
+    at_home = f"~{os.sep}{path.removeprefix(own)}" if path.startswith(own) else _HOME.sub("~/", path)
+    return at_home if at_home.startswith("~") else below
+
+
+def _readable(name: str) -> str:
+    """The name as UTF-8: bytes of a file name that are none are escaped."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def write_predictions(path: Path, predictions: Predictions, processes: Processes | None = None) -> None:
+    """Write all predictions to `path`, whole or not at all.
+
+    Args:
+        path: of the main process; others may have no such folder.
+        predictions: this process's.
+        processes: to be called on all of them; None: this one has all images.
+
+    Raises:
+        TlscaleError: on every process, where the disk is full or fails.
+    """
+    tables = predictions.tables() if processes is None else _from_all(predictions.tables(), processes)
+    error: Exception | None = None
+    try:
+        if processes is None or processes.is_main:
+            with naming_disk_errors(path):
+                _write(path, tables, predictions.split)
+    except Exception as raised:
+        error = raised
+    for _ in tables:  # what the others hand over, also to a main process that failed
+        pass
+    if processes is None:
+        _raise(error)
+    else:
+        processes.on_main(lambda: _raise(error))
+
+
+def _raise(error: Exception | None) -> None:
+    if error is not None:
+        raise error
+
+
+def _write(path: Path, tables: Iterable[pa.Table], split: ImageSplit) -> None:
+    num_written, writer = 0, None
+    with replacing(path) as aside:
+        try:
+            for table in tables:
+                writer = writer or pq.ParquetWriter(aside, table.schema, compression="zstd")
+                rows_B = split.rows_N[num_written : num_written + len(table)]
+                assert np.array_equal(table["row"].to_numpy(), rows_B), "every image once, in the order of the split"
+                writer.write_table(table)
+                num_written += len(table)
+            assert num_written == len(split), f"predictions of {num_written} of {len(split)} images"
+        finally:
+            if writer is not None:
+                writer.close()
+        faults.at("predictions")
+
+
+def _from_all(tables: Iterator[pa.Table], processes: Processes) -> Iterator[pa.Table]:
+    """On the main process the tables of all, by rank, which is the order of the split; elsewhere none."""
+    if processes.is_main:
+        yield from tables
+    for rank in range(1, processes.world_size):
+        if processes.rank not in (0, rank):
+            continue
+        own: Any = iter(tables) if processes.rank == rank else None
+        while (table := processes.to_main(next(own, None) if own is not None else None, rank)) is not None:
+            if processes.is_main:
+                yield table
+
+
+def read_predictions(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """The predictions of a run, in the order of its scored split; `columns` of them, or all."""
+    return pq.read_table(path, columns=None if columns is None else list(columns))
