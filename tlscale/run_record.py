@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from tlscale import __version__, corrections, faults
+from tlscale.data.identity import identity_facts
 from tlscale.packages import versions_of
 from tlscale.prepare import Prepared, strategy_of
 from tlscale.recipe.load import dump_recipe, recipe_digest
@@ -42,6 +43,7 @@ def make_record(prepared: Prepared, *, world_size: int, device: str) -> dict[str
         "total_steps": prepared.total_steps,
         "data": {
             **prepared.data.identity,
+            **identity_facts(prepared.data),
             "is_sample": prepared.data.is_sample,
             "notes": list(prepared.data.notes),
             "classes": list(prepared.data.classes),

@@ -291,6 +291,44 @@ def test_other_data_are_refused(stopped, tmp_path):
         tlscale.run(small_recipe(tmp_path / "recipe.yaml", data, **changes), out, resume=True)
 
 
+def test_another_test_split_is_announced_and_recorded(stopped, tmp_path, capsys):
+    """Copies are the same training images; the test images are not those of the beginning."""
+    changes, data, out = stopped
+    copy = shutil.copytree(data, tmp_path / "copy", copy_function=shutil.copyfile)
+    then = json.loads((out / "run.json").read_text())["data"]
+    path = copy / "test-images-idx3-ubyte"
+    content = bytearray(path.read_bytes())
+    content[5000] ^= 1
+    path.write_bytes(content)
+    data.rename(tmp_path / "away")
+    copy.rename(data)
+    capsys.readouterr()
+    tlscale.run(small_recipe(tmp_path / "recipe.yaml", data, **changes), out, resume=True)
+    assert "WARNING: the test split is not the one that" in " ".join(capsys.readouterr().out.split())
+    now = json.loads((out / "run.json").read_text())["data"]
+    assert now["used_sha256"] == then["used_sha256"] == result(out)["used_sha256"]
+    assert now["scored_sha256"] == result(out)["scored_sha256"] != then["scored_sha256"]
+    assert now["earlier_scored_sha256"] == [then["scored_sha256"]]
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_run_of_an_older_version_is_compared_as_it_was(stopped, tmp_path, capsys, same):
+    changes, data, out = stopped
+    record = json.loads((out / "run.json").read_text())
+    for key in ("used_sha256", "used_by", "scored_sha256", "scored_by"):
+        del record["data"][key]
+    record["data"]["fingerprint"] = record["data"]["fingerprint"] if same else "0" * 64
+    (out / "run.json").write_text(json.dumps(record))
+    capsys.readouterr()
+    recipe = small_recipe(tmp_path / "recipe.yaml", data, **changes)
+    if same:
+        tlscale.run(recipe, out, resume=True)
+    else:
+        with pytest.raises(CheckpointError, match="its data are not those that it was started with"):
+            tlscale.run(recipe, out, resume=True)
+    assert "its data were compared by the older identity" in " ".join(capsys.readouterr().out.split())
+
+
 def test_a_damaged_newest_checkpoint_is_passed_over_loudly(stopped, tmp_path, capsys):
     changes, data, out = stopped
     newest = out / "checkpoints" / (out / "checkpoints" / "LATEST").read_text().strip()

@@ -52,6 +52,12 @@ class Pictures:
     def where(self, row: int) -> str:
         return f"picture {row}"
 
+    def stamps(self, rows_N) -> None:
+        return None
+
+    def places(self, rows_N) -> list[str]:
+        return [str(row) for row in rows_N.tolist()]
+
 
 def split_of(items: list[bytes | np.ndarray]) -> ImageSplit:
     """Labels count 0 1 2 3 4 0 1..."""
@@ -272,7 +278,8 @@ def test_bad_images_are_found_with_their_reasons():
 
 def test_a_file_that_is_gone_is_a_bad_image(tmp_path):
     (tmp_path / "there.png").write_bytes(files()[0])
-    store = FileStore(str(tmp_path), pa.array(["there.png", "gone.png"], pa.large_string()), "")
+    stats_N5 = np.zeros((2, 5), np.int64)
+    store = FileStore(str(tmp_path), pa.array(["there.png", "gone.png"], pa.large_string()), "", stats_N5, 0)
     split = ImageSplit("train", LabelledTable(store, np.zeros(2, np.int64)), np.arange(2))
     ((row, reason),) = find_bad_images(split, max_pixels=10**6)
     assert row == 1

@@ -15,12 +15,14 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import pyarrow as pa
 
+from tlscale.data.content import file_stamp, now_ns
 from tlscale.data.images import EXTENSIONS
-from tlscale.data.same_files import Identities, identity_of, number_files
+from tlscale.data.same_files import Identities, identities_of, number_files
 from tlscale.data.split_names import are_splits, role_of
 from tlscale.data.tables import (
     VALIDATION_NAMES,
     FileStore,
+    Ints,
     Role,
     Source,
     SourceSplit,
@@ -122,34 +124,35 @@ def _read_split(root: Path, name: str) -> tuple[SourceSplit, Identities, list[st
 
 
 def _collect(root: Path, name: str, classes: list[str]) -> tuple[SourceSplit, Identities]:
-    order = sort_labels(classes)
-    chunks, counts, identities = [], [], []
+    order, looked_ns = sort_labels(classes), now_ns()
+    chunks, counts, stats = [], [], []
     facts: list[str | bytes] = []
     problems: list[str] = []
     for label in order:
-        paths, identities_N4, wrong = _read_class(root, name, label)
-        identities.append(identities_N4)
+        paths, stats_N5, wrong = _read_class(root, name, label)
         problems.extend(wrong)
         if not paths and not wrong:
             problems.append(f"{root / name / label} is empty: a class needs at least one image")
         chunks.append(pa.array(paths, type=pa.large_string()))
         counts.append(len(paths))
-        facts.extend(("\0".join(paths), identities_N4[:, 2:].astype("<i8").tobytes()))
+        stats.append(stats_N5)
+        facts.extend(("\0".join(paths), stats_N5[:, 2:4].astype("<i8").tobytes()))  # sizes, times of the last write
     if problems:
         rest = len(problems) - 5
         more = [f"and {rest:,} more of this kind"] if rest > 0 else []
         raise DataError("\n".join([*problems[:5], *more]))
     codes_N = np.repeat(np.arange(len(order), dtype=np.int64), counts)
-    store = FileStore(str(root), pa.concat_arrays(chunks), digest(facts))
-    return SourceSplit(name, store, order, codes_N), np.concatenate(identities)
+    stats_N5 = np.concatenate(stats)
+    store = FileStore(str(root), pa.concat_arrays(chunks), digest(facts), stats_N5, looked_ns)
+    return SourceSplit(name, store, order, codes_N), identities_of(stats_N5)
 
 
-def _read_class(root: Path, name: str, label: str) -> tuple[list[str], Identities, list[str]]:
-    """Paths below `root`, what identifies the files, and what is wrong."""
+def _read_class(root: Path, name: str, label: str) -> tuple[list[str], Ints, list[str]]:
+    """Paths below `root`, the `file_stamp` of each, and what is wrong."""
     folder = root / name / label
     prefix = "" if name == "." else f"{name}/"
     paths: list[str] = []
-    identities: list[tuple[int, ...]] = []
+    stats: list[tuple[int, ...]] = []
     wrong: list[str] = []
     for entry in _visible(folder):
         try:
@@ -163,8 +166,8 @@ def _read_class(root: Path, name: str, label: str) -> tuple[list[str], Identitie
             wrong.append(f"{entry.path} has no ending of an image ({_endings()}); take it out of the class folder")
         else:
             paths.append(f"{prefix}{label}/{entry.name}")
-            identities.append(identity_of(stat))
-    return paths, np.array(identities, dtype=np.int64).reshape(-1, 4), wrong
+            stats.append(file_stamp(stat))
+    return paths, np.array(stats, dtype=np.int64).reshape(-1, 5), wrong
 
 
 def _is_image_name(name: str) -> bool:

@@ -9,6 +9,7 @@ Shape letters: N rows.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import re
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow.compute as pc
 
+from tlscale.data.content import file_stamp, now_ns, stamp_bytes
 from tlscale.data.split_names import may_name_splits, split_values
 from tlscale.data.tables import (
     NO_LABEL,
@@ -58,9 +60,18 @@ class HubStore:
     column: str
     name: str
     content: str
+    container: bytes | None = None
+    """What the index of contents knows the files by that hold the images; None where they are not all in these."""
 
     def __len__(self) -> int:
         return len(self.split)
+
+    def places(self, rows_N: Ints) -> list[str]:
+        return [str(row) for row in rows_N.tolist()]
+
+    def stamps(self, rows_N: Ints) -> list[bytes | None]:
+        whole = self.container
+        return [None if whole is None else whole + row.to_bytes(8, "little") for row in rows_N.tolist()]
 
     def where(self, row: int) -> str:
         return f"{self.name} row {row}"
@@ -239,7 +250,19 @@ def _read_split(split: Dataset, name: str, image: str, label: str, where: str) -
     images = split.select_columns([image])
     files = [(file["filename"], os.stat(file["filename"]).st_size) for file in split.cache_files]
     content = digest([split._fingerprint, repr([(os.path.basename(file), size) for file, size in files])])
-    return SourceSplit(name, HubStore(images, image, where, content), label_names, codes_N)
+    store = HubStore(images, image, where, content, _container(images, image))
+    return SourceSplit(name, store, label_names, codes_N)
+
+
+def _container(images: Dataset, column: str) -> bytes | None:
+    table_column = images.data.column(column)
+    if not _is_bytes(images.features[column]) and any(c.field("bytes").null_count for c in table_column.chunks):
+        return None  # some images lie elsewhere
+    files, looked_ns = [file["filename"] for file in images.cache_files], now_ns()
+    stamps = [stamp_bytes(file_stamp(os.stat(file)), looked_ns) for file in files]
+    if not stamps or any(stamp is None for stamp in stamps):
+        return None
+    return hashlib.sha256(repr((images._fingerprint, column, stamps)).encode()).digest()
 
 
 def _is_bytes(feature: object) -> bool:

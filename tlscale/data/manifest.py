@@ -12,6 +12,7 @@ Shape letters: N rows.
 
 from __future__ import annotations
 
+import itertools
 import os
 import stat
 from collections.abc import Iterable
@@ -24,13 +25,13 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from tlscale.data.same_files import Identities, identity_of, number_files
+from tlscale.data.content import file_stamp, now_ns
+from tlscale.data.same_files import identities_of, number_files
 from tlscale.data.split_names import SPLIT_COLUMN, may_name_splits, split_values
 from tlscale.data.tables import (
     BytesStore,
     FileStore,
     ImageStore,
-    Ints,
     Role,
     Source,
     SourceSplit,
@@ -46,6 +47,7 @@ from tlscale.data.tables import (
 from tlscale.errors import DataError, did_you_mean
 from tlscale.recipe.schema import DataSection
 
+Stats = npt.NDArray[np.int64]
 IMAGE_COLUMNS = ("image", "img", "path", "file", "filename", "file_name", "filepath", "file_path", "image_path")
 LABEL_COLUMNS = ("label", "labels", "class", "class_name", "target")
 MOST_EMBEDDED_BYTES = 2 << 30
@@ -66,12 +68,14 @@ def read_manifest_source(section: DataSection, file: Path) -> Source:
         raise DataError(f"{file} has no rows")
     rows = _rows_of_splits(section, file, table)
     column = _image_column(table[image], f"{file}, column {image!r}")
-    content, files_N = _content(file, column)
+    looked_ns, stats_N5 = now_ns(), _stats(file, column)
+    content = _content(file, column, stats_N5)
+    numbers = None if stats_N5 is None else number_files([identities_of(stats_N5)])
     splits: dict[Role, SourceSplit] = {}
     for role, (name, rows_N) in rows.items():
         names, codes_N = encode_labels(table[label].take(rows_N), f"{file}, column {label!r}, split {name!r}")
-        numbers_N = None if files_N is None else files_N[rows_N]
-        splits[role] = SourceSplit(name, _store(file, column, rows_N, content), names, codes_N, numbers_N)
+        store = _store(file, column, rows_N, content, stats_N5, looked_ns)
+        splits[role] = SourceSplit(name, store, names, codes_N, None if numbers is None else numbers[0][rows_N])
     return Source(str(file), splits, notes=notes)
 
 
@@ -204,22 +208,20 @@ def _image_column(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
     raise DataError(f"{where}: of type {kind}; expected paths (text), images (binary) or a struct {{bytes, path}}")
 
 
-def _content(file: Path, column: pa.ChunkedArray) -> tuple[str, Ints | None]:
-    """A fingerprint of the images, and for image files their numbers by row."""
-    if not pa.types.is_large_string(column.type):
+def _content(file: Path, column: pa.ChunkedArray, stats_N5: Stats | None) -> str:
+    if stats_N5 is None:
         with file.open("rb") as stream:
-            return digest(iter(lambda: stream.read(1 << 20), b"")), None
-    identities_N4 = _identities(file, column)
-    numbers = number_files([identities_N4])
-    content = digest([*_paths(column), identities_N4[:, 2:].astype("<i8").tobytes()])
-    return content, None if numbers is None else numbers[0]
+            return digest(iter(lambda: stream.read(1 << 20), b""))
+    return digest(itertools.chain(_paths(column), [stats_N5[:, 2:4].astype("<i8").tobytes()]))
 
 
-def _identities(file: Path, column: pa.ChunkedArray) -> Identities:
-    """What identifies the files; raises on those that are not there."""
+def _stats(file: Path, column: pa.ChunkedArray) -> Stats | None:
+    """The `file_stamp` of all files, None where the images are in the table; raises on those that are not there."""
+    if not pa.types.is_large_string(column.type):
+        return None
     root = str(file.parent)
     missing: list[str] = []
-    identities_N4 = np.zeros((len(column), 4), dtype=np.int64)
+    stats_N5 = np.zeros((len(column), 5), dtype=np.int64)
     for row, path in enumerate(_paths(column)):
         _check_inside(file, row, path)
         try:
@@ -229,13 +231,13 @@ def _identities(file: Path, column: pa.ChunkedArray) -> Identities:
             continue
         if not stat.S_ISREG(found.st_mode):
             missing.append(path)
-        identities_N4[row] = identity_of(found)
+        stats_N5[row] = file_stamp(found)
     if missing:
         raise DataError(
             f"{file}: {len(missing):,} of {len(column):,} files are not there: {first_few(quoted(missing))}; "
             f"paths are relative to {root}"
         )
-    return identities_N4
+    return stats_N5
 
 
 def _paths(column: pa.ChunkedArray) -> Iterable[str]:
@@ -256,7 +258,15 @@ def _check_inside(file: Path, row: int, path: str) -> None:
         )
 
 
-def _store(file: Path, column: pa.ChunkedArray, rows_N: npt.NDArray[np.int64], content: str) -> ImageStore:
-    if pa.types.is_large_string(column.type):
-        return FileStore(str(file.parent), column.take(rows_N).combine_chunks(), content)
+def _store(
+    file: Path,
+    column: pa.ChunkedArray,
+    rows_N: npt.NDArray[np.int64],
+    content: str,
+    stats_N5: Stats | None,
+    looked_ns: int,
+) -> ImageStore:
+    if stats_N5 is not None:
+        paths_N = column.take(rows_N).combine_chunks()
+        return FileStore(str(file.parent), paths_N, content, stats_N5[rows_N], looked_ns)
     return BytesStore(file.name, column, rows_N, content)

@@ -7,7 +7,6 @@ Shape letters: N rows of a split, M rows of all splits, 4 the numbers that ident
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 
@@ -20,21 +19,20 @@ from tlscale.errors import DataError
 Identities = npt.NDArray[np.int64]
 
 
-def identity_of(found: os.stat_result) -> tuple[int, ...]:
-    """Return what tells a file from others, whatever it is called: device, inode, size and time of change."""
-    # Devices and inodes are unsigned 64-bit numbers on some file systems.
-    return (
-        *(number - (number >> 63 << 64) for number in (found.st_dev, found.st_ino)),
-        found.st_size,
-        found.st_mtime_ns,
-    )
+def identities_of(stamps_N5: Ints) -> Identities:
+    """Return what tells files from others, whatever they are called: device, inode, size and time of the last write.
+
+    Args:
+        stamps_N5: `content.file_stamp` of each.
+    """
+    return stamps_N5[:, :4]
 
 
 def number_files(identities: Sequence[Identities]) -> list[Ints] | None:
     """Return for each split the number of the file of each row, equal for equal files over all splits.
 
     Args:
-        identities: (N, 4) for each split, as `identity_of` gives it.
+        identities: (N, 4) for each split, as `identities_of` gives them.
 
     Returns:
         None where the file system numbers no files.

@@ -23,8 +23,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from tlscale.data.content import ContentIndex, Contents, Digests, stamp_bytes
 from tlscale.data.split_names import Role as Role
 from tlscale.data.split_names import lookalikes, role_of
+from tlscale.data.workers import map_in_threads
 from tlscale.errors import DataError, did_you_mean
 from tlscale.recipe.schema import DataSection
 
@@ -51,6 +53,12 @@ class ImageStore(Protocol):
     def where(self, row: int) -> str:
         """The place of the image, for messages."""
 
+    def places(self, rows_N: Ints) -> list[str]:
+        """Return what stands for each image while its content is not known: its name, and its size if known."""
+
+    def stamps(self, rows_N: Ints) -> list[bytes | None] | None:
+        """Return what the index of contents knows each image by; None where all images are in memory anyway."""
+
 
 class ImageTable(Protocol):
     """A whole split as the source holds it, with class numbers."""
@@ -68,8 +76,20 @@ class ImageTable(Protocol):
     def read(self, row: int) -> Raw:
         """Encoded bytes, or decoded uint8 pixels; `DataError` where there is nothing to be read."""
 
+    def read_hashed(self, row: int) -> tuple[Raw, bytes]:
+        """Return what `read` gives, and its digest."""
+
     def where(self, row: int) -> str:
         """The place of the image, for messages."""
+
+    def places(self, rows_N: Ints) -> list[str]:
+        """Return what stands for each image while its content is not known: its name, and its size if known."""
+
+    def known_digests(self, rows_N: Ints) -> tuple[Digests, npt.NDArray[np.bool_]]:
+        """Return the digests of images that were read, now or before, and which of them are known."""
+
+    def remember(self) -> None:
+        """Give the index of contents what was read."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,17 +99,49 @@ class LabelledTable:
     store: ImageStore
     labels_N: Ints
     split: str = ""
-    """Which split of the source it is: two splits of one file have the same content, and other images in each row."""
+    """Which split of the source it is."""
 
-    @property
+    @cached_property
     def content(self) -> str:
-        return f"{self.split}/{self.store.content}"
+        # The store's own is of a whole file, whichever of its rows are here.
+        return digest([self.split, self.store.content, *self.store.places(np.arange(len(self)))])
+
+    @cached_property
+    def _contents(self) -> Contents:
+        return Contents(len(self))
 
     def __len__(self) -> int:
         return len(self.labels_N)
 
     def read(self, row: int) -> Raw:
-        return self.store.read(row)
+        raw = self.store.read(row)
+        if not self._contents.known_N[row]:
+            self._contents.note(row, raw)
+        return raw
+
+    def read_hashed(self, row: int) -> tuple[Raw, bytes]:
+        raw = self.store.read(row)
+        return raw, self._contents.note(row, raw)
+
+    def places(self, rows_N: Ints) -> list[str]:
+        return self.store.places(rows_N)
+
+    def known_digests(self, rows_N: Ints) -> tuple[Digests, npt.NDArray[np.bool_]]:
+        contents = self._contents
+        unknown = rows_N[~contents.known_N[rows_N]]
+        if len(unknown):
+            stamps = self.store.stamps(unknown)
+            if stamps is None:
+                list(map_in_threads(self.read, unknown.tolist()))
+            else:
+                contents.recall(unknown, stamps, ContentIndex())
+        return contents.digests_N[rows_N], contents.known_N[rows_N]
+
+    def remember(self) -> None:
+        rows = np.flatnonzero(self._contents.read_N)
+        stamps = self.store.stamps(rows) if len(rows) else None
+        if stamps is not None:
+            self._contents.remember(rows, stamps, ContentIndex())
 
     def where(self, row: int) -> str:
         return self.store.where(row)
@@ -116,9 +168,32 @@ class ImageSplit:
         """Encoded bytes, or decoded uint8 pixels; `DataError` where there is nothing to be read."""
         return self.table.read(int(self.rows_N[i]))
 
+    def read_hashed(self, i: int) -> tuple[Raw, bytes]:
+        """Return what `read` gives, and its digest."""
+        return self.table.read_hashed(int(self.rows_N[i]))
+
     def where(self, i: int) -> str:
         """The place of the image, for messages."""
         return self.table.where(int(self.rows_N[i]))
+
+    def places(self) -> list[str]:
+        """Return what stands for each image while its content is not known."""
+        return self.table.places(self.rows_N)
+
+    def known_digests(self) -> tuple[Digests, npt.NDArray[np.bool_]]:
+        """Return the digests of the images that were read, now or by an earlier run, and which of them are known."""
+        return self.table.known_digests(self.rows_N)
+
+    def digests(self) -> Digests:
+        """Return the digests of all images; what is not known is read.
+
+        Raises:
+            DataError: an image cannot be read.
+        """
+        _, known_N = self.known_digests()
+        list(map_in_threads(self.read, np.flatnonzero(~known_N).tolist()))
+        self.table.remember()
+        return self.known_digests()[0]
 
     def without(self, positions: Collection[int]) -> ImageSplit:
         """The same split less these positions, such as those of bad images."""
@@ -169,9 +244,20 @@ class FileStore:
     root: str
     paths_N: pa.LargeStringArray
     content: str
+    stats_N5: Ints
+    """`file_stamp` of each file."""
+    looked_ns: int
+    """When they were looked up."""
 
     def __len__(self) -> int:
         return len(self.paths_N)
+
+    def places(self, rows_N: Ints) -> list[str]:
+        paths = self.paths_N.take(pa.array(rows_N)).to_pylist()
+        return [f"{size} {path}" for size, path in zip(self.stats_N5[rows_N, 2].tolist(), paths, strict=True)]
+
+    def stamps(self, rows_N: Ints) -> list[bytes | None]:
+        return [stamp_bytes(facts, self.looked_ns) for facts in self.stats_N5[rows_N].tolist()]
 
     def where(self, row: int) -> str:
         return str(Path(self.root, self.paths_N[row].as_py()))
@@ -196,6 +282,12 @@ class BytesStore:
     def __len__(self) -> int:
         return len(self.rows_N)
 
+    def places(self, rows_N: Ints) -> list[str]:
+        return [str(row) for row in self.rows_N[rows_N].tolist()]
+
+    def stamps(self, rows_N: Ints) -> None:
+        return None
+
     def where(self, row: int) -> str:
         return f"{self.file} row {self.rows_N[row]}"
 
@@ -214,6 +306,12 @@ class ArrayStore:
 
     def __len__(self) -> int:
         return len(self.images_NHW)
+
+    def places(self, rows_N: Ints) -> list[str]:
+        return [str(row) for row in rows_N.tolist()]
+
+    def stamps(self, rows_N: Ints) -> None:
+        return None
 
     def where(self, row: int) -> str:
         return f"{self.file} image {row}"

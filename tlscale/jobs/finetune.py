@@ -20,6 +20,7 @@ from torch import Tensor
 
 from tlscale import computed, faults
 from tlscale.checkpoint import Checkpoint, checkpoint_folder, newest_valid
+from tlscale.data.identity import result_identity
 from tlscale.data.sources import ImageSplit
 from tlscale.dist import Processes
 from tlscale.errors import NonFiniteLossError, Stopped
@@ -261,6 +262,7 @@ def _finish(
     write_predictions(folder.predictions, predictions, processes)
     result = _result(parts, clock, split, best=best, last=last)
     result["changes"] = record["changes"]  # of how it was computed, from start to start
+    result |= processes.on_main(partial(result_identity, prepared.data))
     processes.on_main(partial(_write_result, result, folder))
     book.write_summary(result)
     show_result(result, progress, folder=folder.path, how_to_load=how)

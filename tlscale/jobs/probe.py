@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tlscale import faults
 from tlscale.codes.probe import Choice, PathRow, cannot_compare, checked_grid, choose
 from tlscale.codes.reading import Codes
+from tlscale.data.identity import result_identity
 from tlscale.data.sources import ImageData, ImageSplit
 from tlscale.dist import Processes
 from tlscale.evaluate import scalars
@@ -159,6 +160,7 @@ def _fit(
         how = _export(prepared, choice, wanted[number], folder)
         write_predictions(folder.predictions, predictions)
     result = _result(prepared, keeper, choice, wanted[number], figures, split)
+    result |= result_identity(prepared.data)
     faults.at("result")
     with naming_disk_errors(folder.result):
         write_json(folder.result, result)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from tlscale.corrections import refuse_uncorrected
+from tlscale.data.identity import scored_identity, used_identity
 from tlscale.data.sources import BadImages
 from tlscale.dist import start_processes
 from tlscale.errors import ResumeError, Stopped
@@ -104,6 +105,8 @@ def run(
         show_plan(prepared, screen, device=str(processes.device))
         if record is not None:
             processes.on_main(partial(_refuse_other_inputs, record, prepared, folder))
+            record = processes.on_main(partial(_compare_data, record, prepared, folder, screen))
+            processes.on_main(partial(_refuse_other_transform, record, prepared, folder))
             record = processes.on_main(partial(refuse_uncorrected, folder, prepared, record))
         if resume:
             watch.add_earlier(processes.on_main(partial(_spent_before, folder)))
@@ -183,17 +186,11 @@ def _sees_other_views(stored: Recipe, recipe: Recipe) -> bool:
 
 
 def _refuse_other_inputs(record: dict[str, Any], prepared: Prepared, folder: RunFolder) -> None:
-    now = {"data": str(prepared.data.identity["fingerprint"]), "weights": prepared.weights.sha256}
-    then = {"data": record["data"]["fingerprint"], "weights": record["weights"]["sha256"]}
+    now, then = {"weights": prepared.weights.sha256}, {"weights": record["weights"]["sha256"]}
     if prepared.teacher is not None:
         now["teacher's weights"], then["teacher's weights"] = prepared.teacher.digest, record["teacher"]["sha256"]
-    _refuse_other_transform(record, prepared, folder)
     for what, digest in then.items():
-        if digest != now[what]:
-            raise ResumeError(
-                f"'{folder.path}' cannot be resumed: its {what} are not those that it was started with "
-                f"({digest[:12]} then, {now[what][:12]} now). Bring them back, or start another: --out DIR"
-            )
+        _refuse_another(what, digest, now[what], folder)
 
 
 def _refuse_other_transform(record: dict[str, Any], prepared: Prepared, folder: RunFolder) -> None:
@@ -206,4 +203,45 @@ def _refuse_other_transform(record: dict[str, Any], prepared: Prepared, folder: 
             f"'{folder.path}' cannot be resumed: its images would be fed in another way ({', '.join(changes)}). "
             "Versions of tlscale before this one took crop_pct from the size of the first training image; now it "
             f"comes from the median size of the training split. Start another run: --out DIR{keep}"
+        )
+
+
+def _compare_data(record: dict[str, Any], prepared: Prepared, folder: RunFolder, screen: Progress) -> dict[str, Any]:
+    """Refuse other training or validation images; announce and record another test split.
+
+    Returns:
+        What `run.json` holds from now on.
+
+    Raises:
+        ResumeError: the run would go on with other data.
+    """
+    data, then = prepared.data, record["data"]
+    if "used_sha256" not in then:
+        screen.say(f"'{folder.path}' is of an older tlscale: its data were compared by the older identity")
+        _refuse_another("data", then["fingerprint"], str(data.identity["fingerprint"]), folder)
+        return record
+    _refuse_another("data", then["used_sha256"], used_identity(data, then["used_by"]).sha256, folder)
+    if data.test is None and "test" not in then["num_images"]:
+        return record  # the validation split is scored, and that is the same
+    scored = scored_identity(data, then["scored_by"])
+    if scored.sha256 == then["scored_sha256"]:
+        return record
+    screen.say(
+        f"WARNING: the test split is not the one that '{folder.path}' was started with ({then['scored_sha256'][:12]} "
+        f"then, {scored.sha256[:12]} now). Training is not affected; the score will be of the new one",
+        style="bold red",
+    )
+    earlier = [*then.get("earlier_scored_sha256", []), then["scored_sha256"]]
+    now = {"scored_sha256": scored.sha256, "scored_by": scored.by, "num_images": data.identity["num_images"]}
+    record = {**record, "data": {**then, **now, "earlier_scored_sha256": earlier}}
+    with naming_disk_errors(folder.run_json):
+        write_json(folder.run_json, record)
+    return record
+
+
+def _refuse_another(what: str, then: str, now: str, folder: RunFolder) -> None:
+    if then != now:
+        raise ResumeError(
+            f"'{folder.path}' cannot be resumed: its {what} are not those that it was started with "
+            f"({then[:12]} then, {now[:12]} now). Bring them back, or start another: --out DIR"
         )

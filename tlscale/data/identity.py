@@ -1,0 +1,84 @@
+"""Which images a run is about: the rows that it uses, and the rows that it scores.
+
+Promise: two digests. Equal digests mean the same splits, row by row and in order, with the same labels and the same
+images. An image is its content where that is known of all of them; else its name and its size. So copies of files with
+new times are the same data, other pixels under equal names are not, and neither is another choice of rows.
+
+Shape letters: N images of a split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from tlscale.data.sources import ImageData
+from tlscale.data.tables import ImageSplit, digest
+
+By = Literal["content", "place"]
+
+
+@dataclass(frozen=True)
+class Identity:
+    """The identity of some splits."""
+
+    sha256: str
+    by: By
+    """What stands for an image in it."""
+
+
+def used_identity(data: ImageData, by: By | None = None) -> Identity:
+    """Return the identity of the rows that a run trains on and chooses by.
+
+    Args:
+        data: of the run.
+        by: what stands for an image; `content` reads what is not known. None: content where it is known of all.
+
+    Raises:
+        DataError: an image cannot be read.
+    """
+    return _identity(data.classes, [split for split in (data.train, data.validation) if split is not None], by)
+
+
+def scored_identity(data: ImageData, by: By | None = None) -> Identity:
+    """Return the identity of the rows that the figures of a run are of: those of test, else of validation.
+
+    Arguments and errors are those of `used_identity`.
+    """
+    split = data.test or data.validation
+    assert split is not None, "prepare refuses data that nothing can be evaluated on"
+    return _identity(data.classes, [split], by)
+
+
+def result_identity(data: ImageData) -> dict[str, Any]:
+    """Return both for `result.json`, that of the rows scored by content: they were all read, and reports compare it."""
+    return _facts(used_identity(data), scored_identity(data, "content"))
+
+
+def identity_facts(data: ImageData) -> dict[str, Any]:
+    """Return both for `run.json`."""
+    return _facts(used_identity(data), scored_identity(data))
+
+
+def _facts(used: Identity, scored: Identity) -> dict[str, Any]:
+    return {
+        "used_sha256": used.sha256,
+        "used_by": used.by,
+        "scored_sha256": scored.sha256,
+        "scored_by": scored.by,
+    }
+
+
+def _identity(classes: Sequence[str], splits: Sequence[ImageSplit], by: By | None) -> Identity:
+    if by is None:
+        by = "content" if all(split.known_digests()[1].all() for split in splits) else "place"
+    parts: list[bytes | str] = [by, str(len(classes)), *classes]
+    for split in splits:
+        parts += [split.name, str(len(split)), split.labels_N.astype("<i8").tobytes()]
+        parts += _images(split, by)
+    return Identity(digest(parts), by)
+
+
+def _images(split: ImageSplit, by: By) -> Iterable[bytes | str]:
+    return [split.digests().tobytes()] if by == "content" else split.places()
