@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from tlscale.codes.batches import CodeViews
-from tlscale.codes.extract import extract_codes
+from tlscale.codes.extract import Load, Module, extract_codes
 from tlscale.codes.key import CodesKey
 from tlscale.codes.reading import Codes
 from tlscale.codes.store import CodesStore
@@ -35,7 +35,7 @@ from tlscale.model.frontier import Frontier
 from tlscale.model.layers import PENULTIMATE
 from tlscale.packages import versions_of
 from tlscale.prepare import Prepared
-from tlscale.progress import Progress
+from tlscale.progress import Pace, Progress
 from tlscale.stop import StopRequest
 
 
@@ -45,14 +45,20 @@ class Images:
     def __init__(self, prepared: Prepared) -> None:
         self._prepared = prepared
         self._stores: dict[str, ImageStore] = {}
+        self.say: Callable[[str], None] = lambda text: None  # how far decoding is
 
-    def train(self) -> ImageStore:
-        """As training wants them.
+    def train(self, *, every: bool = False) -> ImageStore:
+        """As training wants them; nothing is decoded beforehand where the run's steps see few of them.
+
+        Args:
+            every: all of them are wanted.
 
         Raises:
             DataError: an image cannot be read.
         """
-        return self._store("train", self._prepared.train_store)
+        split, keep = self._prepared.data.train, every or self._prepared.needs_all_images
+        make = partial(self._prepared.train_store, keep=keep, on_images=self._pace(split))
+        return self._store("train" if keep else "few of train", make)
 
     def of(self, split: ImageSplit) -> ImageStore:
         """As evaluation wants them.
@@ -60,16 +66,20 @@ class Images:
         Raises:
             DataError: an image cannot be read.
         """
-        return self._store(split.name, partial(self._prepared.eval_store, split))
+        return self._store(split.name, partial(self._prepared.eval_store, split, on_images=self._pace(split)))
 
     def once(self, split: ImageSplit) -> ImageStore:
         """As evaluation wants them, when each is wanted only once: nothing is kept."""
         section = self._prepared.recipe.data.model_copy(update={"cache_mib": 0})
         return ImageStore(split, section, self._prepared.spec)
 
+    def _pace(self, split: ImageSplit) -> Callable[[int], None]:
+        return Pace(len(split), lambda text: self.say(text), f"decoding {split.name}").add
+
     def _store(self, name: str, make: Callable[[], ImageStore]) -> ImageStore:
         if name not in self._stores:
-            self._stores[name] = make()
+            with self._prepared.watch("decode"):
+                self._stores[name] = make()
         return self._stores[name]
 
 
@@ -124,6 +134,7 @@ class Keeper:
 
     def __post_init__(self) -> None:
         self._loaded_bytes = 0
+        self.images.say = lambda text: self.screen.say(text)  # on the screen of the time
         self.store = CodesStore(limit_bytes=round(self.prepared.recipe.codes.cache_gib * 2**30))
 
     def codes(self, module: nn.Module, part: Part, split: ImageSplit) -> Codes:
@@ -176,14 +187,18 @@ class Keeper:
             self.processes.run_recorded()
             return codes
 
+        with self.prepared.watch("codes"):
+            return self._found_or_computed(key, split, load_inputs, compute)
+
+    def _found_or_computed(self, key: CodesKey, split: ImageSplit, load: Load, module: Module) -> Codes:
         codes = self._of_more_layers(key, split)
         if codes is None:
             codes = extract_codes(
                 self.store,
                 key,
                 split.rows_N,
-                load=load_inputs,
-                module=compute,
+                load=load,
+                module=module,
                 processes=self.processes,
                 screen=self.screen,
                 title=split.name,
@@ -218,7 +233,7 @@ class Keeper:
         return ImageBatch(images_BCHW, store.labels(positions_B), torch.from_numpy(positions_B), len(positions_B))
 
     def _view_batch(self, view: int, positions_B: Ints) -> ImageBatch:
-        store = self.images.train()
+        store = self.images.train(every=True)
         augmenter = make_augmenter(store.spec, self.prepared.augment)
         return train_batch(store, augmenter, self.prepared.recipe.seed, MicroBatch(view, positions_B, len(positions_B)))
 
