@@ -8,13 +8,14 @@ Shape letters: N images of a split.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
-from tlscale.data.content import content_digest
+from tlscale.data.content import DIGEST, Digests, content_digest
 from tlscale.data.sources import ImageData, read_source
 from tlscale.data.splits import name_labels, number_labels
 from tlscale.data.tables import (
@@ -34,6 +35,8 @@ from tlscale.data.tables import (
 from tlscale.data.workers import map_in_threads
 from tlscale.errors import DataError
 from tlscale.recipe.schema import DataSection
+
+_Ask = Callable[[LabelledTable, Ints], tuple[Digests, npt.NDArray[np.bool_]]]
 
 
 @dataclass(frozen=True)
@@ -118,10 +121,6 @@ class _JoinedTable:
     parts: Sequence[LabelledTable]
     labels_N: Ints
 
-    @property
-    def content(self) -> str:
-        return "+".join(part.content for part in self.parts)
-
     def __len__(self) -> int:
         return len(self.labels_N)
 
@@ -129,9 +128,45 @@ class _JoinedTable:
         part, at = self._at(row)
         return part.read(at)
 
+    def read_hashed(self, row: int) -> tuple[Raw, bytes]:
+        part, at = self._at(row)
+        return part.read_hashed(at)
+
     def where(self, row: int) -> str:
         part, at = self._at(row)
         return part.where(at)
+
+    def places(self, rows_N: Ints) -> list[str]:
+        return [place for part, at in map(self._at, rows_N.tolist()) for place in part.places(np.array([at]))]
+
+    def known_digests(self, rows_N: Ints) -> tuple[Digests, npt.NDArray[np.bool_]]:
+        return self._of_parts(rows_N, LabelledTable.known_digests)
+
+    def noted_digests(self, rows_N: Ints) -> tuple[Digests, npt.NDArray[np.bool_]]:
+        return self._of_parts(rows_N, LabelledTable.noted_digests)
+
+    def take_digests(self, rows_N: Ints, digests_N: Digests) -> None:
+        for part, at_N, places_N in self._divided(rows_N):
+            part.take_digests(at_N, digests_N[places_N])
+
+    def remember(self) -> None:
+        for part in self.parts:
+            part.remember()
+
+    def _of_parts(self, rows_N: Ints, ask: _Ask) -> tuple[Digests, npt.NDArray[np.bool_]]:
+        digests_N, known_N = np.zeros(len(rows_N), DIGEST), np.zeros(len(rows_N), np.bool_)
+        for part, at_N, places_N in self._divided(rows_N):
+            digests_N[places_N], known_N[places_N] = ask(part, at_N)
+        return digests_N, known_N
+
+    def _divided(self, rows_N: Ints) -> Iterator[tuple[LabelledTable, Ints, Ints]]:
+        """Each part that has some of the rows, with its own rows and their places in `rows_N`."""
+        start = 0
+        for part in self.parts:
+            places_N = np.flatnonzero((rows_N >= start) & (rows_N < start + len(part)))
+            if len(places_N):
+                yield part, rows_N[places_N] - start, places_N
+            start += len(part)
 
     def _at(self, row: int) -> tuple[LabelledTable, int]:
         for part in self.parts:

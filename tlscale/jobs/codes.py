@@ -13,7 +13,7 @@ from tlscale.dist import Processes, start_processes
 from tlscale.errors import ModelError, TlscaleError
 from tlscale.feed import agree_on_cut, refuse_codes_of_a_probe
 from tlscale.jobs.probe import layer_codes, wanted_codes
-from tlscale.keeper import Images, Keeper, frontier_part
+from tlscale.keeper import Images, Keeper, frontier_parts
 from tlscale.prepare import Prepared, prepare
 from tlscale.progress import Progress, format_duration
 from tlscale.recipe.schema import Recipe
@@ -72,10 +72,10 @@ def _frozen_codes(prepared: Prepared, processes: Processes, keeper: Keeper, othe
             "codes.layer=penultimate"
         )
     keeper.screen.say(f"{choice.frontier.describe()}; {choice.why}")
-    part = frontier_part(choice.frontier, prepared)
-    shown = keeper.train_views(choice.frontier.prefix, part, range(prepared.recipe.codes.views)).by_name("train")
+    parts = frontier_parts(choice.frontier, prepared)
+    shown = keeper.train_views(choice.frontier.prefix, parts, range(prepared.recipe.codes.views)).by_name("train")
     for split in others:
-        shown[split.name] = keeper.codes(choice.frontier.prefix, part, split)
+        shown[split.name] = keeper.codes(choice.frontier.prefix, parts, split)
     _show(shown, keeper.screen)
 
 
@@ -108,11 +108,12 @@ def _row(entry: Entry) -> tuple[str, ...]:
     key = entry.key or {}
     layers = ", ".join(key.get("layers", ["?"]))
     spec = key.get("transform", {}).get("input", {})
-    view = f", view {key['transform']['view']}" if "view" in key.get("transform", {}) else ""
+    view = ", augmented" if "augment" in key.get("transform", {}) else ""
     age = format_duration(max(time.time() - entry.last_used_s, 0))
     size = f"{spec.get('image_size', '?')} px{view}"
     images, mib = f"{entry.num_rows:,}", f"{entry.num_bytes / 2**20:,.1f}"
-    return entry.digest[:12], layers, size, images, mib, f"{age} ago", "" if entry.complete else "unfinished"
+    state = "older format, not used" if entry.is_older else "" if entry.complete else "damaged"
+    return entry.digest[:12], layers, size, images, mib, f"{age} ago", state
 
 
 def verify_codes(digest: str | None) -> None:
@@ -130,7 +131,11 @@ def verify_codes(digest: str | None) -> None:
             f"{len(faults)} faults in '{store.root}'. Damaged codes are never read: a run computes them again, or "
             "remove them: tlscale codes prune DIGEST"
         )
-    screen.say(f"{len(store.entries())} in '{store.root}': every byte is as it was written")
+    entries = store.entries()
+    num_older = sum(entry.is_older for entry in entries)
+    screen.say(f"{len(entries) - num_older} in '{store.root}': every byte is as it was written")
+    if num_older:
+        screen.say(f"{num_older} are of an older format, and never read; to remove them: tlscale codes prune DIGEST")
 
 
 def prune_codes(digests: tuple[str, ...], *, keep_gib: float | None, everything: bool) -> None:

@@ -25,7 +25,7 @@ from tlscale.data.sources import ImageData, ImageSplit
 from tlscale.dist import Processes
 from tlscale.evaluate import scalars
 from tlscale.jobs.scores import fitted, score_of_probe
-from tlscale.keeper import Images, Keeper, layers_part, name_of
+from tlscale.keeper import Images, Keeper, layers_parts, name_of
 from tlscale.metrics import Tally, majority, summary
 from tlscale.model.classifier import CodesClassifier
 from tlscale.model.export import export_model
@@ -106,14 +106,14 @@ def layer_codes(keeper: Keeper, wanted: list[tuple[str, str]], splits: list[Imag
     """
     backbone = keeper.prepared.classifier.backbone.to(keeper.processes.device)
     LayerCodes(backbone, wanted)  # names that are wrong are wrong before anything is folded
-    computing = backbone
+    computing, folded = backbone, tuple[str, ...]()
     if keeper.prepared.recipe.codes.fold_norm:
         layers = [layer for layer, _ in wanted if layer != PENULTIMATE]
-        computing, num_folded = fold_norms(backbone.eval(), keep=layers)
-        keeper.screen.say(f"codes.fold_norm: {num_folded} norm layers are folded into the convolutions before them")
+        computing, folded = fold_norms(backbone.eval(), keep=layers)
+        keeper.screen.say(f"codes.fold_norm: {len(folded)} norm layers are folded into the convolutions before them")
     module = LayerCodes(computing, wanted)
-    part = layers_part(backbone, wanted)
-    return {split.name: keeper.codes(module, part, split) for split in splits}
+    parts = layers_parts(backbone, wanted, folded)
+    return {split.name: keeper.codes(module, parts, split) for split in splits}
 
 
 def _fit(
