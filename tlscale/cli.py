@@ -177,18 +177,32 @@ def codes_prune(digests: tuple[str, ...], keep_gib: float | None, everything: bo
 @main.command()
 @click.argument("run_dir", metavar="RUN")
 @click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")
-@click.option("--split", type=click.Choice(["train", "validation", "test"]), help="[default: test, or validation]")
+@click.option(
+    "--data", metavar="DATA", help="Other images: a folder, a table (.csv, .tsv, .parquet), or fashion_mnist."
+)
+@click.option("--split", type=click.Choice(["train", "validation", "test"]), help="[default: test, or see above]")
+@click.option("--name", help="Name of the folder of the figures below RUN/evaluations.  [default: the data's]")
+@click.option("--out", metavar="DIR", help="Write the figures there instead.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 @_reports_errors
-def evaluate(run_dir: str, overrides: Sequence[str], split: str | None, as_json: bool) -> None:
-    """Evaluate the model of RUN on a split of its data, or on other data: data.source=folder data.path=DIR.
+def evaluate(run_dir: str, overrides: Sequence[str], data: str | None, split: Any, **options: Any) -> None:  # noqa: ANN401
+    """Score the model of RUN on labelled images.
 
-    The figures are printed and written to RUN/evaluation_<split>.json.
+    Without --data: the test split of the run's own data, or else its validation split, which chose the model. With
+    --data (or data.source=... data.path=...): the test split there, or else every labelled image; how many of them the
+    run was trained on is counted by content. Other overrides say how it is computed, such as compute.precision=bf16;
+    what has no effect on an evaluation is an error. The figures are printed and written to figures.json in
+    RUN/evaluations/NAME, never over those of the run.
+
+    \b
+    Examples:
+      tlscale evaluate runs/photos
+      tlscale evaluate runs/photos --data more_photos/ --json
     """
     began_s = _began_s()
     from tlscale.jobs.evaluate import evaluate_run
 
-    evaluate_run(run_dir, overrides, split_name=split, as_json=as_json, watch=Stopwatch(began_s))
+    evaluate_run(run_dir, overrides, data=data, split_name=split, watch=Stopwatch(began_s), **options)
 
 
 def _listed(_context: click.Context, _option: click.Parameter, text: str | None) -> list[str]:

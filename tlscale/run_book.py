@@ -9,8 +9,11 @@ from tlscale import faults
 from tlscale.dist import Processes
 from tlscale.errors import EXIT_FAILED
 from tlscale.evaluate import scalars
+from tlscale.places import places_of, without_places
 from tlscale.prepare import Prepared
 from tlscale.progress import Progress, number
+from tlscale.recipe.schema import Recipe
+from tlscale.redact import REDACTED
 from tlscale.run_folder import RunFolder
 from tlscale.run_state import Clock
 from tlscale.tracking import MetricsFile, Trackers, open_trackers
@@ -40,7 +43,7 @@ class RunBook:
             wandb=recipe.wandb,
             run_name=recipe.name,
             run_dir=folder.path,
-            config={**recipe.to_plain(), "run": record},
+            config=_config(recipe, record),
             wandb_run_id=clock.wandb_run_id,
             is_main=processes.is_main,
             seen=seen,
@@ -123,3 +126,12 @@ class RunBook:
         if self._metrics is not None:
             self._metrics.write({"kind": kind, "step": step, **where, **figures})
         self.trackers.log({f"{kind}/{key}": value for key, value in scalars({**where, **figures}).items()}, step)
+
+
+def _config(recipe: Recipe, record: dict[str, Any]) -> dict[str, Any]:
+    """Return what trackers get of a run: its recipe and `run.json`, without places, and without who one is at W&B."""
+    plain = recipe.to_plain()
+    if recipe.wandb is not None and recipe.wandb.entity is not None:
+        plain["wandb"] = {**plain["wandb"], "entity": REDACTED}
+    config: dict[str, Any] = without_places({**plain, "run": record}, places_of(recipe))
+    return config
