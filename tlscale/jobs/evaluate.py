@@ -115,10 +115,8 @@ def evaluate_run(
                     scored = _own_images(folder, own, trained, split_name)
                 if own.data.on_bad_image == "error":  # else the run says which
                     scored = _without_bad(scored, recipe.data)
-        screen = Progress(0, enabled=processes.is_main and not as_json)
-        figures = _figures(recipe, trained, scored.split, processes, watch, screen)
+        figures = {**scored.figures, **_figures(recipe, trained, scored.split, processes, watch)}
         figures |= watch.figures(parts=("start", "scan", "decode", "evaluate"))
-        figures = {**scored.figures, **figures}
         if processes.is_main:
             target = target or folder / "evaluations" / (name or _default_name(folder, figures))
             _write(target, figures, scored.notes, asked_for=out is not None)
@@ -127,11 +125,12 @@ def evaluate_run(
 
 
 def _figures(
-    recipe: Recipe, trained: TrainedModel, split: ImageSplit, processes: Processes, watch: Stopwatch, screen: Progress
+    recipe: Recipe, trained: TrainedModel, split: ImageSplit, processes: Processes, watch: Stopwatch
 ) -> dict[str, Any]:
     with watch("decode"):
-        pace = Pace(len(split), screen.say, f"decoding {split.name}")
-        store = ImageStore(split, recipe.data, trained.input_spec, on_images=pace.add)
+        pace = Pace(len(split), lambda text: print(text, file=sys.stderr), f"decoding {split.name}")
+        show = pace.add if processes.is_main else None
+        store = ImageStore(split, recipe.data, trained.input_spec, on_images=show)
     dtype = torch.float64 if recipe.compute.precision == "fp64" else torch.float32
     workers = default_workers(
         recipe.data, cached=store.cached, augmented=False, device=processes.device, processes=processes.world_size
