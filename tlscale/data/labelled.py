@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
-from tlscale.data.content import content_digest
+from tlscale.data.content import DIGEST, Digests, content_digest
 from tlscale.data.sources import ImageData, read_source
 from tlscale.data.splits import name_labels, number_labels
 from tlscale.data.tables import (
@@ -129,9 +130,29 @@ class _JoinedTable:
         part, at = self._at(row)
         return part.read(at)
 
+    def read_hashed(self, row: int) -> tuple[Raw, bytes]:
+        part, at = self._at(row)
+        return part.read_hashed(at)
+
     def where(self, row: int) -> str:
         part, at = self._at(row)
         return part.where(at)
+
+    def places(self, rows_N: Ints) -> list[str]:
+        return [part.places(np.array([at]))[0] for part, at in map(self._at, rows_N.tolist())]
+
+    def known_digests(self, rows_N: Ints) -> tuple[Digests, npt.NDArray[np.bool_]]:
+        digests_N, known_N = np.zeros(len(rows_N), DIGEST), np.zeros(len(rows_N), np.bool_)
+        start = 0
+        for part in self.parts:
+            own_N = (rows_N >= start) & (rows_N < start + len(part))
+            digests_N[own_N], known_N[own_N] = part.known_digests(rows_N[own_N] - start)
+            start += len(part)
+        return digests_N, known_N
+
+    def remember(self) -> None:
+        for part in self.parts:
+            part.remember()
 
     def _at(self, row: int) -> tuple[LabelledTable, int]:
         for part in self.parts:
