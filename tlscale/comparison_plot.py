@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from matplotlib import rc_context, ticker
+from matplotlib import rc_context, rcdefaults, rcParams, ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -39,7 +39,9 @@ def draw(rows: Sequence[Row], paths: Sequence[Path]) -> None:
         paths: files; their endings name the formats.
     """
     sizes = sorted({row.size for row in rows})
-    with rc_context(_FONT):
+    with rc_context():
+        rcdefaults()  # the working folder may hold a `matplotlibrc` of anybody's, which can have it run LaTeX
+        rcParams.update(_FONT)
         figure = _lines(rows, sizes) if len(sizes) > 1 else _dots(rows)
         for path in paths:
             # Without a date, the same figures give the same bytes.

@@ -67,10 +67,6 @@ class ImageTable(Protocol):
     def labels_N(self) -> Ints:  # noqa: N802
         """Class numbers by row."""
 
-    @property
-    def content(self) -> str:
-        """Fingerprint of the images of the table, row by row, whatever their labels."""
-
     def __len__(self) -> int: ...
 
     def read(self, row: int) -> Raw:
@@ -85,8 +81,14 @@ class ImageTable(Protocol):
     def places(self, rows_N: Ints) -> list[str]:
         """Return what stands for each image while its content is not known: its name, and its size if known."""
 
+    def noted_digests(self, rows_N: Ints) -> tuple[Digests, npt.NDArray[np.bool_]]:
+        """Return the digests of images as far as they are known here, and which are."""
+
     def known_digests(self, rows_N: Ints) -> tuple[Digests, npt.NDArray[np.bool_]]:
-        """Return the digests of images that were read, now or before, and which of them are known."""
+        """Return the digests of images that were read, now or by an earlier run, and which of them are known."""
+
+    def take_digests(self, rows_N: Ints, digests_N: Digests) -> None:
+        """Take digests that another process read."""
 
     def remember(self) -> None:
         """Give the index of contents what was read."""
@@ -98,13 +100,6 @@ class LabelledTable:
 
     store: ImageStore
     labels_N: Ints
-    split: str = ""
-    """Which split of the source it is."""
-
-    @cached_property
-    def content(self) -> str:
-        # The store's own is of a whole file, whichever of its rows are here.
-        return digest([self.split, self.store.content, *self.store.places(np.arange(len(self)))])
 
     @cached_property
     def _contents(self) -> Contents:
@@ -115,7 +110,7 @@ class LabelledTable:
 
     def read(self, row: int) -> Raw:
         raw = self.store.read(row)
-        if not self._contents.known_N[row]:
+        if not self._contents.read_N[row]:
             self._contents.note(row, raw)
         return raw
 
@@ -132,13 +127,20 @@ class LabelledTable:
         if len(unknown):
             stamps = self.store.stamps(unknown)
             if stamps is None:
-                list(map_in_threads(self.read, unknown.tolist()))
+                for row in unknown.tolist():
+                    self.read(row)
             else:
                 contents.recall(unknown, stamps, ContentIndex())
-        return contents.digests_N[rows_N], contents.known_N[rows_N]
+        return self.noted_digests(rows_N)
+
+    def noted_digests(self, rows_N: Ints) -> tuple[Digests, npt.NDArray[np.bool_]]:
+        return self._contents.digests_N[rows_N], self._contents.known_N[rows_N]
+
+    def take_digests(self, rows_N: Ints, digests_N: Digests) -> None:
+        self._contents.take(rows_N, digests_N)
 
     def remember(self) -> None:
-        rows = np.flatnonzero(self._contents.read_N)
+        rows = self._contents.unsaved()
         stamps = self.store.stamps(rows) if len(rows) else None
         if stamps is not None:
             self._contents.remember(rows, stamps, ContentIndex())
@@ -180,6 +182,10 @@ class ImageSplit:
         """Return what stands for each image while its content is not known."""
         return self.table.places(self.rows_N)
 
+    def noted_digests(self) -> tuple[Digests, npt.NDArray[np.bool_]]:
+        """Return the digests of the images as far as they are known here, and which are."""
+        return self.table.noted_digests(self.rows_N)
+
     def known_digests(self) -> tuple[Digests, npt.NDArray[np.bool_]]:
         """Return the digests of the images that were read, now or by an earlier run, and which of them are known."""
         return self.table.known_digests(self.rows_N)
@@ -200,6 +206,10 @@ class ImageSplit:
         kept_N = np.ones(len(self), dtype=bool)
         kept_N[np.fromiter(positions, dtype=np.int64, count=len(positions))] = False
         return ImageSplit(self.name, self.table, self.rows_N[kept_N])
+
+
+class ScoredSection(DataSection):
+    """`data` of images that are only scored: none of the usual splits has to be there."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -380,23 +390,27 @@ def pick_splits(
         DataError: a split that the recipe names is not there, one split has two roles, or a split that nothing uses
             is called like a role that nothing plays.
     """
-    picked: dict[Role, str] = {"train": _named_split(section.train_split, "train_split", available, where)}
+    picked: dict[Role, str] = {}
+    if section.train_split in available or not isinstance(section, ScoredSection):
+        picked["train"] = _named_split(section.train_split, "train_split", available, where)
     validation = section.validation_split
-    if validation is not None:
+    if validation is not None and not (isinstance(section, ScoredSection) and validation not in available):
         picked["validation"] = _named_split(validation, "validation_split", available, where)
     else:
-        usual = [name for name in VALIDATION_NAMES if name in available and name not in (picked["train"], "test")]
+        usual = [name for name in VALIDATION_NAMES if name in available and name not in (section.train_split, "test")]
         usual = [name for name in usual if name != section.test_split]
         if len(usual) > 1:
             raise DataError(f"{where} has validation splits {_quoted(usual)}; say which in data.validation_split")
         if usual:
             picked["validation"] = usual[0]
-    if section.test_split in available or section.test_split != "test":
+    if section.test_split in available or (section.test_split != "test" and not isinstance(section, ScoredSection)):
         picked["test"] = _named_split(section.test_split, "test_split", available, where)
     for role, name in picked.items():
         twin = next((other for other, its in picked.items() if its == name and other != role), None)
         if twin is not None:
             raise DataError(f"{where}: split {name!r} would be both {role} and {twin}; each needs its own")
+    if not picked:
+        _named_split(section.train_split, "train_split", available, where)  # which says what there is
     unused = [name for name in available if name not in picked.values()]
     for name, role in lookalikes(unused, picked, any_word=any_word).items():
         raise DataError(
