@@ -32,7 +32,7 @@ from tlscale.data.sources import ImageSplit
 from tlscale.data.transforms import ImageBatch
 from tlscale.dist import Processes
 from tlscale.errors import RecipeError
-from tlscale.keeper import Images, Keeper, frontier_part, input_path
+from tlscale.keeper import Images, Keeper, frontier_parts, input_path
 from tlscale.model.frontier import Frontier, NoFrontier, find_frontier
 from tlscale.prepare import Prepared
 from tlscale.recipe.schema import CodesSection, Recipe
@@ -130,8 +130,8 @@ class CodeFeed:
         self.module = frontier.suffix
         self._prepared, self._processes = prepared, processes
         self._frontier, self._keeper = frontier, keeper
-        self._part = frontier_part(frontier, prepared)
-        self._train = keeper.train_views(frontier.prefix, self._part, views_of(stage, prepared))
+        self._parts = frontier_parts(frontier, prepared)
+        self._train = keeper.train_views(frontier.prefix, self._parts, views_of(stage, prepared))
         self._others: dict[str, CodeViews] = {}
         if prepared.data.validation is not None:
             self._of(prepared.data.validation)
@@ -160,7 +160,7 @@ class CodeFeed:
 
     def _of(self, split: ImageSplit) -> CodeViews:
         if split.name not in self._others:
-            codes = self._keeper.codes(self._frontier.prefix, self._part, split)
+            codes = self._keeper.codes(self._frontier.prefix, self._parts, split)
             self._others[split.name] = CodeViews({0: codes}, split.labels_N)
         return self._others[split.name]
 

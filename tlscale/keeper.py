@@ -1,16 +1,16 @@
 """The codes of a run's images: found in the store, or computed by the part of the network that gives them.
 
-Promise: what identifies codes (the part's weights and structure, the transform, the view, the data, the type they are
-kept in, what may change a last bit) is in their key, and nothing else is: neither batch size, workers nor the number of
-processes. Images are decoded only where codes are missing.
+Promise: what identifies codes (the part's weights and structure, the transform, the type they are kept in, what may
+change a last bit) is in their key, and nothing else is: neither batch size, workers nor the number of processes. A row
+has the address of its image's content. Images are decoded only where codes are missing.
 
 Shapes: B images, N images of a split.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Mapping, Sequence
+import platform
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,12 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from tlscale.codes.batches import CodeViews
+from tlscale.codes.blocks import Pictures
 from tlscale.codes.extract import extract_codes
 from tlscale.codes.key import CodesKey
+from tlscale.codes.pictures import SplitPictures, ViewPictures
 from tlscale.codes.reading import Codes
+from tlscale.codes.shards import BLOCK
 from tlscale.codes.store import CodesStore
-from tlscale.data.loaders import ImageStore, make_augmenter, train_batch
-from tlscale.data.sampler import Ints, MicroBatch
+from tlscale.data.loaders import ImageStore, make_augmenter
 from tlscale.data.sources import ImageSplit
 from tlscale.data.transforms import ImageBatch
 from tlscale.dist import Processes
@@ -35,7 +37,7 @@ from tlscale.model.frontier import Frontier
 from tlscale.model.layers import PENULTIMATE
 from tlscale.packages import versions_of
 from tlscale.prepare import Prepared
-from tlscale.progress import Progress
+from tlscale.progress import Pace, Progress
 from tlscale.stop import StopRequest
 
 
@@ -45,14 +47,20 @@ class Images:
     def __init__(self, prepared: Prepared) -> None:
         self._prepared = prepared
         self._stores: dict[str, ImageStore] = {}
+        self.say: Callable[[str], None] = lambda text: None  # how far decoding is
 
-    def train(self) -> ImageStore:
-        """As training wants them.
+    def train(self, *, every: bool = False) -> ImageStore:
+        """As training wants them; nothing is decoded beforehand where the run's steps see few of them.
+
+        Args:
+            every: all of them are wanted.
 
         Raises:
             DataError: an image cannot be read.
         """
-        return self._store("train", self._prepared.train_store)
+        split, keep = self._prepared.data.train, every or self._prepared.needs_all_images
+        make = partial(self._prepared.train_store, keep=keep, on_images=self._pace(split))
+        return self._store("train" if keep else "few of train", make)
 
     def of(self, split: ImageSplit) -> ImageStore:
         """As evaluation wants them.
@@ -60,16 +68,20 @@ class Images:
         Raises:
             DataError: an image cannot be read.
         """
-        return self._store(split.name, partial(self._prepared.eval_store, split))
+        return self._store(split.name, partial(self._prepared.eval_store, split, on_images=self._pace(split)))
 
-    def once(self, split: ImageSplit) -> ImageStore:
-        """As evaluation wants them, when each is wanted only once: nothing is kept."""
+    def once(self, split: ImageSplit, *, crops: bool = False) -> ImageStore:
+        """As evaluation wants them (with `crops`, as training), when each is wanted only once: nothing is kept."""
         section = self._prepared.recipe.data.model_copy(update={"cache_mib": 0})
-        return ImageStore(split, section, self._prepared.spec)
+        return ImageStore(split, section, self._prepared.spec, crops=crops)
+
+    def _pace(self, split: ImageSplit) -> Callable[[int], None]:
+        return Pace(len(split), lambda text: self.say(text), f"decoding {split.name}").add
 
     def _store(self, name: str, make: Callable[[], ImageStore]) -> ImageStore:
         if name not in self._stores:
-            self._stores[name] = make()
+            with self._prepared.watch("decode"):
+                self._stores[name] = make()
         return self._stores[name]
 
 
@@ -78,16 +90,19 @@ _WHOLE_BACKBONE = "backbone"  # the name of the classifier's child, where that i
 
 @dataclass(frozen=True)
 class Part:
-    """What identifies the part of a network that gives codes."""
+    """What identifies values that a part of a network gives, and that are always wanted together."""
 
     weights: str
     layers: tuple[str, ...]
     pools: tuple[str, ...]
+    folded: tuple[str, ...] = ()
+    """Convolutions that have taken up the norms behind them."""
 
 
-def layers_part(backbone: nn.Module, wanted: Sequence[tuple[str, str]]) -> Part:
-    """The part of a key for codes of layers, each a pair of layer and pooling."""
-    return Part(function_digest(backbone), tuple(map(name_of, wanted)), tuple(pool for _, pool in wanted))
+def layers_parts(backbone: nn.Module, wanted: Sequence[tuple[str, str]], folded: Sequence[str] = ()) -> list[Part]:
+    """The parts of codes of layers, each a pair of layer and pooling, and each looked up by itself."""
+    weights = function_digest(backbone)
+    return [Part(weights, (name_of(pair),), (pair[1],), tuple(folded)) for pair in wanted]
 
 
 def name_of(pair: tuple[str, str]) -> str:
@@ -96,8 +111,8 @@ def name_of(pair: tuple[str, str]) -> str:
     return layer if layer == PENULTIMATE else f"{layer} {pool}"
 
 
-def frontier_part(frontier: Frontier, prepared: Prepared) -> Part:
-    """The part of a key for codes of a frontier.
+def frontier_parts(frontier: Frontier, prepared: Prepared) -> list[Part]:
+    """The parts of codes of a frontier: one.
 
     Where all of the backbone is frozen they are its penultimate codes, which a probe may have computed already (in half
     precision it would have kept them in float32, so there each has its own).
@@ -105,8 +120,8 @@ def frontier_part(frontier: Frontier, prepared: Prepared) -> Part:
     plain = [value.name for value in frontier.values]
     names = tuple(f"{name} ({at})" if name in plain[:at] else name for at, name in enumerate(plain))
     if names == (_WHOLE_BACKBONE,) and prepared.recipe.compute.precision in ("fp32", "fp64"):
-        return layers_part(prepared.classifier.backbone, [(PENULTIMATE, "avg")])
-    return Part(frontier.digest, names, ("as is",) * len(names))
+        return layers_parts(prepared.classifier.backbone, [(PENULTIMATE, "avg")])
+    return [Part(frontier.digest, names, ("as is",) * len(names))]
 
 
 @dataclass
@@ -124,35 +139,34 @@ class Keeper:
 
     def __post_init__(self) -> None:
         self._loaded_bytes = 0
+        self.images.say = lambda text: self.screen.say(text)  # on the screen of the time
         self.store = CodesStore(limit_bytes=round(self.prepared.recipe.codes.cache_gib * 2**30))
 
-    def codes(self, module: nn.Module, part: Part, split: ImageSplit) -> Codes:
+    def codes(self, module: nn.Module, parts: Sequence[Part], split: ImageSplit) -> Codes:
         """The codes of a split's images as evaluation sees them.
 
         Raises:
             DataError: an image cannot be read, or codes are not finite.
             Stopped: the run was asked to stop; what was computed stays.
         """
-        key = self._key(part, split, {})
-        return self._get(module, key, split, partial(self._plain_batch, self.images.once(split)))
+        return self._get(module, parts, SplitPictures(split, self.images.once(split), self._to_inputs), split.name)
 
     def begin_stage(self) -> None:
         """Codes of another stage are not needed any more: their memory counts no longer."""
         self._loaded_bytes = 0
 
-    def train_views(self, module: nn.Module, part: Part, views: Sequence[int]) -> CodeViews:
+    def train_views(self, module: nn.Module, parts: Sequence[Part], views: Sequence[int]) -> CodeViews:
         """The codes of the training images: these augmented views of them, or the images as they are."""
         prepared, split = self.prepared, self.prepared.data.train
         if not prepared.augment:
-            return CodeViews({0: self.codes(module, part, split)}, split.labels_N)
-        seed = prepared.recipe.seed
-        kept = {
-            view: self._get(
-                module, self._key(part, split, self._augmentation(view)), split, partial(self._view_batch, view)
-            )
-            for view in views
-        }
-        augmenter = make_augmenter(prepared.spec, prepared.augment)
+            return CodeViews({0: self.codes(module, parts, split)}, split.labels_N)
+        seed, augmenter = prepared.recipe.seed, make_augmenter(prepared.spec, prepared.augment)
+        bare = self.images.once(split, crops="crop" in prepared.augment)
+        kept = {}
+        for view in views:
+            every = partial(self.images.train, every=True)
+            pictures = ViewPictures(split, view, seed, augmenter, bare, every, self._to_inputs)
+            kept[view] = self._get(module, parts, pictures, split.name, augment=prepared.augment)
         return CodeViews(kept, split.labels_N, prepared.recipe.codes.views, augmenter, seed)
 
     @property
@@ -164,83 +178,50 @@ class Keeper:
         """For `result.json`: how many images went through a frozen part in this start of the run, and what is kept."""
         return {"num_computed": self.num_computed, "kept_mib": {k: round(n / 2**20, 3) for k, n in self.kept.items()}}
 
-    def _get(self, module: nn.Module, key: CodesKey, split: ImageSplit, load: Callable[[Ints], ImageBatch]) -> Codes:
+    @property
+    def _to_inputs(self) -> Callable[[ImageBatch], Tensor]:
         to_inputs = input_path(self.prepared, self.processes)
+        return lambda batch: to_inputs(batch)[0]
 
-        def load_inputs(positions_B: Ints) -> Tensor:
-            return to_inputs(load(positions_B))[0]
-
+    def _get(
+        self,
+        module: nn.Module,
+        parts: Sequence[Part],
+        pictures: Pictures,
+        split: str,
+        augment: dict[str, float | None] | None = None,
+    ) -> Codes:
         def compute(images_BCHW: Tensor) -> tuple[Tensor, ...]:
             with nullcontext() if self.in_full else self.processes.accelerator.autocast():
                 codes: tuple[Tensor, ...] = module(images_BCHW)
             self.processes.run_recorded()
             return codes
 
-        codes = self._of_more_layers(key, split)
-        if codes is None:
+        with self.prepared.watch("codes"):
             codes = extract_codes(
                 self.store,
-                key,
-                split.rows_N,
-                load=load_inputs,
+                [self._key(part, augment) for part in parts],
+                pictures,
                 module=compute,
                 processes=self.processes,
                 screen=self.screen,
-                title=split.name,
+                title=split,
                 should_stop=lambda: self.stop.requested,
             )
         self.num_computed += codes.num_computed
-        self.kept[split.name] = self.kept.get(split.name, 0) + codes.num_bytes
+        self.kept[split] = self.kept.get(split, 0) + codes.num_bytes
         fits = self._loaded_bytes + codes.num_bytes <= self.prepared.recipe.codes.memory_mib * 2**20
         self._loaded_bytes += codes.num_bytes if fits else 0
         return codes.load() if fits else codes
 
-    def _of_more_layers(self, key: CodesKey, split: ImageSplit) -> Codes | None:
-        """The codes out of an entry that has those of other layers as well, where every process finds it."""
-        if not self.processes.on_main(lambda: self._is_among_more_layers(key, split)):
-            return None
-        codes = self.processes.on_all(lambda: self.store.open_within(key, split.rows_N, verify=False))
-        if self.processes.any(codes is None):
-            return None
-        assert codes is not None
-        self.screen.say(f"codes of {split.name}: hit, among those of other layers, from '{codes.path}'")
-        return codes
-
-    def _is_among_more_layers(self, key: CodesKey, split: ImageSplit) -> bool:
-        """Whether they are not there by themselves, and are in another entry, where every byte is verified."""
-        if not len(self.store.missing(key, split.rows_N, verify=False)):
-            return False
-        return self.store.open_within(key, split.rows_N, say=self.screen.say) is not None
-
-    def _plain_batch(self, store: ImageStore, positions_B: Ints) -> ImageBatch:
-        images_BCHW = store.images(positions_B)
-        assert isinstance(images_BCHW, Tensor)
-        return ImageBatch(images_BCHW, store.labels(positions_B), torch.from_numpy(positions_B), len(positions_B))
-
-    def _view_batch(self, view: int, positions_B: Ints) -> ImageBatch:
-        store = self.images.train()
-        augmenter = make_augmenter(store.spec, self.prepared.augment)
-        return train_batch(store, augmenter, self.prepared.recipe.seed, MicroBatch(view, positions_B, len(positions_B)))
-
-    def _augmentation(self, view: int) -> dict[str, Any]:
-        """An augmented image follows from the seed, the view, and its place among the training images."""
-        split = self.prepared.data.train
-        return {
-            "augment": self.prepared.augment,
-            "seed": self.prepared.recipe.seed,
-            "view": view,
-            "rows": hashlib.sha256(split.rows_N.astype("<i8").tobytes()).hexdigest(),
-        }
-
-    def _key(self, part: Part, split: ImageSplit, augmentation: Mapping[str, Any]) -> CodesKey:
+    def _key(self, part: Part, augment: dict[str, float | None] | None) -> CodesKey:
         recipe = self.prepared.recipe
-        packages = ("torch", "timm", "pillow", *(("torchvision", "numpy") if augmentation else ()))
+        packages = ("torch", "timm", "pillow", *(("torchvision", "numpy") if augment else ()))
         return CodesKey(
             weights=part.weights,
             transform={
                 "input": self.prepared.spec.to_plain(),
-                "image_column": recipe.data.image_column,  # of a table that has several
-                **augmentation,
+                **({"augment": augment} if augment is not None else {}),
             },
             layers=part.layers,
             pools=part.pools,
@@ -248,12 +229,21 @@ class Keeper:
             compute={
                 "precision": self._precision,
                 "device": self.processes.device.type,
+                "kind": _kind_of(self.processes.device),
+                "cpu": _kind_of(torch.device("cpu")),
+                "block": BLOCK,
                 "channels_last": recipe.compute.channels_last,
-                "fold_norm": recipe.codes.fold_norm,
+                "folded": part.folded,
             },
-            data=split.table.content,
             versions=versions_of(packages),
         )
+
+
+def _kind_of(device: torch.device) -> str:
+    """What of a device may change the last bit: its instructions. The number of threads does not, as a test shows."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}" if device.type == "cpu" else device.type
 
 
 def input_path(prepared: Prepared, processes: Processes) -> InputPath:

@@ -21,7 +21,7 @@ from tlscale.data.sampler import Ints, MicroBatch
 from tlscale.data.sources import ImageSplit
 from tlscale.data.transforms import ImageBatch
 from tlscale.dist import Processes
-from tlscale.keeper import Images, Keeper, Part, layers_part, name_of
+from tlscale.keeper import Images, Keeper, Part, layers_parts
 from tlscale.prepare import Prepared
 from tlscale.teacher import LOGITS, Teacher
 
@@ -45,10 +45,10 @@ class Targets:
             Stopped: the run was asked to stop; what was computed stays.
         """
         self._teacher, self._keeper, self._dtype = teacher, keeper, prepared.dtype
-        self._part = _part(teacher)
+        self._parts = _parts(teacher)
         last_epoch = prepared.order.epoch(prepared.total_steps - 1)
         views = range(min(prepared.recipe.codes.views, last_epoch + 1))
-        self._train = keeper.train_views(teacher.module, self._part, views)
+        self._train = keeper.train_views(teacher.module, self._parts, views)
         self._splits: dict[str, CodeViews] = {}
         self._mean_D, self._std_D = _mean_and_deviation(self._codes(self._train))
 
@@ -63,7 +63,7 @@ class Targets:
     def of_split(self, split: ImageSplit, batches: Iterable[ImageBatch]) -> Generator[ImageBatch, None, None]:
         """Batches of a split as it is evaluated, with what the teacher says of them."""
         if split.name not in self._splits:
-            codes = self._keeper.codes(self._teacher.module, self._part, split)
+            codes = self._keeper.codes(self._teacher.module, self._parts, split)
             self._splits[split.name] = CodeViews({0: codes}, split.labels_N)
         for batch in batches:
             yield self._taught(batch, self._splits[split.name], 0)
@@ -117,13 +117,10 @@ def ask_teacher(prepared: Prepared, processes: Processes, keeper: Keeper) -> Tar
     return targets
 
 
-def _part(teacher: Teacher) -> Part:
-    """Codes alone have the key that a probe's have, and so may be there already."""
-    wanted = [(layer, "avg") for layer in teacher.layers]
-    if not teacher.asks_logits:
-        return layers_part(teacher.backbone, wanted)
-    names = (*map(name_of, wanted), LOGITS)
-    return Part(teacher.digest, names, (*(pool for _, pool in wanted), "as is"))
+def _parts(teacher: Teacher) -> list[Part]:
+    """Codes have the keys that a probe's have, and so may be there already."""
+    parts = layers_parts(teacher.backbone, [(layer, "avg") for layer in teacher.layers]) if teacher.layers else []
+    return [*parts, *([Part(teacher.digest, (LOGITS,), ("as is",))] if teacher.asks_logits else [])]
 
 
 def _joined(values: tuple[Tensor, ...]) -> Tensor:

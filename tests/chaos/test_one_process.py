@@ -29,7 +29,7 @@ AT_POINTS = {
     "metrics.line": 12,
     "codes.block": ["codes.block@3", "codes.block"],
     "codes.shard": ["codes.shard@2", "codes.shard"],
-    "codes.manifest": ["codes.manifest@2", "codes.manifest"],
+    "codes.place": ["codes.place@2", "codes.place"],
     "step": 12,
     "evaluate": 3,
     "evaluated": 3,
@@ -195,7 +195,7 @@ def test_killed_while_a_run_is_replaced(forks, whole, idx, tmp_path):
 
 def test_a_probe_that_was_killed_ends_as_one_that_was_not(forks, whole, idx, tmp_path):
     place = Place(tmp_path / "place", "probed", idx)
-    for fault in ("codes.shard@2", "codes.manifest", "record", "metrics.line@3", "export", "result"):
+    for fault in ("codes.shard@2", "codes.place", "record", "metrics.line@3", "export", "result"):
         assert start_and_kill(forks, place, "fault", fault)
     assert forks.wait(place.start(forks)) == 0, place.output()
     ends = [result(out) for out in (whole["probed"].out, place.out)]

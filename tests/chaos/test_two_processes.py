@@ -24,7 +24,7 @@ AT_POINTS = {
     "rank 0 on resuming": ["step@6", "restored", "claimed"],
     "rank 1 in an evaluation": ["evaluate@2:1", "evaluate:1"],
     "rank 0 between evaluation and save": ["evaluated@2", "checkpoint.best"],
-    "rank 0 in its codes": ["codes.block", "codes.shard", "codes.manifest"],
+    "rank 0 in its codes": ["codes.block", "codes.shard", "codes.place"],
     "rank 0 at the end": ["export", "result"],
     "rank 1 at a stage's end": ["stage:1", "stage@1:1"],
 }

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
+import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,16 +14,19 @@ from torch import nn
 
 from tests.small_runs import environment, sample_images, wait_until
 from tests.unit.test_codes_store import contents, flip
-from tlscale.codes.extract import _Extraction, extract_codes, plan_shards, shards_of
+from tlscale.codes.blocks import Extraction
+from tlscale.codes.extract import extract_codes, plan_shards, shards_of
 from tlscale.codes.key import CodesKey
 from tlscale.codes.shards import BLOCK
 from tlscale.codes.store import CodesStore
+from tlscale.data.content import content_digest, digest_array
 from tlscale.dist import start_processes
 from tlscale.errors import DataError, ModelError, Stopped
 from tlscale.progress import Progress
 from tlscale.recipe.schema import ComputeSection
 
 IMAGES = torch.from_numpy(sample_images("train", 700)[0])[:, None]
+IDS = digest_array([content_digest(image.numpy()) for image in IMAGES])
 SHARD_BYTES = 2 * BLOCK * (8 * 10 * 10 + 16) * 4  # two blocks
 KEY = CodesKey(
     weights="w",
@@ -31,7 +35,6 @@ KEY = CodesKey(
     pools=("as is", "as is"),
     dtype="auto",
     compute={},
-    data="sample",
     versions={},
 )
 
@@ -56,6 +59,39 @@ class Tiny(nn.Module):
 
 
 @dataclass
+class Rows:
+    """Some of the images, by content; `unknown` are those that nobody has read before."""
+
+    rows: object
+    unknown: object = ()
+    num_read: int = 0
+    num_decoded: int = 0
+
+    def known(self):
+        known_N = ~np.isin(self.rows, list(self.unknown))
+        return digest_array(
+            [IDS[row] if is_known else b"" for row, is_known in zip(self.rows, known_N, strict=True)]
+        ), known_N
+
+    def name(self):
+        return str(list(self.rows))
+
+    def read(self, positions_B, *, are_new):
+        self.num_read += len(positions_B)
+        return [(content_digest(IMAGES[row].numpy()), row) for row in np.asarray(self.rows)[positions_B].tolist()]
+
+    def found(self, ids_N):
+        assert (ids_N == IDS[np.asarray(self.rows)]).all()
+
+    def inputs(self, read):
+        self.num_decoded += len(set(read))
+        return IMAGES[list(read)].float() / 255
+
+    def where(self, position):
+        return f"row {self.rows[position]}"
+
+
+@dataclass
 class Run:
     """What one run of tlscale would do with the store."""
 
@@ -65,16 +101,16 @@ class Run:
     said: list = field(default_factory=list)
     shard_bytes: int = SHARD_BYTES
     limit_bytes: int | None = None
+    unknown: object = ()
 
     def __call__(self, rows, **keys):
-        rows_N = np.asarray(rows)
+        self.rows = Rows(np.asarray(rows).tolist(), self.unknown)
         processes = start_processes(ComputeSection())
         try:
             return extract_codes(
                 self.store,
-                self.key,
-                rows_N,
-                load=lambda positions_B: IMAGES[rows_N[positions_B]].float() / 255,
+                self.key if isinstance(self.key, list) else [self.key],
+                self.rows,
                 module=self.module,
                 processes=processes,
                 screen=Screen(self.said),
@@ -135,7 +171,6 @@ def test_a_miss_gives_what_the_network_gives_and_a_hit_the_same(tmp_path):
     assert second.module.sizes == []
     assert found.num_computed == 0
     for codes in (missed, found):
-        assert codes.rows_N.tolist() == rows.tolist()
         assert_equal(codes, rows)
         maps, _ = codes.take(np.arange(3))
         assert maps.is_contiguous(memory_format=torch.channels_last)
@@ -172,7 +207,6 @@ def test_only_what_is_missing_is_computed(tmp_path_factory, requests):
         codes = run(rows)
         assert codes.num_computed == len(new)
         assert run.num_images == -(-len(new) // BLOCK) * BLOCK
-        assert codes.rows_N.tolist() == rows
         assert_equal(codes, rows)
         there |= new
 
@@ -187,13 +221,13 @@ def test_subsets_and_parts_of_one_table_share(tmp_path):
 @settings(max_examples=60, deadline=None)
 @given(rows=ROWS, num_rows=st.integers(1, 50), world_size=st.integers(1, 9))
 def test_shards_do_not_depend_on_the_number_of_processes(rows, num_rows, world_size):
-    shards = plan_shards(np.array(sorted(rows)), num_rows)
-    assert np.concatenate(shards).tolist() == sorted(rows)
+    shards = plan_shards(np.array(rows), num_rows)
+    assert np.concatenate(shards).tolist() == rows
     assert [len(shard) for shard in shards[:-1]] == [num_rows] * (len(shards) - 1)
     shares = [shards_of(shards, rank, world_size) for rank in range(world_size)]
     assert len({len(share) for share in shares}) == 1  # all processes have the same number of rounds
-    written = [shard for share in shares for shard in share if shard is not None]
-    assert sorted(shard.tolist() for shard in written) == [shard.tolist() for shard in shards]
+    written = [shard.tolist() for share in shares for shard in share if len(shard)]
+    assert sorted(written) == sorted(shard.tolist() for shard in shards)
 
 
 def test_files_do_not_depend_on_the_number_of_processes(tmp_path):
@@ -202,14 +236,16 @@ def test_files_do_not_depend_on_the_number_of_processes(tmp_path):
     Run(tmp_path / "1")(rows_N)
     for world_size in (2, 3, 7):
         store = CodesStore(tmp_path / str(world_size), shard_bytes=SHARD_BYTES)
-        written = []
         for rank in reversed(range(world_size)):
-            load = lambda positions_B: IMAGES[rows_N[positions_B]].float() / 255  # noqa: E731
-            work = _Extraction(store, KEY, rows_N, load, Tiny(), None)
-            values = work.learn(rows_N[:BLOCK])
-            mine = shards_of(plan_shards(rows_N, 2 * BLOCK), rank, world_size)
-            written += [work.write(rows_R, lambda count: None) for rows_R in mine if rows_R is not None]
-        store.commit(KEY, values, written)
+            stocks = (store.take_stock(KEY, IDS[rows_N], "0"),)
+            known_N = np.ones(len(rows_N), bool)
+            pictures = Rows(rows_N.tolist())
+            work = Extraction(store, [KEY], pictures, Tiny(), "0", None, IDS[rows_N], known_N, stocks=stocks)
+            work.learn(rows_N[:BLOCK])
+            for positions_P in shards_of(plan_shards(rows_N, 2 * BLOCK), rank, world_size):
+                _, new, values = work.chunk(positions_P, lambda count: None)
+                if len(new):
+                    work.write(new, values)
         assert contents(store.folder(KEY)) == contents(CodesStore(tmp_path / "1").folder(KEY))
 
 
@@ -243,14 +279,115 @@ def test_damaged_codes_are_computed_again_and_it_is_said_once(tmp_path):
     assert_equal(codes, range(300))
 
 
-def test_a_lost_manifest_costs_no_forward_pass(tmp_path):
+# --- Images whose contents are not known yet -------------------------------------------------------------------------
+
+
+def test_what_nobody_has_read_is_read_once_and_computed_only_where_it_is_missing(tmp_path):
+    first = Run(tmp_path, unknown=range(300))
+    codes = first(range(300))
+    assert (codes.num_computed, first.num_images) == (300, 5 * BLOCK)
+    assert (first.rows.num_read, first.rows.num_decoded) == (300, 300)  # hashed as it is read for decoding
+    assert_equal(codes, range(300))
+    again = Run(tmp_path, unknown=range(300))  # as after a copy
+    codes = again(range(250))
+    assert (codes.num_computed, again.num_images) == (0, 0)
+    assert (again.rows.num_read, again.rows.num_decoded) == (250, 0)
+    assert_equal(codes, range(250))
+    more = Run(tmp_path, unknown=range(700), shard_bytes=10**9)
+    rows = np.random.default_rng(0).permutation(350)
+    codes = more(rows)
+    assert (codes.num_computed, more.num_images) == (50, BLOCK)  # one block, wherever the new ones are
+    assert (more.rows.num_read, more.rows.num_decoded) == (350, 50)
+    assert_equal(codes, rows)
+
+
+@pytest.mark.parametrize("unknown", [(), range(700)])
+def test_equal_images_are_computed_and_kept_once(tmp_path, unknown):
+    rows = [*range(100), *range(50, 150), *range(0, 150, 3)]
+    run = Run(tmp_path, unknown=unknown, shard_bytes=1)
+    codes = run(rows)
+    assert codes.num_computed == 150
+    assert sum(entry.num_rows for entry in run.store.entries()) == 150
+    assert_equal(codes, rows)
+
+
+@pytest.mark.parametrize("is_unknown", [True, False])
+def test_damage_in_what_turns_out_to_be_there_is_computed_again(tmp_path, is_unknown):
     Run(tmp_path)(range(300))
-    run = Run(tmp_path)
-    sound = contents(run.store.folder(KEY))
-    (run.store.folder(KEY) / "manifest.json").unlink()
-    assert run(range(300)).num_computed == 0
-    assert run.num_images == 0
-    assert contents(run.store.folder(KEY)) == sound
+    run = Run(tmp_path, unknown=range(300) if is_unknown else ())
+    flip(next(run.store.folder(KEY).glob("*.1.npy")))
+    codes = run(range(300))
+    assert 0 < codes.num_computed <= 2 * BLOCK
+    assert_equal(codes, range(300))
+
+
+def test_an_image_that_changed_since_it_was_looked_up_gets_the_codes_of_what_it_is(tmp_path):
+    class Changed(Rows):
+        def known(self):
+            ids_N, known_N = super().known()
+            ids_N[3] = bytes([7]) * 32  # as the index had it
+            return ids_N, known_N
+
+    pictures, processes = Changed(list(range(10))), start_processes(ComputeSection())
+    screen = Screen([])
+    codes = extract_codes(
+        CodesStore(tmp_path), [KEY], pictures, module=Tiny(), processes=processes, screen=screen, title="x"
+    )
+    processes.close()
+    assert_equal(codes, range(10))
+    assert CodesStore(tmp_path).missing(KEY, digest_array([bytes([7]) * 32])).size == 1
+    assert Run(tmp_path)(range(10)).num_computed == 0
+
+
+def test_each_value_is_looked_up_by_itself_and_row_by_row(tmp_path):
+    maps, vectors = (replace(KEY, layers=(name,), pools=("as is",)) for name in KEY.layers)
+
+    class Only(nn.Module):
+        def __init__(self, *places):
+            super().__init__()
+            self.tiny, self.places = Tiny(), places
+            self.sizes = self.tiny.sizes
+
+        def forward(self, images):
+            values = self.tiny(images)
+            return tuple(values[place] for place in self.places)
+
+    assert Run(tmp_path, [maps], Only(0))(range(200)).num_computed == 200
+    assert Run(tmp_path, [vectors], Only(1))(range(100, 150)).num_computed == 50
+    both = Run(tmp_path, [maps, vectors], Only(0, 1))
+    codes = both(range(250))
+    assert codes.num_computed == 200  # 50 have both
+    assert_equal(codes, range(250))
+    for key in (maps, vectors):
+        assert Run(tmp_path, [key], Only(0))(range(250)).num_computed == 0
+    assert {entry.num_rows for entry in both.store.entries()} == {250}  # nothing is kept twice
+    turned = Run(tmp_path, [vectors, maps], Only(1, 0))(range(250))
+    assert torch.equal(turned.take([7])[0], codes.take([7])[1])
+
+
+# --- Bits ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_efficientnet", "test_convnext", "test_mambaout"])
+def test_bits_hang_on_neither_place_nor_neighbours_nor_threads(name, precision):
+    """What the key leaves out: only the block, the kind of CPU and the versions are in it."""
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        options = {"img_size": 64} if name == "test_vit" else {}
+        network = timm.create_model(name, num_classes=0, in_chans=3, **options).eval()
+        images, others, order = torch.randn(BLOCK, 3, 64, 64), torch.randn(BLOCK, 3, 64, 64), torch.randperm(BLOCK)
+        before = torch.get_num_threads()
+        try:
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+                torch.set_num_threads(1)
+                alone = network(images)
+                torch.set_num_threads(3)
+                assert torch.equal(network(images[order]), alone[order])
+                others[40:45] = images[:5]
+                assert torch.equal(network(others)[40:45], alone[:5])
+        finally:
+            torch.set_num_threads(before)
 
 
 # --- What cannot be kept ----------------------------------------------------------------------------------------------
@@ -276,20 +413,21 @@ def test_codes_that_are_not_finite_are_named_and_not_kept(tmp_path, value):
     run = Run(tmp_path, VECTOR, finite_but_for({130: value, 129: value}))
     with pytest.raises(DataError) as caught:
         run(range(200))
-    assert "the codes 'vector' of the images in the rows 129, 130 of the table are NaN or infinite" in str(caught.value)
-    assert run.store.open(VECTOR, np.array([129])) is None
+    assert "the codes 'vector' of these images are NaN or infinite" in str(caught.value)
+    assert str(caught.value).endswith(": row 129, row 130")
+    assert run.store.open(VECTOR, IDS[[129]]) is None
     good = Run(tmp_path, VECTOR, finite_but_for({}))
     assert good(range(200)).num_computed == 200
 
 
 def test_codes_that_a_dtype_cannot_hold_say_which(tmp_path):
     key = replace(VECTOR, dtype="float16")
-    with pytest.raises(DataError, match=r"in the rows 3 of the table are too large for float16.*codes\.dtype"):
+    with pytest.raises(DataError, match=r"are too large for float16.*codes\.dtype: row 3$"):
         Run(tmp_path, key, finite_but_for({3: 1e6}))(range(5))
 
 
 def test_many_bad_rows_are_not_all_listed(tmp_path):
-    with pytest.raises(DataError, match="in the rows 0, 1, 2, 3, 4 and 59 more of the table"):
+    with pytest.raises(DataError, match="row 0, row 1, row 2, row 3, row 4 and 59 more"):
         Run(tmp_path, VECTOR, lambda images: (images.mean((2, 3)) * float("nan"),))(range(80))
 
 
@@ -339,7 +477,10 @@ def test_room_is_made_before_anything_is_computed(tmp_path):
     Run(tmp_path, other)(range(300))
     run = Run(tmp_path, limit_bytes=1_500_000)
     run(range(300))
-    assert [entry.digest for entry in run.store.entries()] == [KEY.digest()]
+    entries = {entry.digest: entry for entry in run.store.entries()}
+    assert entries[KEY.digest()].num_rows == 300
+    assert 0 < entries[other.digest()].num_rows < 300  # no more is removed than has to be
+    assert sum(entry.num_bytes for entry in entries.values()) <= 1_500_000
     assert f"'{run.store.folder(other)}'" in next(line for line in run.said if line.startswith("codes removed"))
 
 

@@ -1,14 +1,16 @@
-"""One entry of the store: its manifest, what of it can be relied on, and what is wrong with it.
+"""One entry of the store: the shards of one key, what of them can be relied on, and what is wrong with them.
 
-Promise: a row is found only in a shard that is as it was written. What writes or removes here is for the holder of the
-entry's lock.
+Promise: an image is found only in a shard that is as it was written. What removes here is for the holder of the entry's
+lock. An entry of an older format is never read, only shown and removed.
 
-Shape letters: N images that are asked for, M rows of all shards, R rows of one.
+Shape letters: N images that are asked for, M images of all shards, R images of one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -17,8 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from tlscale import faults
-from tlscale.codes.key import FORMAT, CodesKey, json_digest
+from tlscale.codes.key import CodesKey
 from tlscale.codes.shards import (
     DamagedError,
     Ints,
@@ -26,20 +27,18 @@ from tlscale.codes.shards import (
     ValueSpec,
     check_values,
     map_values,
+    read_ids,
     read_record,
-    read_rows,
-    seal,
-    shard_from_plain,
-    specs_from_plain,
-    unseal,
-    write_record,
+    remove_shard,
 )
 from tlscale.cores import num_cores
-from tlscale.run_folder import flush, write_text
+from tlscale.data.content import DIGEST, Digests
+from tlscale.errors import DataError
 
 Say = Callable[[str], object]
-MANIFEST = "manifest.json"
-USED = "used"
+OLDER_MANIFEST = "manifest.json"
+"""What entries of the first format have, and none of today's."""
+_OLDER_USED = "used"
 
 
 @dataclass(frozen=True)
@@ -55,33 +54,37 @@ class Entry:
     last_used_s: float
     """Seconds since 1970."""
     complete: bool
-    """It has a manifest, and every file that it names, of the right size."""
+    """It has every file that its records name, of the right size."""
+    is_older: bool = False
+    """Of an older format: never read."""
 
 
 @dataclass(frozen=True)
-class Manifest:
-    """What readers may see of an entry."""
+class Piece:
+    """What is evicted at once: a shard, or an entry of an older format."""
 
-    key: Mapping[str, Any]
-    values: tuple[ValueSpec, ...]
-    shards: tuple[Shard, ...]
+    digest: str
+    name: str | None
+    """Of the shard; None: the whole entry."""
+    num_bytes: int
+    last_used_s: float
 
 
 @dataclass(frozen=True)
 class Survey:
-    """Where the rows that are asked for lie."""
+    """Where the images that are asked for lie."""
 
     shards: tuple[Shard, ...]
-    """Those whose rows are known and that are not known to be damaged."""
+    """Those whose images are known and that are not known to be damaged."""
     shard_N: Ints
-    """Place in `shards`; -1 where no shard has the row."""
+    """Place in `shards`; -1 where no shard has the image."""
     offset_N: Ints
     """Place in the shard."""
     damaged: tuple[Shard, ...] = ()
 
     @property
     def used(self) -> list[int]:
-        """Places in `shards` of those that have a row that is asked for."""
+        """Places in `shards` of those that have an image that is asked for."""
         return [int(number) for number in np.unique(self.shard_N) if number >= 0]
 
 
@@ -90,55 +93,41 @@ def damage(folder: Path, error: DamagedError) -> str:
     return f"codes in '{folder}' are damaged, and not used: {error}"
 
 
-def read_manifest(folder: Path, key: Mapping[str, Any] | None) -> Manifest:
-    """The manifest of a folder; `key` None: whatever key it has, if it is the folder's.
-
-    Raises:
-        FileNotFoundError: there is none.
-        DamagedError: it is not as it was written, or another key's.
-    """
-    plain = unseal(folder / MANIFEST)
-    other = json_digest({"format": FORMAT, **plain["key"]}) != folder.name if key is None else plain["key"] != key
-    if other:
-        raise DamagedError(f"{MANIFEST} belongs to other codes")
-    shards = tuple(map(shard_from_plain, plain["shards"]))
-    return Manifest(plain["key"], specs_from_plain(plain["values"]), shards)
-
-
-def write_manifest(folder: Path, key: Mapping[str, Any], values: Sequence[ValueSpec], shards: Sequence[Shard]) -> None:
-    """Make exactly these shards visible; `OSError` where the disk does not take it."""
-    ordered = sorted({shard.name: shard for shard in shards}.values(), key=lambda shard: shard.name)
-    for shard in ordered:
-        _renew_record(folder, key, shard, values)
-    plain = {"format": FORMAT, "key": key, "values": [spec.to_plain() for spec in values]}
-    faults.at("codes.manifest")
-    write_text(folder / MANIFEST, seal({**plain, "shards": [shard.to_plain() for shard in ordered]}))
-    flush(folder)
+def read_shards(folder: Path, key: CodesKey, say: Say) -> tuple[tuple[ValueSpec, ...], list[Shard]]:
+    """The shards of an entry by name, and what their values are (empty without any); a damaged record is none."""
+    found: list[tuple[Shard, tuple[ValueSpec, ...]]] = []
+    for name in record_names(folder):
+        try:
+            found.append(read_record(folder, name, key.to_plain()))
+        except FileNotFoundError:  # removed just now
+            continue
+        except DamagedError as error:
+            say(damage(folder, error))
+    if not found:
+        return (), []
+    values = Counter(values for _, values in found).most_common(1)[0][0]
+    return values, [shard for shard, its_values in found if its_values == values]
 
 
-def _renew_record(folder: Path, key: Mapping[str, Any], shard: Shard, values: Sequence[ValueSpec]) -> None:
-    try:
-        sound = read_record(folder, shard.name, key) == (shard, tuple(values))
-    except (DamagedError, FileNotFoundError):
-        sound = False
-    if not sound:
-        write_record(folder, key, shard, values)
+def record_names(folder: Path) -> list[str]:
+    """The names of the shards that count, in order."""
+    return sorted(path.stem for path in folder.glob("[0-9a-f]*.json"))
 
 
-def look_for(folder: Path, shards: Sequence[Shard], rows_N: Ints, *, verify: bool, say: Say) -> Survey:
-    """Find the rows; of the values only those of shards that are used are read, and each once."""
-    held, damaged = _checked(shards, lambda shard: read_rows(folder, shard), folder, say)
+def look_for(folder: Path, shards: Sequence[Shard], ids_N: Digests, *, verify: bool, say: Say) -> Survey:
+    """Find images by address; of the values only those of shards that are used are read, and each once."""
+    held, damaged = _checked(shards, lambda shard: read_ids(folder, shard), folder, say)
     sound: set[str] = set()
     while True:
-        survey = _located(held, rows_N)
+        survey = _located(held, ids_N)
         unsure = [survey.shards[number] for number in survey.used if survey.shards[number].name not in sound]
         passed, failed = _checked(unsure, lambda shard: check_values(folder, shard, verify=verify), folder, say)
         if not failed:
             return replace(survey, damaged=tuple(damaged))
         sound |= {shard.name for shard, _ in passed}
         damaged += failed
-        gone = {shard.name for shard in failed}  # another shard may have its rows
-        held = [(shard, rows_R) for shard, rows_R in held if shard.name not in gone]
+        gone = {shard.name for shard in failed}  # another shard may have its images
+        held = [(shard, ids_R) for shard, ids_R in held if shard.name not in gone]
 
 
 def _checked(
@@ -163,110 +152,144 @@ def _checked(
     return passed, failed
 
 
-def _located(held: Sequence[tuple[Shard, Ints]], rows_N: Ints) -> Survey:
+def _located(held: Sequence[tuple[Shard, Digests]], ids_N: Digests) -> Survey:
     shards = tuple(shard for shard, _ in held)
     if not held:
-        return Survey(shards, np.full(len(rows_N), -1), np.zeros(len(rows_N), np.int64))
-    rows_M = np.concatenate([rows_R for _, rows_R in held])
-    shard_M = np.repeat(np.arange(len(held)), [len(rows_R) for _, rows_R in held])
-    offset_M = np.concatenate([np.arange(len(rows_R)) for _, rows_R in held])
-    order_M = np.argsort(rows_M, kind="stable")
-    at_N = order_M[np.minimum(np.searchsorted(rows_M, rows_N, sorter=order_M), len(rows_M) - 1)]
-    return Survey(shards, np.where(rows_M[at_N] == rows_N, shard_M[at_N], -1), offset_M[at_N])
+        return Survey(shards, np.full(len(ids_N), -1), np.zeros(len(ids_N), np.int64))
+    ids_M = np.concatenate([ids_R for _, ids_R in held])
+    shard_M = np.repeat(np.arange(len(held)), [len(ids_R) for _, ids_R in held])
+    offset_M = np.concatenate([np.arange(len(ids_R)) for _, ids_R in held])
+    order_M = np.argsort(ids_M, kind="stable")
+    at_N = order_M[np.minimum(np.searchsorted(ids_M, ids_N, sorter=order_M), len(ids_M) - 1)]
+    return Survey(shards, np.where(ids_M[at_N] == ids_N, shard_M[at_N], -1), offset_M[at_N])
 
 
-def unlisted_shards(
-    folder: Path, key: CodesKey, listed: Collection[str], values: tuple[ValueSpec, ...], say: Say
-) -> tuple[list[Shard], tuple[ValueSpec, ...]]:
-    """Finished shards that no manifest names, and the values of all.
+def ids_there(folder: Path, shards: Sequence[Shard]) -> Digests:
+    """The addresses of all images of some shards, sorted; a shard whose addresses are damaged has none."""
+    parts = [np.zeros(0, DIGEST)]
+    for shard in shards:
+        with suppress(DamagedError):
+            parts.append(read_ids(folder, shard))
+    return np.sort(np.concatenate(parts))
+
+
+def are_among(ids_N: Digests, sorted_M: Digests) -> Any:
+    """Which of the addresses are among the sorted ones: booleans (N,)."""
+    if not len(sorted_M):
+        return np.zeros(len(ids_N), dtype=bool)
+    return sorted_M[np.minimum(np.searchsorted(sorted_M, ids_N), len(sorted_M) - 1)] == ids_N
+
+
+def checked_ids(ids_N: Digests) -> Digests:
+    """The addresses as an array.
+
+    Raises:
+        DataError: there are none.
+    """
+    ids_N = np.asarray(ids_N, dtype=DIGEST)
+    if not len(ids_N):
+        raise DataError("codes were asked for of no image")
+    return ids_N
+
+
+def remove_strays(folder: Path, is_idle: Callable[[str], bool]) -> None:
+    """Remove files of no shard that counts.
 
     Args:
-        listed: names of the shards that the manifest has.
-        values: what the manifest has; without one, the first shard's count.
+        is_idle: whether nobody of this name is at work; whose drafts are removed.
     """
-    found = []
-    for path in sorted(folder.glob("[0-9a-f]*.json")):
-        if path.stem in listed:
-            continue
-        try:
-            shard, its_values = read_record(folder, path.stem, key.to_plain())
-        except DamagedError as error:
-            say(damage(folder, error))
-            continue
-        values = values or its_values
-        if its_values == values:
-            found.append(shard)
-    return found, values
-
-
-def remove_strays(folder: Path, kept: Collection[str]) -> None:
-    """Remove files of no shard in `kept`: only the lock's holder writes, so nobody is at work on them."""
+    counting = set(record_names(folder))
     for path in folder.glob("*"):
-        if path.name not in (MANIFEST, USED) and path.name.split(".")[0] not in kept:
+        if path.name not in (OLDER_MANIFEST, _OLDER_USED) and _is_stray(path, counting, is_idle):
             path.unlink(missing_ok=True)
+
+
+def _is_stray(path: Path, counting: set[str], is_idle: Callable[[str], bool]) -> bool:
+    first, *rest = path.name.lstrip(".").split(".")
+    if not path.name.startswith("."):
+        return first not in counting
+    return is_idle(first) if rest[-1:] == ["npy"] else True  # records are written under the lock
+
+
+def is_older(folder: Path) -> bool:
+    """Whether an entry is of an older format."""
+    return (folder / OLDER_MANIFEST).exists() or next(folder.glob("*.rows.npy"), None) is not None
 
 
 def faults_of(folder: Path) -> list[str]:
     """What is wrong in the folder of an entry; every byte is read."""
+    if is_older(folder):
+        return []  # nobody reads it
+    return [fault for name in record_names(folder) for fault in _faults_of_shard(folder, name)]
+
+
+def _faults_of_shard(folder: Path, name: str) -> list[str]:
     try:
-        manifest = read_manifest(folder, None)
+        shard, values = read_record(folder, name, None)
+        read_ids(folder, shard)
+        check_values(folder, shard, verify=True)
+        map_values(folder, shard, values)
     except FileNotFoundError:
-        return []  # a writer was killed, or is at work
+        return []  # removed just now
     except DamagedError as error:
         return [str(error)]
-    return [fault for shard in manifest.shards for fault in _faults_of_shard(folder, shard, manifest)]
+    return []
 
 
-def _faults_of_shard(folder: Path, shard: Shard, manifest: Manifest) -> list[str]:
-    def check_arrays() -> None:
-        read_rows(folder, shard)
-        check_values(folder, shard, verify=True)
-        map_values(folder, shard, manifest.values)
+def pieces_of(folder: Path) -> list[Piece]:
+    """What of an entry can be evicted, each with its size and time of last use."""
+    if is_older(folder):
+        entry = facts_of(folder)
+        return [Piece(folder.name, None, entry.num_bytes, entry.last_used_s)] if entry is not None else []
+    sizes: Counter[str] = Counter()
+    used_s: dict[str, float] = {}
+    with suppress(FileNotFoundError):
+        for path in folder.iterdir():
+            found, name = path.stat(), path.name.split(".")[0]
+            sizes[name] += found.st_size
+            if path.suffix == ".json" and name:
+                used_s[name] = found.st_mtime
+    return [Piece(folder.name, name, sizes[name], last_used_s) for name, last_used_s in sorted(used_s.items())]
 
-    def check_record() -> None:
-        if read_record(folder, shard.name, manifest.key) != (shard, manifest.values):
-            raise DamagedError(f"{shard.name}.json does not agree with {MANIFEST}")
 
-    faults = []
-    for check in (check_arrays, check_record):
-        try:
-            check()
-        except FileNotFoundError:
-            faults.append(f"{shard.name}.json is missing")
-        except DamagedError as error:
-            faults.append(str(error))
-    return faults
+def remove_piece(folder: Path, piece: Piece) -> None:
+    """Remove a shard, and the folder with the last."""
+    assert piece.name is not None
+    remove_shard(folder, piece.name)
+    with suppress(OSError):
+        folder.rmdir()  # only where nothing is left
 
 
 def facts_of(folder: Path) -> Entry | None:
     """The facts of an entry; None where it was removed just now."""
     key: Mapping[str, Any] | None = None
-    shards: tuple[Shard, ...] = ()
-    complete = False
+    num_rows, complete = 0, True
+    for name in record_names(folder) if not is_older(folder) else []:
+        try:
+            shard, _ = read_record(folder, name, None)
+            check_values(folder, shard, verify=False)
+            key = json.loads((folder / f"{name}.json").read_text())["key"]
+            num_rows += shard.num_rows
+        except (OSError, DamagedError):
+            complete = False
     try:
-        manifest = read_manifest(folder, None)
-        key, shards = manifest.key, manifest.shards
-        complete = all(_is_there(folder, shard) for shard in shards)
-    except (FileNotFoundError, DamagedError):
-        for path in sorted(folder.glob("[0-9a-f]*.json")):
-            with suppress(OSError, DamagedError):
-                plain = unseal(path)
-                key, shards = plain["key"], (*shards, shard_from_plain(plain["shard"]))
-    try:
-        used = folder / USED if (folder / USED).exists() else folder
-        last_used_s, num_bytes = used.stat().st_mtime, size_of(folder)
+        if is_older(folder):
+            return _older_facts(folder)
+        used_s = [path.stat().st_mtime for path in folder.glob("[0-9a-f]*.json")] or [folder.stat().st_mtime]
+        return Entry(folder.name, key, folder, size_of(folder), num_rows, max(used_s), complete and key is not None)
     except FileNotFoundError:
         return None
-    num_rows = sum(shard.num_rows for shard in shards)
-    return Entry(folder.name, key, folder, num_bytes, num_rows, last_used_s, complete)
 
 
-def _is_there(folder: Path, shard: Shard) -> bool:
-    try:
-        check_values(folder, shard, verify=False)
-    except DamagedError:
-        return False
-    return True
+def _older_facts(folder: Path) -> Entry:
+    key, num_rows = None, 0
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        plain = json.loads((folder / OLDER_MANIFEST).read_text())
+        key, num_rows = plain["key"], sum(shard["num_rows"] for shard in plain["shards"])
+    used = folder / _OLDER_USED if (folder / _OLDER_USED).exists() else folder
+    return Entry(
+        folder.name, key, folder, size_of(folder), num_rows, used.stat().st_mtime, key is not None, is_older=True
+    )
 
 
 def size_of(folder: Path) -> int:

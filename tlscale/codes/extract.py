@@ -1,98 +1,104 @@
 """Computes codes, once: over all processes, and going on from where a killed run was.
 
-Promise: every forward pass has `BLOCK` images, in the order of the table's rows, so that codes do not depend on the
-batch size, the workers or the number of processes. Of two runs that want the same codes one computes, and the other
-waits and reads. Codes that are not finite are an error, and never kept.
+Promise: every forward pass has `BLOCK` images, so that codes do not depend on the batch size, the workers or the number
+of processes. A row is kept under the address of what was read when it was computed. Of two runs that want the codes of
+the same images one computes, and the other waits and reads. Codes that are not finite are an error, and never kept.
 
-Shape letters: N images that are asked for, R rows of a shard, B images of a block.
+Images whose addresses are not known yet are hashed as they are read, and decoded only where their codes are missing.
+
+Shape letters: N images that are asked for, P positions among them, R images of a shard, B images of a block.
 """
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from functools import cached_property, partial
-from pathlib import Path
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from tlscale import faults
+from tlscale.codes.blocks import Extraction, Module, Pictures
+from tlscale.codes.entry import checked_ids
 from tlscale.codes.key import CodesKey
 from tlscale.codes.reading import Codes
-from tlscale.codes.shards import BLOCK, DTYPES, Ints, Shard, ValueSpec, rows_per_shard
-from tlscale.codes.store import CodesStore, Stock, checked_rows
+from tlscale.codes.shards import BLOCK, Ints, rows_per_shard
+from tlscale.codes.store import CodesStore
+from tlscale.data.content import Digests, digest_bytes
 from tlscale.dist import Processes
-from tlscale.errors import DataError, ModelError, Stopped, TlscaleError
+from tlscale.errors import Stopped, TlscaleError
 from tlscale.progress import Progress, format_duration
 
-Load = Callable[[Ints], Any]
-Module = Callable[[Any], tuple[Tensor, ...]]
-Values = tuple[Tensor, ...]
-_WAIT_S = 1.0  # at most: the other processes wait for the main one meanwhile, and their patience ends some time
+_WAIT_S = 0.5
 _SAY_EVERY_S = 10.0
+_ROUNDS = 3  # what is found damaged at the end is computed again
 
 
 def extract_codes(
     store: CodesStore,
-    key: CodesKey,
-    rows_N: Ints,
+    keys: Sequence[CodesKey],
+    pictures: Pictures,
     *,
-    load: Load,
     module: Module,
     processes: Processes,
     screen: Progress,
     title: str,
     should_stop: Callable[[], bool] | None = None,
 ) -> Codes:
-    """The codes of some rows of the table; those that the store lacks are computed and kept.
+    """The codes of some images, under each of the keys; those that the store lacks are computed and kept.
 
     To be called on every process. An error on one of them reaches all.
 
     Args:
         store: the same folder for all processes.
-        rows_N: distinct rows, in any order.
-        load: positions in `rows_N`, int64 (BLOCK,), to what `module` wants.
-        module: gives the values that `key.layers` names, in this order; the first dimension of each is the images.
+        pictures: the images.
+        module: gives the values that the keys' layers name, in this order; the first dimension of each is the images.
             It is called without gradients, in the mode that it is in, and must not talk to the other processes.
         title: what the images are, for messages.
         should_stop: asked after each block; the shards that are finished by then are kept.
 
     Raises:
-        DataError: a row is asked for twice; or codes are NaN or infinite.
+        DataError: codes are NaN or infinite, or an image cannot be read.
         ModelError: the values are not what can be kept.
         Stopped: it was asked to stop.
         TlscaleError: the disk is full, the codes exceed the limit, or a process does not see the store's folder.
     """
-    rows_N, say = checked_rows(rows_N), _once(screen.say)
-    codes = _look(store, key, rows_N, processes, say)
+    say, num_computed = _once(screen.say), 0
+    ids_N, known_N = processes.on_main(pictures.known)
+    ids_N = checked_ids(ids_N).copy()
+    name = "" if known_N.all() else processes.on_main(pictures.name)
+    request = hashlib.sha256(ids_N.tobytes() + name.encode()).hexdigest()[:16]  # who asks for the same at once waits
+    codes = _look(store, keys, ids_N, processes, say) if known_N.all() else None
+    for _ in range(_ROUNDS):
+        if codes is not None:
+            break
+        with processes.watchdog.watching(), _sole_writer(store, keys, request, processes, say, should_stop):
+            work = Extraction(store, keys, pictures, module, request, should_stop, ids_N, known_N.copy())
+            num_computed += _compute(work, processes, say, title)
+            known_N[:] = True
+            codes = _reopened(work, processes, say)
     if codes is None:
-        with processes.watchdog.watching(), _sole_writer(store, key, processes, say, should_stop):
-            stock = processes.on_main(lambda: store.take_stock(key, rows_N, say))
-            if len(stock.missing_R) or not stock.is_committed:
-                work = _Extraction(store, key, rows_N, load, module, should_stop)
-                _compute(work, stock, processes, say, title)
-            codes = processes.on_all(lambda: _reopened(store, key, rows_N, processes.rank))
-            codes.num_computed = len(stock.missing_R)
-    if not codes.num_computed:
+        raise TlscaleError(f"codes in '{store.root}' are removed or damaged as fast as they are computed")
+    pictures.found(ids_N)
+    codes.num_computed = num_computed
+    if not num_computed:
         say(f"codes of {title}: hit, {len(codes):,} images x {codes.row_bytes:,} bytes, from '{codes.path}'")
     return codes
 
 
-def plan_shards(missing_R: Ints, num_rows: int) -> list[Ints]:
-    """The shards to be written, whoever writes them: the missing rows, ascending, `num_rows` in each but the last."""
-    return [missing_R[start : start + num_rows] for start in range(0, len(missing_R), num_rows)]
+def plan_shards(positions_P: Ints, num_rows: int) -> list[Ints]:
+    """The images of each shard, whoever writes it: those that may be missing, in order, the last shard the smallest."""
+    return [positions_P[start : start + num_rows] for start in range(0, len(positions_P), num_rows)]
 
 
-def shards_of(shards: list[Ints], rank: int, world_size: int) -> list[Ints | None]:
-    """What process `rank` writes, round by round; None where it has nothing to do in the last round."""
+def shards_of(shards: list[Ints], rank: int, world_size: int) -> list[Ints]:
+    """What process `rank` writes, round by round; nothing where there is nothing left to do in the last round."""
     num_rounds = -(-len(shards) // world_size)
-    mine: list[Ints | None] = [*shards[rank::world_size]]
-    return mine + [None] * (num_rounds - len(mine))
+    mine = shards[rank::world_size]
+    return mine + [np.zeros(0, np.int64)] * (num_rounds - len(mine))
 
 
 def _once(say: Callable[[str], None]) -> Callable[[str], None]:
@@ -107,21 +113,41 @@ def _once(say: Callable[[str], None]) -> Callable[[str], None]:
     return say_once
 
 
-def _look(
-    store: CodesStore, key: CodesKey, rows_N: Ints, processes: Processes, say: Callable[[str], None]
+def _open_all(
+    store: CodesStore, keys: Sequence[CodesKey], ids_N: Digests, *, verify: bool, say: Callable[[str], None]
 ) -> Codes | None:
-    """The codes, if every process can read them; every byte is compared with the manifest, on one of them."""
-    if not processes.on_main(lambda: store.open(key, rows_N, say=say) is not None):
+    found = []
+    for key in keys:
+        codes = store.open(key, ids_N, verify=verify, say=say)
+        if codes is None:
+            return None
+        found.append(codes)
+    return found[0].beside(found[1:])
+
+
+def _look(
+    store: CodesStore, keys: Sequence[CodesKey], ids_N: Digests, processes: Processes, say: Callable[[str], None]
+) -> Codes | None:
+    """The codes, if every process can read them; every byte is compared with the records, on one of them."""
+    if not processes.on_main(lambda: _open_all(store, keys, ids_N, verify=True, say=say) is not None):
         return None
-    codes = store.open(key, rows_N, verify=False)
+    codes = _open_all(store, keys, ids_N, verify=False, say=say)
     return None if processes.any(codes is None) else codes
 
 
-def _reopened(store: CodesStore, key: CodesKey, rows_N: Ints, rank: int) -> Codes:
-    codes = store.open(key, rows_N, verify=False)
+def _reopened(work: Extraction, processes: Processes, say: Callable[[str], None]) -> Codes | None:
+    """What is there now; None where what was counted on is damaged."""
+    if processes.any(work.found_late):  # what nobody asked for by address was not verified
+        return _look(work.store, work.keys, work.ids_N, processes, say)
+    there = processes.on_main(lambda: _open_all(work.store, work.keys, work.ids_N, verify=False, say=say) is not None)
+    return processes.on_all(lambda: _opened_here(work, processes.rank)) if there else None
+
+
+def _opened_here(work: Extraction, rank: int) -> Codes:
+    codes = _open_all(work.store, work.keys, work.ids_N, verify=False, say=lambda text: None)
     if codes is None:
         raise TlscaleError(
-            f"process {rank} does not find the codes in '{store.folder(key)}'. All processes of a run must see one "
+            f"process {rank} does not find the codes in '{work.store.root}'. All processes of a run must see one "
             "folder: set TLSCALE_CACHE to one that all machines share"
         )
     return codes
@@ -130,149 +156,86 @@ def _reopened(store: CodesStore, key: CodesKey, rows_N: Ints, rank: int) -> Code
 @contextmanager
 def _sole_writer(
     store: CodesStore,
-    key: CodesKey,
+    keys: Sequence[CodesKey],
+    request: str,
     processes: Processes,
     say: Callable[[str], None],
     should_stop: Callable[[], bool] | None,
 ) -> Iterator[None]:
-    """Hold the entry's lock, on the main process for all; it dies with that process."""
-    with ExitStack() as held:
+    """Hold the locks of the request, on the main process for all; they die with that process."""
+    locks: list[Any] = []
 
-        def try_once(timeout_s: float) -> bool:
-            lock = store.try_lock(key, timeout_s)
-            if lock is not None:
-                held.callback(lock.release)
-            return lock is not None
+    def try_once() -> bool:
+        held = store.try_lock(keys, request)
+        locks.extend(held or ())
+        return held is not None
 
-        if not processes.on_main(lambda: try_once(0)):
-            say(f"codes: waiting for another run that computes the same codes, in '{store.folder(key)}'")
-            while not processes.on_main(lambda: try_once(_WAIT_S)):
+    try:
+        if not processes.on_main(try_once):
+            say(f"codes: waiting for another run that computes the same codes, in '{store.folder(keys[0])}'")
+            while not processes.on_main(try_once):
+                time.sleep(_WAIT_S)
                 processes.watchdog.beat()
                 if processes.any(should_stop is not None and should_stop()):
                     raise Stopped("stopped while waiting for another run that computes the same codes")
         yield
+    finally:
+        store.release(locks)
 
 
-@dataclass
-class _Extraction:
-    """What it takes to compute a block."""
-
-    store: CodesStore
-    key: CodesKey
-    rows_N: Ints
-    load: Load
-    module: Module
-    should_stop: Callable[[], bool] | None
-    values: tuple[ValueSpec, ...] = ()
-    """Empty until the first block."""
-    first: dict[bytes, Values] = field(default_factory=dict)
-    """The block that the values were learnt from, by its rows, so that it is not computed twice."""
-
-    def learn(self, rows_B: Ints) -> tuple[ValueSpec, ...]:
-        """Compute a block to see what the values are."""
-        raw = self._forward(rows_B)
-        specs = tuple(_spec_of(name, v, self.key.dtype) for name, v in zip(self.key.layers, raw, strict=True))
-        self.values = specs
-        self.first[rows_B.tobytes()] = self._kept(raw, rows_B)
-        return specs
-
-    def write(self, rows_R: Ints, on_block: Callable[[int], None]) -> Shard:
-        """Compute and write a shard; `on_block` gets the number of images of each block when it is done."""
-        values_R = [torch.empty((len(rows_R), *spec.shape), dtype=spec.torch_dtype) for spec in self.values]
-        for start in range(0, len(rows_R), BLOCK):
-            rows_B = rows_R[start : start + BLOCK]
-            for kept, new in zip(values_R, self._block(rows_B), strict=True):
-                kept[start : start + BLOCK] = new
-            on_block(len(rows_B))
-            faults.at("codes.block")
-            if self.should_stop is not None and self.should_stop():
-                raise Stopped(
-                    f"stopped while computing codes; those that are finished are kept in "
-                    f"'{self.store.folder(self.key)}', and the same run goes on from them"
-                )
-        return self.store.write_shard(self.key, rows_R, values_R, self.values)
-
-    def write_all(self, shards: Sequence[Ints], on_block: Callable[[int], None]) -> list[Shard]:
-        """`write` for each of some shards."""
-        return [self.write(rows_R, on_block) for rows_R in shards]
-
-    def _block(self, rows_B: Ints) -> Values:
-        return self.first.pop(rows_B.tobytes(), None) or self._kept(self._forward(rows_B), rows_B)
-
-    @cached_property
-    def _order_N(self) -> Ints:  # noqa: N802
-        return np.argsort(self.rows_N)
-
-    def _forward(self, rows_B: Ints) -> Values:
-        # A short block is filled up: a network's arithmetic may depend on the number of images.
-        padded_B = np.concatenate([rows_B, np.repeat(rows_B[-1:], BLOCK - len(rows_B))])
-        positions_B = self._order_N[np.searchsorted(self.rows_N, padded_B, sorter=self._order_N)]
-        with torch.no_grad():  # not inference mode: what comes from it could not be trained on
-            values = self.module(self.load(positions_B))
-        assert len(values) == len(self.key.layers), f"{len(values)} values for {self.key.layers}"
-        return values
-
-    def _kept(self, values: Values, rows_B: Ints) -> Values:
-        """The values as they are kept: on the CPU, in their dtype and in the default memory order, without padding."""
-        kept = []
-        for spec, value in zip(self.values, values, strict=True):
-            if tuple(value.shape) != (BLOCK, *spec.shape):
-                raise ModelError(
-                    f"the value '{spec.name}' is {tuple(value.shape)} for these {BLOCK} images and "
-                    f"{(BLOCK, *spec.shape)} for others; only what has one shape for all can be kept as codes"
-                )
-            value = value.detach()[: len(rows_B)]
-            stored = value.to(spec.torch_dtype).contiguous().cpu()
-            _refuse_non_finite(stored, value, spec, rows_B)
-            kept.append(stored)
-        return tuple(kept)
-
-
-def _spec_of(name: str, value_B: Tensor, dtype: str) -> ValueSpec:
-    """What is to be kept of a value, from a whole block of it."""
-    if value_B.ndim == 0 or len(value_B) != BLOCK:
-        raise ModelError(
-            f"the value '{name}' is {tuple(value_B.shape)} for {BLOCK} images; only what has the images as its first "
-            "dimension can be kept as codes"
-        )
-    kind = dtype if dtype != "auto" and value_B.is_floating_point() else str(value_B.dtype).removeprefix("torch.")
-    if kind not in DTYPES:
-        raise ModelError(f"the value '{name}' is of dtype {kind}; codes can be kept as {', '.join(DTYPES)}")
-    channels_last = (
-        value_B.ndim == 4 and not value_B.is_contiguous() and value_B.is_contiguous(memory_format=torch.channels_last)
+def _compute(work: Extraction, processes: Processes, say: Callable[[str], None], title: str) -> int:
+    """Compute what is missing, each process its shards; how many images that was, over all processes."""
+    store, known_ids = work.store, work.ids_N[work.known_N]
+    work.stocks = processes.on_main(
+        lambda: tuple(store.take_stock(key, known_ids, work.request, say) for key in work.keys)
     )
-    return ValueSpec(name, tuple(value_B.shape[1:]), kind, channels_last)
+    todo_P = work.todo()
+    if not len(todo_P):
+        return 0
+    work.values = tuple(stock.values for stock in work.stocks)
+    if not all(work.values):
+        work.values = processes.on_main(lambda: work.learn(todo_P[:BLOCK]))
+    num_missing = int(np.count_nonzero(work.known_N[todo_P]))
+    num_wanted = len(np.unique(work.ids_N[work.known_N])) + int(np.count_nonzero(~work.known_N))
+    may_be_there = num_missing < len(todo_P) and any(len(stock.there_M) for stock in work.stocks)
+    processes.on_main(
+        lambda: store.check_room(
+            (num_missing if may_be_there else num_wanted) * work.row_bytes, num_missing * work.row_bytes
+        )
+    )
+    pace = _Pace(len(todo_P), processes, say, title)
+    pace.begin(work, may_be_there=may_be_there)
+    spared = {(key.digest(), name) for key, stock in zip(work.keys, work.stocks, strict=True) for name in stock.used}
+    shards = plan_shards(todo_P, rows_per_shard(work.row_bytes, store.shard_bytes))
+    for positions_P in shards_of(shards, processes.rank, processes.world_size):
+        spared |= _round(work, positions_P, spared, processes, say, pace)
+    pace.end(len(work.done))
+    return len(work.done)
 
 
-def _refuse_non_finite(stored_B: Tensor, value_B: Tensor, spec: ValueSpec, rows_B: Ints) -> None:
-    if not stored_B.is_floating_point() or bool(torch.isfinite(stored_B).all()):
-        return
-    bad_B = ~torch.isfinite(stored_B).flatten(1).all(1) if stored_B.ndim > 1 else ~torch.isfinite(stored_B)
-    rows = rows_B[bad_B.numpy()].tolist()
-    shown = ", ".join(map(str, rows[:5])) + (f" and {len(rows) - 5} more" if len(rows) > 5 else "")
-    if bool(torch.isfinite(value_B).all()):
-        why = f"too large for {spec.dtype}. Keep them in another dtype: codes.dtype"
-    else:
-        why = "NaN or infinite as the network gives them. Look at its weights, or at compute.precision"
-    raise DataError(f"the codes '{spec.name}' of the images in the rows {shown} of the table are {why}")
-
-
-def _compute(work: _Extraction, stock: Stock, processes: Processes, say: Callable[[str], None], title: str) -> None:
-    """Compute what is missing, each process its shards, and make it visible at the end."""
-    missing_R = stock.missing_R
-    work.values = stock.values or processes.on_main(lambda: work.learn(missing_R[:BLOCK]))
-    row_bytes = sum(spec.row_bytes for spec in work.values)
-    shards = plan_shards(missing_R, rows_per_shard(row_bytes, work.store.shard_bytes))
-    processes.on_main(lambda: work.store.make_room(work.key, len(missing_R) * row_bytes, say))
-    pace = _Pace(len(missing_R), processes, say, title)
-    pace.begin(work.values, len(work.rows_N), work.store.folder(work.key))
-    written: list[Shard] = []
-    for rows_R in shards_of(shards, processes.rank, processes.world_size):
-        mine = () if rows_R is None else (rows_R,)
-        written += processes.on_all(partial(work.write_all, mine, pace.add))
-    everywhere = [shard for some in processes.gather(written) for shard in some]
-    processes.on_main(lambda: work.store.commit(work.key, work.values, [*stock.shards, *everywhere]))
-    pace.end()
+def _round(
+    work: Extraction,
+    positions_P: Ints,
+    spared: set[tuple[str, str]],
+    processes: Processes,
+    say: Callable[[str], None],
+    pace: _Pace,
+) -> set[tuple[str, str]]:
+    """One shard of each process; the shards that were written."""
+    ids_P, new_R, values = processes.on_all(partial(work.chunk, positions_P, pace.add))
+    before: set[bytes] = set()
+    for rank, (positions, ids, new) in enumerate(processes.gather((positions_P, ids_P, new_R))):
+        work.ids_N[positions] = ids
+        if rank == processes.rank:  # the process before it in line keeps an image that two have computed
+            fresh_R = np.array([address not in before for address in digest_bytes(new)], dtype=bool)
+        before |= set(digest_bytes(new))
+    num_bytes = len(before) * work.row_bytes
+    processes.on_main(lambda: work.store.make_room(num_bytes, spared, work.request, say))
+    if not fresh_R.all():
+        new_R, values = new_R[fresh_R], tuple(value[torch.from_numpy(fresh_R)] for value in values)
+    written = processes.on_all(lambda: work.write(new_R, values) if len(new_R) else [])
+    work.done |= before
+    return {shard for some in processes.gather(written) for shard in some}
 
 
 class _Pace:
@@ -284,15 +247,17 @@ class _Pace:
         self._done = 0
         self._began_s = self._said_s = time.monotonic()
 
-    def begin(self, values: tuple[ValueSpec, ...], num_asked: int, folder: Path) -> None:
+    def begin(self, work: Extraction, *, may_be_there: bool) -> None:
         """Say what is computed, and where it is kept."""
-        if not self._total:
+        names = ", ".join(spec.describe() for spec in work.specs[:3]) + (" ..." if len(work.specs) > 3 else "")
+        place = work.store.folder(work.keys[0]) if len(work.keys) == 1 else work.store.root
+        if may_be_there:
+            self._say(f"codes of {self._title}: reading {self._total:,} images, and computing the new ones ({names})")
             return
-        size = self._total * sum(spec.row_bytes for spec in values) / 2**20
-        names = ", ".join(spec.describe() for spec in values[:3]) + (" ..." if len(values) > 3 else "")
-        of = f" of {num_asked:,}" if self._total < num_asked else ""
+        of = f" of {len(work.ids_N):,}" if self._total < len(work.ids_N) else ""
+        size = self._total * work.row_bytes / 2**20
         self._say(
-            f"codes of {self._title}: computing {self._total:,}{of} images ({names}), {size:.1f} MiB in '{folder}'"
+            f"codes of {self._title}: computing {self._total:,}{of} images ({names}), {size:.1f} MiB in '{place}'"
         )
 
     def add(self, num_images: int) -> None:
@@ -309,11 +274,11 @@ class _Pace:
                 f"eta {format_duration((self._total - done) / rate)}"
             )
 
-    def end(self) -> None:
+    def end(self, num_computed: int) -> None:
         """Say how long it took."""
-        if self._total:
+        if num_computed:
             took_s = max(time.monotonic() - self._began_s, 1e-9)
             self._say(
-                f"codes of {self._title}: {self._total:,} images computed in {format_duration(took_s)}, "
-                f"{self._total / took_s:.0f} images/s"
+                f"codes of {self._title}: {num_computed:,} images computed in {format_duration(took_s)}, "
+                f"{num_computed / took_s:.0f} images/s"
             )

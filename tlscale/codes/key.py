@@ -1,4 +1,4 @@
-"""The address of codes: a digest of everything that their bits depend on.
+"""The address of codes: a digest of everything that their bits depend on, but for the image.
 
 Promise: two keys have the same digest exactly where all their fields are equal, in every process and on every machine;
 a change of the format of the store changes all digests, so what an older tlscale kept is never misread.
@@ -12,19 +12,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-FORMAT = 1
+FORMAT = 2
 DTYPES = ("auto", "float32", "float16", "bfloat16", "float64")
 """What codes may be kept in; `auto`: as the network gives them."""
 
 
 @dataclass(frozen=True)
 class CodesKey:
-    """Everything that decides the codes of an image, but for the image's row in the table."""
+    """Everything that decides the codes of an image, but for the image."""
 
     weights: str
     """Digest of the function that computes them: its parameters, its buffers and its structure."""
     transform: Mapping[str, Any]
-    """Plain JSON: the input spec and, where there is one, the augmentation and the view (seed, number)."""
+    """Plain JSON: the input spec and, where there is one, the augmentation."""
     layers: tuple[str, ...]
     """Names of the values, each once."""
     pools: tuple[str, ...]
@@ -32,9 +32,7 @@ class CodesKey:
     dtype: str
     """One of `DTYPES`."""
     compute: Mapping[str, Any]
-    """What may change the last bit: precision, kind of device, memory order, whether norms are folded."""
-    data: str
-    """Fingerprint of the content of the whole table of images, not of the subset that is asked for."""
+    """What may change the last bit: precision, device, kind of CPU, size of a block, memory order, folded norms."""
     versions: Mapping[str, str]
     """Of the libraries that compute: torch, timm, pillow."""
 
@@ -52,7 +50,6 @@ class CodesKey:
             "pools": list(self.pools),
             "dtype": self.dtype,
             "compute": _plain(self.compute),
-            "data": self.data,
             "versions": _plain(self.versions),
         }
 

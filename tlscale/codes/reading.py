@@ -8,6 +8,7 @@ Shape letters: N images of these codes, B images of a batch, R images of a shard
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,34 +18,59 @@ from torch import Tensor
 from tlscale.codes.shards import Array, Ints, ValueSpec, as_array
 
 
-class Codes:
-    """The codes of some images, in the order in which their rows were asked for."""
+@dataclass(frozen=True, eq=False)
+class Column:
+    """Where one value of the images lies."""
 
-    def __init__(
-        self,
-        path: Path,
-        values: tuple[ValueSpec, ...],
-        rows_N: Ints,
-        shard_N: Ints,
-        offset_N: Ints,
-        maps: Sequence[Mapping[int, Array]],
-    ) -> None:
+    spec: ValueSpec
+    shard_N: Ints
+    """The number of the shard of each image."""
+    offset_N: Ints
+    """Its place in that shard."""
+    maps: Mapping[int, Array]
+    """By the number of the shard, an array (R, *shape)."""
+    kept: Tensor | None = None
+    """All of it in memory, in the order of the images."""
+
+    def take(self, at_B: Ints) -> Tensor:
+        """The value of some images, in a tensor of its own."""
+        if self.kept is not None:
+            return _turned(self.kept.index_select(0, torch.from_numpy(at_B)), self.spec)
+        # One row after the other: to copy a few KiB takes longer than to find them; grouped by shard it was slower.
+        places = zip(self.shard_N[at_B].tolist(), self.offset_N[at_B].tolist(), strict=True)
+        return _gathered(self.maps, self.spec, list(places))
+
+    def load(self) -> Column:
+        """The same value, read into memory once."""
+        return self if self.kept is not None else replace(self, maps={}, kept=self._read())
+
+    def _read(self) -> Tensor:
+        spec, num_images = self.spec, len(self.shard_N)
+        channels, *rest = spec.shape if spec.channels_last else (0,)
+        values_N = torch.empty((num_images, *((*rest, channels) if rest else spec.shape)), dtype=spec.torch_dtype)
+        array_N = as_array(_turned(values_N, spec))
+        for shard, array_R in self.maps.items():
+            at = np.flatnonzero(self.shard_N == shard)
+            array_N[at] = array_R[self.offset_N[at]]
+        return values_N
+
+
+class Codes:
+    """The codes of some images, in the order in which they were asked for."""
+
+    def __init__(self, path: Path, num_images: int, columns: Sequence[Column]) -> None:
         """
         Args:
-            path: the folder that they are from.
-            rows_N: rows of the table.
-            shard_N: the number of the shard of each.
-            offset_N: its place in that shard.
-            maps: for each value, by the number of the shard, an array (R, *shape).
+            path: the folder that they are from; of several, the first.
+            columns: one for each value.
         """
-        self.path, self.values, self.rows_N = path, values, rows_N
+        self.path, self._num_images, self._columns = path, num_images, tuple(columns)
+        self.values = tuple(column.spec for column in columns)
         self.num_computed = 0
         """Images that went through the network to get them, over all processes: 0 where all were there."""
-        self._shard_N, self._offset_N, self._maps = shard_N, offset_N, maps
-        self._kept: tuple[Tensor, ...] | None = None
 
     def __len__(self) -> int:
-        return len(self.rows_N)
+        return self._num_images
 
     @property
     def row_bytes(self) -> int:
@@ -59,13 +85,13 @@ class Codes:
     @property
     def in_memory(self) -> bool:
         """Whether `load` read them."""
-        return self._kept is not None
+        return all(column.kept is not None for column in self._columns)
 
     def take(self, positions_B: Ints | Tensor) -> tuple[Tensor, ...]:
         """The values of some images, in tensors of their own that the caller may overwrite.
 
         Args:
-            positions_B: 0 <= position < len(codes), in any order, also several times; position i is `rows_N[i]`.
+            positions_B: 0 <= position < len(codes), in any order, also several times.
 
         Returns:
             For each of `values` a tensor (B, *shape) on the CPU.
@@ -76,46 +102,33 @@ class Codes:
         at_B = np.asarray(positions_B, dtype=np.int64)
         if at_B.size and not 0 <= at_B.min() <= at_B.max() < len(self):
             raise IndexError(f"positions {at_B.min()}..{at_B.max()} in codes of {len(self):,} images")
-        if self._kept is not None:
-            index_B = torch.from_numpy(at_B)
-            pairs = zip(self._kept, self.values, strict=True)
-            return tuple(_turned(kept.index_select(0, index_B), spec) for kept, spec in pairs)
-        # One row after the other: to copy a few KiB takes longer than to find them; grouped by shard it was slower.
-        places = list(zip(self._shard_N[at_B].tolist(), self._offset_N[at_B].tolist(), strict=True))
-        return tuple(_gathered(maps, spec, places) for maps, spec in zip(self._maps, self.values, strict=True))
+        return tuple(column.take(at_B) for column in self._columns)
 
     def load(self, limit_bytes: int | None = None) -> Codes:
         """The same codes, read into memory once, a tensor for each value; itself if they need over `limit_bytes`."""
         if self.in_memory or (limit_bytes is not None and self.num_bytes > limit_bytes):
             return self
-        codes = Codes(self.path, self.values, self.rows_N, self._shard_N, self._offset_N, ())
-        codes._kept = tuple(self._read(maps, spec) for maps, spec in zip(self._maps, self.values, strict=True))
-        codes.num_computed = self.num_computed
-        return codes
+        return self._of([column.load() for column in self._columns])
 
     def select(self, numbers: Sequence[int]) -> Codes:
         """Some of the values, by their places in `values`, of the same images."""
-        values = tuple(self.values[number] for number in numbers)
-        maps = [self._maps[number] for number in numbers] if self._maps else ()
-        codes = Codes(self.path, values, self.rows_N, self._shard_N, self._offset_N, maps)
-        codes._kept = None if self._kept is None else tuple(self._kept[number] for number in numbers)
-        codes.num_computed = self.num_computed
-        return codes
+        return self._of([self._columns[number] for number in numbers])
+
+    def beside(self, others: Sequence[Codes]) -> Codes:
+        """These values and those of others, of the same images."""
+        assert all(len(other) == len(self) for other in others)
+        return self._of([*self._columns, *(column for other in others for column in other._columns)])
 
     def whole(self, number: int) -> Tensor:
         """One value of all images, (N, *shape) on the CPU, which the caller must not overwrite."""
-        codes = self.select([number]).load()
-        assert codes._kept is not None
-        return _turned(codes._kept[0], codes.values[0])
+        column = self._columns[number].load()
+        assert column.kept is not None
+        return _turned(column.kept, column.spec)
 
-    def _read(self, maps: Mapping[int, Array], spec: ValueSpec) -> Tensor:
-        channels, *rest = spec.shape if spec.channels_last else (0,)
-        values_N = torch.empty((len(self), *((*rest, channels) if rest else spec.shape)), dtype=spec.torch_dtype)
-        array_N = as_array(_turned(values_N, spec))
-        for shard, array_R in maps.items():
-            at = np.flatnonzero(self._shard_N == shard)
-            array_N[at] = array_R[self._offset_N[at]]
-        return values_N
+    def _of(self, columns: Sequence[Column]) -> Codes:
+        codes = Codes(self.path, len(self), columns)
+        codes.num_computed = self.num_computed
+        return codes
 
 
 def _turned(values_B: Tensor, spec: ValueSpec) -> Tensor:

@@ -1,9 +1,11 @@
-"""One shard of codes: some rows of every value, in files that are whole and right, or that nobody reads.
+"""One shard of codes: those of some images, of every value, in files that are whole and right, or that nobody reads.
 
-Promise: a shard counts once its small JSON file is there, which names every other file with its size and SHA-256 and is
-written last. Nothing is ever written into a file that has a name already: a reader may have it mapped.
+Promise: a shard counts once its small JSON file is there, its record, which names every other file with its size and
+SHA-256 and is written last. Nothing is ever written into a file that has its place: a reader may have it mapped. The
+time of the record is that of the last use.
 
-Files of a shard, NAME being a hash of its rows: `NAME.rows.npy`, `NAME.0.npy` (the first value), ..., `NAME.json`.
+Files of a shard, NAME being a hash of its images: `NAME.ids.npy` (32 bytes an image, its address), `NAME.0.npy` (the
+first value), ..., `NAME.json`. While WRITER writes them they are called `.WRITER.NAME....`.
 
 Shape letters: R rows of a shard, B images of a batch, C channels, H height, W width.
 """
@@ -26,14 +28,15 @@ import torch
 from torch import Tensor
 
 from tlscale import faults
-from tlscale.codes.key import json_digest
+from tlscale.codes.key import FORMAT, json_digest
+from tlscale.data.content import DIGEST, Digests
 from tlscale.errors import TlscaleError
 from tlscale.run_folder import file_sha256, flush, write_text
 
 Ints = npt.NDArray[np.int64]
 Array = npt.NDArray[Any]
 BLOCK = 64
-"""Images of one forward pass, in every extraction: a shard holds a whole number of such blocks."""
+"""Images of one forward pass, in every extraction."""
 SHARD_BYTES = 32 * 2**20
 _MOST_ROWS = 4096
 _SEAL = "sha256"
@@ -103,7 +106,7 @@ class Shard:
     name: str
     num_rows: int
     files: Mapping[str, Mapping[str, Any]]
-    """By `rows`, `0`, `1`, ...: bytes and sha256."""
+    """By `ids`, `0`, `1`, ...: bytes and sha256."""
 
     def to_plain(self) -> dict[str, Any]:
         return {"name": self.name, "num_rows": self.num_rows, "files": self.files}
@@ -125,9 +128,9 @@ def rows_per_shard(row_bytes: int, shard_bytes: int = SHARD_BYTES) -> int:
     return rows
 
 
-def name_of(rows_R: Ints) -> str:
-    """The name of the shard of these rows, whoever writes it."""
-    return hashlib.sha256(rows_R.astype("<i8").tobytes()).hexdigest()[:32]
+def name_of(ids_R: Digests) -> str:
+    """The name of the shard of these images, whoever writes it."""
+    return hashlib.sha256(ids_R.tobytes()).hexdigest()[:32]
 
 
 def as_array(values: Tensor) -> Array:
@@ -136,40 +139,75 @@ def as_array(values: Tensor) -> Array:
     return array
 
 
-def write_shard(
-    folder: Path, key: Mapping[str, Any], rows_R: Ints, values: Sequence[Tensor], specs: Sequence[ValueSpec]
-) -> Shard:
-    """Write a shard; one of these rows that is there is replaced.
+def write_shard(folder: Path, ids_R: Digests, values: Sequence[Tensor], writer: str) -> Shard:
+    """Write the files of a shard under names of the writer's own; `place_shard` makes it count.
 
     Args:
-        key: of the entry, as plain values.
-        rows_R: ascending.
+        ids_R: the addresses of the images, each once.
         values: on the CPU and contiguous, each (R, *shape).
+        writer: who writes; no two at once have one name.
 
     Raises:
         TlscaleError: the disk is full or cannot be written; nothing of the shard is left.
     """
-    name = name_of(rows_R)
-    remove_shard(folder, name)
-    parts = {"rows": rows_R.astype("<i8"), **{str(i): as_array(value) for i, value in enumerate(values)}}
-    shard = Shard(name, len(rows_R), {})
+    name = name_of(ids_R)
+    parts = {"ids": ids_R.astype(DIGEST), **{str(i): as_array(value) for i, value in enumerate(values)}}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        files = {part: _write_array(shard.path(folder, part), array) for part, array in parts.items()}
-        shard = Shard(name, len(rows_R), files)
+        files = {}
+        for part, array in parts.items():
+            path = _draft(folder, writer, name, part)
+            path.unlink(missing_ok=True)  # of the same writer, killed
+            files[part] = _write_array(path, array)
+    except OSError as error:
+        for part in parts:
+            _draft(folder, writer, name, part).unlink(missing_ok=True)
+        raise write_error(folder, sum(array.nbytes for array in parts.values()), error) from error
+    return Shard(name, len(ids_R), files)
+
+
+def place_shard(folder: Path, key: Mapping[str, Any], shard: Shard, specs: Sequence[ValueSpec], writer: str) -> None:
+    """Make a shard count that was written; what has its name is replaced, unless it is the same. Under the lock.
+
+    Raises:
+        TlscaleError: the disk is full or cannot be written.
+    """
+    if _is_there(folder, key, shard, specs):  # another run was faster
+        for part in shard.files:
+            _draft(folder, writer, shard.name, part).unlink(missing_ok=True)
+        return
+    remove_shard(folder, shard.name)
+    faults.at("codes.place")
+    try:
+        for part in shard.files:
+            _draft(folder, writer, shard.name, part).rename(shard.path(folder, part))
         flush(folder)
         faults.at("codes.shard")
         write_record(folder, key, shard, specs)
+        flush(folder)
     except OSError as error:
-        remove_shard(folder, name)
-        num_bytes = sum(array.nbytes for array in parts.values())
-        raise write_error(folder, num_bytes, error) from error
-    return shard
+        remove_shard(folder, shard.name)
+        raise write_error(folder, 0, error) from error
+
+
+def _is_there(folder: Path, key: Mapping[str, Any], shard: Shard, specs: Sequence[ValueSpec]) -> bool:
+    try:
+        record = read_record(folder, shard.name, key)
+        check_values(folder, shard, verify=True)
+        read_ids(folder, shard)
+    except (DamagedError, FileNotFoundError):
+        return False
+    return record == (shard, tuple(specs))
+
+
+def _draft(folder: Path, writer: str, name: str, part: str) -> Path:
+    return folder / f".{writer}.{name}.{part}.npy"
 
 
 def write_record(folder: Path, key: Mapping[str, Any], shard: Shard, specs: Sequence[ValueSpec]) -> None:
     """The small file that makes a shard count."""
-    plain = {"key": key, "values": [spec.to_plain() for spec in specs], "shard": shard.to_plain()}
+    values = [spec.to_plain() for spec in specs]
+    plain = {"format": FORMAT, "key": key, "values": values, "shard": shard.to_plain()}
     write_text(folder / f"{shard.name}.json", seal(plain))
 
 
@@ -232,36 +270,38 @@ def unseal(path: Path) -> dict[str, Any]:
     return dict(plain)
 
 
-def read_record(folder: Path, name: str, key: Mapping[str, Any]) -> tuple[Shard, tuple[ValueSpec, ...]]:
-    """The small file of a shard.
+def read_record(folder: Path, name: str, key: Mapping[str, Any] | None) -> tuple[Shard, tuple[ValueSpec, ...]]:
+    """The record of a shard; `key` None: whatever key it has, if it is the folder's.
 
     Raises:
         FileNotFoundError: there is none.
         DamagedError: it is not as it was written, or another entry's or shard's.
     """
     plain = unseal(folder / f"{name}.json")
-    if plain["key"] != key or plain["shard"]["name"] != name:
+    ours = plain["key"] if key is None else key
+    is_ours = key is not None or json_digest({"format": FORMAT, **ours}) == folder.name
+    if not is_ours or plain["key"] != ours or plain["shard"]["name"] != name or plain.get("format") != FORMAT:
         raise DamagedError(f"{name}.json belongs to other codes")
     return shard_from_plain(plain["shard"]), specs_from_plain(plain["values"])
 
 
-def read_rows(folder: Path, shard: Shard) -> Ints:
-    """The rows of a shard, ascending.
+def read_ids(folder: Path, shard: Shard) -> Digests:
+    """The addresses of the images of a shard.
 
     Raises:
         DamagedError: the file is not as it was written.
     """
-    path = shard.path(folder, "rows")
+    path = shard.path(folder, "ids")
     try:
         content = path.read_bytes()
     except OSError as error:
         raise DamagedError(f"{path.name}: {error.strerror or error}") from None
-    if hashlib.sha256(content).hexdigest() != shard.files["rows"]["sha256"]:
+    if hashlib.sha256(content).hexdigest() != shard.files["ids"]["sha256"]:
         raise DamagedError(f"{path.name} has changed since it was written")
-    rows_R: Ints = np.load(io.BytesIO(content), allow_pickle=False).astype(np.int64)
-    if len(rows_R) != shard.num_rows or name_of(rows_R) != shard.name:
-        raise DamagedError(f"{path.name} holds the rows of another shard")
-    return rows_R
+    ids_R: Digests = np.load(io.BytesIO(content), allow_pickle=False)
+    if ids_R.dtype != DIGEST or len(ids_R) != shard.num_rows or name_of(ids_R) != shard.name:
+        raise DamagedError(f"{path.name} holds the addresses of another shard")
+    return ids_R
 
 
 def check_values(folder: Path, shard: Shard, *, verify: bool) -> None:
@@ -276,7 +316,7 @@ def check_values(folder: Path, shard: Shard, *, verify: bool) -> None:
             size = path.stat().st_size
             if size != facts["bytes"]:
                 raise DamagedError(f"{path.name} has {size} bytes instead of {facts['bytes']}")
-            if verify and part != "rows" and file_sha256(path) != facts["sha256"]:
+            if verify and part != "ids" and file_sha256(path) != facts["sha256"]:
                 raise DamagedError(f"{path.name} has changed since it was written")
         except OSError as error:
             raise DamagedError(f"{path.name}: {error.strerror or error}") from None

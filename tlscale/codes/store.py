@@ -1,16 +1,18 @@
-"""The store of codes: one folder per key, in it shards of rows, and one manifest that makes them visible.
+"""The store of codes: one folder per key, in it shards, each with the codes of some images.
 
-Promise: what is read agrees with its manifest to the last bit, or counts as missing. A writer that is killed at any
-moment leaves nothing that is read, and what it finished is used by the next one. Entries that were not used for longest
-go first, never one that a writer holds.
+Promise: a row belongs to the address of an image, which follows from its content, and to no place in a split. What is
+read agrees with its record to the last bit, or counts as missing. A writer that is killed at any moment leaves nothing
+half that is read, and what it finished is used by the next one. Shards that were not used for longest go first, never
+those of an entry that another run writes to.
 
-    ROOT/<digest of the key>/manifest.json, <shard>.json, <shard>.*.npy     see `tlscale.codes.shards`
-                             used                                           empty; its time is that of the last use
-    ROOT/locks/<digest>                                                     held by who writes; dies with the process
+    ROOT/<digest of the key>/<shard>.json, <shard>.*.npy    see `tlscale.codes.shards`
+    ROOT/locks/<digest>                                     held for moments: by who gives a shard its place, or removes
+    ROOT/locks/<digest>.<request>                           held by who computes this request; dies with the process
 
-Readers hold no lock. On Linux an entry that is evicted under a reader stays readable until that one ends.
+Readers hold no lock. Runs that want other images of an entry do not wait for each other. On Linux a shard that is
+evicted under a reader stays readable until that one ends.
 
-Shape letters: N images that are asked for, M rows of all shards, R rows of one, B images of a batch.
+Shape letters: N images that are asked for, R images of a shard.
 """
 
 from __future__ import annotations
@@ -18,46 +20,51 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Collection, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 from filelock import FileLock, Timeout
 from torch import Tensor
 
 from tlscale.codes.entry import (
-    USED,
     Entry,
-    Manifest,
+    Piece,
     Say,
+    are_among,
+    checked_ids,
     damage,
     facts_of,
     faults_of,
+    ids_there,
     look_for,
-    read_manifest,
+    pieces_of,
+    read_shards,
+    remove_piece,
     remove_strays,
     size_of,
-    unlisted_shards,
-    write_manifest,
 )
 from tlscale.codes.key import CodesKey
 from tlscale.codes.reading import Codes as Codes  # callers find it here, beside the store
+from tlscale.codes.reading import Column
 from tlscale.codes.shards import (
     SHARD_BYTES,
     DamagedError,
-    Ints,
-    Shard,
     ValueSpec,
     map_values,
+    place_shard,
     remove_shard,
     write_error,
     write_shard,
 )
-from tlscale.errors import DataError, TlscaleError, did_you_mean
+from tlscale.data.content import Digests
+from tlscale.errors import TlscaleError, did_you_mean
 
+Bools = npt.NDArray[np.bool_]
 _LOCKS = "locks"
 _ASIDE = ".removed-"
 _DIGEST = re.compile(r"[0-9a-f]{64}", re.ASCII)
@@ -74,16 +81,19 @@ def codes_root() -> Path:
 
 @dataclass(frozen=True)
 class Stock:
-    """What an entry has of the rows that are asked for."""
+    """What an entry has."""
 
     values: tuple[ValueSpec, ...]
     """Empty while no shard is there."""
-    shards: tuple[Shard, ...]
-    """Those that can be relied on."""
-    missing_R: Ints
-    """Ascending."""
-    is_committed: bool
-    """The manifest names exactly these shards."""
+    there_M: Digests
+    """Addresses of all images, sorted."""
+    used: frozenset[str]
+    """Names of the shards that have images that were asked for."""
+
+    def has(self, ids_N: Digests) -> Bools:
+        """Which of the images are there."""
+        found: Bools = are_among(ids_N, self.there_M)
+        return found
 
 
 class CodesStore:
@@ -107,84 +117,77 @@ class CodesStore:
 
     # --- Reading, without a lock --------------------------------------------------------------------------------------
 
-    def open(self, key: CodesKey, rows_N: Ints, *, verify: bool = True, say: Say = _silent) -> Codes | None:
-        """The codes of these rows of the table, where every one is there and as it was written; else None.
+    def open(self, key: CodesKey, ids_N: Digests, *, verify: bool = True, say: Say = _silent) -> Codes | None:
+        """The codes of these images, where every one is there and as it was written; else None.
 
         Args:
-            rows_N: distinct rows of the table, in any order.
-            verify: compare every byte of the shards that are used with the manifest, not only the sizes.
+            ids_N: their addresses, in any order, also several times.
+            verify: compare every byte of the shards that are used with their records, not only the sizes.
             say: gets a line for each damage that is found.
 
         Raises:
-            DataError: a row is asked for twice.
+            DataError: no image is asked for.
         """
-        rows_N, folder = checked_rows(rows_N), self.folder(key)
-        manifest = self._known(key, say)
-        if manifest is None:
-            return None
-        survey = look_for(folder, manifest.shards, rows_N, verify=verify, say=say)
+        ids_N, folder = checked_ids(ids_N), self.folder(key)
+        values, shards = read_shards(folder, key, say)
+        survey = look_for(folder, shards, ids_N, verify=verify, say=say)
         if (survey.shard_N < 0).any():
             return None
         try:
-            mapped = {number: map_values(folder, survey.shards[number], manifest.values) for number in survey.used}
+            mapped = {number: map_values(folder, survey.shards[number], values) for number in survey.used}
         except DamagedError as error:
             say(damage(folder, error))
             return None
-        with suppress(OSError):  # a cache that we may only read, or an entry that was evicted just now
-            (folder / USED).touch()
-        maps = [{number: arrays[i] for number, arrays in mapped.items()} for i in range(len(manifest.values))]
-        return Codes(folder, manifest.values, rows_N, survey.shard_N, survey.offset_N, maps)
+        self._touch(key, {survey.shards[number].name for number in survey.used})
+        maps = [{number: arrays[i] for number, arrays in mapped.items()} for i in range(len(values))]
+        columns = [Column(spec, survey.shard_N, survey.offset_N, its) for spec, its in zip(values, maps, strict=True)]
+        return Codes(folder, len(ids_N), columns)
 
-    def open_within(self, key: CodesKey, rows_N: Ints, *, verify: bool = True, say: Say = _silent) -> Codes | None:
-        """The codes of these rows from an entry that has the wanted values among others; None where there is none.
+    def missing(self, key: CodesKey, ids_N: Digests, *, verify: bool = True, say: Say = _silent) -> Digests:
+        """Those of the images that `open` would not find, sorted, each once; arguments and errors as there."""
+        ids_N, folder = checked_ids(ids_N), self.folder(key)
+        _, shards = read_shards(folder, key, say)
+        survey = look_for(folder, shards, ids_N, verify=verify, say=say)
+        return np.unique(ids_N[survey.shard_N < 0])
 
-        Raises:
-            DataError: a row is asked for twice.
-        """
-        wanted = list(zip(key.layers, key.pools, strict=True))
-        for entry in self.entries():
-            if entry.key is None or not entry.complete:
-                continue
-            other = replace(key, layers=tuple(entry.key["layers"]), pools=tuple(entry.key["pools"]))
-            there = list(zip(other.layers, other.pools, strict=True))
-            if other != key and set(wanted) <= set(there) and other.to_plain() == entry.key:
-                codes = self.open(other, rows_N, verify=verify, say=say)
-                if codes is not None:
-                    return codes.select([there.index(pair) for pair in wanted])
-        return None
+    def _touch(self, key: CodesKey, names: Collection[str]) -> None:
+        for name in names:
+            with suppress(OSError):  # a cache that we may only read, or a shard that was evicted just now
+                os.utime(self.folder(key) / f"{name}.json")
 
-    def missing(self, key: CodesKey, rows_N: Ints, *, verify: bool = True, say: Say = _silent) -> Ints:
-        """Those of the rows that `open` would not find, ascending; arguments and errors as there."""
-        rows_N = checked_rows(rows_N)
-        manifest = self._known(key, say)
-        shards = manifest.shards if manifest is not None else ()
-        survey = look_for(self.folder(key), shards, rows_N, verify=verify, say=say)
-        return np.sort(rows_N[survey.shard_N < 0])
+    # --- Writing ------------------------------------------------------------------------------------------------------
 
-    def _known(self, key: CodesKey, say: Say) -> Manifest | None:
-        folder = self.folder(key)
-        try:
-            return read_manifest(folder, key.to_plain())
-        except FileNotFoundError:
-            return None
-        except DamagedError as error:
-            say(damage(folder, error))
-            return None
+    def try_lock(self, keys: Sequence[CodesKey], request: str) -> list[FileLock] | None:
+        """The locks of a request in the entries of its keys, held; None where another process holds one of them.
 
-    # --- Writing, under the lock --------------------------------------------------------------------------------------
-
-    def try_lock(self, key: CodesKey, timeout_s: float) -> FileLock | None:
-        """The lock of the entry, held; None where another process holds it for longer than that.
+        Args:
+            request: which images are asked for, in hex; who asks for others waits for nobody.
 
         Raises:
             TlscaleError: the folder cannot be written.
         """
-        return self._try_lock(key.digest(), timeout_s)
+        held: list[FileLock] = []
+        for digest in sorted(key.digest() for key in keys):
+            with self._entry_lock(digest):
+                lock = self._try_lock(f"{digest}.{request}")
+            if lock is None:
+                self.release(held)
+                return None
+            held.append(lock)
+        return held
 
-    def _try_lock(self, digest: str, timeout_s: float) -> FileLock | None:
+    def release(self, locks: Sequence[FileLock]) -> None:
+        """Give up the locks of a request."""
+        for lock in locks:
+            path = Path(lock.lock_file)
+            with self._entry_lock(path.name.split(".")[0]):  # nobody takes it meanwhile
+                path.unlink(missing_ok=True)
+                lock.release()
+
+    def _try_lock(self, name: str, timeout_s: float = 0) -> FileLock | None:
         try:
             (self.root / _LOCKS).mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.root / _LOCKS / digest, timeout=timeout_s)
+            lock = FileLock(self.root / _LOCKS / name, timeout=timeout_s)
             lock.acquire()
         except Timeout:
             return None
@@ -192,68 +195,98 @@ class CodesStore:
             raise write_error(self.root, 0, error) from error
         return lock
 
-    def take_stock(self, key: CodesKey, rows_N: Ints, say: Say = _silent) -> Stock:
-        """What is there of these rows, finished shards of killed writers included; the rest of those is removed.
+    @contextmanager
+    def _entry_lock(self, digest: str) -> Iterator[None]:
+        lock = self._try_lock(digest, timeout_s=-1)
+        assert lock is not None
+        with lock:
+            yield
 
-        For who holds the lock. Damaged shards are removed as well, loudly.
+    def _is_idle(self, digest: str, request: str) -> bool:
+        """Whether nobody works on the request; for the holder of the entry's lock."""
+        path = self.root / _LOCKS / f"{digest}.{request}"
+        if not path.exists():
+            return True
+        lock = self._try_lock(path.name)
+        if lock is None:
+            return False
+        path.unlink(missing_ok=True)
+        lock.release()
+        return True
+
+    def _is_busy(self, digest: str, mine: str = "") -> bool:
+        """Whether a request other than mine is worked on; for the holder of the entry's lock."""
+        requests = [path.name.split(".", 1)[1] for path in (self.root / _LOCKS).glob(f"{digest}.*")]
+        return not all([self._is_idle(digest, request) for request in requests if request != mine])
+
+    def take_stock(self, key: CodesKey, ids_N: Digests, request: str, say: Say = _silent) -> Stock:
+        """What is there. Damaged shards of what is asked for are removed, loudly, and what killed writers left.
+
+        Args:
+            ids_N: addresses as far as they are known; those of the images that are asked for.
+            request: its lock is held.
         """
-        rows_N, folder = checked_rows(rows_N), self.folder(key)
-        manifest = self._known(key, say)
-        listed = manifest.shards if manifest is not None else ()
-        before = {shard.name for shard in listed}
-        unlisted, values = unlisted_shards(folder, key, before, manifest.values if manifest is not None else (), say)
-        survey = look_for(folder, [*listed, *unlisted], rows_N, verify=True, say=say)
-        for shard in survey.damaged:
-            remove_shard(folder, shard.name)
-        remove_strays(folder, {shard.name for shard in survey.shards})
-        wanted = before | {survey.shards[number].name for number in survey.used}
-        shards = tuple(shard for shard in survey.shards if shard.name in wanted)
-        is_committed = manifest is not None and {shard.name for shard in shards} == before
-        return Stock(values if survey.shards else (), shards, np.sort(rows_N[survey.shard_N < 0]), is_committed)
+        digest, folder = key.digest(), self.folder(key)
+        with self._entry_lock(digest):
+            values, shards = read_shards(folder, key, say)
+            survey = look_for(folder, shards, ids_N, verify=True, say=say)
+            for shard in survey.damaged:
+                remove_shard(folder, shard.name)
+            remove_strays(folder, lambda writer: writer == request or self._is_idle(digest, writer))
+        used = frozenset(survey.shards[number].name for number in survey.used)
+        self._touch(key, used)
+        return Stock(values if survey.shards else (), ids_there(folder, survey.shards), used)
 
-    def write_shard(self, key: CodesKey, rows_R: Ints, values: Sequence[Tensor], specs: Sequence[ValueSpec]) -> Shard:
-        """Write the codes of these rows (ascending); they are visible when they are committed.
+    def write_shard(
+        self, key: CodesKey, ids_R: Digests, values: Sequence[Tensor], specs: Sequence[ValueSpec], request: str
+    ) -> str:
+        """Write the codes of these images, each once; they are there for all from now on.
+
+        Returns:
+            The shard's name.
 
         Raises:
             TlscaleError: the disk is full or cannot be written.
         """
-        return write_shard(self.folder(key), key.to_plain(), rows_R, values, specs)
+        shard = write_shard(self.folder(key), ids_R, values, request)
+        with self._entry_lock(key.digest()):
+            place_shard(self.folder(key), key.to_plain(), shard, specs, request)
+        return shard.name
 
-    def commit(self, key: CodesKey, values: Sequence[ValueSpec], shards: Sequence[Shard]) -> None:
-        """Make exactly these shards visible, at once.
+    def check_room(self, num_wanted: int, num_new: int) -> None:
+        """Refuse what can never be kept.
 
-        Raises:
-            TlscaleError: the disk is full or cannot be written.
-        """
-        folder = self.folder(key)
-        try:
-            write_manifest(folder, key.to_plain(), values, shards)
-            (folder / USED).touch()
-        except OSError as error:
-            raise write_error(folder, 0, error) from error
-
-    def make_room(self, key: CodesKey, num_bytes: int, say: Say = _silent) -> None:
-        """Evict other entries, those that were not used for longest first, until so many bytes more are allowed.
+        Args:
+            num_wanted: bytes of all codes that are asked for.
+            num_new: bytes of those that are certainly not there.
 
         Raises:
             TlscaleError: they exceed the limit by themselves, or the disk has no room for them.
         """
-        digest = key.digest()
-        if self.limit_bytes is not None:
-            wanted = num_bytes + sum(entry.num_bytes for entry in self.entries() if entry.digest == digest)
-            if wanted > self.limit_bytes:
-                raise TlscaleError(
-                    f"the codes in '{self.folder(key)}' need {_gib(wanted)}, but all codes may take "
-                    f"{_gib(self.limit_bytes)}: raise codes.cache_gib, or keep less (codes.dtype, codes.pool, fewer "
-                    "images or views)"
-                )
-            self._evict(self.limit_bytes - num_bytes, {digest}, say)
-        free = shutil.disk_usage(nearest_folder(self.root)).free
-        if free < num_bytes:
+        if self.limit_bytes is not None and num_wanted > self.limit_bytes:
             raise TlscaleError(
-                f"the codes need {_gib(num_bytes)} in '{self.folder(key)}', but that disk has {_gib(free)} left. Make "
+                f"the codes in '{self.root}' need {_gib(num_wanted)}, but all codes may take "
+                f"{_gib(self.limit_bytes)}: raise codes.cache_gib, or keep less (codes.dtype, codes.pool, fewer "
+                "images or views)"
+            )
+        free = shutil.disk_usage(nearest_folder(self.root)).free
+        if free < num_new:
+            raise TlscaleError(
+                f"the codes need {_gib(num_new)} in '{self.root}', but that disk has {_gib(free)} left. Make "
                 "room there ('tlscale codes prune' removes codes), or set TLSCALE_CACHE to a folder elsewhere"
             )
+
+    def make_room(
+        self, num_bytes: int, sparing: Collection[tuple[str, str]], request: str = "", say: Say = _silent
+    ) -> None:
+        """Evict shards, those that were not used for longest first, until so many bytes more are allowed.
+
+        Args:
+            sparing: shards that stay, each by the digest of its entry and its name.
+            request: what this process works on itself.
+        """
+        if self.limit_bytes is not None:
+            self._evict(self.limit_bytes - num_bytes, sparing, request, say)
 
     # --- Looking after it ---------------------------------------------------------------------------------------------
 
@@ -275,10 +308,11 @@ class CodesStore:
         return [f"{self.root / name}: {fault}" for name in digests for fault in faults_of(self.root / name)]
 
     def prune(self, what: int | Literal["all"] | Collection[str], say: Say = _silent) -> int:
-        """Remove entries, none of them while it is being written.
+        """Remove codes, none of an entry that is being written to.
 
         Args:
-            what: the bytes that may stay (those that were used last do), `all`, or digests or their first digits.
+            what: the bytes that may stay (those that were used last do), `all`, or entries by digests or their first
+                digits.
 
         Returns:
             Bytes that were freed.
@@ -287,7 +321,7 @@ class CodesStore:
             TlscaleError: there is no such entry.
         """
         if isinstance(what, int):
-            return self._evict(what, set(), say)
+            return self._evict(what, (), "", say)
         digests = self._digests() if what == "all" else [self._resolve(digest) for digest in what]
         return sum(self._remove(digest, say) for digest in digests)
 
@@ -305,35 +339,50 @@ class CodesStore:
             raise TlscaleError(f"{what} with {start!r}; there are {names}.{did_you_mean(start, there)}")
         return matching[0]
 
-    def _evict(self, limit_bytes: int, sparing: Collection[str], say: Say) -> int:
-        entries = self.entries()
-        total, freed = sum(entry.num_bytes for entry in entries), 0
-        for entry in reversed(entries):
+    def _evict(self, limit_bytes: int, sparing: Collection[tuple[str, str]], mine: str, say: Say) -> int:
+        pieces = [piece for digest in self._digests() for piece in pieces_of(self.root / digest)]
+        total, freed = sum(piece.num_bytes for piece in pieces), 0
+        busy: dict[str, bool] = {}
+        for piece in sorted(pieces, key=lambda piece: (piece.last_used_s, piece.digest, piece.name or "")):
             if total - freed <= limit_bytes:
                 break
-            if entry.digest not in sparing:
-                freed += self._remove(entry.digest, say)
+            if (piece.digest, piece.name) in sparing or busy.get(piece.digest):
+                continue
+            removed = self._remove(piece.digest, say) if piece.name is None else self._remove_shard(piece, mine, say)
+            busy[piece.digest], freed = removed is None, freed + (removed or 0)
         return freed
+
+    def _remove_shard(self, piece: Piece, mine: str, say: Say) -> int | None:
+        """Bytes that were freed; None where another run writes to the entry."""
+        folder = self.root / piece.digest
+        with self._entry_lock(piece.digest):
+            if self._is_busy(piece.digest, mine):
+                say(f"codes in '{folder}' are being written, and stay")
+                return None
+            try:
+                remove_piece(folder, piece)
+            except OSError as error:
+                raise TlscaleError(f"cannot remove codes in '{folder}': {error.strerror or error}") from error
+        say(f"codes removed: {_gib(piece.num_bytes)} in '{folder}'")
+        return piece.num_bytes
 
     def _remove(self, digest: str, say: Say) -> int:
         """Bytes that were freed: none where somebody writes to the entry."""
         for left in self.root.glob(f"{_ASIDE}*"):  # of a process that was killed while it removed
             shutil.rmtree(left, ignore_errors=True)
         folder = self.root / digest
-        lock = self._try_lock(digest, 0)
-        if lock is None:
-            say(f"codes in '{folder}' are being written, and stay")
-            return 0
-        try:
-            size, aside = size_of(folder), self.root / f"{_ASIDE}{digest}.{os.getpid()}"
-            folder.rename(aside)  # gone at once, for all readers
-            shutil.rmtree(aside, ignore_errors=True)
-        except FileNotFoundError:
-            return 0
-        except OSError as error:
-            raise TlscaleError(f"cannot remove the codes in '{folder}': {error.strerror or error}") from error
-        finally:
-            lock.release()
+        with self._entry_lock(digest):
+            if self._is_busy(digest):
+                say(f"codes in '{folder}' are being written, and stay")
+                return 0
+            try:
+                size, aside = size_of(folder), self.root / f"{_ASIDE}{digest}.{os.getpid()}"
+                folder.rename(aside)  # gone at once, for all readers
+                shutil.rmtree(aside, ignore_errors=True)
+            except FileNotFoundError:
+                return 0
+            except OSError as error:
+                raise TlscaleError(f"cannot remove the codes in '{folder}': {error.strerror or error}") from error
         say(f"codes removed: {_gib(size)} in '{folder}'")
         return size
 
@@ -345,18 +394,3 @@ def nearest_folder(path: Path) -> Path:
 
 def _gib(num_bytes: int) -> str:
     return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
-
-
-def checked_rows(rows_N: Ints) -> Ints:
-    """The rows as int64.
-
-    Raises:
-        DataError: none, a negative one, or one of them twice.
-    """
-    rows_N = np.array(rows_N, dtype=np.int64)
-    rows, counts = np.unique(rows_N, return_counts=True)
-    if not len(rows) or rows[0] < 0:
-        raise DataError("codes were asked for of no image" if not len(rows) else f"there is no row {rows[0]}")
-    if len(rows) < len(rows_N):
-        raise DataError(f"the codes of row {rows[counts > 1][0]} were asked for {counts.max()} times; once is enough")
-    return rows_N

@@ -124,11 +124,15 @@ class Contents:
         self.digests_N = np.zeros(num_images, DIGEST)
         self.known_N = np.zeros(num_images, dtype=bool)
         self.read_N = np.zeros(num_images, dtype=bool)
-        """Whether the digest is of what was read, and not from the index."""
+        """Whether the digest is of what was read here, and not from the index or another process."""
+        self.saved_N = np.zeros(num_images, dtype=bool)
+        """Whether the index has it."""
 
     def note(self, row: int, raw: bytes | npt.NDArray[Any]) -> bytes:
         """Hash what was read, and keep its digest."""
         digest = content_digest(raw)
+        if self.saved_N[row] and digest != self.digests_N[row].ljust(DIGEST.itemsize, b"\0"):
+            self.saved_N[row] = False  # the file changed since it was looked up
         self.digests_N[row] = digest
         self.known_N[row] = self.read_N[row] = True
         return digest
@@ -139,13 +143,22 @@ class Contents:
         for row, stamp in zip(rows_N.tolist(), stamps_N, strict=True):
             if stamp is not None and stamp in found:
                 self.digests_N[row] = found[stamp]
-                self.known_N[row] = True
+                self.known_N[row] = self.saved_N[row] = True
+
+    def take(self, rows_N: npt.NDArray[np.int64], digests_N: Digests) -> None:
+        """Take what another process read."""
+        self.digests_N[rows_N] = digests_N
+        self.known_N[rows_N] = True
+
+    def unsaved(self) -> npt.NDArray[np.int64]:
+        """Return the rows that were read here and that the index does not have."""
+        return np.flatnonzero(self.read_N & ~self.saved_N)
 
     def remember(self, rows_N: npt.NDArray[np.int64], stamps_N: Sequence[bytes | None], index: ContentIndex) -> None:
         """Give the index what was read of these rows."""
         digests = digest_bytes(self.digests_N[rows_N])
         index.add({stamp: digest for stamp, digest in zip(stamps_N, digests, strict=True) if stamp is not None})
-        self.read_N[rows_N] = False
+        self.saved_N[rows_N] = True
 
 
 def now_ns() -> int:

@@ -75,6 +75,7 @@ def _identity(classes: Sequence[str], splits: Sequence[ImageSplit], by: By | Non
         by = "content" if all(split.known_digests()[1].all() for split in splits) else "place"
     parts: list[bytes | str] = [by, str(len(classes)), *classes]
     for split in splits:
+        split.table.remember()  # what the run has read by now
         parts += [split.name, str(len(split)), split.labels_N.astype("<i8").tobytes()]
         parts += _images(split, by)
     return Identity(digest(parts), by)

@@ -8,7 +8,7 @@ Shape letters: N images of a split.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +35,8 @@ from tlscale.data.tables import (
 from tlscale.data.workers import map_in_threads
 from tlscale.errors import DataError
 from tlscale.recipe.schema import DataSection
+
+_Ask = Callable[[LabelledTable, Ints], tuple[Digests, npt.NDArray[np.bool_]]]
 
 
 @dataclass(frozen=True)
@@ -119,10 +121,6 @@ class _JoinedTable:
     parts: Sequence[LabelledTable]
     labels_N: Ints
 
-    @property
-    def content(self) -> str:
-        return "+".join(part.content for part in self.parts)
-
     def __len__(self) -> int:
         return len(self.labels_N)
 
@@ -139,20 +137,36 @@ class _JoinedTable:
         return part.where(at)
 
     def places(self, rows_N: Ints) -> list[str]:
-        return [part.places(np.array([at]))[0] for part, at in map(self._at, rows_N.tolist())]
+        return [place for part, at in map(self._at, rows_N.tolist()) for place in part.places(np.array([at]))]
 
     def known_digests(self, rows_N: Ints) -> tuple[Digests, npt.NDArray[np.bool_]]:
-        digests_N, known_N = np.zeros(len(rows_N), DIGEST), np.zeros(len(rows_N), np.bool_)
-        start = 0
-        for part in self.parts:
-            own_N = (rows_N >= start) & (rows_N < start + len(part))
-            digests_N[own_N], known_N[own_N] = part.known_digests(rows_N[own_N] - start)
-            start += len(part)
-        return digests_N, known_N
+        return self._of_parts(rows_N, LabelledTable.known_digests)
+
+    def noted_digests(self, rows_N: Ints) -> tuple[Digests, npt.NDArray[np.bool_]]:
+        return self._of_parts(rows_N, LabelledTable.noted_digests)
+
+    def take_digests(self, rows_N: Ints, digests_N: Digests) -> None:
+        for part, at_N, places_N in self._divided(rows_N):
+            part.take_digests(at_N, digests_N[places_N])
 
     def remember(self) -> None:
         for part in self.parts:
             part.remember()
+
+    def _of_parts(self, rows_N: Ints, ask: _Ask) -> tuple[Digests, npt.NDArray[np.bool_]]:
+        digests_N, known_N = np.zeros(len(rows_N), DIGEST), np.zeros(len(rows_N), np.bool_)
+        for part, at_N, places_N in self._divided(rows_N):
+            digests_N[places_N], known_N[places_N] = ask(part, at_N)
+        return digests_N, known_N
+
+    def _divided(self, rows_N: Ints) -> Iterator[tuple[LabelledTable, Ints, Ints]]:
+        """Each part that has some of the rows, with its own rows and their places in `rows_N`."""
+        start = 0
+        for part in self.parts:
+            places_N = np.flatnonzero((rows_N >= start) & (rows_N < start + len(part)))
+            if len(places_N):
+                yield part, rows_N[places_N] - start, places_N
+            start += len(part)
 
     def _at(self, row: int) -> tuple[LabelledTable, int]:
         for part in self.parts:

@@ -8,7 +8,7 @@ Shape letters: N images of a split, B images of a batch, C channels, H height, W
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -32,6 +32,7 @@ from tlscale.data.sampler import (
     micro_batches,
 )
 from tlscale.data.sources import ImageSplit
+from tlscale.data.tables import Raw
 from tlscale.data.transforms import ImageBatch, InputSpec, Pixels, eval_transform
 from tlscale.data.workers import load_in_order, map_in_threads
 from tlscale.recipe.schema import DataSection
@@ -62,18 +63,31 @@ class ImageStore:
     own; worker processes share their parent's.
     """
 
-    def __init__(self, split: ImageSplit, section: DataSection, spec: InputSpec, *, crops: bool = False) -> None:
+    def __init__(
+        self,
+        split: ImageSplit,
+        section: DataSection,
+        spec: InputSpec,
+        *,
+        crops: bool = False,
+        keep: bool = True,
+        on_images: Callable[[int], None] | None = None,
+    ) -> None:
         """
         Args:
             crops: `images` gives originals of any size, for a random crop, rather than images of the spec's size.
+            keep: False: keep nothing, as only a few of the images will be used.
+            on_images: called with a number of images whenever so many more are decoded to be kept.
 
         Raises:
             DataError: an image cannot be read (at once where images are kept, else when it is used).
         """
         self.split, self.spec, self.crops = split, spec, crops
-        self._section = section
-        self._prepared_NCSS = None if crops else self._keep_prepared()
-        self._originals = self._keep_originals() if crops and section.cache_mib else None
+        self._section, self._keep = section, keep
+        # Not an attribute: workers get the store, and could not get what shows things.
+        on_images = on_images or (lambda num_images: None)
+        self._prepared_NCSS = self._keep_prepared(on_images) if keep and not crops else None
+        self._originals = self._keep_originals(on_images) if keep and crops and section.cache_mib else None
 
     def __len__(self) -> int:
         return len(self.split)
@@ -93,6 +107,8 @@ class ImageStore:
     def describe(self) -> str:
         """What is kept and how much memory it takes, in one line."""
         what = f"{self.split.name}: {len(self):,} images"
+        if not self._keep:
+            return f"{what}, of which few are used, each decoded when it is"
         if not self.cached:
             return f"{what}, decoded each time they are used (data.cache_mib is {self._section.cache_mib})"
         size = f"{self.spec.image_size} x {self.spec.image_size} x {self.spec.in_chans}"
@@ -102,8 +118,11 @@ class ImageStore:
         """The class numbers of these images: int64 (B,)."""
         return torch.from_numpy(self.split.labels_N[rows_B])
 
-    def images(self, rows_B: Ints) -> Tensor | list[Tensor]:
+    def images(self, rows_B: Ints, raws: Mapping[int, Raw] | None = None) -> Tensor | list[Tensor]:
         """The images before augmentation, as uint8.
+
+        Args:
+            raws: what was read of some of them; those are not read again.
 
         Returns:
             (B, C, S, S); or, where training crops, a list of B tensors (C, H, W), each of its own size.
@@ -112,16 +131,17 @@ class ImageStore:
             return torch.from_numpy(self._prepared_NCSS).index_select(0, torch.from_numpy(rows_B))
         if self._originals is not None:
             return [_as_chw(self._originals[row]) for row in rows_B.tolist()]
-        images = map_in_threads(self._decode if self.crops else self._prepare, rows_B.tolist())
+        images = map_in_threads(partial(self._decode if self.crops else self._prepare, raws=raws), rows_B.tolist())
         return [_as_chw(image) for image in images] if self.crops else torch.from_numpy(_stacked(images))
 
-    def _decode(self, row: int) -> Pixels:
-        return _decoded(self.split, row, self.spec.in_chans, round(self._section.max_megapixels * 1e6))
+    def _decode(self, row: int, raws: Mapping[int, Raw] | None = None) -> Pixels:
+        raw = raws.get(row) if raws is not None else None
+        return _decoded(self.split, row, self.spec.in_chans, round(self._section.max_megapixels * 1e6), raw)
 
-    def _prepare(self, row: int) -> Pixels:
-        return eval_transform(self._decode(row), self.spec)
+    def _prepare(self, row: int, raws: Mapping[int, Raw] | None = None) -> Pixels:
+        return eval_transform(self._decode(row, raws), self.spec)
 
-    def _keep_prepared(self) -> Pixels | None:
+    def _keep_prepared(self, on_images: Callable[[int], None]) -> Pixels | None:
         shape_CSS = (self.spec.in_chans, self.spec.image_size, self.spec.image_size)
         if len(self) * int(np.prod(shape_CSS)) > self._section.cache_mib * _MIB:
             return None
@@ -130,11 +150,12 @@ class ImageStore:
         def fill(rows: range) -> None:
             kept_NCSS[rows.start : rows.stop] = _stacked(map(self._prepare, rows))
 
-        for _ in map_in_threads(fill, _blocks(len(self))):
-            pass
+        blocks = _blocks(len(self))
+        for block, _ in zip(blocks, map_in_threads(fill, blocks), strict=True):
+            on_images(len(block))
         return kept_NCSS
 
-    def _keep_originals(self) -> _Originals | None:
+    def _keep_originals(self, on_images: Callable[[int], None]) -> _Originals | None:
         budget = self._section.cache_mib * _MIB
         expected = self._expected_bytes()
         if expected > budget:
@@ -151,6 +172,7 @@ class ImageStore:
                 pixels[end : end + image.size] = image.ravel()
                 starts_N[row], shapes_N3[row] = end, image.shape
                 row, end = row + 1, end + image.size
+            on_images(len(images))
         pixels.resize(end, refcheck=False)
         return _Originals(pixels, starts_N, shapes_N3)
 
@@ -158,6 +180,26 @@ class ImageStore:
         rows = np.unique(np.linspace(0, len(self) - 1, min(_SAMPLE, len(self))).astype(np.int64)).tolist()
         sizes = [image.size for image in map_in_threads(self._decode, rows)]
         return round(sum(sizes) / len(sizes) * len(self))
+
+
+@dataclass(frozen=True)
+class HeldImages:
+    """Images of a store that were read already, and are decoded when they are wanted."""
+
+    store: ImageStore
+    raws: Mapping[int, Raw]
+    """By position in the split."""
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    def labels(self, rows_B: Ints) -> Tensor:
+        """As `ImageStore.labels`."""
+        return self.store.labels(rows_B)
+
+    def images(self, rows_B: Ints) -> Tensor | list[Tensor]:
+        """As `ImageStore.images`; what was not read is read."""
+        return self.store.images(rows_B, self.raws)
 
 
 def default_workers(
@@ -234,10 +276,11 @@ def eval_batches(
     """
     assert not store.crops
     wanted = eval_rows(len(store), rank, world_size, batch_size)
-    return load_in_order(partial(_eval_batch, store), wanted, workers, pin_memory)
+    return load_in_order(partial(eval_batch, store), wanted, workers, pin_memory)
 
 
-def _eval_batch(store: ImageStore, rows_B: Ints) -> ImageBatch:
+def eval_batch(store: ImageStore | HeldImages, rows_B: Ints) -> ImageBatch:
+    """The images as evaluation sees them; from a store without `crops`."""
     images_BCHW = store.images(rows_B)
     assert isinstance(images_BCHW, Tensor)
     return ImageBatch(images_BCHW, store.labels(rows_B), torch.from_numpy(rows_B), len(rows_B))
@@ -248,7 +291,7 @@ def make_augmenter(spec: InputSpec, augment: Mapping[str, float | None]) -> Augm
     return Augmenter(augment, image_size=spec.image_size, interpolation=spec.interpolation, erase_color=spec.mean_color)
 
 
-def train_batch(store: ImageStore, augmenter: Augmenter, seed: int, micro_batch: MicroBatch) -> ImageBatch:
+def train_batch(store: ImageStore | HeldImages, augmenter: Augmenter, seed: int, micro_batch: MicroBatch) -> ImageBatch:
     """The images of a micro-batch as training sees them in its epoch, augmented and with the partners of mixup."""
     rows_B = micro_batch.rows_B
     keys = partial(image_keys, seed, micro_batch.epoch, rows_B)
@@ -266,8 +309,9 @@ def train_batch(store: ImageStore, augmenter: Augmenter, seed: int, micro_batch:
     return batch
 
 
-def _decoded(split: ImageSplit, row: int, in_chans: int, max_pixels: int) -> Pixels:
-    return decode_image(split.read(row), in_chans=in_chans, max_pixels=max_pixels, where=split.where(row))
+def _decoded(split: ImageSplit, row: int, in_chans: int, max_pixels: int, raw: Raw | None = None) -> Pixels:
+    raw = split.read(row) if raw is None else raw
+    return decode_image(raw, in_chans=in_chans, max_pixels=max_pixels, where=split.where(row))
 
 
 def _blocks(count: int) -> list[range]:

@@ -199,7 +199,7 @@ def number_labels(split: SourceSplit, classes: tuple[str, ...], role: Role, plac
             f"the {len(classes)} classes are {first_few(quoted(classes), 10)}.{did_you_mean(outside[0], classes)}"
         )
     numbers_C = np.array([number.get(name, NO_LABEL) for name in split.label_names], dtype=np.int64)
-    return LabelledTable(split.store, numbers_C[split.codes_N], f"{role}/{split.name}")
+    return LabelledTable(split.store, numbers_C[split.codes_N])
 
 
 def _good_rows(table: LabelledTable, role: Role, bad: Sequence[int]) -> Ints:

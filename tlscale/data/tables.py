@@ -67,10 +67,6 @@ class ImageTable(Protocol):
     def labels_N(self) -> Ints:  # noqa: N802
         """Class numbers by row."""
 
-    @property
-    def content(self) -> str:
-        """Fingerprint of the images of the table, row by row, whatever their labels."""
-
     def __len__(self) -> int: ...
 
     def read(self, row: int) -> Raw:
@@ -85,8 +81,14 @@ class ImageTable(Protocol):
     def places(self, rows_N: Ints) -> list[str]:
         """Return what stands for each image while its content is not known: its name, and its size if known."""
 
+    def noted_digests(self, rows_N: Ints) -> tuple[Digests, npt.NDArray[np.bool_]]:
+        """Return the digests of images as far as they are known here, and which are."""
+
     def known_digests(self, rows_N: Ints) -> tuple[Digests, npt.NDArray[np.bool_]]:
-        """Return the digests of images that were read, now or before, and which of them are known."""
+        """Return the digests of images that were read, now or by an earlier run, and which of them are known."""
+
+    def take_digests(self, rows_N: Ints, digests_N: Digests) -> None:
+        """Take digests that another process read."""
 
     def remember(self) -> None:
         """Give the index of contents what was read."""
@@ -98,13 +100,6 @@ class LabelledTable:
 
     store: ImageStore
     labels_N: Ints
-    split: str = ""
-    """Which split of the source it is."""
-
-    @cached_property
-    def content(self) -> str:
-        # The store's own is of a whole file, whichever of its rows are here.
-        return digest([self.split, self.store.content, *self.store.places(np.arange(len(self)))])
 
     @cached_property
     def _contents(self) -> Contents:
@@ -115,7 +110,7 @@ class LabelledTable:
 
     def read(self, row: int) -> Raw:
         raw = self.store.read(row)
-        if not self._contents.known_N[row]:
+        if not self._contents.read_N[row]:
             self._contents.note(row, raw)
         return raw
 
@@ -132,13 +127,20 @@ class LabelledTable:
         if len(unknown):
             stamps = self.store.stamps(unknown)
             if stamps is None:
-                list(map_in_threads(self.read, unknown.tolist()))
+                for row in unknown.tolist():
+                    self.read(row)
             else:
                 contents.recall(unknown, stamps, ContentIndex())
-        return contents.digests_N[rows_N], contents.known_N[rows_N]
+        return self.noted_digests(rows_N)
+
+    def noted_digests(self, rows_N: Ints) -> tuple[Digests, npt.NDArray[np.bool_]]:
+        return self._contents.digests_N[rows_N], self._contents.known_N[rows_N]
+
+    def take_digests(self, rows_N: Ints, digests_N: Digests) -> None:
+        self._contents.take(rows_N, digests_N)
 
     def remember(self) -> None:
-        rows = np.flatnonzero(self._contents.read_N)
+        rows = self._contents.unsaved()
         stamps = self.store.stamps(rows) if len(rows) else None
         if stamps is not None:
             self._contents.remember(rows, stamps, ContentIndex())
@@ -179,6 +181,10 @@ class ImageSplit:
     def places(self) -> list[str]:
         """Return what stands for each image while its content is not known."""
         return self.table.places(self.rows_N)
+
+    def noted_digests(self) -> tuple[Digests, npt.NDArray[np.bool_]]:
+        """Return the digests of the images as far as they are known here, and which are."""
+        return self.table.noted_digests(self.rows_N)
 
     def known_digests(self) -> tuple[Digests, npt.NDArray[np.bool_]]:
         """Return the digests of the images that were read, now or by an earlier run, and which of them are known."""

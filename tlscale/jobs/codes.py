@@ -13,21 +13,26 @@ from tlscale.dist import Processes, start_processes
 from tlscale.errors import ModelError, TlscaleError
 from tlscale.feed import agree_on_cut, refuse_codes_of_a_probe
 from tlscale.jobs.probe import layer_codes, wanted_codes
-from tlscale.keeper import Images, Keeper, frontier_part
+from tlscale.keeper import Images, Keeper, frontier_parts
 from tlscale.prepare import Prepared, prepare
 from tlscale.progress import Progress, format_duration
 from tlscale.recipe.schema import Recipe
 from tlscale.stop import StopRequest
+from tlscale.stopwatch import Stopwatch, describe_seconds
 from tlscale.targets import ask_teacher
 
 _GIB = 2**30
 
 
-def compute_codes(recipe: Recipe) -> int:
+def compute_codes(recipe: Recipe, watch: Stopwatch | None = None) -> int:
     """Compute and keep the codes of all images of the recipe's data; what is there is not computed again.
 
     They are those of `codes.layer`, or what a probe takes by itself; and for a recipe that trains, those that its
     (first stage's) frozen part gives, or its teacher.
+
+    Args:
+        recipe: from `load_recipe`.
+        watch: measures it; by default from this call.
 
     Returns:
         How many images went through the network, over all processes.
@@ -35,11 +40,12 @@ def compute_codes(recipe: Recipe) -> int:
     Raises:
         TlscaleError: wrong input, codes that cannot be kept, or `Stopped` after a signal.
     """
+    watch = watch or Stopwatch()
     processes = start_processes(recipe.compute.without_engine())
     with closing(processes), StopRequest() as stop:
         screen = Progress(0, enabled=processes.is_main)
         with processes.main_first():
-            prepared = prepare(recipe, world_size=processes.world_size)
+            prepared = prepare(recipe, world_size=processes.world_size, watch=watch)
         prepared.classifier.to(processes.device)
         keeper = Keeper(prepared, processes, Images(prepared), screen, stop)
         data = prepared.data
@@ -53,6 +59,7 @@ def compute_codes(recipe: Recipe) -> int:
         else:
             _frozen_codes(prepared, processes, keeper, others)
         screen.say(f"{keeper.num_computed:,} images were computed; all codes are in '{keeper.store.root}'")
+        screen.say("seconds: " + describe_seconds(watch.figures(parts=("start", "scan", "decode", "codes"))))
         return keeper.num_computed
 
 
@@ -65,10 +72,10 @@ def _frozen_codes(prepared: Prepared, processes: Processes, keeper: Keeper, othe
             "codes.layer=penultimate"
         )
     keeper.screen.say(f"{choice.frontier.describe()}; {choice.why}")
-    part = frontier_part(choice.frontier, prepared)
-    shown = keeper.train_views(choice.frontier.prefix, part, range(prepared.recipe.codes.views)).by_name("train")
+    parts = frontier_parts(choice.frontier, prepared)
+    shown = keeper.train_views(choice.frontier.prefix, parts, range(prepared.recipe.codes.views)).by_name("train")
     for split in others:
-        shown[split.name] = keeper.codes(choice.frontier.prefix, part, split)
+        shown[split.name] = keeper.codes(choice.frontier.prefix, parts, split)
     _show(shown, keeper.screen)
 
 
@@ -101,11 +108,12 @@ def _row(entry: Entry) -> tuple[str, ...]:
     key = entry.key or {}
     layers = ", ".join(key.get("layers", ["?"]))
     spec = key.get("transform", {}).get("input", {})
-    view = f", view {key['transform']['view']}" if "view" in key.get("transform", {}) else ""
+    view = ", augmented" if "augment" in key.get("transform", {}) else ""
     age = format_duration(max(time.time() - entry.last_used_s, 0))
     size = f"{spec.get('image_size', '?')} px{view}"
     images, mib = f"{entry.num_rows:,}", f"{entry.num_bytes / 2**20:,.1f}"
-    return entry.digest[:12], layers, size, images, mib, f"{age} ago", "" if entry.complete else "unfinished"
+    state = "older format, not used" if entry.is_older else "" if entry.complete else "damaged"
+    return entry.digest[:12], layers, size, images, mib, f"{age} ago", state
 
 
 def verify_codes(digest: str | None) -> None:
@@ -123,7 +131,11 @@ def verify_codes(digest: str | None) -> None:
             f"{len(faults)} faults in '{store.root}'. Damaged codes are never read: a run computes them again, or "
             "remove them: tlscale codes prune DIGEST"
         )
-    screen.say(f"{len(store.entries())} in '{store.root}': every byte is as it was written")
+    entries = store.entries()
+    num_older = sum(entry.is_older for entry in entries)
+    screen.say(f"{len(entries) - num_older} in '{store.root}': every byte is as it was written")
+    if num_older:
+        screen.say(f"{num_older} are of an older format, and never read; to remove them: tlscale codes prune DIGEST")
 
 
 def prune_codes(digests: tuple[str, ...], *, keep_gib: float | None, everything: bool) -> None:

@@ -29,12 +29,13 @@ from tlscale.errors import DataError, RecipeError, RunFolderError, TlscaleError
 from tlscale.evaluate import InputPath, evaluate
 from tlscale.model.export import TrainedModel, load
 from tlscale.objective import Objective
-from tlscale.progress import Progress, number, visible
+from tlscale.progress import Pace, Progress, number, visible
 from tlscale.recipe.keys import all_keys
 from tlscale.recipe.load import load_recipe
 from tlscale.recipe.schema import DataSection, LossSection, Recipe
 from tlscale.run_folder import write_json
 from tlscale.screen import show_classes
+from tlscale.stopwatch import Stopwatch, describe_seconds
 
 # What an evaluation depends on: where its images are, how they are read, how it is computed. Nothing else.
 _SPLITS: tuple[Role, ...] = ("train", "validation", "test")
@@ -73,6 +74,7 @@ def evaluate_run(
     name: str | None = None,
     out: str | Path | None = None,
     as_json: bool = False,
+    watch: Stopwatch | None = None,
 ) -> dict[str, Any]:
     """Score the run's exported model.
 
@@ -84,6 +86,7 @@ def evaluate_run(
         name: of the evaluation's folder below `RUN/evaluations`; by default the data's.
         out: a folder for the figures, in place of that one.
         as_json: print the figures as JSON rather than as tables.
+        watch: measures it; by default from this call.
 
     Returns:
         The figures, which are also written to `figures.json` in the folder of the evaluation.
@@ -91,6 +94,7 @@ def evaluate_run(
     Raises:
         TlscaleError: no such run, overrides without effect, data that do not fit its classes, or none to score on.
     """
+    watch = watch or Stopwatch()
     folder = Path(run)
     if not (folder / "recipe.yaml").is_file():
         raise RunFolderError(f"'{run}' is not a run folder: there is no '{folder / 'recipe.yaml'}'")
@@ -101,16 +105,20 @@ def evaluate_run(
     _check_name(name)
     trained = load(folder)
     with closing(start_processes(recipe.compute.without_engine())) as processes:
-        if is_other:
-            named = [role for role in _SPLITS if any(text.startswith(f"data.{role}_split=") for text in overrides)]
-            scored = _other_images(folder, own, recipe, trained, split_name, named, processes)
-            scored = _without_bad(scored, recipe.data)
-        else:
-            with processes.main_first():
-                scored = _own_images(folder, own, trained, split_name)
-            if own.data.on_bad_image == "error":  # else the run says which
+        with watch("scan"):
+            if is_other:
+                named = [role for role in _SPLITS if any(text.startswith(f"data.{role}_split=") for text in overrides)]
+                scored = _other_images(folder, own, recipe, trained, split_name, named, processes)
                 scored = _without_bad(scored, recipe.data)
-        figures = {**scored.figures, **_figures(recipe, trained, scored.split, processes)}
+            else:
+                with processes.main_first():
+                    scored = _own_images(folder, own, trained, split_name)
+                if own.data.on_bad_image == "error":  # else the run says which
+                    scored = _without_bad(scored, recipe.data)
+        screen = Progress(0, enabled=processes.is_main and not as_json)
+        figures = _figures(recipe, trained, scored.split, processes, watch, screen)
+        figures |= watch.figures(parts=("start", "scan", "decode", "evaluate"))
+        figures = {**scored.figures, **figures}
         if processes.is_main:
             target = target or folder / "evaluations" / (name or _default_name(folder, figures))
             _write(target, figures, scored.notes, asked_for=out is not None)
@@ -118,22 +126,27 @@ def evaluate_run(
     return figures
 
 
-def _figures(recipe: Recipe, trained: TrainedModel, split: ImageSplit, processes: Processes) -> dict[str, Any]:
-    store = ImageStore(split, recipe.data, trained.input_spec)
+def _figures(
+    recipe: Recipe, trained: TrainedModel, split: ImageSplit, processes: Processes, watch: Stopwatch, screen: Progress
+) -> dict[str, Any]:
+    with watch("decode"):
+        pace = Pace(len(split), screen.say, f"decoding {split.name}")
+        store = ImageStore(split, recipe.data, trained.input_spec, on_images=pace.add)
     dtype = torch.float64 if recipe.compute.precision == "fp64" else torch.float32
     workers = default_workers(
         recipe.data, cached=store.cached, augmented=False, device=processes.device, processes=processes.world_size
     )
     batch_size = recipe.evaluate.batch_size or recipe.batch_size
-    return evaluate(
-        trained.model.to(processes.device, dtype),
-        eval_batches(store, processes.rank, processes.world_size, batch_size, workers),
-        inputs=InputPath(trained.input_spec, dtype, processes.device, recipe.compute.channels_last),
-        num_images=len(split),
-        objective=Objective(LossSection(), None),
-        classes=trained.classes,
-        processes=processes,
-    )
+    with watch("evaluate"):
+        return evaluate(
+            trained.model.to(processes.device, dtype),
+            eval_batches(store, processes.rank, processes.world_size, batch_size, workers),
+            inputs=InputPath(trained.input_spec, dtype, processes.device, recipe.compute.channels_last),
+            num_images=len(split),
+            objective=Objective(LossSection(), None),
+            classes=trained.classes,
+            processes=processes,
+        )
 
 
 # --- What may be changed ----------------------------------------------------------------------------------------------
@@ -418,3 +431,4 @@ def _show(figures: dict[str, Any], notes: Sequence[str], *, as_json: bool) -> No
         f"macro-F1 {number(figures['macro_f1'])}, ECE {number(figures['ece'])}",
         style="bold",
     )
+    screen.say(f"seconds: {describe_seconds(figures)}")

@@ -19,7 +19,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from tlscale.errors import ModelError
 
 
-def fold_norms(backbone: nn.Module, keep: Iterable[str] = ()) -> tuple[nn.Module, int]:
+def fold_norms(backbone: nn.Module, keep: Iterable[str] = ()) -> tuple[nn.Module, tuple[str, ...]]:
     """A copy in eval mode in which each batch norm that directly follows a convolution is part of its weights.
 
     Args:
@@ -27,7 +27,7 @@ def fold_norms(backbone: nn.Module, keep: Iterable[str] = ()) -> tuple[nn.Module
         keep: layers whose codes are wanted: a convolution whose own output is one of them is not folded into.
 
     Returns:
-        The copy, with the same module names, and how many norms were folded. Outputs differ by rounding only.
+        The copy, with the same module names, and the convolutions that took up a norm. Outputs differ by rounding only.
 
     Raises:
         ModelError: the backbone cannot be traced, so what follows what is not known.
@@ -52,7 +52,7 @@ def fold_norms(backbone: nn.Module, keep: Iterable[str] = ()) -> tuple[nn.Module
         for name, child in norm.named_children():
             rest.add_module(name, child)
         folded.set_submodule(norm_name, rest)
-    return folded, len(pairs)
+    return folded, tuple(sorted(pairs))
 
 
 def _is_within(module: str, layer: str) -> bool:
