@@ -421,6 +421,7 @@ def _show(figures: dict[str, Any], notes: Sequence[str], *, as_json: bool) -> No
         return
     screen = Progress(0)
     show_classes(figures, screen)
+    screen.say(f"seconds: {describe_seconds(figures)}")
     low, high = figures["top1_interval95"]
     of = f"{figures['split']} images" if figures["split"] != "all" else f"images of {figures['data']['name']}"
     chose = " (they chose the model)" if figures.get("selected_on") else ""
@@ -430,4 +431,3 @@ def _show(figures: dict[str, Any], notes: Sequence[str], *, as_json: bool) -> No
         f"macro-F1 {number(figures['macro_f1'])}, ECE {number(figures['ece'])}",
         style="bold",
     )
-    screen.say(f"seconds: {describe_seconds(figures)}")
