@@ -166,14 +166,15 @@ def measure_round(recipe: Recipe, task: Task) -> Round:
     with empty_cache() as folder:
         first, first_s = tlscale_run(recipe, folder / "first")
         again, again_s = tlscale_run(recipe, folder / "again")
-        loop_s, loop_again_s = last_step_s(folder / "first"), last_step_s(folder / "again")
-    to_loop_s, rest_again_s = first_s - first["wall_s"], again["wall_s"] - loop_again_s
+        last_s, last_again_s = last_step_s(folder / "first"), last_step_s(folder / "again")
+    loop_s = first["seconds"]["train"] + first["seconds"]["evaluate"]
+    to_loop_s, rest_again_s = last_s - loop_s, again["wall_s"] - last_again_s
     floors = floor_train_s + floor_test_s, floor_train_s
     return Round(*floors, first_s, again_s, first, again, to_loop_s, loop_s, rest_again_s)
 
 
 def last_step_s(run: Path) -> float:
-    """Seconds from the begin of the loop to its last step."""
+    """Seconds from the begin of the run to its last step."""
     seconds: float = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["time_s"]
     return seconds
 

@@ -265,7 +265,9 @@ def measure(args: argparse.Namespace, image_size: int) -> dict[str, Any]:
             difference = max(difference, largest_difference(weights, job.net.model.state_dict()))
             tops = plain_top1, result["top1"]
             computed.append(result["codes"]["num_computed"])
-            breakdown.append((took_s - result["wall_s"], result["images_seen"] / result["images_per_s"]))
+            seconds = result["seconds"]  # codes of the test images, computed after the loop, count as before it
+            before_s = sum(seconds[part] for part in ("start", "scan", "decode", "codes"))
+            breakdown.append((before_s, seconds["train"]))
             time_parts(recipe, parts, args.batches)
             print(f"{image_size} px, round {number + 1}: plain {plain_s[-1]:.1f} s, tlscale {took_s:.1f} s", flush=True)
     whole, trained, frozen = parts.medians()

@@ -28,4 +28,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'tlscale' has no attribute {name!r}")
     import importlib
 
+    if name != "load_recipe":
+        from tlscale.working_folder import import_torch
+
+        import_torch()
     return getattr(importlib.import_module(_HOMES[name]), name)

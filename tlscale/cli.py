@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ import click
 
 from tlscale import __version__
 from tlscale.errors import TlscaleError
+from tlscale.stopwatch import Stopwatch, process_began_s
 
 if TYPE_CHECKING:
     from tlscale.recipe.schema import Recipe
@@ -35,7 +37,19 @@ def _reports_errors(verb: Callable[..., None]) -> Callable[..., None]:
     return wrapper
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _Main(click.Group):
+    """The command line; what is called as the program of a process counts its seconds from the start of that."""
+
+    def __call__(self, *args: Any, **keys: Any) -> Any:  # noqa: ANN401 (click's own)
+        return self.main(*args, obj=process_began_s(), **keys)
+
+
+def _began_s() -> float:
+    began_s = click.get_current_context().find_root().obj
+    return time.monotonic() if began_s is None else float(began_s)
+
+
+@click.group(cls=_Main, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="tlscale")
 def main() -> None:
     """Transfer learning for images: compute only what is trainable.
@@ -57,7 +71,8 @@ def run(recipe: str, overrides: Sequence[str], out: str | None, resume: bool, ov
 
     Exit codes: 0 done, 1 failed, 2 wrong recipe or data, 75 stopped by a signal after saving.
     """
-    _start(_load(recipe, overrides), out, resume=resume, overwrite=overwrite)
+    began_s = _began_s()
+    _start(_load(recipe, overrides), out, began_s, resume=resume, overwrite=overwrite)
 
 
 @main.command()
@@ -85,12 +100,13 @@ def probe(recipe: str, overrides: Sequence[str], out: str | None, resume: bool, 
 
     Of a recipe without `probe:`, its data, backbone and codes are taken, and a logistic regression.
     """
+    began_s = _began_s()
     loaded = _load(recipe, overrides)
     if loaded.probe is None:
         from tlscale.recipe.strategies import as_probe
 
         loaded = as_probe(loaded)
-    _start(loaded, out, resume=resume, overwrite=overwrite)
+    _start(loaded, out, began_s, resume=resume, overwrite=overwrite)
 
 
 class _CodesGroup(click.Group):
@@ -116,12 +132,13 @@ def codes() -> None:
 @_reports_errors
 def codes_compute(recipe: str, overrides: Sequence[str]) -> None:
     """Compute and keep the codes of RECIPE's images: of codes.layer, or of what it freezes."""
+    began_s = _began_s()
     loaded = _load(recipe, overrides)
     from tlscale.jobs.codes import compute_codes
     from tlscale.stop import stop_with_launcher
 
     stop_with_launcher()
-    compute_codes(loaded)
+    compute_codes(loaded, Stopwatch(began_s))
 
 
 @codes.command("list")
@@ -160,17 +177,32 @@ def codes_prune(digests: tuple[str, ...], keep_gib: float | None, everything: bo
 @main.command()
 @click.argument("run_dir", metavar="RUN")
 @click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")
-@click.option("--split", type=click.Choice(["train", "validation", "test"]), help="[default: test, or validation]")
+@click.option(
+    "--data", metavar="DATA", help="Other images: a folder, a table (.csv, .tsv, .parquet), or fashion_mnist."
+)
+@click.option("--split", type=click.Choice(["train", "validation", "test"]), help="[default: test, or see above]")
+@click.option("--name", help="Name of the folder of the figures below RUN/evaluations.  [default: the data's]")
+@click.option("--out", metavar="DIR", help="Write the figures there instead.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 @_reports_errors
-def evaluate(run_dir: str, overrides: Sequence[str], split: str | None, as_json: bool) -> None:
-    """Evaluate the model of RUN on a split of its data, or on other data: data.source=folder data.path=DIR.
+def evaluate(run_dir: str, overrides: Sequence[str], data: str | None, split: Any, **options: Any) -> None:  # noqa: ANN401
+    """Score the model of RUN on labelled images.
 
-    The figures are printed and written to RUN/evaluation_<split>.json.
+    Without --data: the test split of the run's own data, or else its validation split, which chose the model. With
+    --data (or data.source=... data.path=...): the test split there, or else every labelled image; how many of them the
+    run was trained on is counted by content. Other overrides say how it is computed, such as compute.precision=bf16;
+    what has no effect on an evaluation is an error. The figures are printed and written to figures.json in
+    RUN/evaluations/NAME, never over those of the run.
+
+    \b
+    Examples:
+      tlscale evaluate runs/photos
+      tlscale evaluate runs/photos --data more_photos/ --json
     """
+    began_s = _began_s()
     from tlscale.jobs.evaluate import evaluate_run
 
-    evaluate_run(run_dir, overrides, split_name=split, as_json=as_json)
+    evaluate_run(run_dir, overrides, data=data, split_name=split, watch=Stopwatch(began_s), **options)
 
 
 def _listed(_context: click.Context, _option: click.Parameter, text: str | None) -> list[str]:
@@ -203,11 +235,12 @@ def compare(recipe_files: Sequence[str], seeds: list[int | None], **options: Any
 
     Exit codes: 0 done, 1 a run failed (the others are in the table), 2 wrong recipe or data, 75 stopped by a signal.
     """
+    began_s = _began_s()
     from tlscale.jobs.compare import compare as start
     from tlscale.stop import stop_with_launcher
 
     stop_with_launcher()
-    start(recipe_files, seeds=[seed for seed in seeds if seed is not None], **options)
+    start(recipe_files, seeds=[seed for seed in seeds if seed is not None], watch=Stopwatch(began_s), **options)
 
 
 @main.group(invoke_without_command=True)
@@ -234,14 +267,14 @@ def recipes_copy(name: str, path: str | None) -> None:
     click.echo(f"copied to {copy_recipe(name, path or f'{name}.yaml')}")
 
 
-def _start(recipe: Recipe, out: str | None, *, resume: bool, overwrite: bool) -> None:
+def _start(recipe: Recipe, out: str | None, began_s: float, *, resume: bool, overwrite: bool) -> None:
     if resume and overwrite:
         raise click.UsageError("--resume goes on with a run, --overwrite replaces it: give one of them")
     from tlscale.jobs.run import run as start
     from tlscale.stop import stop_with_launcher
 
     stop_with_launcher()
-    start(recipe, out, resume=resume, overwrite=overwrite)
+    start(recipe, out, resume=resume, overwrite=overwrite, watch=Stopwatch(began_s))
 
 
 def _load(recipe: str, overrides: Sequence[str]) -> Recipe:

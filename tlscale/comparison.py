@@ -7,7 +7,7 @@ those that a paired test on these images does not tell from it. Nothing here run
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -50,6 +50,8 @@ class Outcome:
     """Images that went through the backbone while codes were computed or the network was trained."""
     found_codes: bool = False
     """Whether codes that another run had computed were used, so that `wall_s` is without that."""
+    seconds: dict[str, float] | None = None
+    """The parts of `wall_s`; None of a run of an older version."""
     layer: str | None = None
     split: str | None = None
     num_images: int | None = None
@@ -127,6 +129,7 @@ def finished(variant: str, size: int | None, seed: int, folder: RunFolder, resul
         interval95=tuple(score["top1_interval95"]),
         held_out_top1=_held_out_top1(folder, result),
         wall_s=result["wall_s"],
+        seconds=result.get("seconds"),
         trainable_params=result["trainable_params"],
         steps=result["steps"],
         images_seen=computed if computed is not None and whole_is_frozen else result["images_seen"],
@@ -346,9 +349,18 @@ def markdown(title: str, outcomes: Sequence[Outcome], extra: Sequence[str] = (),
 
 
 def write_comparison(
-    out: Path, title: str, outcomes: Sequence[Outcome], extra: Sequence[str] = (), pairs: Sequence[Pair] = ()
+    out: Path,
+    title: str,
+    outcomes: Sequence[Outcome],
+    extra: Sequence[str] = (),
+    pairs: Sequence[Pair] = (),
+    *,
+    times: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """`compare.json`, `compare.md`, `compare.png` and `compare.svg` in the folder `out`.
+
+    Args:
+        times: `wall_s` and `seconds` of the comparison itself.
 
     Returns:
         What `compare.json` holds.
@@ -358,6 +370,7 @@ def write_comparison(
     """
     figures = {
         "name": title,
+        **(times or {}),
         "notes": [*notes(outcomes, pairs), *extra],
         "runs": [asdict(outcome) for outcome in outcomes],
         "pairs": [pair.to_plain() for pair in pairs],

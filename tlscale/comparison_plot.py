@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from matplotlib import rc_context, ticker
+from matplotlib import rc_context, rcdefaults, rcParams, ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -28,7 +28,7 @@ _STYLES = (
 _OWN_STYLE = {"codes": 0, "early_codes": 1, "mlp": 2, "head": 3, "finetune": 4, "scratch": 5}
 _FONT: Any = {"font.size": 10, "font.family": "DejaVu Sans", "svg.hashsalt": "tlscale", "svg.fonttype": "path"}
 _DPI = 200
-_MAJORITY: Any = {"color": "#555555", "linestyle": "--", "linewidth": 1.0, "label": "always the most frequent class"}
+_MAJORITY: Any = {"color": "#555555", "linestyle": "--", "linewidth": 1.0, "label": "majority class"}
 
 
 def draw(rows: Sequence[Row], paths: Sequence[Path]) -> None:
@@ -39,7 +39,9 @@ def draw(rows: Sequence[Row], paths: Sequence[Path]) -> None:
         paths: files; their endings name the formats.
     """
     sizes = sorted({row.size for row in rows})
-    with rc_context(_FONT):
+    with rc_context():
+        rcdefaults()  # the working folder may hold a `matplotlibrc` of anybody's, which can have it run LaTeX
+        rcParams.update(_FONT)
         figure = _lines(rows, sizes) if len(sizes) > 1 else _dots(rows)
         for path in paths:
             # Without a date, the same figures give the same bytes.
@@ -89,7 +91,7 @@ def _lines(rows: Sequence[Row], sizes: Sequence[int]) -> Figure:
     left.xaxis.set_major_formatter(ticker.FuncFormatter(lambda size, _: f"{size:,.0f}"))
     left.xaxis.set_minor_locator(ticker.NullLocator())
     _log_seconds(right, rows)
-    figure.legend(handles, variants, loc="outside upper center", ncols=min(len(variants), 6), frameon=False)
+    figure.legend(handles, variants, loc="outside upper center", ncols=min(len(variants), 7), frameon=False)
     return figure
 
 

@@ -37,7 +37,7 @@ from tlscale.model.frontier import Frontier
 from tlscale.model.layers import PENULTIMATE
 from tlscale.packages import versions_of
 from tlscale.prepare import Prepared
-from tlscale.progress import Progress
+from tlscale.progress import Pace, Progress
 from tlscale.stop import StopRequest
 
 
@@ -47,14 +47,20 @@ class Images:
     def __init__(self, prepared: Prepared) -> None:
         self._prepared = prepared
         self._stores: dict[str, ImageStore] = {}
+        self.say: Callable[[str], None] = lambda text: None  # how far decoding is
 
-    def train(self) -> ImageStore:
-        """As training wants them.
+    def train(self, *, every: bool = False) -> ImageStore:
+        """As training wants them; nothing is decoded beforehand where the run's steps see few of them.
+
+        Args:
+            every: all of them are wanted.
 
         Raises:
             DataError: an image cannot be read.
         """
-        return self._store("train", self._prepared.train_store)
+        split, keep = self._prepared.data.train, every or self._prepared.needs_all_images
+        make = partial(self._prepared.train_store, keep=keep, on_images=self._pace(split))
+        return self._store("train" if keep else "few of train", make)
 
     def of(self, split: ImageSplit) -> ImageStore:
         """As evaluation wants them.
@@ -62,16 +68,20 @@ class Images:
         Raises:
             DataError: an image cannot be read.
         """
-        return self._store(split.name, partial(self._prepared.eval_store, split))
+        return self._store(split.name, partial(self._prepared.eval_store, split, on_images=self._pace(split)))
 
     def once(self, split: ImageSplit, *, crops: bool = False) -> ImageStore:
         """As evaluation wants them (with `crops`, as training), when each is wanted only once: nothing is kept."""
         section = self._prepared.recipe.data.model_copy(update={"cache_mib": 0})
         return ImageStore(split, section, self._prepared.spec, crops=crops)
 
+    def _pace(self, split: ImageSplit) -> Callable[[int], None]:
+        return Pace(len(split), lambda text: self.say(text), f"decoding {split.name}").add
+
     def _store(self, name: str, make: Callable[[], ImageStore]) -> ImageStore:
         if name not in self._stores:
-            self._stores[name] = make()
+            with self._prepared.watch("decode"):
+                self._stores[name] = make()
         return self._stores[name]
 
 
@@ -129,6 +139,7 @@ class Keeper:
 
     def __post_init__(self) -> None:
         self._loaded_bytes = 0
+        self.images.say = lambda text: self.screen.say(text)  # on the screen of the time
         self.store = CodesStore(limit_bytes=round(self.prepared.recipe.codes.cache_gib * 2**30))
 
     def codes(self, module: nn.Module, parts: Sequence[Part], split: ImageSplit) -> Codes:
@@ -153,7 +164,8 @@ class Keeper:
         bare = self.images.once(split, crops="crop" in prepared.augment)
         kept = {}
         for view in views:
-            pictures = ViewPictures(split, view, seed, augmenter, bare, self.images.train, self._to_inputs)
+            every = partial(self.images.train, every=True)
+            pictures = ViewPictures(split, view, seed, augmenter, bare, every, self._to_inputs)
             kept[view] = self._get(module, parts, pictures, split.name, augment=prepared.augment)
         return CodeViews(kept, split.labels_N, prepared.recipe.codes.views, augmenter, seed)
 
@@ -185,16 +197,17 @@ class Keeper:
             self.processes.run_recorded()
             return codes
 
-        codes = extract_codes(
-            self.store,
-            [self._key(part, augment) for part in parts],
-            pictures,
-            module=compute,
-            processes=self.processes,
-            screen=self.screen,
-            title=split,
-            should_stop=lambda: self.stop.requested,
-        )
+        with self.prepared.watch("codes"):
+            codes = extract_codes(
+                self.store,
+                [self._key(part, augment) for part in parts],
+                pictures,
+                module=compute,
+                processes=self.processes,
+                screen=self.screen,
+                title=split,
+                should_stop=lambda: self.stop.requested,
+            )
         self.num_computed += codes.num_computed
         self.kept[split] = self.kept.get(split, 0) + codes.num_bytes
         fits = self._loaded_bytes + codes.num_bytes <= self.prepared.recipe.codes.memory_mib * 2**20

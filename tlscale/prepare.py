@@ -6,7 +6,8 @@ Promise: whatever is wrong with the recipe, the data or the model is found here,
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ from tlscale.recipe.schema import Recipe
 from tlscale.recipe.values import augmentation_values
 from tlscale.seeds import derive_seed
 from tlscale.stages import Stage, enter, plan_stages, to_steps
+from tlscale.stopwatch import Stopwatch
 from tlscale.teacher import Teacher, open_teacher
 from tlscale.tracking import check_installed
 
@@ -53,6 +55,7 @@ class Prepared:
     split: BatchSplit
     stages: list[Stage]
     teacher: Teacher | None = None
+    watch: Stopwatch = field(default_factory=Stopwatch)
 
     @property
     def bad_images(self) -> BadImages:
@@ -95,13 +98,25 @@ class Prepared:
     def augment(self) -> dict[str, float | None]:
         return augmentation_values(self.recipe.data.augment)
 
-    def train_store(self) -> ImageStore:
-        """The training images, kept in memory where they fit."""
-        return ImageStore(self.data.train, self.recipe.data, self.spec, crops="crop" in self.augment)
+    @property
+    def needs_all_images(self) -> bool:
+        """Whether the steps of the run see as many training images as there are, partners of mixup included."""
+        seen = self.order.images_seen(self.total_steps) * (2 if {"mixup", "cutmix"} & set(self.augment) else 1)
+        return not self.stages or seen >= len(self.data.train)
 
-    def eval_store(self, split: ImageSplit) -> ImageStore:
-        """The images of a split as evaluation wants them."""
-        return ImageStore(split, self.recipe.data, self.spec)
+    def train_store(self, *, keep: bool = True, on_images: Callable[[int], None] | None = None) -> ImageStore:
+        """The training images, kept in memory where they fit.
+
+        Args:
+            keep: False: decode an image when it is used.
+            on_images: called with a number of images whenever so many more are decoded to be kept.
+        """
+        crops = "crop" in self.augment
+        return ImageStore(self.data.train, self.recipe.data, self.spec, crops=crops, keep=keep, on_images=on_images)
+
+    def eval_store(self, split: ImageSplit, *, on_images: Callable[[int], None] | None = None) -> ImageStore:
+        """The images of a split as evaluation wants them; `on_images` as for `train_store`."""
+        return ImageStore(split, self.recipe.data, self.spec, on_images=on_images)
 
     def workers(self, store: ImageStore, device: torch.device, *, augmented: bool, processes: int) -> int:
         """Worker processes for `store`, when so many training processes share the machine."""
@@ -151,7 +166,12 @@ class Due:
 
 
 def prepare(
-    recipe: Recipe, *, world_size: int, bad_images: BadImages | None = None, tries_images: bool = True
+    recipe: Recipe,
+    *,
+    world_size: int,
+    bad_images: BadImages | None = None,
+    tries_images: bool = True,
+    watch: Stopwatch | None = None,
 ) -> Prepared:
     """Open the data, build the model, match the rules, do the arithmetic.
 
@@ -160,13 +180,16 @@ def prepare(
         world_size: number of processes.
         bad_images: those that an earlier start of this run found; None: find them, where the recipe says to skip them.
         tries_images: decode images to find those; else all are taken as sound.
+        watch: measures the run.
 
     Raises:
         TlscaleError: whatever is wrong, of the kind that says where.
     """
     check_installed(recipe.track)
     check_optimizer(recipe.optim)
-    data = open_data(recipe.data, recipe.seed, bad_images=bad_images, tries_images=tries_images)
+    watch = watch or Stopwatch()
+    with watch("scan"):
+        data = open_data(recipe.data, recipe.seed, bad_images=bad_images, tries_images=tries_images)
     if len(data.train) == 0:
         raise DataError(f"all training images are bad, such as {next(iter(data.bad_images.reasons()))}")
     if data.test is None and data.validation is None:
@@ -183,7 +206,7 @@ def prepare(
     if stages:
         _refuse_idle_rates(recipe, stages)
         _enable_checkpointing(recipe, classifier, stages, spec)
-    prepared = Prepared(recipe, data, spec, classifier, weights, code_width, order, split, stages, teacher)
+    prepared = Prepared(recipe, data, spec, classifier, weights, code_width, order, split, stages, teacher, watch)
     if stages:
         _refuse_what_cannot_train(prepared, world_size)
     return prepared

@@ -88,6 +88,43 @@ class _Eta:
         return steps * statistics.median(self._step_times_s) if self._step_times_s else None
 
 
+class Pace:
+    """Says how far a long piece of work is, in a line every few seconds; nothing of a short one."""
+
+    def __init__(
+        self,
+        total: int,
+        say: Callable[[str], None],
+        what: str,
+        every_s: float = 5.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """
+        Args:
+            total: images.
+            say: takes a line.
+            what: the work, for the line.
+            every_s: least seconds before a line and between two.
+        """
+        self._total, self._say, self._what, self._every_s, self._clock = total, say, what, every_s, clock
+        self._done = 0
+        self._began_s = self._said_s = clock()
+
+    def add(self, num_images: int) -> None:
+        """So many more are done."""
+        self._done += num_images
+        now_s = self._clock()
+        if now_s - self._said_s < self._every_s or self._done >= self._total:
+            return
+        self._said_s = now_s
+        rate = self._done / (now_s - self._began_s)
+        left_s = (self._total - self._done) / rate
+        self._say(
+            f"{self._what}: {self._done:,} of {self._total:,} images, {rate:.0f} images/s, "
+            f"eta {format_duration(left_s)}"
+        )
+
+
 class Progress:
     """Shows a run; a context manager.
 

@@ -11,23 +11,29 @@ from typing import Any
 
 _URL_USER = re.compile(r"(?<=://)[^/\s@]+@")
 _URL_SECRET = re.compile(r"(?i)([?&][^=&\s]*(?:token|key|sig|secret|passw|credential)[^=&\s]*=)[^&\s]+")
+_PLAIN_SECRET = re.compile(r"(?i)(?<!\S)([\w.-]*(?:api_?key|token|secret|passw|credential)[\w.-]*=)[^&\s]+")
 _SECRET_KEY = re.compile(r"(?i)api_?key|token|secret|passw|credential")
-_REDACTED = "[redacted]"
+REDACTED = "[redacted]"
 
 
 def redact(value: Any) -> Any:  # noqa: ANN401 (plain YAML values)
-    """Plain values without secrets: no user-info and no signing parameters in URLs, no values of keys that look secret.
+    """Plain values without secrets: no user-info and no signing parameters in URLs, no values of keys that look secret,
+    nor what follows such a key and '=' in a text.
 
     Keys are those that hold api_key, token, secret, passw or credential.
     """
     if isinstance(value, Mapping):
         return {
-            key: _REDACTED if isinstance(item, str) and _SECRET_KEY.search(str(key)) else redact(item)
+            key: REDACTED if isinstance(item, str) and _SECRET_KEY.search(str(key)) else redact(item)
             for key, item in value.items()
         }
     if isinstance(value, list | tuple):
         return [redact(item) for item in value]
-    return _URL_SECRET.sub(rf"\1{_REDACTED}", _URL_USER.sub("", value)) if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    for secret in (_URL_SECRET, _PLAIN_SECRET):
+        value = secret.sub(rf"\1{REDACTED}", value)
+    return _URL_USER.sub("", value)
 
 
 def reason(error: Exception) -> str:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -12,8 +9,11 @@ from tlscale import faults
 from tlscale.dist import Processes
 from tlscale.errors import EXIT_FAILED
 from tlscale.evaluate import scalars
+from tlscale.places import places_of, without_places
 from tlscale.prepare import Prepared
 from tlscale.progress import Progress, number
+from tlscale.recipe.schema import Recipe
+from tlscale.redact import REDACTED
 from tlscale.run_folder import RunFolder
 from tlscale.run_state import Clock
 from tlscale.tracking import MetricsFile, Trackers, open_trackers
@@ -35,8 +35,7 @@ class RunBook:
     ) -> None:
         recipe = prepared.recipe
         self._order, self._clock, self._progress = prepared.order, clock, progress
-        self._started = time.monotonic() - clock.elapsed_s
-        self._began, self._window_images = time.monotonic(), 0
+        self._watch, self._train_s, self._window_images = prepared.watch, prepared.watch.train_s(), 0
         self._metrics = MetricsFile(folder.metrics) if processes.is_main else None
         seen = self._metrics.truncate_after(clock.step) if self._metrics is not None else {}
         self.trackers: Trackers = open_trackers(
@@ -44,7 +43,7 @@ class RunBook:
             wandb=recipe.wandb,
             run_name=recipe.name,
             run_dir=folder.path,
-            config={**recipe.to_plain(), "run": record},
+            config=_config(recipe, record),
             wandb_run_id=clock.wandb_run_id,
             is_main=processes.is_main,
             seen=seen,
@@ -62,31 +61,16 @@ class RunBook:
         if self._metrics is not None:
             self._metrics.close()
 
-    def elapsed_s(self) -> float:
-        """Seconds of the run, over all of its starts."""
-        return time.monotonic() - self._started
-
-    def training_begins(self) -> None:
-        self._began = time.monotonic()
-
     def trained(self, num_images: int) -> None:
         """A step over so many images, on all processes together, is done."""
         self._window_images += num_images
         faults.at("step")
 
-    @contextmanager
-    def not_training(self) -> Iterator[None]:
-        """Time within is not counted as training."""
-        paused = time.monotonic()
-        yield
-        self._began += time.monotonic() - paused
-
     def write_training(self, figures: dict[str, float]) -> None:
         """A line on training since the last one, with its speed: waiting for data counts, evaluation does not."""
-        seconds = max(time.monotonic() - self._began, 1e-9)
-        speed = round(self._window_images / seconds, 1)
-        self._clock.train_s += seconds
-        self._began, self._window_images = time.monotonic(), 0
+        train_s = self._watch.train_s()
+        speed = round(self._window_images / max(train_s - self._train_s, 1e-9), 1)
+        self._train_s, self._window_images = train_s, 0
         self._write("train", {**figures, "images_per_s": speed})
         self._progress.update(
             self._clock.step,
@@ -127,13 +111,27 @@ class RunBook:
         """A line on one setting of a probe: what the held-out images say of it."""
         self._write("probe", {"codes": codes, "setting": setting, "held_out_top1": top1, "held_out_loss": loss})
 
+    def write_summary(self, result: dict[str, Any]) -> None:
+        """Send the final figures to the trackers, the parts of the time included."""
+        parts = {f"seconds/{part}": spent_s for part, spent_s in result["seconds"].items()}
+        self.trackers.summary({**scalars(result), **parts})
+
     def _write(self, kind: str, figures: dict[str, Any]) -> None:
         step = self._clock.step
         where = {
             "epoch": round(step / self._order.steps_per_epoch, 4),
             "images_seen": self._order.images_seen(step),
-            "time_s": round(self.elapsed_s(), 3),
+            "time_s": round(self._watch.total_s(), 3),
         }
         if self._metrics is not None:
             self._metrics.write({"kind": kind, "step": step, **where, **figures})
         self.trackers.log({f"{kind}/{key}": value for key, value in scalars({**where, **figures}).items()}, step)
+
+
+def _config(recipe: Recipe, record: dict[str, Any]) -> dict[str, Any]:
+    """Return what trackers get of a run: its recipe and `run.json`, without places, and without who one is at W&B."""
+    plain = recipe.to_plain()
+    if recipe.wandb is not None and recipe.wandb.entity is not None:
+        plain["wandb"] = {**plain["wandb"], "entity": REDACTED}
+    config: dict[str, Any] = without_places({**plain, "run": record}, places_of(recipe))
+    return config

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import platform
 import secrets
-import subprocess
 import sys
 from datetime import UTC, datetime
 from typing import Any
@@ -14,7 +13,9 @@ import torch
 
 from tlscale import __version__, corrections, faults
 from tlscale.data.identity import identity_facts
+from tlscale.git_state import git_state
 from tlscale.packages import versions_of
+from tlscale.places import places_of, without_places
 from tlscale.prepare import Prepared, strategy_of
 from tlscale.recipe.load import dump_recipe, recipe_digest
 from tlscale.run_folder import RunFolder, clear, naming_disk_errors, write_json, write_text
@@ -23,8 +24,8 @@ _PACKAGES = ("torch", "torchvision", "timm", "accelerate", "datasets", "safetens
 
 
 def make_record(prepared: Prepared, *, world_size: int, device: str) -> dict[str, Any]:
-    """The facts of a run that is about to begin."""
-    return {
+    """Return the facts of a run that is about to begin; places on this machine are in its recipe alone."""
+    record = {
         "tlscale": __version__,
         "name": prepared.recipe.name,
         "id": secrets.token_hex(8),  # its checkpoints bear it
@@ -60,6 +61,8 @@ def make_record(prepared: Prepared, *, world_size: int, device: str) -> dict[str
         "trainable_params": prepared.trainable_params,
         "total_params": prepared.total_params,
     }
+    plain: dict[str, Any] = without_places(record, places_of(prepared.recipe))
+    return plain
 
 
 def begin_folder(folder: RunFolder, prepared: Prepared, *, world_size: int, device: str) -> dict[str, Any]:
@@ -84,17 +87,3 @@ def read_record(folder: RunFolder) -> dict[str, Any] | None:
     """
     begun = folder.run_json.exists() and folder.recipe.exists()
     return dict(json.loads(folder.run_json.read_text())) if begun else None
-
-
-def git_state() -> dict[str, Any] | None:
-    """Commit of the checkout that the run is started in, and whether it has changes; None outside of one."""
-    try:
-        commit = _git("rev-parse", "HEAD")
-        return {"commit": commit, "changed": bool(_git("status", "--porcelain", "--untracked-files=no"))}
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def _git(*words: str) -> str:
-    done = subprocess.run(["git", *words], capture_output=True, text=True, timeout=10, check=True)
-    return done.stdout.strip()

@@ -37,8 +37,7 @@ class Clock:
     """The step, and what is kept beside it in a checkpoint's `state.json`."""
 
     step: int = 0
-    elapsed_s: float = 0.0  # over all starts of the run, as of the last checkpoint
-    train_s: float = 0.0  # of it, without evaluation and checkpoints
+    spent_s: dict[str, float] = field(default_factory=dict)  # by part, over all starts, as of the last checkpoint
     window_loss: float = 0.0  # summed since the last log line, over all processes
     window_images: int = 0
     best: list[tuple[int, float]] = field(default_factory=list)  # (step, validation figure), best first
@@ -147,12 +146,13 @@ def snapshot(
     ema: Ema | None,
     accelerator: Accelerator,
     *,
-    elapsed_s: float,
+    spent_s: dict[str, float] | None = None,
     fixed: Collection[str] = (),
 ) -> Checkpoint:
     """All that a run is, as a checkpoint.
 
     Args:
+        spent_s: seconds of each part of the run so far.
         fixed: names in the network's state dict of what the run cannot change. They are left out: the weights that the
             run began with, whose identity is in `run.json`, have them.
     """
@@ -162,7 +162,7 @@ def snapshot(
     if ema is not None:
         groups["ema"] = ema.averages
     scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-    state = {"clock": {**asdict(clock), "elapsed_s": elapsed_s}, "optimizer": plain, "scaler": scaler}
+    state = {"clock": {**asdict(clock), "spent_s": spent_s or {}}, "optimizer": plain, "scaler": scaler}
     return Checkpoint(clock.step, groups, state, clock.run_id)
 
 
@@ -189,7 +189,10 @@ def restore(
 
 def saved_clock(checkpoint: Checkpoint) -> Clock:
     """The clock that a checkpoint was saved at."""
-    saved = checkpoint.state["clock"]
+    saved = dict(checkpoint.state["clock"])
+    if "elapsed_s" in saved:  # of an older version, which told no more apart
+        train_s = saved.pop("train_s")
+        saved["spent_s"] = {"start": max(saved.pop("elapsed_s") - train_s, 0.0), "train": train_s}
     best = [(int(step), float(figure)) for step, figure in saved["best"]]
     chosen = saved.get("chosen")  # checkpoints of older versions have none
     return Clock(**{**saved, "best": best, "chosen": None if chosen is None else tuple(chosen)})

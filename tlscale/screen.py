@@ -14,6 +14,7 @@ from tlscale.prepare import Prepared, strategy_of
 from tlscale.progress import Progress, format_duration, number
 from tlscale.recipe.schema import Recipe
 from tlscale.stages import Stage, to_steps
+from tlscale.stopwatch import describe_seconds
 
 _WORST_SHOWN = 5
 
@@ -150,6 +151,7 @@ def show_result(result: dict[str, Any], screen: Progress, *, folder: Path, how_t
         f"{label!r}, {how} in {format_duration(result['wall_s'])}, {result['images_per_s']:.0f} images/s",
         style="bold",
     )
+    screen.say(f"seconds: {describe_seconds(result)}")
     _show_what_the_score_is_of(result, screen)
     if result["is_sample"]:
         screen.say(

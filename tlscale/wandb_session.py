@@ -2,6 +2,7 @@
 
 Promise: offline when nobody is logged in or the network is gone; one run id over all segments of a run; records carry
 their own step; files stay inside the run folder. No argv, no environment, no code, no git diff, no host or user name.
+W&B's settings in the working folder are not read: they could have the key, and the run, sent to anybody.
 """
 
 from __future__ import annotations
@@ -11,13 +12,15 @@ import secrets
 import shlex
 import signal
 import string
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from tlscale.errors import EXIT_STOPPED
 from tlscale.recipe.schema import WandbSection
-from tlscale.redact import reason
+from tlscale.redact import reason, redact
+from tlscale.working_folder import outside_working_folder, wandb_files, wandb_settings
 
 STEP_KEY = "trainer/step"
 """The step of a record in W&B: its own step refuses to go back, so a resumed run would lose records."""
@@ -35,6 +38,7 @@ def environment(folder: Path) -> dict[str, str]:
     return {
         "WANDB_CACHE_DIR": str(folder / "cache"),
         "WANDB_DATA_DIR": str(folder / "data"),
+        "WANDB_DISABLE_GIT": "true",  # of the working folder
         "WANDB_ERROR_REPORTING": "false",
         "WANDB_SILENT": "true",
     }
@@ -66,6 +70,7 @@ class WandbSession:
         """Online if that is asked for or left open and somebody is logged in, else offline; None when disabled."""
         import wandb
 
+        self._say_what_is_not_read()
         mode, why = _mode(self._section)
         if mode == "disabled":
             self._note(f"W&B: off ({why})")
@@ -87,14 +92,28 @@ class WandbSession:
             self._note(f"W&B: {self._run.url}")
         return self
 
+    def _say_what_is_not_read(self) -> None:
+        files, asked = wandb_files(), wandb_settings()
+        if files:
+            keys = f" ({', '.join(sorted(asked))})" if asked else ""
+            self._note(
+                f"W&B: not read, as they lie in the working folder, which may be anybody's: "
+                f"{', '.join(map(str, files))}{keys}. What is yours belongs into ~/.config/wandb/settings or the "
+                "environment (WANDB_BASE_URL, ...)"
+            )
+
     def _init(self, mode: Literal["online", "offline"]) -> Any:  # noqa: ANN401 (wandb is not typed)
+        with _own_settings():
+            return self._init_here(mode)
+
+    def _init_here(self, mode: Literal["online", "offline"]) -> Any:  # noqa: ANN401
         import wandb
 
         return wandb.init(
-            project=self._section.project,
-            entity=self._section.entity,
-            name=self._run_name,
-            tags=self._section.tags,
+            project=redact(self._section.project),
+            entity=redact(self._section.entity),
+            name=redact(self._run_name),
+            tags=redact(self._section.tags),
             id=self._run_id,
             resume="allow",
             config=dict(self._config),
@@ -148,12 +167,12 @@ _PRIVATE: dict[str, Any] = {
 
 def _mode(section: WandbSection) -> tuple[Literal["online", "offline", "disabled"], str]:
     """The mode and the reason for it; never asks, never uses the network."""
-    import wandb
-
-    settings = wandb.setup().settings
+    settings, wish = _load_settings(), wandb_settings().get("mode", "")
     asked = os.environ.get("WANDB_MODE")
     who = f"WANDB_MODE={asked}" if asked else f"the recipe says 'wandb.mode: {section.mode}'"
     mode = asked or (section.mode if section.mode != "auto" else settings.mode)
+    if not asked and section.mode == "auto" and wish in ("offline", "dryrun", "disabled"):
+        return "offline", "W&B's settings in the working folder say so"
     if mode == "disabled":
         return "disabled", who
     if mode in ("offline", "dryrun"):
@@ -163,6 +182,25 @@ def _mode(section: WandbSection) -> tuple[Literal["online", "offline", "disabled
     except Exception as error:  # a broken key, or another version of wandb
         return "offline", f"the log-in cannot be used, {reason(error)}"
     return ("online", who) if logged_in else ("offline", "nobody is logged in")
+
+
+@contextmanager
+def _own_settings() -> Iterator[None]:
+    """Within: W&B finds no settings in the working folder; which is left for no longer than it has to be."""
+    with outside_working_folder() if wandb_files() else nullcontext():
+        yield
+
+
+def _load_settings() -> Any:  # noqa: ANN401
+    """W&B's settings for this process: the user's and the environment's, and not those of the working folder."""
+    import wandb
+
+    here = os.getcwd()
+    with _own_settings():
+        settings = wandb.setup().settings
+        if settings.root_dir == os.getcwd():
+            settings.root_dir = here  # as it would be, for runs of the user's own in this process
+    return settings
 
 
 def _is_logged_in(base_url: str) -> bool:

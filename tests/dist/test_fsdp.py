@@ -7,6 +7,7 @@ import json
 import shutil
 import time
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -115,6 +116,9 @@ def test_every_image_is_evaluated_once(several, alone):
     folder, _ = several
     for name in RUNS:
         assert_same_evaluation(folder / name, alone / name)
+        same = ["path", "row", "true_label", "label"]
+        ours, theirs = (pq.read_table(out / name / "predictions.parquet", columns=same) for out in (folder, alone))
+        assert ours.equals(theirs), name
 
 
 def test_codes_were_trained_on(several):

@@ -10,10 +10,14 @@ import pytest
 
 import tlscale
 from tests.coins import put_coins
+from tests.older_runs import put_older_runs
 from tests.recompute import assert_follows
 from tests.small_runs import put_small_folder, put_small_idx, put_teacher, result, small_recipe
 from tlscale.codes.probe import PROBE_KINDS
+from tlscale.comparison import finished, table, to_rows
 from tlscale.jobs.evaluate import evaluate_run
+from tlscale.paired import paired_tests
+from tlscale.run_folder import RunFolder
 
 RESNET = {"name": "test_resnet"}
 BY_HEART = {"logistic": [1e-3], "ridge": [1e-3], "sklearn": [1e-3], "knn": None}
@@ -167,3 +171,19 @@ def test_the_majority_class_is_that_of_training(run, tmp_path):
     share = np.mean([labels[place] == "tails" for place in of_test])
     assert result(out)["majority"] == {"label": "tails", "top1": pytest.approx(share)}
     assert share < 0.5
+
+
+# -- runs of an older version -----------------------------------------------------------------------------------------
+
+
+def test_older_runs_are_compared_by_the_score_before_the_refit_and_without_a_test(tmp_path):
+    folder = put_older_runs(tmp_path / "older") / "runs"
+    old, record = result(folder / "probe_no_test"), json.loads((folder / "probe_no_test" / "run.json").read_text())
+    assert old["probe"]["num_images"] > record["data"]["num_images"]["train"]
+    assert "scored_model" not in old, "it was scored on what it was fitted to"
+    found = finished("codes", 100, 0, RunFolder(folder / "probe_no_test"), old)
+    assert (found.top1, found.scored_model) == (old["probe"]["held_out_top1"], "before_refit")
+    other = finished("other", 100, 0, RunFolder(folder / "probe_no_test"), old)
+    pairs = paired_tests(to_rows([found, other]))
+    assert pairs == []
+    assert [row[4] for row in table([found, other], pairs)] == ["best", "+0.0 points, no paired test"]

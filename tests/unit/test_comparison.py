@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 
@@ -278,6 +279,22 @@ def test_anything_can_be_drawn(tmp_path, outcomes):
     draw(to_rows(outcomes), [tmp_path / "picture.png"])
     with Image.open(tmp_path / "picture.png") as picture:
         assert len(picture.convert("RGB").getcolors(10**6)) > 10
+
+
+def test_what_a_matplotlibrc_in_the_working_folder_sets_does_not_reach_the_picture(tmp_path, monkeypatch):
+    """It is read when matplotlib is imported, and can have it run LaTeX on a preamble of its own."""
+    import matplotlib
+
+    latex = tmp_path / "latex"
+    latex.write_text(f"#!/bin/sh\ntouch '{tmp_path}/ran'\nexit 1\n")
+    latex.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    rows = to_rows([replace(outcome(), size=5)])
+    draw(rows, [tmp_path / "plain.svg"])
+    with matplotlib.rc_context({"text.usetex": True, "text.latex.preamble": "x", "axes.facecolor": "black"}):
+        draw(rows, [tmp_path / "planted.svg"])
+    assert not (tmp_path / "ran").exists()
+    assert (tmp_path / "planted.svg").read_bytes() == (tmp_path / "plain.svg").read_bytes()
 
 
 def test_the_picture_of_one_run_does_not_change_matplotlib(tmp_path):

@@ -149,5 +149,8 @@ def test_a_probe_whose_configuration_does_not_fit(key, value, tmp_path):
 def test_neighbours_that_are_missing(tmp_path):
     export(probe("test_resnet", "layer2", "avg", 3), tmp_path)
     safetensors.torch.save_file({"mean_D": torch.zeros(48)}, tmp_path / "head.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["tlscale"]["sha256"]  # which would tell first that it is another file
+    (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(RunFolderError, match="cannot be loaded: probe: the nearest neighbours lack their codes_ND"):
         load(tmp_path)

@@ -137,7 +137,7 @@ def test_names_do_not_tell_where_the_data_are(tmp_path, monkeypatch):
         "/data/people/jane/4.jpg",
         "/mnt/5.jpg",
     ]
-    store = FileStore(root, pa.array(paths, pa.large_string()), "x")
+    store = FileStore(root, pa.array(paths, pa.large_string()), "x", np.zeros((5, 5), np.int64), 0)
     assert names_of(store, 5) == ["train/ash/1.jpg", "oak/2.jpg", "~/3.jpg", "~/4.jpg", "../../../mnt/5.jpg"]
     assert names_of(ArrayStore("/home/joe/t10k-images", np.zeros((2, 1, 1), np.uint8), "x"), 2) == [
         *("t10k-images image 0", "t10k-images image 1"),

@@ -1,5 +1,6 @@
 """Trackers with the real libraries: what W&B and TensorBoard wrote is read back, and failures do not end a run."""
 
+import http.server
 import json
 import math
 import os
@@ -7,9 +8,11 @@ import pty
 import re
 import subprocess
 import sys
+import threading
 
 import pytest
 
+from tests.small_runs import REPO
 from tests.wandb_records import BLOCK, CHUNK, HEADER, OfflineRun, offline_runs, payloads
 from tlscale.errors import EXIT_BAD_INPUT, EXIT_STOPPED, RecipeError
 from tlscale.recipe.schema import WandbSection
@@ -50,7 +53,7 @@ def segment(tmp_path):
     for name in ("home", "tmp", "run"):
         (tmp_path / name).mkdir()
 
-    def run(environment=None, on_terminal=False, arguments=(), **plan):
+    def run(environment=None, on_terminal=False, arguments=(), folder=None, **plan):
         plan_file, out = tmp_path / "plan.json", tmp_path / "out.json"
         plan_file.write_text(json.dumps({"run_dir": str(tmp_path / "run"), "out": str(out), **plan}))
         clean = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
@@ -58,7 +61,8 @@ def segment(tmp_path):
         terminal = pty.openpty() if on_terminal else None
         done = subprocess.run(
             [sys.executable, "-c", SEGMENT, str(plan_file), *arguments],
-            env=clean,
+            env={**clean, "PYTHONPATH": str(REPO)},
+            cwd=folder,
             stdin=terminal[1] if terminal else subprocess.DEVNULL,
             stdout=terminal[1] if terminal else subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -178,6 +182,84 @@ def test_without_a_network_the_run_is_recorded_offline(segment, tmp_path):
     assert "the start online failed" in report["notes"][0]
     assert_nothing_holds(tmp_path / "run", CANARY)
     assert files_below(tmp_path / "home") == []
+
+
+@pytest.fixture
+def listener():
+    """A server that answers nothing; its address, and what it was sent."""
+    heard = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            heard.append(f"{self.requestline}\n{self.headers}")
+            self.send_error(404)
+
+        do_GET = do_HEAD = do_CONNECT = do_POST
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}", heard
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.mark.parametrize("name", ["wandb", ".wandb"])
+def test_settings_in_the_working_folder_do_not_get_the_key(segment, tmp_path, listener, name):
+    address, heard = listener
+    own = tmp_path / "home" / ".config" / "wandb" / "settings"
+    folder = tmp_path / "unpacked"
+    for path, base_url in ((own, "http://127.0.0.1:9"), (folder / name / "settings", address)):
+        path.parent.mkdir(parents=True)
+        path.write_text(f"[default]\nbase_url = {base_url}\n")
+    (folder / "config-defaults.yaml").write_text("planted: {value: 1}\n")
+    report = segment(
+        environment={"WANDB_API_KEY": CANARY, "WANDB_INIT_TIMEOUT": "1"},
+        folder=folder,
+        records=[(1, {"train/loss": 0.5})],
+    )
+    assert heard == []
+    assert [f"{name}/settings, config-defaults.yaml (base_url)" in note for note in report["notes"]] == [True, False]
+    assert "the start online failed" in report["notes"][1]
+    assert report["left"] == []
+    (run,) = offline_runs(tmp_path / "run")
+    assert run.rows() == [{"train/loss": 0.5, "trainer/step": 1}]
+    assert "planted" not in run.config
+    assert sorted(path.name for path in folder.rglob("*") if path.is_file()) == ["config-defaults.yaml", "settings"]
+
+
+def test_a_wish_to_stay_offline_in_the_working_folder_is_heard(segment, tmp_path, listener):
+    address, heard = listener
+    (tmp_path / "here" / "wandb").mkdir(parents=True)
+    (tmp_path / "here" / "wandb" / "settings").write_text("[default]\nmode = offline\n")
+    report = segment(environment={"WANDB_API_KEY": CANARY, "WANDB_BASE_URL": address}, folder=tmp_path / "here")
+    assert heard == []
+    assert "offline (W&B's settings in the working folder say so)" in report["notes"][-1]
+
+
+def test_what_the_user_says_of_places_holds_beside_such_settings(segment, tmp_path):
+    """Relative places are those below the working folder, although W&B is started elsewhere then."""
+    (tmp_path / "here" / "wandb").mkdir(parents=True)
+    (tmp_path / "here" / "wandb" / "settings").write_text("[default]\nbase_url = http://127.0.0.1:1\n")
+    (tmp_path / "here" / "mine").mkdir()
+    (tmp_path / "here" / "mine" / "settings").write_text("[default]\nmode = offline\n")
+    report = segment(environment={"WANDB_API_KEY": CANARY, "WANDB_CONFIG_DIR": "mine"}, folder=tmp_path / "here")
+    assert "offline (W&B's settings say so)" in report["notes"][-1]
+
+
+def test_no_secret_is_in_the_name_the_tags_or_the_team(segment, tmp_path):
+    section = {
+        "entity": f"https://me:{CANARY}@host/team",
+        "tags": [f"https://h/x?token={CANARY}", f"api_key={CANARY}", "plain"],
+    }
+    segment(section=section, config={"wandb": section})
+    (run,) = offline_runs(tmp_path / "run")
+    assert list(run.run.tags) == ["https://h/x?token=[redacted]", "api_key=[redacted]", "plain"]
+    assert_nothing_holds(tmp_path / "run", CANARY)
 
 
 def test_when_the_service_dies_training_goes_on_and_it_is_said_once(segment):

@@ -24,6 +24,7 @@ from tlscale.data.tables import (
     FileStore,
     Ints,
     Role,
+    ScoredSection,
     Source,
     SourceSplit,
     digest,
@@ -68,9 +69,14 @@ def _pick(section: DataSection, root: Path) -> dict[Role, str] | None:
             raise DataError(f"split {name!r} lies outside {root}; a split is a folder inside data.path")
     top = [entry.name for entry in _visible(root) if entry.is_dir()]
     nested = [name for name in filter(None, named) if "/" in name and (root / name).is_dir()]
-    if section.train_split in (*top, *nested):
+    wanted = [section.train_split]
+    if isinstance(section, ScoredSection):
+        wanted += [section.test_split, section.validation_split or "", *VALIDATION_NAMES]
+    if any(name in (*top, *nested) for name in wanted):
         return pick_splits(section, _available(root, section.train_split, top, nested), str(root), any_word=True)
     telling = top if are_splits(top) else [name for name in top if _tells(name)]
+    if isinstance(section, ScoredSection) and not telling:
+        return None
     if telling or section.train_split != "train" or section.validation_split or section.test_split != "test":
         raise DataError(
             f"{root} has no folder {section.train_split!r} (data.train_split); its folders are "

@@ -195,7 +195,7 @@ def _load_cached(name: str, config: str | None, revision: str | None) -> tuple[M
 
 def _source(section: DataSection, loaded: Mapping[str, Dataset], place: str, identity: Mapping[str, object]) -> Source:
     picked = pick_splits(section, list(loaded), place)
-    train = loaded[picked["train"]]
+    train = loaded[next(iter(picked.values()))]  # the training split; where there is none, another
     image, label = _image_column(section, train, place), _label_column(section, train, place)
     splits: dict[Role, SourceSplit] = {}
     for role, name in picked.items():

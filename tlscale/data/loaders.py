@@ -8,7 +8,7 @@ Shape letters: N images of a split, B images of a batch, C channels, H height, W
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -63,18 +63,31 @@ class ImageStore:
     own; worker processes share their parent's.
     """
 
-    def __init__(self, split: ImageSplit, section: DataSection, spec: InputSpec, *, crops: bool = False) -> None:
+    def __init__(
+        self,
+        split: ImageSplit,
+        section: DataSection,
+        spec: InputSpec,
+        *,
+        crops: bool = False,
+        keep: bool = True,
+        on_images: Callable[[int], None] | None = None,
+    ) -> None:
         """
         Args:
             crops: `images` gives originals of any size, for a random crop, rather than images of the spec's size.
+            keep: False: keep nothing, as only a few of the images will be used.
+            on_images: called with a number of images whenever so many more are decoded to be kept.
 
         Raises:
             DataError: an image cannot be read (at once where images are kept, else when it is used).
         """
         self.split, self.spec, self.crops = split, spec, crops
-        self._section = section
-        self._prepared_NCSS = None if crops else self._keep_prepared()
-        self._originals = self._keep_originals() if crops and section.cache_mib else None
+        self._section, self._keep = section, keep
+        # Not an attribute: workers get the store, and could not get what shows things.
+        on_images = on_images or (lambda num_images: None)
+        self._prepared_NCSS = self._keep_prepared(on_images) if keep and not crops else None
+        self._originals = self._keep_originals(on_images) if keep and crops and section.cache_mib else None
 
     def __len__(self) -> int:
         return len(self.split)
@@ -94,6 +107,8 @@ class ImageStore:
     def describe(self) -> str:
         """What is kept and how much memory it takes, in one line."""
         what = f"{self.split.name}: {len(self):,} images"
+        if not self._keep:
+            return f"{what}, of which few are used, each decoded when it is"
         if not self.cached:
             return f"{what}, decoded each time they are used (data.cache_mib is {self._section.cache_mib})"
         size = f"{self.spec.image_size} x {self.spec.image_size} x {self.spec.in_chans}"
@@ -126,7 +141,7 @@ class ImageStore:
     def _prepare(self, row: int, raws: Mapping[int, Raw] | None = None) -> Pixels:
         return eval_transform(self._decode(row, raws), self.spec)
 
-    def _keep_prepared(self) -> Pixels | None:
+    def _keep_prepared(self, on_images: Callable[[int], None]) -> Pixels | None:
         shape_CSS = (self.spec.in_chans, self.spec.image_size, self.spec.image_size)
         if len(self) * int(np.prod(shape_CSS)) > self._section.cache_mib * _MIB:
             return None
@@ -135,11 +150,12 @@ class ImageStore:
         def fill(rows: range) -> None:
             kept_NCSS[rows.start : rows.stop] = _stacked(map(self._prepare, rows))
 
-        for _ in map_in_threads(fill, _blocks(len(self))):
-            pass
+        blocks = _blocks(len(self))
+        for block, _ in zip(blocks, map_in_threads(fill, blocks), strict=True):
+            on_images(len(block))
         return kept_NCSS
 
-    def _keep_originals(self) -> _Originals | None:
+    def _keep_originals(self, on_images: Callable[[int], None]) -> _Originals | None:
         budget = self._section.cache_mib * _MIB
         expected = self._expected_bytes()
         if expected > budget:
@@ -156,6 +172,7 @@ class ImageStore:
                 pixels[end : end + image.size] = image.ravel()
                 starts_N[row], shapes_N3[row] = end, image.shape
                 row, end = row + 1, end + image.size
+            on_images(len(images))
         pixels.resize(end, refcheck=False)
         return _Originals(pixels, starts_N, shapes_N3)
 

@@ -65,7 +65,7 @@ def open_data(
     Raises:
         DataError: missing or wrong, with the place and what to do.
     """
-    source = _read(section)
+    source = read_source(section)
     bad_images, said = _bad_images(section, source, bad_images, tries_images=tries_images)
     early = {} if bad_images.is_late else bad_images.found
     chosen = choose_splits(section, source, seed, {role: [row for row, _ in rows] for role, rows in early.items()})
@@ -101,7 +101,12 @@ def _bad_images(
     ]
 
 
-def _read(section: DataSection) -> Source:
+def read_source(section: DataSection) -> Source:
+    """Read all splits of a source, as they lie.
+
+    Raises:
+        DataError: missing or wrong, with the place and what to do.
+    """
     if section.source == "fashion_mnist":
         return read_fashion_mnist(section)
     assert section.path is not None, "the schema sees to it"

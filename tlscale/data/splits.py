@@ -63,7 +63,10 @@ def choose_splits(
     """
     labelled, notes = _with_labels(source)
     classes = _class_list(section, source, labelled)
-    tables = {role: _number(split, classes, role, source.place) for role, split in _by_name(labelled, classes).items()}
+    tables = {
+        role: number_labels(split, classes, role, source.place)
+        for role, split in name_labels(labelled, classes).items()
+    }
     good = {role: _good_rows(table, role, (bad or {}).get(role, ())) for role, table in tables.items()}
     files = {role: split.files_N for role, split in labelled.items()}
     notes += (*check_files(tables, files, classes, source.place), *_absences(classes, tables, good))
@@ -168,8 +171,8 @@ def _class_list(section: DataSection, source: Source, splits: Mapping[Role, Sour
     return tuple(section.classes or source.declared_classes or sort_labels(used))
 
 
-def _by_name(splits: Mapping[Role, SourceSplit], classes: tuple[str, ...]) -> dict[Role, SourceSplit]:
-    """The splits with labels that are class names: integers count from 0 where `classes` gives them names."""
+def name_labels(splits: Mapping[Role, SourceSplit], classes: tuple[str, ...]) -> dict[Role, SourceSplit]:
+    """Give the splits labels that are class names: integers count from 0 where `classes` gives them names."""
     used = {name for split in splits.values() for name in split.used_names()}
     if used & set(classes) or not all(is_integer(name) for name in used):
         return dict(splits)
@@ -180,7 +183,12 @@ def _by_name(splits: Mapping[Role, SourceSplit], classes: tuple[str, ...]) -> di
     }
 
 
-def _number(split: SourceSplit, classes: tuple[str, ...], role: Role, place: str) -> LabelledTable:
+def number_labels(split: SourceSplit, classes: tuple[str, ...], role: Role, place: str) -> LabelledTable:
+    """Number the labels of a split by their place in `classes`.
+
+    Raises:
+        DataError: labels that are no class.
+    """
     number = {name: i for i, name in enumerate(classes)}
     outside = [name for name in split.used_names() if name not in number]
     if outside:

@@ -208,6 +208,10 @@ class ImageSplit:
         return ImageSplit(self.name, self.table, self.rows_N[kept_N])
 
 
+class ScoredSection(DataSection):
+    """`data` of images that are only scored: none of the usual splits has to be there."""
+
+
 @dataclass(frozen=True, eq=False)
 class SourceSplit:
     """One split as it lies, before anybody chose from it."""
@@ -386,23 +390,27 @@ def pick_splits(
         DataError: a split that the recipe names is not there, one split has two roles, or a split that nothing uses
             is called like a role that nothing plays.
     """
-    picked: dict[Role, str] = {"train": _named_split(section.train_split, "train_split", available, where)}
+    picked: dict[Role, str] = {}
+    if section.train_split in available or not isinstance(section, ScoredSection):
+        picked["train"] = _named_split(section.train_split, "train_split", available, where)
     validation = section.validation_split
-    if validation is not None:
+    if validation is not None and not (isinstance(section, ScoredSection) and validation not in available):
         picked["validation"] = _named_split(validation, "validation_split", available, where)
     else:
-        usual = [name for name in VALIDATION_NAMES if name in available and name not in (picked["train"], "test")]
+        usual = [name for name in VALIDATION_NAMES if name in available and name not in (section.train_split, "test")]
         usual = [name for name in usual if name != section.test_split]
         if len(usual) > 1:
             raise DataError(f"{where} has validation splits {_quoted(usual)}; say which in data.validation_split")
         if usual:
             picked["validation"] = usual[0]
-    if section.test_split in available or section.test_split != "test":
+    if section.test_split in available or (section.test_split != "test" and not isinstance(section, ScoredSection)):
         picked["test"] = _named_split(section.test_split, "test_split", available, where)
     for role, name in picked.items():
         twin = next((other for other, its in picked.items() if its == name and other != role), None)
         if twin is not None:
             raise DataError(f"{where}: split {name!r} would be both {role} and {twin}; each needs its own")
+    if not picked:
+        _named_split(section.train_split, "train_split", available, where)  # which says what there is
     unused = [name for name in available if name not in picked.values()]
     for name, role in lookalikes(unused, picked, any_word=any_word).items():
         raise DataError(

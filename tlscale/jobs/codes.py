@@ -18,16 +18,21 @@ from tlscale.prepare import Prepared, prepare
 from tlscale.progress import Progress, format_duration
 from tlscale.recipe.schema import Recipe
 from tlscale.stop import StopRequest
+from tlscale.stopwatch import Stopwatch, describe_seconds
 from tlscale.targets import ask_teacher
 
 _GIB = 2**30
 
 
-def compute_codes(recipe: Recipe) -> int:
+def compute_codes(recipe: Recipe, watch: Stopwatch | None = None) -> int:
     """Compute and keep the codes of all images of the recipe's data; what is there is not computed again.
 
     They are those of `codes.layer`, or what a probe takes by itself; and for a recipe that trains, those that its
     (first stage's) frozen part gives, or its teacher.
+
+    Args:
+        recipe: from `load_recipe`.
+        watch: measures it; by default from this call.
 
     Returns:
         How many images went through the network, over all processes.
@@ -35,11 +40,12 @@ def compute_codes(recipe: Recipe) -> int:
     Raises:
         TlscaleError: wrong input, codes that cannot be kept, or `Stopped` after a signal.
     """
+    watch = watch or Stopwatch()
     processes = start_processes(recipe.compute.without_engine())
     with closing(processes), StopRequest() as stop:
         screen = Progress(0, enabled=processes.is_main)
         with processes.main_first():
-            prepared = prepare(recipe, world_size=processes.world_size)
+            prepared = prepare(recipe, world_size=processes.world_size, watch=watch)
         prepared.classifier.to(processes.device)
         keeper = Keeper(prepared, processes, Images(prepared), screen, stop)
         data = prepared.data
@@ -53,6 +59,7 @@ def compute_codes(recipe: Recipe) -> int:
         else:
             _frozen_codes(prepared, processes, keeper, others)
         screen.say(f"{keeper.num_computed:,} images were computed; all codes are in '{keeper.store.root}'")
+        screen.say("seconds: " + describe_seconds(watch.figures(parts=("start", "scan", "decode", "codes"))))
         return keeper.num_computed
 
 

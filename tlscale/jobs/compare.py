@@ -53,6 +53,7 @@ from tlscale.recipe.strategies import (
     with_seed,
 )
 from tlscale.run_folder import RunFolder
+from tlscale.stopwatch import Stopwatch
 
 MIN_STEPS = 200
 """Least steps of a training run at a size of `--sizes`."""
@@ -86,6 +87,7 @@ def compare(
     min_steps: int | None = None,
     out: str | Path | None = None,
     resume: bool = False,
+    watch: Stopwatch | None = None,
 ) -> dict[str, Any]:
     """Run the strategies of one recipe, or several recipes, and put the figures into one table and one picture.
 
@@ -98,6 +100,7 @@ def compare(
         min_steps: training at `sizes` takes at least so many steps; by itself `MIN_STEPS`.
         out: a folder, with a run folder for each; by itself `runs/compare_<recipe name>`.
         resume: keep the complete runs that are there, and go on with the others.
+        watch: measures the comparison; by default from this call. Each run has a measure of its own.
 
     Returns:
         What `compare.json` holds.
@@ -106,6 +109,7 @@ def compare(
         TlscaleError: wrong input, before anything runs; one or more of the runs failed, when all is written;
             `Stopped` after a signal.
     """
+    watch = watch or Stopwatch()
     # -- what is compared, and all of it checked ------------------------------------------------------------------
     is_main = int(os.environ.get("RANK", "0")) == 0
     screen = Progress(0, enabled=is_main)
@@ -124,12 +128,13 @@ def compare(
     outcomes = []
     for position, variant in enumerate(variants, start=1):
         screen.say(f"run {position} of {len(variants)}: {variant.recipe.name}, in '{variant.folder}'", style="bold")
-        outcomes.append(_outcome(variant, screen, resume=resume, is_main=is_main))
+        with watch("runs"):
+            outcomes.append(_outcome(variant, screen, resume=resume, is_main=is_main))
 
     # -- table and picture: by the main process, for which the others wait ------------------------------------------
     title = f"Comparison of {', '.join(base.name for base in bases)}"
     with closing(start_processes(bases[0].compute.without_engine())) as processes:
-        figures = processes.on_main(lambda: _conclude(title, outcomes, _remarks(sizes, least), root, screen))
+        figures = processes.on_main(lambda: _conclude(title, outcomes, _remarks(sizes, least), root, screen, watch))
     _refuse_failures(outcomes, root)
     return figures
 
@@ -306,11 +311,13 @@ def _refuse_failures(outcomes: Sequence[Outcome], root: Path) -> None:
 
 
 def _conclude(
-    title: str, outcomes: Sequence[Outcome], remarks: Sequence[str], root: Path, screen: Progress
+    title: str, outcomes: Sequence[Outcome], remarks: Sequence[str], root: Path, screen: Progress, watch: Stopwatch
 ) -> dict[str, Any]:
     refuse_other_images(outcomes)
     pairs = paired_tests(to_rows(outcomes))
-    figures = write_comparison(root, title, outcomes, remarks, pairs)
+    times = watch.figures(parts=("start", "runs"))
+    remarks = [*remarks, _of_time(times)]
+    figures = write_comparison(root, title, outcomes, remarks, pairs, times=times)
     screen.table(title, COLUMNS, table(outcomes, pairs))
     for line in figures["notes"]:
         screen.say(line)
@@ -359,6 +366,13 @@ def _differences(old: Recipe, new: Recipe) -> list[tuple[str, str, str]]:
 
 def _shown(value: object) -> str:
     return "-" if value is None or value == [] else str(value)
+
+
+def _of_time(times: dict[str, Any]) -> str:
+    return (
+        "Seconds: of each run from its own start until its result.json: data, codes, training, evaluation and export. "
+        f"They are without the start of the comparison, once for all runs: {times['seconds']['start']:.1f} s."
+    )
 
 
 def _remarks(sizes: Sequence[int | None], min_steps: int) -> list[str]:

@@ -96,6 +96,8 @@ def _train(
     computed.keep_decisions(record, clock)
     if checkpoint is not None:
         processes.on_main(partial(point_to, folder.checkpoints, clock))
+        if careful_until == 0:  # else what it tells of is of this very start
+            prepared.watch.add_earlier(clock.spent_s)
         screen.say(f"resumed from {newest}, at step {clock.step} of {prepared.total_steps}")
     _go_on(checkpoint, clock, parts)
 
@@ -104,17 +106,17 @@ def _train(
     record = processes.on_main(partial(_record, record, folder, prepared, processes, start, clock, hangs_on, screen))
     clock.run_id = record.get("id")
     if checkpoint is None and prepared.recipe.non_finite.action == "rollback":
-        save(parts, clock, folder, elapsed_s=0.0)  # something to go back to
+        save(parts, clock, folder)  # something to go back to
     with (
         unwrapping(parts),
         Progress(prepared.total_steps, clock.step, enabled=processes.is_main) as progress,
         RunBook(prepared, folder, processes, clock, record, progress) as book,
         processes.watchdog.watching(),
+        prepared.watch("train"),
         closing(_steps(parts, clock, book, folder)) as steps,
     ):
         window, due = LossWindow(clock, processes), Due(prepared)
         parts.keeper.screen = progress
-        book.training_begins()
         for batches in steps:
             # Train.
             lr, grad_norm = _make_step(batches, parts, clock, window, book, folder)
@@ -131,11 +133,11 @@ def _train(
             if due.evaluate(clock.step):
                 due_save = validate(parts, clock, book) or due_save
             if due_save:
-                with book.not_training():
-                    save(parts, clock, folder, elapsed_s=book.elapsed_s())
+                save(parts, clock, folder)
             if stopping and clock.step < prepared.total_steps:
                 raise Stopped(stopped(stop, clock, prepared, folder))
-        return _finish(parts, clock, book, folder, progress, record)
+        with prepared.watch("export"):
+            return _finish(parts, clock, book, folder, progress, record)
 
 
 def _record(
@@ -200,10 +202,10 @@ def _steps(parts: Parts, clock: Clock, book: RunBook, folder: RunFolder) -> Gene
     while True:
         assert parts.feed is not None
         with closing(parts.feed.steps(clock.step, parts.stage.stop_step)) as steps:
-            yield from steps
+            yield from parts.prepared.watch.each(steps)
         if parts.stage is stages[-1]:
             return
-        with book.not_training():
+        with parts.prepared.watch("start"):
             next_stage(parts)
             begin_stage(parts, clock, None)
             parts.processes.on_main(partial(computed.note_decisions, folder, clock))
@@ -239,7 +241,8 @@ def _finish(
     split = prepared.data.test or prepared.data.validation
     assert split is not None, "prepare refuses data that nothing can be evaluated on"
     predictions = Predictions(split, prepared.data.classes)
-    last = {"step": clock.step, **parts.figures(split, feed, predictions=predictions)}
+    with prepared.watch("test"):
+        last = {"step": clock.step, **parts.figures(split, feed, predictions=predictions)}
     best = last
     if clock.chosen_step is not None and clock.chosen_step != clock.step:
         # By its step, and not by what BEST points to: that is for people, and may be older than the clock.
@@ -249,18 +252,19 @@ def _finish(
         if clock.chosen_step <= parts.stage.start_step:  # of another stage, whose frozen part was another
             feed = ImageFeed(prepared, processes, parts.network, parts.keeper.images, parts.targets)
         predictions = Predictions(split, prepared.data.classes)
-        best = {"step": clock.chosen_step, **parts.figures(split, feed, predictions=predictions)}
+        with prepared.watch("test"):
+            best = {"step": clock.chosen_step, **parts.figures(split, feed, predictions=predictions)}
     unwrap(parts)  # the exported model has to give its logits without what mixed precision does to them
     with parts.averaged():
         if parts.hollow is not None:
             parts.network = filled(parts.hollow, parts.network, keep=processes.is_main)
         how = processes.on_main(partial(_export, parts, folder))
     write_predictions(folder.predictions, predictions, processes)
-    result = _result(parts, clock, split, wall_s=book.elapsed_s(), best=best, last=last)
+    result = _result(parts, clock, split, best=best, last=last)
     result["changes"] = record["changes"]  # of how it was computed, from start to start
     result |= processes.on_main(partial(result_identity, prepared.data))
     processes.on_main(partial(_write_result, result, folder))
-    book.trackers.summary(scalars(result))
+    book.write_summary(result)
     show_result(result, progress, folder=folder.path, how_to_load=how)
     return result
 
@@ -359,7 +363,7 @@ def _newest(folder: RunFolder, run_id: str | None, progress: Progress) -> Path |
 
 
 def _result(
-    parts: Parts, clock: Clock, split: ImageSplit, *, wall_s: float, best: dict[str, Any], last: dict[str, Any]
+    parts: Parts, clock: Clock, split: ImageSplit, *, best: dict[str, Any], last: dict[str, Any]
 ) -> dict[str, Any]:
     """The final figures; those at the top are of the exported weights."""
     prepared, order = parts.prepared, parts.prepared.order
@@ -378,8 +382,7 @@ def _result(
         "steps": clock.step,
         "images_seen": order.images_seen(clock.step),
         "steps_left_out": clock.left_out,
-        "wall_s": round(wall_s, 3),
-        "images_per_s": round(order.images_seen(clock.step) / max(clock.train_s, 1e-9), 1),
+        **prepared.watch.figures(order.images_seen(clock.step)),
         "codes": parts.keeper.facts() if any(clock.keeps_codes.values()) or parts.targets is not None else None,
         "trainable_params": prepared.trainable_params,
         "total_params": prepared.total_params,

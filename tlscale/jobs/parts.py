@@ -202,20 +202,25 @@ def validate(parts: Parts, clock: Clock, book: RunBook) -> bool:
     assert split is not None
     assert parts.feed is not None
     select = recipe.evaluate.select
-    with book.not_training():
+    with parts.prepared.watch("evaluate"):
         figures = parts.figures(split, parts.feed, error_of=select)
     is_kept = clock.rank_step(figures[select], recipe.evaluate, recipe.checkpoint, figures[f"{select}_se"])
     book.write_evaluation("validation", figures, is_best=clock.chosen_step == clock.step, error_of=select)
     return is_kept
 
 
-def save(parts: Parts, clock: Clock, folder: RunFolder, *, elapsed_s: float) -> None:
+def save(parts: Parts, clock: Clock, folder: RunFolder) -> None:
     """Make a checkpoint of the run, on all processes.
 
     Raises:
         DesyncError: the processes do not have the same weights any more.
         CheckpointError: the disk is full or cannot be written; the checkpoints before are untouched.
     """
+    with parts.prepared.watch("save"):
+        _save(parts, clock, folder)
+
+
+def _save(parts: Parts, clock: Clock, folder: RunFolder) -> None:
     processes, keeping = parts.processes, parts.prepared.recipe.checkpoint
     processes.share_buffers(parts.network)
     refuse_desync(what_must_agree(parts.network, parts.ema), processes, clock.step)
@@ -225,7 +230,7 @@ def save(parts: Parts, clock: Clock, folder: RunFolder, *, elapsed_s: float) -> 
         parts.optimizer,
         parts.ema,
         processes.accelerator,
-        elapsed_s=elapsed_s,
+        spent_s=parts.prepared.watch.spent(),
         fixed=parts.prepared.fixed,
     )
     if processes.mesh is None:

@@ -10,7 +10,6 @@ Shapes: B images of a block, N images, C classes, D features.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -56,7 +55,6 @@ def probe(
     screen: Progress,
 ) -> dict[str, Any]:
     """Fit the recipe's probe, evaluate it and export its model; what `result.json` holds."""
-    began = time.monotonic()
     recipe, data = prepared.recipe, prepared.data
     refuse_wrong_probe(prepared)
 
@@ -75,8 +73,8 @@ def probe(
         RunBook(prepared, folder, processes, Clock(), record, progress) as book,
     ):
         # -- fit: on the main process; the others wait for what it finds -------------------------------------------
-        result = processes.on_main(lambda: _fit(prepared, keeper, codes, split, folder, book, progress, began))
-        book.trackers.summary(scalars(result))
+        result = processes.on_main(lambda: _fit(prepared, keeper, codes, split, folder, book, progress))
+        book.write_summary(result)
     return result
 
 
@@ -126,21 +124,21 @@ def _fit(
     folder: RunFolder,
     book: RunBook,
     progress: Progress,
-    began: float,
 ) -> dict[str, Any]:
     recipe, data, device = prepared.recipe, prepared.data, keeper.processes.device
     assert recipe.probe is not None
     wanted = wanted_codes(recipe)
     held = data.validation
-    choice = choose(
-        recipe.probe.kind,
-        _candidates(wanted, codes, device, has_held_out=held is not None),
-        data.train.labels_N,
-        held.labels_N if held is not None else data.train.labels_N[:0],
-        num_classes=len(data.classes),
-        grid=_grid(recipe.probe),
-        refit=recipe.probe.refit,
-    )
+    with prepared.watch("train"):
+        choice = choose(
+            recipe.probe.kind,
+            _candidates(wanted, codes, device, has_held_out=held is not None),
+            data.train.labels_N,
+            held.labels_N if held is not None else data.train.labels_N[:0],
+            num_classes=len(data.classes),
+            grid=_grid(recipe.probe),
+            refit=recipe.probe.refit,
+        )
     for name, rows in choice.table.items():
         for row in rows:
             book.write_probe(name, row.setting, row.held_top1, row.held_loss)
@@ -153,13 +151,15 @@ def _fit(
     number = [name_of(pair) for pair in wanted].index(choice.name)
     scored = choice.probe.head if data.test is not None else choice.probe.before_refit
     predictions = Predictions(split, data.classes)
-    figures = _figures(prepared, scored, _values(codes[split.name], number, device), predictions)
+    with prepared.watch("test"):
+        figures = _figures(prepared, scored, _values(codes[split.name], number, device), predictions)
     book.write_evaluation(split.name, figures, is_best=False)
 
     # -- export -------------------------------------------------------------------------------------------------------
-    how = _export(prepared, choice, wanted[number], folder)
-    write_predictions(folder.predictions, predictions)
-    result = _result(prepared, keeper, choice, wanted[number], figures, split, time.monotonic() - began)
+    with prepared.watch("export"):
+        how = _export(prepared, choice, wanted[number], folder)
+        write_predictions(folder.predictions, predictions)
+    result = _result(prepared, keeper, choice, wanted[number], figures, split)
     result |= result_identity(prepared.data)
     faults.at("result")
     with naming_disk_errors(folder.result):
@@ -230,7 +230,6 @@ def _result(
     chosen: tuple[str, str],
     figures: dict[str, Any],
     split: ImageSplit,
-    wall_s: float,
 ) -> dict[str, Any]:
     num_params = sum(param.numel() for param in choice.probe.head.parameters())
     backbone_params = sum(param.numel() for param in prepared.classifier.backbone.parameters())
@@ -259,8 +258,7 @@ def _result(
         "epochs": 0,
         "steps": 0,
         "images_seen": choice.probe.num_images,
-        "wall_s": round(wall_s, 3),
-        "images_per_s": round(choice.probe.num_images / max(wall_s, 1e-9), 1),
+        **prepared.watch.figures(choice.probe.num_images),
         "codes": keeper.facts(),
         "trainable_params": num_params,
         "total_params": backbone_params + num_params,

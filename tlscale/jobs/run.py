@@ -29,6 +29,7 @@ from tlscale.run_folder import Mode, RunFolder, claim, naming_disk_errors, write
 from tlscale.run_record import read_record
 from tlscale.screen import show_plan
 from tlscale.stop import StopRequest
+from tlscale.stopwatch import Stopwatch
 
 # A resumed run may differ in these: they change nothing of what is learned, or only rounding. The exception is batch
 # norm and dropout on other passes (`compute.micro_batch_size`, the number of processes), which `computed` announces.
@@ -53,7 +54,12 @@ MAY_CHANGE = (
 
 
 def run(
-    recipe: Recipe, out: str | Path | None = None, *, resume: bool = False, overwrite: bool = False
+    recipe: Recipe,
+    out: str | Path | None = None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    watch: Stopwatch | None = None,
 ) -> dict[str, Any]:
     """Train, or fit a probe, as the recipe says.
 
@@ -62,6 +68,7 @@ def run(
         out: the run folder; by itself `runs/<recipe name>`.
         resume: go on from the newest valid checkpoint there, or start if there is none.
         overwrite: replace a run that is there.
+        watch: measures the run; by default from this call.
 
     Returns:
         What `result.json` holds.
@@ -69,6 +76,7 @@ def run(
     Raises:
         TlscaleError: wrong input, a run that failed, or `Stopped` after a signal, when all is saved.
     """
+    watch = watch or Stopwatch()
     # -- process ------------------------------------------------------------------------------------------------
     processes = start_processes(recipe.compute)
     torch.use_deterministic_algorithms(recipe.compute.deterministic)
@@ -91,7 +99,7 @@ def run(
         # -- data, model and weights: whatever is wrong with them ends the run here -------------------------------
         bad_images = BadImages.from_plain(record["bad_images"]) if record else None
         with processes.main_first():  # what a hub has to give is fetched once
-            prepared = prepare(recipe, world_size=processes.world_size, bad_images=bad_images)
+            prepared = prepare(recipe, world_size=processes.world_size, bad_images=bad_images, watch=watch)
 
         # -- plan -------------------------------------------------------------------------------------------------
         show_plan(prepared, screen, device=str(processes.device))
@@ -100,13 +108,15 @@ def run(
             record = processes.on_main(partial(_compare_data, record, prepared, folder, screen))
             processes.on_main(partial(_refuse_other_transform, record, prepared, folder))
             record = processes.on_main(partial(refuse_uncorrected, folder, prepared, record))
+        if resume:
+            watch.add_earlier(processes.on_main(partial(_spent_before, folder)))
         processes.on_main(partial(folder.stopped.unlink, missing_ok=True))
         job = train if recipe.probe is None else probe
         try:
             return job(prepared, folder, processes, stop, record, screen)
         except Stopped as stopped:
             if processes.is_main:
-                _mark_stopped(folder, stop, stopped)
+                _mark_stopped(folder, stop, stopped, watch)
             raise
 
 
@@ -127,10 +137,21 @@ def _forget_stop(folder: RunFolder, screen: Progress) -> None:
         folder.stop.unlink()
 
 
-def _mark_stopped(folder: RunFolder, stop: StopRequest, stopped: Stopped) -> None:
+def _spent_before(folder: RunFolder) -> dict[str, float]:
+    """The seconds of all starts up to one that was stopped; none where the last one was not."""
+    try:
+        return {
+            str(part): float(spent_s) for part, spent_s in json.loads(folder.stopped.read_text())["spent_s"].items()
+        }
+    except (OSError, ValueError, KeyError, AttributeError):  # of an older version, or put there by hand
+        return {}
+
+
+def _mark_stopped(folder: RunFolder, stop: StopRequest, stopped: Stopped, watch: Stopwatch) -> None:
     """Leave word for a launcher, which sees no exit code of ours, and take away the request that was obeyed."""
+    by = stop.by or "a signal to another process"
     with naming_disk_errors(folder.stopped):
-        write_json(folder.stopped, {"by": stop.by or "a signal to another process", "message": str(stopped)})
+        write_json(folder.stopped, {"by": by, "message": str(stopped), "spent_s": watch.spent()})
     folder.stop.unlink(missing_ok=True)
 
 

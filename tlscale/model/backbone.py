@@ -20,13 +20,14 @@ from typing import Any
 import safetensors.torch
 import timm
 import torch
-from timm.models import adapt_input_conv
+from timm.models import adapt_input_conv, load_model_config_from_hf
 from torch import Tensor, nn
 
 import tlscale.model.classic  # noqa: F401 (its architectures get known to timm)
 from tlscale.errors import ModelError, did_you_mean
 from tlscale.hub import cache_only_when_unreachable
 from tlscale.model.bundled import bundled
+from tlscale.model.foreign import check_model_args, check_model_folder, check_tensors, check_unpacked_size, is_pickle
 from tlscale.recipe.schema import BackboneSection
 from tlscale.run_folder import file_sha256
 from tlscale.seeds import derive_seed
@@ -162,9 +163,12 @@ def _create(section: BackboneSection, size: dict[str, Any], *, pretrained: bool)
     }
     try:
         with cache_only_when_unreachable():
+            _check_settings(section.name)
             return timm.create_model(
                 section.name, pretrained=pretrained, num_classes=0, in_chans=section.in_chans, **size, **rates
             )
+    except ModelError as error:
+        raise ModelError(f"backbone.name: {error}") from error
     except TypeError as error:
         if not rates:
             raise
@@ -174,6 +178,20 @@ def _create(section: BackboneSection, size: dict[str, Any], *, pretrained: bool)
         if pretrained or section.name.startswith(_PREFIXES):
             raise ModelError(_no_weights(section, error)) from error
         raise ModelError(f"backbone: timm cannot build '{section.name}': {error}") from error
+
+
+def _check_settings(name: str) -> None:
+    """Check what a model's folder, here or on the hub, has timm build.
+
+    Raises:
+        ModelError: it is not only a network.
+    """
+    source, _, place = name.partition(":")
+    if source == "local-dir":
+        check_model_folder(Path(place))
+    elif source == "hf-hub":
+        _, architecture, arguments = load_model_config_from_hf(place)
+        check_model_args(architecture, arguments, name)
 
 
 def _no_weights(section: BackboneSection, error: Exception) -> str:
@@ -243,18 +261,21 @@ def _read_state(path: Path, section: BackboneSection) -> dict[str, Tensor]:
         )
     if section.sha256 is not None and (found := file_sha256(path)) != section.sha256:
         raise ModelError(f"backbone.sha256: '{path}' has the SHA-256 {found}, not {section.sha256}; it is another file")
-    is_pickle = path.suffix in (".pth", ".pt", ".bin", ".tar")
-    if not is_pickle and path.suffix != ".safetensors":
+    pickled = is_pickle(path)
+    if not pickled and path.suffix != ".safetensors":
         raise ModelError(f"backbone.weights: '{path}' is not a .safetensors file (nor .pth, .pt, .bin)")
-    if is_pickle and not section.allow_pickle:
+    if pickled and not section.allow_pickle:
         raise ModelError(
             f"backbone.weights: '{path}' is a pickle, which can run code when it is read. Convert it to "
             "safetensors, or set backbone.allow_pickle=true to have torch's restricted unpickler read it."
         )
     try:
-        if not is_pickle:
+        if not pickled:
             return _without_wrappers(safetensors.torch.load_file(path))
+        check_unpacked_size(path)
         loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except ModelError as error:
+        raise ModelError(f"backbone.weights: {error}") from error
     except pickle.UnpicklingError as error:
         raise ModelError(
             f"backbone.weights: '{path}' holds more than tensors, so it is not read: {_first_line(error)}"
@@ -274,7 +295,12 @@ def _state_of(loaded: object, path: Path) -> dict[str, Tensor]:
             break
     if not isinstance(loaded, dict) or not any(isinstance(value, Tensor) for value in loaded.values()):
         raise ModelError(f"backbone.weights: '{path}' holds no state dict")
-    return _without_wrappers({name: value for name, value in loaded.items() if isinstance(value, Tensor)})
+    tensors = {name: value for name, value in loaded.items() if isinstance(value, Tensor)}
+    try:
+        check_tensors(tensors, path)
+    except ModelError as error:
+        raise ModelError(f"backbone.weights: {error}") from error
+    return _without_wrappers(tensors)
 
 
 def _without_wrappers(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -25,13 +25,16 @@ from tlscale import faults
 from tlscale.data.transforms import InputSpec
 from tlscale.errors import ModelError, RunFolderError
 from tlscale.model.classifier import Classifier, CodesClassifier, feature_width
+from tlscale.model.foreign import check_model_folder
 from tlscale.model.heads import KnnHead, build_head, is_single_linear
 from tlscale.model.layers import PENULTIMATE, LayerCodes
 from tlscale.recipe.values import HeadLayer
+from tlscale.run_folder import file_sha256
 
 # 1: layers on what the backbone gives, and written for these still. 2: other codes, or nearest neighbours.
 FORMAT = 2
 LOGITS_TOLERANCE = 1e-5
+_MODEL_FILE = "model.safetensors"
 _HEAD_FILE = "head.safetensors"
 
 
@@ -80,10 +83,11 @@ def export_model(
     ours |= fitted or {}
     _write_config(body, folder, ours, spec)
     faults.at("export")
-    _write_tensors(body.state_dict(), folder / "model.safetensors")
+    _write_tensors(body.state_dict(), folder / _MODEL_FILE)
     (folder / _HEAD_FILE).unlink(missing_ok=True)
     if not whole:
         _write_tensors(plain.head.state_dict(), folder / _HEAD_FILE)
+    _write_checksums(folder)
     difference = _difference(plain, load(folder).model, spec)
     if not difference <= LOGITS_TOLERANCE:
         raise ModelError(f"the exported model in {folder} gives other logits than the run (by {difference:.2g})")
@@ -120,6 +124,32 @@ def _write_tensors(state: Mapping[str, Tensor], path: Path) -> None:
     safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
     # safetensors lets nobody else read its files; they are for whoever may read the configuration beside them.
     path.chmod((path.parent / "config.json").stat().st_mode)
+
+
+def _write_checksums(folder: Path) -> None:
+    """Note in `config.json` the SHA-256 of the files of tensors, which tells damage that no format would."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    files = (file for file in (_MODEL_FILE, _HEAD_FILE) if (folder / file).is_file())
+    config["tlscale"]["sha256"] = {file: file_sha256(folder / file) for file in files}
+    path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _check_checksums(folder: Path, ours: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        RunFolderError: a file of tensors is not the one that was exported. Exports of before have no checksums.
+    """
+    for file, expected in ours.get("sha256", {}).items():
+        path = folder / Path(file).name
+        if not path.is_file():
+            raise RunFolderError(f"the model in '{folder}' cannot be loaded: there is no '{path}'; copy it again")
+        if (found := file_sha256(path)) != expected:
+            raise RunFolderError(
+                f"the model in '{folder}' cannot be loaded: '{path}' is not the file that was exported (its SHA-256 is "
+                f"{found}, not {expected}). It is damaged, or was changed: copy it again from where it is whole, or "
+                "run the recipe again with --overwrite"
+            )
 
 
 def _write_config(model: nn.Module, folder: Path, ours: Mapping[str, Any], spec: InputSpec) -> None:
@@ -211,7 +241,9 @@ def load(run: str | Path) -> TrainedModel:
             f"'{run}' holds no model: there is no '{path}'. Has the run ended? (tlscale run ... --resume)"
         )
     ours = _read_own_config(path)
+    _check_checksums(folder, ours)
     try:
+        check_model_folder(folder)
         with torch.random.fork_rng(devices=[]):
             model = timm.create_model(f"local-dir:{folder}", pretrained=True)
             if not ours["whole"]:

@@ -252,7 +252,8 @@ class ProbeSection(Section):
     neighbours: list[Annotated[int, Field(ge=1)]] | None = Field(None, min_length=1)
     """Numbers of neighbours that are tried; for `knn` only."""
     refit: bool = True
-    """Fit once more on training and held-out images together, with what the held-out images chose."""
+    """Fit once more on training and held-out images together, with what the held-out images chose. Without a test
+    split that exported classifier has no score: the run's is that of the one before it."""
 
     @model_validator(mode="after")
     def _belongs(self) -> ProbeSection:

@@ -1,0 +1,40 @@
+"""Files in the folder one stands in that libraries would read or run."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.small_runs import environment
+from tlscale.working_folder import outside_working_folder
+
+SOURCE = """
+#include <stdlib.h>
+__attribute__((constructor)) static void planted(void) { FILE_; }
+"""
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+@pytest.mark.parametrize("what", ["import tlscale.jobs.plan", "import tlscale; tlscale.load"])
+def test_a_library_in_the_working_folder_is_not_loaded_with_torch(tmp_path, what):
+    """With torch for CUDA, that is: cuSPARSELt looks for libcuda.so.1 in the working folder. Others never did."""
+    program = SOURCE.replace("FILE_", f'system("touch {tmp_path}/ran")')
+    (tmp_path / "planted.c").write_text(program)
+    library = ["cc", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", "libcuda.so.1", "planted.c"]
+    subprocess.run(library, cwd=tmp_path, check=True)
+    command = [sys.executable, "-c", what]
+    subprocess.run(command, cwd=tmp_path, env=environment(), check=True, capture_output=True)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_places_of_the_user_stay_where_they_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NETRC", "mine/netrc")
+    with outside_working_folder():
+        assert Path.cwd() != tmp_path
+        assert os.environ["NETRC"] == str(tmp_path / "mine" / "netrc")
+    assert Path.cwd() == tmp_path
+    assert os.environ["NETRC"] == "mine/netrc"

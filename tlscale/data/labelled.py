@@ -1,0 +1,227 @@
+"""Labelled images that are only scored: a test split, or else every image with a label.
+
+Promise: nothing is held out and nothing is limited; labels are matched with the classes of the model by name, and one
+that the model does not know is an error. How many of the images a run was trained on is counted by content.
+
+Shape letters: N images of a split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from tlscale.data.content import DIGEST, Digests, content_digest
+from tlscale.data.sources import ImageData, read_source
+from tlscale.data.splits import name_labels, number_labels
+from tlscale.data.tables import (
+    NO_LABEL,
+    FileStore,
+    ImageSplit,
+    ImageTable,
+    Ints,
+    LabelledTable,
+    Raw,
+    Role,
+    ScoredSection,
+    Source,
+    SourceSplit,
+    is_integer,
+)
+from tlscale.data.workers import map_in_threads
+from tlscale.errors import DataError
+from tlscale.recipe.schema import DataSection
+
+_Ask = Callable[[LabelledTable, Ints], tuple[Digests, npt.NDArray[np.bool_]]]
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """The images to score."""
+
+    split: ImageSplit
+    of: str
+    """`test`, `train` or `validation`: that split; `all`: every labelled image of the source."""
+    place: str
+    """Where the source was found."""
+    notes: tuple[str, ...]
+
+
+def open_labelled(
+    section: DataSection, classes: Sequence[str], *, name: Role | None = None, named: Sequence[Role] = ()
+) -> Labelled:
+    """Find labelled images to score a model on.
+
+    Args:
+        section: where they are; its limit, hold-out and classes have no effect.
+        classes: the model's, in the order of its logits.
+        name: the split; None: the test split where there is one, else all labelled images.
+        named: splits that the user named, which have to be there.
+
+    Raises:
+        DataError: missing or wrong, no such split, or labels that are no class of the model.
+    """
+    source = read_source(ScoredSection.model_construct(**dict(section)))
+    for role in named:
+        if role not in source.splits:
+            raise DataError(
+                f"data.{role}_split: {source.place} has no split {getattr(section, f'{role}_split')!r}; its splits "
+                f"are: {', '.join(split.name for split in source.splits.values())}"
+            )
+    labelled, notes = _with_labels(source)
+    wanted = _wanted(labelled, name, source.place)
+    named_splits = name_labels({role: labelled[role] for role in wanted}, tuple(classes))
+    tables = [number_labels(split, tuple(classes), role, source.place) for role, split in named_splits.items()]
+    split = _joined(wanted, tables, [labelled[role] for role in wanted])
+    notes = [*source.notes, *notes, *_numbers_note(labelled, wanted, classes)]
+    return Labelled(split, wanted[0] if name or wanted == ["test"] else "all", source.place, tuple(notes))
+
+
+def _with_labels(source: Source) -> tuple[dict[Role, SourceSplit], list[str]]:
+    """The splits with any label; the rows without one are left to `_joined`."""
+    kept: dict[Role, SourceSplit] = {}
+    notes = []
+    for role, split in source.splits.items():
+        num_without = int(np.count_nonzero(split.codes_N == NO_LABEL))
+        if num_without < len(split.codes_N):
+            kept[role] = split
+        if num_without:
+            notes.append(
+                f"{source.place}: {num_without:,} of {len(split.codes_N):,} images of the split {split.name!r} are not "
+                "used: they have no label"
+            )
+    if not kept:
+        raise DataError(f"{source.place}: no image has a label, so nothing can be scored")
+    return kept, notes
+
+
+def _wanted(labelled: dict[Role, SourceSplit], name: Role | None, place: str) -> list[Role]:
+    if name is not None:
+        if name not in labelled:
+            raise DataError(f"{place} has no split '{name}' with labels; there are: {', '.join(labelled)}")
+        return [name]
+    return ["test"] if "test" in labelled else list(labelled)
+
+
+def _numbers_note(labelled: dict[Role, SourceSplit], wanted: list[Role], classes: Sequence[str]) -> list[str]:
+    used = {name for role in wanted for name in labelled[role].used_names()}
+    if not all(map(is_integer, used)) or used & set(classes):
+        return []
+    return [f"labels are numbers, and taken as places in the model's list of classes: 0 is {classes[0]!r}"]
+
+
+@dataclass(frozen=True, eq=False)
+class _JoinedTable:
+    """An `ImageTable` of several, one behind the other."""
+
+    parts: Sequence[LabelledTable]
+    labels_N: Ints
+
+    def __len__(self) -> int:
+        return len(self.labels_N)
+
+    def read(self, row: int) -> Raw:
+        part, at = self._at(row)
+        return part.read(at)
+
+    def read_hashed(self, row: int) -> tuple[Raw, bytes]:
+        part, at = self._at(row)
+        return part.read_hashed(at)
+
+    def where(self, row: int) -> str:
+        part, at = self._at(row)
+        return part.where(at)
+
+    def places(self, rows_N: Ints) -> list[str]:
+        return [place for part, at in map(self._at, rows_N.tolist()) for place in part.places(np.array([at]))]
+
+    def known_digests(self, rows_N: Ints) -> tuple[Digests, npt.NDArray[np.bool_]]:
+        return self._of_parts(rows_N, LabelledTable.known_digests)
+
+    def noted_digests(self, rows_N: Ints) -> tuple[Digests, npt.NDArray[np.bool_]]:
+        return self._of_parts(rows_N, LabelledTable.noted_digests)
+
+    def take_digests(self, rows_N: Ints, digests_N: Digests) -> None:
+        for part, at_N, places_N in self._divided(rows_N):
+            part.take_digests(at_N, digests_N[places_N])
+
+    def remember(self) -> None:
+        for part in self.parts:
+            part.remember()
+
+    def _of_parts(self, rows_N: Ints, ask: _Ask) -> tuple[Digests, npt.NDArray[np.bool_]]:
+        digests_N, known_N = np.zeros(len(rows_N), DIGEST), np.zeros(len(rows_N), np.bool_)
+        for part, at_N, places_N in self._divided(rows_N):
+            digests_N[places_N], known_N[places_N] = ask(part, at_N)
+        return digests_N, known_N
+
+    def _divided(self, rows_N: Ints) -> Iterator[tuple[LabelledTable, Ints, Ints]]:
+        """Each part that has some of the rows, with its own rows and their places in `rows_N`."""
+        start = 0
+        for part in self.parts:
+            places_N = np.flatnonzero((rows_N >= start) & (rows_N < start + len(part)))
+            if len(places_N):
+                yield part, rows_N[places_N] - start, places_N
+            start += len(part)
+
+    def _at(self, row: int) -> tuple[LabelledTable, int]:
+        for part in self.parts:
+            if row < len(part):
+                return part, row
+            row -= len(part)
+        raise IndexError(row)
+
+
+def _joined(wanted: Sequence[Role], tables: Sequence[LabelledTable], splits: Sequence[SourceSplit]) -> ImageSplit:
+    """One split of the labelled rows of all tables."""
+    labels_N = np.concatenate([table.labels_N for table in tables])
+    codes_N = np.concatenate([split.codes_N for split in splits])
+    table: ImageTable = tables[0] if len(tables) == 1 else _JoinedTable(tables, labels_N)
+    return ImageSplit(wanted[0], table, np.flatnonzero(codes_N != NO_LABEL).astype(np.int64))
+
+
+def count_shared(scored: ImageSplit, other: ImageSplit) -> int:
+    """How many images of `scored` are in `other` too, by content.
+
+    Files of `other` are read only where one of `scored` has their size.
+
+    Raises:
+        DataError: an image is not there.
+    """
+    digests = list(map_in_threads(lambda i: _read_digest(scored, i), range(len(scored))))
+    sizes = {size for size, _ in digests}
+
+    def digest(i: int) -> bytes | None:
+        size = _file_size(other, i)
+        return None if size is not None and size not in sizes else _read_digest(other, i)[1]
+
+    others = set(map_in_threads(digest, range(len(other))))
+    return sum(digest in others for _, digest in digests)
+
+
+def _read_digest(split: ImageSplit, i: int) -> tuple[int, bytes]:
+    raw = split.read(i)
+    return len(raw) if isinstance(raw, bytes) else raw.nbytes, content_digest(raw)
+
+
+def _file_size(split: ImageSplit, i: int) -> int | None:
+    """Bytes of the file of an image; None where it is not a file of its own."""
+    if not (isinstance(split.table, LabelledTable) and isinstance(split.table.store, FileStore)):
+        return None
+    path = Path(split.where(i))
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+def own_images(data: ImageData, *, refitted: bool) -> list[ImageSplit]:
+    """The images that a run was trained on: those of training, and of validation where a probe was refitted."""
+    splits = [data.train]
+    if refitted and data.validation is not None:
+        splits.append(data.validation)
+    return splits

@@ -1,0 +1,172 @@
+"""Files of models that others made, looked at before a library believes them.
+
+Promise: a pickle is not read where it would unpack to more than it is, and the arguments in the `config.json` of a
+model folder reach timm only where they are plain values of names that describe a network.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import json
+import math
+import re
+import sys
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor
+
+from tlscale.errors import ModelError
+
+# Of the arguments that timm's functions take, those that do not describe a network: places, what to load and how, and
+# what has it wrap or change what it builds.
+_LOADING = frozenset(
+    (
+        *("args", "kwargs", "self", "model_name", "variant", "model_cls", "model_cfg", "cache_dir", "checkpoint_path"),
+        *("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_model_args", "pretrained_strict"),
+        *("pretrained_filter_fn", "pretrained_custom_load", "kwargs_filter", "features_only", "feature_cfg"),
+        *(
+            "out_indices",
+            "feature_cls",
+            "scriptable",
+            "exportable",
+            "no_jit",
+            "device",
+            "dtype",
+            "state_dict",
+            "url",
+            "fn",
+        ),
+    )
+)
+_COMMON = frozenset(("num_classes", "in_chans", "global_pool", "drop_rate", "drop_path_rate", "img_size"))
+_WORD = re.compile(r"[A-Za-z0-9_.+-]{0,64}")
+_MOST = {"num_classes": 10_000_000, "img_size": 4096, "depth": 1000, "depths": 1000, "layers": 1000}
+_MOST_NUMBER = 65_536
+_MOST_ITEMS = 64
+_PICKLES = (".pth", ".pt", ".bin", ".tar")
+
+
+def is_pickle(path: Path) -> bool:
+    """Return whether a file of weights is one that torch unpickles."""
+    return path.suffix in _PICKLES
+
+
+def check_unpacked_size(path: Path) -> None:
+    """Check that a pickle of torch holds no more bytes than it takes on the disk; torch packs nothing.
+
+    Raises:
+        ModelError: a zip archive with compressed or overlapping parts, or a damaged one.
+    """
+    with path.open("rb") as file:
+        if file.read(2) != b"PK":  # the older format, which is checked against its length as it is read
+            return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            parts = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise ModelError(f"'{path}' cannot be read: a damaged archive: {error}. Fetch it anew") from error
+    packed = any(part.compress_type != zipfile.ZIP_STORED for part in parts)
+    unpacked, size = sum(part.file_size for part in parts), path.stat().st_size
+    if packed or unpacked > size:
+        raise ModelError(
+            f"'{path}' is {'compressed' if packed else 'made of overlapping parts'}: {size:,} bytes would unpack to "
+            f"{unpacked:,}, and torch packs nothing. It is not read. If you know where it is from, unpack it and save "
+            "it again with torch.save or as safetensors"
+        )
+
+
+def check_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Check that each tensor has its numbers in the file, and is no view that repeats a few of them.
+
+    Raises:
+        ModelError: sparse, without data, or larger than what is stored of it.
+    """
+    for name, tensor in tensors.items():
+        dense = tensor.layout is torch.strided and not tensor.is_meta
+        if not dense or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise ModelError(
+                f"'{path}' has the tensor '{name}' of shape {tuple(tensor.shape)} "
+                f"{'with fewer numbers than that' if dense else 'without numbers of its own'}. It is not read"
+            )
+
+
+def check_model_folder(folder: Path) -> None:
+    """Check what timm would take from a folder: the arguments in `config.json`, and weights that are pickled.
+
+    Raises:
+        ModelError: an argument that does not describe a network, or a pickle that unpacks to more than it is.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except FileNotFoundError:
+        return  # which timm says
+    except (OSError, ValueError) as error:
+        raise ModelError(f"'{folder / 'config.json'}' cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"'{folder / 'config.json'}' holds no settings of a model")
+    check_model_args(config.get("architecture"), config.get("model_args", {}), str(folder / "config.json"))
+    if not (folder / "model.safetensors").is_file():
+        for path in sorted(folder.iterdir()):
+            if is_pickle(path) and path.is_file():
+                check_unpacked_size(path)
+
+
+def _arguments_of(architecture: str) -> frozenset[str]:
+    """What describes a network of timm: the arguments of the functions and classes that its module has or builds on."""
+    module = sys.modules[timm.model_entrypoint(architecture).__module__]
+    things = [thing for thing in vars(module).values() if inspect.isclass(thing) or inspect.isfunction(thing)]
+    classes = [parent for thing in things if inspect.isclass(thing) for parent in thing.__mro__]
+    names = set(_COMMON)
+    for thing in (*things, *classes):
+        if thing.__module__ == module.__name__ or thing.__module__.startswith("timm.models."):
+            with contextlib.suppress(ValueError, TypeError):  # some classes have no signature
+                names.update(inspect.signature(thing).parameters)
+    return frozenset(names - _LOADING)
+
+
+def check_model_args(architecture: Any, arguments: Any, where: str) -> None:  # noqa: ANN401 (of foreign JSON)
+    """Check `model_args` of a model's settings.
+
+    Args:
+        architecture: the name of a network of timm, which takes the arguments.
+        arguments: names to values.
+        where: for messages.
+
+    Raises:
+        ModelError: a name that does not describe a network, or a value that is not plain.
+    """
+    if not isinstance(arguments, dict):
+        raise ModelError(f"{where}: 'model_args' is {arguments!r:.80}, and not a mapping of names to values")
+    if not isinstance(architecture, str) or not timm.is_model(architecture):
+        return  # which timm says
+    known = _arguments_of(architecture)
+    for name, value in arguments.items():
+        if name not in known:
+            raise ModelError(
+                f"{where}: 'model_args' has '{name}', which is not handed on to timm: it is not among the arguments "
+                f"that describe a network of the kind '{architecture}'. Take it out of 'model_args'"
+            )
+        if not _is_plain(value, _MOST.get(name, _MOST_NUMBER)):
+            raise ModelError(
+                f"{where}: 'model_args' has {name} = {value!r:.80}, which is not handed on to timm: neither a number "
+                f"of a plausible size, a word, nor a list of at most {_MOST_ITEMS} such"
+            )
+
+
+def _is_plain(value: Any, most: int, depth: int = 0) -> bool:  # noqa: ANN401
+    match value:
+        case None | bool():
+            return True
+        case int() | float():
+            return math.isfinite(value) and abs(value) <= most
+        case str():
+            return _WORD.fullmatch(value) is not None
+        case list():
+            return depth < 2 and len(value) <= _MOST_ITEMS and all(_is_plain(item, most, depth + 1) for item in value)
+    return False
