@@ -240,7 +240,7 @@ class Keeper:
 
 
 def _kind_of(device: torch.device) -> str:
-    """What of a device may change the last bit: its instructions. The number of threads does not, as a test shows."""
+    """What of a device may change the last bit: its instructions. Threads: see `fixed_threads`."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}" if device.type == "cpu" else device.type

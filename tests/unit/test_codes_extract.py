@@ -14,7 +14,7 @@ from torch import nn
 
 from tests.small_runs import environment, sample_images, wait_until
 from tests.unit.test_codes_store import contents, flip
-from tlscale.codes.blocks import Extraction
+from tlscale.codes.blocks import Extraction, fixed_threads
 from tlscale.codes.extract import extract_codes, plan_shards, shards_of
 from tlscale.codes.key import CodesKey
 from tlscale.codes.shards import BLOCK
@@ -369,7 +369,9 @@ def test_each_value_is_looked_up_by_itself_and_row_by_row(tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_efficientnet", "test_convnext", "test_mambaout"])
+@pytest.mark.parametrize(
+    "name", ["test_resnet", "test_vit", "test_efficientnet", "test_convnext", "test_mambaout", "test_nfnet"]
+)
 def test_bits_hang_on_neither_place_nor_neighbours_nor_threads(name, precision):
     """What the key leaves out: only the block, the kind of CPU and the versions are in it."""
     with torch.random.fork_rng(), torch.no_grad():
@@ -377,15 +379,18 @@ def test_bits_hang_on_neither_place_nor_neighbours_nor_threads(name, precision):
         options = {"img_size": 64} if name == "test_vit" else {}
         network = timm.create_model(name, num_classes=0, in_chans=3, **options).eval()
         images, others, order = torch.randn(BLOCK, 3, 64, 64), torch.randn(BLOCK, 3, 64, 64), torch.randperm(BLOCK)
+        others[40:45] = images[:5]
         before = torch.get_num_threads()
         try:
             with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
                 torch.set_num_threads(1)
                 alone = network(images)
-                torch.set_num_threads(3)
-                assert torch.equal(network(images[order]), alone[order])
-                others[40:45] = images[:5]
-                assert torch.equal(network(others)[40:45], alone[:5])
+                for allowed in (1, 2, 3, 8):
+                    torch.set_num_threads(allowed)
+                    with fixed_threads():
+                        assert torch.equal(network(images[order]), alone[order]), allowed
+                        assert torch.equal(network(others)[40:45], alone[:5]), allowed
+                    assert torch.get_num_threads() == allowed
         finally:
             torch.set_num_threads(before)
 

@@ -8,7 +8,8 @@ Shape letters: N images that are asked for, P positions among them, R images of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -25,6 +26,7 @@ from tlscale.errors import DataError, ModelError, Stopped
 
 Module = Callable[[Any], tuple[Tensor, ...]]
 Values = tuple[Tensor, ...]
+_THREADS = (4, 2, 1)
 
 
 class Pictures(Protocol):
@@ -180,7 +182,7 @@ class Extraction:
     def _forward(self, read: Sequence[Any]) -> Values:
         # A short block is filled up: a network's arithmetic may depend on the number of images.
         filled = [*read, *[read[-1]] * (BLOCK - len(read))]
-        with torch.no_grad():  # not inference mode: what comes from it could not be trained on
+        with torch.no_grad(), fixed_threads():  # not inference mode: what comes from it could not be trained on
             values = self.module(self.pictures.inputs(filled))
         num_values = sum(len(key.layers) for key in self.keys)
         assert len(values) == num_values, f"{len(values)} values for {[key.layers for key in self.keys]}"
@@ -200,6 +202,20 @@ class Extraction:
             _refuse_non_finite(stored, value, spec, [self.pictures.where(at) for at in positions_B.tolist()])
             kept.append(stored)
         return tuple(kept)
+
+
+@contextmanager
+def fixed_threads() -> Iterator[None]:
+    """Compute with 1, 2 or 4 threads, the most that are allowed: with these a row's bits are the same at every place.
+
+    With 3 threads, and with 8 and more, some kernels divide a block unevenly, and then bits hang on threads and place.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(next(number for number in _THREADS if number <= before))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _spec_of(name: str, value_B: Tensor, dtype: str) -> ValueSpec:
