@@ -90,6 +90,7 @@ def test_a_file_stops_a_run_as_a_signal_does(idx, tmp_path):
         tlscale.run(recipe, out)
     assert not (out / "STOP").exists()
     said = json.loads((out / "STOPPED").read_text())
+    assert said.pop("spent_s")["train"] > 0
     assert said == {"by": f"the file '{out / 'STOP'}'", "message": str(caught.value)}
     (out / "STOP").touch()  # nobody was there to obey it
     tlscale.run(recipe, out, resume=True)

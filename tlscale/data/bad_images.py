@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import PIL
 
+from tlscale.data.content import content_digest
 from tlscale.data.images import decode_image
 from tlscale.data.tables import Raw, Role, SourceSplit
 from tlscale.data.workers import map_in_threads
@@ -93,7 +93,8 @@ def find_bad_images(
     def reason(row: int) -> tuple[int, str] | None:
         try:
             raw = images.read(row)
-            digest = content_digest(raw) if known is not None else None
+            # An array takes no decoding, and so nothing is remembered of it.
+            digest = content_digest(raw) if known is not None and isinstance(raw, bytes) else None
             if known is None or digest not in known:
                 decode_image(raw, in_chans=3, max_pixels=max_pixels, where=images.where(row))
             if known is not None and digest is not None:
@@ -106,11 +107,6 @@ def find_bad_images(
     blocks = [rows[start : start + _BLOCK] for start in range(0, len(rows), _BLOCK)]
     found = map_in_threads(lambda block: [reason(row) for row in block], blocks)
     return [bad for block in found for bad in block if bad is not None]
-
-
-def content_digest(raw: Raw) -> bytes | None:
-    """Return what identifies an encoded image by its content; None for an array, which takes no decoding."""
-    return None if isinstance(raw, np.ndarray) else hashlib.sha256(raw).digest()
 
 
 class _Checked:

@@ -27,30 +27,17 @@ from tlscale.data.tables import Role
 from tlscale.dist import Processes, start_processes
 from tlscale.errors import DataError, RecipeError, RunFolderError, TlscaleError
 from tlscale.evaluate import InputPath, evaluate
+from tlscale.jobs.evaluation_keys import changes_for_evaluation
 from tlscale.model.export import TrainedModel, load
 from tlscale.objective import Objective
 from tlscale.progress import Pace, Progress, number, visible
-from tlscale.recipe.keys import all_keys
 from tlscale.recipe.load import load_recipe
 from tlscale.recipe.schema import DataSection, LossSection, Recipe
 from tlscale.run_folder import write_json
 from tlscale.screen import show_classes
 from tlscale.stopwatch import Stopwatch, describe_seconds
 
-# What an evaluation depends on: where its images are, how they are read, how it is computed. Nothing else.
 _SPLITS: tuple[Role, ...] = ("train", "validation", "test")
-_PLACE = (
-    *("source", "path", "config", "revision", "image_column", "label_column", "fallback"),
-    *(f"{role}_split" for role in _SPLITS),
-)
-_ALLOWED = frozenset(
-    (
-        *(f"data.{key}" for key in (*_PLACE, "on_bad_image", "max_megapixels", "workers", "cache_mib")),
-        *("evaluate.batch_size", "compute.precision", "compute.channels_last", "compute.deterministic"),
-        *("compute.threads", "compute.num_processes", "compute.hang_timeout_s"),
-    )
-)
-_TABLES = (".csv", ".tsv", ".parquet", ".pq")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 _FILE = "figures.json"
 
@@ -99,7 +86,7 @@ def evaluate_run(
     if not (folder / "recipe.yaml").is_file():
         raise RunFolderError(f"'{run}' is not a run folder: there is no '{folder / 'recipe.yaml'}'")
     own = load_recipe(folder / "recipe.yaml")
-    changes, is_other = _changes(own, overrides, data)
+    changes, is_other = changes_for_evaluation(own, overrides, data)
     recipe = load_recipe(folder / "recipe.yaml", changes)
     target = None if out is None else _checked_out(Path(out))
     _check_name(name)
@@ -146,91 +133,6 @@ def _figures(
             classes=trained.classes,
             processes=processes,
         )
-
-
-# --- What may be changed ----------------------------------------------------------------------------------------------
-
-
-def _changes(own: Recipe, overrides: Sequence[str], data: str | None) -> tuple[list[str], bool]:
-    """The overrides in full, and whether they name other data than the run's.
-
-    Raises:
-        RecipeError: one of them has no effect on an evaluation.
-    """
-    given = {text.partition("=")[0].strip(): text.partition("=")[2].strip() for text in overrides}
-    if data is not None and "data.path" in given:
-        raise RecipeError("--data and data.path both say where the images are; give one of them")
-    place = [] if data is None else _as_overrides(data, given.get("data.source"))
-    keys = [text.partition("=")[0] for text in place] + list(given)
-    is_other = any(key.removeprefix("data.") in _PLACE for key in keys if key.startswith("data."))
-    _check_effects(given, is_other=is_other)
-    texts = [*place, *overrides]
-    if not is_other:
-        return texts, False
-    source = next((text.partition("=")[2] for text in reversed(texts) if text.startswith("data.source=")), None)
-    forgotten: Sequence[str] = ()  # what belongs to the run's own data
-    if source not in (None, own.data.source):
-        forgotten = [key for key in _PLACE if key != "source"]
-    elif "data.path" in keys:
-        forgotten = ("config", "revision")
-    return [*(f"data.{key}={_default(key)}" for key in forgotten), *texts], True
-
-
-def _default(key: str) -> str:
-    value = DataSection.model_fields[key].default
-    return "null" if value is None else str(value)
-
-
-def _check_effects(given: dict[str, str], *, is_other: bool) -> None:
-    idle = [key for key in given if key not in _ALLOWED and _is_known(key)]
-    if is_other and given.get("data.validation_fraction") in ("0", "0.0"):  # which is how it is
-        idle.remove("data.validation_fraction")
-    if idle:
-        raise RecipeError(
-            f"{', '.join(idle)}: no effect on an evaluation. Images are prepared as the run's model wants them, its "
-            "classes and network are its own, and nothing is trained, limited or held out. Take "
-            f"{'it' if len(idle) == 1 else 'them'} out. What has an effect: {', '.join(sorted(_ALLOWED))}"
-        )
-
-
-def _is_known(key: str) -> bool:
-    """Whether a recipe has the key, or one above it that takes a mapping of its own; the others are misspelt."""
-    keys, parts = all_keys(), key.split(".")
-    above = [keys.get(".".join(parts[:count])) for count in range(1, len(parts))]
-    return key in keys or any(found is not None and found.section is None for found in above)
-
-
-def _as_overrides(data: str, source: str | None) -> list[str]:
-    """`--data DATA` in full.
-
-    Raises:
-        DataError: it is not there, or nothing that is known as data.
-    """
-    path = f"data.path={json.dumps(data)}"  # in quotes, as a path may look like anything
-    if source is not None:
-        return [path]
-    place = Path(data).expanduser()
-    if place.is_dir():
-        return [f"data.source={_kind_of_folder(place)}", path]
-    if place.is_file():
-        if place.suffix.lower() not in _TABLES:
-            raise DataError(f"--data: '{data}' is neither a folder nor a table of images ({', '.join(_TABLES)})")
-        return ["data.source=manifest", path]
-    if data == "fashion_mnist":
-        return ["data.source=fashion_mnist"]
-    raise DataError(
-        f"--data: '{data}' does not exist. It takes a folder, a table ({', '.join(_TABLES)}) or fashion_mnist; for a "
-        f"data set of the hub add data.source=hub"
-    )
-
-
-def _kind_of_folder(folder: Path) -> str:
-    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-        return "disk"
-    if any(folder.glob("*-images[-.]idx3-ubyte*")):
-        return "idx"
-    has_folders = any(entry.is_dir() for entry in folder.iterdir() if not entry.name.startswith("."))
-    return "hub" if not has_folders and any(folder.glob("*.parquet")) else "folder"
 
 
 # --- Which images -----------------------------------------------------------------------------------------------------
