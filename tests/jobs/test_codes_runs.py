@@ -171,11 +171,14 @@ def test_other_data_are_computed(first, tmp_path):
 
 def test_no_image_goes_through_the_frozen_part_again(first, idx, tmp_path):
     """By counting at the network itself: what passes its first layer are the few images of noise of the checks."""
-    passed = []
+    passed, of_images = 0, 0
 
     def count(module, inputs):
+        nonlocal passed, of_images
         if isinstance(module, torch.nn.Conv2d) and module.in_channels == 1:
-            passed.append(len(inputs[0]))
+            passed += len(inputs[0])
+            # An image has at most 256 shades; noise has a value of its own for nearly each pixel, and zeros have one.
+            of_images += sum(1 < image.unique().numel() <= 256 for image in inputs[0] if image.numel() > 512)
 
     handle = torch.nn.modules.module.register_module_forward_pre_hook(count)
     try:
@@ -184,8 +187,8 @@ def test_no_image_goes_through_the_frozen_part_again(first, idx, tmp_path):
     finally:
         handle.remove()
     assert passed, "the hook was to see the checks"
-    assert max(passed) <= 8, f"only a few images of noise: {passed}"
-    assert sum(passed) < 96
+    assert passed < 200, "only a few images of noise"
+    assert of_images == 0
 
 
 def test_splits_of_one_file_have_codes_of_their_own(tmp_path, monkeypatch):
