@@ -30,7 +30,7 @@ from PIL import Image
 HERE = Path(__file__).resolve().parents[1]
 RECIPE = """
 name: hashing
-data: {{source: folder, path: {path}, image_size: 224}}
+data: {{source: folder, path: {path}, image_size: 96}}
 backbone: {{name: resnet10t, weights: bundled}}
 probe: {{kind: ridge}}
 """
