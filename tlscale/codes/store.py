@@ -31,6 +31,7 @@ import numpy.typing as npt
 from filelock import FileLock, Timeout
 from torch import Tensor
 
+from tlscale.cache_root import cache_root
 from tlscale.codes.entry import (
     Entry,
     Piece,
@@ -76,7 +77,7 @@ def _silent(text: str) -> None:
 
 def codes_root() -> Path:
     """Where codes are kept: `$TLSCALE_CACHE/codes`."""
-    return Path(os.environ.get("TLSCALE_CACHE") or Path.home() / ".cache" / "tlscale") / "codes"
+    return cache_root() / "codes"
 
 
 @dataclass(frozen=True)

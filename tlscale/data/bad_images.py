@@ -12,11 +12,11 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import PIL
 
+from tlscale.cache_root import cache_root
 from tlscale.data.content import content_digest
 from tlscale.data.images import decode_image
 from tlscale.data.tables import Raw, Role, SourceSplit
@@ -113,7 +113,7 @@ class _Checked:
     """Digests of images that were decoded and found sound, by these rules and this Pillow."""
 
     def __init__(self, max_pixels: int) -> None:
-        root = Path(os.environ.get("TLSCALE_CACHE") or Path.home() / ".cache" / "tlscale")
+        root = cache_root()
         rules = f"{_RULES} {PIL.__version__} {max_pixels}"
         self._folder = root / "checked" / hashlib.sha256(rules.encode()).hexdigest()[:16]
         self._known: set[bytes] = set()

@@ -21,6 +21,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from tlscale.cache_root import cache_root
+
 Digests = npt.NDArray[np.bytes_]
 DIGEST = np.dtype("S32")
 """SHA-256. NumPy drops zero bytes at the end of single items; among items of one width that loses nothing."""
@@ -79,7 +81,7 @@ class ContentIndex:
         Args:
             path: by default `$TLSCALE_CACHE/contents.sqlite`.
         """
-        cache = Path(os.environ.get("TLSCALE_CACHE") or Path.home() / ".cache" / "tlscale")
+        cache = cache_root()
         self.path = path if path is not None else cache / "contents.sqlite"
 
     def look_up(self, stamps: Iterable[bytes]) -> dict[bytes, bytes]:

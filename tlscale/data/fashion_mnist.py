@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tlscale.cache_root import cache_root
 from tlscale.data.hub import read_hub_source
 from tlscale.data.idx import find_idx, read_split
 from tlscale.data.images import decode_image
@@ -90,7 +91,7 @@ def _check_section(section: DataSection) -> None:
 
 def _places() -> list[Path]:
     named = os.environ.get("TLSCALE_DATA")
-    cache = Path(os.environ.get("TLSCALE_CACHE") or Path.home() / ".cache" / "tlscale")
+    cache = cache_root()
     below_named = [Path(named) / "fashion-mnist", Path(named)] if named else []
     return [*below_named, cache / "data" / "fashion-mnist", DEBIAN_FOLDER]
 
