@@ -20,7 +20,7 @@ from tlscale.metrics_file import read_metrics
 from tlscale.model.layers import PENULTIMATE
 from tlscale.paired import LEVEL, Pair
 from tlscale.progress import number
-from tlscale.run_folder import RunFolder, naming_disk_errors, write_text
+from tlscale.storage.run_folder import RunFolder, naming_disk_errors, write_text
 
 COLUMNS = (
     *("strategy", "images", "top1", "95% interval", "against the best", "held-out top1"),

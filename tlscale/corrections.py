@@ -29,8 +29,8 @@ from tlscale.model.frontier import NoFrontier, find_frontier
 from tlscale.model.halves import OF_BATCH_SIZE, OF_CALLS
 from tlscale.prepare import Prepared
 from tlscale.recipe.schema import Recipe
-from tlscale.run_folder import RunFolder, naming_disk_errors, write_json
 from tlscale.stages import enter
+from tlscale.storage.run_folder import RunFolder, naming_disk_errors, write_json
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ from tlscale import faults
 from tlscale.data.sources import ImageSplit
 from tlscale.data.tables import FileStore, Ints
 from tlscale.dist import Processes
-from tlscale.run_folder import naming_disk_errors, replacing
+from tlscale.storage.run_folder import naming_disk_errors, replacing
 
 FORMAT = 1
 MOST_LOGITS = 1000

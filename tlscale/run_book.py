@@ -14,8 +14,8 @@ from tlscale.prepare import Prepared
 from tlscale.progress import Progress, number
 from tlscale.recipe.schema import Recipe
 from tlscale.redact import REDACTED
-from tlscale.run_folder import RunFolder
 from tlscale.run_state import Clock
+from tlscale.storage.run_folder import RunFolder
 from tlscale.tracking import MetricsFile, Trackers, open_trackers
 
 _SHOWN = ("top1", "loss", "macro_f1", "distill_loss")  # of an evaluation; the last where there is a teacher

@@ -18,7 +18,7 @@ from tlscale.packages import versions_of
 from tlscale.places import places_of, without_places
 from tlscale.prepare import Prepared, strategy_of
 from tlscale.recipe.load import dump_recipe, recipe_digest
-from tlscale.run_folder import RunFolder, clear, naming_disk_errors, write_json, write_text
+from tlscale.storage.run_folder import RunFolder, clear, naming_disk_errors, write_json, write_text
 
 _PACKAGES = ("torch", "torchvision", "timm", "accelerate", "datasets", "safetensors", "numpy", "pillow")
 

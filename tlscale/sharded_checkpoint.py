@@ -43,8 +43,8 @@ from tlscale.checkpoint import (
 )
 from tlscale.dist import Processes
 from tlscale.errors import CheckpointError
-from tlscale.run_folder import flush
 from tlscale.sharding import spread
+from tlscale.storage.run_folder import flush
 
 Groups = dict[str, dict[str, Tensor]]
 

@@ -560,7 +560,7 @@ def test_a_damaged_best_checkpoint_is_an_error_and_not_other_weights(run, tmp_pa
 
 
 def test_a_second_run_in_the_same_folder_is_refused(plain, tmp_path):
-    from tlscale.run_folder import claim
+    from tlscale.storage.run_folder import claim
 
     with claim(tmp_path / "run", "fresh"), pytest.raises(RunFolderError, match="another job"):
         tlscale.run(load_recipe(plain / "recipe.yaml"), tmp_path / "run")

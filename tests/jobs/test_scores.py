@@ -17,7 +17,7 @@ from tlscale.codes.probe import PROBE_KINDS
 from tlscale.comparison import finished, table, to_rows
 from tlscale.jobs.evaluate import evaluate_run
 from tlscale.paired import paired_tests
-from tlscale.run_folder import RunFolder
+from tlscale.storage.run_folder import RunFolder
 
 RESNET = {"name": "test_resnet"}
 BY_HEART = {"logistic": [1e-3], "ridge": [1e-3], "sklearn": [1e-3], "knn": None}

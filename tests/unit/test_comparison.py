@@ -26,7 +26,7 @@ from tlscale.comparison import (
 )
 from tlscale.errors import DataError, TlscaleError
 from tlscale.paired import Pair
-from tlscale.run_folder import RunFolder
+from tlscale.storage.run_folder import RunFolder
 
 
 def outcome(variant="head", top1=0.8, size=1000, seed=0, half=0.01, **figures):

@@ -10,13 +10,13 @@ import pytest
 
 from tests.small_runs import environment
 from tlscale.errors import EXIT_BAD_INPUT, RunFolderError, TlscaleError
-from tlscale.run_folder import RunFolder, claim, clear, naming_disk_errors, write_json, write_text
 from tlscale.run_record import read_record
+from tlscale.storage.run_folder import RunFolder, claim, clear, naming_disk_errors, write_json, write_text
 
 HOLD = """
 import sys
 from pathlib import Path
-from tlscale.run_folder import claim
+from tlscale.storage.run_folder import claim
 with claim(Path(sys.argv[1]), "fresh"):
     print("held", flush=True)
     sys.stdin.read()

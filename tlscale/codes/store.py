@@ -31,7 +31,6 @@ import numpy.typing as npt
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from tlscale.cache_root import cache_root
 from tlscale.codes.entry import (
     Entry,
     Piece,
@@ -64,6 +63,7 @@ from tlscale.codes.shards import (
 )
 from tlscale.data.content import Digests
 from tlscale.errors import TlscaleError, did_you_mean
+from tlscale.storage.cache_root import cache_root
 
 Bools = npt.NDArray[np.bool_]
 _LOCKS = "locks"

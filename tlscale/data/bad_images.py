@@ -16,13 +16,13 @@ from typing import Any, Protocol
 
 import PIL
 
-from tlscale.cache_root import cache_root
 from tlscale.data.content import content_digest
 from tlscale.data.images import decode_image
 from tlscale.data.tables import Raw, Role, SourceSplit
 from tlscale.data.workers import map_in_threads
 from tlscale.errors import DataError
 from tlscale.recipe.schema import DataSection
+from tlscale.storage.cache_root import cache_root
 
 _BLOCK = 256  # images that a thread takes at once
 _RULES = 1  # raise it when `decode_image` comes to refuse what it took before

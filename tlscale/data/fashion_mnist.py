@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 
-from tlscale.cache_root import cache_root
 from tlscale.data.hub import read_hub_source
 from tlscale.data.idx import find_idx, read_split
 from tlscale.data.images import decode_image
@@ -24,6 +23,7 @@ from tlscale.data.manifest import read_manifest_source
 from tlscale.data.tables import ImageStore, Ints, Role, Source, SourceSplit
 from tlscale.errors import DataError
 from tlscale.recipe.schema import DataSection
+from tlscale.storage.cache_root import cache_root
 
 CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",

@@ -52,8 +52,8 @@ from tlscale.recipe.strategies import (
     fit_to_size,
     with_seed,
 )
-from tlscale.run_folder import RunFolder
 from tlscale.stopwatch import Stopwatch
+from tlscale.storage.run_folder import RunFolder
 
 MIN_STEPS = 200
 """Least steps of a training run at a size of `--sizes`."""

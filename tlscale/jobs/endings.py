@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from tlscale.checkpoint import pointed_to
 from tlscale.prepare import Prepared
-from tlscale.run_folder import RunFolder
 from tlscale.run_state import Clock
 from tlscale.stop import StopRequest
+from tlscale.storage.run_folder import RunFolder
 
 
 def non_finite(bad_step: int, folder: RunFolder) -> str:

@@ -33,9 +33,9 @@ from tlscale.objective import Objective
 from tlscale.progress import Pace, Progress, number, visible
 from tlscale.recipe.load import load_recipe
 from tlscale.recipe.schema import DataSection, LossSection, Recipe
-from tlscale.run_folder import write_json
 from tlscale.screen import show_classes
 from tlscale.stopwatch import Stopwatch, describe_seconds
+from tlscale.storage.run_folder import write_json
 
 _SPLITS: tuple[Role, ...] = ("train", "validation", "test")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")

@@ -35,7 +35,6 @@ from tlscale.predictions import Predictions, write_predictions
 from tlscale.prepare import Due, Prepared, strategy_of
 from tlscale.progress import Progress
 from tlscale.run_book import RunBook
-from tlscale.run_folder import RunFolder, naming_disk_errors, write_json
 from tlscale.run_record import begin_folder, read_record
 from tlscale.run_state import Clock, LossWindow, are_finite, point_to, restore, restore_weights, saved_clock
 from tlscale.screen import show_result
@@ -43,6 +42,7 @@ from tlscale.seeds import derive_seed
 from tlscale.sharding import clip_grad_norm, filled, micro_batch
 from tlscale.stages import stage_at
 from tlscale.stop import StopRequest
+from tlscale.storage.run_folder import RunFolder, naming_disk_errors, write_json
 from tlscale.vigil import Vigil
 
 

@@ -33,12 +33,12 @@ from tlscale.predictions import Predictions
 from tlscale.prepare import Prepared, make_objective
 from tlscale.progress import Progress
 from tlscale.run_book import RunBook
-from tlscale.run_folder import RunFolder
 from tlscale.run_state import Clock, snapshot, tidy_up, write_checkpoint
 from tlscale.sharded_checkpoint import load_sharded, save_sharded
 from tlscale.sharding import hollow_copy, objection_to_shares, shard, sharded_groups
 from tlscale.stages import Stage, cross_boundary, enter
 from tlscale.stop import StopRequest
+from tlscale.storage.run_folder import RunFolder
 from tlscale.targets import Targets, ask_teacher
 
 

@@ -37,11 +37,11 @@ from tlscale.prepare import Prepared, make_objective, strategy_of
 from tlscale.progress import Progress
 from tlscale.recipe.schema import ProbeSection, Recipe
 from tlscale.run_book import RunBook
-from tlscale.run_folder import RunFolder, naming_disk_errors, write_json
 from tlscale.run_record import begin_folder
 from tlscale.run_state import Clock
 from tlscale.screen import show_probe, show_result
 from tlscale.stop import StopRequest
+from tlscale.storage.run_folder import RunFolder, naming_disk_errors, write_json
 
 _BLOCK = 4096  # images whose logits are computed at once
 
