@@ -134,8 +134,8 @@ def codes_compute(recipe: str, overrides: Sequence[str]) -> None:
     """Compute and keep the codes of RECIPE's images: of codes.layer, or of what it freezes."""
     began_s = _began_s()
     loaded = _load(recipe, overrides)
+    from tlscale.distributed.signals import stop_with_launcher
     from tlscale.jobs.codes import compute_codes
-    from tlscale.stop import stop_with_launcher
 
     stop_with_launcher()
     compute_codes(loaded, Stopwatch(began_s))
@@ -236,8 +236,8 @@ def compare(recipe_files: Sequence[str], seeds: list[int | None], **options: Any
     Exit codes: 0 done, 1 a run failed (the others are in the table), 2 wrong recipe or data, 75 stopped by a signal.
     """
     began_s = _began_s()
+    from tlscale.distributed.signals import stop_with_launcher
     from tlscale.jobs.compare import compare as start
-    from tlscale.stop import stop_with_launcher
 
     stop_with_launcher()
     start(recipe_files, seeds=[seed for seed in seeds if seed is not None], watch=Stopwatch(began_s), **options)
@@ -270,8 +270,8 @@ def recipes_copy(name: str, path: str | None) -> None:
 def _start(recipe: Recipe, out: str | None, began_s: float, *, resume: bool, overwrite: bool) -> None:
     if resume and overwrite:
         raise click.UsageError("--resume goes on with a run, --overwrite replaces it: give one of them")
+    from tlscale.distributed.signals import stop_with_launcher
     from tlscale.jobs.run import run as start
-    from tlscale.stop import stop_with_launcher
 
     stop_with_launcher()
     start(recipe, out, resume=resume, overwrite=overwrite, watch=Stopwatch(began_s))

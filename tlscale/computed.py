@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from tlscale.dist import Processes
+from tlscale.distributed.processes import Processes
 from tlscale.prepare import Prepared
 from tlscale.progress import Progress
 from tlscale.run_state import Clock

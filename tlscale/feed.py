@@ -30,7 +30,7 @@ from tlscale.codes.store import CodesStore, nearest_folder
 from tlscale.data.loaders import ImageStore, eval_batches, train_batches
 from tlscale.data.sources import ImageSplit
 from tlscale.data.transforms import ImageBatch
-from tlscale.dist import Processes
+from tlscale.distributed.processes import Processes
 from tlscale.errors import RecipeError
 from tlscale.keeper import Images, Keeper, frontier_parts, input_path
 from tlscale.model.frontier import Frontier, NoFrontier, find_frontier
@@ -342,7 +342,7 @@ def _wait_for(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "xla":
-        from tlscale import xla
+        from tlscale.distributed import xla
 
         xla.run_recorded(wait=True)
 

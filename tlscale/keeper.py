@@ -30,7 +30,8 @@ from tlscale.codes.store import CodesStore
 from tlscale.data.loaders import ImageStore, make_augmenter
 from tlscale.data.sources import ImageSplit
 from tlscale.data.transforms import ImageBatch
-from tlscale.dist import Processes
+from tlscale.distributed.processes import Processes
+from tlscale.distributed.signals import StopRequest
 from tlscale.evaluate import InputPath
 from tlscale.model.backbone import function_digest
 from tlscale.model.frontier import Frontier
@@ -38,7 +39,6 @@ from tlscale.model.layers import PENULTIMATE
 from tlscale.packages import versions_of
 from tlscale.prepare import Prepared
 from tlscale.progress import Pace, Progress
-from tlscale.stop import StopRequest
 
 
 class Images:

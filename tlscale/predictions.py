@@ -36,7 +36,7 @@ from torch import Tensor
 from tlscale import faults
 from tlscale.data.sources import ImageSplit
 from tlscale.data.tables import FileStore, Ints
-from tlscale.dist import Processes
+from tlscale.distributed.processes import Processes
 from tlscale.storage.run_folder import naming_disk_errors, replacing
 
 FORMAT = 1

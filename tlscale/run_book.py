@@ -6,7 +6,7 @@ from types import TracebackType
 from typing import Any
 
 from tlscale import faults
-from tlscale.dist import Processes
+from tlscale.distributed.processes import Processes
 from tlscale.errors import EXIT_FAILED
 from tlscale.evaluate import scalars
 from tlscale.places import places_of, without_places

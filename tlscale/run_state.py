@@ -23,13 +23,13 @@ from tlscale.checkpoint import (
     prune,
     save_checkpoint,
 )
-from tlscale.dist import Processes
+from tlscale.distributed.fsdp import local
+from tlscale.distributed.processes import Processes
 from tlscale.errors import CheckpointError
 from tlscale.model.classifier import Classifier
 from tlscale.model.ema import Ema
 from tlscale.optimizer_state import pack_optimizer, unpack_optimizer
 from tlscale.recipe.schema import CheckpointSection, EvaluateSection
-from tlscale.sharding import local
 
 
 @dataclass

@@ -41,9 +41,9 @@ from tlscale.checkpoint import (
     share_key,
     tensors_in_shards,
 )
-from tlscale.dist import Processes
+from tlscale.distributed.fsdp import spread
+from tlscale.distributed.processes import Processes
 from tlscale.errors import CheckpointError
-from tlscale.sharding import spread
 from tlscale.storage.run_folder import flush
 
 Groups = dict[str, dict[str, Tensor]]

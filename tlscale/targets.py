@@ -20,7 +20,7 @@ from tlscale.codes.reading import Codes
 from tlscale.data.sampler import Ints, MicroBatch
 from tlscale.data.sources import ImageSplit
 from tlscale.data.transforms import ImageBatch
-from tlscale.dist import Processes
+from tlscale.distributed.processes import Processes
 from tlscale.keeper import Images, Keeper, Part, layers_parts
 from tlscale.prepare import Prepared
 from tlscale.teacher import LOGITS, Teacher

@@ -11,8 +11,8 @@ from collections.abc import Collection
 import torch
 from torch import Tensor, nn
 
-from tlscale.dist import Processes
-from tlscale.sharding import local
+from tlscale.distributed.fsdp import local
+from tlscale.distributed.processes import Processes
 
 
 class Vigil:

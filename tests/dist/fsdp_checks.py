@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 import tlscale
 from tests.dist.many_checks import EXACT, HALF_VIT, at_each_checkpoint, error_of, recipe
 from tests.small_models import TINY
-from tlscale.dist import start_processes
+from tlscale.distributed.processes import start_processes
 from tlscale.evaluate import evaluate
 from tlscale.jobs import finetune
 from tlscale.jobs import parts as run_parts

@@ -16,7 +16,7 @@ import tests.small_models  # noqa: F401 (makes spare_resnet known to timm)
 import tlscale
 from tests.small_runs import small_recipe
 from tlscale.data.sampler import DataOrder, micro_batches, split_batch_size
-from tlscale.dist import Processes, start_processes
+from tlscale.distributed.processes import Processes, start_processes
 from tlscale.errors import CheckpointError, DataError, TlscaleError
 from tlscale.jobs import finetune
 from tlscale.jobs import parts as run_parts

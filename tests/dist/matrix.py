@@ -15,7 +15,7 @@ import tlscale
 from tests.dist.many_checks import before_each_step, equal_on_all_ranks
 from tests.small_runs import put_teacher, small_recipe
 from tlscale.data.sources import ImageSplit
-from tlscale.dist import start_processes
+from tlscale.distributed.processes import start_processes
 from tlscale.evaluate import evaluate
 from tlscale.feed import ImageFeed
 from tlscale.jobs import finetune

@@ -22,7 +22,8 @@ from tests.small_runs import (
     put_teacher,
     small_recipe,
 )
-from tlscale.dist import start_processes
+from tlscale.distributed.processes import start_processes
+from tlscale.distributed.signals import StopRequest
 from tlscale.errors import ModelError, RecipeError, ResumeError, Stopped
 from tlscale.feed import ImageFeed
 from tlscale.jobs import finetune
@@ -30,7 +31,6 @@ from tlscale.jobs.codes import compute_codes
 from tlscale.keeper import Images, Keeper, input_path
 from tlscale.prepare import prepare
 from tlscale.progress import Progress
-from tlscale.stop import StopRequest
 from tlscale.targets import ask_teacher
 
 IMAGES = 96 + 37  # training, held out and test images

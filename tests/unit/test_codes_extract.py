@@ -20,7 +20,7 @@ from tlscale.codes.key import CodesKey
 from tlscale.codes.shards import BLOCK
 from tlscale.codes.store import CodesStore
 from tlscale.data.content import content_digest, digest_array
-from tlscale.dist import start_processes
+from tlscale.distributed.processes import start_processes
 from tlscale.errors import DataError, ModelError, Stopped
 from tlscale.progress import Progress
 from tlscale.recipe.schema import ComputeSection

@@ -24,7 +24,7 @@ from tlscale.data.sampler import MicroBatch
 from tlscale.data.sources import open_data
 from tlscale.data.tables import FileStore
 from tlscale.data.transforms import InputSpec
-from tlscale.dist import start_processes
+from tlscale.distributed.processes import start_processes
 from tlscale.recipe.schema import ComputeSection, DataSection
 from tlscale.recipe.values import augmentation_values
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.small_models import classifier
 from tlscale.checkpoint import Checkpoint
-from tlscale.dist import start_processes
+from tlscale.distributed.processes import start_processes
 from tlscale.errors import CheckpointError
 from tlscale.model.classifier import Classifier
 from tlscale.model.freeze import fixed_names

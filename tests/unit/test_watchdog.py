@@ -8,7 +8,7 @@ from tests.small_runs import REPO, environment
 
 SCRIPT = """
 import sys, time
-from tlscale.watchdog import Watchdog
+from tlscale.distributed.watchdog import Watchdog
 
 def waits_for_ever():
     time.sleep(60)

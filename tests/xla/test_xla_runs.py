@@ -37,7 +37,7 @@ from tests.small_runs import (
 )
 from tlscale.data.loaders import ImageStore, eval_batches
 from tlscale.data.sources import open_data
-from tlscale.dist import start_processes
+from tlscale.distributed.processes import start_processes
 from tlscale.errors import EXIT_STOPPED, LaunchError
 from tlscale.evaluate import InputPath
 from tlscale.prepare import prepare
@@ -274,7 +274,7 @@ def test_the_launcher_runs_it(idx, tmp_path):
 
 def test_torchs_group_is_there_beside_xla(monkeypatch):
     """What several processes would agree by; here it is a group of one."""
-    from tlscale import xla
+    from tlscale.distributed import xla
 
     with socket.socket() as free:
         free.bind(("localhost", 0))

@@ -31,8 +31,8 @@ from tlscale.codes.shards import (
     read_record,
     remove_shard,
 )
-from tlscale.cores import num_cores
 from tlscale.data.content import DIGEST, Digests
+from tlscale.distributed.cores import num_cores
 from tlscale.errors import DataError
 
 Say = Callable[[str], object]

@@ -28,7 +28,7 @@ from tlscale.codes.reading import Codes
 from tlscale.codes.shards import BLOCK, Ints, rows_per_shard
 from tlscale.codes.store import CodesStore
 from tlscale.data.content import Digests, digest_bytes
-from tlscale.dist import Processes
+from tlscale.distributed.processes import Processes
 from tlscale.errors import Stopped, TlscaleError
 from tlscale.progress import Progress, format_duration
 

@@ -18,7 +18,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tlscale.cores import num_cores
 from tlscale.data.augment import Augmenter
 from tlscale.data.images import decode_image
 from tlscale.data.sampler import (
@@ -35,6 +34,7 @@ from tlscale.data.sources import ImageSplit
 from tlscale.data.tables import Raw
 from tlscale.data.transforms import ImageBatch, InputSpec, Pixels, eval_transform
 from tlscale.data.workers import load_in_order, map_in_threads
+from tlscale.distributed.cores import num_cores
 from tlscale.recipe.schema import DataSection
 
 _MIB = 2**20

@@ -21,9 +21,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from tlscale import faults
-from tlscale.cores import num_cores
+from tlscale.distributed.cores import num_cores
+from tlscale.distributed.signals import signal_when_parent_dies
 from tlscale.errors import TlscaleError, WorkerError
-from tlscale.stop import signal_when_parent_dies
 
 
 class Pinnable(Protocol):

@@ -9,7 +9,8 @@ from tlscale.codes.entry import Entry
 from tlscale.codes.reading import Codes
 from tlscale.codes.store import CodesStore
 from tlscale.data.sources import ImageSplit
-from tlscale.dist import Processes, start_processes
+from tlscale.distributed.processes import Processes, start_processes
+from tlscale.distributed.signals import StopRequest
 from tlscale.errors import ModelError, TlscaleError
 from tlscale.feed import agree_on_cut, refuse_codes_of_a_probe
 from tlscale.jobs.probe import layer_codes, wanted_codes
@@ -17,7 +18,6 @@ from tlscale.keeper import Images, Keeper, frontier_parts
 from tlscale.prepare import Prepared, prepare
 from tlscale.progress import Progress, format_duration
 from tlscale.recipe.schema import Recipe
-from tlscale.stop import StopRequest
 from tlscale.stopwatch import Stopwatch, describe_seconds
 from tlscale.targets import ask_teacher
 

@@ -26,7 +26,7 @@ from tlscale.comparison import (
     write_comparison,
 )
 from tlscale.data.sources import open_data
-from tlscale.dist import start_processes
+from tlscale.distributed.processes import start_processes
 from tlscale.errors import (
     DataError,
     LaunchError,

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from tlscale.checkpoint import pointed_to
+from tlscale.distributed.signals import StopRequest
 from tlscale.prepare import Prepared
 from tlscale.run_state import Clock
-from tlscale.stop import StopRequest
 from tlscale.storage.run_folder import RunFolder
 
 

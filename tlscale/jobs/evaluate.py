@@ -24,7 +24,7 @@ from tlscale.data.labelled import count_shared, open_labelled, own_images
 from tlscale.data.loaders import ImageStore, default_workers, eval_batches
 from tlscale.data.sources import BadImages, ImageData, ImageSplit, open_data
 from tlscale.data.tables import Role
-from tlscale.dist import Processes, start_processes
+from tlscale.distributed.processes import Processes, start_processes
 from tlscale.errors import DataError, RecipeError, RunFolderError, TlscaleError
 from tlscale.evaluate import InputPath, evaluate
 from tlscale.jobs.evaluation_keys import changes_for_evaluation

@@ -22,7 +22,9 @@ from tlscale import computed, faults
 from tlscale.checkpoint import Checkpoint, checkpoint_folder, newest_valid
 from tlscale.data.identity import result_identity
 from tlscale.data.sources import ImageSplit
-from tlscale.dist import Processes
+from tlscale.distributed.fsdp import clip_grad_norm, filled, micro_batch
+from tlscale.distributed.processes import Processes
+from tlscale.distributed.signals import StopRequest
 from tlscale.errors import NonFiniteLossError, Stopped
 from tlscale.evaluate import scalars
 from tlscale.feed import ImageFeed, refuse_codes_of_a_probe
@@ -39,9 +41,7 @@ from tlscale.run_record import begin_folder, read_record
 from tlscale.run_state import Clock, LossWindow, are_finite, point_to, restore, restore_weights, saved_clock
 from tlscale.screen import show_result
 from tlscale.seeds import derive_seed
-from tlscale.sharding import clip_grad_norm, filled, micro_batch
 from tlscale.stages import stage_at
-from tlscale.stop import StopRequest
 from tlscale.storage.run_folder import RunFolder, naming_disk_errors, write_json
 from tlscale.vigil import Vigil
 

@@ -19,8 +19,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tlscale.checkpoint import Checkpoint, load_checkpoint
 from tlscale.data.sources import ImageSplit
-from tlscale.desync import refuse_desync, what_must_agree
-from tlscale.dist import Processes
+from tlscale.distributed.consistency import refuse_desync, what_must_agree
+from tlscale.distributed.fsdp import hollow_copy, objection_to_shares, shard, sharded_groups
+from tlscale.distributed.processes import Processes
+from tlscale.distributed.signals import StopRequest
 from tlscale.errors import NonFiniteLossError, RecipeError
 from tlscale.evaluate import evaluate
 from tlscale.feed import Feed, open_feed
@@ -35,9 +37,7 @@ from tlscale.progress import Progress
 from tlscale.run_book import RunBook
 from tlscale.run_state import Clock, snapshot, tidy_up, write_checkpoint
 from tlscale.sharded_checkpoint import load_sharded, save_sharded
-from tlscale.sharding import hollow_copy, objection_to_shares, shard, sharded_groups
 from tlscale.stages import Stage, cross_boundary, enter
-from tlscale.stop import StopRequest
 from tlscale.storage.run_folder import RunFolder
 from tlscale.targets import Targets, ask_teacher
 

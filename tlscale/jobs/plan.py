@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tlscale.codes.store import CodesStore
+from tlscale.distributed.fsdp import whole_bytes
 from tlscale.feed import choose_cut, kept_bytes, num_to_keep, refuse_codes_of_a_probe, sample_images
 from tlscale.jobs.probe import refuse_wrong_probe, wanted_codes
 from tlscale.model.frontier import Frontier
@@ -21,7 +22,6 @@ from tlscale.prepare import Prepared, prepare
 from tlscale.progress import Progress
 from tlscale.recipe.schema import Recipe
 from tlscale.screen import show_plan
-from tlscale.sharding import whole_bytes
 from tlscale.stages import Stage, enter
 
 _SAMPLE_IMAGES = 2  # batch norm in train mode wants more than one

@@ -22,7 +22,8 @@ from tlscale.codes.probe import Choice, PathRow, cannot_compare, checked_grid, c
 from tlscale.codes.reading import Codes
 from tlscale.data.identity import result_identity
 from tlscale.data.sources import ImageData, ImageSplit
-from tlscale.dist import Processes
+from tlscale.distributed.processes import Processes
+from tlscale.distributed.signals import StopRequest
 from tlscale.evaluate import scalars
 from tlscale.jobs.scores import fitted, score_of_probe
 from tlscale.keeper import Images, Keeper, layers_parts, name_of
@@ -40,7 +41,6 @@ from tlscale.run_book import RunBook
 from tlscale.run_record import begin_folder
 from tlscale.run_state import Clock
 from tlscale.screen import show_probe, show_result
-from tlscale.stop import StopRequest
 from tlscale.storage.run_folder import RunFolder, naming_disk_errors, write_json
 
 _BLOCK = 4096  # images whose logits are computed at once

@@ -17,7 +17,8 @@ import torch
 from tlscale.corrections import refuse_uncorrected
 from tlscale.data.identity import scored_identity, used_identity
 from tlscale.data.sources import BadImages
-from tlscale.dist import start_processes
+from tlscale.distributed.processes import start_processes
+from tlscale.distributed.signals import StopRequest
 from tlscale.errors import ResumeError, Stopped
 from tlscale.jobs.finetune import train
 from tlscale.jobs.probe import probe
@@ -27,7 +28,6 @@ from tlscale.recipe.load import diff_recipes, load_stored_recipe, with_values
 from tlscale.recipe.schema import Recipe
 from tlscale.run_record import read_record
 from tlscale.screen import show_plan
-from tlscale.stop import StopRequest
 from tlscale.stopwatch import Stopwatch
 from tlscale.storage.run_folder import Mode, RunFolder, claim, naming_disk_errors, write_json
 

@@ -91,7 +91,7 @@ def _check_rows(images: Tensor, more: Tensor, prefix: nn.Module) -> None:
 def _seeded(module: nn.Module, *inputs: Tensor, seed: int = _CHECK_SEED) -> list[Tensor]:
     torch.manual_seed(seed)
     if inputs[0].device.type == "xla":
-        from tlscale import xla
+        from tlscale.distributed import xla
 
         xla.seed(seed, inputs[0].device)
     return _tensors(module(*inputs))

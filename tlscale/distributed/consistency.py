@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from tlscale.dist import Processes
+from tlscale.distributed.processes import Processes
 from tlscale.errors import DesyncError
 from tlscale.model.classifier import Classifier
 from tlscale.model.ema import Ema

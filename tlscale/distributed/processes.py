@@ -22,10 +22,10 @@ from accelerate.utils import InitProcessGroupKwargs
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 
-from tlscale.cores import num_cores
+from tlscale.distributed.cores import num_cores
+from tlscale.distributed.watchdog import Watchdog
 from tlscale.errors import LaunchError, TlscaleError
 from tlscale.recipe.schema import ComputeSection
-from tlscale.watchdog import Watchdog
 
 T = TypeVar("T")
 M = TypeVar("M", bound=torch.nn.Module)
@@ -73,7 +73,7 @@ class Processes:
         """
         torch.default_generator.manual_seed(seed)
         if self.device.type == "xla":
-            from tlscale import xla
+            from tlscale.distributed import xla
 
             xla.seed(seed, self.device)
         elif self.device.type != "cpu":
@@ -82,7 +82,7 @@ class Processes:
     def place(self, module: M) -> M:
         """Move a module to this process's device; its parameters stay the objects that others know."""
         if self.device.type == "xla":
-            from tlscale import xla
+            from tlscale.distributed import xla
 
             return xla.place(module, self.device)
         return module.to(self.device)
@@ -90,14 +90,14 @@ class Processes:
     def run_recorded(self) -> None:
         """The end of a step, or of a batch without gradients: XLA has only recorded it so far."""
         if self.device.type == "xla":
-            from tlscale import xla
+            from tlscale.distributed import xla
 
             xla.run_recorded()
 
     def fetch(self, scalars: list[torch.Tensor]) -> torch.Tensor:
         """Computed scalars of one dtype as one tensor on the CPU: (len(scalars),). The host waits once."""
         if self.device.type == "xla":  # for which a stack is another program for each number of scalars
-            from tlscale import xla
+            from tlscale.distributed import xla
 
             return torch.stack(xla.to_cpu(scalars))
         return torch.stack(scalars).cpu()
@@ -310,7 +310,7 @@ def _join(compute: ComputeSection, is_guest: bool) -> Processes:
     _check_engine(compute, accelerator)
     _set_threads(compute, accelerator.device)
     if is_xla:
-        from tlscale import xla
+        from tlscale.distributed import xla
 
         xla.prepare(accelerator)
     control: Any = torch_dist.new_group(backend="gloo", timeout=_patience(compute)) if world_size > 1 else None
