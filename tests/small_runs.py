@@ -21,9 +21,9 @@ from PIL import Image
 from tests.recipes.wrong_data import put_idx
 from tlscale.data.fashion_mnist import CLASSES, read_sample
 from tlscale.data.images import decode_image
-from tlscale.metrics_file import read_metrics
 from tlscale.recipe.load import load_recipe
 from tlscale.recipe.schema import Recipe
+from tlscale.tracking.metrics_log import read_metrics
 
 REPO = Path(__file__).parent.parent
 TIMES = ("time_s", "images_per_s")

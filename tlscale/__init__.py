@@ -29,7 +29,7 @@ def __getattr__(name: str) -> Any:
     import importlib
 
     if name != "load_recipe":
-        from tlscale.working_folder import import_torch
+        from tlscale.tracking.working_folder import import_torch
 
         import_torch()
     return getattr(importlib.import_module(_HOMES[name]), name)

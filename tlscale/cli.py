@@ -13,7 +13,7 @@ import click
 
 from tlscale import __version__
 from tlscale.errors import TlscaleError
-from tlscale.stopwatch import Stopwatch, process_began_s
+from tlscale.tracking.stopwatch import Stopwatch, process_began_s
 
 if TYPE_CHECKING:
     from tlscale.recipe.schema import Recipe

@@ -16,11 +16,11 @@ from typing import Any
 from tlscale.comparison_plot import draw
 from tlscale.errors import DataError
 from tlscale.metrics import wilson
-from tlscale.metrics_file import read_metrics
 from tlscale.model.layers import PENULTIMATE
 from tlscale.paired import LEVEL, Pair
-from tlscale.progress import number
 from tlscale.storage.run_folder import RunFolder, naming_disk_errors, write_text
+from tlscale.tracking.console import number
+from tlscale.tracking.metrics_log import read_metrics
 
 COLUMNS = (
     *("strategy", "images", "top1", "95% interval", "against the best", "held-out top1"),

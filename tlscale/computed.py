@@ -16,10 +16,10 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from tlscale.distributed.processes import Processes
 from tlscale.prepare import Prepared
-from tlscale.progress import Progress
 from tlscale.run_state import Clock
 from tlscale.stages import enter
 from tlscale.storage.run_folder import RunFolder, naming_disk_errors, write_json
+from tlscale.tracking.console import Progress
 
 _WORDS = {
     "num_processes": "number of processes",

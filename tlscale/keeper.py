@@ -36,9 +36,9 @@ from tlscale.evaluate import InputPath
 from tlscale.model.backbone import function_digest
 from tlscale.model.frontier import Frontier
 from tlscale.model.layers import PENULTIMATE
-from tlscale.packages import versions_of
 from tlscale.prepare import Prepared
-from tlscale.progress import Pace, Progress
+from tlscale.tracking.console import Pace, Progress
+from tlscale.tracking.packages import versions_of
 
 
 class Images:

@@ -36,9 +36,9 @@ from tlscale.recipe.schema import Recipe
 from tlscale.recipe.values import augmentation_values
 from tlscale.seeds import derive_seed
 from tlscale.stages import Stage, enter, plan_stages, to_steps
-from tlscale.stopwatch import Stopwatch
 from tlscale.teacher import Teacher, open_teacher
-from tlscale.tracking import check_installed
+from tlscale.tracking.stopwatch import Stopwatch
+from tlscale.tracking.trackers import check_installed
 
 
 @dataclass

@@ -9,14 +9,14 @@ from tlscale import faults
 from tlscale.distributed.processes import Processes
 from tlscale.errors import EXIT_FAILED
 from tlscale.evaluate import scalars
-from tlscale.places import places_of, without_places
 from tlscale.prepare import Prepared
-from tlscale.progress import Progress, number
 from tlscale.recipe.schema import Recipe
-from tlscale.redact import REDACTED
 from tlscale.run_state import Clock
 from tlscale.storage.run_folder import RunFolder
-from tlscale.tracking import MetricsFile, Trackers, open_trackers
+from tlscale.tracking.console import Progress, number
+from tlscale.tracking.places import places_of, without_places
+from tlscale.tracking.redact import REDACTED
+from tlscale.tracking.trackers import MetricsFile, Trackers, open_trackers
 
 _SHOWN = ("top1", "loss", "macro_f1", "distill_loss")  # of an evaluation; the last where there is a teacher
 

@@ -11,10 +11,10 @@ from tlscale.data.sampler import DataOrder
 from tlscale.model.layers import PENULTIMATE
 from tlscale.model.student import Student
 from tlscale.prepare import Prepared, strategy_of
-from tlscale.progress import Progress, format_duration, number
 from tlscale.recipe.schema import Recipe
 from tlscale.stages import Stage, to_steps
-from tlscale.stopwatch import describe_seconds
+from tlscale.tracking.console import Progress, format_duration, number
+from tlscale.tracking.stopwatch import describe_seconds
 
 _WORST_SHOWN = 5
 

@@ -30,8 +30,8 @@ from tlscale.jobs import finetune
 from tlscale.jobs.codes import compute_codes
 from tlscale.keeper import Images, Keeper, input_path
 from tlscale.prepare import prepare
-from tlscale.progress import Progress
 from tlscale.targets import ask_teacher
+from tlscale.tracking.console import Progress
 
 IMAGES = 96 + 37  # training, held out and test images
 MATCH = {"layer2": "blocks.2", "penultimate": ["blocks.2", "penultimate"]}

@@ -17,9 +17,9 @@ from tlscale.jobs.codes import compute_codes
 from tlscale.jobs.compare import compare
 from tlscale.jobs.evaluate import evaluate_run
 from tlscale.prepare import prepare
-from tlscale.progress import Pace
 from tlscale.recipe.duration import Duration
-from tlscale.stopwatch import PARTS, Stopwatch
+from tlscale.tracking.console import Pace
+from tlscale.tracking.stopwatch import PARTS, Stopwatch
 
 FOLDER = {"source": "folder", "image_size": 32, "validation_fraction": 0.2}
 PROBE = {"probe": {"kind": "ridge"}, "backbone": {"name": "test_resnet"}}

@@ -9,7 +9,7 @@ import yaml
 from tests.small_runs import logged, put_small_idx, small_recipe, start, wait_until
 from tests.wandb_records import offline_runs
 from tlscale.errors import EXIT_STOPPED
-from tlscale.metrics_file import read_metrics
+from tlscale.tracking.metrics_log import read_metrics
 
 CANARY = "canary0123456789abcdef0123456789abcdef00"  # 40 characters, as an API key has
 STEPS = 40

@@ -22,8 +22,8 @@ from tlscale.codes.store import CodesStore
 from tlscale.data.content import content_digest, digest_array
 from tlscale.distributed.processes import start_processes
 from tlscale.errors import DataError, ModelError, Stopped
-from tlscale.progress import Progress
 from tlscale.recipe.schema import ComputeSection
+from tlscale.tracking.console import Progress
 
 IMAGES = torch.from_numpy(sample_images("train", 700)[0])[:, None]
 IDS = digest_array([content_digest(image.numpy()) for image in IMAGES])

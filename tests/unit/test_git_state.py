@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tlscale.git_state import git_state
+from tlscale.tracking.git_state import git_state
 
 PLAIN = {
     **{key: value for key, value in os.environ.items() if not key.startswith("GIT_")},
@@ -153,6 +153,6 @@ def test_a_pipe_in_place_of_the_configuration_does_not_hang(tmp_path, monkeypatc
     folder = put_checkout(tmp_path / "data")
     os.mkfifo(folder / "pipe")
     (folder / ".git" / "config").write_text("[include]\n\tpath = ../pipe\n")
-    monkeypatch.setattr("tlscale.git_state._TIMEOUT_S", 0.3)
+    monkeypatch.setattr("tlscale.tracking.git_state._TIMEOUT_S", 0.3)
     monkeypatch.chdir(folder)
     assert git_state() is None

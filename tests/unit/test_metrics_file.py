@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tlscale.errors import TlscaleError
-from tlscale.metrics_file import MetricsFile, read_metrics
+from tlscale.tracking.metrics_log import MetricsFile, read_metrics
 
 
 def record(step, kind="train", **figures):
@@ -112,7 +112,7 @@ def test_a_killed_writer_loses_nothing_that_was_written(path):
     program = (
         "import os, signal, sys\n"
         "from pathlib import Path\n"
-        "from tlscale.metrics_file import MetricsFile\n"
+        "from tlscale.tracking.metrics_log import MetricsFile\n"
         "file = MetricsFile(Path(sys.argv[1]))\n"
         "for step in range(5):\n"
         "    file.write({'kind': 'train', 'step': step, 'epoch': 0, 'images_seen': 0, 'time_s': 0})\n"

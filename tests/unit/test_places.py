@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 import tlscale
 from tests.small_runs import put_small_folder, put_teacher, small_recipe
 from tests.wandb_records import offline_runs
-from tlscale.places import without_places
 from tlscale.recipe.load import load_recipe
+from tlscale.tracking.places import without_places
 
 PLACES = ("/home/jane doe/photos", "/home/jane doe", "/data/w.safetensors")
 

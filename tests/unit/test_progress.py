@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from tlscale.progress import Progress, format_duration, visible
+from tlscale.tracking.console import Progress, format_duration, visible
 
 SHOW_CURSOR, HIDE_CURSOR = "\x1b[?25h", "\x1b[?25l"
 
@@ -216,7 +216,7 @@ def test_durations(seconds, text):
 
 def test_in_a_real_terminal_prints_of_others_go_above_the_display_and_the_cursor_comes_back():
     program = (
-        "from tlscale.progress import Progress\n"
+        "from tlscale.tracking.console import Progress\n"
         "with Progress(10) as progress:\n"
         "    progress.update(5, loss=1.0, lr=0.1, images_per_s=5, epoch=0.5)\n"
         "    print('from elsewhere')\n"

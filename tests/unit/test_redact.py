@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tlscale.redact import reason, redact
+from tlscale.tracking.redact import reason, redact
 
 
 @pytest.mark.parametrize(

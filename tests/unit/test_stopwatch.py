@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tlscale.stopwatch import PARTS, Stopwatch, describe_seconds, process_began_s
+from tlscale.tracking.stopwatch import PARTS, Stopwatch, describe_seconds, process_began_s
 
 
 class Clock:
@@ -103,7 +103,7 @@ def test_the_parts_add_up_to_the_whole(tree):
 
 def test_a_process_began_when_it_was_started():
     """Its own account against that of who started it, by the clock that both share."""
-    lines = "import time; time.sleep(0.3); from tlscale.stopwatch import process_began_s as p; print(p(), p())"
+    lines = "import time; time.sleep(0.3); from tlscale.tracking.stopwatch import process_began_s as p; print(p(), p())"
     before_s = time.monotonic()
     done = subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True, check=True)
     first_s, second_s = map(float, done.stdout.split())

@@ -16,7 +16,7 @@ from tests.small_runs import REPO
 from tests.wandb_records import BLOCK, CHUNK, HEADER, OfflineRun, offline_runs, payloads
 from tlscale.errors import EXIT_BAD_INPUT, EXIT_STOPPED, RecipeError
 from tlscale.recipe.schema import WandbSection
-from tlscale.tracking import open_trackers
+from tlscale.tracking.trackers import open_trackers
 
 CANARY = "canary0123456789abcdef0123456789abcdef00"  # 40 characters, as an API key has
 
@@ -25,7 +25,7 @@ SEGMENT = """
 import json, os, sys
 from pathlib import Path
 from tlscale.recipe.schema import WandbSection
-from tlscale.tracking import open_trackers
+from tlscale.tracking.trackers import open_trackers
 
 plan = json.loads(Path(sys.argv[1]).read_text())
 before = dict(os.environ)
@@ -283,7 +283,7 @@ def test_who_decides_the_mode(tmp_path):
     program = """
 import json, os, sys
 from tlscale.recipe.schema import WandbSection
-from tlscale.wandb_session import _mode
+from tlscale.tracking.wandb_tracker import _mode
 import wandb
 found = []
 for mode, environment in json.loads(sys.argv[1]):

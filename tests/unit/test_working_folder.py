@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.small_runs import environment
-from tlscale.working_folder import outside_working_folder
+from tlscale.tracking.working_folder import outside_working_folder
 
 SOURCE = """
 #include <stdlib.h>

@@ -30,7 +30,7 @@ from tlscale.codes.store import CodesStore
 from tlscale.data.content import Digests, digest_bytes
 from tlscale.distributed.processes import Processes
 from tlscale.errors import Stopped, TlscaleError
-from tlscale.progress import Progress, format_duration
+from tlscale.tracking.console import Progress, format_duration
 
 _WAIT_S = 0.5
 _SAY_EVERY_S = 10.0

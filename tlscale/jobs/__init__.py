@@ -1,3 +1,3 @@
-from tlscale.working_folder import import_torch
+from tlscale.tracking.working_folder import import_torch
 
 import_torch()  # before any of the jobs does

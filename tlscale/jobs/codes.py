@@ -16,10 +16,10 @@ from tlscale.feed import agree_on_cut, refuse_codes_of_a_probe
 from tlscale.jobs.probe import layer_codes, wanted_codes
 from tlscale.keeper import Images, Keeper, frontier_parts
 from tlscale.prepare import Prepared, prepare
-from tlscale.progress import Progress, format_duration
 from tlscale.recipe.schema import Recipe
-from tlscale.stopwatch import Stopwatch, describe_seconds
 from tlscale.targets import ask_teacher
+from tlscale.tracking.console import Progress, format_duration
+from tlscale.tracking.stopwatch import Stopwatch, describe_seconds
 
 _GIB = 2**30
 

@@ -41,7 +41,6 @@ from tlscale.jobs.run import run
 from tlscale.model.backbone import build_backbone
 from tlscale.model.layers import layer_names
 from tlscale.paired import paired_tests
-from tlscale.progress import Progress
 from tlscale.recipe.load import diff_recipes, dump_recipe, load_recipe, recipe_digest
 from tlscale.recipe.schema import BackboneSection, Recipe
 from tlscale.recipe.strategies import (
@@ -52,8 +51,9 @@ from tlscale.recipe.strategies import (
     fit_to_size,
     with_seed,
 )
-from tlscale.stopwatch import Stopwatch
 from tlscale.storage.run_folder import RunFolder
+from tlscale.tracking.console import Progress
+from tlscale.tracking.stopwatch import Stopwatch
 
 MIN_STEPS = 200
 """Least steps of a training run at a size of `--sizes`."""

@@ -30,12 +30,12 @@ from tlscale.evaluate import InputPath, evaluate
 from tlscale.jobs.evaluation_keys import changes_for_evaluation
 from tlscale.model.export import TrainedModel, load
 from tlscale.objective import Objective
-from tlscale.progress import Pace, Progress, number, visible
 from tlscale.recipe.load import load_recipe
 from tlscale.recipe.schema import DataSection, LossSection, Recipe
 from tlscale.screen import show_classes
-from tlscale.stopwatch import Stopwatch, describe_seconds
 from tlscale.storage.run_folder import write_json
+from tlscale.tracking.console import Pace, Progress, number, visible
+from tlscale.tracking.stopwatch import Stopwatch, describe_seconds
 
 _SPLITS: tuple[Role, ...] = ("train", "validation", "test")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")

@@ -33,13 +33,13 @@ from tlscale.objective import Objective
 from tlscale.optim import build_optimizer
 from tlscale.predictions import Predictions
 from tlscale.prepare import Prepared, make_objective
-from tlscale.progress import Progress
 from tlscale.run_book import RunBook
 from tlscale.run_state import Clock, snapshot, tidy_up, write_checkpoint
 from tlscale.sharded_checkpoint import load_sharded, save_sharded
 from tlscale.stages import Stage, cross_boundary, enter
 from tlscale.storage.run_folder import RunFolder
 from tlscale.targets import Targets, ask_teacher
+from tlscale.tracking.console import Progress
 
 
 @dataclass

@@ -19,10 +19,10 @@ from tlscale.model.frontier import Frontier
 from tlscale.model.layers import LayerCodes
 from tlscale.optim import build_optimizer
 from tlscale.prepare import Prepared, prepare
-from tlscale.progress import Progress
 from tlscale.recipe.schema import Recipe
 from tlscale.screen import show_plan
 from tlscale.stages import Stage, enter
+from tlscale.tracking.console import Progress
 
 _SAMPLE_IMAGES = 2  # batch norm in train mode wants more than one
 _TIMED_IMAGES = 16

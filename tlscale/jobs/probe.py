@@ -35,13 +35,13 @@ from tlscale.model.heads import KnnHead
 from tlscale.model.layers import PENULTIMATE, LayerCodes
 from tlscale.predictions import Predictions, write_predictions
 from tlscale.prepare import Prepared, make_objective, strategy_of
-from tlscale.progress import Progress
 from tlscale.recipe.schema import ProbeSection, Recipe
 from tlscale.run_book import RunBook
 from tlscale.run_record import begin_folder
 from tlscale.run_state import Clock
 from tlscale.screen import show_probe, show_result
 from tlscale.storage.run_folder import RunFolder, naming_disk_errors, write_json
+from tlscale.tracking.console import Progress
 
 _BLOCK = 4096  # images whose logits are computed at once
 

@@ -23,13 +23,13 @@ from tlscale.errors import ResumeError, Stopped
 from tlscale.jobs.finetune import train
 from tlscale.jobs.probe import probe
 from tlscale.prepare import Prepared, prepare
-from tlscale.progress import Progress
 from tlscale.recipe.load import diff_recipes, load_stored_recipe, with_values
 from tlscale.recipe.schema import Recipe
 from tlscale.run_record import read_record
 from tlscale.screen import show_plan
-from tlscale.stopwatch import Stopwatch
 from tlscale.storage.run_folder import Mode, RunFolder, claim, naming_disk_errors, write_json
+from tlscale.tracking.console import Progress
+from tlscale.tracking.stopwatch import Stopwatch
 
 # A resumed run may differ in these: they change nothing of what is learned, or only rounding. The exception is batch
 # norm and dropout on other passes (`compute.micro_batch_size`, the number of processes), which `computed` announces.

@@ -19,8 +19,8 @@ from typing import Any, Literal, Self
 
 from tlscale.errors import EXIT_STOPPED
 from tlscale.recipe.schema import WandbSection
-from tlscale.redact import reason, redact
-from tlscale.working_folder import outside_working_folder, wandb_files, wandb_settings
+from tlscale.tracking.redact import reason, redact
+from tlscale.tracking.working_folder import outside_working_folder, wandb_files, wandb_settings
 
 STEP_KEY = "trainer/step"
 """The step of a record in W&B: its own step refuses to go back, so a resumed run would lose records."""

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tlscale.errors import RecipeError
-from tlscale.metrics_file import MetricsFile, read_metrics
 from tlscale.recipe.schema import WandbSection
-from tlscale.redact import reason, redact
-from tlscale.wandb_session import WandbSession, environment, new_run_id
+from tlscale.tracking.metrics_log import MetricsFile, read_metrics
+from tlscale.tracking.redact import reason, redact
+from tlscale.tracking.wandb_tracker import WandbSession, environment, new_run_id
 
 __all__ = ["MetricsFile", "Trackers", "open_trackers", "read_metrics"]
 

@@ -46,7 +46,7 @@ def outside_working_folder() -> Iterator[None]:
     was = {key: os.environ[key] for key in _PLACES if os.environ.get(key)}
     os.environ.update({key: os.path.abspath(os.path.expanduser(place)) for key, place in was.items()})
     try:
-        with contextlib.chdir(Path(__file__).parent / "weights"):
+        with contextlib.chdir(Path(__file__).resolve().parents[1] / "weights"):
             yield
     finally:
         os.environ.update(was)
