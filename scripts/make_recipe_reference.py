@@ -17,8 +17,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tlscale.recipe.keys import Key, all_keys  # noqa: E402
-from tlscale.recipe.values import ACTIVATIONS, AUGMENTATIONS, HEAD_NORMS  # noqa: E402
+from tlscale.recipe.field_types import ACTIVATIONS, AUGMENTATIONS, HEAD_NORMS  # noqa: E402
+from tlscale.recipe.schema_keys import Key, all_keys  # noqa: E402
 
 REFERENCE = ROOT / "docs" / "recipe.md"
 FROZEN = ROOT / "tests" / "assets" / "recipe_schema.json"

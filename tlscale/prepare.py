@@ -32,9 +32,9 @@ from tlscale.model.student import Student
 from tlscale.objective import DistillObjective, Objective, class_weights, labels_teach
 from tlscale.optim import check_optimizer
 from tlscale.recipe.duration import Duration
+from tlscale.recipe.field_types import augmentation_values
 from tlscale.recipe.schema import Recipe
-from tlscale.recipe.values import augmentation_values
-from tlscale.seeds import derive_seed
+from tlscale.recipe.seeds import derive_seed
 from tlscale.stages import Stage, enter, plan_stages, to_steps
 from tlscale.teacher import Teacher, open_teacher
 from tlscale.tracking.stopwatch import Stopwatch

@@ -22,7 +22,7 @@ from tests.small_runs import (
 )
 from tlscale.data.transforms import normalise
 from tlscale.prepare import prepare
-from tlscale.seeds import derive_seed
+from tlscale.recipe.seeds import derive_seed
 
 pytestmark = [pytest.mark.dist, pytest.mark.long, pytest.mark.timeout(1500)]
 PROCESSES = (1, 2, 4)

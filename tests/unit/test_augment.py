@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from tlscale.data.augment import Augmenter
 from tlscale.data.sampler import Stream, image_keys
+from tlscale.recipe.field_types import AUGMENTATIONS, augmentation_values
 from tlscale.recipe.schema import DataSection
-from tlscale.recipe.values import AUGMENTATIONS, augmentation_values
 
 SIZE = 20
 RECIPES = {

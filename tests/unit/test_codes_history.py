@@ -25,8 +25,8 @@ from tlscale.data.sources import open_data
 from tlscale.data.tables import FileStore
 from tlscale.data.transforms import InputSpec
 from tlscale.distributed.processes import start_processes
+from tlscale.recipe.field_types import augmentation_values
 from tlscale.recipe.schema import ComputeSection, DataSection
-from tlscale.recipe.values import augmentation_values
 
 SIZE, TICK_S = 8, 0.02
 SPEC = InputSpec(image_size=SIZE, in_chans=1, crop_pct=1.0, interpolation="bilinear", mean=(0.5,), std=(0.5,))

@@ -8,7 +8,7 @@ from torch import nn
 
 from tests.small_models import classifier, noise, state_of
 from tlscale.model.heads import build_head, is_single_linear
-from tlscale.recipe.values import ACTIVATIONS, HEAD_NORMS
+from tlscale.recipe.field_types import ACTIVATIONS, HEAD_NORMS
 
 LAYERS = st.one_of(
     st.builds(lambda width: {"linear": width}, st.integers(1, 9)),

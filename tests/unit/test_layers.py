@@ -11,7 +11,7 @@ from torch import nn
 from tests.small_models import noise, state_of
 from tlscale.errors import ModelError
 from tlscale.model.layers import PENULTIMATE, LayerCodes, layer_names, stages
-from tlscale.recipe.values import POOLS
+from tlscale.recipe.field_types import POOLS
 
 # name -> (image size, keys): several ways to build a network, each small
 FAMILIES = {

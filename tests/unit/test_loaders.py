@@ -28,8 +28,8 @@ from tlscale.data.tables import FileStore, LabelledTable
 from tlscale.data.transforms import ImageBatch, InputSpec, eval_transform
 from tlscale.data.workers import load_in_order
 from tlscale.errors import WorkerError
+from tlscale.recipe.field_types import augmentation_values
 from tlscale.recipe.schema import DataSection
-from tlscale.recipe.values import augmentation_values
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
 NUM_IMAGES, SIZE = 37, 16

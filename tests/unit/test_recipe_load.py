@@ -13,11 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tlscale.errors import RecipeError
-from tlscale.recipe.keys import all_keys
 from tlscale.recipe.load import MAX_BYTES, MAX_EXTENDS, diff_recipes, dump_recipe, load_recipe, recipe_digest
 from tlscale.recipe.schema import Recipe
+from tlscale.recipe.schema_keys import all_keys
 from tlscale.recipe.shipped import copy_recipe, recipe_summary, shipped_recipes
-from tlscale.recipe.yaml_text import Findings, Origin, read_yaml, write_yaml
+from tlscale.recipe.yaml_reader import Findings, Origin, read_yaml, write_yaml
 
 GOOD = "name: a\ndata: {source: fashion_mnist}\nbackbone: {name: resnet18}\n"
 ROOT = Path(__file__).resolve().parents[2]

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tlscale.recipe.keys import SYNONYMS, all_keys
 from tlscale.recipe.load import load_recipe
-from tlscale.recipe.problems import STAND_INS
+from tlscale.recipe.schema_keys import SYNONYMS, all_keys
+from tlscale.recipe.validation import STAND_INS
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tlscale.seeds import derive_seed
+from tlscale.recipe.seeds import derive_seed
 
 STREAM = st.lists(st.one_of(st.text(st.characters(exclude_characters="/"), min_size=1), st.integers()), max_size=4)
 

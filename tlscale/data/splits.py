@@ -34,7 +34,7 @@ from tlscale.data.tables import (
 )
 from tlscale.errors import DataError, did_you_mean
 from tlscale.recipe.schema import DataSection
-from tlscale.seeds import derive_seed
+from tlscale.recipe.seeds import derive_seed
 
 _DEFAULT_FRACTION = DataSection.model_fields["validation_fraction"].default
 

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tlscale.errors import DataError, RecipeError
-from tlscale.recipe.keys import all_keys
 from tlscale.recipe.schema import DataSection, Recipe
+from tlscale.recipe.schema_keys import all_keys
 
 # What an evaluation depends on: where its images are, how they are read, how it is computed. Nothing else.
 _PLACE = (

@@ -35,11 +35,11 @@ from tlscale.model.export import export_model
 from tlscale.optim import set_lr
 from tlscale.predictions import Predictions, write_predictions
 from tlscale.prepare import Due, Prepared, strategy_of
+from tlscale.recipe.seeds import derive_seed
 from tlscale.run_book import RunBook
 from tlscale.run_record import begin_folder, read_record
 from tlscale.run_state import Clock, LossWindow, are_finite, point_to, restore, restore_weights, saved_clock
 from tlscale.screen import show_result
-from tlscale.seeds import derive_seed
 from tlscale.stages import stage_at
 from tlscale.storage.run_folder import RunFolder, naming_disk_errors, write_json
 from tlscale.tracking.console import Progress

@@ -29,7 +29,7 @@ from tlscale.hub import cache_only_when_unreachable
 from tlscale.model.bundled import bundled
 from tlscale.model.foreign import check_model_args, check_model_folder, check_tensors, check_unpacked_size, is_pickle
 from tlscale.recipe.schema import BackboneSection
-from tlscale.seeds import derive_seed
+from tlscale.recipe.seeds import derive_seed
 from tlscale.storage.run_folder import file_sha256
 
 _PREFIXES = ("hf-hub:", "local-dir:")

@@ -28,7 +28,7 @@ from tlscale.model.classifier import Classifier, CodesClassifier, feature_width
 from tlscale.model.foreign import check_model_folder
 from tlscale.model.heads import KnnHead, build_head, is_single_linear
 from tlscale.model.layers import PENULTIMATE, LayerCodes
-from tlscale.recipe.values import HeadLayer
+from tlscale.recipe.field_types import HeadLayer
 from tlscale.storage.run_folder import file_sha256
 
 # 1: layers on what the backbone gives, and written for these still. 2: other codes, or nearest neighbours.

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tlscale.errors import ModelError
-from tlscale.recipe.values import HeadLayer
+from tlscale.recipe.field_types import HeadLayer
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,

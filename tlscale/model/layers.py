@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from tlscale.errors import ModelError, TlscaleError, did_you_mean
-from tlscale.recipe.values import POOLS
+from tlscale.recipe.field_types import POOLS
 
 PENULTIMATE = "penultimate"
 

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from tlscale.errors import RecipeError
-from tlscale.recipe.keys import all_keys
 from tlscale.recipe.overrides import Override, read_override
-from tlscale.recipe.problems import check_recipe
 from tlscale.recipe.schema import BackboneSection, Recipe
+from tlscale.recipe.schema_keys import all_keys
 from tlscale.recipe.shipped import shipped_recipes
-from tlscale.recipe.yaml_text import MAX_BYTES, Findings, Node, Origin, Problem, read_yaml, write_yaml
+from tlscale.recipe.validation import check_recipe
+from tlscale.recipe.yaml_reader import MAX_BYTES, Findings, Node, Origin, Problem, read_yaml, write_yaml
 
 MAX_EXTENDS = 5
 _LOCAL_SOURCES = ("folder", "manifest", "idx", "disk")

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from types import UnionType
 from typing import Union, get_args, get_origin
 
-from tlscale.recipe.keys import SECRET, Key, all_keys, key_of, unknown_key
-from tlscale.recipe.yaml_text import Findings, Node, Origin, Scalar, read_yaml
+from tlscale.recipe.schema_keys import SECRET, Key, all_keys, key_of, unknown_key
+from tlscale.recipe.yaml_reader import Findings, Node, Origin, Scalar, read_yaml
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from tlscale.recipe.duration import parse_duration
-from tlscale.recipe.values import (
+from tlscale.recipe.field_types import (
     TRACKERS,
     AnyDuration,
     Augment,

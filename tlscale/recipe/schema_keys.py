@@ -17,9 +17,9 @@ from pydantic.fields import FieldInfo
 
 from tlscale.errors import did_you_mean
 from tlscale.recipe.duration import Duration
+from tlscale.recipe.field_types import Augmentation, HeadLayer, one_or_more
 from tlscale.recipe.rules import Rule
 from tlscale.recipe.schema import Recipe, Section
-from tlscale.recipe.values import Augmentation, HeadLayer, one_or_more
 
 SECRET = re.compile(r"api_?key|token|passw(or)?d|secret|credential", re.IGNORECASE)
 # What other programs call it.

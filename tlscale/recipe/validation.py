@@ -15,9 +15,18 @@ from typing import Any
 from pydantic import ValidationError
 
 from tlscale.errors import did_you_mean
-from tlscale.recipe.keys import SECRET, all_keys, describe_at, key_of, names_on, near_siblings, split_path, unknown_key
 from tlscale.recipe.schema import Recipe
-from tlscale.recipe.yaml_text import Findings, Node, Origin
+from tlscale.recipe.schema_keys import (
+    SECRET,
+    all_keys,
+    describe_at,
+    key_of,
+    names_on,
+    near_siblings,
+    split_path,
+    unknown_key,
+)
+from tlscale.recipe.yaml_reader import Findings, Node, Origin
 
 Path = tuple[str | int, ...]
 
