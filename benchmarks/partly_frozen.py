@@ -39,8 +39,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import tlscale
-from tlscale.data.fashion_mnist import read_fashion_mnist
-from tlscale.data.images import decode_image
+from tlscale.data.decode import decode_image
+from tlscale.data.sources.fashion_mnist import read_fashion_mnist
 from tlscale.prepare import Prepared, prepare
 from tlscale.recipe.schema import DataSection, Recipe
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from tlscale.codes.probe import default_grid
 from tlscale.codes.solvers import LinearPath, logistic_path, sklearn_path
-from tlscale.data.fashion_mnist import read_fashion_mnist
+from tlscale.data.sources.fashion_mnist import read_fashion_mnist
 from tlscale.recipe.schema import DataSection
 
 NUM_CLASSES = 10

@@ -17,9 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from tlscale.data.fashion_mnist import CHECKSUMS, SAMPLE
-from tlscale.data.idx import read_split
-from tlscale.data.splits import stratified_subset
+from tlscale.data.sources.fashion_mnist import CHECKSUMS, SAMPLE
+from tlscale.data.sources.idx import read_split
+from tlscale.data.sources.splits import stratified_subset
 from tlscale.errors import DataError
 
 PARTS = (("train", "train", 6000), ("test", "t10k", 1000))

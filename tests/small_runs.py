@@ -19,8 +19,8 @@ import yaml
 from PIL import Image
 
 from tests.recipes.wrong_data import put_idx
-from tlscale.data.fashion_mnist import CLASSES, read_sample
-from tlscale.data.images import decode_image
+from tlscale.data.decode import decode_image
+from tlscale.data.sources.fashion_mnist import CLASSES, read_sample
 from tlscale.recipe.load import load_recipe
 from tlscale.recipe.schema import Recipe
 from tlscale.tracking.metrics_log import read_metrics

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 from tlscale.codes.batches import CodeBatch, CodeViews, eval_code_batches, train_code_batches
 from tlscale.codes.store import CodesStore, nearest_folder
-from tlscale.data.loaders import ImageStore, eval_batches, train_batches
-from tlscale.data.sources import ImageSplit
+from tlscale.data.loader import ImageStore, eval_batches, train_batches
+from tlscale.data.sources.open import ImageSplit
 from tlscale.data.transforms import ImageBatch
 from tlscale.distributed.processes import Processes
 from tlscale.errors import RecipeError

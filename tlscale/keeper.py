@@ -27,8 +27,8 @@ from tlscale.codes.pictures import SplitPictures, ViewPictures
 from tlscale.codes.reading import Codes
 from tlscale.codes.shards import BLOCK
 from tlscale.codes.store import CodesStore
-from tlscale.data.loaders import ImageStore, make_augmenter
-from tlscale.data.sources import ImageSplit
+from tlscale.data.loader import ImageStore, make_augmenter
+from tlscale.data.sources.open import ImageSplit
 from tlscale.data.transforms import ImageBatch
 from tlscale.distributed.processes import Processes
 from tlscale.distributed.signals import StopRequest

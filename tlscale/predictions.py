@@ -34,8 +34,8 @@ import torch
 from torch import Tensor
 
 from tlscale import faults
-from tlscale.data.sources import ImageSplit
-from tlscale.data.tables import FileStore, Ints
+from tlscale.data.sources.open import ImageSplit
+from tlscale.data.sources.tables import FileStore, Ints
 from tlscale.distributed.processes import Processes
 from tlscale.storage.run_folder import naming_disk_errors, replacing
 

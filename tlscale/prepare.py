@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from tlscale.data.loaders import ImageStore, default_workers
+from tlscale.data.loader import ImageStore, default_workers
 from tlscale.data.sampler import BatchSplit, DataOrder, least_in_a_pass, split_batch_size
 from tlscale.data.sizes import median_side_px
-from tlscale.data.sources import BadImages, ImageData, ImageSplit, open_data
+from tlscale.data.sources.open import BadImages, ImageData, ImageSplit, open_data
 from tlscale.data.transforms import InputSpec, resolve_input
 from tlscale.errors import DataError, ModelError, RecipeError
 from tlscale.model.backbone import WeightsReport, build_backbone

@@ -18,7 +18,7 @@ from torch import Tensor
 from tlscale.codes.batches import CodeViews
 from tlscale.codes.reading import Codes
 from tlscale.data.sampler import Ints, MicroBatch
-from tlscale.data.sources import ImageSplit
+from tlscale.data.sources.open import ImageSplit
 from tlscale.data.transforms import ImageBatch
 from tlscale.distributed.processes import Processes
 from tlscale.keeper import Images, Keeper, Part, layers_parts

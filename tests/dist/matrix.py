@@ -14,7 +14,7 @@ from pathlib import Path
 import tlscale
 from tests.dist.many_checks import before_each_step, equal_on_all_ranks
 from tests.small_runs import put_teacher, small_recipe
-from tlscale.data.sources import ImageSplit
+from tlscale.data.sources.open import ImageSplit
 from tlscale.distributed.processes import start_processes
 from tlscale.evaluate import evaluate
 from tlscale.feed import ImageFeed

@@ -15,7 +15,7 @@ from PIL import Image
 import tlscale
 from tests.small_runs import as_after, put_small_folder, result, small_recipe
 from tlscale.cli import main
-from tlscale.data.sources import BadImages, ImageData, open_data
+from tlscale.data.sources.open import BadImages, ImageData, open_data
 from tlscale.errors import DataError, ResumeError
 from tlscale.prepare import prepare
 from tlscale.recipe.schema import DataSection

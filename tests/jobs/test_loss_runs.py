@@ -10,7 +10,7 @@ import torch
 
 import tlscale
 from tests.small_runs import lines, put_teacher, result, small_recipe, tensors
-from tlscale.data.loaders import train_batches
+from tlscale.data.loader import train_batches
 from tlscale.data.transforms import to_input
 from tlscale.jobs.evaluate import evaluate_run
 from tlscale.prepare import prepare

@@ -19,10 +19,10 @@ from tlscale.codes.pictures import SplitPictures, ViewPictures
 from tlscale.codes.shards import BLOCK
 from tlscale.codes.store import CodesStore
 from tlscale.data import content
-from tlscale.data.loaders import ImageStore, make_augmenter, train_batch
+from tlscale.data.loader import ImageStore, make_augmenter, train_batch
 from tlscale.data.sampler import MicroBatch
-from tlscale.data.sources import open_data
-from tlscale.data.tables import FileStore
+from tlscale.data.sources.open import open_data
+from tlscale.data.sources.tables import FileStore
 from tlscale.data.transforms import InputSpec
 from tlscale.distributed.processes import start_processes
 from tlscale.recipe.field_types import augmentation_values

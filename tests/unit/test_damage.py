@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from tlscale.data.images import BadImageError, decode_image
+from tlscale.data.decode import BadImageError, decode_image
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 

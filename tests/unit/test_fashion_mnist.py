@@ -14,11 +14,10 @@ import pytest
 from PIL import Image
 
 from tests.recipes.wrong_data import put_idx_split
-from tlscale.data import fashion_mnist
-from tlscale.data.fashion_mnist import CHECKSUMS, CLASSES, SAMPLE, check_content
-from tlscale.data.idx import read_split
-from tlscale.data.sources import ImageData, open_data
-from tlscale.data.tables import ArrayStore, SourceSplit
+from tlscale.data.sources.fashion_mnist import CHECKSUMS, CLASSES, SAMPLE, check_content
+from tlscale.data.sources.idx import read_split
+from tlscale.data.sources.open import ImageData, fashion_mnist, open_data
+from tlscale.data.sources.tables import ArrayStore, SourceSplit
 from tlscale.errors import DataError
 from tlscale.recipe.schema import DataSection
 

@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image
 
 from tests.recipes.wrong_data import bomb_png
-from tlscale.data.images import EXTENSIONS, FORMATS, BadImageError, decode_image
+from tlscale.data.decode import EXTENSIONS, FORMATS, BadImageError, decode_image
 
 # Pillow warns about damaged TIFF tags on the way to its error.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")

@@ -19,12 +19,12 @@ import pytest
 import torch
 from PIL import Image
 
-from tlscale.data.bad_images import find_bad_images
-from tlscale.data.images import BadImageError
-from tlscale.data.loaders import ImageStore, default_workers, eval_batches, train_batches
+from tlscale.data.decode import BadImageError
+from tlscale.data.loader import ImageStore, default_workers, eval_batches, train_batches
 from tlscale.data.sampler import DataOrder, split_batch_size
-from tlscale.data.sources import ImageSplit
-from tlscale.data.tables import FileStore, LabelledTable
+from tlscale.data.sources.bad_images import find_bad_images
+from tlscale.data.sources.open import ImageSplit
+from tlscale.data.sources.tables import FileStore, LabelledTable
 from tlscale.data.transforms import ImageBatch, InputSpec, eval_transform
 from tlscale.data.workers import load_in_order
 from tlscale.errors import WorkerError

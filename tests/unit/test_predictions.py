@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from tests.recompute import assert_follows
-from tlscale.data.sources import ImageSplit
-from tlscale.data.tables import ArrayStore, BytesStore, FileStore, LabelledTable
+from tlscale.data.sources.open import ImageSplit
+from tlscale.data.sources.tables import ArrayStore, BytesStore, FileStore, LabelledTable
 from tlscale.errors import TlscaleError
 from tlscale.metrics import Tally, summary
 from tlscale.predictions import MOST_LOGITS, Predictions, image_names, read_predictions, write_predictions

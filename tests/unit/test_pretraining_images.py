@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageChops
 
-from tlscale.data.sources import open_data
+from tlscale.data.sources.open import open_data
 from tlscale.recipe.schema import DataSection
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"

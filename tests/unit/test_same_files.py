@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.recipes.wrong_data import put_folder
-from tlscale.data.sources import ImageData, open_data
-from tlscale.data.splits import choose_splits
-from tlscale.data.tables import ArrayStore, Source, SourceSplit
+from tlscale.data.sources.open import ImageData, open_data
+from tlscale.data.sources.splits import choose_splits
+from tlscale.data.sources.tables import ArrayStore, Source, SourceSplit
 from tlscale.errors import EXIT_BAD_INPUT, DataError
 from tlscale.recipe.schema import DataSection
 

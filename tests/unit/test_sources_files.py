@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.recipes.wrong_data import put_folder, put_idx_split, put_image
-from tlscale.data.images import decode_image
-from tlscale.data.sources import ImageData, open_data
+from tlscale.data.decode import decode_image
+from tlscale.data.sources.open import ImageData, open_data
 from tlscale.errors import DataError
 from tlscale.recipe.schema import DataSection
 

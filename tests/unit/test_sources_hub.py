@@ -12,7 +12,7 @@ import datasets
 import pytest
 
 from tests.recipes.wrong_data import put_folder, put_image
-from tlscale.data.sources import ImageData, open_data
+from tlscale.data.sources.open import ImageData, open_data
 from tlscale.errors import DataError
 from tlscale.recipe.schema import DataSection
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from tests.recipes.wrong_data import WRONG_DATA, WrongData
-from tlscale.data.images import BadImageError, decode_image
-from tlscale.data.sources import ImageData, open_data
+from tlscale.data.decode import BadImageError, decode_image
+from tlscale.data.sources.open import ImageData, open_data
 from tlscale.errors import EXIT_BAD_INPUT, DataError
 from tlscale.recipe.schema import DataSection
 

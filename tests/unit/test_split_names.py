@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.recipes.wrong_data import put_folder, put_idx_split, put_image
-from tlscale.data.sources import ImageData, open_data
-from tlscale.data.split_names import role_of, role_within
+from tlscale.data.sources.open import ImageData, open_data
+from tlscale.data.sources.split_names import role_of, role_within
 from tlscale.errors import DataError
 from tlscale.recipe.schema import DataSection
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tlscale.data.splits import choose_splits, draw_lots, stratified_holdout, stratified_subset
-from tlscale.data.tables import NO_LABEL, ArrayStore, Source, SourceSplit, sort_labels
+from tlscale.data.sources.splits import choose_splits, draw_lots, stratified_holdout, stratified_subset
+from tlscale.data.sources.tables import NO_LABEL, ArrayStore, Source, SourceSplit, sort_labels
 from tlscale.errors import DataError
 from tlscale.recipe.schema import DataSection
 

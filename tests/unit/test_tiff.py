@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.tiff_files import BLACK_IS_ZERO, CMYK, FLOAT, LAB, PALETTE, RGB, SIGNED, UNSIGNED, WHITE_IS_ZERO, YCBCR, Tiff
-from tlscale.data.images import BadImageError, decode_image
+from tlscale.data.decode import BadImageError, decode_image
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 

@@ -35,8 +35,8 @@ from tests.small_runs import (
     start,
     wait_until,
 )
-from tlscale.data.loaders import ImageStore, eval_batches
-from tlscale.data.sources import open_data
+from tlscale.data.loader import ImageStore, eval_batches
+from tlscale.data.sources.open import open_data
 from tlscale.distributed.processes import start_processes
 from tlscale.errors import EXIT_STOPPED, LaunchError
 from tlscale.evaluate import InputPath

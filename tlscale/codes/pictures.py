@@ -20,10 +20,10 @@ import numpy.typing as npt
 
 from tlscale.data.augment import Augmenter
 from tlscale.data.content import Digests, digest_array, digest_bytes
-from tlscale.data.loaders import HeldImages, ImageStore, eval_batch, train_batch
+from tlscale.data.loader import HeldImages, ImageStore, eval_batch, train_batch
 from tlscale.data.sampler import Ints, MicroBatch, Stream, image_keys
-from tlscale.data.sources import ImageSplit
-from tlscale.data.tables import Raw, digest
+from tlscale.data.sources.open import ImageSplit
+from tlscale.data.sources.tables import Raw, digest
 from tlscale.data.transforms import ImageBatch
 from tlscale.data.workers import map_in_threads
 

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from tlscale.data.sources import ImageData
-from tlscale.data.tables import ImageSplit, digest
+from tlscale.data.sources.open import ImageData
+from tlscale.data.sources.tables import ImageSplit, digest
 
 By = Literal["content", "place"]
 

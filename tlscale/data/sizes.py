@@ -11,8 +11,8 @@ import statistics
 
 import numpy as np
 
-from tlscale.data.images import BadImageError, header_hw
-from tlscale.data.tables import FileStore, ImageTable, LabelledTable
+from tlscale.data.decode import BadImageError, header_hw
+from tlscale.data.sources.tables import FileStore, ImageTable, LabelledTable
 from tlscale.errors import DataError
 
 MOST_HEADERS = 256

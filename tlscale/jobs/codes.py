@@ -8,7 +8,7 @@ from contextlib import closing
 from tlscale.codes.entry import Entry
 from tlscale.codes.reading import Codes
 from tlscale.codes.store import CodesStore
-from tlscale.data.sources import ImageSplit
+from tlscale.data.sources.open import ImageSplit
 from tlscale.distributed.processes import Processes, start_processes
 from tlscale.distributed.signals import StopRequest
 from tlscale.errors import ModelError, TlscaleError

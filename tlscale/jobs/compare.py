@@ -25,7 +25,7 @@ from tlscale.comparison import (
     to_rows,
     write_comparison,
 )
-from tlscale.data.sources import open_data
+from tlscale.data.sources.open import open_data
 from tlscale.distributed.processes import start_processes
 from tlscale.errors import (
     DataError,

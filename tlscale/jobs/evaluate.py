@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 
-from tlscale.data.bad_images import find_bad_images
-from tlscale.data.labelled import count_shared, open_labelled, own_images
-from tlscale.data.loaders import ImageStore, default_workers, eval_batches
-from tlscale.data.sources import BadImages, ImageData, ImageSplit, open_data
-from tlscale.data.tables import Role
+from tlscale.data.loader import ImageStore, default_workers, eval_batches
+from tlscale.data.sources.bad_images import find_bad_images
+from tlscale.data.sources.labelled import count_shared, open_labelled, own_images
+from tlscale.data.sources.open import BadImages, ImageData, ImageSplit, open_data
+from tlscale.data.sources.tables import Role
 from tlscale.distributed.processes import Processes, start_processes
 from tlscale.errors import DataError, RecipeError, RunFolderError, TlscaleError
 from tlscale.evaluate import InputPath, evaluate

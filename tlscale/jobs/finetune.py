@@ -21,7 +21,7 @@ from torch import Tensor
 from tlscale import computed, faults
 from tlscale.checkpoint import Checkpoint, checkpoint_folder, newest_valid
 from tlscale.data.identity import result_identity
-from tlscale.data.sources import ImageSplit
+from tlscale.data.sources.open import ImageSplit
 from tlscale.distributed.fsdp import clip_grad_norm, filled, micro_batch
 from tlscale.distributed.processes import Processes
 from tlscale.distributed.signals import StopRequest

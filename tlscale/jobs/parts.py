@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
 from tlscale.checkpoint import Checkpoint, load_checkpoint
-from tlscale.data.sources import ImageSplit
+from tlscale.data.sources.open import ImageSplit
 from tlscale.distributed.consistency import refuse_desync, what_must_agree
 from tlscale.distributed.fsdp import hollow_copy, objection_to_shares, shard, sharded_groups
 from tlscale.distributed.processes import Processes

@@ -21,7 +21,7 @@ from tlscale import faults
 from tlscale.codes.probe import Choice, PathRow, cannot_compare, checked_grid, choose
 from tlscale.codes.reading import Codes
 from tlscale.data.identity import result_identity
-from tlscale.data.sources import ImageData, ImageSplit
+from tlscale.data.sources.open import ImageData, ImageSplit
 from tlscale.distributed.processes import Processes
 from tlscale.distributed.signals import StopRequest
 from tlscale.evaluate import scalars

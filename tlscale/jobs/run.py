@@ -16,7 +16,7 @@ import torch
 
 from tlscale.corrections import refuse_uncorrected
 from tlscale.data.identity import scored_identity, used_identity
-from tlscale.data.sources import BadImages
+from tlscale.data.sources.open import BadImages
 from tlscale.distributed.processes import start_processes
 from tlscale.distributed.signals import StopRequest
 from tlscale.errors import ResumeError, Stopped

@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 from tlscale.codes.probe import Choice
-from tlscale.data.sources import ImageSplit
+from tlscale.data.sources.open import ImageSplit
 from tlscale.metrics import majority
 from tlscale.prepare import Prepared
 

@@ -16,10 +16,10 @@ import numpy as np
 import pyarrow as pa
 
 from tlscale.data.content import file_stamp, now_ns
-from tlscale.data.images import EXTENSIONS
-from tlscale.data.same_files import Identities, identities_of, number_files
-from tlscale.data.split_names import are_splits, role_of
-from tlscale.data.tables import (
+from tlscale.data.decode import EXTENSIONS
+from tlscale.data.sources.same_files import Identities, identities_of, number_files
+from tlscale.data.sources.split_names import are_splits, role_of
+from tlscale.data.sources.tables import (
     VALIDATION_NAMES,
     FileStore,
     Ints,

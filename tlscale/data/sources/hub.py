@@ -22,8 +22,8 @@ import numpy as np
 import pyarrow.compute as pc
 
 from tlscale.data.content import file_stamp, now_ns, stamp_bytes
-from tlscale.data.split_names import may_name_splits, split_values
-from tlscale.data.tables import (
+from tlscale.data.sources.split_names import may_name_splits, split_values
+from tlscale.data.sources.tables import (
     NO_LABEL,
     Ints,
     Role,

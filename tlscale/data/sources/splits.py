@@ -18,8 +18,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from tlscale.data.same_files import check_files
-from tlscale.data.tables import (
+from tlscale.data.sources.same_files import check_files
+from tlscale.data.sources.tables import (
     NO_LABEL,
     ImageSplit,
     Ints,

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
-from tlscale.data.hub import read_hub_source
-from tlscale.data.idx import find_idx, read_split
-from tlscale.data.images import decode_image
-from tlscale.data.manifest import read_manifest_source
-from tlscale.data.tables import ImageStore, Ints, Role, Source, SourceSplit
+from tlscale.data.decode import decode_image
+from tlscale.data.sources.hub import read_hub_source
+from tlscale.data.sources.idx import find_idx, read_split
+from tlscale.data.sources.manifest import read_manifest_source
+from tlscale.data.sources.tables import ImageStore, Ints, Role, Source, SourceSplit
 from tlscale.errors import DataError
 from tlscale.recipe.schema import DataSection
 from tlscale.storage.cache_root import cache_root
@@ -39,7 +39,7 @@ UNORDERED_SUMS = {"train": "3c6aae86c05e891fe6fe44cb2c19f1fc", "test": "78c4e625
 """`unordered_sum` of the two splits, for copies in other containers."""
 HUB_NAME = "zalando-datasets/fashion_mnist"
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
-SAMPLE = Path(__file__).with_name("sample") / "fashion_mnist.parquet"
+SAMPLE = Path(__file__).parents[1] / "sample" / "fashion_mnist.parquet"
 _PREFIXES: Mapping[Role, str] = {"train": "train", "test": "t10k"}
 
 

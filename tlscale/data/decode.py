@@ -37,10 +37,10 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageFile, UnidentifiedImageError
 
-from tlscale.data.jpeg import DamagedError, load_jpeg
-from tlscale.data.png import fault_of, scaled_key
-from tlscale.data.tiff import Meaning, UnreadTiffError, describe, is_tiff, meaning_of
-from tlscale.data.webp import has_hole
+from tlscale.data.formats.jpeg import DamagedError, load_jpeg
+from tlscale.data.formats.png import fault_of, scaled_key
+from tlscale.data.formats.tiff import Meaning, UnreadTiffError, describe, is_tiff, meaning_of
+from tlscale.data.formats.webp import has_hole
 from tlscale.errors import DataError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")

@@ -25,7 +25,15 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from tlscale.data.tables import VALIDATION_NAMES, ArrayStore, Source, SourceSplit, encode_labels, first_few, pick_splits
+from tlscale.data.sources.tables import (
+    VALIDATION_NAMES,
+    ArrayStore,
+    Source,
+    SourceSplit,
+    encode_labels,
+    first_few,
+    pick_splits,
+)
 from tlscale.errors import DataError
 from tlscale.recipe.schema import DataSection
 

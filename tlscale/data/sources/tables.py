@@ -24,8 +24,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tlscale.data.content import ContentIndex, Contents, Digests, stamp_bytes
-from tlscale.data.split_names import Role as Role
-from tlscale.data.split_names import lookalikes, role_of
+from tlscale.data.sources.split_names import Role as Role
+from tlscale.data.sources.split_names import lookalikes, role_of
 from tlscale.data.workers import map_in_threads
 from tlscale.errors import DataError, did_you_mean
 from tlscale.recipe.schema import DataSection

@@ -16,9 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from tlscale.data.content import DIGEST, Digests, content_digest
-from tlscale.data.sources import ImageData, read_source
-from tlscale.data.splits import name_labels, number_labels
-from tlscale.data.tables import (
+from tlscale.data.sources.open import ImageData, read_source
+from tlscale.data.sources.splits import name_labels, number_labels
+from tlscale.data.sources.tables import (
     NO_LABEL,
     FileStore,
     ImageSplit,

@@ -17,14 +17,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tlscale.data.bad_images import BadImages, find_bad
-from tlscale.data.fashion_mnist import read_fashion_mnist
-from tlscale.data.folder import read_folder_source
-from tlscale.data.hub import read_disk_source, read_hub_source
-from tlscale.data.idx import read_idx_source
-from tlscale.data.manifest import read_manifest_source
-from tlscale.data.splits import Chosen, choose_splits
-from tlscale.data.tables import ImageSplit, ImageTable, LabelledTable, Role, Source, digest
+from tlscale.data.sources.bad_images import BadImages, find_bad
+from tlscale.data.sources.fashion_mnist import read_fashion_mnist
+from tlscale.data.sources.folder import read_folder_source
+from tlscale.data.sources.hub import read_disk_source, read_hub_source
+from tlscale.data.sources.idx import read_idx_source
+from tlscale.data.sources.manifest import read_manifest_source
+from tlscale.data.sources.splits import Chosen, choose_splits
+from tlscale.data.sources.tables import ImageSplit, ImageTable, LabelledTable, Role, Source, digest
 from tlscale.recipe.schema import DataSection
 
 __all__ = ["BadImages", "ImageData", "ImageSplit", "ImageTable", "open_data"]

@@ -26,9 +26,9 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from tlscale.data.content import file_stamp, now_ns
-from tlscale.data.same_files import identities_of, number_files
-from tlscale.data.split_names import SPLIT_COLUMN, may_name_splits, split_values
-from tlscale.data.tables import (
+from tlscale.data.sources.same_files import identities_of, number_files
+from tlscale.data.sources.split_names import SPLIT_COLUMN, may_name_splits, split_values
+from tlscale.data.sources.tables import (
     BytesStore,
     FileStore,
     ImageStore,

@@ -13,7 +13,7 @@ from itertools import combinations
 import numpy as np
 import numpy.typing as npt
 
-from tlscale.data.tables import Ints, LabelledTable, Role
+from tlscale.data.sources.tables import Ints, LabelledTable, Role
 from tlscale.errors import DataError
 
 Identities = npt.NDArray[np.int64]

@@ -17,8 +17,8 @@ from typing import Any, Protocol
 import PIL
 
 from tlscale.data.content import content_digest
-from tlscale.data.images import decode_image
-from tlscale.data.tables import Raw, Role, SourceSplit
+from tlscale.data.decode import decode_image
+from tlscale.data.sources.tables import Raw, Role, SourceSplit
 from tlscale.data.workers import map_in_threads
 from tlscale.errors import DataError
 from tlscale.recipe.schema import DataSection

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from tlscale.data.augment import Augmenter
-from tlscale.data.images import decode_image
+from tlscale.data.decode import decode_image
 from tlscale.data.sampler import (
     BatchSplit,
     DataOrder,
@@ -30,8 +30,8 @@ from tlscale.data.sampler import (
     image_keys,
     micro_batches,
 )
-from tlscale.data.sources import ImageSplit
-from tlscale.data.tables import Raw
+from tlscale.data.sources.open import ImageSplit
+from tlscale.data.sources.tables import Raw
 from tlscale.data.transforms import ImageBatch, InputSpec, Pixels, eval_transform
 from tlscale.data.workers import load_in_order, map_in_threads
 from tlscale.distributed.cores import num_cores
