@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 import tlscale
 from tlscale.data.sampler import DataOrder
-from tlscale.model.export import load
+from tlscale.models.export import load
 from tlscale.prepare import prepare
 from tlscale.recipe.schema import Recipe
 

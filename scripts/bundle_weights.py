@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import tlscale
-from tlscale.model.bundled import FOLDER
+from tlscale.models.bundled import FOLDER
 
 MOST_BYTES = 12 * 10**6
 """What ships with every installation has to be small."""

@@ -5,10 +5,10 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.resnet import BasicBlock, ResNet
 from torch import nn
 
-from tlscale.model.backbone import build_backbone
-from tlscale.model.classifier import Classifier, feature_width
-from tlscale.model.freeze import freeze_parameters
-from tlscale.model.heads import build_head
+from tlscale.models.backbone import build_backbone
+from tlscale.models.classifier import Classifier, feature_width
+from tlscale.models.freeze import freeze_parameters
+from tlscale.models.heads import build_head
 from tlscale.recipe.schema import BackboneSection, Recipe
 
 # Seven ways to build a network, each a few hundred thousand parameters; all take 32 pixels.

@@ -13,10 +13,10 @@ __all__ = ["__version__", "load", "load_recipe", "run"]
 
 if TYPE_CHECKING:
     from tlscale.jobs.run import run
-    from tlscale.model.export import load
+    from tlscale.models.export import load
     from tlscale.recipe.load import load_recipe
 
-_HOMES = {"load": "tlscale.model.export", "load_recipe": "tlscale.recipe.load", "run": "tlscale.jobs.run"}
+_HOMES = {"load": "tlscale.models.export", "load_recipe": "tlscale.recipe.load", "run": "tlscale.jobs.run"}
 
 
 def __dir__() -> list[str]:

@@ -16,7 +16,7 @@ from typing import Any
 from tlscale.comparison_plot import draw
 from tlscale.errors import DataError
 from tlscale.metrics import wilson
-from tlscale.model.layers import PENULTIMATE
+from tlscale.models.features import PENULTIMATE
 from tlscale.paired import LEVEL, Pair
 from tlscale.storage.run_folder import RunFolder, naming_disk_errors, write_text
 from tlscale.tracking.console import number

@@ -24,9 +24,9 @@ import torch
 
 from tlscale.checkpoint import list_checkpoints
 from tlscale.errors import ResumeError
-from tlscale.model.backbone import layer_depths
-from tlscale.model.frontier import NoFrontier, find_frontier
-from tlscale.model.halves import OF_BATCH_SIZE, OF_CALLS
+from tlscale.models.backbone import layer_depths
+from tlscale.models.partition.partition import NoFrontier, find_frontier
+from tlscale.models.partition.self_check import OF_BATCH_SIZE, OF_CALLS
 from tlscale.prepare import Prepared
 from tlscale.recipe.schema import Recipe
 from tlscale.stages import enter

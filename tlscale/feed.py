@@ -33,7 +33,7 @@ from tlscale.data.transforms import ImageBatch
 from tlscale.distributed.processes import Processes
 from tlscale.errors import RecipeError
 from tlscale.keeper import Images, Keeper, frontier_parts, input_path
-from tlscale.model.frontier import Frontier, NoFrontier, find_frontier
+from tlscale.models.partition.partition import Frontier, NoFrontier, find_frontier
 from tlscale.prepare import Prepared
 from tlscale.recipe.schema import CodesSection, Recipe
 from tlscale.stages import Stage

@@ -33,9 +33,9 @@ from tlscale.data.transforms import ImageBatch
 from tlscale.distributed.processes import Processes
 from tlscale.distributed.signals import StopRequest
 from tlscale.evaluate import InputPath
-from tlscale.model.backbone import function_digest
-from tlscale.model.frontier import Frontier
-from tlscale.model.layers import PENULTIMATE
+from tlscale.models.backbone import function_digest
+from tlscale.models.features import PENULTIMATE
+from tlscale.models.partition.partition import Frontier
 from tlscale.prepare import Prepared
 from tlscale.tracking.console import Pace, Progress
 from tlscale.tracking.packages import versions_of

@@ -18,17 +18,17 @@ from tlscale.data.sizes import median_side_px
 from tlscale.data.sources.open import BadImages, ImageData, ImageSplit, open_data
 from tlscale.data.transforms import InputSpec, resolve_input
 from tlscale.errors import DataError, ModelError, RecipeError
-from tlscale.model.backbone import WeightsReport, build_backbone
-from tlscale.model.classifier import (
+from tlscale.model.student import Student
+from tlscale.models.backbone import WeightsReport, build_backbone
+from tlscale.models.classifier import (
     Classifier,
     enable_gradient_checkpointing,
     feature_width,
     trains_on_one_image,
     unused_parameters,
 )
-from tlscale.model.heads import build_head, is_single_linear
-from tlscale.model.layers import PENULTIMATE
-from tlscale.model.student import Student
+from tlscale.models.features import PENULTIMATE
+from tlscale.models.heads import build_head, is_single_linear
 from tlscale.objective import DistillObjective, Objective, class_weights, labels_teach
 from tlscale.optim import check_optimizer
 from tlscale.recipe.duration import Duration

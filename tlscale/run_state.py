@@ -26,8 +26,8 @@ from tlscale.checkpoint import (
 from tlscale.distributed.fsdp import local
 from tlscale.distributed.processes import Processes
 from tlscale.errors import CheckpointError
-from tlscale.model.classifier import Classifier
 from tlscale.model.ema import Ema
+from tlscale.models.classifier import Classifier
 from tlscale.optimizer_state import pack_optimizer, unpack_optimizer
 from tlscale.recipe.schema import CheckpointSection, EvaluateSection
 

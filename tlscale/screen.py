@@ -8,8 +8,8 @@ from typing import Any
 
 from tlscale.codes.probe import Choice
 from tlscale.data.sampler import DataOrder
-from tlscale.model.layers import PENULTIMATE
 from tlscale.model.student import Student
+from tlscale.models.features import PENULTIMATE
 from tlscale.prepare import Prepared, strategy_of
 from tlscale.recipe.schema import Recipe
 from tlscale.stages import Stage, to_steps

@@ -14,9 +14,9 @@ import torch
 from tlscale import faults
 from tlscale.data.sampler import DataOrder
 from tlscale.errors import RecipeError
-from tlscale.model.classifier import Classifier
 from tlscale.model.ema import Ema
-from tlscale.model.freeze import FreezeRow, check_trainable, fixed_names, freeze_parameters
+from tlscale.models.classifier import Classifier
+from tlscale.models.freeze import FreezeRow, check_trainable, fixed_names, freeze_parameters
 from tlscale.optim import Group, build_optimizer, parameter_groups
 from tlscale.optimizer_state import carry_moments
 from tlscale.recipe.duration import Duration

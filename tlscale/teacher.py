@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from tlscale.data.transforms import InputSpec, resolve_input
 from tlscale.errors import ModelError, RecipeError
-from tlscale.model.backbone import build_backbone, function_digest, state_digest
-from tlscale.model.classifier import Classifier, CodesClassifier
-from tlscale.model.export import load
-from tlscale.model.layers import LayerCodes
+from tlscale.models.backbone import build_backbone, function_digest, state_digest
+from tlscale.models.classifier import Classifier, CodesClassifier
+from tlscale.models.export import load
+from tlscale.models.features import LayerCodes
 from tlscale.recipe.schema import DataSection, DistillSection
 
 LOGITS = "logits"

@@ -26,7 +26,7 @@ from tlscale.distributed.processes import start_processes
 from tlscale.evaluate import evaluate
 from tlscale.jobs import finetune
 from tlscale.jobs import parts as run_parts
-from tlscale.model.freeze import is_norm
+from tlscale.models.freeze import is_norm
 from tlscale.objective import Objective
 from tlscale.recipe.schema import ComputeSection, LossSection
 

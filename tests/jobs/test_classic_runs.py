@@ -7,9 +7,9 @@ import timm
 import torch
 
 import tlscale
-import tlscale.model.classic  # noqa: F401 (registers its networks)
+import tlscale.models.classic.networks  # noqa: F401 (registers its networks)
 from tests.small_runs import result, small_recipe
-from tlscale.model.layers import LayerCodes, stages
+from tlscale.models.features import LayerCodes, stages
 
 # name: (pixels, what is frozen, least trainable parameters); Inception-v3 takes no less than 75 pixels
 NETWORKS = {

@@ -342,7 +342,7 @@ def test_tensorboard_has_the_log(run):
 def test_what_is_frozen_is_bit_equal_in_the_exported_model(run, head):
     out = run(backbone=RESNET, freeze=".*", head=head, optim={"weight_decay": 0.5, "ema_decay": 0.9})
     recipe = load_recipe(out / "recipe.yaml")
-    from tlscale.model.backbone import build_backbone
+    from tlscale.models.backbone import build_backbone
 
     fresh, _ = build_backbone(recipe.backbone, image_size=32, seed=recipe.seed)
     before, after = fresh.state_dict(), exported(out)
@@ -355,7 +355,7 @@ def test_what_is_frozen_is_bit_equal_in_the_exported_model(run, head):
 def test_half_frozen_moves_only_the_other_half(run):
     out = run(backbone=RESNET, freeze=r"(conv1|bn1|layer[12])\..*")
     recipe = load_recipe(out / "recipe.yaml")
-    from tlscale.model.backbone import build_backbone
+    from tlscale.models.backbone import build_backbone
 
     before = build_backbone(recipe.backbone, image_size=32, seed=recipe.seed)[0].state_dict()
     after = exported(out)

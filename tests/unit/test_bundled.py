@@ -11,9 +11,9 @@ import torch
 from tests.small_models import section
 from tlscale.data.transforms import resolve_input
 from tlscale.errors import ModelError
-from tlscale.model import bundled as module
-from tlscale.model.backbone import build_backbone
-from tlscale.model.bundled import FOLDER, bundled, bundled_names
+from tlscale.models import bundled as module
+from tlscale.models.backbone import build_backbone
+from tlscale.models.bundled import FOLDER, bundled, bundled_names
 from tlscale.recipe.schema import DataSection
 
 

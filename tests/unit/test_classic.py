@@ -10,14 +10,14 @@ import torchvision
 from timm.layers import get_notrace_functions, get_notrace_modules
 from torch import nn
 
-import tlscale.model.classic as classic
+import tlscale.models.classic.networks as classic
 from tests.small_models import loss_of, noise, section, state_of
 from tlscale.data.transforms import InputSpec
 from tlscale.errors import ModelError
-from tlscale.model.backbone import build_backbone, layer_depths
-from tlscale.model.classifier import Classifier, enable_gradient_checkpointing, feature_width
-from tlscale.model.export import export_model, load
-from tlscale.model.staged import StagedNet
+from tlscale.models.backbone import build_backbone, layer_depths
+from tlscale.models.classic.staged import StagedNet
+from tlscale.models.classifier import Classifier, enable_gradient_checkpointing, feature_width
+from tlscale.models.export import export_model, load
 
 # The neck of AlexNet and ZFNet is 54 million parameters; where they do not matter, it is narrow.
 NETS = {"lenet5": {}, "alexnet": {"hidden": 32}, "zfnet": {"hidden": 32}, "googlenet": {}}

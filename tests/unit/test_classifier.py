@@ -6,9 +6,9 @@ from torch import nn
 
 from tests.small_models import TINY, classifier, loss_of, noise, section, state_of
 from tlscale.errors import ModelError
-from tlscale.model.backbone import build_backbone
-from tlscale.model.classifier import Classifier, CodesClassifier, enable_gradient_checkpointing, feature_width
-from tlscale.model.layers import LayerCodes
+from tlscale.models.backbone import build_backbone
+from tlscale.models.classifier import Classifier, CodesClassifier, enable_gradient_checkpointing, feature_width
+from tlscale.models.features import LayerCodes
 
 # -- names and depth ----------------------------------------------------------------------------------------------
 

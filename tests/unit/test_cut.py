@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tests.small_models import noise
-from tlscale.model.cut import analyse, cheapest_cut, goals, with_inputs
-from tlscale.model.frontier import NoFrontier, find_frontier
-from tlscale.model.tracing import is_heavy
+from tlscale.models.partition.min_cut import analyse, cheapest_cut, goals, with_inputs
+from tlscale.models.partition.partition import NoFrontier, find_frontier
+from tlscale.models.partition.tracing import is_heavy
 
 SIZE = 4
 

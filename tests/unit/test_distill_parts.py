@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from tests.small_models import section
 from tlscale.errors import ModelError
-from tlscale.model.backbone import build_backbone
-from tlscale.model.classifier import Classifier
-from tlscale.model.heads import build_head
 from tlscale.model.student import Student
+from tlscale.models.backbone import build_backbone
+from tlscale.models.classifier import Classifier
+from tlscale.models.heads import build_head
 from tlscale.objective import DistillObjective, Objective
 from tlscale.recipe.schema import DistillSection, LossSection
 from tlscale.targets import _mean_and_deviation

@@ -15,10 +15,10 @@ import tlscale
 from tests.small_models import classifier, noise, section, state_of, train
 from tlscale.data.transforms import InputSpec
 from tlscale.errors import ModelError, RunFolderError
-from tlscale.model import export as export_module
-from tlscale.model.backbone import build_backbone
-from tlscale.model.classifier import Classifier, enable_gradient_checkpointing, feature_width
-from tlscale.model.export import export_model, load
+from tlscale.models import export as export_module
+from tlscale.models.backbone import build_backbone
+from tlscale.models.classifier import Classifier, enable_gradient_checkpointing, feature_width
+from tlscale.models.export import export_model, load
 
 CLASSES = ("<b>bold</b>", "T-shirt/top 👕", 'a "quoted" one', "ünïcode", "\\n")
 

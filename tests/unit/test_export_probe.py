@@ -12,12 +12,12 @@ from torch import nn
 from tests.small_models import noise, section, state_of
 from tlscale.data.transforms import InputSpec
 from tlscale.errors import ModelError, RunFolderError
-from tlscale.model import export as export_module
-from tlscale.model.backbone import build_backbone
-from tlscale.model.classifier import CodesClassifier
-from tlscale.model.export import export_model, load
-from tlscale.model.heads import KnnHead, build_head
-from tlscale.model.layers import LayerCodes
+from tlscale.models import export as export_module
+from tlscale.models.backbone import build_backbone
+from tlscale.models.classifier import CodesClassifier
+from tlscale.models.export import export_model, load
+from tlscale.models.features import LayerCodes
+from tlscale.models.heads import KnnHead, build_head
 
 CLASSES = ("ankle boot", "bag", "coat", "dress", "pullover")
 

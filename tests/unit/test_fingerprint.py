@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from tests.small_models import classifier, noise, train
-from tlscale.model.frontier import find_frontier
+from tlscale.models.partition.partition import find_frontier
 
 RESNET = r"(conv1|bn1|layer[12])\..*"
 VIT = r"(cls_token|pos_embed|patch_embed\..*|blocks\.[0-2]\..*)"

@@ -8,8 +8,8 @@ from torch import nn
 
 from tests.small_models import noise, state_of
 from tlscale.errors import ModelError
-from tlscale.model.folding import fold_norms
-from tlscale.model.layers import LayerCodes, stages
+from tlscale.models.features import LayerCodes, stages
+from tlscale.models.folding import fold_norms
 
 # name -> (keys, norms folded, norms left)
 FAMILIES = {

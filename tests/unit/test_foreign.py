@@ -11,8 +11,8 @@ import torch
 from tests.small_models import classifier
 from tlscale.data.transforms import InputSpec
 from tlscale.errors import ModelError, RunFolderError
-from tlscale.model.backbone import build_backbone
-from tlscale.model.export import export_model, load
+from tlscale.models.backbone import build_backbone
+from tlscale.models.export import export_model, load
 from tlscale.recipe.schema import BackboneSection
 
 SPEC = InputSpec.from_plain(

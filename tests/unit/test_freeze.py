@@ -10,8 +10,8 @@ from torch import nn
 
 from tests.small_models import classifier, noise, recipe_rules, section, state_of, train
 from tlscale.errors import ModelError, RecipeError
-from tlscale.model.backbone import build_backbone
-from tlscale.model.freeze import check_trainable, freeze_parameters, frozen_modules, is_norm
+from tlscale.models.backbone import build_backbone
+from tlscale.models.freeze import check_trainable, freeze_parameters, frozen_modules, is_norm
 
 # For each family: a rule that freezes its first half, and what of it must stay in eval mode.
 HALVES = {

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from tests.small_models import classifier, loss_of, noise, recipe_rules
-from tlscale.model.classifier import Classifier, enable_gradient_checkpointing
-from tlscale.model.freeze import freeze_parameters
-from tlscale.model.frontier import NoFrontier, find_frontier
-from tlscale.model.heads import build_head
+from tlscale.models.classifier import Classifier, enable_gradient_checkpointing
+from tlscale.models.freeze import freeze_parameters
+from tlscale.models.heads import build_head
+from tlscale.models.partition.partition import NoFrontier, find_frontier
 
 # Name, pixels, what is frozen, what is kept of an image.
 FAMILIES = [

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tests.small_models import classifier, noise, state_of
-from tlscale.model.heads import build_head, is_single_linear
+from tlscale.models.heads import build_head, is_single_linear
 from tlscale.recipe.field_types import ACTIVATIONS, HEAD_NORMS
 
 LAYERS = st.one_of(

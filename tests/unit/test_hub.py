@@ -5,7 +5,7 @@ import socket
 import huggingface_hub.constants as hub
 import pytest
 
-from tlscale.hub import cache_only_when_unreachable, hub_has_address
+from tlscale.models.hub import cache_only_when_unreachable, hub_has_address
 
 PROXIES = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
 

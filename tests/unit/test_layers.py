@@ -10,7 +10,7 @@ from torch import nn
 
 from tests.small_models import noise, state_of
 from tlscale.errors import ModelError
-from tlscale.model.layers import PENULTIMATE, LayerCodes, layer_names, stages
+from tlscale.models.features import PENULTIMATE, LayerCodes, layer_names, stages
 from tlscale.recipe.field_types import POOLS
 
 # name -> (image size, keys): several ways to build a network, each small

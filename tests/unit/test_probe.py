@@ -18,7 +18,7 @@ from torch import nn
 from tlscale.codes.probe import PROBE_KINDS, KnnHead, PathRow, choose, default_grid, fit_probe
 from tlscale.codes.solvers import linear_path
 from tlscale.errors import DataError, ModelError, RecipeError
-from tlscale.model import heads
+from tlscale.models import heads
 
 ONE = {"logistic": (0.1,), "ridge": (0.1,), "knn": (3,), "sklearn": (0.1,)}
 GRIDS = {"logistic": (1.0, 0.1, 1e-2), "ridge": (1.0, 0.1, 1e-2), "knn": (1, 3, 9), "sklearn": (1.0, 0.1, 1e-2)}

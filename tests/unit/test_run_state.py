@@ -14,8 +14,8 @@ from tests.small_models import classifier
 from tlscale.checkpoint import Checkpoint
 from tlscale.distributed.processes import start_processes
 from tlscale.errors import CheckpointError
-from tlscale.model.classifier import Classifier
-from tlscale.model.freeze import fixed_names
+from tlscale.models.classifier import Classifier
+from tlscale.models.freeze import fixed_names
 from tlscale.recipe.schema import CheckpointSection, ComputeSection, EvaluateSection
 from tlscale.run_state import Clock, LossWindow, are_finite, restore_weights, saved_clock, snapshot
 

@@ -10,7 +10,7 @@ from timm.layers import BatchNormAct2d, BlurPool2d, DropPath, PatchDropout, Sele
 from torch import nn
 
 from tests.small_models import classifier
-from tlscale.model.tracing import (
+from tlscale.models.partition.tracing import (
     RECOMPUTED,
     NoFrontier,
     is_heavy,

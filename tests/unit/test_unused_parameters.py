@@ -8,7 +8,7 @@ from torch import nn
 
 from tests.small_models import classifier
 from tests.unit.test_frontier import FAMILIES, HEAD, vgg
-from tlscale.model.classifier import trains_on_one_image, unused_parameters
+from tlscale.models.classifier import trains_on_one_image, unused_parameters
 
 
 @pytest.mark.parametrize(

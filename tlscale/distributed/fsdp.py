@@ -23,7 +23,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from tlscale.errors import ModelError, RecipeError
-from tlscale.model.freeze import is_norm
+from tlscale.models.freeze import is_norm
 from tlscale.optim import build_optimizer
 from tlscale.recipe.schema import OptimSection
 

@@ -38,8 +38,8 @@ from tlscale.errors import (
     did_you_mean,
 )
 from tlscale.jobs.run import run
-from tlscale.model.backbone import build_backbone
-from tlscale.model.layers import layer_names
+from tlscale.models.backbone import build_backbone
+from tlscale.models.features import layer_names
 from tlscale.paired import paired_tests
 from tlscale.recipe.load import diff_recipes, dump_recipe, load_recipe, recipe_digest
 from tlscale.recipe.schema import BackboneSection, Recipe

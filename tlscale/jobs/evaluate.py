@@ -28,7 +28,7 @@ from tlscale.distributed.processes import Processes, start_processes
 from tlscale.errors import DataError, RecipeError, RunFolderError, TlscaleError
 from tlscale.evaluate import InputPath, evaluate
 from tlscale.jobs.evaluation_keys import changes_for_evaluation
-from tlscale.model.export import TrainedModel, load
+from tlscale.models.export import TrainedModel, load
 from tlscale.objective import Objective
 from tlscale.recipe.load import load_recipe
 from tlscale.recipe.schema import DataSection, LossSection, Recipe

@@ -31,7 +31,7 @@ from tlscale.feed import ImageFeed, refuse_codes_of_a_probe
 from tlscale.jobs.endings import non_finite, stopped
 from tlscale.jobs.parts import Parts, begin_stage, load, make_parts, next_stage, save, unwrap, unwrapping, validate
 from tlscale.jobs.scores import fitted, score_of_training
-from tlscale.model.export import export_model
+from tlscale.models.export import export_model
 from tlscale.optim import set_lr
 from tlscale.predictions import Predictions, write_predictions
 from tlscale.prepare import Due, Prepared, strategy_of

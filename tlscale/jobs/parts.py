@@ -27,8 +27,8 @@ from tlscale.errors import NonFiniteLossError, RecipeError
 from tlscale.evaluate import evaluate
 from tlscale.feed import Feed, open_feed
 from tlscale.keeper import Images, Keeper
-from tlscale.model.classifier import Classifier
 from tlscale.model.ema import Ema
+from tlscale.models.classifier import Classifier
 from tlscale.objective import Objective
 from tlscale.optim import build_optimizer
 from tlscale.predictions import Predictions

@@ -15,8 +15,8 @@ from tlscale.codes.store import CodesStore
 from tlscale.distributed.fsdp import whole_bytes
 from tlscale.feed import choose_cut, kept_bytes, num_to_keep, refuse_codes_of_a_probe, sample_images
 from tlscale.jobs.probe import refuse_wrong_probe, wanted_codes
-from tlscale.model.frontier import Frontier
-from tlscale.model.layers import LayerCodes
+from tlscale.models.features import LayerCodes
+from tlscale.models.partition.partition import Frontier
 from tlscale.optim import build_optimizer
 from tlscale.prepare import Prepared, prepare
 from tlscale.recipe.schema import Recipe

@@ -28,11 +28,11 @@ from tlscale.evaluate import scalars
 from tlscale.jobs.scores import fitted, score_of_probe
 from tlscale.keeper import Images, Keeper, layers_parts, name_of
 from tlscale.metrics import Tally, majority, summary
-from tlscale.model.classifier import CodesClassifier
-from tlscale.model.export import export_model
-from tlscale.model.folding import fold_norms
-from tlscale.model.heads import KnnHead
-from tlscale.model.layers import PENULTIMATE, LayerCodes
+from tlscale.models.classifier import CodesClassifier
+from tlscale.models.export import export_model
+from tlscale.models.features import PENULTIMATE, LayerCodes
+from tlscale.models.folding import fold_norms
+from tlscale.models.heads import KnnHead
 from tlscale.predictions import Predictions, write_predictions
 from tlscale.prepare import Prepared, make_objective, strategy_of
 from tlscale.recipe.schema import ProbeSection, Recipe

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from tlscale.errors import ModelError
-from tlscale.model.classifier import Classifier
-from tlscale.model.layers import LayerCodes, features_and_codes
+from tlscale.models.classifier import Classifier
+from tlscale.models.features import LayerCodes, features_and_codes
 
 
 class Student(Classifier):

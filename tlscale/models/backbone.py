@@ -23,11 +23,11 @@ import torch
 from timm.models import adapt_input_conv, load_model_config_from_hf
 from torch import Tensor, nn
 
-import tlscale.model.classic  # noqa: F401 (its architectures get known to timm)
+import tlscale.models.classic  # noqa: F401 (registers its architectures with timm)
 from tlscale.errors import ModelError, did_you_mean
-from tlscale.hub import cache_only_when_unreachable
-from tlscale.model.bundled import bundled
-from tlscale.model.foreign import check_model_args, check_model_folder, check_tensors, check_unpacked_size, is_pickle
+from tlscale.models.bundled import bundled
+from tlscale.models.foreign import check_model_args, check_model_folder, check_tensors, check_unpacked_size, is_pickle
+from tlscale.models.hub import cache_only_when_unreachable
 from tlscale.recipe.schema import BackboneSection
 from tlscale.recipe.seeds import derive_seed
 from tlscale.storage.run_folder import file_sha256

@@ -25,10 +25,10 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from tlscale.model.cut import Analysis, Fact, analyse, cheapest_cut, goals, output, with_inputs
-from tlscale.model.fingerprint import Fingerprints
-from tlscale.model.halves import TORCHS_OWN, check_halves
-from tlscale.model.tracing import RECOMPUTED, NoFrontier, Recomputed, first_line, module_of
+from tlscale.models.partition.fingerprint import Fingerprints
+from tlscale.models.partition.min_cut import Analysis, Fact, analyse, cheapest_cut, goals, output, with_inputs
+from tlscale.models.partition.self_check import TORCHS_OWN, check_halves
+from tlscale.models.partition.tracing import RECOMPUTED, NoFrontier, Recomputed, first_line, module_of
 
 __all__ = ["CutValue", "Frontier", "NoFrontier", "find_frontier"]
 

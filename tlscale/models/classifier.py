@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.utils.module_tracker import ModuleTracker
 
 from tlscale.errors import ModelError
-from tlscale.model.backbone import layer_depths, no_weight_decay
-from tlscale.model.freeze import frozen_modules, is_norm
-from tlscale.model.heads import KnnHead
-from tlscale.model.layers import LayerCodes
+from tlscale.models.backbone import layer_depths, no_weight_decay
+from tlscale.models.features import LayerCodes
+from tlscale.models.freeze import frozen_modules, is_norm
+from tlscale.models.heads import KnnHead
 
 _TRACKER = ModuleTracker()  # only asked whether a backward pass is under way
 

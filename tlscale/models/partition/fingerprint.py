@@ -18,7 +18,7 @@ import timm
 import torch
 from torch import Tensor, fx, nn
 
-from tlscale.model.tracing import attribute_of, module_of
+from tlscale.models.partition.tracing import attribute_of, module_of
 
 _FORMAT = 1
 # Settings that change nothing of what a frozen module computes, or that say where its weights came from.

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tlscale.model.tracing import NoFrontier
+from tlscale.models.partition.tracing import NoFrontier
 
 _CHECK_SEED = 20_240
 

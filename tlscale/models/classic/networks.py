@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models import AlexNet_Weights, GoogLeNet_Weights
 
-from tlscale.model.staged import Stage, StagedNet
+from tlscale.models.classic.staged import Stage, StagedNet
 
 # Maps of S2 that each map of C3 sees: LeCun et al. (1998), table 1.
 C3_SEES = (

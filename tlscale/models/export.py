@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from tlscale import faults
 from tlscale.data.transforms import InputSpec
 from tlscale.errors import ModelError, RunFolderError
-from tlscale.model.classifier import Classifier, CodesClassifier, feature_width
-from tlscale.model.foreign import check_model_folder
-from tlscale.model.heads import KnnHead, build_head, is_single_linear
-from tlscale.model.layers import PENULTIMATE, LayerCodes
+from tlscale.models.classifier import Classifier, CodesClassifier, feature_width
+from tlscale.models.features import PENULTIMATE, LayerCodes
+from tlscale.models.foreign import check_model_folder
+from tlscale.models.heads import KnnHead, build_head, is_single_linear
 from tlscale.recipe.field_types import HeadLayer
 from tlscale.storage.run_folder import file_sha256
 

@@ -15,7 +15,7 @@ import networkx
 import torch
 from torch import Tensor, fx, nn
 
-from tlscale.model.tracing import NoFrontier, call_name, is_heavy, is_steady, overwritten, trace
+from tlscale.models.partition.tracing import NoFrontier, call_name, is_heavy, is_steady, overwritten, trace
 
 # -- mark and measure ---------------------------------------------------------------------------------------------
 
