@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from tlscale.codes.key import CodesKey
-from tlscale.codes.reading import Codes
+from tlscale.codes.reader import Codes
 from tlscale.codes.shards import ValueSpec, rows_per_shard
 from tlscale.codes.store import CodesStore
 from tlscale.data.content import digest_array

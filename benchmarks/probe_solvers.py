@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tlscale.codes.probe import default_grid
-from tlscale.codes.solvers import LinearPath, logistic_path, sklearn_path
+from tlscale.codes.probes.linear import LinearPath, logistic_path, sklearn_path
+from tlscale.codes.probes.select import default_grid
 from tlscale.data.sources.fashion_mnist import read_fashion_mnist
 from tlscale.recipe.schema import DataSection
 

@@ -26,13 +26,13 @@ import torch
 from torch import Tensor, nn
 
 from tlscale.codes.batches import CodeBatch, CodeViews, eval_code_batches, train_code_batches
+from tlscale.codes.cache import Images, Keeper, frontier_parts, input_path
 from tlscale.codes.store import CodesStore, nearest_folder
 from tlscale.data.loader import ImageStore, eval_batches, train_batches
 from tlscale.data.sources.open import ImageSplit
 from tlscale.data.transforms import ImageBatch
 from tlscale.distributed.processes import Processes
 from tlscale.errors import RecipeError
-from tlscale.keeper import Images, Keeper, frontier_parts, input_path
 from tlscale.models.partition.partition import Frontier, NoFrontier, find_frontier
 from tlscale.prepare import Prepared
 from tlscale.recipe.schema import CodesSection, Recipe

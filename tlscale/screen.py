@@ -6,7 +6,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from tlscale.codes.probe import Choice
+from tlscale.codes.probes.select import Choice
 from tlscale.data.sampler import DataOrder
 from tlscale.model.student import Student
 from tlscale.models.features import PENULTIMATE

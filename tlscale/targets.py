@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from tlscale.codes.batches import CodeViews
-from tlscale.codes.reading import Codes
+from tlscale.codes.cache import Images, Keeper, Part, layers_parts
+from tlscale.codes.reader import Codes
 from tlscale.data.sampler import Ints, MicroBatch
 from tlscale.data.sources.open import ImageSplit
 from tlscale.data.transforms import ImageBatch
 from tlscale.distributed.processes import Processes
-from tlscale.keeper import Images, Keeper, Part, layers_parts
 from tlscale.prepare import Prepared
 from tlscale.teacher import LOGITS, Teacher
 

@@ -20,7 +20,7 @@ from tlscale.evaluate import evaluate
 from tlscale.feed import ImageFeed
 from tlscale.jobs import finetune
 from tlscale.jobs import parts as run_parts
-from tlscale.keeper import Images
+from tlscale.codes.cache import Images
 from tlscale.prepare import make_objective, prepare
 
 # 77 training images in batches of 16 (the last of an epoch: 13), two epochs: 10 steps.

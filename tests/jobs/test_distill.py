@@ -22,13 +22,13 @@ from tests.small_runs import (
     put_teacher,
     small_recipe,
 )
+from tlscale.codes.cache import Images, Keeper, input_path
 from tlscale.distributed.processes import start_processes
 from tlscale.distributed.signals import StopRequest
 from tlscale.errors import ModelError, RecipeError, ResumeError, Stopped
 from tlscale.feed import ImageFeed
 from tlscale.jobs import finetune
 from tlscale.jobs.codes import compute_codes
-from tlscale.keeper import Images, Keeper, input_path
 from tlscale.prepare import prepare
 from tlscale.targets import ask_teacher
 from tlscale.tracking.console import Progress

@@ -13,7 +13,7 @@ from tests.coins import put_coins
 from tests.older_runs import put_older_runs
 from tests.recompute import assert_follows
 from tests.small_runs import put_small_folder, put_small_idx, put_teacher, result, small_recipe
-from tlscale.codes.probe import PROBE_KINDS
+from tlscale.codes.probes.select import PROBE_KINDS
 from tlscale.comparison import finished, table, to_rows
 from tlscale.jobs.evaluate import evaluate_run
 from tlscale.paired import paired_tests

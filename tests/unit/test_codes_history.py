@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.unit.test_codes_extract import KEY, Screen
+from tlscale.codes.addresses import SplitPictures, ViewPictures
 from tlscale.codes.extract import extract_codes
-from tlscale.codes.pictures import SplitPictures, ViewPictures
 from tlscale.codes.shards import BLOCK
 from tlscale.codes.store import CodesStore
 from tlscale.data import content

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from tlscale.codes.probe import PROBE_KINDS, KnnHead, PathRow, choose, default_grid, fit_probe
-from tlscale.codes.solvers import linear_path
+from tlscale.codes.probes.linear import linear_path
+from tlscale.codes.probes.select import PROBE_KINDS, KnnHead, PathRow, choose, default_grid, fit_probe
 from tlscale.errors import DataError, ModelError, RecipeError
 from tlscale.models import heads
 

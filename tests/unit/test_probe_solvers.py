@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression, RidgeClassifier
 
-from tlscale.codes import solvers
-from tlscale.codes.solvers import best_scale, linear_path, logistic_path, principal_axes, ridge_path, sklearn_path
+from tlscale.codes.probes import linear as solvers
+from tlscale.codes.probes.linear import best_scale, linear_path, logistic_path, principal_axes, ridge_path, sklearn_path
 
 
 def draw(num_images=120, width=6, num_classes=4, seed=0, spread=1.0):

@@ -15,7 +15,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from tlscale.codes.reading import Codes
+from tlscale.codes.reader import Codes
 from tlscale.data.augment import Augmenter
 from tlscale.data.sampler import (
     BatchSplit,

@@ -24,7 +24,7 @@ import torch
 from tlscale.codes.blocks import Extraction, Module, Pictures
 from tlscale.codes.entry import checked_ids
 from tlscale.codes.key import CodesKey
-from tlscale.codes.reading import Codes
+from tlscale.codes.reader import Codes
 from tlscale.codes.shards import BLOCK, Ints, rows_per_shard
 from tlscale.codes.store import CodesStore
 from tlscale.data.content import Digests, digest_bytes

@@ -49,8 +49,8 @@ from tlscale.codes.entry import (
     size_of,
 )
 from tlscale.codes.key import CodesKey
-from tlscale.codes.reading import Codes as Codes  # callers find it here, beside the store
-from tlscale.codes.reading import Column
+from tlscale.codes.reader import Codes as Codes  # callers find it here, beside the store
+from tlscale.codes.reader import Column
 from tlscale.codes.shards import (
     SHARD_BYTES,
     DamagedError,

@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from contextlib import closing
 
+from tlscale.codes.cache import Images, Keeper, frontier_parts
 from tlscale.codes.entry import Entry
-from tlscale.codes.reading import Codes
+from tlscale.codes.reader import Codes
 from tlscale.codes.store import CodesStore
 from tlscale.data.sources.open import ImageSplit
 from tlscale.distributed.processes import Processes, start_processes
@@ -14,7 +15,6 @@ from tlscale.distributed.signals import StopRequest
 from tlscale.errors import ModelError, TlscaleError
 from tlscale.feed import agree_on_cut, refuse_codes_of_a_probe
 from tlscale.jobs.probe import layer_codes, wanted_codes
-from tlscale.keeper import Images, Keeper, frontier_parts
 from tlscale.prepare import Prepared, prepare
 from tlscale.recipe.schema import Recipe
 from tlscale.targets import ask_teacher

@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
 from tlscale.checkpoint import Checkpoint, load_checkpoint
+from tlscale.codes.cache import Images, Keeper
 from tlscale.data.sources.open import ImageSplit
 from tlscale.distributed.consistency import refuse_desync, what_must_agree
 from tlscale.distributed.fsdp import hollow_copy, objection_to_shares, shard, sharded_groups
@@ -26,7 +27,6 @@ from tlscale.distributed.signals import StopRequest
 from tlscale.errors import NonFiniteLossError, RecipeError
 from tlscale.evaluate import evaluate
 from tlscale.feed import Feed, open_feed
-from tlscale.keeper import Images, Keeper
 from tlscale.model.ema import Ema
 from tlscale.models.classifier import Classifier
 from tlscale.objective import Objective

@@ -18,15 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from tlscale import faults
-from tlscale.codes.probe import Choice, PathRow, cannot_compare, checked_grid, choose
-from tlscale.codes.reading import Codes
+from tlscale.codes.cache import Images, Keeper, layers_parts, name_of
+from tlscale.codes.probes.select import Choice, PathRow, cannot_compare, checked_grid, choose
+from tlscale.codes.reader import Codes
 from tlscale.data.identity import result_identity
 from tlscale.data.sources.open import ImageData, ImageSplit
 from tlscale.distributed.processes import Processes
 from tlscale.distributed.signals import StopRequest
 from tlscale.evaluate import scalars
 from tlscale.jobs.scores import fitted, score_of_probe
-from tlscale.keeper import Images, Keeper, layers_parts, name_of
 from tlscale.metrics import Tally, majority, summary
 from tlscale.models.classifier import CodesClassifier
 from tlscale.models.export import export_model

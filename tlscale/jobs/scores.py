@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tlscale.codes.probe import Choice
+from tlscale.codes.probes.select import Choice
 from tlscale.data.sources.open import ImageSplit
 from tlscale.metrics import majority
 from tlscale.prepare import Prepared

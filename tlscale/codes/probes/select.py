@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tlscale.codes.solvers import LINEAR_KINDS, LinearPath, linear_path
+from tlscale.codes.probes.linear import LINEAR_KINDS, LinearPath, linear_path
 from tlscale.errors import DataError, ModelError, RecipeError, did_you_mean
 from tlscale.models.heads import KnnHead
 

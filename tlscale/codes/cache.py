@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tlscale.codes.addresses import SplitPictures, ViewPictures
 from tlscale.codes.batches import CodeViews
 from tlscale.codes.blocks import Pictures
 from tlscale.codes.extract import extract_codes
 from tlscale.codes.key import CodesKey
-from tlscale.codes.pictures import SplitPictures, ViewPictures
-from tlscale.codes.reading import Codes
+from tlscale.codes.reader import Codes
 from tlscale.codes.shards import BLOCK
 from tlscale.codes.store import CodesStore
 from tlscale.data.loader import ImageStore, make_augmenter
