@@ -34,7 +34,7 @@ from scipy import stats
 from sklearn.datasets import load_digits
 
 import tlscale
-from tlscale.metrics import wilson
+from tlscale.training.metrics import wilson
 
 NETWORK = "resnet10t"
 LAYERS = ["layer3.0.act1", "layer3", "layer4"]

@@ -26,8 +26,8 @@ import torch.nn.functional as F
 import tlscale
 from tlscale.data.sampler import DataOrder
 from tlscale.models.export import load
-from tlscale.prepare import prepare
 from tlscale.recipe.schema import Recipe
+from tlscale.training.setup import prepare
 
 
 def plain_loop(recipe: Recipe) -> tuple[dict[str, torch.Tensor], float]:

@@ -41,8 +41,8 @@ from torch import Tensor, nn
 import tlscale
 from tlscale.data.decode import decode_image
 from tlscale.data.sources.fashion_mnist import read_fashion_mnist
-from tlscale.prepare import Prepared, prepare
 from tlscale.recipe.schema import DataSection, Recipe
+from tlscale.training.setup import Prepared, prepare
 
 LEAST_RATIO, LEAST_SHARE, CLAIMED_PX = 1.7, 0.85, 160
 """The claim at 160 px: times faster than the plain loop, and share of what arithmetic allows."""

@@ -15,12 +15,12 @@ from typing import Any
 
 from tlscale.comparison_plot import draw
 from tlscale.errors import DataError
-from tlscale.metrics import wilson
 from tlscale.models.features import PENULTIMATE
 from tlscale.paired import LEVEL, Pair
 from tlscale.storage.run_folder import RunFolder, naming_disk_errors, write_text
 from tlscale.tracking.console import number
 from tlscale.tracking.metrics_log import read_metrics
+from tlscale.training.metrics import wilson
 
 COLUMNS = (
     *("strategy", "images", "top1", "95% interval", "against the best", "held-out top1"),

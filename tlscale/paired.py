@@ -20,7 +20,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tlscale.predictions import read_predictions
+from tlscale.training.predictions import read_predictions
 
 if TYPE_CHECKING:
     from tlscale.comparison import Row

@@ -8,13 +8,13 @@ from typing import Any
 
 from tlscale.codes.probes.select import Choice
 from tlscale.data.sampler import DataOrder
-from tlscale.model.student import Student
 from tlscale.models.features import PENULTIMATE
-from tlscale.prepare import Prepared, strategy_of
 from tlscale.recipe.schema import Recipe
-from tlscale.stages import Stage, to_steps
 from tlscale.tracking.console import Progress, format_duration, number
 from tlscale.tracking.stopwatch import describe_seconds
+from tlscale.training.distillation.student import Student
+from tlscale.training.setup import Prepared, strategy_of
+from tlscale.training.stages import Stage, to_steps
 
 _WORST_SHOWN = 5
 

@@ -23,11 +23,11 @@ import tlscale
 from tests.dist.many_checks import EXACT, HALF_VIT, at_each_checkpoint, error_of, recipe
 from tests.small_models import TINY
 from tlscale.distributed.processes import start_processes
-from tlscale.evaluate import evaluate
-from tlscale.jobs import finetune
-from tlscale.jobs import parts as run_parts
+from tlscale.training.evaluate import evaluate
+from tlscale.training import loop as finetune
+from tlscale.training import state as run_parts
 from tlscale.models.freeze import is_norm
-from tlscale.objective import Objective
+from tlscale.training.loss import Objective
 from tlscale.recipe.schema import ComputeSection, LossSection
 
 FSDP = {"engine": "fsdp2", "precision": "fp64"}

@@ -16,12 +16,12 @@ from tests.dist.many_checks import before_each_step, equal_on_all_ranks
 from tests.small_runs import put_teacher, small_recipe
 from tlscale.data.sources.open import ImageSplit
 from tlscale.distributed.processes import start_processes
-from tlscale.evaluate import evaluate
-from tlscale.feed import ImageFeed
-from tlscale.jobs import finetune
-from tlscale.jobs import parts as run_parts
+from tlscale.training.evaluate import evaluate
+from tlscale.training.input_pipeline import ImageFeed
+from tlscale.training import loop as finetune
+from tlscale.training import state as run_parts
 from tlscale.codes.cache import Images
-from tlscale.prepare import make_objective, prepare
+from tlscale.training.setup import make_objective, prepare
 
 # 77 training images in batches of 16 (the last of an epoch: 13), two epochs: 10 steps.
 BATCH = 16

@@ -26,7 +26,7 @@ from tests.small_runs import (
     small_recipe,
     tensors,
 )
-from tlscale.checkpoint import fault_of, is_sharded, load_checkpoint
+from tlscale.training.checkpoint.files import fault_of, is_sharded, load_checkpoint
 from tlscale.errors import EXIT_BAD_INPUT
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(600)]  # a start of several takes most of it

@@ -21,7 +21,7 @@ from tests.small_runs import (
     tensors,
 )
 from tlscale.data.transforms import normalise
-from tlscale.prepare import prepare
+from tlscale.training.setup import prepare
 from tlscale.recipe.seeds import derive_seed
 
 pytestmark = [pytest.mark.dist, pytest.mark.long, pytest.mark.timeout(1500)]

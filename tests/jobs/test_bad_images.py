@@ -17,8 +17,8 @@ from tests.small_runs import as_after, put_small_folder, result, small_recipe
 from tlscale.cli import main
 from tlscale.data.sources.open import BadImages, ImageData, open_data
 from tlscale.errors import DataError, ResumeError
-from tlscale.prepare import prepare
 from tlscale.recipe.schema import DataSection
+from tlscale.training.setup import prepare
 
 SKIP = {"source": "folder", "on_bad_image": "skip"}
 

@@ -26,12 +26,12 @@ from tlscale.codes.cache import Images, Keeper, input_path
 from tlscale.distributed.processes import start_processes
 from tlscale.distributed.signals import StopRequest
 from tlscale.errors import ModelError, RecipeError, ResumeError, Stopped
-from tlscale.feed import ImageFeed
-from tlscale.jobs import finetune
 from tlscale.jobs.codes import compute_codes
-from tlscale.prepare import prepare
-from tlscale.targets import ask_teacher
 from tlscale.tracking.console import Progress
+from tlscale.training import loop as finetune
+from tlscale.training.distillation.targets import ask_teacher
+from tlscale.training.input_pipeline import ImageFeed
+from tlscale.training.setup import prepare
 
 IMAGES = 96 + 37  # training, held out and test images
 MATCH = {"layer2": "blocks.2", "penultimate": ["blocks.2", "penultimate"]}

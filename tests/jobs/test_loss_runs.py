@@ -13,7 +13,7 @@ from tests.small_runs import lines, put_teacher, result, small_recipe, tensors
 from tlscale.data.loader import train_batches
 from tlscale.data.transforms import to_input
 from tlscale.jobs.evaluate import evaluate_run
-from tlscale.prepare import prepare
+from tlscale.training.setup import prepare
 
 LR = 0.5
 NAMES = {str(number): float(number + 1) ** 2 for number in range(10)}  # 1 to 100

@@ -10,7 +10,7 @@ import pytest
 
 import tlscale
 from tests.small_runs import as_after, assert_same_bits, exported, last_checkpoint, put_small_idx, small_recipe, tensors
-from tlscale.jobs import finetune
+from tlscale.training import loop as finetune
 
 # 21 images in batches of 4: six steps an epoch, the last of one image.
 STEPS, NUM_IMAGES, BATCH = 12, 21, 4

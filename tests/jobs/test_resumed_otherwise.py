@@ -18,9 +18,9 @@ from tests.small_runs import (
     small_recipe,
     tensors,
 )
-from tlscale import corrections
-from tlscale.corrections import CORRECTIONS
 from tlscale.errors import ResumeError
+from tlscale.training import corrections
+from tlscale.training.corrections import CORRECTIONS
 
 RESNET = {"name": "test_resnet"}
 HALF = {"freeze": r"(conv1|bn1|layer[12])\..*", "backbone": RESNET}

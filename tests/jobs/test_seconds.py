@@ -16,10 +16,10 @@ from tlscale.errors import DataError, Stopped
 from tlscale.jobs.codes import compute_codes
 from tlscale.jobs.compare import compare
 from tlscale.jobs.evaluate import evaluate_run
-from tlscale.prepare import prepare
 from tlscale.recipe.duration import Duration
 from tlscale.tracking.console import Pace
 from tlscale.tracking.stopwatch import PARTS, Stopwatch
+from tlscale.training.setup import prepare
 
 FOLDER = {"source": "folder", "image_size": 32, "validation_fraction": 0.2}
 PROBE = {"probe": {"kind": "ridge"}, "backbone": {"name": "test_resnet"}}

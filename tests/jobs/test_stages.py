@@ -19,8 +19,8 @@ from tests.small_runs import (
 )
 from tlscale.codes.store import CodesStore
 from tlscale.errors import RecipeError
-from tlscale.jobs import finetune
-from tlscale.prepare import prepare
+from tlscale.training import loop as finetune
+from tlscale.training.setup import prepare
 
 RESNET = {"name": "test_resnet"}
 # 5 steps an epoch: boundaries after steps 5 and 12.

@@ -14,7 +14,8 @@ import safetensors.torch
 import timm.optim
 import torch
 
-from tlscale.checkpoint import (
+from tlscale.errors import CheckpointError
+from tlscale.training.checkpoint.files import (
     Checkpoint,
     fault_of,
     list_checkpoints,
@@ -25,8 +26,7 @@ from tlscale.checkpoint import (
     prune,
     save_checkpoint,
 )
-from tlscale.errors import CheckpointError
-from tlscale.optimizer_state import pack_optimizer, unpack_optimizer
+from tlscale.training.checkpoint.optimizer_state import pack_optimizer, unpack_optimizer
 
 
 def make(step: int, size: int = 5) -> Checkpoint:

@@ -9,11 +9,11 @@ import torch
 from timm.optim import list_optimizers
 from torch import nn
 
-from tlscale.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from tlscale.errors import CheckpointError, RecipeError
-from tlscale.optim import build_optimizer, parameter_groups, set_lr
-from tlscale.optimizer_state import pack_optimizer, unpack_optimizer
 from tlscale.recipe.schema import OptimSection
+from tlscale.training.checkpoint.files import Checkpoint, load_checkpoint, save_checkpoint
+from tlscale.training.checkpoint.optimizer_state import pack_optimizer, unpack_optimizer
+from tlscale.training.optimizer import build_optimizer, parameter_groups, set_lr
 
 # Of other packages, or for CUDA alone; and one that needs second derivatives, which is refused.
 ELSEWHERE = ("bnb", "fused", "adahessian")

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tests.small_models import classifier
 from tlscale.distributed import consistency as desync
 from tlscale.distributed.consistency import checksum, difference, what_must_agree
-from tlscale.model.ema import Ema
+from tlscale.training.ema import Ema
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 
 from tests.small_models import section
 from tlscale.errors import ModelError
-from tlscale.model.student import Student
 from tlscale.models.backbone import build_backbone
 from tlscale.models.classifier import Classifier
 from tlscale.models.heads import build_head
-from tlscale.objective import DistillObjective, Objective
 from tlscale.recipe.schema import DistillSection, LossSection
-from tlscale.targets import _mean_and_deviation
+from tlscale.training.distillation.student import Student
+from tlscale.training.distillation.targets import _mean_and_deviation
+from tlscale.training.loss import DistillObjective, Objective
 
 C, D, B = 5, 7, 6
 

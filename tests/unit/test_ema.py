@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tests.small_models import classifier, state_of, train
-from tlscale.model.ema import Ema
+from tlscale.training.ema import Ema
 
 
 def walk(decay, values):

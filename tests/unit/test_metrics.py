@@ -18,7 +18,7 @@ from sklearn.metrics import (
 )
 from torch.nn.functional import cross_entropy
 
-from tlscale.metrics import MAX_CONFUSION_CLASSES, Tally, standard_error, summary
+from tlscale.training.metrics import MAX_CONFUSION_CLASSES, Tally, standard_error, summary
 
 
 def names(num_classes):

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tlscale.errors import RecipeError
-from tlscale.objective import Objective, class_weights, cross_entropy
 from tlscale.recipe.schema import LossSection
+from tlscale.training.loss import Objective, class_weights, cross_entropy
 
 CLASSES = ("ant", "bee", "cat", "dog")
 

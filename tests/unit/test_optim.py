@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from tests.small_models import classifier, loss_of, noise
 from tlscale.errors import RecipeError
-from tlscale.optim import build_optimizer, parameter_groups, set_lr
 from tlscale.recipe.schema import OptimSection
+from tlscale.training.optimizer import build_optimizer, parameter_groups, set_lr
 
 
 def groups_of(network, section):

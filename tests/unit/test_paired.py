@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from tests.unit.test_comparison import outcome
 from tlscale.comparison import against_best, notes, table, to_rows, write_comparison
-from tlscale.metrics import wilson
 from tlscale.paired import Pair, corrected, exact_p, paired_test, paired_tests, read_scored
+from tlscale.training.metrics import wilson
 
 
 def put(folder, is_right, *, labels=None, offset=0):

@@ -14,8 +14,8 @@ from tests.recompute import assert_follows
 from tlscale.data.sources.open import ImageSplit
 from tlscale.data.sources.tables import ArrayStore, BytesStore, FileStore, LabelledTable
 from tlscale.errors import TlscaleError
-from tlscale.metrics import Tally, summary
-from tlscale.predictions import MOST_LOGITS, Predictions, image_names, read_predictions, write_predictions
+from tlscale.training.metrics import Tally, summary
+from tlscale.training.predictions import MOST_LOGITS, Predictions, image_names, read_predictions, write_predictions
 
 
 def split_of(store, labels, rows=None):

@@ -10,8 +10,8 @@ import pytest
 
 from tests.small_runs import environment
 from tlscale.errors import EXIT_BAD_INPUT, RunFolderError, TlscaleError
-from tlscale.run_record import read_record
 from tlscale.storage.run_folder import RunFolder, claim, clear, naming_disk_errors, write_json, write_text
+from tlscale.training.run_info import read_record
 
 HOLD = """
 import sys

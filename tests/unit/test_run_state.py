@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.small_models import classifier
-from tlscale.checkpoint import Checkpoint
 from tlscale.distributed.processes import start_processes
 from tlscale.errors import CheckpointError
 from tlscale.models.classifier import Classifier
 from tlscale.models.freeze import fixed_names
 from tlscale.recipe.schema import CheckpointSection, ComputeSection, EvaluateSection
-from tlscale.run_state import Clock, LossWindow, are_finite, restore_weights, saved_clock, snapshot
+from tlscale.training.checkpoint.files import Checkpoint
+from tlscale.training.loop_state import Clock, LossWindow, are_finite, restore_weights, saved_clock, snapshot
 
 FIGURES = st.lists(st.none() | st.sampled_from([0.1, 0.2, 0.5, 0.9]), min_size=1, max_size=12)
 

@@ -32,13 +32,13 @@ from tlscale.data.sources.open import ImageSplit
 from tlscale.data.transforms import ImageBatch
 from tlscale.distributed.processes import Processes
 from tlscale.distributed.signals import StopRequest
-from tlscale.evaluate import InputPath
 from tlscale.models.backbone import function_digest
 from tlscale.models.features import PENULTIMATE
 from tlscale.models.partition.partition import Frontier
-from tlscale.prepare import Prepared
 from tlscale.tracking.console import Pace, Progress
 from tlscale.tracking.packages import versions_of
+from tlscale.training.evaluate import InputPath
+from tlscale.training.setup import Prepared
 
 
 class Images:

@@ -18,8 +18,8 @@ from torch.distributed.tensor import DTensor
 
 from tlscale.distributed.processes import Processes
 from tlscale.errors import DesyncError
-from tlscale.model.ema import Ema
 from tlscale.models.classifier import Classifier
+from tlscale.training.ema import Ema
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _POSITIONS = 2**20  # of a tensor that are summed at once, so that its copy as 64-bit integers stays small

@@ -24,8 +24,8 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from tlscale.errors import ModelError, RecipeError
 from tlscale.models.freeze import is_norm
-from tlscale.optim import build_optimizer
 from tlscale.recipe.schema import OptimSection
+from tlscale.training.optimizer import build_optimizer
 
 M = TypeVar("M", bound=nn.Module)
 _ROWS = [Shard(0)]

@@ -13,13 +13,13 @@ from tlscale.data.sources.open import ImageSplit
 from tlscale.distributed.processes import Processes, start_processes
 from tlscale.distributed.signals import StopRequest
 from tlscale.errors import ModelError, TlscaleError
-from tlscale.feed import agree_on_cut, refuse_codes_of_a_probe
 from tlscale.jobs.probe import layer_codes, wanted_codes
-from tlscale.prepare import Prepared, prepare
 from tlscale.recipe.schema import Recipe
-from tlscale.targets import ask_teacher
 from tlscale.tracking.console import Progress, format_duration
 from tlscale.tracking.stopwatch import Stopwatch, describe_seconds
+from tlscale.training.distillation.targets import ask_teacher
+from tlscale.training.input_pipeline import agree_on_cut, refuse_codes_of_a_probe
+from tlscale.training.setup import Prepared, prepare
 
 _GIB = 2**30
 

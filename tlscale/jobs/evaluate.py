@@ -26,16 +26,16 @@ from tlscale.data.sources.open import BadImages, ImageData, ImageSplit, open_dat
 from tlscale.data.sources.tables import Role
 from tlscale.distributed.processes import Processes, start_processes
 from tlscale.errors import DataError, RecipeError, RunFolderError, TlscaleError
-from tlscale.evaluate import InputPath, evaluate
 from tlscale.jobs.evaluation_keys import changes_for_evaluation
 from tlscale.models.export import TrainedModel, load
-from tlscale.objective import Objective
 from tlscale.recipe.load import load_recipe
 from tlscale.recipe.schema import DataSection, LossSection, Recipe
 from tlscale.screen import show_classes
 from tlscale.storage.run_folder import write_json
 from tlscale.tracking.console import Pace, Progress, number, visible
 from tlscale.tracking.stopwatch import Stopwatch, describe_seconds
+from tlscale.training.evaluate import InputPath, evaluate
+from tlscale.training.loss import Objective
 
 _SPLITS: tuple[Role, ...] = ("train", "validation", "test")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")

@@ -13,16 +13,16 @@ from torch import Tensor, nn
 
 from tlscale.codes.store import CodesStore
 from tlscale.distributed.fsdp import whole_bytes
-from tlscale.feed import choose_cut, kept_bytes, num_to_keep, refuse_codes_of_a_probe, sample_images
 from tlscale.jobs.probe import refuse_wrong_probe, wanted_codes
 from tlscale.models.features import LayerCodes
 from tlscale.models.partition.partition import Frontier
-from tlscale.optim import build_optimizer
-from tlscale.prepare import Prepared, prepare
 from tlscale.recipe.schema import Recipe
 from tlscale.screen import show_plan
-from tlscale.stages import Stage, enter
 from tlscale.tracking.console import Progress
+from tlscale.training.input_pipeline import choose_cut, kept_bytes, num_to_keep, refuse_codes_of_a_probe, sample_images
+from tlscale.training.optimizer import build_optimizer
+from tlscale.training.setup import Prepared, prepare
+from tlscale.training.stages import Stage, enter
 
 _SAMPLE_IMAGES = 2  # batch norm in train mode wants more than one
 _TIMED_IMAGES = 16

@@ -25,23 +25,23 @@ from tlscale.data.identity import result_identity
 from tlscale.data.sources.open import ImageData, ImageSplit
 from tlscale.distributed.processes import Processes
 from tlscale.distributed.signals import StopRequest
-from tlscale.evaluate import scalars
-from tlscale.jobs.scores import fitted, score_of_probe
-from tlscale.metrics import Tally, majority, summary
 from tlscale.models.classifier import CodesClassifier
 from tlscale.models.export import export_model
 from tlscale.models.features import PENULTIMATE, LayerCodes
 from tlscale.models.folding import fold_norms
 from tlscale.models.heads import KnnHead
-from tlscale.predictions import Predictions, write_predictions
-from tlscale.prepare import Prepared, make_objective, strategy_of
 from tlscale.recipe.schema import ProbeSection, Recipe
-from tlscale.run_book import RunBook
-from tlscale.run_record import begin_folder
-from tlscale.run_state import Clock
 from tlscale.screen import show_probe, show_result
 from tlscale.storage.run_folder import RunFolder, naming_disk_errors, write_json
 from tlscale.tracking.console import Progress
+from tlscale.training.evaluate import scalars
+from tlscale.training.logger import RunBook
+from tlscale.training.loop_state import Clock
+from tlscale.training.metrics import Tally, majority, summary
+from tlscale.training.predictions import Predictions, write_predictions
+from tlscale.training.run_info import begin_folder
+from tlscale.training.scores import fitted, score_of_probe
+from tlscale.training.setup import Prepared, make_objective, strategy_of
 
 _BLOCK = 4096  # images whose logits are computed at once
 

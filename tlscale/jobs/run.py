@@ -14,22 +14,22 @@ from typing import Any
 
 import torch
 
-from tlscale.corrections import refuse_uncorrected
 from tlscale.data.identity import scored_identity, used_identity
 from tlscale.data.sources.open import BadImages
 from tlscale.distributed.processes import start_processes
 from tlscale.distributed.signals import StopRequest
 from tlscale.errors import ResumeError, Stopped
-from tlscale.jobs.finetune import train
 from tlscale.jobs.probe import probe
-from tlscale.prepare import Prepared, prepare
 from tlscale.recipe.load import diff_recipes, load_stored_recipe, with_values
 from tlscale.recipe.schema import Recipe
-from tlscale.run_record import read_record
 from tlscale.screen import show_plan
 from tlscale.storage.run_folder import Mode, RunFolder, claim, naming_disk_errors, write_json
 from tlscale.tracking.console import Progress
 from tlscale.tracking.stopwatch import Stopwatch
+from tlscale.training.corrections import refuse_uncorrected
+from tlscale.training.loop import train
+from tlscale.training.run_info import read_record
+from tlscale.training.setup import Prepared, prepare
 
 # A resumed run may differ in these: they change nothing of what is learned, or only rounding. The exception is batch
 # norm and dropout on other passes (`compute.micro_batch_size`, the number of processes), which `computed` announces.

@@ -34,10 +34,10 @@ from tlscale.data.transforms import ImageBatch
 from tlscale.distributed.processes import Processes
 from tlscale.errors import RecipeError
 from tlscale.models.partition.partition import Frontier, NoFrontier, find_frontier
-from tlscale.prepare import Prepared
 from tlscale.recipe.schema import CodesSection, Recipe
-from tlscale.stages import Stage
-from tlscale.targets import Targets
+from tlscale.training.distillation.targets import Targets
+from tlscale.training.setup import Prepared
+from tlscale.training.stages import Stage
 
 
 class Feed(Protocol):

@@ -22,8 +22,8 @@ from tlscale.data.sampler import Ints, MicroBatch
 from tlscale.data.sources.open import ImageSplit
 from tlscale.data.transforms import ImageBatch
 from tlscale.distributed.processes import Processes
-from tlscale.prepare import Prepared
-from tlscale.teacher import LOGITS, Teacher
+from tlscale.training.distillation.teacher import LOGITS, Teacher
+from tlscale.training.setup import Prepared
 
 _CHUNK = 4096
 

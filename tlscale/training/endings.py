@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from tlscale.checkpoint import pointed_to
 from tlscale.distributed.signals import StopRequest
-from tlscale.prepare import Prepared
-from tlscale.run_state import Clock
 from tlscale.storage.run_folder import RunFolder
+from tlscale.training.checkpoint.files import pointed_to
+from tlscale.training.loop_state import Clock
+from tlscale.training.setup import Prepared
 
 
 def non_finite(bad_step: int, folder: RunFolder) -> str:

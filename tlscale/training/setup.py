@@ -18,7 +18,6 @@ from tlscale.data.sizes import median_side_px
 from tlscale.data.sources.open import BadImages, ImageData, ImageSplit, open_data
 from tlscale.data.transforms import InputSpec, resolve_input
 from tlscale.errors import DataError, ModelError, RecipeError
-from tlscale.model.student import Student
 from tlscale.models.backbone import WeightsReport, build_backbone
 from tlscale.models.classifier import (
     Classifier,
@@ -29,16 +28,17 @@ from tlscale.models.classifier import (
 )
 from tlscale.models.features import PENULTIMATE
 from tlscale.models.heads import build_head, is_single_linear
-from tlscale.objective import DistillObjective, Objective, class_weights, labels_teach
-from tlscale.optim import check_optimizer
 from tlscale.recipe.duration import Duration
 from tlscale.recipe.field_types import augmentation_values
 from tlscale.recipe.schema import Recipe
 from tlscale.recipe.seeds import derive_seed
-from tlscale.stages import Stage, enter, plan_stages, to_steps
-from tlscale.teacher import Teacher, open_teacher
 from tlscale.tracking.stopwatch import Stopwatch
 from tlscale.tracking.trackers import check_installed
+from tlscale.training.distillation.student import Student
+from tlscale.training.distillation.teacher import Teacher, open_teacher
+from tlscale.training.loss import DistillObjective, Objective, class_weights, labels_teach
+from tlscale.training.optimizer import check_optimizer
+from tlscale.training.stages import Stage, enter, plan_stages, to_steps
 
 
 @dataclass

@@ -16,20 +16,20 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from tlscale import faults
-from tlscale.checkpoint import (
+from tlscale.distributed.fsdp import local
+from tlscale.distributed.processes import Processes
+from tlscale.errors import CheckpointError
+from tlscale.models.classifier import Classifier
+from tlscale.recipe.schema import CheckpointSection, EvaluateSection
+from tlscale.training.checkpoint.files import (
     Checkpoint,
     mark_best,
     mark_latest,
     prune,
     save_checkpoint,
 )
-from tlscale.distributed.fsdp import local
-from tlscale.distributed.processes import Processes
-from tlscale.errors import CheckpointError
-from tlscale.model.ema import Ema
-from tlscale.models.classifier import Classifier
-from tlscale.optimizer_state import pack_optimizer, unpack_optimizer
-from tlscale.recipe.schema import CheckpointSection, EvaluateSection
+from tlscale.training.checkpoint.optimizer_state import pack_optimizer, unpack_optimizer
+from tlscale.training.ema import Ema
 
 
 @dataclass

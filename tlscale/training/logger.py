@@ -8,15 +8,15 @@ from typing import Any
 from tlscale import faults
 from tlscale.distributed.processes import Processes
 from tlscale.errors import EXIT_FAILED
-from tlscale.evaluate import scalars
-from tlscale.prepare import Prepared
 from tlscale.recipe.schema import Recipe
-from tlscale.run_state import Clock
 from tlscale.storage.run_folder import RunFolder
 from tlscale.tracking.console import Progress, number
 from tlscale.tracking.places import places_of, without_places
 from tlscale.tracking.redact import REDACTED
 from tlscale.tracking.trackers import MetricsFile, Trackers, open_trackers
+from tlscale.training.evaluate import scalars
+from tlscale.training.loop_state import Clock
+from tlscale.training.setup import Prepared
 
 _SHOWN = ("top1", "loss", "macro_f1", "distill_loss")  # of an evaluation; the last where there is a teacher
 

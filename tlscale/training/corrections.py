@@ -22,15 +22,15 @@ from typing import Any
 
 import torch
 
-from tlscale.checkpoint import list_checkpoints
 from tlscale.errors import ResumeError
 from tlscale.models.backbone import layer_depths
 from tlscale.models.partition.partition import NoFrontier, find_frontier
 from tlscale.models.partition.self_check import OF_BATCH_SIZE, OF_CALLS
-from tlscale.prepare import Prepared
 from tlscale.recipe.schema import Recipe
-from tlscale.stages import enter
 from tlscale.storage.run_folder import RunFolder, naming_disk_errors, write_json
+from tlscale.training.checkpoint.files import list_checkpoints
+from tlscale.training.setup import Prepared
+from tlscale.training.stages import enter
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from tlscale import faults
 from tlscale.data.transforms import ImageBatch, InputSpec, to_input
 from tlscale.distributed.processes import Processes
-from tlscale.metrics import Tally, error_of_mean, standard_error, summary
-from tlscale.objective import Batch, Objective, cross_entropy
-from tlscale.predictions import Predictions
+from tlscale.training.loss import Batch, Objective, cross_entropy
+from tlscale.training.metrics import Tally, error_of_mean, standard_error, summary
+from tlscale.training.predictions import Predictions
 
 
 @dataclass(frozen=True)

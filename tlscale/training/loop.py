@@ -18,32 +18,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tlscale import computed, faults
-from tlscale.checkpoint import Checkpoint, checkpoint_folder, newest_valid
+from tlscale import faults
 from tlscale.data.identity import result_identity
 from tlscale.data.sources.open import ImageSplit
 from tlscale.distributed.fsdp import clip_grad_norm, filled, micro_batch
 from tlscale.distributed.processes import Processes
 from tlscale.distributed.signals import StopRequest
 from tlscale.errors import NonFiniteLossError, Stopped
-from tlscale.evaluate import scalars
-from tlscale.feed import ImageFeed, refuse_codes_of_a_probe
-from tlscale.jobs.endings import non_finite, stopped
-from tlscale.jobs.parts import Parts, begin_stage, load, make_parts, next_stage, save, unwrap, unwrapping, validate
-from tlscale.jobs.scores import fitted, score_of_training
 from tlscale.models.export import export_model
-from tlscale.optim import set_lr
-from tlscale.predictions import Predictions, write_predictions
-from tlscale.prepare import Due, Prepared, strategy_of
 from tlscale.recipe.seeds import derive_seed
-from tlscale.run_book import RunBook
-from tlscale.run_record import begin_folder, read_record
-from tlscale.run_state import Clock, LossWindow, are_finite, point_to, restore, restore_weights, saved_clock
 from tlscale.screen import show_result
-from tlscale.stages import stage_at
 from tlscale.storage.run_folder import RunFolder, naming_disk_errors, write_json
 from tlscale.tracking.console import Progress
-from tlscale.vigil import Vigil
+from tlscale.training import computed
+from tlscale.training.checkpoint.files import Checkpoint, checkpoint_folder, newest_valid
+from tlscale.training.endings import non_finite, stopped
+from tlscale.training.evaluate import scalars
+from tlscale.training.input_pipeline import ImageFeed, refuse_codes_of_a_probe
+from tlscale.training.logger import RunBook
+from tlscale.training.loop_state import Clock, LossWindow, are_finite, point_to, restore, restore_weights, saved_clock
+from tlscale.training.nonfinite import Vigil
+from tlscale.training.optimizer import set_lr
+from tlscale.training.predictions import Predictions, write_predictions
+from tlscale.training.run_info import begin_folder, read_record
+from tlscale.training.scores import fitted, score_of_training
+from tlscale.training.setup import Due, Prepared, strategy_of
+from tlscale.training.stages import stage_at
+from tlscale.training.state import Parts, begin_stage, load, make_parts, next_stage, save, unwrap, unwrapping, validate
 
 
 def train(

@@ -15,11 +15,11 @@ from torch import nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from tlscale.distributed.processes import Processes
-from tlscale.prepare import Prepared
-from tlscale.run_state import Clock
-from tlscale.stages import enter
 from tlscale.storage.run_folder import RunFolder, naming_disk_errors, write_json
 from tlscale.tracking.console import Progress
+from tlscale.training.loop_state import Clock
+from tlscale.training.setup import Prepared
+from tlscale.training.stages import enter
 
 _WORDS = {
     "num_processes": "number of processes",

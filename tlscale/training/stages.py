@@ -14,15 +14,15 @@ import torch
 from tlscale import faults
 from tlscale.data.sampler import DataOrder
 from tlscale.errors import RecipeError
-from tlscale.model.ema import Ema
 from tlscale.models.classifier import Classifier
 from tlscale.models.freeze import FreezeRow, check_trainable, fixed_names, freeze_parameters
-from tlscale.optim import Group, build_optimizer, parameter_groups
-from tlscale.optimizer_state import carry_moments
 from tlscale.recipe.duration import Duration
 from tlscale.recipe.rules import Rule, match_rules
 from tlscale.recipe.schema import OptimSection, Recipe, ScheduleSection, StageSection
-from tlscale.schedule import make_lr_factor
+from tlscale.training.checkpoint.optimizer_state import carry_moments
+from tlscale.training.ema import Ema
+from tlscale.training.optimizer import Group, build_optimizer, parameter_groups
+from tlscale.training.schedule import make_lr_factor
 
 
 @dataclass(frozen=True)

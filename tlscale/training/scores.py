@@ -14,8 +14,8 @@ from typing import Any
 
 from tlscale.codes.probes.select import Choice
 from tlscale.data.sources.open import ImageSplit
-from tlscale.metrics import majority
-from tlscale.prepare import Prepared
+from tlscale.training.metrics import majority
+from tlscale.training.setup import Prepared
 
 
 def score_of_training(prepared: Prepared, split: ImageSplit) -> dict[str, Any]:

@@ -25,7 +25,11 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from tlscale.checkpoint import (
+from tlscale.distributed.fsdp import spread
+from tlscale.distributed.processes import Processes
+from tlscale.errors import CheckpointError
+from tlscale.storage.run_folder import flush
+from tlscale.training.checkpoint.files import (
     SHARDS,
     Checkpoint,
     FileFacts,
@@ -41,10 +45,6 @@ from tlscale.checkpoint import (
     share_key,
     tensors_in_shards,
 )
-from tlscale.distributed.fsdp import spread
-from tlscale.distributed.processes import Processes
-from tlscale.errors import CheckpointError
-from tlscale.storage.run_folder import flush
 
 Groups = dict[str, dict[str, Tensor]]
 

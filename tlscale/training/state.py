@@ -17,7 +17,6 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
-from tlscale.checkpoint import Checkpoint, load_checkpoint
 from tlscale.codes.cache import Images, Keeper
 from tlscale.data.sources.open import ImageSplit
 from tlscale.distributed.consistency import refuse_desync, what_must_agree
@@ -25,21 +24,22 @@ from tlscale.distributed.fsdp import hollow_copy, objection_to_shares, shard, sh
 from tlscale.distributed.processes import Processes
 from tlscale.distributed.signals import StopRequest
 from tlscale.errors import NonFiniteLossError, RecipeError
-from tlscale.evaluate import evaluate
-from tlscale.feed import Feed, open_feed
-from tlscale.model.ema import Ema
 from tlscale.models.classifier import Classifier
-from tlscale.objective import Objective
-from tlscale.optim import build_optimizer
-from tlscale.predictions import Predictions
-from tlscale.prepare import Prepared, make_objective
-from tlscale.run_book import RunBook
-from tlscale.run_state import Clock, snapshot, tidy_up, write_checkpoint
-from tlscale.sharded_checkpoint import load_sharded, save_sharded
-from tlscale.stages import Stage, cross_boundary, enter
 from tlscale.storage.run_folder import RunFolder
-from tlscale.targets import Targets, ask_teacher
 from tlscale.tracking.console import Progress
+from tlscale.training.checkpoint.files import Checkpoint, load_checkpoint
+from tlscale.training.checkpoint.sharded import load_sharded, save_sharded
+from tlscale.training.distillation.targets import Targets, ask_teacher
+from tlscale.training.ema import Ema
+from tlscale.training.evaluate import evaluate
+from tlscale.training.input_pipeline import Feed, open_feed
+from tlscale.training.logger import RunBook
+from tlscale.training.loop_state import Clock, snapshot, tidy_up, write_checkpoint
+from tlscale.training.loss import Objective
+from tlscale.training.optimizer import build_optimizer
+from tlscale.training.predictions import Predictions
+from tlscale.training.setup import Prepared, make_objective
+from tlscale.training.stages import Stage, cross_boundary, enter
 
 
 @dataclass

@@ -11,14 +11,15 @@ from typing import Any
 
 import torch
 
-from tlscale import __version__, corrections, faults
+from tlscale import __version__, faults
 from tlscale.data.identity import identity_facts
-from tlscale.prepare import Prepared, strategy_of
 from tlscale.recipe.load import dump_recipe, recipe_digest
 from tlscale.storage.run_folder import RunFolder, clear, naming_disk_errors, write_json, write_text
 from tlscale.tracking.git_state import git_state
 from tlscale.tracking.packages import versions_of
 from tlscale.tracking.places import places_of, without_places
+from tlscale.training import corrections
+from tlscale.training.setup import Prepared, strategy_of
 
 _PACKAGES = ("torch", "torchvision", "timm", "accelerate", "datasets", "safetensors", "numpy", "pillow")
 

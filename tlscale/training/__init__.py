@@ -1,0 +1,3 @@
+from tlscale.tracking.working_folder import import_torch
+
+import_torch()  # before any module of training does
