@@ -69,7 +69,7 @@ class Forks:
 
 def main() -> None:
     import tlscale.cli
-    import tlscale.jobs.run  # noqa: F401 (the import is what this process is for)
+    import tlscale.commands.run  # noqa: F401 (the import is what this process is for)
 
     # A fork has one thread: what another one held would be held for ever. PyArrow's allocator knows about forks.
     threads = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]

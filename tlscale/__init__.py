@@ -12,11 +12,11 @@ __version__ = "0.1.0"
 __all__ = ["__version__", "load", "load_recipe", "run"]
 
 if TYPE_CHECKING:
-    from tlscale.jobs.run import run
+    from tlscale.commands.run import run
     from tlscale.models.export import load
     from tlscale.recipe.load import load_recipe
 
-_HOMES = {"load": "tlscale.models.export", "load_recipe": "tlscale.recipe.load", "run": "tlscale.jobs.run"}
+_HOMES = {"load": "tlscale.models.export", "load_recipe": "tlscale.recipe.load", "run": "tlscale.commands.run"}
 
 
 def __dir__() -> list[str]:

@@ -83,7 +83,7 @@ def run(recipe: str, overrides: Sequence[str], out: str | None, resume: bool, ov
 def plan(recipe: str, overrides: Sequence[str], processes: int | None) -> None:
     """Show what `run` would do, and train nothing: freezing, parameters, steps, batches, memory."""
     loaded = _load(recipe, overrides)
-    from tlscale.jobs.plan import plan as show
+    from tlscale.commands.plan import plan as show
 
     show(loaded, world_size=processes or loaded.compute.num_processes or 1)
 
@@ -134,8 +134,8 @@ def codes_compute(recipe: str, overrides: Sequence[str]) -> None:
     """Compute and keep the codes of RECIPE's images: of codes.layer, or of what it freezes."""
     began_s = _began_s()
     loaded = _load(recipe, overrides)
+    from tlscale.commands.codes import compute_codes
     from tlscale.distributed.signals import stop_with_launcher
-    from tlscale.jobs.codes import compute_codes
 
     stop_with_launcher()
     compute_codes(loaded, Stopwatch(began_s))
@@ -145,7 +145,7 @@ def codes_compute(recipe: str, overrides: Sequence[str]) -> None:
 @_reports_errors
 def codes_list() -> None:
     """List the codes that are kept, those used last first."""
-    from tlscale.jobs.codes import list_codes
+    from tlscale.commands.codes import list_codes
 
     list_codes()
 
@@ -155,7 +155,7 @@ def codes_list() -> None:
 @_reports_errors
 def codes_verify(digest: str | None) -> None:
     """Read every byte that is kept (or of the entry DIGEST) and compare it with what was written."""
-    from tlscale.jobs.codes import verify_codes
+    from tlscale.commands.codes import verify_codes
 
     verify_codes(digest)
 
@@ -169,7 +169,7 @@ def codes_prune(digests: tuple[str, ...], keep_gib: float | None, everything: bo
     """Remove codes: those named by the first digits of their DIGEST, or by --keep-gib or --all."""
     if sum([bool(digests), keep_gib is not None, everything]) != 1:
         raise click.UsageError("name digests, or give one of --keep-gib and --all")
-    from tlscale.jobs.codes import prune_codes
+    from tlscale.commands.codes import prune_codes
 
     prune_codes(digests, keep_gib=keep_gib, everything=everything)
 
@@ -200,7 +200,7 @@ def evaluate(run_dir: str, overrides: Sequence[str], data: str | None, split: An
       tlscale evaluate runs/photos --data more_photos/ --json
     """
     began_s = _began_s()
-    from tlscale.jobs.evaluate import evaluate_run
+    from tlscale.commands.evaluate import evaluate_run
 
     evaluate_run(run_dir, overrides, data=data, split_name=split, watch=Stopwatch(began_s), **options)
 
@@ -236,8 +236,8 @@ def compare(recipe_files: Sequence[str], seeds: list[int | None], **options: Any
     Exit codes: 0 done, 1 a run failed (the others are in the table), 2 wrong recipe or data, 75 stopped by a signal.
     """
     began_s = _began_s()
+    from tlscale.commands.compare import compare as start
     from tlscale.distributed.signals import stop_with_launcher
-    from tlscale.jobs.compare import compare as start
 
     stop_with_launcher()
     start(recipe_files, seeds=[seed for seed in seeds if seed is not None], watch=Stopwatch(began_s), **options)
@@ -270,8 +270,8 @@ def recipes_copy(name: str, path: str | None) -> None:
 def _start(recipe: Recipe, out: str | None, began_s: float, *, resume: bool, overwrite: bool) -> None:
     if resume and overwrite:
         raise click.UsageError("--resume goes on with a run, --overwrite replaces it: give one of them")
+    from tlscale.commands.run import run as start
     from tlscale.distributed.signals import stop_with_launcher
-    from tlscale.jobs.run import run as start
 
     stop_with_launcher()
     start(recipe, out, resume=resume, overwrite=overwrite, watch=Stopwatch(began_s))

@@ -11,8 +11,8 @@ import yaml
 
 import tlscale
 from tests.small_runs import put_small_idx, small_recipe
+from tlscale.commands.compare import compare
 from tlscale.errors import DataError, RecipeError, RunFolderError, TlscaleError
-from tlscale.jobs.compare import compare
 from tlscale.recipe.load import load_recipe
 from tlscale.recipe.schema import Recipe
 from tlscale.recipe.strategies import STRATEGIES

@@ -23,10 +23,10 @@ from tests.small_runs import (
     small_recipe,
 )
 from tlscale.codes.cache import Images, Keeper, input_path
+from tlscale.commands.codes import compute_codes
 from tlscale.distributed.processes import start_processes
 from tlscale.distributed.signals import StopRequest
 from tlscale.errors import ModelError, RecipeError, ResumeError, Stopped
-from tlscale.jobs.codes import compute_codes
 from tlscale.tracking.console import Progress
 from tlscale.training import loop as finetune
 from tlscale.training.distillation.targets import ask_teacher

@@ -10,9 +10,9 @@ import torch
 
 import tlscale
 from tests.small_runs import lines, put_teacher, result, small_recipe, tensors
+from tlscale.commands.evaluate import evaluate_run
 from tlscale.data.loader import train_batches
 from tlscale.data.transforms import to_input
-from tlscale.jobs.evaluate import evaluate_run
 from tlscale.training.setup import prepare
 
 LR = 0.5

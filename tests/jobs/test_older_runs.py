@@ -9,8 +9,8 @@ import tlscale
 from tests.older_runs import put_older_runs
 from tests.small_runs import exported, result
 from tlscale.codes.store import CodesStore
+from tlscale.commands.evaluate import evaluate_run
 from tlscale.errors import DataError, ResumeError
-from tlscale.jobs.evaluate import evaluate_run
 
 FINISHED = ("trained", "views", "full", "probe", "probe_no_test", "knn")
 STOPPED = ("ema", "on_codes", "staged", "distilled", "sharded")

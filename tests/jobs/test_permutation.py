@@ -10,7 +10,7 @@ import pytest
 from tests.coins import chance, put_coins
 from tests.recompute import assert_follows
 from tests.small_runs import put_teacher, small_recipe
-from tlscale.jobs.compare import compare
+from tlscale.commands.compare import compare
 from tlscale.recipe.strategies import STRATEGIES
 
 WITH_TEST = {"train": 80, "validation": 40, "test": 120}

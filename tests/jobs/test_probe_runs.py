@@ -13,9 +13,9 @@ import tlscale
 from tests.small_runs import exported, largest_difference, put_small_idx, result, sample_images, small_recipe
 from tlscale.cli import main
 from tlscale.codes.store import CodesStore
+from tlscale.commands.evaluate import evaluate_run
 from tlscale.data.transforms import ImageBatch, to_input
 from tlscale.errors import EXIT_BAD_INPUT, EXIT_FAILED, ModelError, RecipeError
-from tlscale.jobs.evaluate import evaluate_run
 
 RESNET = {"name": "test_resnet"}
 KEYS_OF_RESULT = (

@@ -11,11 +11,11 @@ from PIL import Image
 
 import tlscale
 from tests.small_runs import When, assert_same_bits, exported, logged, result, small_recipe
+from tlscale.commands.codes import compute_codes
+from tlscale.commands.compare import compare
+from tlscale.commands.evaluate import evaluate_run
 from tlscale.data.sampler import micro_batches
 from tlscale.errors import DataError, Stopped
-from tlscale.jobs.codes import compute_codes
-from tlscale.jobs.compare import compare
-from tlscale.jobs.evaluate import evaluate_run
 from tlscale.recipe.duration import Duration
 from tlscale.tracking.console import Pace
 from tlscale.tracking.stopwatch import PARTS, Stopwatch

@@ -141,7 +141,7 @@ def test_best_weights_of_an_earlier_stage_are_evaluated_with_their_own_layers(id
             if "layer4" in name
         },
     )
-    from tlscale.jobs.evaluate import evaluate_run
+    from tlscale.commands.evaluate import evaluate_run
 
     again = evaluate_run(out)
     assert again["top1"] == figures["top1"]

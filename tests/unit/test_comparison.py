@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from tlscale.comparison import (
+from tlscale.commands.compare_report import (
     COLUMNS,
     Outcome,
     against_best,
@@ -24,8 +24,8 @@ from tlscale.comparison import (
     to_rows,
     write_comparison,
 )
+from tlscale.commands.paired_tests import Pair
 from tlscale.errors import DataError, TlscaleError
-from tlscale.paired import Pair
 from tlscale.storage.run_folder import RunFolder
 
 

@@ -6,10 +6,10 @@ from torch import nn
 
 from tests.small_models import TINY, classifier, noise
 from tests.small_runs import put_small_idx, small_recipe
+from tlscale.commands.plan import plan
 from tlscale.distributed.fsdp import filled, hollow_copy, repeated_blocks, shard
 from tlscale.distributed.processes import start_processes
 from tlscale.errors import LaunchError, ModelError
-from tlscale.jobs.plan import plan
 from tlscale.recipe.schema import ComputeSection
 
 

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.test_comparison import outcome
-from tlscale.comparison import against_best, notes, table, to_rows, write_comparison
-from tlscale.paired import Pair, corrected, exact_p, paired_test, paired_tests, read_scored
+from tlscale.commands.compare_report import against_best, notes, table, to_rows, write_comparison
+from tlscale.commands.paired_tests import Pair, corrected, exact_p, paired_test, paired_tests, read_scored
 from tlscale.training.metrics import wilson
 
 

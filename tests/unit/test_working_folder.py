@@ -18,7 +18,7 @@ __attribute__((constructor)) static void planted(void) { FILE_; }
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
-@pytest.mark.parametrize("what", ["import tlscale.jobs.plan", "import tlscale; tlscale.load"])
+@pytest.mark.parametrize("what", ["import tlscale.commands.plan", "import tlscale; tlscale.load"])
 def test_a_library_in_the_working_folder_is_not_loaded_with_torch(tmp_path, what):
     """With torch for CUDA, that is: cuSPARSELt looks for libcuda.so.1 in the working folder. Others never did."""
     program = SOURCE.replace("FILE_", f'system("touch {tmp_path}/ran")')

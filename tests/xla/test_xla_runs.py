@@ -17,7 +17,7 @@ import torch.distributed as torch_dist
 from accelerate.state import PartialState
 from torch import nn
 
-import tlscale.jobs.evaluate
+import tlscale.commands.evaluate
 from tests.small_runs import (
     REPO,
     as_after,
@@ -257,7 +257,7 @@ def test_training_on_codes_ends_near_training_on_images(idx, tmp_path, monkeypat
 
 def test_evaluate_gives_the_figures_of_the_run_again(main_run):
     _, out, _ = main_run
-    again = tlscale.jobs.evaluate.evaluate_run(out, as_json=True)
+    again = tlscale.commands.evaluate.evaluate_run(out, as_json=True)
     for key in ("num_images", "top1", "confusion"):
         assert again[key] == result(out)[key], key
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from tlscale import faults
+from tlscale.commands.tables import show_result
 from tlscale.data.identity import result_identity
 from tlscale.data.sources.open import ImageSplit
 from tlscale.distributed.fsdp import clip_grad_norm, filled, micro_batch
@@ -27,7 +28,6 @@ from tlscale.distributed.signals import StopRequest
 from tlscale.errors import NonFiniteLossError, Stopped
 from tlscale.models.export import export_model
 from tlscale.recipe.seeds import derive_seed
-from tlscale.screen import show_result
 from tlscale.storage.run_folder import RunFolder, naming_disk_errors, write_json
 from tlscale.tracking.console import Progress
 from tlscale.training import computed

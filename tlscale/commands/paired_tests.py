@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 from tlscale.training.predictions import read_predictions
 
 if TYPE_CHECKING:
-    from tlscale.comparison import Row
+    from tlscale.commands.compare_report import Row
 
 LEVEL = 0.05
 """Runs whose corrected p-value is at least this are not distinguishable."""

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 if TYPE_CHECKING:
-    from tlscale.comparison import Row
+    from tlscale.commands.compare_report import Row
 
 # Okabe and Ito's colours that keep apart for the colour-blind and on white; a marker says the same without colour.
 _STYLES = (

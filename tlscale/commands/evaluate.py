@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from tlscale.commands.evaluation_keys import changes_for_evaluation
+from tlscale.commands.tables import show_classes
 from tlscale.data.loader import ImageStore, default_workers, eval_batches
 from tlscale.data.sources.bad_images import find_bad_images
 from tlscale.data.sources.labelled import count_shared, open_labelled, own_images
@@ -26,11 +28,9 @@ from tlscale.data.sources.open import BadImages, ImageData, ImageSplit, open_dat
 from tlscale.data.sources.tables import Role
 from tlscale.distributed.processes import Processes, start_processes
 from tlscale.errors import DataError, RecipeError, RunFolderError, TlscaleError
-from tlscale.jobs.evaluation_keys import changes_for_evaluation
 from tlscale.models.export import TrainedModel, load
 from tlscale.recipe.load import load_recipe
 from tlscale.recipe.schema import DataSection, LossSection, Recipe
-from tlscale.screen import show_classes
 from tlscale.storage.run_folder import write_json
 from tlscale.tracking.console import Pace, Progress, number, visible
 from tlscale.tracking.stopwatch import Stopwatch, describe_seconds

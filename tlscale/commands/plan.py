@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from tlscale.codes.store import CodesStore
+from tlscale.commands.probe import refuse_wrong_probe, wanted_codes
+from tlscale.commands.tables import show_plan
 from tlscale.distributed.fsdp import whole_bytes
-from tlscale.jobs.probe import refuse_wrong_probe, wanted_codes
 from tlscale.models.features import LayerCodes
 from tlscale.models.partition.partition import Frontier
 from tlscale.recipe.schema import Recipe
-from tlscale.screen import show_plan
 from tlscale.tracking.console import Progress
 from tlscale.training.input_pipeline import choose_cut, kept_bytes, num_to_keep, refuse_codes_of_a_probe, sample_images
 from tlscale.training.optimizer import build_optimizer

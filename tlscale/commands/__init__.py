@@ -1,3 +1,3 @@
 from tlscale.tracking.working_folder import import_torch
 
-import_torch()  # before any of the jobs does
+import_torch()  # before any of the commands does

@@ -13,10 +13,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from tlscale.comparison_plot import draw
+from tlscale.commands.compare_plot import draw
+from tlscale.commands.paired_tests import LEVEL, Pair
 from tlscale.errors import DataError
 from tlscale.models.features import PENULTIMATE
-from tlscale.paired import LEVEL, Pair
 from tlscale.storage.run_folder import RunFolder, naming_disk_errors, write_text
 from tlscale.tracking.console import number
 from tlscale.tracking.metrics_log import read_metrics

@@ -9,11 +9,11 @@ from tlscale.codes.cache import Images, Keeper, frontier_parts
 from tlscale.codes.entry import Entry
 from tlscale.codes.reader import Codes
 from tlscale.codes.store import CodesStore
+from tlscale.commands.probe import layer_codes, wanted_codes
 from tlscale.data.sources.open import ImageSplit
 from tlscale.distributed.processes import Processes, start_processes
 from tlscale.distributed.signals import StopRequest
 from tlscale.errors import ModelError, TlscaleError
-from tlscale.jobs.probe import layer_codes, wanted_codes
 from tlscale.recipe.schema import Recipe
 from tlscale.tracking.console import Progress, format_duration
 from tlscale.tracking.stopwatch import Stopwatch, describe_seconds

@@ -21,6 +21,7 @@ from tlscale import faults
 from tlscale.codes.cache import Images, Keeper, layers_parts, name_of
 from tlscale.codes.probes.select import Choice, PathRow, cannot_compare, checked_grid, choose
 from tlscale.codes.reader import Codes
+from tlscale.commands.tables import show_probe, show_result
 from tlscale.data.identity import result_identity
 from tlscale.data.sources.open import ImageData, ImageSplit
 from tlscale.distributed.processes import Processes
@@ -31,7 +32,6 @@ from tlscale.models.features import PENULTIMATE, LayerCodes
 from tlscale.models.folding import fold_norms
 from tlscale.models.heads import KnnHead
 from tlscale.recipe.schema import ProbeSection, Recipe
-from tlscale.screen import show_probe, show_result
 from tlscale.storage.run_folder import RunFolder, naming_disk_errors, write_json
 from tlscale.tracking.console import Progress
 from tlscale.training.evaluate import scalars

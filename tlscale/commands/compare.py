@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from tlscale.comparison import (
+from tlscale.commands.compare_report import (
     COLUMNS,
     Outcome,
     finished,
@@ -25,6 +25,8 @@ from tlscale.comparison import (
     to_rows,
     write_comparison,
 )
+from tlscale.commands.paired_tests import paired_tests
+from tlscale.commands.run import run
 from tlscale.data.sources.open import open_data
 from tlscale.distributed.processes import start_processes
 from tlscale.errors import (
@@ -37,10 +39,8 @@ from tlscale.errors import (
     TlscaleError,
     did_you_mean,
 )
-from tlscale.jobs.run import run
 from tlscale.models.backbone import build_backbone
 from tlscale.models.features import layer_names
-from tlscale.paired import paired_tests
 from tlscale.recipe.load import diff_recipes, dump_recipe, load_recipe, recipe_digest
 from tlscale.recipe.schema import BackboneSection, Recipe
 from tlscale.recipe.strategies import (

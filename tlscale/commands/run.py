@@ -14,15 +14,15 @@ from typing import Any
 
 import torch
 
+from tlscale.commands.probe import probe
+from tlscale.commands.tables import show_plan
 from tlscale.data.identity import scored_identity, used_identity
 from tlscale.data.sources.open import BadImages
 from tlscale.distributed.processes import start_processes
 from tlscale.distributed.signals import StopRequest
 from tlscale.errors import ResumeError, Stopped
-from tlscale.jobs.probe import probe
 from tlscale.recipe.load import diff_recipes, load_stored_recipe, with_values
 from tlscale.recipe.schema import Recipe
-from tlscale.screen import show_plan
 from tlscale.storage.run_folder import Mode, RunFolder, claim, naming_disk_errors, write_json
 from tlscale.tracking.console import Progress
 from tlscale.tracking.stopwatch import Stopwatch
