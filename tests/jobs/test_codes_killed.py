@@ -17,7 +17,7 @@ DRIVER = """
 import hashlib, json, os, signal, sys, time, traceback
 from dataclasses import replace
 from pathlib import Path
-from tests.unit.test_codes_extract import KEY, Run, Tiny
+from tests.unit.codes.test_extract import KEY, Run, Tiny
 
 ROWS = range(int(sys.argv[1]))
 FILE_EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.utime"}

@@ -48,7 +48,7 @@ def test_the_config_is_the_recipe_and_what_made_the_run(out):
     recipe = yaml.safe_load((out / "recipe.yaml").read_text())
     record = json.loads((out / "run.json").read_text())
     for run in offline_runs(out):
-        # But for where the data lie: paths hold names of users. (tests/unit/test_places.py)
+        # But for where the data lie: paths hold names of users. (tests/unit/tracking/test_places.py)
         for key, value in {**recipe, "data": {**recipe["data"], "path": "data"}}.items():
             assert run.config[key] == value, key
         assert run.config["optim"]["lr"] == 1e-3

@@ -1,6 +1,6 @@
 """Wrong data: how to make them, and what the message must say.
 
-Used against `open_data` (tests/unit/test_sources_wrong.py) and against the command line (exit 2, no traceback).
+Used against `open_data` (tests/unit/data/test_sources_wrong.py) and against the command line (exit 2, no traceback).
 """
 
 from __future__ import annotations

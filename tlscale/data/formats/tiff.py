@@ -2,7 +2,7 @@
 
 Promise: a TIFF that would come out inverted, dark or garbled is refused, and the error says what it is. TIFF leaves
 much open (what 0 is, how many bits, where the planes lie), and Pillow decodes some of it wrongly without an error:
-what is let through here was compared with files written byte by byte (tests/unit/test_tiff.py).
+what is let through here was compared with files written byte by byte (tests/unit/data/test_tiff.py).
 """
 
 from __future__ import annotations

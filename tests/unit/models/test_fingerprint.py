@@ -111,9 +111,9 @@ def test_constants_and_functions_of_the_graph_count():
 
 @pytest.mark.slow
 def test_another_process_finds_the_same_digest():
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     code = (
-        "from tests.unit.test_fingerprint import *\n"
+        "from tests.unit.models.test_fingerprint import *\n"
         "print(digest(network()), digest(network(rule=DEEP)), digest(network('test_vit', VIT)))"
     )
     environment = {**os.environ, "PYTHONHASHSEED": "1", "PYTHONPATH": str(root)}

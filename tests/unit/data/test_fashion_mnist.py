@@ -127,7 +127,7 @@ def test_the_sample_equals_the_originals(fashion_mnist_dir):
 
 
 def test_the_script_chooses_the_rows_that_ship(fashion_mnist_dir):
-    script = Path(__file__).parents[2] / "scripts" / "make_sample.py"
+    script = Path(__file__).parents[3] / "scripts" / "make_sample.py"
     spec = importlib.util.spec_from_file_location("make_sample", script)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

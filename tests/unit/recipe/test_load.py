@@ -20,7 +20,7 @@ from tlscale.recipe.shipped import copy_recipe, recipe_summary, shipped_recipes
 from tlscale.recipe.yaml_reader import Findings, Origin, read_yaml, write_yaml
 
 GOOD = "name: a\ndata: {source: fashion_mnist}\nbackbone: {name: resnet18}\n"
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def read(text):

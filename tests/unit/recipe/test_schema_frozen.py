@@ -13,7 +13,7 @@ from tlscale.recipe.load import load_recipe
 from tlscale.recipe.schema_keys import SYNONYMS, all_keys
 from tlscale.recipe.validation import STAND_INS
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(scope="module")

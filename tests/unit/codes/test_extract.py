@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tests.small_runs import environment, sample_images, wait_until
-from tests.unit.test_codes_store import contents, flip
+from tests.unit.codes.test_store import contents, flip
 from tlscale.codes.blocks import Extraction, fixed_threads
 from tlscale.codes.extract import extract_codes, plan_shards, shards_of
 from tlscale.codes.key import CodesKey
@@ -495,7 +495,7 @@ SLOW = """
 import sys
 import time
 from pathlib import Path
-from tests.unit import test_codes_extract as t
+from tests.unit.codes import test_extract as t
 go, root = Path(sys.argv[1]), sys.argv[2]
 class Waits(t.Tiny):
     def forward(self, images):

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tests.unit.test_codes_extract import KEY, Screen
+from tests.unit.codes.test_extract import KEY, Screen
 from tlscale.codes.addresses import SplitPictures, ViewPictures
 from tlscale.codes.extract import extract_codes
 from tlscale.codes.shards import BLOCK

@@ -18,7 +18,7 @@ from PIL import Image, ImageChops
 from tlscale.data.sources.open import open_data
 from tlscale.recipe.schema import DataSection
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
+SCRIPTS = Path(__file__).parents[3] / "scripts"
 FONTS = Path(matplotlib.get_data_path()) / "fonts/ttf"
 MODULES = ("make_pretraining_images", "pretraining_crops", "pretraining_packages")
 

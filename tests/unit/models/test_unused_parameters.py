@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tests.small_models import classifier
-from tests.unit.test_frontier import FAMILIES, HEAD, vgg
+from tests.unit.models.test_partition import FAMILIES, HEAD, vgg
 from tlscale.models.classifier import trains_on_one_image, unused_parameters
 
 

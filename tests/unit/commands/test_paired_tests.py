@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.unit.test_comparison import outcome
+from tests.unit.commands.test_compare_report import outcome
 from tlscale.commands.compare_report import against_best, notes, table, to_rows, write_comparison
 from tlscale.commands.paired_tests import Pair, corrected, exact_p, paired_test, paired_tests, read_scored
 from tlscale.training.metrics import wilson
