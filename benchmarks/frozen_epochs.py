@@ -47,7 +47,7 @@ from peers import BY_HAND, PEERS, Measured, Task, forward_s, missing
 
 import tlscale
 from tlscale.recipe.schema import Recipe
-from tlscale.training.setup import prepare
+from tlscale.training.setup import set_up
 
 MOST_PASSES, MOST_EXTRA_S, LEAST_RATIO, MOST_POINTS, MOST_AGAIN = 1.3, 10.0, 12.0, 0.3, 0.2
 """The claims: forward passes and seconds besides, times less than each peer, points of accuracy, share of a hit."""
@@ -103,21 +103,21 @@ def make_recipe(args: argparse.Namespace, *, channels_last: bool) -> Recipe:
 
 def make_task(recipe: Recipe, epochs: int) -> Task:
     """The same job for the peers: tlscale's images, initial weights and normalisation."""
-    prepared = prepare(recipe, world_size=1)
-    assert prepared.data.test is not None
-    images = prepared.train_store().images(np.arange(len(prepared.data.train)))
-    test_images = prepared.eval_store(prepared.data.test).images(np.arange(len(prepared.data.test)))
+    setup = set_up(recipe, world_size=1)
+    assert setup.data.test is not None
+    images = setup.train_store().images(np.arange(len(setup.data.train)))
+    test_images = setup.eval_store(setup.data.test).images(np.arange(len(setup.data.test)))
     assert isinstance(images, torch.Tensor)
     assert isinstance(test_images, torch.Tensor)
     return Task(
-        backbone=prepared.classifier.backbone,
-        head=prepared.classifier.head,
+        backbone=setup.classifier.backbone,
+        head=setup.classifier.head,
         images_NCHW=images,
-        labels_N=torch.from_numpy(prepared.data.train.labels_N),
+        labels_N=torch.from_numpy(setup.data.train.labels_N),
         test_images_NCHW=test_images,
-        test_labels_N=torch.from_numpy(prepared.data.test.labels_N),
-        mean=prepared.spec.mean,
-        std=prepared.spec.std,
+        test_labels_N=torch.from_numpy(setup.data.test.labels_N),
+        mean=setup.spec.mean,
+        std=setup.spec.std,
         epochs=epochs,
         batch_size=recipe.batch_size,
         lr=recipe.optim.lr,

@@ -27,17 +27,17 @@ import tlscale
 from tlscale.data.sampler import DataOrder
 from tlscale.models.export import load
 from tlscale.recipe.schema import Recipe
-from tlscale.training.setup import prepare
+from tlscale.training.setup import set_up
 
 
 def plain_loop(recipe: Recipe) -> tuple[dict[str, torch.Tensor], float]:
     """What a practitioner would write for this recipe, without tlscale: returns (final weights, images per second)."""
     # From tlscale only what must be equal: the images, their order, the initial weights.
-    prepared = prepare(recipe, world_size=1)
-    images = prepared.train_store().images(torch.arange(len(prepared.data.train)).numpy())
-    labels = torch.from_numpy(prepared.data.train.labels_N)
+    setup = set_up(recipe, world_size=1)
+    images = setup.train_store().images(torch.arange(len(setup.data.train)).numpy())
+    labels = torch.from_numpy(setup.data.train.labels_N)
     order = DataOrder(len(labels), recipe.batch_size, recipe.seed, recipe.drop_last)
-    initial = prepared.classifier.state_dict()
+    initial = setup.classifier.state_dict()
     model = timm.create_model(recipe.backbone.name, num_classes=10, in_chans=1)
     classifier = model.pretrained_cfg["classifier"]
     renamed = {name.removeprefix("backbone.").replace("head.0.", f"{classifier}."): t for name, t in initial.items()}
@@ -51,9 +51,9 @@ def plain_loop(recipe: Recipe) -> tuple[dict[str, torch.Tensor], float]:
         lr=recipe.optim.lr,
         fused=True,
     )
-    total = prepared.total_steps
+    total = setup.total_steps
     warmup = math.ceil(0.05 * total)
-    mean, std = (255 * torch.tensor([prepared.spec.mean, prepared.spec.std], dtype=torch.float64)).float()
+    mean, std = (255 * torch.tensor([setup.spec.mean, setup.spec.std], dtype=torch.float64)).float()
     began = time.perf_counter()
     num_images = 0
     for step in range(total):

@@ -42,7 +42,7 @@ import tlscale
 from tlscale.data.decode import decode_image
 from tlscale.data.sources.fashion_mnist import read_fashion_mnist
 from tlscale.recipe.schema import DataSection, Recipe
-from tlscale.training.setup import Prepared, prepare
+from tlscale.training.setup import RunSetup, set_up
 
 LEAST_RATIO, LEAST_SHARE, CLAIMED_PX = 1.7, 0.85, 160
 """The claim at 160 px: times faster than the plain loop, and share of what arithmetic allows."""
@@ -53,16 +53,16 @@ LAYOUTS = ("contiguous", "channels_last")
 class PlainNet(nn.Module):
     """timm's ResNet-18 in its two halves, as one would write them by hand."""
 
-    def __init__(self, prepared: Prepared) -> None:
+    def __init__(self, setup: RunSetup) -> None:
         super().__init__()
-        model = timm.create_model("resnet18", num_classes=len(prepared.data.classes))
-        initial = prepared.classifier.state_dict()
+        model = timm.create_model("resnet18", num_classes=len(setup.data.classes))
+        initial = setup.classifier.state_dict()
         renamed = {name.removeprefix("backbone.").replace("head.0.", "fc."): t for name, t in initial.items()}
         model.load_state_dict(renamed)
         model.requires_grad_(False)
         for trained in (model.layer4, model.fc):
             trained.requires_grad_(True)
-        if prepared.recipe.compute.channels_last:
+        if setup.recipe.compute.channels_last:
             model.to(memory_format=torch.channels_last)
         self.model = model.eval()
         model.layer4.train()
@@ -85,14 +85,14 @@ class PlainJob:
 
     def __init__(self, recipe: Recipe) -> None:
         # From tlscale only what must be equal: the images, their order, the initial weights.
-        prepared = prepare(recipe, world_size=1)
-        assert prepared.data.test is not None
-        self.order, self.total_steps, self.recipe = prepared.order, prepared.total_steps, recipe
-        self.images, self.labels = _all(prepared.train_store()), torch.from_numpy(prepared.data.train.labels_N)
-        self.test_images = _all(prepared.eval_store(prepared.data.test))
-        self.test_labels = torch.from_numpy(prepared.data.test.labels_N)
-        self.mean, self.std = (255 * torch.tensor([prepared.spec.mean, prepared.spec.std], dtype=torch.float64)).float()
-        self.net = PlainNet(prepared)
+        setup = set_up(recipe, world_size=1)
+        assert setup.data.test is not None
+        self.order, self.total_steps, self.recipe = setup.order, setup.total_steps, recipe
+        self.images, self.labels = _all(setup.train_store()), torch.from_numpy(setup.data.train.labels_N)
+        self.test_images = _all(setup.eval_store(setup.data.test))
+        self.test_labels = torch.from_numpy(setup.data.test.labels_N)
+        self.mean, self.std = (255 * torch.tensor([setup.spec.mean, setup.spec.std], dtype=torch.float64)).float()
+        self.net = PlainNet(setup)
         trained = [param for param in self.net.parameters() if param.requires_grad]
         groups = [
             {"params": [p for p in trained if p.ndim > 1], "weight_decay": recipe.optim.weight_decay},

@@ -29,7 +29,7 @@ def _reports_errors(verb: Callable[..., None]) -> Callable[..., None]:
         except TlscaleError as error:
             if os.environ.get("TLSCALE_TRACEBACK"):
                 raise
-            if int(os.environ.get("RANK", "0")) == 0 or not error.said_by_main:
+            if int(os.environ.get("RANK", "0")) == 0 or not error.reported_by_main:
                 click.echo(f"tlscale: {error}", err=True)
             sys.stdout.flush()
             sys.exit(error.exit_code)

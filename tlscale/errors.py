@@ -18,19 +18,19 @@ class TlscaleError(Exception):
     """A run failed for a reason that we can name.
 
     Attributes:
-        said_by_main: the main process raises it as well, and another need not say it again. True for what all
+        reported_by_main: the main process raises it as well, and another need not say it again. True for what all
             processes find at once; set on what one process hands to the others.
     """
 
     exit_code = EXIT_FAILED
-    said_by_main = False
+    reported_by_main = False
 
 
 class RecipeError(TlscaleError):
     """The recipe, or an override of it, is wrong."""
 
     exit_code = EXIT_BAD_INPUT
-    said_by_main = True
+    reported_by_main = True
 
 
 class DataError(TlscaleError):
@@ -55,7 +55,7 @@ class LaunchError(TlscaleError):
     """The processes that were launched are not those that the recipe or the launcher asked for."""
 
     exit_code = EXIT_BAD_INPUT
-    said_by_main = True
+    reported_by_main = True
 
 
 class CheckpointError(TlscaleError):
@@ -79,7 +79,7 @@ class NonFiniteLossError(TlscaleError):
         step: the step, counted from 1, that made it so.
     """
 
-    said_by_main = True
+    reported_by_main = True
 
     def __init__(self, message: str, step: int = 0) -> None:
         super().__init__(message)
@@ -89,14 +89,14 @@ class NonFiniteLossError(TlscaleError):
 class DesyncError(TlscaleError):
     """The processes do not have the same weights any more."""
 
-    said_by_main = True
+    reported_by_main = True
 
 
 class Stopped(TlscaleError):  # noqa: N818 (a stop is no error)
     """Not a failure: the run was asked to stop, and saved itself first."""
 
     exit_code = EXIT_STOPPED
-    said_by_main = True
+    reported_by_main = True
 
 
 def did_you_mean(word: str, known: Iterable[str], limit: int = 3) -> str:

@@ -186,7 +186,7 @@ def passes_of_uneven_shares():
         objective=Objective(LossSection(), None),
         classes=list("abcde"),
         processes=processes,
-        in_step=True,
+        lockstep=True,
     )
     processes.close()
     return {"passes": passes, "num_images": figures["num_images"], "most": max(counts), "all": 2 * sum(counts)}

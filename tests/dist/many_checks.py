@@ -69,7 +69,7 @@ def error_of(job):
     try:
         job()
     except TlscaleError as error:
-        return {"kind": type(error).__name__, "message": str(error), "said_by_main": error.said_by_main}
+        return {"kind": type(error).__name__, "message": str(error), "said_by_main": error.reported_by_main}
     return None
 
 
@@ -186,7 +186,7 @@ def together(facts):
     facts["any"] = [processes.any(rank == 1), processes.any(False), processes.any(True)]
     facts["sum"] = processes.sum(torch.tensor([rank + 1, 10])).tolist()
     facts["gather"] = processes.gather(f"of {rank}")
-    facts["on_main"] = processes.on_main(lambda: f"by {rank}")
+    facts["on_main"] = processes.run_on_main(lambda: f"by {rank}")
 
     def fails(where, kind, message):
         def job():
@@ -195,13 +195,13 @@ def together(facts):
 
         return job
 
-    facts["main fails"] = error_of(lambda: processes.on_main(fails([0], DataError, "main's")))
-    facts["main fails oddly"] = error_of(lambda: _as_ours(lambda: processes.on_main(fails([0], OddError, "odd"))))
+    facts["main fails"] = error_of(lambda: processes.run_on_main(fails([0], DataError, "main's")))
+    facts["main fails oddly"] = error_of(lambda: _as_ours(lambda: processes.run_on_main(fails([0], OddError, "odd"))))
     facts["last fails"] = error_of(
-        lambda: processes.on_all(fails([processes.world_size - 1], CheckpointError, "last's"))
+        lambda: processes.run_on_all(fails([processes.world_size - 1], CheckpointError, "last's"))
     )
-    facts["all fail"] = error_of(lambda: processes.on_all(fails(range(9), CheckpointError, f"of {rank}")))
-    facts["none fails"] = processes.on_all(lambda: rank)
+    facts["all fail"] = error_of(lambda: processes.run_on_all(fails(range(9), CheckpointError, f"of {rank}")))
+    facts["none fails"] = processes.run_on_all(lambda: rank)
     facts["rows"] = rows_of_all_steps(rank, processes.world_size)
     processes.close()
 
@@ -227,9 +227,9 @@ def run_all(facts, folder, data):
     facts["buffers equal"] = batch_norm_buffers(folder, "bn", data)
     facts["ranks agree"] = ranks_agree(folder, "staged", data)
     tlscale.run(recipe(folder, "probed", data, **PROBE), folder / "probed")
-    share, Processes.share_buffers = Processes.share_buffers, lambda processes, module: None
+    share, Processes.broadcast_buffers = Processes.broadcast_buffers, lambda processes, module: None
     facts["not shared"] = error_of(lambda: batch_norm_buffers(folder, "unshared", data))
-    Processes.share_buffers = share
+    Processes.broadcast_buffers = share
     facts["dropout masks"] = dropout_masks(folder, "dropout", data)
     facts["dropout masks again"] = dropout_masks(folder, "dropout_again", data)
     facts["apart"] = come_apart(folder, "apart", data)

@@ -17,11 +17,11 @@ from tests.small_runs import put_teacher, small_recipe
 from tlscale.data.sources.open import ImageSplit
 from tlscale.distributed.processes import start_processes
 from tlscale.training.evaluate import evaluate
-from tlscale.training.input_pipeline import ImageFeed
+from tlscale.training.input_pipeline import ImagePipeline
 from tlscale.training import loop as finetune
 from tlscale.training import state as run_parts
 from tlscale.codes.cache import Images
-from tlscale.training.setup import make_objective, prepare
+from tlscale.training.setup import make_objective, set_up
 
 # 77 training images in batches of 16 (the last of an epoch: 13), two epochs: 10 steps.
 BATCH = 16
@@ -102,9 +102,9 @@ def evaluations(folder, data, rank=0):
     recipe = small_recipe(folder / f"evaluated.{rank}.yaml", data, batch_size=12, compute={"precision": "fp64"})
     processes = start_processes(recipe.compute)
     try:
-        prepared = prepare(recipe, world_size=processes.world_size)
-        feed = ImageFeed(prepared, processes, prepared.classifier, Images(prepared))
-        test = prepared.data.test
+        setup = set_up(recipe, world_size=processes.world_size)
+        feed = ImagePipeline(setup, processes, setup.classifier, Images(setup))
+        test = setup.data.test
         splits = [ImageSplit(f"first {count}", test.table, test.rows_N[:count]) for count in EVALUATED]
         return {
             str(len(split)): evaluate(
@@ -112,8 +112,8 @@ def evaluations(folder, data, rank=0):
                 feed.eval_batches(split),
                 inputs=feed.inputs,
                 num_images=len(split),
-                objective=make_objective(prepared, processes.device),
-                classes=prepared.data.classes,
+                objective=make_objective(setup, processes.device),
+                classes=setup.data.classes,
                 processes=processes,
             )
             for split in splits

@@ -21,7 +21,7 @@ from tests.small_runs import (
     tensors,
 )
 from tlscale.data.transforms import normalise
-from tlscale.training.setup import prepare
+from tlscale.training.setup import set_up
 from tlscale.recipe.seeds import derive_seed
 
 pytestmark = [pytest.mark.dist, pytest.mark.long, pytest.mark.timeout(1500)]
@@ -114,18 +114,18 @@ def test_float32_to_1e_5(trained, optim, processes, passes):
 
 def plain_loop(recipe, clip):
     """Plain PyTorch: each step one batch, the mean over its images, however many they are."""
-    prepared = prepare(recipe, world_size=1)
-    (stage,) = prepared.stages
-    images = prepared.train_store().images(torch.arange(len(prepared.data.train)).numpy())
-    labels, network = torch.from_numpy(prepared.data.train.labels_N), prepared.classifier.train()
+    setup = set_up(recipe, world_size=1)
+    (stage,) = setup.stages
+    images = setup.train_store().images(torch.arange(len(setup.data.train)).numpy())
+    labels, network = torch.from_numpy(setup.data.train.labels_N), setup.classifier.train()
     groups = [{key: group[key] for key in ("params", "lr", "weight_decay")} for group in stage.groups]
     optimizer = torch.optim.SGD(groups, momentum=0.9) if clip else torch.optim.AdamW(groups)
     peaks = [group["lr"] for group in groups]
-    for step in range(prepared.total_steps):
-        rows = torch.from_numpy(prepared.order.rows(step))
+    for step in range(setup.total_steps):
+        rows = torch.from_numpy(setup.order.rows(step))
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * stage.lr_factor(step)
-        logits = network(normalise(images[rows], prepared.spec, torch.float64))
+        logits = network(normalise(images[rows], setup.spec, torch.float64))
         F.cross_entropy(logits, labels[rows]).backward()
         if clip:
             torch.nn.utils.clip_grad_norm_(network.parameters(), clip)

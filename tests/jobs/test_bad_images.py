@@ -18,7 +18,7 @@ from tlscale.cli import main
 from tlscale.data.sources.open import BadImages, ImageData, open_data
 from tlscale.errors import DataError, ResumeError
 from tlscale.recipe.schema import DataSection
-from tlscale.training.setup import prepare
+from tlscale.training.setup import set_up
 
 SKIP = {"source": "folder", "on_bad_image": "skip"}
 
@@ -160,7 +160,7 @@ def put_sizes(folder: Path, small: int, large: int) -> Path:
 def crop_pct(tmp_path: Path, folder: Path, seed: int = 0, **keys) -> float:
     data = {"source": "folder", "image_size": 64, **keys}
     recipe = small_recipe(tmp_path / "recipe.yaml", folder, data=data, seed=seed)
-    return prepare(recipe, world_size=1).spec.crop_pct
+    return set_up(recipe, world_size=1).spec.crop_pct
 
 
 def test_the_crop_is_that_of_the_data_set_and_not_of_the_first_image(tmp_path):

@@ -22,16 +22,16 @@ from tests.small_runs import (
     put_teacher,
     small_recipe,
 )
-from tlscale.codes.cache import Images, Keeper, input_path
+from tlscale.codes.cache import CodesCache, Images, input_path
 from tlscale.commands.codes import compute_codes
 from tlscale.distributed.processes import start_processes
 from tlscale.distributed.signals import StopRequest
 from tlscale.errors import ModelError, RecipeError, ResumeError, Stopped
-from tlscale.tracking.console import Progress
+from tlscale.tracking.console import Console
 from tlscale.training import loop as finetune
 from tlscale.training.distillation.targets import ask_teacher
-from tlscale.training.input_pipeline import ImageFeed
-from tlscale.training.setup import prepare
+from tlscale.training.input_pipeline import ImagePipeline
+from tlscale.training.setup import set_up
 
 IMAGES = 96 + 37  # training, held out and test images
 MATCH = {"layer2": "blocks.2", "penultimate": ["blocks.2", "penultimate"]}
@@ -170,18 +170,18 @@ def test_the_teacher_is_asked_of_what_the_student_sees(name, idx, teacher, tmp_p
     recipe = taught(tmp_path, idx, distill, **changes)
     processes = start_processes(recipe.compute)
     with closing(processes), StopRequest() as stop:
-        prepared = prepare(recipe, world_size=1)
-        keeper = Keeper(prepared, processes, Images(prepared), Progress(0, enabled=False), stop)
-        targets = ask_teacher(prepared, processes, keeper)
-        feed = ImageFeed(prepared, processes, prepared.classifier, keeper.images, targets, recipe.codes.views)
-        seen = [batch for batches in feed.steps(0, prepared.total_steps) for batch in batches]
+        setup = set_up(recipe, world_size=1)
+        codes_cache = CodesCache(setup, processes, Images(setup), Console(0, enabled=False), stop)
+        targets = ask_teacher(setup, processes, codes_cache)
+        feed = ImagePipeline(setup, processes, setup.classifier, codes_cache.images, targets, recipe.codes.views)
+        seen = [batch for batches in feed.steps(0, setup.total_steps) for batch in batches]
         asked = {}
-        assert prepared.teacher.spec.interpolation == "bilinear"
-        prepared.spec = prepared.teacher.spec  # the mean and deviation of the teacher's input
-        to_input = input_path(prepared, processes)
+        assert setup.teacher.spec.interpolation == "bilinear"
+        setup.spec = setup.teacher.spec  # the mean and deviation of the teacher's input
+        to_input = input_path(setup, processes)
         for batch in seen:
             with torch.no_grad():
-                codes = torch.cat(prepared.teacher.module(*to_input(batch)), 1)
+                codes = torch.cat(setup.teacher.module(*to_input(batch)), 1)
             for row, pixels, code, target in zip(batch.rows_B, batch.images_BCHW, codes, batch.targets_BT, strict=True):
                 asked.setdefault((int(row), pixels.numpy().tobytes()), []).append((code, target))
         views = recipe.codes.views
@@ -203,8 +203,8 @@ def test_logits_of_a_run_by_the_names_of_its_classes(idx, run_of_teacher, tmp_pa
     assert found["codes"]["num_computed"] == IMAGES
     student, known = tlscale.load(tmp_path / "out"), tlscale.load(run_of_teacher)
     assert student.classes == tuple(reversed(known.classes))
-    prepared = prepare(recipe, world_size=1)
-    images = Images(prepared).of(prepared.data.train).images(torch.arange(77).numpy())
+    setup = set_up(recipe, world_size=1)
+    images = Images(setup).of(setup.data.train).images(torch.arange(77).numpy())
     inputs = (images.float() / 255 - student.input_spec.mean[0]) / student.input_spec.std[0]
     with torch.no_grad():
         answers = [[one.classes[at] for at in one.model(inputs).argmax(1)] for one in (student, known)]
@@ -243,7 +243,7 @@ WRONG = {
 def test_what_cannot_be(name, idx, teacher, tmp_path):
     distill, kind, message = WRONG[name]
     with pytest.raises(kind, match=message):
-        prepare(taught(tmp_path, idx, {**teacher, **distill}), world_size=1)
+        set_up(taught(tmp_path, idx, {**teacher, **distill}), world_size=1)
 
 
 def test_a_run_with_other_classes(idx, run_of_teacher, tmp_path):
@@ -254,7 +254,7 @@ def test_a_run_with_other_classes(idx, run_of_teacher, tmp_path):
         assert '"nine"' in config.read_text()
         recipe = taught(tmp_path, idx, {"run": str(run_of_teacher), "codes": 0.0, "logits": 1.0})
         with pytest.raises(RecipeError, match="knows other classes than the data have: 9, nine are in one of them"):
-            prepare(recipe, world_size=1)
+            set_up(recipe, world_size=1)
     finally:
         config.write_text(text)
 

@@ -13,7 +13,7 @@ from tests.small_runs import lines, put_teacher, result, small_recipe, tensors
 from tlscale.commands.evaluate import evaluate_run
 from tlscale.data.loader import train_batches
 from tlscale.data.transforms import to_input
-from tlscale.training.setup import prepare
+from tlscale.training.setup import set_up
 
 LR = 0.5
 NAMES = {str(number): float(number + 1) ** 2 for number in range(10)}  # 1 to 100
@@ -21,22 +21,22 @@ NAMES = {str(number): float(number + 1) ** 2 for number in range(10)}  # 1 to 10
 
 def by_hand(recipe, weights, smoothing):
     """The head after one plain step of gradient descent, and the mean loss of labels before it: in numpy."""
-    prepared = prepare(recipe, world_size=1)
-    store, backbone = prepared.train_store(), prepared.classifier.backbone.eval()
+    setup = set_up(recipe, world_size=1)
+    store, backbone = setup.train_store(), setup.classifier.backbone.eval()
     [step] = train_batches(
-        store, prepared.order, prepared.split, 0,
-        seed=recipe.seed, augment=prepared.augment, start_step=0, stop_step=1,
+        store, setup.order, setup.split, 0,
+        seed=recipe.seed, augment=setup.augment, start_step=0, stop_step=1,
         views=recipe.codes.views if recipe.distill else None,
     )  # fmt: skip
-    weight_CD, bias_C = (part.detach().numpy().copy() for part in prepared.classifier.head.parameters())
-    counts_C = np.bincount(prepared.data.train.labels_N, minlength=10)
+    weight_CD, bias_C = (part.detach().numpy().copy() for part in setup.classifier.head.parameters())
+    counts_C = np.bincount(setup.data.train.labels_N, minlength=10)
     weights_C = {"none": np.ones(10), "balanced": 1 / counts_C, "by name": np.array(list(NAMES.values()))}[weights]
     weights_C = weights_C * counts_C.sum() / (weights_C * counts_C).sum()
     num_images = sum(batch.num_real for batch in step)
     loss, slope_CD, slope_C = 0.0, np.zeros_like(weight_CD), np.zeros_like(bias_C)
     for batch in step:
         with torch.no_grad():
-            codes_BD = backbone(to_input(batch, prepared.spec, torch.float64)).numpy()
+            codes_BD = backbone(to_input(batch, setup.spec, torch.float64)).numpy()
         labels = [(batch.labels_B.numpy(), np.ones(len(codes_BD)))]
         if batch.partner_labels_B is not None:
             lam_B = batch.lam_B.double().numpy()

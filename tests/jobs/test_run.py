@@ -70,9 +70,9 @@ def own_top1(out, role, count):
     trained = tlscale.load(out)
     images_NHW, labels_N = sample_images(role, count)
     spec = trained.input_spec
-    prepared = [torch.tensor(eval_transform(image[..., None], spec)).permute(2, 0, 1) for image in images_NHW]
+    setup = [torch.tensor(eval_transform(image[..., None], spec)).permute(2, 0, 1) for image in images_NHW]
     labels = torch.from_numpy(labels_N).long()
-    batch = ImageBatch(torch.stack(prepared), labels, torch.arange(count), count)
+    batch = ImageBatch(torch.stack(setup), labels, torch.arange(count), count)
     with torch.inference_mode():
         logits_NC = trained.model(to_input(batch, spec, next(trained.model.parameters()).dtype))
     return float((logits_NC.argmax(1) == labels).double().mean()), float(

@@ -19,7 +19,7 @@ from tlscale.errors import DataError, Stopped
 from tlscale.recipe.duration import Duration
 from tlscale.tracking.console import Pace
 from tlscale.tracking.stopwatch import PARTS, Stopwatch
-from tlscale.training.setup import prepare
+from tlscale.training.setup import set_up
 
 FOLDER = {"source": "folder", "image_size": 32, "validation_fraction": 0.2}
 PROBE = {"probe": {"kind": "ridge"}, "backbone": {"name": "test_resnet"}}
@@ -129,10 +129,10 @@ def test_only_the_images_that_the_steps_see_are_decoded(pictures, tmp_path):
     """All others are damaged, and the run of a few steps does not come to know of it; one that needs them does."""
     few = small_recipe(tmp_path / "few.yaml", pictures, data=FOLDER, batch_size=8, duration="3 steps")
     tlscale.run(few, tmp_path / "whole")
-    prepared = prepare(few, world_size=1)
-    train, seen = prepared.data.train, set()
+    setup = set_up(few, world_size=1)
+    train, seen = setup.data.train, set()
     for step in range(3):
-        seen.update(*(batch.rows_B.tolist() for batch in micro_batches(prepared.order, step, prepared.split, 0)))
+        seen.update(*(batch.rows_B.tolist() for batch in micro_batches(setup.order, step, setup.split, 0)))
     for row in set(range(len(train))) - seen:
         os.truncate(train.where(row), 90)  # what its header says stays
     tlscale.run(few, tmp_path / "few")
@@ -160,11 +160,11 @@ def test_long_work_says_how_far_it_is():
 def test_decoding_is_counted_as_it_goes_on(augment, pictures, tmp_path):
     """In blocks of 256, whether images are kept as they are or as the network sees them."""
     data = {**FOLDER, "validation_fraction": 0.0, "augment": augment}
-    prepared, counts = prepare(small_recipe(tmp_path / "r.yaml", pictures, data=data), world_size=1), []
-    kept = prepared.train_store(on_images=counts.append)
+    setup, counts = set_up(small_recipe(tmp_path / "r.yaml", pictures, data=data), world_size=1), []
+    kept = setup.train_store(on_images=counts.append)
     assert counts == [256, 24]
     assert kept.cached
-    few = prepared.train_store(keep=False, on_images=counts.append)
+    few = setup.train_store(keep=False, on_images=counts.append)
     assert counts == [256, 24]
     assert not few.cached
     rows = np.array([279, 0, 7])

@@ -20,7 +20,7 @@ from tests.small_runs import (
 from tlscale.codes.store import CodesStore
 from tlscale.errors import RecipeError
 from tlscale.training import loop as finetune
-from tlscale.training.setup import prepare
+from tlscale.training.setup import set_up
 
 RESNET = {"name": "test_resnet"}
 # 5 steps an epoch: boundaries after steps 5 and 12.
@@ -205,10 +205,10 @@ def test_wrong_stages(stages, changes, said, idx, tmp_path):
 
 def test_a_rule_of_the_recipe_may_act_in_one_stage_only(idx, tmp_path):
     recipe = staged(tmp_path / "recipe.yaml", idx, optim={"lr_rules": [{r"layer4\..*": 0.1}]})
-    prepared = prepare(recipe, world_size=1)
-    rates = [sorted({group["lr"] for group in stage.groups}) for stage in prepared.stages]
+    setup = set_up(recipe, world_size=1)
+    rates = [sorted({group["lr"] for group in stage.groups}) for stage in setup.stages]
     assert rates == [[5e-3], [2e-4, 2e-3], [5e-5, 5e-4]]
-    assert prepared.total_steps == LAST
+    assert setup.total_steps == LAST
 
 
 def test_the_end_of_a_stage_is_saved_whatever_the_interval(idx, tmp_path):

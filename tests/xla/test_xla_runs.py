@@ -42,7 +42,7 @@ from tlscale.errors import EXIT_STOPPED, LaunchError
 from tlscale.recipe.load import load_recipe
 from tlscale.recipe.schema import ComputeSection
 from tlscale.training.evaluate import InputPath
-from tlscale.training.setup import prepare
+from tlscale.training.setup import set_up
 
 metrics = pytest.importorskip("torch_xla.debug.metrics", reason="torch_xla is not here: `make test-xla` has it")
 if os.environ.get("PJRT_DEVICE") != "CPU":
@@ -245,7 +245,7 @@ def test_training_on_codes_ends_near_training_on_images(idx, tmp_path, monkeypat
     assert result(tmp_path / "always")["codes"]["num_computed"] > 0
     assert result(tmp_path / "never")["codes"] is None
     assert largest_difference(exported(tmp_path / "always"), exported(tmp_path / "never")) <= 1e-5
-    begun_with = prepare(recipe, world_size=1).classifier.backbone.state_dict()
+    begun_with = set_up(recipe, world_size=1).classifier.backbone.state_dict()
     frozen = {name for name in begun_with if re.fullmatch(HALF, name)}
     assert any("running_mean" in name for name in frozen)
     ended_with = exported(tmp_path / "never")

@@ -34,18 +34,18 @@ from tlscale.distributed.processes import Processes
 from tlscale.distributed.signals import StopRequest
 from tlscale.models.backbone import function_digest
 from tlscale.models.features import PENULTIMATE
-from tlscale.models.partition.partition import Frontier
-from tlscale.tracking.console import Pace, Progress
+from tlscale.models.partition.partition import Partition
+from tlscale.tracking.console import Console, Pace
 from tlscale.tracking.packages import versions_of
 from tlscale.training.evaluate import InputPath
-from tlscale.training.setup import Prepared
+from tlscale.training.setup import RunSetup
 
 
 class Images:
     """The images of the run's splits: each split is decoded, and kept where it fits, once in this process."""
 
-    def __init__(self, prepared: Prepared) -> None:
-        self._prepared = prepared
+    def __init__(self, setup: RunSetup) -> None:
+        self._prepared = setup
         self._stores: dict[str, ImageStore] = {}
         self.say: Callable[[str], None] = lambda text: None  # how far decoding is
 
@@ -111,36 +111,36 @@ def name_of(pair: tuple[str, str]) -> str:
     return layer if layer == PENULTIMATE else f"{layer} {pool}"
 
 
-def frontier_parts(frontier: Frontier, prepared: Prepared) -> list[Part]:
+def partition_parts(partition: Partition, setup: RunSetup) -> list[Part]:
     """The parts of codes of a frontier: one.
 
     Where all of the backbone is frozen they are its penultimate codes, which a probe may have computed already (in half
     precision it would have kept them in float32, so there each has its own).
     """
-    plain = [value.name for value in frontier.values]
+    plain = [value.name for value in partition.values]
     names = tuple(f"{name} ({at})" if name in plain[:at] else name for at, name in enumerate(plain))
-    if names == (_WHOLE_BACKBONE,) and prepared.recipe.compute.precision in ("fp32", "fp64"):
-        return layers_parts(prepared.classifier.backbone, [(PENULTIMATE, "avg")])
-    return [Part(frontier.digest, names, ("as is",) * len(names))]
+    if names == (_WHOLE_BACKBONE,) and setup.recipe.compute.precision in ("fp32", "fp64"):
+        return layers_parts(setup.classifier.backbone, [(PENULTIMATE, "avg")])
+    return [Part(partition.digest, names, ("as is",) * len(names))]
 
 
 @dataclass
-class Keeper:
+class CodesCache:
     """Gets codes from the store, and computes those that are missing."""
 
-    prepared: Prepared
+    setup: RunSetup
     processes: Processes
     images: Images
-    screen: Progress
+    console: Console
     stop: StopRequest
-    in_full: bool = False  # in float32 where the run is in less
+    force_fp32: bool = False  # in float32 where the run is in less
     num_computed: int = 0  # images that went through a frozen part, over all processes
     kept: dict[str, int] = field(default_factory=dict)  # bytes of the codes of each split
 
     def __post_init__(self) -> None:
         self._loaded_bytes = 0
-        self.images.say = lambda text: self.screen.say(text)  # on the screen of the time
-        self.store = CodesStore(limit_bytes=round(self.prepared.recipe.codes.cache_gib * 2**30))
+        self.images.say = lambda text: self.console.say(text)  # on the screen of the time
+        self.store = CodesStore(limit_bytes=round(self.setup.recipe.codes.cache_gib * 2**30))
 
     def codes(self, module: nn.Module, parts: Sequence[Part], split: ImageSplit) -> Codes:
         """The codes of a split's images as evaluation sees them.
@@ -157,22 +157,22 @@ class Keeper:
 
     def train_views(self, module: nn.Module, parts: Sequence[Part], views: Sequence[int]) -> CodeViews:
         """The codes of the training images: these augmented views of them, or the images as they are."""
-        prepared, split = self.prepared, self.prepared.data.train
-        if not prepared.augment:
+        setup, split = self.setup, self.setup.data.train
+        if not setup.augment:
             return CodeViews({0: self.codes(module, parts, split)}, split.labels_N)
-        seed, augmenter = prepared.recipe.seed, make_augmenter(prepared.spec, prepared.augment)
-        bare = self.images.once(split, crops="crop" in prepared.augment)
+        seed, augmenter = setup.recipe.seed, make_augmenter(setup.spec, setup.augment)
+        bare = self.images.once(split, crops="crop" in setup.augment)
         kept = {}
         for view in views:
             every = partial(self.images.train, every=True)
             pictures = ViewPictures(split, view, seed, augmenter, bare, every, self._to_inputs)
-            kept[view] = self._get(module, parts, pictures, split.name, augment=prepared.augment)
-        return CodeViews(kept, split.labels_N, prepared.recipe.codes.views, augmenter, seed)
+            kept[view] = self._get(module, parts, pictures, split.name, augment=setup.augment)
+        return CodeViews(kept, split.labels_N, setup.recipe.codes.views, augmenter, seed)
 
     @property
     def _precision(self) -> str:
-        precision = self.prepared.recipe.compute.precision
-        return "fp32" if self.in_full and precision != "fp64" else precision
+        precision = self.setup.recipe.compute.precision
+        return "fp32" if self.force_fp32 and precision != "fp64" else precision
 
     def facts(self) -> dict[str, Any]:
         """For `result.json`: how many images went through a frozen part in this start of the run, and what is kept."""
@@ -180,7 +180,7 @@ class Keeper:
 
     @property
     def _to_inputs(self) -> Callable[[ImageBatch], Tensor]:
-        to_inputs = input_path(self.prepared, self.processes)
+        to_inputs = input_path(self.setup, self.processes)
         return lambda batch: to_inputs(batch)[0]
 
     def _get(
@@ -192,35 +192,35 @@ class Keeper:
         augment: dict[str, float | None] | None = None,
     ) -> Codes:
         def compute(images_BCHW: Tensor) -> tuple[Tensor, ...]:
-            with nullcontext() if self.in_full else self.processes.accelerator.autocast():
+            with nullcontext() if self.force_fp32 else self.processes.accelerator.autocast():
                 codes: tuple[Tensor, ...] = module(images_BCHW)
-            self.processes.run_recorded()
+            self.processes.mark_step()
             return codes
 
-        with self.prepared.watch("codes"):
+        with self.setup.watch("codes"):
             codes = extract_codes(
                 self.store,
                 [self._key(part, augment) for part in parts],
                 pictures,
                 module=compute,
                 processes=self.processes,
-                screen=self.screen,
+                console=self.console,
                 title=split,
                 should_stop=lambda: self.stop.requested,
             )
         self.num_computed += codes.num_computed
         self.kept[split] = self.kept.get(split, 0) + codes.num_bytes
-        fits = self._loaded_bytes + codes.num_bytes <= self.prepared.recipe.codes.memory_mib * 2**20
+        fits = self._loaded_bytes + codes.num_bytes <= self.setup.recipe.codes.memory_mib * 2**20
         self._loaded_bytes += codes.num_bytes if fits else 0
         return codes.load() if fits else codes
 
     def _key(self, part: Part, augment: dict[str, float | None] | None) -> CodesKey:
-        recipe = self.prepared.recipe
+        recipe = self.setup.recipe
         packages = ("torch", "timm", "pillow", *(("torchvision", "numpy") if augment else ()))
         return CodesKey(
             weights=part.weights,
             transform={
-                "input": self.prepared.spec.to_plain(),
+                "input": self.setup.spec.to_plain(),
                 **({"augment": augment} if augment is not None else {}),
             },
             layers=part.layers,
@@ -246,6 +246,6 @@ def _kind_of(device: torch.device) -> str:
     return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}" if device.type == "cpu" else device.type
 
 
-def input_path(prepared: Prepared, processes: Processes) -> InputPath:
+def input_path(setup: RunSetup, processes: Processes) -> InputPath:
     """How this run's images become the network's input."""
-    return InputPath(prepared.spec, prepared.dtype, processes.device, prepared.recipe.compute.channels_last)
+    return InputPath(setup.spec, setup.dtype, processes.device, setup.recipe.compute.channels_last)

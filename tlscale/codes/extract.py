@@ -15,7 +15,6 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,7 +29,7 @@ from tlscale.codes.store import CodesStore
 from tlscale.data.content import Digests, digest_bytes
 from tlscale.distributed.processes import Processes
 from tlscale.errors import Stopped, TlscaleError
-from tlscale.tracking.console import Progress, format_duration
+from tlscale.tracking.console import Console, format_duration
 
 _WAIT_S = 0.5
 _SAY_EVERY_S = 10.0
@@ -44,7 +43,7 @@ def extract_codes(
     *,
     module: Module,
     processes: Processes,
-    screen: Progress,
+    console: Console,
     title: str,
     should_stop: Callable[[], bool] | None = None,
 ) -> Codes:
@@ -66,10 +65,10 @@ def extract_codes(
         Stopped: it was asked to stop.
         TlscaleError: the disk is full, the codes exceed the limit, or a process does not see the store's folder.
     """
-    say, num_computed = _once(screen.say), 0
-    ids_N, known_N = processes.on_main(pictures.known)
+    say, num_computed = _once(console.say), 0
+    ids_N, known_N = processes.run_on_main(pictures.known)
     ids_N = checked_ids(ids_N).copy()
-    name = "" if known_N.all() else processes.on_main(pictures.name)
+    name = "" if known_N.all() else processes.run_on_main(pictures.name)
     request = hashlib.sha256(ids_N.tobytes() + name.encode()).hexdigest()[:16]  # who asks for the same at once waits
     codes = _look(store, keys, ids_N, processes, say) if known_N.all() else None
     for _ in range(_ROUNDS):
@@ -129,7 +128,7 @@ def _look(
     store: CodesStore, keys: Sequence[CodesKey], ids_N: Digests, processes: Processes, say: Callable[[str], None]
 ) -> Codes | None:
     """The codes, if every process can read them; every byte is compared with the records, on one of them."""
-    if not processes.on_main(lambda: _open_all(store, keys, ids_N, verify=True, say=say) is not None):
+    if not processes.run_on_main(lambda: _open_all(store, keys, ids_N, verify=True, say=say) is not None):
         return None
     codes = _open_all(store, keys, ids_N, verify=False, say=say)
     return None if processes.any(codes is None) else codes
@@ -139,8 +138,10 @@ def _reopened(work: Extraction, processes: Processes, say: Callable[[str], None]
     """What is there now; None where what was counted on is damaged."""
     if processes.any(work.found_late):  # what nobody asked for by address was not verified
         return _look(work.store, work.keys, work.ids_N, processes, say)
-    there = processes.on_main(lambda: _open_all(work.store, work.keys, work.ids_N, verify=False, say=say) is not None)
-    return processes.on_all(lambda: _opened_here(work, processes.rank)) if there else None
+    there = processes.run_on_main(
+        lambda: _open_all(work.store, work.keys, work.ids_N, verify=False, say=say) is not None
+    )
+    return processes.run_on_all(_opened_here, work, processes.rank) if there else None
 
 
 def _opened_here(work: Extraction, rank: int) -> Codes:
@@ -171,9 +172,9 @@ def _sole_writer(
         return held is not None
 
     try:
-        if not processes.on_main(try_once):
+        if not processes.run_on_main(try_once):
             say(f"codes: waiting for another run that computes the same codes, in '{store.folder(keys[0])}'")
-            while not processes.on_main(try_once):
+            while not processes.run_on_main(try_once):
                 time.sleep(_WAIT_S)
                 processes.watchdog.beat()
                 if processes.any(should_stop is not None and should_stop()):
@@ -186,7 +187,7 @@ def _sole_writer(
 def _compute(work: Extraction, processes: Processes, say: Callable[[str], None], title: str) -> int:
     """Compute what is missing, each process its shards; how many images that was, over all processes."""
     store, known_ids = work.store, work.ids_N[work.known_N]
-    work.stocks = processes.on_main(
+    work.stocks = processes.run_on_main(
         lambda: tuple(store.take_stock(key, known_ids, work.request, say) for key in work.keys)
     )
     todo_P = work.todo()
@@ -194,11 +195,11 @@ def _compute(work: Extraction, processes: Processes, say: Callable[[str], None],
         return 0
     work.values = tuple(stock.values for stock in work.stocks)
     if not all(work.values):
-        work.values = processes.on_main(lambda: work.learn(todo_P[:BLOCK]))
+        work.values = processes.run_on_main(lambda: work.learn(todo_P[:BLOCK]))
     num_missing = int(np.count_nonzero(work.known_N[todo_P]))
     num_wanted = len(np.unique(work.ids_N[work.known_N])) + int(np.count_nonzero(~work.known_N))
     may_be_there = num_missing < len(todo_P) and any(len(stock.there_M) for stock in work.stocks)
-    processes.on_main(
+    processes.run_on_main(
         lambda: store.check_room(
             (num_missing if may_be_there else num_wanted) * work.row_bytes, num_missing * work.row_bytes
         )
@@ -222,7 +223,7 @@ def _round(
     pace: _Pace,
 ) -> set[tuple[str, str]]:
     """One shard of each process; the shards that were written."""
-    ids_P, new_R, values = processes.on_all(partial(work.chunk, positions_P, pace.add))
+    ids_P, new_R, values = processes.run_on_all(work.chunk, positions_P, pace.add)
     before: set[bytes] = set()
     for rank, (positions, ids, new) in enumerate(processes.gather((positions_P, ids_P, new_R))):
         work.ids_N[positions] = ids
@@ -230,10 +231,10 @@ def _round(
             fresh_R = np.array([address not in before for address in digest_bytes(new)], dtype=bool)
         before |= set(digest_bytes(new))
     num_bytes = len(before) * work.row_bytes
-    processes.on_main(lambda: work.store.make_room(num_bytes, spared, work.request, say))
+    processes.run_on_main(work.store.make_room, num_bytes, spared, work.request, say)
     if not fresh_R.all():
         new_R, values = new_R[fresh_R], tuple(value[torch.from_numpy(fresh_R)] for value in values)
-    written = processes.on_all(lambda: work.write(new_R, values) if len(new_R) else [])
+    written = processes.run_on_all(lambda: work.write(new_R, values) if len(new_R) else [])
     work.done |= before
     return {shard for some in processes.gather(written) for shard in some}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from contextlib import closing
 
-from tlscale.codes.cache import Images, Keeper, frontier_parts
+from tlscale.codes.cache import CodesCache, Images, partition_parts
 from tlscale.codes.entry import Entry
 from tlscale.codes.reader import Codes
 from tlscale.codes.store import CodesStore
@@ -15,11 +15,11 @@ from tlscale.distributed.processes import Processes, start_processes
 from tlscale.distributed.signals import StopRequest
 from tlscale.errors import ModelError, TlscaleError
 from tlscale.recipe.schema import Recipe
-from tlscale.tracking.console import Progress, format_duration
+from tlscale.tracking.console import Console, format_duration
 from tlscale.tracking.stopwatch import Stopwatch, describe_seconds
 from tlscale.training.distillation.targets import ask_teacher
-from tlscale.training.input_pipeline import agree_on_cut, refuse_codes_of_a_probe
-from tlscale.training.setup import Prepared, prepare
+from tlscale.training.input_pipeline import agree_on_partition, refuse_codes_of_a_probe
+from tlscale.training.setup import RunSetup, set_up
 
 _GIB = 2**30
 
@@ -43,49 +43,49 @@ def compute_codes(recipe: Recipe, watch: Stopwatch | None = None) -> int:
     watch = watch or Stopwatch()
     processes = start_processes(recipe.compute.without_engine())
     with closing(processes), StopRequest() as stop:
-        screen = Progress(0, enabled=processes.is_main)
+        console = Console(0, enabled=processes.is_main)
         with processes.main_first():
-            prepared = prepare(recipe, world_size=processes.world_size, watch=watch)
-        prepared.classifier.to(processes.device)
-        keeper = Keeper(prepared, processes, Images(prepared), screen, stop)
-        data = prepared.data
+            setup = set_up(recipe, world_size=processes.world_size, watch=watch)
+        setup.classifier.to(processes.device)
+        codes_cache = CodesCache(setup, processes, Images(setup), console, stop)
+        data = setup.data
         others = [split for split in (data.validation, data.test) if split is not None]
         if recipe.probe is not None or recipe.codes.layer is not None:
             wanted = wanted_codes(recipe)
-            codes = layer_codes(keeper, wanted, [data.train, *others])
-            _show(codes, screen)
-        elif (targets := ask_teacher(prepared, processes, keeper)) is not None:
-            _show(targets.kept(), screen)
+            codes = layer_codes(codes_cache, wanted, [data.train, *others])
+            _show(codes, console)
+        elif (targets := ask_teacher(setup, processes, codes_cache)) is not None:
+            _show(targets.kept(), console)
         else:
-            _frozen_codes(prepared, processes, keeper, others)
-        screen.say(f"{keeper.num_computed:,} images were computed; all codes are in '{keeper.store.root}'")
-        screen.say("seconds: " + describe_seconds(watch.figures(parts=("start", "scan", "decode", "codes"))))
-        return keeper.num_computed
+            _frozen_codes(setup, processes, codes_cache, others)
+        console.say(f"{codes_cache.num_computed:,} images were computed; all codes are in '{codes_cache.store.root}'")
+        console.say("seconds: " + describe_seconds(watch.figures(parts=("start", "scan", "decode", "codes"))))
+        return codes_cache.num_computed
 
 
-def _frozen_codes(prepared: Prepared, processes: Processes, keeper: Keeper, others: list[ImageSplit]) -> None:
-    refuse_codes_of_a_probe(prepared.recipe)
-    choice = agree_on_cut(prepared.stages[0], prepared, processes, keeper.store, is_decided=True)
-    if choice.frontier is None:
+def _frozen_codes(setup: RunSetup, processes: Processes, codes_cache: CodesCache, others: list[ImageSplit]) -> None:
+    refuse_codes_of_a_probe(setup.recipe)
+    choice = agree_on_partition(setup.stages[0], setup, processes, codes_cache.store, force_cache=True)
+    if choice.partition is None:
         raise ModelError(
             f"this recipe's training has no codes: {choice.why}. Freeze a part of the backbone, or name layers: "
             "codes.layer=penultimate"
         )
-    keeper.screen.say(f"{choice.frontier.describe()}; {choice.why}")
-    parts = frontier_parts(choice.frontier, prepared)
-    shown = keeper.train_views(choice.frontier.prefix, parts, range(prepared.recipe.codes.views)).by_name("train")
+    codes_cache.console.say(f"{choice.partition.describe()}; {choice.why}")
+    parts = partition_parts(choice.partition, setup)
+    shown = codes_cache.train_views(choice.partition.prefix, parts, range(setup.recipe.codes.views)).by_name("train")
     for split in others:
-        shown[split.name] = keeper.codes(choice.frontier.prefix, parts, split)
-    _show(shown, keeper.screen)
+        shown[split.name] = codes_cache.codes(choice.partition.prefix, parts, split)
+    _show(shown, codes_cache.console)
 
 
-def _show(codes: dict[str, Codes], screen: Progress) -> None:
+def _show(codes: dict[str, Codes], console: Console) -> None:
     rows = [
         (name, spec.name, "x".join(map(str, spec.shape)), spec.dtype, f"{len(kept):,}", f"{_mib(kept, spec.row_bytes)}")
         for name, kept in codes.items()
         for spec in kept.values
     ]
-    screen.table("Codes", ("split", "layer", "shape", "dtype", "images", "MiB"), rows)
+    console.table("Codes", ("split", "layer", "shape", "dtype", "images", "MiB"), rows)
 
 
 def _mib(codes: Codes, row_bytes: int) -> str:
@@ -94,14 +94,14 @@ def _mib(codes: Codes, row_bytes: int) -> str:
 
 def list_codes() -> None:
     """Show what is kept, the codes that were used last first."""
-    store, screen = CodesStore(), Progress(0)
+    store, console = CodesStore(), Console(0)
     entries = store.entries()
     if not entries:
-        screen.say(f"no codes in '{store.root}'")
+        console.say(f"no codes in '{store.root}'")
         return
-    screen.table("Codes", ("digest", "layers", "input", "images", "MiB", "last used", ""), map(_row, entries))
+    console.table("Codes", ("digest", "layers", "input", "images", "MiB", "last used", ""), map(_row, entries))
     total = sum(entry.num_bytes for entry in entries)
-    screen.say(f"{len(entries)} in '{store.root}', {total / _GIB:.2f} GiB")
+    console.say(f"{len(entries)} in '{store.root}', {total / _GIB:.2f} GiB")
 
 
 def _row(entry: Entry) -> tuple[str, ...]:
@@ -122,10 +122,10 @@ def verify_codes(digest: str | None) -> None:
     Raises:
         TlscaleError: there is no such entry, or what is kept is damaged.
     """
-    store, screen = CodesStore(), Progress(0)
+    store, console = CodesStore(), Console(0)
     faults = store.verify(digest)
     for fault in faults:
-        screen.say(fault, style="bold red")
+        console.say(fault, style="bold red")
     if faults:
         raise TlscaleError(
             f"{len(faults)} faults in '{store.root}'. Damaged codes are never read: a run computes them again, or "
@@ -133,9 +133,9 @@ def verify_codes(digest: str | None) -> None:
         )
     entries = store.entries()
     num_older = sum(entry.is_older for entry in entries)
-    screen.say(f"{len(entries) - num_older} in '{store.root}': every byte is as it was written")
+    console.say(f"{len(entries) - num_older} in '{store.root}': every byte is as it was written")
     if num_older:
-        screen.say(f"{num_older} are of an older format, and never read; to remove them: tlscale codes prune DIGEST")
+        console.say(f"{num_older} are of an older format, and never read; to remove them: tlscale codes prune DIGEST")
 
 
 def prune_codes(digests: tuple[str, ...], *, keep_gib: float | None, everything: bool) -> None:
@@ -149,7 +149,7 @@ def prune_codes(digests: tuple[str, ...], *, keep_gib: float | None, everything:
     Raises:
         TlscaleError: there is no such entry.
     """
-    store, screen = CodesStore(), Progress(0)
+    store, console = CodesStore(), Console(0)
     what = "all" if everything else round(keep_gib * _GIB) if keep_gib is not None else digests
-    freed = store.prune(what, say=screen.say)
-    screen.say(f"{freed / 2**20:,.1f} MiB were freed in '{store.root}'")
+    freed = store.prune(what, say=console.say)
+    console.say(f"{freed / 2**20:,.1f} MiB were freed in '{store.root}'")

@@ -52,7 +52,7 @@ from tlscale.recipe.strategies import (
     with_seed,
 )
 from tlscale.storage.run_folder import RunFolder
-from tlscale.tracking.console import Progress
+from tlscale.tracking.console import Console
 from tlscale.tracking.stopwatch import Stopwatch
 
 MIN_STEPS = 200
@@ -112,7 +112,7 @@ def compare(
     watch = watch or Stopwatch()
     # -- what is compared, and all of it checked ------------------------------------------------------------------
     is_main = int(os.environ.get("RANK", "0")) == 0
-    screen = Progress(0, enabled=is_main)
+    console = Console(0, enabled=is_main)
     bases = [load_recipe(path) for path in recipes]
     _check_choice(bases, strategies, sizes, seeds, min_steps)
     labelled = _labelled(bases, strategies)
@@ -122,19 +122,21 @@ def compare(
     _refuse_other_data(variants)
     if is_main and not resume:
         _refuse_used(root)
-    _show_variants(bases, labelled, variants, screen)
+    _show_variants(bases, labelled, variants, console)
 
     # -- the runs: one that fails leaves the others -----------------------------------------------------------------
     outcomes = []
     for position, variant in enumerate(variants, start=1):
-        screen.say(f"run {position} of {len(variants)}: {variant.recipe.name}, in '{variant.folder}'", style="bold")
+        console.say(f"run {position} of {len(variants)}: {variant.recipe.name}, in '{variant.folder}'", style="bold")
         with watch("runs"):
-            outcomes.append(_outcome(variant, screen, resume=resume, is_main=is_main))
+            outcomes.append(_outcome(variant, console, resume=resume, is_main=is_main))
 
     # -- table and picture: by the main process, for which the others wait ------------------------------------------
     title = f"Comparison of {', '.join(base.name for base in bases)}"
     with closing(start_processes(bases[0].compute.without_engine())) as processes:
-        figures = processes.on_main(lambda: _conclude(title, outcomes, _remarks(sizes, least), root, screen, watch))
+        figures = processes.run_on_main(
+            lambda: _conclude(title, outcomes, _remarks(sizes, least), root, console, watch)
+        )
     _refuse_failures(outcomes, root)
     return figures
 
@@ -284,7 +286,7 @@ def _refuse_used(root: Path) -> None:
         raise RunFolderError(f"'{root}' is not empty. --resume goes on with a comparison there; --out DIR is another")
 
 
-def _outcome(variant: Variant, screen: Progress, *, resume: bool, is_main: bool) -> Outcome:
+def _outcome(variant: Variant, console: Console, *, resume: bool, is_main: bool) -> Outcome:
     recipe = variant.recipe
     size, digest = recipe.data.train_limit, recipe_digest(recipe)
     try:
@@ -292,7 +294,7 @@ def _outcome(variant: Variant, screen: Progress, *, resume: bool, is_main: bool)
     except _ENDS_IT_ALL:
         raise
     except TlscaleError as error:
-        screen.say(f"{recipe.name} failed: {error}", style="bold red")
+        console.say(f"{recipe.name} failed: {error}", style="bold red")
         return Outcome(variant.label, size or 0, recipe.seed, str(variant.folder), digest, error=str(error))
     if not is_main:  # its disk need not have the folder
         return Outcome(variant.label, size or 0, recipe.seed, str(variant.folder), digest)
@@ -306,33 +308,33 @@ def _refuse_failures(outcomes: Sequence[Outcome], root: Path) -> None:
             f"{len(broken)} of {len(outcomes)} runs failed; the others are in '{root / 'compare.md'}'. --resume "
             f"tries again. The first is '{broken[0].folder}': {broken[0].error}"
         )
-        error.said_by_main = True
+        error.reported_by_main = True
         raise error
 
 
 def _conclude(
-    title: str, outcomes: Sequence[Outcome], remarks: Sequence[str], root: Path, screen: Progress, watch: Stopwatch
+    title: str, outcomes: Sequence[Outcome], remarks: Sequence[str], root: Path, console: Console, watch: Stopwatch
 ) -> dict[str, Any]:
     refuse_other_images(outcomes)
     pairs = paired_tests(to_rows(outcomes))
     times = watch.figures(parts=("start", "runs"))
     remarks = [*remarks, _of_time(times)]
     figures = write_comparison(root, title, outcomes, remarks, pairs, times=times)
-    screen.table(title, COLUMNS, table(outcomes, pairs))
+    console.table(title, COLUMNS, table(outcomes, pairs))
     for line in figures["notes"]:
-        screen.say(line)
-    screen.say(f"table: {root / 'compare.md'}   picture: {root / 'compare.png'}   figures: {root / 'compare.json'}")
+        console.say(line)
+    console.say(f"table: {root / 'compare.md'}   picture: {root / 'compare.png'}   figures: {root / 'compare.json'}")
     return figures
 
 
 def _show_variants(
-    bases: Sequence[Recipe], labelled: dict[str, Recipe], variants: Sequence[Variant], screen: Progress
+    bases: Sequence[Recipe], labelled: dict[str, Recipe], variants: Sequence[Variant], console: Console
 ) -> None:
     """What each variant changes of the recipe it comes from; then what a size or --set changes further."""
     if len(bases) == 1:
         rows = [(label, *row) for label, recipe in labelled.items() for row in _differences(bases[0], recipe)]
-        screen.table(f"The strategies, as changes of {bases[0].name}", ("strategy", "key", "recipe", "here"), rows)
-        _warn_of_heads_rate(bases[0], labelled, screen)
+        console.table(f"The strategies, as changes of {bases[0].name}", ("strategy", "key", "recipe", "here"), rows)
+        _warn_of_heads_rate(bases[0], labelled, console)
     runs_of: dict[tuple[str, str, str], list[str]] = {}
     for variant in variants:
         for row in _differences(labelled[variant.label], variant.recipe):
@@ -340,14 +342,14 @@ def _show_variants(
                 runs_of.setdefault(row, []).append(variant.folder.name)
     if runs_of:
         rows = [(", ".join(names), *row) for row, names in runs_of.items()]
-        screen.table("What changes with the size, and by --set", ("runs", "key", "before", "here"), rows)
-    screen.say(f"{len(variants)} runs: {', '.join(variant.folder.name for variant in variants)}")
+        console.table("What changes with the size, and by --set", ("runs", "key", "before", "here"), rows)
+    console.say(f"{len(variants)} runs: {', '.join(variant.folder.name for variant in variants)}")
 
 
-def _warn_of_heads_rate(base: Recipe, labelled: dict[str, Recipe], screen: Progress) -> None:
+def _warn_of_heads_rate(base: Recipe, labelled: dict[str, Recipe], console: Console) -> None:
     tuned = labelled.get("finetune")
     if tuned is not None and base.freeze and not tuned.freeze:
-        screen.say(
+        console.say(
             f"'{base.name}' freezes the whole backbone, so optim.lr = {base.optim.lr:g} was chosen for new layers; "
             "finetune and scratch take it too. Another: --set finetune.optim.lr=...",
             style="yellow",

@@ -32,7 +32,7 @@ from tlscale.models.export import TrainedModel, load
 from tlscale.recipe.load import load_recipe
 from tlscale.recipe.schema import DataSection, LossSection, Recipe
 from tlscale.storage.run_folder import write_json
-from tlscale.tracking.console import Pace, Progress, number, visible
+from tlscale.tracking.console import Console, Pace, number, visible
 from tlscale.tracking.stopwatch import Stopwatch, describe_seconds
 from tlscale.training.evaluate import InputPath, evaluate
 from tlscale.training.loss import Objective
@@ -186,7 +186,7 @@ def _other_images(
     with processes.main_first():
         found = open_labelled(recipe.data, trained.classes, name=name, named=named)
     notes = list(found.notes)
-    counted = processes.on_main(lambda: _trained_on(folder, own, trained, found.split))
+    counted = processes.run_on_main(_trained_on, folder, own, trained, found.split)
     notes.append(counted["said"])
     head = {
         "split": found.of,
@@ -321,13 +321,13 @@ def _show(figures: dict[str, Any], notes: Sequence[str], *, as_json: bool) -> No
     if as_json:
         print(json.dumps(figures))
         return
-    screen = Progress(0)
-    show_classes(figures, screen)
-    screen.say(f"seconds: {describe_seconds(figures)}")
+    console = Console(0)
+    show_classes(figures, console)
+    console.say(f"seconds: {describe_seconds(figures)}")
     low, high = figures["top1_interval95"]
     of = f"{figures['split']} images" if figures["split"] != "all" else f"images of {figures['data']['name']}"
     chose = " (they chose the model)" if figures.get("selected_on") else ""
-    screen.say(
+    console.say(
         f"{figures['num_images']:,} {of}{chose}: top1 {number(figures['top1'])} "
         f"(95% interval {low:.4f} to {high:.4f}), loss {number(figures['loss'])}, "
         f"macro-F1 {number(figures['macro_f1'])}, ECE {number(figures['ece'])}",

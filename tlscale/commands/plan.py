@@ -14,14 +14,20 @@ from torch import Tensor, nn
 from tlscale.codes.store import CodesStore
 from tlscale.commands.probe import refuse_wrong_probe, wanted_codes
 from tlscale.commands.tables import show_plan
-from tlscale.distributed.fsdp import whole_bytes
+from tlscale.distributed.fsdp import unsharded_bytes
 from tlscale.models.features import LayerCodes
-from tlscale.models.partition.partition import Frontier
+from tlscale.models.partition.partition import Partition
 from tlscale.recipe.schema import Recipe
-from tlscale.tracking.console import Progress
-from tlscale.training.input_pipeline import choose_cut, kept_bytes, num_to_keep, refuse_codes_of_a_probe, sample_images
+from tlscale.tracking.console import Console
+from tlscale.training.input_pipeline import (
+    choose_partition,
+    kept_bytes,
+    num_to_keep,
+    refuse_codes_of_a_probe,
+    sample_images,
+)
 from tlscale.training.optimizer import build_optimizer
-from tlscale.training.setup import Prepared, prepare
+from tlscale.training.setup import RunSetup, set_up
 from tlscale.training.stages import Stage, enter
 
 _SAMPLE_IMAGES = 2  # batch norm in train mode wants more than one
@@ -32,43 +38,43 @@ def plan(recipe: Recipe, *, world_size: int) -> None:
     """Show what `run` would do with `world_size` processes; nothing is trained, and no codes are computed."""
     if recipe.probe is None:
         refuse_codes_of_a_probe(recipe)
-    prepared = prepare(recipe, world_size=world_size, tries_images=False)
-    screen = Progress(0)
-    show_plan(prepared, screen, device=f"planned for {world_size} process{'es' if world_size > 1 else ''}")
+    setup = set_up(recipe, world_size=world_size, tries_images=False)
+    console = Console(0)
+    show_plan(setup, console, device=f"planned for {world_size} process{'es' if world_size > 1 else ''}")
     if recipe.probe is not None:
-        refuse_wrong_probe(prepared)
-        screen.table("Codes", ("layer", "pool", "stride", "width", "MiB"), _layer_rows(prepared))
-    for stage in prepared.stages:
+        refuse_wrong_probe(setup)
+        console.table("Codes", ("layer", "pool", "stride", "width", "MiB"), _layer_rows(setup))
+    for stage in setup.stages:
         build_optimizer(stage.groups, stage.optim)
-        enter(prepared.classifier, stage)
-        of = f" of stage {stage.number + 1}" if len(prepared.stages) > 1 else ""
-        screen.table(f"Frozen part{of}", ("what", "how"), _frozen_rows(stage, prepared))
-        screen.table(f"Memory of a process{of}", ("what", "MiB"), _memory_rows(prepared))
+        enter(setup.classifier, stage)
+        of = f" of stage {stage.number + 1}" if len(setup.stages) > 1 else ""
+        console.table(f"Frozen part{of}", ("what", "how"), _frozen_rows(stage, setup))
+        console.table(f"Memory of a process{of}", ("what", "MiB"), _memory_rows(setup))
 
 
-def _layer_rows(prepared: Prepared) -> list[tuple[str, ...]]:
+def _layer_rows(setup: RunSetup) -> list[tuple[str, ...]]:
     """What a probe computes of each image, by one pass of two images."""
-    images_BCHW = sample_images(prepared, torch.device("cpu"), count=_SAMPLE_IMAGES)
-    data = prepared.data
+    images_BCHW = sample_images(setup, torch.device("cpu"), count=_SAMPLE_IMAGES)
+    data = setup.data
     num_images = sum(len(split) for split in (data.train, data.validation, data.test) if split is not None)
     return [
         (row.layer, row.pool, str(row.stride or "-"), f"{row.width:,}", f"{num_images * row.width * 4 / 2**20:,.1f}")
-        for row in LayerCodes(prepared.classifier.backbone, wanted_codes(prepared.recipe)).describe(images_BCHW)
+        for row in LayerCodes(setup.classifier.backbone, wanted_codes(setup.recipe)).describe(images_BCHW)
     ]
 
 
-def _frozen_rows(stage: Stage, prepared: Prepared) -> list[tuple[str, str]]:
+def _frozen_rows(stage: Stage, setup: RunSetup) -> list[tuple[str, str]]:
     """Where the network is cut, what is kept there, and what that saves."""
-    half = prepared.recipe.compute.precision in ("bf16", "fp16")
+    half = setup.recipe.compute.precision in ("bf16", "fp16")
     autocast = partial(torch.autocast, "cpu", torch.bfloat16) if half else nullcontext
-    choice = choose_cut(stage, prepared, torch.device("cpu"), autocast, CodesStore())
-    if choice.frontier is None:
+    choice = choose_partition(stage, setup, torch.device("cpu"), autocast, CodesStore())
+    if choice.partition is None:
         return [("codes", f"computed in every step: {choice.why}")]
-    images, num_bytes = num_to_keep(stage, prepared), kept_bytes(choice.frontier, prepared)
+    images, num_bytes = num_to_keep(stage, setup), kept_bytes(choice.partition, setup)
     mib = images * num_bytes / 2**20
-    whole_s, rest_s = step_seconds(prepared, choice.frontier)
+    whole_s, rest_s = step_seconds(setup, choice.partition)
     return [
-        ("codes", f"computed once: {choice.frontier.describe()}"),
+        ("codes", f"computed once: {choice.partition.describe()}"),
         ("size", f"{num_bytes:,} bytes an image x {images:,} images and views = {mib:,.1f} MiB; {choice.why}"),
         (
             "saves",
@@ -78,14 +84,14 @@ def _frozen_rows(stage: Stage, prepared: Prepared) -> list[tuple[str, str]]:
     ]
 
 
-def step_seconds(prepared: Prepared, frontier: Frontier) -> tuple[float, float]:
+def step_seconds(setup: RunSetup, partition: Partition) -> tuple[float, float]:
     """Seconds an image of forward and backward pass through the whole network and through what is behind the cut."""
-    images_BCHW = sample_images(prepared, torch.device("cpu"), count=_TIMED_IMAGES)
+    images_BCHW = sample_images(setup, torch.device("cpu"), count=_TIMED_IMAGES)
     with torch.no_grad():
-        codes = frontier.prefix(images_BCHW)
+        codes = partition.prefix(images_BCHW)
     return (
-        _median_step_s(prepared.classifier, lambda: (images_BCHW,)),
-        _median_step_s(frontier.suffix, lambda: tuple(code.clone() for code in codes)),
+        _median_step_s(setup.classifier, lambda: (images_BCHW,)),
+        _median_step_s(partition.suffix, lambda: tuple(code.clone() for code in codes)),
     )
 
 
@@ -104,28 +110,30 @@ def _median_step_s(module: nn.Module, inputs: Callable[[], tuple[Tensor, ...]]) 
     return statistics.median(seconds[1:]) / _TIMED_IMAGES  # the first one warms up
 
 
-def _memory_rows(prepared: Prepared) -> list[tuple[str, str]]:
-    network = prepared.classifier
+def _memory_rows(setup: RunSetup) -> list[tuple[str, str]]:
+    network = setup.classifier
     trained = sum(param.numel() * param.element_size() for param in network.parameters() if param.requires_grad)
     frozen = sum(param.numel() * param.element_size() for param in network.parameters()) - trained
-    is_spread = prepared.recipe.compute.engine == "fsdp2"
-    gradients = trained / (prepared.split.world_size if is_spread else 1)
-    micro = prepared.split.micro_batch_size
-    activations = activation_bytes(prepared) * micro
+    is_spread = setup.recipe.compute.engine == "fsdp2"
+    gradients = trained / (setup.split.world_size if is_spread else 1)
+    micro = setup.split.micro_batch_size
+    activations = activation_bytes(setup) * micro
     bytes_of = {
         "weights": frozen + gradients,
-        **({"whole while it computes: what is in no block, and a block": whole_bytes(network)} if is_spread else {}),
+        **(
+            {"whole while it computes: what is in no block, and a block": unsharded_bytes(network)} if is_spread else {}
+        ),
         "gradients": gradients,
         "optimizer, two values a parameter (as Adam)": 2 * gradients,
-        f"activations of {micro} images, measured on {_SAMPLE_IMAGES} in {prepared.dtype}": activations,
+        f"activations of {micro} images, measured on {_SAMPLE_IMAGES} in {setup.dtype}": activations,
     }
     rows = [(what, f"{count / 2**20:,.1f}") for what, count in bytes_of.items()]
     return [*rows, ("sum, without the libraries' own", f"{sum(bytes_of.values()) / 2**20:,.1f}")]
 
 
-def activation_bytes(prepared: Prepared) -> float:
+def activation_bytes(setup: RunSetup) -> float:
     """Bytes that one image's forward pass keeps for the backward pass, measured on the CPU."""
-    spec, network = prepared.spec, prepared.classifier
+    spec, network = setup.spec, setup.classifier
     own = {param.untyped_storage().data_ptr() for param in network.parameters()}
     kept: dict[int, int] = {}
 
@@ -136,7 +144,7 @@ def activation_bytes(prepared: Prepared) -> float:
         return tensor
 
     buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
-    images = torch.zeros(_SAMPLE_IMAGES, spec.in_chans, spec.image_size, spec.image_size, dtype=prepared.dtype)
+    images = torch.zeros(_SAMPLE_IMAGES, spec.in_chans, spec.image_size, spec.image_size, dtype=setup.dtype)
     with torch.random.fork_rng(devices=[]), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         outputs = network(images)
     del outputs

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 from contextlib import closing
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +23,12 @@ from tlscale.errors import ResumeError, Stopped
 from tlscale.recipe.load import diff_recipes, load_stored_recipe, with_values
 from tlscale.recipe.schema import Recipe
 from tlscale.storage.run_folder import Mode, RunFolder, claim, naming_disk_errors, write_json
-from tlscale.tracking.console import Progress
+from tlscale.tracking.console import Console
 from tlscale.tracking.stopwatch import Stopwatch
 from tlscale.training.corrections import refuse_uncorrected
 from tlscale.training.loop import train
 from tlscale.training.run_info import read_record
-from tlscale.training.setup import Prepared, prepare
+from tlscale.training.setup import RunSetup, set_up
 
 # A resumed run may differ in these: they change nothing of what is learned, or only rounding. The exception is batch
 # norm and dropout on other passes (`compute.micro_batch_size`, the number of processes), which `computed` announces.
@@ -85,35 +84,35 @@ def run(
     # -- folder: the main process holds it for all ----------------------------------------------------------------
     stop = StopRequest(folder.stop if processes.is_main else None)
     with closing(processes), stop, processes.main_holds(lambda: claim(folder.path, mode)):
-        screen = Progress(0, enabled=processes.is_main)
-        processes.on_main(partial(_obey_earlier_stop, folder))
-        processes.on_main(partial(_forget_stop, folder, screen))
-        record = None if overwrite else processes.on_main(lambda: read_record(folder))
+        console = Console(0, enabled=processes.is_main)
+        processes.run_on_main(_obey_earlier_stop, folder)
+        processes.run_on_main(_forget_stop, folder, console)
+        record = None if overwrite else processes.run_on_main(read_record, folder)
         if record is not None:
-            recipe = with_values(recipe, processes.on_main(partial(_refuse_other_recipe, recipe, folder, screen)))
-            done = processes.on_main(lambda: folder.result.read_text() if folder.result.exists() else None)
+            recipe = with_values(recipe, processes.run_on_main(_refuse_other_recipe, recipe, folder, console))
+            done = processes.run_on_main(lambda: folder.result.read_text() if folder.result.exists() else None)
             if done is not None:
-                screen.say(f"'{folder.path}' is complete already; its figures are in {folder.result}")
+                console.say(f"'{folder.path}' is complete already; its figures are in {folder.result}")
                 return dict(json.loads(done))
 
         # -- data, model and weights: whatever is wrong with them ends the run here -------------------------------
         bad_images = BadImages.from_plain(record["bad_images"]) if record else None
         with processes.main_first():  # what a hub has to give is fetched once
-            prepared = prepare(recipe, world_size=processes.world_size, bad_images=bad_images, watch=watch)
+            setup = set_up(recipe, world_size=processes.world_size, bad_images=bad_images, watch=watch)
 
         # -- plan -------------------------------------------------------------------------------------------------
-        show_plan(prepared, screen, device=str(processes.device))
+        show_plan(setup, console, device=str(processes.device))
         if record is not None:
-            processes.on_main(partial(_refuse_other_inputs, record, prepared, folder))
-            record = processes.on_main(partial(_compare_data, record, prepared, folder, screen))
-            processes.on_main(partial(_refuse_other_transform, record, prepared, folder))
-            record = processes.on_main(partial(refuse_uncorrected, folder, prepared, record))
+            processes.run_on_main(_refuse_other_inputs, record, setup, folder)
+            record = processes.run_on_main(_compare_data, record, setup, folder, console)
+            processes.run_on_main(_refuse_other_transform, record, setup, folder)
+            record = processes.run_on_main(refuse_uncorrected, folder, setup, record)
         if resume:
-            watch.add_earlier(processes.on_main(partial(_spent_before, folder)))
-        processes.on_main(partial(folder.stopped.unlink, missing_ok=True))
+            watch.add_earlier(processes.run_on_main(_spent_before, folder))
+        processes.run_on_main(folder.stopped.unlink, missing_ok=True)
         job = train if recipe.probe is None else probe
         try:
-            return job(prepared, folder, processes, stop, record, screen)
+            return job(setup, folder, processes, stop, record, console)
         except Stopped as stopped:
             if processes.is_main:
                 _mark_stopped(folder, stop, stopped, watch)
@@ -130,10 +129,10 @@ def _obey_earlier_stop(folder: RunFolder) -> None:
         raise Stopped(f"'{folder.path}' was stopped, and this is only torchrun's restart: nothing was done")
 
 
-def _forget_stop(folder: RunFolder, screen: Progress) -> None:
+def _forget_stop(folder: RunFolder, console: Console) -> None:
     """A request to stop is one to a run that is there."""
     if folder.stop.exists():
-        screen.say(f"'{folder.stop}' is from before this start, and removed")
+        console.say(f"'{folder.stop}' is from before this start, and removed")
         folder.stop.unlink()
 
 
@@ -155,7 +154,7 @@ def _mark_stopped(folder: RunFolder, stop: StopRequest, stopped: Stopped, watch:
     folder.stop.unlink(missing_ok=True)
 
 
-def _refuse_other_recipe(recipe: Recipe, folder: RunFolder, screen: Progress) -> dict[str, dict[str, object]]:
+def _refuse_other_recipe(recipe: Recipe, folder: RunFolder, console: Console) -> dict[str, dict[str, object]]:
     """Compare the recipe with that of the run.
 
     Returns:
@@ -164,7 +163,7 @@ def _refuse_other_recipe(recipe: Recipe, folder: RunFolder, screen: Progress) ->
     stored, older = load_stored_recipe(folder.recipe)
     for section, keys in older.items() if recipe.probe is None else ():  # a probe has no use for them
         for key, value in keys.items():
-            screen.say(f"{section}.{key}: {value}, as the run began: it is older than this key")
+            console.say(f"{section}.{key}: {value}, as the run began: it is older than this key")
     changes = [
         f"{key}: {old!r} -> {new!r}"
         for key, old, new in diff_recipes(stored, with_values(recipe, older))
@@ -185,17 +184,17 @@ def _sees_other_views(stored: Recipe, recipe: Recipe) -> bool:
     return is_one and (stored.codes.keep == "always") != (recipe.codes.keep == "always")
 
 
-def _refuse_other_inputs(record: dict[str, Any], prepared: Prepared, folder: RunFolder) -> None:
-    now, then = {"weights": prepared.weights.sha256}, {"weights": record["weights"]["sha256"]}
-    if prepared.teacher is not None:
-        now["teacher's weights"], then["teacher's weights"] = prepared.teacher.digest, record["teacher"]["sha256"]
+def _refuse_other_inputs(record: dict[str, Any], setup: RunSetup, folder: RunFolder) -> None:
+    now, then = {"weights": setup.weights.sha256}, {"weights": record["weights"]["sha256"]}
+    if setup.teacher is not None:
+        now["teacher's weights"], then["teacher's weights"] = setup.teacher.digest, record["teacher"]["sha256"]
     for what, digest in then.items():
         _refuse_another(what, digest, now[what], folder)
 
 
-def _refuse_other_transform(record: dict[str, Any], prepared: Prepared, folder: RunFolder) -> None:
+def _refuse_other_transform(record: dict[str, Any], setup: RunSetup, folder: RunFolder) -> None:
     """Refuse a run of an older version, which took the size of the first training image for that of all."""
-    then, now = record["input"], prepared.spec.to_plain()
+    then, now = record["input"], setup.spec.to_plain()
     changes = [f"{key}: {then.get(key)!r} -> {value!r}" for key, value in now.items() if then.get(key) != value]
     if changes:
         keep = f", with data.crop_pct={then['crop_pct']:g} to have it as it was" if "crop_pct" in then else ""
@@ -206,7 +205,7 @@ def _refuse_other_transform(record: dict[str, Any], prepared: Prepared, folder: 
         )
 
 
-def _compare_data(record: dict[str, Any], prepared: Prepared, folder: RunFolder, screen: Progress) -> dict[str, Any]:
+def _compare_data(record: dict[str, Any], setup: RunSetup, folder: RunFolder, console: Console) -> dict[str, Any]:
     """Refuse other training or validation images; announce and record another test split.
 
     Returns:
@@ -215,9 +214,9 @@ def _compare_data(record: dict[str, Any], prepared: Prepared, folder: RunFolder,
     Raises:
         ResumeError: the run would go on with other data.
     """
-    data, then = prepared.data, record["data"]
+    data, then = setup.data, record["data"]
     if "used_sha256" not in then:
-        screen.say(f"'{folder.path}' is of an older tlscale: its data were compared by the older identity")
+        console.say(f"'{folder.path}' is of an older tlscale: its data were compared by the older identity")
         _refuse_another("data", then["fingerprint"], str(data.identity["fingerprint"]), folder)
         return record
     _refuse_another("data", then["used_sha256"], used_identity(data, then["used_by"]).sha256, folder)
@@ -226,7 +225,7 @@ def _compare_data(record: dict[str, Any], prepared: Prepared, folder: RunFolder,
     scored = scored_identity(data, then["scored_by"])
     if scored.sha256 == then["scored_sha256"]:
         return record
-    screen.say(
+    console.say(
         f"WARNING: the test split is not the one that '{folder.path}' was started with ({then['scored_sha256'][:12]} "
         f"then, {scored.sha256[:12]} now). Training is not affected; the score will be of the new one",
         style="bold red",

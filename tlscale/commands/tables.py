@@ -10,50 +10,50 @@ from tlscale.codes.probes.select import Choice
 from tlscale.data.sampler import DataOrder
 from tlscale.models.features import PENULTIMATE
 from tlscale.recipe.schema import Recipe
-from tlscale.tracking.console import Progress, format_duration, number
+from tlscale.tracking.console import Console, format_duration, number
 from tlscale.tracking.stopwatch import describe_seconds
 from tlscale.training.distillation.student import Student
-from tlscale.training.setup import Prepared, strategy_of
+from tlscale.training.setup import RunSetup, strategy_of
 from tlscale.training.stages import Stage, to_steps
 
 _WORST_SHOWN = 5
 
 
-def show_plan(prepared: Prepared, screen: Progress, *, device: str) -> None:
+def show_plan(setup: RunSetup, console: Console, *, device: str) -> None:
     """What is about to happen, with the arithmetic of every derived number."""
-    recipe, data = prepared.recipe, prepared.data
+    recipe, data = setup.recipe, setup.data
     for note in data.notes:
         is_loud = note.split(":")[0].isupper()
-        screen.say(note, style="bold red" if data.is_sample or is_loud else None)
-    for reason in islice(prepared.bad_images.reasons(), _WORST_SHOWN):
-        screen.say(f"skipped, {reason}", style="yellow")
-    if prepared.frozen_params and recipe.backbone.weights == "none":
-        screen.say("the frozen layers are random: backbone.weights is none", style="yellow")
-    screen.table("Plan", ("what", "how"), _plan_rows(prepared, device))
-    for stage in prepared.stages:
-        _show_stage(stage, prepared, screen)
+        console.say(note, style="bold red" if data.is_sample or is_loud else None)
+    for reason in islice(setup.bad_images.reasons(), _WORST_SHOWN):
+        console.say(f"skipped, {reason}", style="yellow")
+    if setup.frozen_params and recipe.backbone.weights == "none":
+        console.say("the frozen layers are random: backbone.weights is none", style="yellow")
+    console.table("Plan", ("what", "how"), _plan_rows(setup, device))
+    for stage in setup.stages:
+        _show_stage(stage, setup, console)
 
 
-def _show_stage(stage: Stage, prepared: Prepared, screen: Progress) -> None:
-    many = len(prepared.stages) > 1
+def _show_stage(stage: Stage, setup: RunSetup, console: Console) -> None:
+    many = len(setup.stages) > 1
     of = f" of stage {stage.number + 1}, steps {stage.start_step:,} to {stage.stop_step:,}" if many else ""
     rows = [(row.rule, row.num_tensors, f"{row.num_params:,}", row.norm_mode) for row in stage.freeze_rows]
-    head = [param for name, param in prepared.classifier.head.named_parameters()]
+    head = [param for name, param in setup.classifier.head.named_parameters()]
     rows.append(("head  (train)", len(head), f"{sum(param.numel() for param in head):,}", "train"))
-    if isinstance(prepared.classifier, Student):
-        taught = list(prepared.classifier.projections.parameters())
+    if isinstance(setup.classifier, Student):
+        taught = list(setup.classifier.projections.parameters())
         rows.append(("projections  (train)", len(taught), f"{sum(param.numel() for param in taught):,}", "-"))
-    screen.table(f"Parameters{of}", ("freeze rule", "tensors", "parameters", "norm layers"), rows)
+    console.table(f"Parameters{of}", ("freeze rule", "tensors", "parameters", "norm layers"), rows)
     groups = [(g["base_lr"], g["weight_decay"], len(g["names"]), _names(g["names"])) for g in stage.groups]
-    screen.table(f"Groups of {stage.optim.name}{of}", ("peak lr", "weight decay", "tensors", "such as"), groups)
+    console.table(f"Groups of {stage.optim.name}{of}", ("peak lr", "weight decay", "tensors", "such as"), groups)
 
 
-def _plan_rows(prepared: Prepared, device: str) -> list[tuple[str, str]]:
-    recipe, data, order, spec = prepared.recipe, prepared.data, prepared.order, prepared.spec
+def _plan_rows(setup: RunSetup, device: str) -> list[tuple[str, str]]:
+    recipe, data, order, spec = setup.recipe, setup.data, setup.order, setup.spec
     splits = [split for split in (data.train, data.validation, data.test) if split is not None]
-    trained, total = prepared.trainable_params, prepared.total_params
+    trained, total = setup.trainable_params, setup.total_params
     return [
-        ("strategy", strategy_of(prepared)),
+        ("strategy", strategy_of(setup)),
         ("data", f"{recipe.data.source}: " + ", ".join(f"{split.name} {len(split):,}" for split in splits)),
         ("classes", f"{len(data.classes)}: {', '.join(data.classes[:10])}{' ...' if len(data.classes) > 10 else ''}"),
         (
@@ -61,34 +61,34 @@ def _plan_rows(prepared: Prepared, device: str) -> list[tuple[str, str]]:
             f"{spec.in_chans} x {spec.image_size} x {spec.image_size}, {spec.interpolation}, crop_pct "
             f"{spec.crop_pct:g}, mean {_numbers(spec.mean)}, std {_numbers(spec.std)}",
         ),
-        ("augment", ", ".join(_augmentation(*item) for item in prepared.augment.items()) or "none"),
-        ("backbone", f"{recipe.backbone.name}, {prepared.code_width} features"),
-        ("weights", str(prepared.weights)),
-        *([("teacher", str(prepared.teacher))] if prepared.teacher is not None else []),
-        *(_training_rows(prepared, order, trained, total) if prepared.stages else _probe_rows(recipe)),
+        ("augment", ", ".join(_augmentation(*item) for item in setup.augment.items()) or "none"),
+        ("backbone", f"{recipe.backbone.name}, {setup.code_width} features"),
+        ("weights", str(setup.weights)),
+        *([("teacher", str(setup.teacher))] if setup.teacher is not None else []),
+        *(_training_rows(setup, order, trained, total) if setup.stages else _probe_rows(recipe)),
         ("device", f"{device}, {recipe.compute.precision}"),
     ]
 
 
-def _training_rows(prepared: Prepared, order: DataOrder, trained: int, total: int) -> list[tuple[str, str]]:
-    of = " in any stage" if len(prepared.stages) > 1 else ""
-    lengths = " + ".join(f"{stage.num_steps:,}" for stage in prepared.stages)
+def _training_rows(setup: RunSetup, order: DataOrder, trained: int, total: int) -> list[tuple[str, str]]:
+    of = " in any stage" if len(setup.stages) > 1 else ""
+    lengths = " + ".join(f"{stage.num_steps:,}" for stage in setup.stages)
     rows = [
         ("trainable", f"{trained:,} of {total:,} parameters ({trained / total:.1%}){of}"),
-        ("batch", prepared.split.describe()),
+        ("batch", setup.split.describe()),
         (
             "steps",
-            f"{prepared.total_steps:,} steps{f' = {lengths}' if of else ''} ({order.steps_per_epoch:,} an epoch of "
+            f"{setup.total_steps:,} steps{f' = {lengths}' if of else ''} ({order.steps_per_epoch:,} an epoch of "
             f"{order.images_per_epoch:,} images)",
         ),
     ]
-    return rows + [_schedule_row(stage, prepared) for stage in prepared.stages]
+    return rows + [_schedule_row(stage, setup) for stage in setup.stages]
 
 
-def _schedule_row(stage: Stage, prepared: Prepared) -> tuple[str, str]:
+def _schedule_row(stage: Stage, setup: RunSetup) -> tuple[str, str]:
     warmup = stage.schedule.warmup
-    steps = to_steps(warmup, prepared.order, stage.num_steps) if warmup.amount > 0 else 0
-    name = f"schedule {stage.number + 1}" if len(prepared.stages) > 1 else "schedule"
+    steps = to_steps(warmup, setup.order, stage.num_steps) if warmup.amount > 0 else 0
+    name = f"schedule {stage.number + 1}" if len(setup.stages) > 1 else "schedule"
     return name, f"{warmup} warm-up = {steps} steps, then {stage.schedule.decay}, peak lr {stage.optim.lr:g}"
 
 
@@ -110,7 +110,7 @@ def _names(names: list[str]) -> str:
     return ", ".join(names[:2]) + (" ..." if len(names) > 2 else "")
 
 
-def show_probe(kind: str, choice: Choice, screen: Progress, *, majority: dict[str, Any] | None) -> None:
+def show_probe(kind: str, choice: Choice, console: Console, *, majority: dict[str, Any] | None) -> None:
     """Show the best setting of each set of codes, by the held-out images; the best of all is marked.
 
     Args:
@@ -125,10 +125,10 @@ def show_probe(kind: str, choice: Choice, screen: Progress, *, majority: dict[st
     if majority is not None:
         rows.append((f"always {majority['label']!r}", "-", number(majority["top1"]), "-", ""))
     setting = "neighbours" if kind == "knn" else "strength"
-    screen.table(f"Probe {kind}, by held-out images", ("codes", setting, "top1", "loss", ""), rows)
+    console.table(f"Probe {kind}, by held-out images", ("codes", setting, "top1", "loss", ""), rows)
 
 
-def show_result(result: dict[str, Any], screen: Progress, *, folder: Path, how_to_load: str) -> None:
+def show_result(result: dict[str, Any], console: Console, *, folder: Path, how_to_load: str) -> None:
     """The final figures, and where everything is."""
     rows = []
     for name in ("best", "last"):
@@ -140,37 +140,37 @@ def show_result(result: dict[str, Any], screen: Progress, *, folder: Path, how_t
     rows.append((f"always {label!r}", "-", share, "-", "-"))
     title = f"{result['num_images']:,} {result['split']} images"
     if result["steps"]:  # a probe has no steps, and so only one set of weights
-        screen.table(title, ("weights", "step", "top1", "loss", "macro-F1"), rows)
+        console.table(title, ("weights", "step", "top1", "loss", "macro-F1"), rows)
     if result.get("choice") is not None:
-        screen.say(_choice(result["choice"]))
-    show_classes(result, screen)
+        console.say(_choice(result["choice"]))
+    show_classes(result, console)
     low, high = result["top1_interval95"]
     how = f"with the {result['weights']} weights; {result['epochs']:g} epochs" if result["steps"] else "by the probe"
-    screen.say(
+    console.say(
         f"top1 {number(result['top1'])} (95% interval {low:.4f} to {high:.4f}) against {share} for always saying "
         f"{label!r}, {how} in {format_duration(result['wall_s'])}, {result['images_per_s']:.0f} images/s",
         style="bold",
     )
-    screen.say(f"seconds: {describe_seconds(result)}")
-    _show_what_the_score_is_of(result, screen)
+    console.say(f"seconds: {describe_seconds(result)}")
+    _show_what_the_score_is_of(result, console)
     if result["is_sample"]:
-        screen.say(
+        console.say(
             "FALLBACK SAMPLE: these are figures of the small shipped sample, not of Fashion-MNIST", style="bold red"
         )
-    screen.say(f"figures: {folder / 'result.json'}   curves: {folder / 'metrics.jsonl'}   model: {folder / 'model'}")
-    screen.say(f"load it with {how_to_load}")
+    console.say(f"figures: {folder / 'result.json'}   curves: {folder / 'metrics.jsonl'}   model: {folder / 'model'}")
+    console.say(f"load it with {how_to_load}")
 
 
-def _show_what_the_score_is_of(result: dict[str, Any], screen: Progress) -> None:
+def _show_what_the_score_is_of(result: dict[str, Any], console: Console) -> None:
     if result["selected_on"] is not None:
         chosen = "layer, pooling or strength" if "probe" in result else "the step of these weights"
-        screen.say(
+        console.say(
             f"selected on {result['selected_on']}: without a test split these images also chose {chosen}, so top1 is "
             "likely somewhat too high",
             style="yellow",
         )
     if result["scored_model"] == "before_refit":
-        screen.say(
+        console.say(
             "top1 is of the classifier that was fitted to the training images alone. The exported model was fitted "
             "again, to training and validation images, and has no score of its own (probe.refit: false exports the "
             "one that was scored)",
@@ -193,9 +193,9 @@ def _choice(choice: dict[str, Any]) -> str:
     )
 
 
-def show_classes(figures: dict[str, Any], screen: Progress) -> None:
+def show_classes(figures: dict[str, Any], console: Console) -> None:
     """The classes that are recognised worst."""
     known = [(name, row) for name, row in figures["per_class"].items() if row["accuracy"] is not None]
     worst = sorted(known, key=lambda item: item[1]["accuracy"])[:_WORST_SHOWN]
     rows = [(name, row["num_images"], number(row["accuracy"]), number(row["f1"])) for name, row in worst]
-    screen.table("Hardest classes", ("class", "images", "accuracy", "F1"), rows)
+    console.table("Hardest classes", ("class", "images", "accuracy", "F1"), rows)

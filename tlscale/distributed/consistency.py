@@ -54,7 +54,7 @@ def what_must_agree(network: Classifier, ema: Ema | None) -> dict[str, Tensor]:
     }
 
 
-def refuse_desync(tensors: Mapping[str, Tensor], processes: Processes, step: int) -> None:
+def check_replicas_agree(tensors: Mapping[str, Tensor], processes: Processes, step: int) -> None:
     """
     Args:
         tensors: of this process, as `what_must_agree` gives them.

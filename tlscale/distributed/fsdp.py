@@ -36,7 +36,7 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def spread(tensor: Tensor, mesh: DeviceMesh) -> DTensor:
+def shard_tensor(tensor: Tensor, mesh: DeviceMesh) -> DTensor:
     """The share of each process of a tensor that all of them have."""
     return distribute_tensor(tensor.to(mesh.device_type), mesh, _ROWS, src_data_rank=None)
 
@@ -120,7 +120,7 @@ def _num_trained(module: nn.Module) -> int:
     return sum(param.numel() for param in module.parameters() if param.requires_grad)
 
 
-def whole_bytes(network: nn.Module) -> int:
+def unsharded_bytes(network: nn.Module) -> int:
     """What a process holds whole while the largest block computes: that, and what is in no block."""
 
     def num_bytes(module: nn.Module) -> int:
@@ -186,7 +186,7 @@ _TRIED_SHAPES = ((34, 18), (19,), (1, 20, 18), (18, 17, 3, 3))
 _TRIED_STEPS = 3
 
 
-def objection_to_shares(section: OptimSection, mesh: DeviceMesh) -> str | None:
+def objection_to_sharding(section: OptimSection, mesh: DeviceMesh) -> str | None:
     """Why an optimizer cannot be had here; None where it does the same on spread tensors as on whole ones.
 
     It is tried: most update each number by itself, or by norms that DTensors know; some look at the shape of what they
@@ -195,7 +195,9 @@ def objection_to_shares(section: OptimSection, mesh: DeviceMesh) -> str | None:
     try:
         whole, spread_out = (_after_steps(section, mesh if is_spread else None) for is_spread in (False, True))
         for one, other in zip(whole, spread_out, strict=True):
-            if not isinstance(other, DTensor) or not torch.allclose(local(spread(one, mesh)), local(other), rtol=1e-9):
+            if not isinstance(other, DTensor) or not torch.allclose(
+                local(shard_tensor(one, mesh)), local(other), rtol=1e-9
+            ):
                 return "it updates shares in another way than whole tensors"
     except RecipeError:  # it cannot be made at all
         raise
@@ -210,7 +212,7 @@ def _after_steps(section: OptimSection, mesh: DeviceMesh | None) -> list[Tensor]
 
     def numbers(shape: tuple[int, ...]) -> Tensor:
         drawn = torch.randn(shape, generator=generator, dtype=torch.float64)
-        return drawn if mesh is None else spread(drawn, mesh)
+        return drawn if mesh is None else shard_tensor(drawn, mesh)
 
     params = [nn.Parameter(numbers(shape)) for shape in _TRIED_SHAPES]
     names = [f"tensor {number}" for number in range(len(params))]
@@ -241,10 +243,10 @@ def sharded_groups(groups: list[dict[str, Any]], params: Mapping[str, nn.Paramet
 # -- whole again ----------------------------------------------------------------------------------------------------
 
 
-def hollow_copy(network: M) -> M:
+def meta_copy(network: M) -> M:
     """A copy that shares what is frozen, and buffers, and has no values for what is trained.
 
-    It is what `filled` makes whole: a module that was sharded calls the other processes for good.
+    It is what `gather_into` makes whole: a module that was sharded calls the other processes for good.
     """
     memo: dict[int, Any] = {id(buffer): buffer for buffer in network.buffers()}
     for param in network.parameters():
@@ -252,7 +254,7 @@ def hollow_copy(network: M) -> M:
     return copy.deepcopy(network, memo)
 
 
-def filled(hollow: M, network: nn.Module, *, keep: bool) -> M:
+def gather_into(hollow: M, network: nn.Module, *, keep: bool) -> M:
     """`hollow` with the whole values of the trained parameters of `network`; all processes have to call it.
 
     Args:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as torch_dist
@@ -27,6 +27,7 @@ from tlscale.distributed.watchdog import Watchdog
 from tlscale.errors import LaunchError, TlscaleError
 from tlscale.recipe.schema import ComputeSection
 
+P = ParamSpec("P")
 T = TypeVar("T")
 M = TypeVar("M", bound=torch.nn.Module)
 # What a launcher may ask Accelerate for, by the variable that hands it on, and how it is taken out again.
@@ -79,7 +80,7 @@ class Processes:
         elif self.device.type != "cpu":
             torch.get_device_module(self.device).manual_seed(seed)
 
-    def place(self, module: M) -> M:
+    def to_device(self, module: M) -> M:
         """Move a module to this process's device; its parameters stay the objects that others know."""
         if self.device.type == "xla":
             from tlscale.distributed import xla
@@ -87,14 +88,14 @@ class Processes:
             return xla.place(module, self.device)
         return module.to(self.device)
 
-    def run_recorded(self) -> None:
+    def mark_step(self) -> None:
         """The end of a step, or of a batch without gradients: XLA has only recorded it so far."""
         if self.device.type == "xla":
             from tlscale.distributed import xla
 
-            xla.run_recorded()
+            xla.mark_step()
 
-    def fetch(self, scalars: list[torch.Tensor]) -> torch.Tensor:
+    def to_cpu(self, scalars: list[torch.Tensor]) -> torch.Tensor:
         """Computed scalars of one dtype as one tensor on the CPU: (len(scalars),). The host waits once."""
         if self.device.type == "xla":  # for which a stack is another program for each number of scalars
             from tlscale.distributed import xla
@@ -138,19 +139,19 @@ class Processes:
             torch_dist.recv_object_list(box, src=source, group=self._control)
         return box[0]  # type: ignore[no-any-return]
 
-    def on_main(self, job: Callable[[], T]) -> T:
-        """Run `job` on the main process only; its result, or its error, reaches every process.
+    def run_on_main(self, job: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call `job` on the main process only; its result, or its error, reaches every process.
 
         Raises:
             TlscaleError: what the main process raised, so that no process waits for one that has left.
         """
         if self._control is None:
-            return job()
+            return job(*args, **kwargs)
         outcome: list[Any] = [None, None]
         cause: Exception | None = None
         if self.is_main:
             try:
-                outcome[0] = job()
+                outcome[0] = job(*args, **kwargs)
             except Exception as error:
                 cause, outcome[1] = error, _to_send(error)
         torch_dist.broadcast_object_list(outcome, src=0, group=self._control)
@@ -160,17 +161,17 @@ class Processes:
             raise _echo(outcome[1])
         return outcome[0]  # type: ignore[no-any-return]
 
-    def on_all(self, job: Callable[[], T]) -> T:
-        """Run `job` on every process; if it fails on one, it fails on all, and only the first of them says why.
+    def run_on_all(self, job: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call `job` on every process; if it fails on one, it fails on all, and only the first of them says why.
 
         Raises:
             TlscaleError: what the first process that failed raised.
         """
         if self._control is None:
-            return job()
+            return job(*args, **kwargs)
         outcome, error = None, None
         try:
-            outcome = job()
+            outcome = job(*args, **kwargs)
         except TlscaleError as raised:
             error = raised
         errors = self.gather(error)
@@ -213,10 +214,10 @@ class Processes:
             TlscaleError: what the main process raised on entering.
         """
         with ExitStack() as stack:
-            self.on_main(lambda: stack.enter_context(make()) and None)
+            self.run_on_main(lambda: stack.enter_context(make()) and None)
             yield
 
-    def share_buffers(self, module: torch.nn.Module) -> None:
+    def broadcast_buffers(self, module: torch.nn.Module) -> None:
         """Give every process the main one's buffers.
 
         Batch statistics differ by rank, and DDP levels them only at the next forward pass; an evaluation or a
@@ -257,7 +258,7 @@ def _to_send(error: Exception) -> TlscaleError:
 
 def _echo(error: TlscaleError) -> TlscaleError:
     """Another process's error, which that one says."""
-    error.said_by_main = True
+    error.reported_by_main = True
     return error
 
 
@@ -287,7 +288,9 @@ def _join(compute: ComputeSection, is_guest: bool) -> Processes:
         accelerator = Accelerator(
             mixed_precision=_MIXED[compute.precision],
             step_scheduler_with_optimizer=False,
-            kwargs_handlers=[InitProcessGroupKwargs(init_method=_meeting_place(), timeout=_patience(compute))],
+            kwargs_handlers=[
+                InitProcessGroupKwargs(init_method=_rendezvous_url(), timeout=_collective_timeout(compute))
+            ],
         )
     except ValueError as error:
         if not is_guest:
@@ -313,7 +316,9 @@ def _join(compute: ComputeSection, is_guest: bool) -> Processes:
         from tlscale.distributed import xla
 
         xla.prepare(accelerator)
-    control: Any = torch_dist.new_group(backend="gloo", timeout=_patience(compute)) if world_size > 1 else None
+    control: Any = (
+        torch_dist.new_group(backend="gloo", timeout=_collective_timeout(compute)) if world_size > 1 else None
+    )
     watchdog = Watchdog(compute.hang_timeout_s)
     mesh = init_device_mesh(accelerator.device.type, (world_size,)) if compute.engine == "fsdp2" else None
     return Processes(accelerator, accelerator.process_index, world_size, watchdog, mesh, control, is_guest)
@@ -328,7 +333,7 @@ def _check_count(compute: ComputeSection, world_size: int) -> None:
         )
 
 
-def _meeting_place() -> str | None:
+def _rendezvous_url() -> str | None:
     """Where the processes find each other; None: where PyTorch says.
 
     torchrun keeps the store in which processes that it restarts left their addresses, and the new ones may call those
@@ -347,7 +352,7 @@ def _meet(_url: str, **options: Any) -> Iterator[tuple[Any, int, int]]:
 register_rendezvous_handler(_SCHEME, _meet)  # type: ignore[no-untyped-call]
 
 
-def _patience(compute: ComputeSection) -> timedelta:
+def _collective_timeout(compute: ComputeSection) -> timedelta:
     """How long a process waits for the others: a little longer than the watchdog, which says where each one is."""
     return timedelta(seconds=compute.hang_timeout_s + 5.0)
 

@@ -1,6 +1,6 @@
 """What only XLA devices (TPUs) need. Imported where the device is one and nowhere else: torch_xla is rarely there.
 
-XLA computes nothing when it is told to. It records, until a value is asked for or `run_recorded` is called; what was
+XLA computes nothing when it is told to. It records, until a value is asked for or `mark_step` is called; what was
 recorded is then compiled as one program, which is kept for when the very same is recorded again. So a step ends in one
 call, records the same as the step before, and asks for no value.
 """
@@ -42,7 +42,7 @@ def join() -> None:
     torch_dist.init_process_group("xla", init_method="xla://")
 
 
-def run_recorded(*, wait: bool = False) -> None:
+def mark_step(*, wait: bool = False) -> None:
     """Have the device run what was recorded.
 
     Args:

@@ -18,7 +18,8 @@ from types import TracebackType
 from typing import Self
 
 from rich import box
-from rich.console import Console, Group
+from rich.console import Console as RichConsole
+from rich.console import Group
 from rich.live import Live
 from rich.measure import Measurement
 from rich.progress_bar import ProgressBar
@@ -125,7 +126,7 @@ class Pace:
         )
 
 
-class Progress:
+class Console:
     """Shows a run; a context manager.
 
     Args:
@@ -141,12 +142,12 @@ class Progress:
         total_steps: int,
         start_step: int = 0,
         enabled: bool = True,
-        console: Console | None = None,
+        console: RichConsole | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._total_steps = total_steps
         self._enabled = enabled
-        self._console = console or Console(highlight=False)
+        self._console = console or RichConsole(highlight=False)
         self._clock = clock
         self._eta = _Eta(start_step, clock())
         self._figures: _Figures | None = None
@@ -221,7 +222,7 @@ class Progress:
             return
         # A file or a pipe has no width; rich would take 80 columns for it, and fold the cells.
         width = Measurement.get(self._console, self._console.options.update(max_width=10_000), table).maximum
-        Console(file=self._console.file, width=max(width, 1), force_terminal=False).print(table)
+        RichConsole(file=self._console.file, width=max(width, 1), force_terminal=False).print(table)
 
     def _print(self, text: Text) -> None:
         self._console.print(text, soft_wrap=not self._console.is_terminal, highlight=False)

@@ -16,9 +16,9 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from tlscale.distributed.processes import Processes
 from tlscale.storage.run_folder import RunFolder, naming_disk_errors, write_json
-from tlscale.tracking.console import Progress
-from tlscale.training.loop_state import Clock
-from tlscale.training.setup import Prepared
+from tlscale.tracking.console import Console
+from tlscale.training.loop_state import LoopState
+from tlscale.training.setup import RunSetup
 from tlscale.training.stages import enter
 
 _WORDS = {
@@ -46,28 +46,28 @@ class Computed:
         ]
 
 
-def of_start(prepared: Prepared, processes: Processes, step: int) -> Computed:
+def of_start(setup: RunSetup, processes: Processes, step: int) -> Computed:
     """Describe a start of the run that makes its steps from `step` (of those done) on."""
     engine = "one process" if processes.world_size == 1 else "ddp"
-    split = prepared.split
+    split = setup.split
     return Computed(step, split.world_size, split.micro_batch_size, "fsdp2" if processes.mesh is not None else engine)
 
 
-def what_hangs_on_passes(prepared: Prepared) -> list[str]:
+def what_hangs_on_passes(setup: RunSetup) -> list[str]:
     """Find what makes another training of other passes over the same batch: `batch norm`, `dropout`.
 
     Batch norm takes its statistics over the images of a pass; dropout draws its masks by process and pass. Call it
     before the network is wrapped: the stages are entered for it.
     """
     found = set()
-    for stage in prepared.stages:
-        enter(prepared.classifier, stage)
-        for module in prepared.classifier.modules():
+    for stage in setup.stages:
+        enter(setup.classifier, stage)
+        for module in setup.classifier.modules():
             if module.training and _takes_statistics(module):
                 found.add("batch norm")
             if module.training and _drops(module):
                 found.add("dropout")
-    enter(prepared.classifier, prepared.stages[0])
+    enter(setup.classifier, setup.stages[0])
     return sorted(found)
 
 
@@ -80,13 +80,13 @@ def _drops(module: nn.Module) -> bool:
     return "Drop" in type(module).__name__ and any(isinstance(rate, int | float) and rate > 0 for rate in rates)
 
 
-def keep_decisions(record: dict[str, Any] | None, clock: Clock) -> None:
+def keep_decisions(record: dict[str, Any] | None, clock: LoopState) -> None:
     """Take from `run.json` what was decided for a stage and is in no checkpoint yet."""
     clock.keeps_codes = {**(record or {}).get("keeps_codes", {}), **clock.keeps_codes}
 
 
 def note_start(
-    folder: RunFolder, record: dict[str, Any], start: Computed, clock: Clock, hangs_on: list[str], screen: Progress
+    folder: RunFolder, record: dict[str, Any], start: Computed, clock: LoopState, hangs_on: list[str], console: Console
 ) -> dict[str, Any]:
     """Write down how the run goes on; announce what is not as before.
 
@@ -106,14 +106,14 @@ def note_start(
         effect = f"another training ({', '.join(other)})" if other else "rounding"
         before, after = getattr(starts[-1], name), getattr(start, name)
         changes.append({"step": start.from_step, "what": name, "before": before, "after": after, "effect": effect})
-        screen.say(_announced(changes[-1], other), style="yellow" if other else None)
+        console.say(_announced(changes[-1], other), style="yellow" if other else None)
     if differing or not starts:
         starts.append(start)
     new = {**record, "computed": [asdict(one) for one in starts], "changes": changes, "keeps_codes": clock.keeps_codes}
     return _write_if_new(folder, record, new)
 
 
-def note_decisions(folder: RunFolder, clock: Clock) -> None:
+def note_decisions(folder: RunFolder, clock: LoopState) -> None:
     """Write down what was decided for a stage that has begun."""
     record = json.loads(folder.run_json.read_text())
     _write_if_new(folder, record, {**record, "keeps_codes": clock.keeps_codes})

@@ -24,12 +24,12 @@ import torch
 
 from tlscale.errors import ResumeError
 from tlscale.models.backbone import layer_depths
-from tlscale.models.partition.partition import NoFrontier, find_frontier
+from tlscale.models.partition.partition import NoPartition, find_partition
 from tlscale.models.partition.self_check import OF_BATCH_SIZE, OF_CALLS
 from tlscale.recipe.schema import Recipe
 from tlscale.storage.run_folder import RunFolder, naming_disk_errors, write_json
 from tlscale.training.checkpoint.files import list_checkpoints
-from tlscale.training.setup import Prepared
+from tlscale.training.setup import RunSetup
 from tlscale.training.stages import enter
 
 
@@ -38,20 +38,20 @@ class Past:
     """An unfinished run that is to be resumed.
 
     Attributes:
-        prepared: the run as this version would go on with it.
+        setup: the run as this version would go on with it.
         record: its `run.json`.
-        clock: of its newest checkpoint, as `run_state.Clock` writes it: `step`, `best`, `keeps_codes` (stage -> whether
+        clock: of its newest checkpoint, as `LoopState` is saved: `step`, `best`, `keeps_codes` (stage -> whether
             it trains on codes) and so on; a key may be missing in one of an older version.
     """
 
-    prepared: Prepared
+    setup: RunSetup
     record: dict[str, Any]
     clock: dict[str, Any]
 
     @property
     def recipe(self) -> Recipe:
         """The recipe, which is that of the run."""
-        return self.prepared.recipe
+        return self.setup.recipe
 
 
 @dataclass(frozen=True)
@@ -78,18 +78,18 @@ def _is_smoothed(past: Past) -> bool:
 
 
 def _loss_chooses(past: Past) -> bool:
-    chooses = past.recipe.evaluate.select == "loss" and past.prepared.data.validation is not None
+    chooses = past.recipe.evaluate.select == "loss" and past.setup.data.validation is not None
     return chooses and (_is_weighted(past) or _is_smoothed(past))
 
 
 def _saw_fresh_views(past: Past) -> bool:
     """Whether a stage that is not over trains on images, and its epochs come to a view that is seen again."""
-    prepared = past.prepared
-    if not prepared.augment or prepared.teacher is not None:
+    setup = past.setup
+    if not setup.augment or setup.teacher is not None:
         return False
-    for stage in prepared.stages:
-        views, decided = prepared.image_views(stage), past.clock.get("keeps_codes", {}).get(str(stage.number))
-        is_ahead, last_epoch = stage.stop_step > past.clock["step"], prepared.order.epoch(stage.stop_step - 1)
+    for stage in setup.stages:
+        views, decided = setup.image_views(stage), past.clock.get("keeps_codes", {}).get(str(stage.number))
+        is_ahead, last_epoch = stage.stop_step > past.clock["step"], setup.order.epoch(stage.stop_step - 1)
         if views is not None and decided is False and is_ahead and last_epoch >= views:
             return True
     return False
@@ -97,29 +97,29 @@ def _saw_fresh_views(past: Past) -> bool:
 
 def _was_a_layer_too_deep(past: Past) -> bool:
     """Whether timm counts a part of the backbone to the layer of the classifier, and a stage ahead decays by layer."""
-    ahead = [stage for stage in past.prepared.stages if stage.stop_step > past.clock["step"]]
+    ahead = [stage for stage in past.setup.stages if stage.stop_step > past.clock["step"]]
     if all(stage.optim.layer_decay in (None, 1.0) for stage in ahead):
         return False
-    return min(layer_depths(past.prepared.classifier.backbone)[0].values()) != 1
+    return min(layer_depths(past.setup.classifier.backbone)[0].values()) != 1
 
 
 def _is_split_no_more(past: Past) -> bool:
     """Whether a stage ahead trains on codes of a network that counts its calls, or computes with the batch size."""
-    prepared, decided = past.prepared, past.clock.get("keeps_codes", {})
-    spec, generator = prepared.spec, torch.Generator().manual_seed(0)
+    setup, decided = past.setup, past.clock.get("keeps_codes", {})
+    spec, generator = setup.spec, torch.Generator().manual_seed(0)
     shape = (4, spec.in_chans, spec.image_size, spec.image_size)
-    images_BCHW = torch.randn(*shape, generator=generator).to(prepared.dtype)
-    for stage in prepared.stages:
+    images_BCHW = torch.randn(*shape, generator=generator).to(setup.dtype)
+    for stage in setup.stages:
         if stage.stop_step <= past.clock["step"] or not decided.get(str(stage.number)):
             continue
-        enter(prepared.classifier, stage)
+        enter(setup.classifier, stage)
         try:
-            find_frontier(prepared.classifier, images_BCHW)
-        except NoFrontier as refused:
+            find_partition(setup.classifier, images_BCHW)
+        except NoPartition as refused:
             if refused.reason.startswith((OF_BATCH_SIZE, OF_CALLS)):
                 return True
         finally:
-            enter(prepared.classifier, prepared.stages[0])
+            enter(setup.classifier, setup.stages[0])
     return False
 
 
@@ -163,7 +163,7 @@ def names() -> list[str]:
     return [correction.name for correction in CORRECTIONS]
 
 
-def refuse_uncorrected(folder: RunFolder, prepared: Prepared, record: dict[str, Any]) -> dict[str, Any]:
+def refuse_uncorrected(folder: RunFolder, setup: RunSetup, record: dict[str, Any]) -> dict[str, Any]:
     """Let a run be resumed only where no correction makes it another training.
 
     Returns:
@@ -178,7 +178,7 @@ def refuse_uncorrected(folder: RunFolder, prepared: Prepared, record: dict[str, 
         with naming_disk_errors(folder.run_json):
             write_json(folder.run_json, record)
         return record
-    past, known = Past(prepared, record, clock), record.get("corrections", [])
+    past, known = Past(setup, record, clock), record.get("corrections", [])
     found = [correction for correction in CORRECTIONS if correction.name not in known and correction.applies(past)]
     if found:
         lines = "\n  ".join(f"{correction.name}: {correction.text}" for correction in found)

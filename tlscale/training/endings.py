@@ -5,8 +5,8 @@ from __future__ import annotations
 from tlscale.distributed.signals import StopRequest
 from tlscale.storage.run_folder import RunFolder
 from tlscale.training.checkpoint.files import pointed_to
-from tlscale.training.loop_state import Clock
-from tlscale.training.setup import Prepared
+from tlscale.training.loop_state import LoopState
+from tlscale.training.setup import RunSetup
 
 
 def non_finite(bad_step: int, folder: RunFolder) -> str:
@@ -20,9 +20,9 @@ def non_finite(bad_step: int, folder: RunFolder) -> str:
     )
 
 
-def stopped(stop: StopRequest, clock: Clock, prepared: Prepared, folder: RunFolder) -> str:
+def stopped(stop: StopRequest, clock: LoopState, setup: RunSetup, folder: RunFolder) -> str:
     """Somebody stopped the run."""
     return (
-        f"stopped by {stop.by or 'a signal to another process'} after step {clock.step} of {prepared.total_steps}; all "
+        f"stopped by {stop.by or 'a signal to another process'} after step {clock.step} of {setup.total_steps}; all "
         f"is saved in '{folder.path}'. The same line with --resume goes on."
     )

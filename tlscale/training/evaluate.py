@@ -54,14 +54,14 @@ def evaluate(
     objective: Objective,
     classes: Sequence[str],
     processes: Processes,
-    in_step: bool = False,
+    lockstep: bool = False,
     error_of: str | None = None,
     predictions: Predictions | None = None,
 ) -> dict[str, Any]:
     """Figures of `network` on all images of a split, over all processes.
 
-    Unless `in_step`, the network is the bare one: a wrapped forward pass may talk to the other processes, and they have
-    not the same number of batches. It is left in the mode it came in.
+    Unless `lockstep`, the network is the bare one: a wrapped forward pass may talk to the other processes, and they do
+    not have the same number of batches. It is left in the mode it came in.
 
     Args:
         network: inputs to logits (B, C).
@@ -72,7 +72,7 @@ def evaluate(
             is trained on.
         classes: names of the C classes.
         processes: this process among all.
-        in_step: the network is one that is spread over the processes, and all of them have to call it equally often;
+        lockstep: the network is one that is spread over the processes, and all of them have to call it equally often;
             one that has no more batches repeats its last one, which is not counted.
         error_of: the figure whose standard error is wanted, too: top1, loss, macro_f1 or one of the `lessons`.
         predictions: takes this process's logits, image by image.
@@ -85,8 +85,8 @@ def evaluate(
     was_training = network.training
     network.eval()
     try:
-        with _no_gradients(processes.device, in_step=in_step), processes.accelerator.autocast():
-            for batch, args in _in_step(batches, inputs, processes) if in_step else _alone(batches, inputs):
+        with _no_gradients(processes.device, lockstep=lockstep), processes.accelerator.autocast():
+            for batch, args in _in_step(batches, inputs, processes) if lockstep else _alone(batches, inputs):
                 processes.watchdog.beat()
                 faults.at("evaluate")
                 outputs_BO = network(*args)
@@ -97,7 +97,7 @@ def evaluate(
                 lessons.add(objective.lessons(outputs_BO, batch))
                 if predictions is not None:
                     predictions.add(batch.rows_B, logits_BC)
-                processes.run_recorded()
+                processes.mark_step()
     finally:
         network.train(was_training)
     figures = _over_all(tally, lessons, objective, classes, processes, error_of)
@@ -152,9 +152,9 @@ class _Sums:
         return error_of_mean(total, squares, num_images)
 
 
-def _no_gradients(device: torch.device, *, in_step: bool) -> torch.inference_mode | torch.no_grad:
+def _no_gradients(device: torch.device, *, lockstep: bool) -> torch.inference_mode | torch.no_grad:
     """What FSDP makes in inference mode it could not use in training, and XLA cannot view what was there before."""
-    return torch.no_grad() if in_step or device.type == "xla" else torch.inference_mode()
+    return torch.no_grad() if lockstep or device.type == "xla" else torch.inference_mode()
 
 
 Pass = tuple[B | None, tuple[Tensor, ...]]  # a batch, and what the network takes for it

@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Generator, Iterable
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,21 +25,21 @@ import torch
 from torch import Tensor, nn
 
 from tlscale.codes.batches import CodeBatch, CodeViews, eval_code_batches, train_code_batches
-from tlscale.codes.cache import Images, Keeper, frontier_parts, input_path
+from tlscale.codes.cache import CodesCache, Images, input_path, partition_parts
 from tlscale.codes.store import CodesStore, nearest_folder
 from tlscale.data.loader import ImageStore, eval_batches, train_batches
 from tlscale.data.sources.open import ImageSplit
 from tlscale.data.transforms import ImageBatch
 from tlscale.distributed.processes import Processes
 from tlscale.errors import RecipeError
-from tlscale.models.partition.partition import Frontier, NoFrontier, find_frontier
+from tlscale.models.partition.partition import NoPartition, Partition, find_partition
 from tlscale.recipe.schema import CodesSection, Recipe
 from tlscale.training.distillation.targets import Targets
-from tlscale.training.setup import Prepared
+from tlscale.training.setup import RunSetup
 from tlscale.training.stages import Stage
 
 
-class Feed(Protocol):
+class InputPipeline(Protocol):
     """Where batches come from, and what they go through."""
 
     module: nn.Module
@@ -56,12 +55,12 @@ class Feed(Protocol):
         """This process's share of a split."""
 
 
-class ImageFeed:
+class ImagePipeline:
     """Images through the whole network, beside what a teacher says of them where there is one."""
 
     def __init__(
         self,
-        prepared: Prepared,
+        setup: RunSetup,
         processes: Processes,
         network: nn.Module,
         images: Images,
@@ -73,27 +72,27 @@ class ImageFeed:
             views: the augmented views of each training image; None: a new one in each epoch.
         """
         self.module = network
-        self._prepared, self._processes, self._images, self._targets = prepared, processes, images, targets
+        self._prepared, self._processes, self._images, self._targets = setup, processes, images, targets
         self._views = views
-        self._input_path = input_path(prepared, processes)
+        self._input_path = input_path(setup, processes)
         # Opened now, on all processes or on none: a bad image must not leave a half-begun run.
-        processes.on_all(images.train)
-        if prepared.data.validation is not None:
-            processes.on_all(partial(images.of, prepared.data.validation))
+        processes.run_on_all(images.train)
+        if setup.data.validation is not None:
+            processes.run_on_all(images.of, setup.data.validation)
 
     def steps(self, start: int, stop: int) -> Generator[list[ImageBatch], None, None]:
-        prepared, processes, store = self._prepared, self._processes, self._images.train()
+        setup, processes, store = self._prepared, self._processes, self._images.train()
         batches = train_batches(
             store,
-            prepared.order,
-            prepared.split,
+            setup.order,
+            setup.split,
             processes.rank,
-            seed=prepared.recipe.seed,
-            augment=prepared.augment,
+            seed=setup.recipe.seed,
+            augment=setup.augment,
             start_step=start,
             stop_step=stop,
             views=self._views,
-            workers=self._workers(store, augmented=bool(prepared.augment)),
+            workers=self._workers(store, augmented=bool(setup.augment)),
             pin_memory=processes.device.type == "cuda",
         )
         return batches if self._targets is None else self._taught(batches, start, stop, self._targets)
@@ -110,7 +109,7 @@ class ImageFeed:
         return self._input_path(batch)
 
     def eval_batches(self, split: ImageSplit) -> Iterable[ImageBatch]:
-        processes, store = self._processes, self._processes.on_all(partial(self._images.of, split))
+        processes, store = self._processes, self._processes.run_on_all(self._images.of, split)
         workers, targets = self._workers(store, augmented=False), self._targets
         batches = eval_batches(store, processes.rank, processes.world_size, self._prepared.eval_batch_size, workers)
         return batches if targets is None else targets.of_split(split, batches)
@@ -121,27 +120,27 @@ class ImageFeed:
         )
 
 
-class CodeFeed:
+class CodePipeline:
     """Codes of the frontier through what is behind it."""
 
     def __init__(
-        self, stage: Stage, prepared: Prepared, processes: Processes, frontier: Frontier, keeper: Keeper
+        self, stage: Stage, setup: RunSetup, processes: Processes, partition: Partition, codes_cache: CodesCache
     ) -> None:
-        self.module = frontier.suffix
-        self._prepared, self._processes = prepared, processes
-        self._frontier, self._keeper = frontier, keeper
-        self._parts = frontier_parts(frontier, prepared)
-        self._train = keeper.train_views(frontier.prefix, self._parts, views_of(stage, prepared))
+        self.module = partition.suffix
+        self._prepared, self._processes = setup, processes
+        self._frontier, self._keeper = partition, codes_cache
+        self._parts = partition_parts(partition, setup)
+        self._train = codes_cache.train_views(partition.prefix, self._parts, views_of(stage, setup))
         self._others: dict[str, CodeViews] = {}
-        if prepared.data.validation is not None:
-            self._of(prepared.data.validation)
+        if setup.data.validation is not None:
+            self._of(setup.data.validation)
 
     def steps(self, start: int, stop: int) -> Generator[list[CodeBatch], None, None]:
-        prepared, processes = self._prepared, self._processes
+        setup, processes = self._prepared, self._processes
         return train_code_batches(
             self._train,
-            prepared.order,
-            prepared.split,
+            setup.order,
+            setup.split,
             processes.rank,
             start_step=start,
             stop_step=stop,
@@ -169,19 +168,19 @@ class CodeFeed:
 class Choice:
     """Whether a stage trains on codes, and why, in one sentence for the screen."""
 
-    frontier: Frontier | None
+    partition: Partition | None
     why: str
 
 
-def open_feed(
+def open_pipeline(
     stage: Stage,
-    prepared: Prepared,
+    setup: RunSetup,
     processes: Processes,
-    keeper: Keeper,
+    codes_cache: CodesCache,
     *,
     targets: Targets | None = None,
     decided: bool | None,
-) -> tuple[Feed, bool]:
+) -> tuple[InputPipeline, bool]:
     """The feed of a stage that was entered, and whether it is one of codes.
 
     Args:
@@ -193,114 +192,114 @@ def open_feed(
     """
     choice = Choice(None, "as when the run began")
     if decided is not False:
-        choice = agree_on_cut(stage, prepared, processes, keeper.store, is_decided=bool(decided))
-    title = f"stage {stage.number + 1} of {len(prepared.stages)}: " if len(prepared.stages) > 1 else ""
-    if choice.frontier is None:
-        keeper.screen.say(f"{title}images through the whole network: {choice.why}")
-        views = prepared.image_views(stage)
-        return ImageFeed(prepared, processes, prepared.classifier, keeper.images, targets, views), False
-    keeper.screen.say(f"{title}{choice.frontier.describe()}; {choice.why}")
-    return CodeFeed(stage, prepared, processes, choice.frontier, keeper), True
+        choice = agree_on_partition(stage, setup, processes, codes_cache.store, force_cache=bool(decided))
+    title = f"stage {stage.number + 1} of {len(setup.stages)}: " if len(setup.stages) > 1 else ""
+    if choice.partition is None:
+        codes_cache.console.say(f"{title}images through the whole network: {choice.why}")
+        views = setup.image_views(stage)
+        return ImagePipeline(setup, processes, setup.classifier, codes_cache.images, targets, views), False
+    codes_cache.console.say(f"{title}{choice.partition.describe()}; {choice.why}")
+    return CodePipeline(stage, setup, processes, choice.partition, codes_cache), True
 
 
-def agree_on_cut(
-    stage: Stage, prepared: Prepared, processes: Processes, store: CodesStore, *, is_decided: bool
+def agree_on_partition(
+    stage: Stage, setup: RunSetup, processes: Processes, store: CodesStore, *, force_cache: bool
 ) -> Choice:
     """The cut of a stage that was entered, where every process finds the same one."""
     device, autocast = processes.device, processes.accelerator.autocast
-    choice = processes.on_all(lambda: choose_cut(stage, prepared, device, autocast, store, is_decided=is_decided))
-    digests = processes.gather(choice.frontier.digest if choice.frontier else None)
-    if choice.frontier is not None and any(digest != choice.frontier.digest for digest in digests):
+    choice = processes.run_on_all(choose_partition, stage, setup, device, autocast, store, force_cache=force_cache)
+    digests = processes.gather(choice.partition.digest if choice.partition else None)
+    if choice.partition is not None and any(digest != choice.partition.digest for digest in digests):
         return Choice(None, "not every process comes to the same cut")
     return choice
 
 
-def choose_cut(
+def choose_partition(
     stage: Stage,
-    prepared: Prepared,
+    setup: RunSetup,
     device: torch.device,
     autocast: Callable[[], AbstractContextManager[Any]],
     store: CodesStore,
     *,
-    is_decided: bool = False,
+    force_cache: bool = False,
 ) -> Choice:
     """Where to cut the network of a stage that was entered, or why not to.
 
     Args:
         autocast: the context that the network runs in.
         store: where codes are kept, on the disk that is measured.
-        is_decided: cut wherever it can be done, whatever it costs.
+        force_cache: cut wherever it can be done, whatever it costs.
     """
-    if prepared.teacher is not None:
+    if setup.teacher is not None:
         return Choice(None, "what is kept are the codes of its teacher")
-    why_not = None if is_decided else _objection(stage, prepared)
+    why_not = None if force_cache else _objection(stage, setup)
     if stage.trains_all or why_not:
         return Choice(None, why_not or "nothing is frozen")
-    images_BCHW = sample_images(prepared, device)
+    images_BCHW = sample_images(setup, device)
     try:
         with autocast():
-            frontier = find_frontier(prepared.classifier, images_BCHW)
-    except NoFrontier as reason:
+            partition = find_partition(setup.classifier, images_BCHW)
+    except NoPartition as reason:
         return Choice(None, reason.reason)
-    num_bytes = kept_bytes(frontier, prepared) * num_to_keep(stage, prepared)
+    num_bytes = kept_bytes(partition, setup) * num_to_keep(stage, setup)
     size = f"{num_bytes / 2**20:,.1f} MiB of codes"
-    if prepared.recipe.codes.keep == "always" or is_decided:
-        return Choice(frontier, size)
-    if why_not := _no_room(num_bytes, prepared.recipe.codes, store):
+    if setup.recipe.codes.keep == "always" or force_cache:
+        return Choice(partition, size)
+    if why_not := _no_room(num_bytes, setup.recipe.codes, store):
         return Choice(None, f"{size} {why_not}")
-    if num_bytes <= prepared.recipe.codes.memory_mib * 2**20:
-        return Choice(frontier, f"{size}, read into memory once")
+    if num_bytes <= setup.recipe.codes.memory_mib * 2**20:
+        return Choice(partition, f"{size}, read into memory once")
     with autocast():
-        forward_s = _forward_s(frontier.prefix, images_BCHW)
+        forward_s = _forward_s(partition.prefix, images_BCHW)
     speed = disk_bytes_per_s(store.root)
     if speed is None:
         return Choice(None, f"'{store.root}' cannot be written")
-    read_s = kept_bytes(frontier, prepared) / speed
+    read_s = kept_bytes(partition, setup) / speed
     costs = f"reading takes {1e3 * read_s:.2f} ms an image, computing {1e3 * forward_s:.2f} ms"
-    return Choice(None, costs) if read_s > forward_s else Choice(frontier, f"{size}; {costs}")
+    return Choice(None, costs) if read_s > forward_s else Choice(partition, f"{size}; {costs}")
 
 
-def _objection(stage: Stage, prepared: Prepared) -> str | None:
+def _objection(stage: Stage, setup: RunSetup) -> str | None:
     """Why codes would not pay, whatever the network; None where they may."""
-    codes, data = prepared.recipe.codes, prepared.data
+    codes, data = setup.recipe.codes, setup.data
     if codes.keep == "never":
         return "codes.keep is never"
     if stage.trains_all:
         return "nothing is frozen"
     if codes.keep == "always":
         return None
-    if prepared.augment and codes.views == 1:
+    if setup.augment and codes.views == 1:
         return "data.augment makes new images in each epoch (codes: {views: k} keeps k views of each)"
-    seen = prepared.order.images_seen(stage.stop_step) - prepared.order.images_seen(stage.start_step)
-    needed = len(data.train) * len(views_of(stage, prepared))
+    seen = setup.order.images_seen(stage.stop_step) - setup.order.images_seen(stage.start_step)
+    needed = len(data.train) * len(views_of(stage, setup))
     if seen < needed:
         return f"the stage sees {seen:,} images, and codes of {needed:,} would be computed"
     return None
 
 
-def views_of(stage: Stage, prepared: Prepared) -> list[int]:
+def views_of(stage: Stage, setup: RunSetup) -> list[int]:
     """The views of the training images that the epochs of the stage see."""
-    order = prepared.order
+    order = setup.order
     epochs = range(order.epoch(stage.start_step), order.epoch(stage.stop_step - 1) + 1)
-    return sorted({epoch % prepared.recipe.codes.views for epoch in epochs[: prepared.recipe.codes.views]})
+    return sorted({epoch % setup.recipe.codes.views for epoch in epochs[: setup.recipe.codes.views]})
 
 
-def num_to_keep(stage: Stage, prepared: Prepared) -> int:
+def num_to_keep(stage: Stage, setup: RunSetup) -> int:
     """Images, and augmented views of them, whose codes the stage needs; those of the test images included."""
-    data = prepared.data
+    data = setup.data
     others = [split for split in (data.validation, data.test) if split is not None]
-    return len(data.train) * len(views_of(stage, prepared)) + sum(map(len, others))
+    return len(data.train) * len(views_of(stage, setup)) + sum(map(len, others))
 
 
-def kept_bytes(frontier: Frontier, prepared: Prepared) -> int:
+def kept_bytes(partition: Partition, setup: RunSetup) -> int:
     """Bytes of an image's codes in the type that they are kept in."""
-    dtype = prepared.recipe.codes.dtype
+    dtype = setup.recipe.codes.dtype
     if dtype == "auto":
-        return frontier.num_bytes
+        return partition.num_bytes
     size = torch.finfo(getattr(torch, dtype)).bits // 8
     return sum(
         math.prod(value.shape) * (size if value.dtype.is_floating_point else value.dtype.itemsize)
-        for value in frontier.values
+        for value in partition.values
     )
 
 
@@ -317,12 +316,12 @@ def _no_room(num_bytes: int, codes: CodesSection, store: CodesStore) -> str | No
 _SAMPLE_IMAGES = 8
 
 
-def sample_images(prepared: Prepared, device: torch.device, count: int = _SAMPLE_IMAGES) -> Tensor:
+def sample_images(setup: RunSetup, device: torch.device, count: int = _SAMPLE_IMAGES) -> Tensor:
     """Noise of the size and type of a batch: what is cut must not depend on the data."""
-    spec, generator = prepared.spec, torch.Generator().manual_seed(0)
+    spec, generator = setup.spec, torch.Generator().manual_seed(0)
     shape = (count, spec.in_chans, spec.image_size, spec.image_size)
-    images_BCHW = torch.randn(*shape, generator=generator).to(device, prepared.dtype)
-    channels_last = prepared.recipe.compute.channels_last
+    images_BCHW = torch.randn(*shape, generator=generator).to(device, setup.dtype)
+    channels_last = setup.recipe.compute.channels_last
     return images_BCHW.contiguous(memory_format=torch.channels_last) if channels_last else images_BCHW
 
 
@@ -344,7 +343,7 @@ def _wait_for(device: torch.device) -> None:
     elif device.type == "xla":
         from tlscale.distributed import xla
 
-        xla.run_recorded(wait=True)
+        xla.mark_step(wait=True)
 
 
 def disk_bytes_per_s(root: Path, num_bytes: int = 32 * 2**20) -> float | None:

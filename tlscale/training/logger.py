@@ -10,32 +10,32 @@ from tlscale.distributed.processes import Processes
 from tlscale.errors import EXIT_FAILED
 from tlscale.recipe.schema import Recipe
 from tlscale.storage.run_folder import RunFolder
-from tlscale.tracking.console import Progress, number
+from tlscale.tracking.console import Console, number
 from tlscale.tracking.places import places_of, without_places
 from tlscale.tracking.redact import REDACTED
 from tlscale.tracking.trackers import MetricsFile, Trackers, open_trackers
 from tlscale.training.evaluate import scalars
-from tlscale.training.loop_state import Clock
-from tlscale.training.setup import Prepared
+from tlscale.training.loop_state import LoopState
+from tlscale.training.setup import RunSetup
 
 _SHOWN = ("top1", "loss", "macro_f1", "distill_loss")  # of an evaluation; the last where there is a teacher
 
 
-class RunBook:
+class RunLogger:
     """What is written down of the loop: `metrics.jsonl`, trackers, the screen, and the time that training took."""
 
     def __init__(
         self,
-        prepared: Prepared,
+        setup: RunSetup,
         folder: RunFolder,
         processes: Processes,
-        clock: Clock,
+        clock: LoopState,
         record: dict[str, Any],
-        progress: Progress,
+        progress: Console,
     ) -> None:
-        recipe = prepared.recipe
-        self._order, self._clock, self._progress = prepared.order, clock, progress
-        self._watch, self._train_s, self._window_images = prepared.watch, prepared.watch.train_s(), 0
+        recipe = setup.recipe
+        self._order, self._clock, self._progress = setup.order, clock, progress
+        self._watch, self._train_s, self._window_images = setup.watch, setup.watch.train_s(), 0
         self._metrics = MetricsFile(folder.metrics) if processes.is_main else None
         seen = self._metrics.truncate_after(clock.step) if self._metrics is not None else {}
         self.trackers: Trackers = open_trackers(
@@ -51,7 +51,7 @@ class RunBook:
         )
         clock.wandb_run_id = self.trackers.wandb_run_id
 
-    def __enter__(self) -> RunBook:
+    def __enter__(self) -> RunLogger:
         return self
 
     def __exit__(

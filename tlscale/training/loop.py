@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import closing
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,102 +21,110 @@ from tlscale import faults
 from tlscale.commands.tables import show_result
 from tlscale.data.identity import result_identity
 from tlscale.data.sources.open import ImageSplit
-from tlscale.distributed.fsdp import clip_grad_norm, filled, micro_batch
+from tlscale.distributed.fsdp import clip_grad_norm, gather_into, micro_batch
 from tlscale.distributed.processes import Processes
 from tlscale.distributed.signals import StopRequest
 from tlscale.errors import NonFiniteLossError, Stopped
 from tlscale.models.export import export_model
 from tlscale.recipe.seeds import derive_seed
 from tlscale.storage.run_folder import RunFolder, naming_disk_errors, write_json
-from tlscale.tracking.console import Progress
+from tlscale.tracking.console import Console
 from tlscale.training import computed
 from tlscale.training.checkpoint.files import Checkpoint, checkpoint_folder, newest_valid
 from tlscale.training.endings import non_finite, stopped
 from tlscale.training.evaluate import scalars
-from tlscale.training.input_pipeline import ImageFeed, refuse_codes_of_a_probe
-from tlscale.training.logger import RunBook
-from tlscale.training.loop_state import Clock, LossWindow, are_finite, point_to, restore, restore_weights, saved_clock
+from tlscale.training.input_pipeline import ImagePipeline, refuse_codes_of_a_probe
+from tlscale.training.logger import RunLogger
+from tlscale.training.loop_state import (
+    LoopState,
+    LossMeter,
+    are_finite,
+    point_to,
+    restore,
+    restore_weights,
+    saved_loop_state,
+)
 from tlscale.training.nonfinite import Vigil
 from tlscale.training.optimizer import set_lr
 from tlscale.training.predictions import Predictions, write_predictions
 from tlscale.training.run_info import begin_folder, read_record
 from tlscale.training.scores import fitted, score_of_training
-from tlscale.training.setup import Due, Prepared, strategy_of
+from tlscale.training.setup import Due, RunSetup, strategy_of
 from tlscale.training.stages import stage_at
 from tlscale.training.state import Parts, begin_stage, load, make_parts, next_stage, save, unwrap, unwrapping, validate
 
 
 def train(
-    prepared: Prepared,
+    setup: RunSetup,
     folder: RunFolder,
     processes: Processes,
     stop: StopRequest,
     record: dict[str, Any] | None,
-    screen: Progress,
+    console: Console,
 ) -> dict[str, Any]:
     """Train as the recipe says; what `result.json` holds.
 
     Args:
         record: `run.json` of the run that is gone on with; None where a new one begins.
     """
-    refuse_codes_of_a_probe(prepared.recipe)
+    refuse_codes_of_a_probe(setup.recipe)
     careful_until = 0
     while True:
         try:
-            return _train(prepared, folder, processes, stop, record, screen, careful_until)
+            return _train(setup, folder, processes, stop, record, console, careful_until)
         except NonFiniteLossError as error:
             # A step that was looked at and found good would end there again.
-            if prepared.recipe.non_finite.action != "rollback" or error.step <= careful_until:
+            if setup.recipe.non_finite.action != "rollback" or error.step <= careful_until:
                 raise
             careful_until = error.step
-            screen.say(
+            console.say(
                 f"WARNING: not finite at step {error.step}: back to the last checkpoint, to leave out what is not",
                 style="bold red",
             )
-        record = processes.on_main(partial(read_record, folder))
+        record = processes.run_on_main(read_record, folder)
 
 
 def _train(
-    prepared: Prepared,
+    setup: RunSetup,
     folder: RunFolder,
     processes: Processes,
     stop: StopRequest,
     record: dict[str, Any] | None,
-    screen: Progress,
+    console: Console,
     careful_until: int,
 ) -> dict[str, Any]:
     # -- resume -------------------------------------------------------------------------------------------------------
     run_id = record.get("id") if record is not None else None
-    newest = processes.on_main(partial(_newest, folder, run_id, screen)) if record is not None else None
-    checkpoint = load(newest, prepared, processes, run_id) if newest is not None else None
-    hangs_on = computed.what_hangs_on_passes(prepared)
-    saved_in = stage_at(prepared.stages, checkpoint.step - 1 if checkpoint is not None else 0)
-    parts = make_parts(prepared, processes, stop, screen, saved_in, careful_until)
-    clock = saved_clock(checkpoint) if checkpoint is not None else Clock()
+    newest = processes.run_on_main(_newest, folder, run_id, console) if record is not None else None
+    checkpoint = load(newest, setup, processes, run_id) if newest is not None else None
+    hangs_on = computed.what_hangs_on_passes(setup)
+    saved_in = stage_at(setup.stages, checkpoint.step - 1 if checkpoint is not None else 0)
+    parts = make_parts(setup, processes, stop, console, saved_in, careful_until)
+    clock = saved_loop_state(checkpoint) if checkpoint is not None else LoopState()
     computed.keep_decisions(record, clock)
     if checkpoint is not None:
-        processes.on_main(partial(point_to, folder.checkpoints, clock))
+        processes.run_on_main(point_to, folder.checkpoints, clock)
         if careful_until == 0:  # else what it tells of is of this very start
-            prepared.watch.add_earlier(clock.spent_s)
-        screen.say(f"resumed from {newest}, at step {clock.step} of {prepared.total_steps}")
+            setup.watch.add_earlier(clock.spent_s)
+        console.say(f"resumed from {newest}, at step {clock.step} of {setup.total_steps}")
     _go_on(checkpoint, clock, parts)
 
     # -- the loop: its first file is written when all images are there, so that bad ones leave no half-begun run ----
-    start = computed.of_start(prepared, processes, clock.step)
-    record = processes.on_main(partial(_record, record, folder, prepared, processes, start, clock, hangs_on, screen))
+    start = computed.of_start(setup, processes, clock.step)
+    record = processes.run_on_main(_record, record, folder, setup, processes, start, clock, hangs_on, console)
     clock.run_id = record.get("id")
-    if checkpoint is None and prepared.recipe.non_finite.action == "rollback":
+    if checkpoint is None and setup.recipe.non_finite.action == "rollback":
         save(parts, clock, folder)  # something to go back to
     with (
         unwrapping(parts),
-        Progress(prepared.total_steps, clock.step, enabled=processes.is_main) as progress,
-        RunBook(prepared, folder, processes, clock, record, progress) as book,
+        Console(setup.total_steps, clock.step, enabled=processes.is_main) as progress,
+        RunLogger(setup, folder, processes, clock, record, progress) as book,
         processes.watchdog.watching(),
-        prepared.watch("train"),
+        setup.watch("train"),
         closing(_steps(parts, clock, book, folder)) as steps,
     ):
-        window, due = LossWindow(clock, processes), Due(prepared)
-        parts.keeper.screen = progress
+        window, due = LossMeter(clock, processes), Due(setup)
+        parts.codes_cache.console = progress
         for batches in steps:
             # Train.
             lr, grad_norm = _make_step(batches, parts, clock, window, book, folder)
@@ -135,38 +142,38 @@ def _train(
                 due_save = validate(parts, clock, book) or due_save
             if due_save:
                 save(parts, clock, folder)
-            if stopping and clock.step < prepared.total_steps:
-                raise Stopped(stopped(stop, clock, prepared, folder))
-        with prepared.watch("export"):
+            if stopping and clock.step < setup.total_steps:
+                raise Stopped(stopped(stop, clock, setup, folder))
+        with setup.watch("export"):
             return _finish(parts, clock, book, folder, progress, record)
 
 
 def _record(
     record: dict[str, Any] | None,
     folder: RunFolder,
-    prepared: Prepared,
+    setup: RunSetup,
     processes: Processes,
     start: computed.Computed,
-    clock: Clock,
+    clock: LoopState,
     hangs_on: list[str],
-    screen: Progress,
+    console: Console,
 ) -> dict[str, Any]:
     """`run.json` of a run that begins, or that goes on in the way of this start."""
     if record is None:
-        record = begin_folder(folder, prepared, world_size=processes.world_size, device=str(processes.device))
-    return computed.note_start(folder, record, start, clock, hangs_on, screen)
+        record = begin_folder(folder, setup, world_size=processes.world_size, device=str(processes.device))
+    return computed.note_start(folder, record, start, clock, hangs_on, console)
 
 
-def _go_on(checkpoint: Checkpoint | None, clock: Clock, parts: Parts) -> None:
+def _go_on(checkpoint: Checkpoint | None, clock: LoopState, parts: Parts) -> None:
     """Begin where the checkpoint was made, or at the beginning.
 
     It is put into the bare objects of the stage that it is of, before Accelerate wraps them; what is spread over the
     processes comes into being with the feed, and takes its share after that.
     """
-    fixed, is_spread = parts.prepared.fixed, parts.processes.mesh is not None
+    fixed, is_spread = parts.setup.fixed, parts.processes.mesh is not None
     if checkpoint is not None and not is_spread:
         restore(checkpoint, parts.network, parts.optimizer, parts.ema, fixed)
-    if stage_at(parts.prepared.stages, clock.step) is not parts.stage:
+    if stage_at(parts.setup.stages, clock.step) is not parts.stage:
         next_stage(parts)
     begin_stage(parts, clock, checkpoint.state["scaler"] if checkpoint is not None else None)
     if checkpoint is not None and is_spread:
@@ -174,14 +181,14 @@ def _go_on(checkpoint: Checkpoint | None, clock: Clock, parts: Parts) -> None:
 
 
 def _make_step(
-    batches: list[Any], parts: Parts, clock: Clock, window: LossWindow, book: RunBook, folder: RunFolder
+    batches: list[Any], parts: Parts, clock: LoopState, window: LossMeter, book: RunLogger, folder: RunFolder
 ) -> tuple[float, Tensor | None]:
     """A step of the run: what is learned, and what is remembered of it; the learning rate, and the clipped norm."""
-    prepared = parts.prepared
+    setup = parts.setup
     parts.processes.watchdog.beat()
-    num_images = prepared.order.num_images_in(clock.step)
+    num_images = setup.order.num_images_in(clock.step)
     lr = set_lr(parts.optimizer, parts.stage.lr_factor(clock.step))
-    seed = derive_seed(prepared.recipe.seed, "step", clock.step)
+    seed = derive_seed(setup.recipe.seed, "step", clock.step)
     made = train_step(batches, parts, num_images=num_images, seed=seed, step=clock.step)
     clock.step += 1
     grad_norm = None
@@ -192,33 +199,33 @@ def _make_step(
         if parts.ema is not None:
             parts.ema.update(clock.step)
         window.add(loss_sum, num_images, clock.step)
-    parts.processes.run_recorded()
+    parts.processes.mark_step()
     book.trained(num_images)
     return lr, grad_norm
 
 
-def _steps(parts: Parts, clock: Clock, book: RunBook, folder: RunFolder) -> Generator[list[Any], None, None]:
+def _steps(parts: Parts, clock: LoopState, book: RunLogger, folder: RunFolder) -> Generator[list[Any], None, None]:
     """The batches of every step that is left, over all stages; a stage is begun when its first step comes."""
-    stages = parts.prepared.stages
+    stages = parts.setup.stages
     while True:
         assert parts.feed is not None
         with closing(parts.feed.steps(clock.step, parts.stage.stop_step)) as steps:
-            yield from parts.prepared.watch.each(steps)
+            yield from parts.setup.watch.each(steps)
         if parts.stage is stages[-1]:
             return
-        with parts.prepared.watch("start"):
+        with parts.setup.watch("start"):
             next_stage(parts)
             begin_stage(parts, clock, None)
-            parts.processes.on_main(partial(computed.note_decisions, folder, clock))
+            parts.processes.run_on_main(computed.note_decisions, folder, clock)
 
 
-def _leave_out(clock: Clock, parts: Parts, book: RunBook, folder: RunFolder) -> None:
+def _leave_out(clock: LoopState, parts: Parts, book: RunLogger, folder: RunFolder) -> None:
     """Write down that the step changed nothing.
 
     Raises:
         NonFiniteLossError: there were too many of them.
     """
-    most = parts.prepared.recipe.non_finite.most_steps
+    most = parts.setup.recipe.non_finite.most_steps
     clock.left_out.append(clock.step)
     book.write_left_out(len(clock.left_out), most)
     if len(clock.left_out) > most:
@@ -226,7 +233,9 @@ def _leave_out(clock: Clock, parts: Parts, book: RunBook, folder: RunFolder) -> 
         raise NonFiniteLossError(why + non_finite(clock.step, folder), clock.step)
 
 
-def _refuse_non_finite(bad_step: int | None, clock: Clock, parts: Parts, folder: RunFolder, *, may_save: bool) -> None:
+def _refuse_non_finite(
+    bad_step: int | None, clock: LoopState, parts: Parts, folder: RunFolder, *, may_save: bool
+) -> None:
     if bad_step is None and may_save and parts.processes.any(not are_finite(parts.network)):
         bad_step = clock.step  # in the backward pass: the loss would show it in the next step
     if bad_step is not None:
@@ -234,52 +243,52 @@ def _refuse_non_finite(bad_step: int | None, clock: Clock, parts: Parts, folder:
 
 
 def _finish(
-    parts: Parts, clock: Clock, book: RunBook, folder: RunFolder, progress: Progress, record: dict[str, Any]
+    parts: Parts, clock: LoopState, book: RunLogger, folder: RunFolder, progress: Console, record: dict[str, Any]
 ) -> dict[str, Any]:
     """The last and the chosen weights on the split that chose nothing; the chosen ones are exported."""
-    prepared, processes, feed = parts.prepared, parts.processes, parts.feed
+    setup, processes, feed = parts.setup, parts.processes, parts.feed
     assert feed is not None
-    split = prepared.data.test or prepared.data.validation
+    split = setup.data.test or setup.data.validation
     assert split is not None, "prepare refuses data that nothing can be evaluated on"
-    predictions = Predictions(split, prepared.data.classes)
-    with prepared.watch("test"):
+    predictions = Predictions(split, setup.data.classes)
+    with setup.watch("test"):
         last = {"step": clock.step, **parts.figures(split, feed, predictions=predictions)}
     best = last
     if clock.chosen_step is not None and clock.chosen_step != clock.step:
         # By its step, and not by what BEST points to: that is for people, and may be older than the clock.
         best_folder = checkpoint_folder(folder.checkpoints, clock.chosen_step)
-        checkpoint = load(best_folder, prepared, processes, clock.run_id)
-        restore_weights(checkpoint, parts.network, parts.ema, prepared.fixed)
+        checkpoint = load(best_folder, setup, processes, clock.run_id)
+        restore_weights(checkpoint, parts.network, parts.ema, setup.fixed)
         if clock.chosen_step <= parts.stage.start_step:  # of another stage, whose frozen part was another
-            feed = ImageFeed(prepared, processes, parts.network, parts.keeper.images, parts.targets)
-        predictions = Predictions(split, prepared.data.classes)
-        with prepared.watch("test"):
+            feed = ImagePipeline(setup, processes, parts.network, parts.codes_cache.images, parts.targets)
+        predictions = Predictions(split, setup.data.classes)
+        with setup.watch("test"):
             best = {"step": clock.chosen_step, **parts.figures(split, feed, predictions=predictions)}
     unwrap(parts)  # the exported model has to give its logits without what mixed precision does to them
     with parts.averaged():
         if parts.hollow is not None:
-            parts.network = filled(parts.hollow, parts.network, keep=processes.is_main)
-        how = processes.on_main(partial(_export, parts, folder))
+            parts.network = gather_into(parts.hollow, parts.network, keep=processes.is_main)
+        how = processes.run_on_main(_export, parts, folder)
     write_predictions(folder.predictions, predictions, processes)
     result = _result(parts, clock, split, best=best, last=last)
     result["changes"] = record["changes"]  # of how it was computed, from start to start
-    result |= processes.on_main(partial(result_identity, prepared.data))
-    processes.on_main(partial(_write_result, result, folder))
+    result |= processes.run_on_main(result_identity, setup.data)
+    processes.run_on_main(_write_result, result, folder)
     book.write_summary(result)
     show_result(result, progress, folder=folder.path, how_to_load=how)
     return result
 
 
 def _export(parts: Parts, folder: RunFolder) -> str:
-    prepared = parts.prepared
+    setup = parts.setup
     with naming_disk_errors(folder.model):
         return export_model(
             parts.network,
             folder.model,
-            head=prepared.recipe.head,
-            classes=prepared.data.classes,
-            spec=prepared.spec,
-            fitted=fitted(prepared),
+            head=setup.recipe.head,
+            classes=setup.data.classes,
+            spec=setup.spec,
+            fitted=fitted(setup),
         )
 
 
@@ -324,7 +333,7 @@ def train_step(
     if vigil is not None and vigil.is_bad(loss_sum):
         vigil.undo()
         return None
-    clip = parts.prepared.recipe.optim.clip_grad_norm
+    clip = parts.setup.recipe.optim.clip_grad_norm
     grad_norm = clip_grad_norm(accelerator, model, clip) if clip is not None else None
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -342,7 +351,7 @@ def _rehearse(batch: Any, parts: Parts) -> None:
     assert parts.wrapped is not None
     processes = parts.processes
     vigil, batch = _vigil(parts), batch.to(processes.device)
-    processes.seed(derive_seed(parts.prepared.recipe.seed, "settle", processes.rank))
+    processes.seed(derive_seed(parts.setup.recipe.seed, "settle", processes.rank))
     losses_B = parts.objective.of_batch(parts.wrapped[0](*parts.feed.inputs(batch)), batch)
     processes.accelerator.backward(losses_B[: batch.num_real].sum())
     vigil.undo()
@@ -356,7 +365,7 @@ def _vigil(parts: Parts) -> Vigil:
     return vigil
 
 
-def _newest(folder: RunFolder, run_id: str | None, progress: Progress) -> Path | None:
+def _newest(folder: RunFolder, run_id: str | None, progress: Console) -> Path | None:
     path, faults = newest_valid(folder.checkpoints, run_id)
     for fault in faults:
         progress.say(f"WARNING: {fault}", style="bold red")
@@ -364,33 +373,33 @@ def _newest(folder: RunFolder, run_id: str | None, progress: Progress) -> Path |
 
 
 def _result(
-    parts: Parts, clock: Clock, split: ImageSplit, *, best: dict[str, Any], last: dict[str, Any]
+    parts: Parts, clock: LoopState, split: ImageSplit, *, best: dict[str, Any], last: dict[str, Any]
 ) -> dict[str, Any]:
     """The final figures; those at the top are of the exported weights."""
-    prepared, order = parts.prepared, parts.prepared.order
+    setup, order = parts.setup, parts.setup.order
     brief = {name: {"step": figures["step"], **scalars(figures)} for name, figures in (("best", best), ("last", last))}
     return {
-        "name": prepared.recipe.name,
-        "strategy": strategy_of(prepared),
+        "name": setup.recipe.name,
+        "strategy": strategy_of(setup),
         "split": split.name,
-        **score_of_training(prepared, split),
-        "num_classes": len(prepared.data.classes),
+        **score_of_training(setup, split),
+        "num_classes": len(setup.data.classes),
         **{key: value for key, value in best.items() if key not in ("step", "confusion", "per_class")},
-        "weights": "best" if prepared.data.validation is not None else "last",
-        "choice": clock.choice(prepared.recipe.evaluate),
+        "weights": "best" if setup.data.validation is not None else "last",
+        "choice": clock.choice(setup.recipe.evaluate),
         **brief,
         "epochs": round(clock.step / order.steps_per_epoch, 4),
         "steps": clock.step,
         "images_seen": order.images_seen(clock.step),
         "steps_left_out": clock.left_out,
-        **prepared.watch.figures(order.images_seen(clock.step)),
-        "codes": parts.keeper.facts() if any(clock.keeps_codes.values()) or parts.targets is not None else None,
-        "trainable_params": prepared.trainable_params,
-        "total_params": prepared.total_params,
-        "is_sample": prepared.data.is_sample,
-        "notes": list(prepared.data.notes),
-        "num_bad_images": len(prepared.bad_images),
-        "skipped_images": prepared.bad_images.counts,
+        **setup.watch.figures(order.images_seen(clock.step)),
+        "codes": parts.codes_cache.facts() if any(clock.keeps_codes.values()) or parts.targets is not None else None,
+        "trainable_params": setup.trainable_params,
+        "total_params": setup.total_params,
+        "is_sample": setup.data.is_sample,
+        "notes": list(setup.data.notes),
+        "num_bad_images": len(setup.bad_images),
+        "skipped_images": setup.bad_images.counts,
         "per_class": best["per_class"],
         "confusion": best["confusion"],
     }

@@ -33,7 +33,7 @@ from tlscale.training.ema import Ema
 
 
 @dataclass
-class Clock:
+class LoopState:
     """The step, and what is kept beside it in a checkpoint's `state.json`."""
 
     step: int = 0
@@ -97,13 +97,13 @@ class Clock:
         return {"select": evaluation.select, "choose": evaluation.choose, **chosen, "best": best}
 
 
-class LossWindow:
+class LossMeter:
     """Loss since the last log line, summed on the device so that no step waits for it.
 
     `settle` is where the host waits: it adds up over processes and finds the first step whose loss was not finite.
     """
 
-    def __init__(self, clock: Clock, processes: Processes) -> None:
+    def __init__(self, clock: LoopState, processes: Processes) -> None:
         self._clock = clock
         self._processes = processes
         self._sums: list[tuple[int, Tensor]] = []
@@ -118,7 +118,7 @@ class LossWindow:
         if not self._sums:
             return None
         steps = [step for step, _ in self._sums]
-        totals = self._processes.sum(self._processes.fetch([loss for _, loss in self._sums]).double())
+        totals = self._processes.sum(self._processes.to_cpu([loss for _, loss in self._sums]).double())
         self._sums.clear()
         for step, total in zip(steps, totals.tolist(), strict=True):
             if not math.isfinite(total):
@@ -140,7 +140,7 @@ def are_finite(network: Classifier) -> bool:
 
 
 def snapshot(
-    clock: Clock,
+    clock: LoopState,
     network: Classifier,
     optimizer: torch.optim.Optimizer,
     ema: Ema | None,
@@ -173,7 +173,7 @@ def restore(
     ema: Ema | None,
     fixed: Collection[str] = (),
 ) -> None:
-    """Put a checkpoint back into the objects of a run; its clock is `saved_clock`.
+    """Put a checkpoint back into the objects of a run; its clock is `saved_loop_state`.
 
     Args:
         optimizer: of the stage that the checkpoint was saved in.
@@ -187,7 +187,7 @@ def restore(
     faults.at("restored")
 
 
-def saved_clock(checkpoint: Checkpoint) -> Clock:
+def saved_loop_state(checkpoint: Checkpoint) -> LoopState:
     """The clock that a checkpoint was saved at."""
     saved = dict(checkpoint.state["clock"])
     if "elapsed_s" in saved:  # of an older version, which told no more apart
@@ -195,7 +195,7 @@ def saved_clock(checkpoint: Checkpoint) -> Clock:
         saved["spent_s"] = {"start": max(saved.pop("elapsed_s") - train_s, 0.0), "train": train_s}
     best = [(int(step), float(figure)) for step, figure in saved["best"]]
     chosen = saved.get("chosen")  # checkpoints of older versions have none
-    return Clock(**{**saved, "best": best, "chosen": None if chosen is None else tuple(chosen)})
+    return LoopState(**{**saved, "best": best, "chosen": None if chosen is None else tuple(chosen)})
 
 
 def restore_weights(checkpoint: Checkpoint, network: Classifier, ema: Ema | None, fixed: Collection[str] = ()) -> None:
@@ -211,21 +211,21 @@ def restore_weights(checkpoint: Checkpoint, network: Classifier, ema: Ema | None
         ema.load(checkpoint.tensors["ema"])
 
 
-def write_checkpoint(root: Path, checkpoint: Checkpoint, clock: Clock, section: CheckpointSection) -> None:
+def write_checkpoint(root: Path, checkpoint: Checkpoint, clock: LoopState, section: CheckpointSection) -> None:
     """Save, point BEST to the chosen step, and only then remove what need not be kept."""
     save_checkpoint(root, checkpoint)
     faults.at("checkpoint.best")
     tidy_up(root, clock, section)
 
 
-def tidy_up(root: Path, clock: Clock, section: CheckpointSection) -> None:
+def tidy_up(root: Path, clock: LoopState, section: CheckpointSection) -> None:
     """After a save: point BEST to the chosen step, and remove what need not be kept."""
     if clock.chosen_step is not None:
         mark_best(root, clock.chosen_step)
     prune(root, keep=section.keep, keep_steps=clock.kept_steps(section), run_id=clock.run_id)
 
 
-def point_to(root: Path, clock: Clock) -> None:
+def point_to(root: Path, clock: LoopState) -> None:
     """Have LATEST and BEST say what a run goes on from; who wrote it may have been killed, or newer ones be damaged.
 
     Raises:

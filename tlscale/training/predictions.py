@@ -183,7 +183,7 @@ def write_predictions(path: Path, predictions: Predictions, processes: Processes
     if processes is None:
         _raise(error)
     else:
-        processes.on_main(lambda: _raise(error))
+        processes.run_on_main(_raise, error)
 
 
 def _raise(error: Exception | None) -> None:

@@ -19,21 +19,21 @@ from tlscale.tracking.git_state import git_state
 from tlscale.tracking.packages import versions_of
 from tlscale.tracking.places import places_of, without_places
 from tlscale.training import corrections
-from tlscale.training.setup import Prepared, strategy_of
+from tlscale.training.setup import RunSetup, strategy_of
 
 _PACKAGES = ("torch", "torchvision", "timm", "accelerate", "datasets", "safetensors", "numpy", "pillow")
 
 
-def make_record(prepared: Prepared, *, world_size: int, device: str) -> dict[str, Any]:
+def make_record(setup: RunSetup, *, world_size: int, device: str) -> dict[str, Any]:
     """Return the facts of a run that is about to begin; places on this machine are in its recipe alone."""
     record = {
         "tlscale": __version__,
-        "name": prepared.recipe.name,
+        "name": setup.recipe.name,
         "id": secrets.token_hex(8),  # its checkpoints bear it
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "corrections": corrections.names(),  # in force when it began
-        "strategy": strategy_of(prepared),
-        "recipe_sha256": recipe_digest(prepared.recipe),
+        "strategy": strategy_of(setup),
+        "recipe_sha256": recipe_digest(setup.recipe),
         "git": git_state(),
         "python": sys.version.split()[0],
         "platform": platform.platform(),
@@ -41,43 +41,43 @@ def make_record(prepared: Prepared, *, world_size: int, device: str) -> dict[str
         "world_size": world_size,
         "device": device,
         "threads": torch.get_num_threads(),
-        "batch": prepared.split.describe() if prepared.stages else None,
-        "total_steps": prepared.total_steps,
+        "batch": setup.split.describe() if setup.stages else None,
+        "total_steps": setup.total_steps,
         "data": {
-            **prepared.data.identity,
-            **identity_facts(prepared.data),
-            "is_sample": prepared.data.is_sample,
-            "notes": list(prepared.data.notes),
-            "classes": list(prepared.data.classes),
+            **setup.data.identity,
+            **identity_facts(setup.data),
+            "is_sample": setup.data.is_sample,
+            "notes": list(setup.data.notes),
+            "classes": list(setup.data.classes),
         },
-        "bad_images": prepared.bad_images.to_plain(),
-        "input": prepared.spec.to_plain(),
+        "bad_images": setup.bad_images.to_plain(),
+        "input": setup.spec.to_plain(),
         "weights": {
-            "origin": prepared.weights.origin,
-            "sha256": prepared.weights.sha256,
-            "num_matched": prepared.weights.num_matched,
-            "num_tensors": prepared.weights.num_tensors,
+            "origin": setup.weights.origin,
+            "sha256": setup.weights.sha256,
+            "num_matched": setup.weights.num_matched,
+            "num_tensors": setup.weights.num_tensors,
         },
-        "teacher": None if prepared.teacher is None else prepared.teacher.to_plain(),
-        "trainable_params": prepared.trainable_params,
-        "total_params": prepared.total_params,
+        "teacher": None if setup.teacher is None else setup.teacher.to_plain(),
+        "trainable_params": setup.trainable_params,
+        "total_params": setup.total_params,
     }
-    plain: dict[str, Any] = without_places(record, places_of(prepared.recipe))
+    plain: dict[str, Any] = without_places(record, places_of(setup.recipe))
     return plain
 
 
-def begin_folder(folder: RunFolder, prepared: Prepared, *, world_size: int, device: str) -> dict[str, Any]:
+def begin_folder(folder: RunFolder, setup: RunSetup, *, world_size: int, device: str) -> dict[str, Any]:
     """Write what a run begins with; what an earlier run left in the folder is removed.
 
     Returns:
         What `run.json` holds.
     """
-    record = make_record(prepared, world_size=world_size, device=device)
+    record = make_record(setup, world_size=world_size, device=device)
     with naming_disk_errors(folder.path):
         clear(folder)
         write_json(folder.run_json, record)
         faults.at("record")
-        write_text(folder.recipe, dump_recipe(prepared.recipe))
+        write_text(folder.recipe, dump_recipe(setup.recipe))
     return record
 
 

@@ -15,24 +15,24 @@ from typing import Any
 from tlscale.codes.probes.select import Choice
 from tlscale.data.sources.open import ImageSplit
 from tlscale.training.metrics import majority
-from tlscale.training.setup import Prepared
+from tlscale.training.setup import RunSetup
 
 
-def score_of_training(prepared: Prepared, split: ImageSplit) -> dict[str, Any]:
+def score_of_training(setup: RunSetup, split: ImageSplit) -> dict[str, Any]:
     """The four keys of a run that trained."""
     # One evaluation, in the end, chooses nothing.
-    has_chosen = prepared.to_steps(prepared.recipe.evaluate.every) < prepared.total_steps
-    return _score(prepared, split, has_chosen=has_chosen, refitted=False)
+    has_chosen = setup.to_steps(setup.recipe.evaluate.every) < setup.total_steps
+    return _score(setup, split, has_chosen=has_chosen, refitted=False)
 
 
-def score_of_probe(prepared: Prepared, choice: Choice, split: ImageSplit) -> dict[str, Any]:
+def score_of_probe(setup: RunSetup, choice: Choice, split: ImageSplit) -> dict[str, Any]:
     """The four keys of a probe."""
     has_chosen = sum(map(len, choice.table.values())) > 1
-    return _score(prepared, split, has_chosen=has_chosen, refitted=choice.probe.refitted)
+    return _score(setup, split, has_chosen=has_chosen, refitted=choice.probe.refitted)
 
 
-def _score(prepared: Prepared, split: ImageSplit, *, has_chosen: bool, refitted: bool) -> dict[str, Any]:
-    data = prepared.data
+def _score(setup: RunSetup, split: ImageSplit, *, has_chosen: bool, refitted: bool) -> dict[str, Any]:
+    data = setup.data
     return {
         "scored_model": "before_refit" if refitted and data.test is None else "exported",
         "exported_model": "refitted_on_train_and_validation" if refitted else "fitted_on_train",
@@ -41,7 +41,7 @@ def _score(prepared: Prepared, split: ImageSplit, *, has_chosen: bool, refitted:
     }
 
 
-def fitted(prepared: Prepared, *, refitted: bool = False) -> dict[str, Any]:
+def fitted(setup: RunSetup, *, refitted: bool = False) -> dict[str, Any]:
     """What the exported model's `config.json` says of itself."""
-    scored_on = "test" if prepared.data.test is not None else None if refitted else "validation"
+    scored_on = "test" if setup.data.test is not None else None if refitted else "validation"
     return {"fitted_on": ["train", "validation"] if refitted else ["train"], "scored_on": scored_on}

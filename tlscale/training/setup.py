@@ -42,7 +42,7 @@ from tlscale.training.stages import Stage, enter, plan_stages, to_steps
 
 
 @dataclass
-class Prepared:
+class RunSetup:
     """A run about to begin."""
 
     recipe: Recipe
@@ -147,13 +147,13 @@ class Prepared:
 class Due:
     """Which steps are followed by what; a function of the step (counted from 1)."""
 
-    def __init__(self, prepared: Prepared) -> None:
-        recipe, validates = prepared.recipe, prepared.data.validation is not None
-        self._last = prepared.total_steps
+    def __init__(self, setup: RunSetup) -> None:
+        recipe, validates = setup.recipe, setup.data.validation is not None
+        self._last = setup.total_steps
         # What comes after a stage may take long, and is no step: it must not be what a stop loses.
-        self._ends = {stage.stop_step for stage in prepared.stages}
-        self._log, self._save = prepared.to_steps(recipe.log_every), prepared.to_steps(recipe.checkpoint.every)
-        self._evaluate = prepared.to_steps(recipe.evaluate.every) if validates else None
+        self._ends = {stage.stop_step for stage in setup.stages}
+        self._log, self._save = setup.to_steps(recipe.log_every), setup.to_steps(recipe.checkpoint.every)
+        self._evaluate = setup.to_steps(recipe.evaluate.every) if validates else None
 
     def log(self, step: int) -> bool:
         return step % self._log == 0 or step == self._last
@@ -165,14 +165,14 @@ class Due:
         return self._evaluate is not None and (step % self._evaluate == 0 or step == self._last)
 
 
-def prepare(
+def set_up(
     recipe: Recipe,
     *,
     world_size: int,
     bad_images: BadImages | None = None,
     tries_images: bool = True,
     watch: Stopwatch | None = None,
-) -> Prepared:
+) -> RunSetup:
     """Open the data, build the model, match the rules, do the arithmetic.
 
     Args:
@@ -206,10 +206,10 @@ def prepare(
     if stages:
         _refuse_idle_rates(recipe, stages)
         _enable_checkpointing(recipe, classifier, stages, spec)
-    prepared = Prepared(recipe, data, spec, classifier, weights, code_width, order, split, stages, teacher, watch)
+    setup = RunSetup(recipe, data, spec, classifier, weights, code_width, order, split, stages, teacher, watch)
     if stages:
-        _refuse_what_cannot_train(prepared, world_size)
-    return prepared
+        _refuse_what_cannot_train(setup, world_size)
+    return setup
 
 
 def _refuse_idle_rates(recipe: Recipe, stages: list[Stage]) -> None:
@@ -269,20 +269,20 @@ def _enable_checkpointing(recipe: Recipe, classifier: Classifier, stages: list[S
         enter(classifier, stages[0])
 
 
-def _refuse_what_cannot_train(prepared: Prepared, world_size: int) -> None:
+def _refuse_what_cannot_train(setup: RunSetup, world_size: int) -> None:
     """What would fail in the middle of an epoch, or leave a process waiting, is found by a pass on trial."""
-    classifier, stages, trained = prepared.classifier, prepared.stages, prepared.trained
+    classifier, stages, trained = setup.classifier, setup.stages, setup.trained
     for name, param in classifier.rule_names().items():
         param.requires_grad_(name in trained)
-    size = {"in_chans": prepared.spec.in_chans, "image_size": prepared.spec.image_size}
-    least = least_in_a_pass(prepared.order, prepared.split, prepared.total_steps)
+    size = {"in_chans": setup.spec.in_chans, "image_size": setup.spec.image_size}
+    least = least_in_a_pass(setup.order, setup.split, setup.total_steps)
     alone = least == 1 and not trains_on_one_image(classifier, **size)
     # Each process waits for the others' gradient of every trained parameter, and so each must get one.
     waits = world_size > 1 and any(stage.trains_backbone for stage in stages)
     unused = unused_parameters(classifier, **size) if waits and not alone else []
     enter(classifier, stages[0])
     if alone:
-        raise RecipeError(_one_image(prepared))
+        raise RecipeError(_one_image(setup))
     if unused:
         raise ModelError(
             f"backbone: {type(classifier.backbone).__name__} has {len(unused)} parameters that are trained but have no "
@@ -292,8 +292,8 @@ def _refuse_what_cannot_train(prepared: Prepared, world_size: int) -> None:
         )
 
 
-def _one_image(prepared: Prepared) -> str:
-    order, split = prepared.order, prepared.split
+def _one_image(setup: RunSetup) -> str:
+    order, split = setup.order, setup.split
     rest = order.num_images_in(order.steps_per_epoch - 1)
     if split.micro_batch_size == 1:
         what, remedy = "micro-batches are of one image", "set compute.micro_batch_size, or batch_size, to more"
@@ -303,26 +303,26 @@ def _one_image(prepared: Prepared) -> str:
     return f"{split.describe()}: {what}, and batch norm cannot be trained on one image. To go on, {remedy}."
 
 
-def make_objective(prepared: Prepared, device: torch.device) -> Objective:
+def make_objective(setup: RunSetup, device: torch.device) -> Objective:
     """The recipe's loss, its class weights on `device`."""
-    recipe, data = prepared.recipe, prepared.data
+    recipe, data = setup.recipe, setup.data
     weights_C = class_weights(recipe.loss, data.train.labels_N, data.classes)
     if weights_C is not None:
-        weights_C = weights_C.to(prepared.dtype).to(device)
+        weights_C = weights_C.to(setup.dtype).to(device)
     if recipe.distill is not None:
         return DistillObjective(recipe.loss, weights_C, recipe.distill, len(data.classes))
     return Objective(recipe.loss, weights_C)
 
 
-def strategy_of(prepared: Prepared) -> str:
+def strategy_of(setup: RunSetup) -> str:
     """The strategy's name: codes, early_codes, mlp, head, finetune, stages, scratch (design.md, section 2), distill."""
-    recipe = prepared.recipe
+    recipe = setup.recipe
     if recipe.distill is not None:
         return "distill"
     if recipe.probe is not None:
         return "codes" if set(recipe.codes.layer or [PENULTIMATE]) == {PENULTIMATE} else "early_codes"
-    if len(prepared.stages) > 1:
+    if len(setup.stages) > 1:
         return "stages"
-    if not prepared.stages[0].trains_backbone:
+    if not setup.stages[0].trains_backbone:
         return "head" if is_single_linear(recipe.head) else "mlp"
-    return "finetune" if recipe.backbone.weights != "none" or prepared.frozen_params else "scratch"
+    return "finetune" if recipe.backbone.weights != "none" or setup.frozen_params else "scratch"

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,28 +16,28 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
-from tlscale.codes.cache import Images, Keeper
+from tlscale.codes.cache import CodesCache, Images
 from tlscale.data.sources.open import ImageSplit
-from tlscale.distributed.consistency import refuse_desync, what_must_agree
-from tlscale.distributed.fsdp import hollow_copy, objection_to_shares, shard, sharded_groups
+from tlscale.distributed.consistency import check_replicas_agree, what_must_agree
+from tlscale.distributed.fsdp import meta_copy, objection_to_sharding, shard, sharded_groups
 from tlscale.distributed.processes import Processes
 from tlscale.distributed.signals import StopRequest
 from tlscale.errors import NonFiniteLossError, RecipeError
 from tlscale.models.classifier import Classifier
 from tlscale.storage.run_folder import RunFolder
-from tlscale.tracking.console import Progress
+from tlscale.tracking.console import Console
 from tlscale.training.checkpoint.files import Checkpoint, load_checkpoint
 from tlscale.training.checkpoint.sharded import load_sharded, save_sharded
 from tlscale.training.distillation.targets import Targets, ask_teacher
 from tlscale.training.ema import Ema
 from tlscale.training.evaluate import evaluate
-from tlscale.training.input_pipeline import Feed, open_feed
-from tlscale.training.logger import RunBook
-from tlscale.training.loop_state import Clock, snapshot, tidy_up, write_checkpoint
+from tlscale.training.input_pipeline import InputPipeline, open_pipeline
+from tlscale.training.logger import RunLogger
+from tlscale.training.loop_state import LoopState, snapshot, tidy_up, write_checkpoint
 from tlscale.training.loss import Objective
 from tlscale.training.optimizer import build_optimizer
 from tlscale.training.predictions import Predictions
-from tlscale.training.setup import Prepared, make_objective
+from tlscale.training.setup import RunSetup, make_objective
 from tlscale.training.stages import Stage, cross_boundary, enter
 
 
@@ -46,17 +45,17 @@ from tlscale.training.stages import Stage, cross_boundary, enter
 class Parts:
     """The objects of a run; `network` is the bare one, which checkpoints and export are of."""
 
-    prepared: Prepared
+    setup: RunSetup
     processes: Processes
     network: Classifier
     ema: Ema | None
     objective: Objective
-    keeper: Keeper
+    codes_cache: CodesCache
     careful_until: int  # steps before this one are looked at before their update
     # Of the stage that the run is in:
     stage: Stage
     optimizer: torch.optim.Optimizer
-    feed: Feed | None = None
+    feed: InputPipeline | None = None
     targets: Targets | None = None  # of all stages, where there is a teacher
     # What is called and stepped: what Accelerate, or FSDP2, made of the feed's module.
     wrapped: tuple[nn.Module, torch.optim.Optimizer] | None = None
@@ -64,7 +63,12 @@ class Parts:
     is_rehearsed: bool = True  # false before the first step of a start or a stage, where it matters
 
     def figures(
-        self, split: ImageSplit, feed: Feed, *, error_of: str | None = None, predictions: Predictions | None = None
+        self,
+        split: ImageSplit,
+        feed: InputPipeline,
+        *,
+        error_of: str | None = None,
+        predictions: Predictions | None = None,
     ) -> dict[str, Any]:
         """Evaluate the weights that a user would get: the averages, where averages are kept.
 
@@ -72,7 +76,7 @@ class Parts:
             error_of: the figure whose standard error is wanted, too.
             predictions: takes them image by image, where they are wanted.
         """
-        self.processes.share_buffers(self.network)
+        self.processes.broadcast_buffers(self.network)
         with self.averaged():
             return evaluate(
                 feed.module,
@@ -80,9 +84,9 @@ class Parts:
                 inputs=feed.inputs,
                 num_images=len(split),
                 objective=self.objective,
-                classes=self.prepared.data.classes,
+                classes=self.setup.data.classes,
                 processes=self.processes,
-                in_step=self.hollow is not None,
+                lockstep=self.hollow is not None,
                 error_of=error_of,
                 predictions=predictions,
             )
@@ -93,46 +97,46 @@ class Parts:
 
 
 def make_parts(
-    prepared: Prepared, processes: Processes, stop: StopRequest, screen: Progress, stage: Stage, careful_until: int
+    setup: RunSetup, processes: Processes, stop: StopRequest, console: Console, stage: Stage, careful_until: int
 ) -> Parts:
     """What a run begins with, in `stage`; nothing is wrapped yet.
 
     Args:
         careful_until: steps before this one are looked at before their update.
     """
-    recipe, device = prepared.recipe, processes.device
-    network = processes.place(prepared.classifier)
+    recipe, device = setup.recipe, processes.device
+    network = processes.to_device(setup.classifier)
     enter(network, stage)
     return Parts(
-        prepared,
+        setup,
         processes,
         network,
-        _averages(prepared) if processes.mesh is None else None,
-        make_objective(prepared, device),
-        Keeper(prepared, processes, Images(prepared), screen, stop),
-        careful_until if recipe.non_finite.action != "skip" else prepared.total_steps,
+        _averages(setup) if processes.mesh is None else None,
+        make_objective(setup, device),
+        CodesCache(setup, processes, Images(setup), console, stop),
+        careful_until if recipe.non_finite.action != "skip" else setup.total_steps,
         stage,
         build_optimizer(stage.groups, stage.optim),
     )
 
 
-def _averages(prepared: Prepared) -> Ema | None:
-    decay = prepared.recipe.optim.ema_decay
-    return Ema(prepared.trained, decay) if decay is not None else None
+def _averages(setup: RunSetup) -> Ema | None:
+    decay = setup.recipe.optim.ema_decay
+    return Ema(setup.trained, decay) if decay is not None else None
 
 
-def begin_stage(parts: Parts, clock: Clock, scaler_state: dict[str, Any] | None) -> None:
+def begin_stage(parts: Parts, clock: LoopState, scaler_state: dict[str, Any] | None) -> None:
     """Open the feed of the stage, which may compute codes, and have Accelerate wrap what is trained."""
-    prepared, accelerator, key = parts.prepared, parts.processes.accelerator, str(parts.stage.number)
+    setup, accelerator, key = parts.setup, parts.processes.accelerator, str(parts.stage.number)
     decided = clock.keeps_codes.get(key)
-    parts.keeper.begin_stage()
+    parts.codes_cache.begin_stage()
     if parts.targets is None:
-        parts.targets = ask_teacher(prepared, parts.processes, parts.keeper)
-    parts.feed, keeps = open_feed(
-        parts.stage, prepared, parts.processes, parts.keeper, targets=parts.targets, decided=decided
+        parts.targets = ask_teacher(setup, parts.processes, parts.codes_cache)
+    parts.feed, keeps = open_pipeline(
+        parts.stage, setup, parts.processes, parts.codes_cache, targets=parts.targets, decided=decided
     )
     clock.keeps_codes[key] = keeps
-    if prepared.recipe.compute.compile:
+    if setup.recipe.compute.compile:
         parts.feed.module.compile()
     parts.feed.module.train()
     if parts.processes.mesh is not None:
@@ -140,29 +144,29 @@ def begin_stage(parts: Parts, clock: Clock, scaler_state: dict[str, Any] | None)
     else:
         parts.wrapped = accelerator.prepare(parts.feed.module, parts.optimizer)
         parts.is_rehearsed = parts.processes.world_size < 3 or not isinstance(parts.wrapped[0], DistributedDataParallel)
-    parts.processes.run_recorded()  # what was loaded; else the first step would be a program of its own
+    parts.processes.mark_step()  # what was loaded; else the first step would be a program of its own
     if scaler_state is not None and accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(scaler_state)
 
 
 def _shard(parts: Parts, module: nn.Module, mesh: DeviceMesh) -> None:
     """Spread what is trained over the processes; the optimizer and the averages are of each one's shares."""
-    prepared, stage = parts.prepared, parts.stage
-    why_not = next(filter(None, parts.processes.gather(objection_to_shares(stage.optim, mesh))), None)
+    setup, stage = parts.setup, parts.stage
+    why_not = next(filter(None, parts.processes.gather(objection_to_sharding(stage.optim, mesh))), None)
     if why_not is not None:
         raise RecipeError(
             f"optim.name: '{stage.optim.name}' cannot be had beside compute.engine: fsdp2 ({why_not}). Take another, "
             "such as adamw, sgd, lion or lamb, or compute.engine: ddp"
         )
-    parts.hollow = hollow_copy(parts.network)
-    num_blocks = shard(module, parts.network, mesh, prepared.recipe.compute.precision)
+    parts.hollow = meta_copy(parts.network)
+    num_blocks = shard(module, parts.network, mesh, setup.recipe.compute.precision)
     groups = sharded_groups(stage.groups, parts.network.rule_names())
-    parts.optimizer, parts.ema = build_optimizer(groups, stage.optim), _averages(prepared)
+    parts.optimizer, parts.ema = build_optimizer(groups, stage.optim), _averages(setup)
     # Autocast alone: Accelerate would put DDP around it.
     prepared_module = parts.processes.accelerator.prepare_model(module, evaluation_mode=True)
     parts.wrapped = prepared_module, parts.optimizer
-    parts.keeper.screen.say(
-        f"fsdp2: {prepared.trainable_params:,} trained parameters spread over {mesh.size()} processes, "
+    parts.codes_cache.console.say(
+        f"fsdp2: {setup.trainable_params:,} trained parameters spread over {mesh.size()} processes, "
         f"{num_blocks} blocks whole one after the other"
     )
 
@@ -171,8 +175,8 @@ def next_stage(parts: Parts) -> None:
     """Leave the stage that is over: unwrap, freeze, and build the optimizer again with the moments that go on."""
     unwrap(parts)
     # Batch statistics differ by rank until they are shared, and what is frozen now must be the same on all.
-    parts.processes.share_buffers(parts.network)
-    parts.stage = parts.prepared.stages[parts.stage.number + 1]
+    parts.processes.broadcast_buffers(parts.network)
+    parts.stage = parts.setup.stages[parts.stage.number + 1]
     parts.optimizer = cross_boundary(parts.network, parts.optimizer, parts.ema, parts.stage)
 
 
@@ -196,56 +200,56 @@ def unwrapping(parts: Parts) -> Iterator[None]:
         raise
 
 
-def validate(parts: Parts, clock: Clock, book: RunBook) -> bool:
+def validate(parts: Parts, clock: LoopState, book: RunLogger) -> bool:
     """Evaluate the validation images and rank the step; whether its checkpoint is one to keep."""
-    recipe, split = parts.prepared.recipe, parts.prepared.data.validation
+    recipe, split = parts.setup.recipe, parts.setup.data.validation
     assert split is not None
     assert parts.feed is not None
     select = recipe.evaluate.select
-    with parts.prepared.watch("evaluate"):
+    with parts.setup.watch("evaluate"):
         figures = parts.figures(split, parts.feed, error_of=select)
     is_kept = clock.rank_step(figures[select], recipe.evaluate, recipe.checkpoint, figures[f"{select}_se"])
     book.write_evaluation("validation", figures, is_best=clock.chosen_step == clock.step, error_of=select)
     return is_kept
 
 
-def save(parts: Parts, clock: Clock, folder: RunFolder) -> None:
+def save(parts: Parts, clock: LoopState, folder: RunFolder) -> None:
     """Make a checkpoint of the run, on all processes.
 
     Raises:
         DesyncError: the processes do not have the same weights any more.
         CheckpointError: the disk is full or cannot be written; the checkpoints before are untouched.
     """
-    with parts.prepared.watch("save"):
+    with parts.setup.watch("save"):
         _save(parts, clock, folder)
 
 
-def _save(parts: Parts, clock: Clock, folder: RunFolder) -> None:
-    processes, keeping = parts.processes, parts.prepared.recipe.checkpoint
-    processes.share_buffers(parts.network)
-    refuse_desync(what_must_agree(parts.network, parts.ema), processes, clock.step)
+def _save(parts: Parts, clock: LoopState, folder: RunFolder) -> None:
+    processes, keeping = parts.processes, parts.setup.recipe.checkpoint
+    processes.broadcast_buffers(parts.network)
+    check_replicas_agree(what_must_agree(parts.network, parts.ema), processes, clock.step)
     checkpoint = snapshot(
         clock,
         parts.network,
         parts.optimizer,
         parts.ema,
         processes.accelerator,
-        spent_s=parts.prepared.watch.spent(),
-        fixed=parts.prepared.fixed,
+        spent_s=parts.setup.watch.spent(),
+        fixed=parts.setup.fixed,
     )
     if processes.mesh is None:
-        processes.on_main(partial(write_checkpoint, folder.checkpoints, checkpoint, clock, keeping))
+        processes.run_on_main(write_checkpoint, folder.checkpoints, checkpoint, clock, keeping)
     else:
         save_sharded(folder.checkpoints, checkpoint, processes)
-        processes.on_main(partial(tidy_up, folder.checkpoints, clock, keeping))
+        processes.run_on_main(tidy_up, folder.checkpoints, clock, keeping)
 
 
-def load(folder: Path, prepared: Prepared, processes: Processes, run_id: str | None) -> Checkpoint:
+def load(folder: Path, setup: RunSetup, processes: Processes, run_id: str | None) -> Checkpoint:
     """The checkpoint in `folder`, what is spread over the processes as each one's share.
 
     Raises:
         CheckpointError: on every process, where it is damaged or of another run.
     """
     if processes.mesh is None:
-        return processes.on_all(partial(load_checkpoint, folder, run_id))
-    return load_sharded(folder, {name: param.shape for name, param in prepared.trained.items()}, processes, run_id)
+        return processes.run_on_all(load_checkpoint, folder, run_id)
+    return load_sharded(folder, {name: param.shape for name, param in setup.trained.items()}, processes, run_id)

@@ -23,7 +23,7 @@ from tlscale.data.content import content_digest, digest_array
 from tlscale.distributed.processes import start_processes
 from tlscale.errors import DataError, ModelError, Stopped
 from tlscale.recipe.schema import ComputeSection
-from tlscale.tracking.console import Progress
+from tlscale.tracking.console import Console
 
 IMAGES = torch.from_numpy(sample_images("train", 700)[0])[:, None]
 IDS = digest_array([content_digest(image.numpy()) for image in IMAGES])
@@ -113,7 +113,7 @@ class Run:
                 self.rows,
                 module=self.module,
                 processes=processes,
-                screen=Screen(self.said),
+                console=Screen(self.said),
                 title="train",
                 **keys,
             )
@@ -130,7 +130,7 @@ class Run:
         return sum(self.module.sizes)
 
 
-class Screen(Progress):
+class Screen(Console):
     """The real one, which also keeps what it says."""
 
     def __init__(self, said) -> None:
@@ -149,8 +149,8 @@ def direct(rows):
     with torch.no_grad():
         for start in range(0, len(rows), BLOCK):
             block = rows[start : start + BLOCK]
-            filled = np.resize(block, BLOCK) if len(block) < BLOCK else block
-            parts.append([value[: len(block)] for value in module(IMAGES[filled].float() / 255)])
+            gather_into = np.resize(block, BLOCK) if len(block) < BLOCK else block
+            parts.append([value[: len(block)] for value in module(IMAGES[gather_into].float() / 255)])
     return tuple(torch.cat(values) for values in zip(*parts, strict=True))
 
 
@@ -329,9 +329,9 @@ def test_an_image_that_changed_since_it_was_looked_up_gets_the_codes_of_what_it_
             return ids_N, known_N
 
     pictures, processes = Changed(list(range(10))), start_processes(ComputeSection())
-    screen = Screen([])
+    console = Screen([])
     codes = extract_codes(
-        CodesStore(tmp_path), [KEY], pictures, module=Tiny(), processes=processes, screen=screen, title="x"
+        CodesStore(tmp_path), [KEY], pictures, module=Tiny(), processes=processes, console=console, title="x"
     )
     processes.close()
     assert_equal(codes, range(10))

@@ -58,8 +58,8 @@ def expected(images_BCHW) -> list[torch.Tensor]:
     parts = []
     for start in range(0, len(images_BCHW), BLOCK):
         some = images_BCHW[start : start + BLOCK]
-        filled = torch.cat([some, some[-1:].expand(BLOCK - len(some), -1, -1, -1)])
-        parts.append([value[: len(some)] for value in network(filled)])
+        gather_into = torch.cat([some, some[-1:].expand(BLOCK - len(some), -1, -1, -1)])
+        parts.append([value[: len(some)] for value in network(gather_into)])
     return [torch.cat(values) for values in zip(*parts, strict=True)]
 
 
@@ -123,7 +123,7 @@ def codes_of(root, pictures):
     processes = start_processes(ComputeSection())
     try:
         return extract_codes(
-            CodesStore(root), [KEY], pictures, module=network, processes=processes, screen=Screen([]), title="images"
+            CodesStore(root), [KEY], pictures, module=network, processes=processes, console=Screen([]), title="images"
         )
     finally:
         processes.close()

@@ -26,12 +26,12 @@ KINDS = pytest.mark.parametrize("kind", PROBE_KINDS)
 LINEAR = pytest.mark.parametrize("kind", [kind for kind in PROBE_KINDS if kind != "knn"])
 
 
-def draw(num_train=60, num_held=40, width=5, num_classes=3, seed=0, spread=1.0):
+def draw(num_train=60, num_held=40, width=5, num_classes=3, seed=0, shard_tensor=1.0):
     """Raw float32 codes with means and scales of their own: codes, labels, held codes, held labels."""
     generator = torch.Generator().manual_seed(seed)
     labels_N = torch.arange(num_train + num_held) % num_classes
     centres_CD = torch.randn(num_classes, width, generator=generator)
-    codes_ND = spread * centres_CD[labels_N] + torch.randn(len(labels_N), width, generator=generator)
+    codes_ND = shard_tensor * centres_CD[labels_N] + torch.randn(len(labels_N), width, generator=generator)
     codes_ND = codes_ND * torch.linspace(0.1, 7, width) + torch.linspace(-3, 20, width)
     return codes_ND[:num_train], labels_N[:num_train], codes_ND[num_train:], labels_N[num_train:]
 
@@ -78,7 +78,7 @@ def test_refit_is_a_fit_to_training_and_held_out_images(kind):
 
 @KINDS
 def test_the_path_says_what_the_module_does_on_held_out_images(kind):
-    codes, labels, held, held_labels = draw(spread=0.5)
+    codes, labels, held, held_labels = draw(shard_tensor=0.5)
     probe = fit_probe(kind, codes, labels, held, held_labels, num_classes=3, grid=GRIDS[kind], refit=False)
     assert [row.setting for row in probe.path] == list(GRIDS[kind])
     assert probe.chosen in probe.path
@@ -95,7 +95,7 @@ def test_the_path_says_what_the_module_does_on_held_out_images(kind):
 @KINDS
 def test_softmax_of_the_logits_is_a_sensible_probability(kind):
     """Better than the loss of someone who knows nothing, and than that of the same answers with no doubt."""
-    codes, labels, held, held_labels = draw(300, 300, spread=0.8)
+    codes, labels, held, held_labels = draw(300, 300, shard_tensor=0.8)
     probe = fit_probe(kind, codes, labels, held, held_labels, num_classes=3)
     assert probe.chosen.held_top1 > 0.5
     assert probe.chosen.held_loss < math.log(3) - 0.1
@@ -186,7 +186,7 @@ def test_a_tie_of_neighbours_takes_the_most_of_them():
 
 
 def test_nothing_but_held_out_images_chooses():
-    codes, labels, held, held_labels = draw(30, 200, width=20, spread=0.3)
+    codes, labels, held, held_labels = draw(30, 200, width=20, shard_tensor=0.3)
     chosen = fit_probe("logistic", codes, labels, held, held_labels, num_classes=3).chosen
     # Chosen by the training images themselves, the weakest strength would win.
     by_itself = fit_probe("logistic", codes, labels, codes, labels, num_classes=3).chosen
@@ -197,8 +197,8 @@ def test_nothing_but_held_out_images_chooses():
 @pytest.mark.parametrize("as_iterator", [False, True])
 @KINDS
 def test_choose_takes_the_best_set_of_codes(kind, as_iterator):
-    good, labels, good_held, held_labels = draw(spread=2.0)
-    bad, _, bad_held, _ = draw(spread=0.0, seed=5)
+    good, labels, good_held, held_labels = draw(shard_tensor=2.0)
+    bad, _, bad_held, _ = draw(shard_tensor=0.0, seed=5)
     sets = {"early": (bad, bad_held), "late": (good, good_held), "late again": (good, good_held)}
     candidates = iter(sets.items()) if as_iterator else sets
     choice = choose(kind, candidates, labels, held_labels, num_classes=3, grid=GRIDS[kind])
@@ -221,7 +221,7 @@ def test_choose_holds_one_set_of_codes_at_a_time(kind):
     def candidates():
         for seed in range(3):
             assert not [ref for ref in earlier if ref() is not None], "codes of an earlier candidate are still held"
-            codes, _, held, _ = draw(seed=seed, spread=3.0 - seed)
+            codes, _, held, _ = draw(seed=seed, shard_tensor=3.0 - seed)
             earlier.extend((weakref.ref(codes), weakref.ref(held)))
             pair = (codes, held)
             del codes, held

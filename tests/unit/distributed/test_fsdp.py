@@ -7,7 +7,7 @@ from torch import nn
 from tests.small_models import TINY, classifier, noise
 from tests.small_runs import put_small_idx, small_recipe
 from tlscale.commands.plan import plan
-from tlscale.distributed.fsdp import filled, hollow_copy, repeated_blocks, shard
+from tlscale.distributed.fsdp import gather_into, meta_copy, repeated_blocks, shard
 from tlscale.distributed.processes import start_processes
 from tlscale.errors import LaunchError, ModelError
 from tlscale.recipe.schema import ComputeSection
@@ -107,13 +107,13 @@ def test_a_parameter_without_rows_cannot_be_spread():
 
 def test_a_hollow_copy_is_made_whole_again():
     network = classifier("test_vit", freeze=[r"blocks\.0\..*"])
-    hollow = hollow_copy(network)
+    hollow = meta_copy(network)
     for name, param in network.named_parameters():
         own = hollow.get_parameter(name)
         assert own.is_meta if param.requires_grad else own is param
     with torch.no_grad():
         network.head[0].weight.add_(1.0)
-    whole = filled(hollow, network, keep=True)
+    whole = gather_into(hollow, network, keep=True)
     assert torch.equal(whole.eval()(noise()), network.eval()(noise()))
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from tests.small_models import classifier, noise, train
-from tlscale.models.partition.partition import find_frontier
+from tlscale.models.partition.partition import find_partition
 
 RESNET = r"(conv1|bn1|layer[12])\..*"
 VIT = r"(cls_token|pos_embed|patch_embed\..*|blocks\.[0-2]\..*)"
@@ -20,7 +20,7 @@ DEEP = r"(conv1|bn1|layer1|layer2\.0\.(conv|bn)1)\..*"
 
 
 def digest(network, **noise_keys):
-    return find_frontier(network, noise(**noise_keys)).digest
+    return find_partition(network, noise(**noise_keys)).digest
 
 
 def network(name="test_resnet", rule=RESNET, **keys):

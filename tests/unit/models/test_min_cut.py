@@ -10,7 +10,7 @@ from torch import nn
 
 from tests.small_models import noise
 from tlscale.models.partition.min_cut import analyse, cheapest_cut, goals, with_inputs
-from tlscale.models.partition.partition import NoFrontier, find_frontier
+from tlscale.models.partition.partition import NoPartition, find_partition
 from tlscale.models.partition.tracing import is_heavy
 
 SIZE = 4
@@ -112,30 +112,30 @@ def is_constant(analysis, node):
 def halves_of(network):
     """The frontier, or None where it is rightly refused."""
     try:
-        return find_frontier(network, noise(image_size=SIZE))
-    except NoFrontier as none:
+        return find_partition(network, noise(image_size=SIZE))
+    except NoPartition as none:
         if none.reason.startswith(("nothing is frozen", "nothing that is frozen and costs time")):
             return None
         raise
 
 
-def assert_is_the_network(network, frontier):
+def assert_is_the_network(network, partition):
     images = noise(9, 3, image_size=SIZE)
     with torch.no_grad():
-        codes = [code.clone() for code in frontier.prefix(images.clone())]
-        assert torch.equal(frontier.suffix.eval()(*codes), network.eval()(images))
+        codes = [code.clone() for code in partition.prefix(images.clone())]
+        assert torch.equal(partition.suffix.eval()(*codes), network.eval()(images))
 
 
 @settings(max_examples=60, deadline=None)
 @given(steps=steps_of())
 def test_no_other_cut_is_cheaper_and_the_halves_are_the_network(steps):
     network = Random(steps)
-    frontier = halves_of(network)
-    if frontier is not None:
+    partition = halves_of(network)
+    if partition is not None:
         with torch.no_grad():
             analysis = analyse(network.train(), noise(image_size=SIZE))
-        assert frontier.num_bytes == cheapest_by_trying(analysis, network)
-        assert_is_the_network(network, frontier)
+        assert partition.num_bytes == cheapest_by_trying(analysis, network)
+        assert_is_the_network(network, partition)
 
 
 @settings(max_examples=40, deadline=None)
@@ -143,12 +143,12 @@ def test_no_other_cut_is_cheaper_and_the_halves_are_the_network(steps):
 def test_values_overwritten_at_random_are_right_or_refused(steps):
     network = Random(steps)
     try:
-        frontier = halves_of(network)
-    except NoFrontier as none:
+        partition = halves_of(network)
+    except NoPartition as none:
         assert "not one row an image, or is overwritten" in none.reason or "do not give what the whole" in none.reason  # noqa: PT017
         return
-    if frontier is not None:
-        assert_is_the_network(network, frontier)
+    if partition is not None:
+        assert_is_the_network(network, partition)
 
 
 def test_sizes_are_measured():
@@ -191,5 +191,5 @@ def test_what_crosses_and_has_no_rows():
     network = Mixed()
     with torch.no_grad():
         analysis = analyse(network, noise(image_size=SIZE))
-    with pytest.raises(NoFrontier, match="not one row an image"):
+    with pytest.raises(NoPartition, match="not one row an image"):
         cheapest_cut(analysis, network)

@@ -12,7 +12,7 @@ from tests.small_models import classifier, loss_of, noise, recipe_rules
 from tlscale.models.classifier import Classifier, enable_gradient_checkpointing
 from tlscale.models.freeze import freeze_parameters
 from tlscale.models.heads import build_head
-from tlscale.models.partition.partition import NoFrontier, find_frontier
+from tlscale.models.partition.partition import NoPartition, find_partition
 
 # Name, pixels, what is frozen, what is kept of an image.
 FAMILIES = [
@@ -55,9 +55,9 @@ RESNET = r"(conv1|bn1|layer[12])\..*"
 VIT = r"(cls_token|pos_embed|patch_embed\..*|blocks\.[0-2]\..*)"
 
 
-def codes_of(frontier, images):
+def codes_of(partition, images):
     with torch.no_grad():
-        return [code.clone() for code in frontier.prefix(images)]
+        return [code.clone() for code in partition.prefix(images)]
 
 
 def step(module, *inputs, seed=7):
@@ -69,13 +69,13 @@ def step(module, *inputs, seed=7):
     return logits.detach()
 
 
-def assert_is_the_network(network, frontier, images):
+def assert_is_the_network(network, partition, images):
     """Outputs in both modes, gradients and buffers, bit by bit."""
     with torch.no_grad():
-        assert torch.equal(frontier.suffix.eval()(*codes_of(frontier, images)), network.eval()(images))
+        assert torch.equal(partition.suffix.eval()(*codes_of(partition, images)), network.eval()(images))
     twin = copy.deepcopy(network).train()
-    frontier.suffix.train()
-    logits, expected = step(frontier.suffix, *codes_of(frontier, images)), step(twin, images)
+    partition.suffix.train()
+    logits, expected = step(partition.suffix, *codes_of(partition, images)), step(twin, images)
     assert torch.equal(logits, expected)
     params = dict(twin.named_parameters())
     for name, param in network.named_parameters():
@@ -102,67 +102,67 @@ def vgg(rule):
 )
 def test_a_family_frozen_in_the_middle(name, size, rule, kept):
     network = vgg(rule) if name == "vgg11_bn" else classifier(name, image_size=size, freeze=[rule], head=HEAD)
-    frontier = find_frontier(network, noise(image_size=size))
+    partition = find_partition(network, noise(image_size=size))
     if kept is not None:
-        assert [value.name for value in frontier.values] == kept
-    assert frontier.prefix_flops > 0
-    assert frontier.suffix_flops > 0
+        assert [value.name for value in partition.values] == kept
+    assert partition.prefix_flops > 0
+    assert partition.suffix_flops > 0
     images = noise(seed=5, count=3, image_size=size)  # another number than it was found with
-    codes = codes_of(frontier, images)
-    assert [tuple(code.shape[1:]) for code in codes] == [value.shape for value in frontier.values]
-    assert frontier.num_bytes == sum(code[0].numel() * 4 for code in codes)
-    assert_is_the_network(network, frontier, images)
+    codes = codes_of(partition, images)
+    assert [tuple(code.shape[1:]) for code in codes] == [value.shape for value in partition.values]
+    assert partition.num_bytes == sum(code[0].numel() * 4 for code in codes)
+    assert_is_the_network(network, partition, images)
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_convnext", "test_mambaout", "densenet121"])
 def test_all_frozen_keeps_the_features(name):
     network = classifier(name, freeze=[".*"], head=HEAD)
-    frontier = find_frontier(network, noise())
-    assert [value.name for value in frontier.values] == ["backbone"]
-    assert len(frontier.values[0].shape) == 1
-    assert_is_the_network(network, frontier, noise(5))
+    partition = find_partition(network, noise())
+    assert [value.name for value in partition.values] == ["backbone"]
+    assert len(partition.values[0].shape) == 1
+    assert_is_the_network(network, partition, noise(5))
 
 
 @pytest.mark.parametrize(("name", "rule"), [("test_vit", VIT), ("test_convnext", r"(stem|stages\.[01])\..*")])
 def test_stochastic_depth_draws_what_the_network_draws(name, rule):
     network = classifier(name, freeze=[rule], head=HEAD, drop_path_rate=0.5)
-    frontier = find_frontier(network, noise())
-    codes, images = codes_of(frontier, noise(5, count=8)), noise(5, count=8)
+    partition = find_partition(network, noise())
+    codes, images = codes_of(partition, noise(5, count=8)), noise(5, count=8)
     torch.manual_seed(3)
-    first = frontier.suffix.train()(*codes)
-    assert not torch.equal(first, frontier.suffix(*codes))
+    first = partition.suffix.train()(*codes)
+    assert not torch.equal(first, partition.suffix(*codes))
     torch.manual_seed(3)
     assert torch.equal(first, network(images))
 
 
 def test_shapes_and_words():
-    frontier = find_frontier(
+    partition = find_partition(
         classifier("resnet18", image_size=64, freeze=[r"(conv1|bn1|layer[123])\..*"]), noise(0, 2, 3, 64)
     )
-    assert [value.shape for value in frontier.values] == [(256, 4, 4)]
-    text = frontier.describe()
+    assert [value.shape for value in partition.values] == [(256, 4, 4)]
+    text = partition.describe()
     assert text.startswith("keeps backbone.layer3 (256x4x4 float32): 16.0 KiB an image; 77% of the forward pass")
-    frontier = find_frontier(classifier("test_vit", freeze=[VIT]), noise())
-    assert [value.shape for value in frontier.values] == [(5, 64)]
+    partition = find_partition(classifier("test_vit", freeze=[VIT]), noise())
+    assert [value.shape for value in partition.values] == [(5, 64)]
 
 
 def test_class_tokens_are_made_for_as_many_images_as_there_are_codes():
     network = classifier("test_vit", freeze=[r"patch_embed\..*"])
-    frontier = find_frontier(network, noise())
-    assert [value.shape for value in frontier.values] == [(4, 64)]
+    partition = find_partition(network, noise())
+    assert [value.shape for value in partition.values] == [(4, 64)]
     for count in (1, 2, 7):
         images = noise(1, count)
         with torch.no_grad():
-            assert torch.equal(frontier.suffix.eval()(*codes_of(frontier, images)), network.eval()(images))
+            assert torch.equal(partition.suffix.eval()(*codes_of(partition, images)), network.eval()(images))
 
 
 @pytest.mark.parametrize(("name", "rule"), [("test_resnet", RESNET), ("test_vit", VIT)])
 def test_training_on_codes_ends_in_the_same_weights(name, rule):
     plain = classifier(name, freeze=[rule], head=HEAD)
     network = copy.deepcopy(plain)
-    frontier = find_frontier(network, noise())
-    kept = [codes_of(frontier, noise(number)) for number in range(2)]
-    for module, inputs in ((plain.train(), [[noise(0)], [noise(1)]]), (frontier.suffix.train(), kept)):
+    partition = find_partition(network, noise())
+    kept = [codes_of(partition, noise(number)) for number in range(2)]
+    for module, inputs in ((plain.train(), [[noise(0)], [noise(1)]]), (partition.suffix.train(), kept)):
         optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
         for epoch in range(2):
             for number, batch in enumerate(inputs):
@@ -181,7 +181,7 @@ def test_the_network_is_left_as_it_was():
     network.backbone.layer4.eval()
     before = copy.deepcopy(network)
     names, state = set(vars(network)), torch.get_rng_state()
-    find_frontier(network, noise())
+    find_partition(network, noise())
     assert set(vars(network)) == names
     assert torch.equal(torch.get_rng_state(), state)
     assert [m.training for m in network.modules()] == [m.training for m in before.modules()]
@@ -193,66 +193,66 @@ def test_the_network_is_left_as_it_was():
 def test_the_suffix_has_every_trained_parameter_once():
     network = classifier("test_vit", freeze=[VIT])
     network.spare = nn.Linear(2, 2)  # trained, they say, and never used
-    frontier = find_frontier(network, noise())
+    partition = find_partition(network, noise())
     trained = {id(param) for param in network.parameters() if param.requires_grad}
-    of_suffix = [id(param) for param in frontier.suffix.parameters() if param.requires_grad]
+    of_suffix = [id(param) for param in partition.suffix.parameters() if param.requires_grad]
     assert len(of_suffix) == len(set(of_suffix))
     assert set(of_suffix) == trained
-    assert not any(param.requires_grad for param in frontier.prefix.parameters())
-    assert len(list(frontier.prefix.parameters())) < len(list(network.parameters())) - len(trained) + 1
+    assert not any(param.requires_grad for param in partition.prefix.parameters())
+    assert len(list(partition.prefix.parameters())) < len(list(network.parameters())) - len(trained) + 1
 
 
 def test_modes_are_the_networks():
     network = classifier(freeze=[RESNET], head=HEAD)
-    frontier = find_frontier(network, noise())
-    assert frontier.suffix.training
-    frontier.suffix.eval()
-    assert not find_frontier(network, noise()).suffix.training
-    frontier.suffix.train()
+    partition = find_partition(network, noise())
+    assert partition.suffix.training
+    partition.suffix.eval()
+    assert not find_partition(network, noise()).suffix.training
+    partition.suffix.train()
     assert network.training
     assert network.head.training
     assert not network.backbone.layer1.training
-    frontier.suffix.eval()
+    partition.suffix.eval()
     assert not any(module.training for module in network.modules())
     network.train()
-    codes = codes_of(frontier, noise())
-    assert not torch.equal(frontier.suffix(*codes), frontier.suffix(*codes))  # dropout
-    frontier.prefix.train()
+    codes = codes_of(partition, noise())
+    assert not torch.equal(partition.suffix(*codes), partition.suffix(*codes))  # dropout
+    partition.prefix.train()
     assert not network.backbone.layer1.training
-    frontier.prefix.eval()
+    partition.prefix.eval()
     assert network.backbone.layer4.training
 
 
 def test_float64():
     network = classifier(freeze=[RESNET], head=HEAD).double()
-    frontier = find_frontier(network, noise().double())
-    assert frontier.values[0].dtype == torch.float64
-    assert_is_the_network(network, frontier, noise(5).double())
+    partition = find_partition(network, noise().double())
+    assert partition.values[0].dtype == torch.float64
+    assert_is_the_network(network, partition, noise(5).double())
 
 
 def test_channels_last():
     network = classifier(freeze=[RESNET], head=HEAD).to(memory_format=torch.channels_last)
     images = noise().contiguous(memory_format=torch.channels_last)
-    frontier = find_frontier(network, images)
-    assert frontier.values[0].channels_last
-    assert_is_the_network(network, frontier, images)
-    assert not find_frontier(classifier(freeze=[RESNET]), noise()).values[0].channels_last
+    partition = find_partition(network, images)
+    assert partition.values[0].channels_last
+    assert_is_the_network(network, partition, images)
+    assert not find_partition(classifier(freeze=[RESNET]), noise()).values[0].channels_last
 
 
 def test_autocast_around_the_halves():
     network = classifier("test_vit", freeze=[VIT], head=HEAD)
-    frontier = find_frontier(network, noise())
-    frontier.suffix.eval()
+    partition = find_partition(network, noise())
+    partition.suffix.eval()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(frontier.suffix(*codes_of(frontier, noise())), network(noise()))
+        assert torch.equal(partition.suffix(*codes_of(partition, noise())), network(noise()))
 
 
 def test_moving_the_suffix_moves_the_network():
     network = classifier(freeze=[RESNET])
-    frontier = find_frontier(network, noise())
-    frontier.suffix.double()
+    partition = find_partition(network, noise())
+    partition.suffix.double()
     assert network.head[-1].weight.dtype == torch.float64
-    assert frontier.suffix.eval()(*(code.double() for code in codes_of(frontier, noise()))).dtype == torch.float64
+    assert partition.suffix.eval()(*(code.double() for code in codes_of(partition, noise()))).dtype == torch.float64
 
 
 @pytest.mark.parametrize(
@@ -267,12 +267,12 @@ def test_moving_the_suffix_moves_the_network():
 def test_gradient_checkpointing_goes_on(name, rule, layer):
     network = classifier(name, freeze=[rule], head=HEAD)
     enable_gradient_checkpointing(network, in_chans=3, image_size=32)
-    frontier = find_frontier(network, noise())
-    assert_is_the_network(network, frontier, noise(5))
+    partition = find_partition(network, noise())
+    assert_is_the_network(network, partition, noise(5))
     calls = []
     last = network.backbone.get_submodule(layer)
     last.register_forward_hook(lambda *_: calls.append(1))
-    loss = loss_of(frontier.suffix.train(), *codes_of(frontier, noise()))
+    loss = loss_of(partition.suffix.train(), *codes_of(partition, noise()))
     assert len(calls) == 1
     loss.backward()
     assert len(calls) == 2
@@ -314,9 +314,9 @@ def pooled(images):
 
 
 def kept_of(network, size=8):
-    frontier = find_frontier(network, noise(image_size=size))
-    assert_is_the_network(network, frontier, noise(5, image_size=size))
-    return [value.shape for value in frontier.values], frontier
+    partition = find_partition(network, noise(image_size=size))
+    assert_is_the_network(network, partition, noise(5, image_size=size))
+    return [value.shape for value in partition.values], partition
 
 
 def test_what_one_value_gives_is_not_kept_beside_it():
@@ -342,9 +342,9 @@ def test_pooling_comes_before_keeping():
         stem=frozen(conv()),
         top=nn.Sequential(nn.MaxPool2d(2), conv(5, 4)),
     )
-    shapes, frontier = kept_of(network)
+    shapes, partition = kept_of(network)
     assert shapes == [(4, 4, 4)]
-    assert frontier.values[0].name == "top.0"
+    assert partition.values[0].name == "top.0"
 
 
 def test_of_equal_sizes_the_latest_is_kept():
@@ -426,9 +426,9 @@ def test_state_of_the_trained_part_moves():
             return pooled(self.top(self.stem(x))) + self.count
 
     network = Counting()
-    frontier = find_frontier(network, noise(image_size=8))
+    partition = find_partition(network, noise(image_size=8))
     assert network.count == 0
-    assert_is_the_network(network, frontier, noise(5, image_size=8))
+    assert_is_the_network(network, partition, noise(5, image_size=8))
     assert network.count == 1
 
 
@@ -437,8 +437,8 @@ def test_state_of_the_trained_part_moves():
 
 def reason(network, size=8):
     state, modes = copy.deepcopy(network.state_dict()), [module.training for module in network.modules()]
-    with pytest.raises(NoFrontier) as caught:
-        find_frontier(network, noise(image_size=size))
+    with pytest.raises(NoPartition) as caught:
+        find_partition(network, noise(image_size=size))
     assert [module.training for module in network.modules()] == modes
     assert all(
         torch.equal(one, other) for one, other in zip(network.state_dict().values(), state.values(), strict=True)
@@ -454,7 +454,7 @@ def test_nothing_is_frozen():
 def test_the_image_itself_would_be_kept():
     assert "between the image and the trained part" in reason(classifier(freeze=[r"layer4\..*"]), 32)
     wide = Parts(lambda self, x: pooled(self.top(self.stem(x))), stem=frozen(nn.Conv2d(3, 4, 1)), top=conv(5, 4))
-    find_frontier(wide, noise(image_size=8))
+    find_partition(wide, noise(image_size=8))
 
 
 def test_code_that_decides_by_values():
@@ -478,8 +478,8 @@ def test_frozen_batch_norm_in_training_is_not_frozen():
     )
     frozen(network.norm)
     network.train = lambda mode=True: nn.Module.train(network, mode)
-    frontier = find_frontier(network, noise(image_size=8))
-    assert [value.name for value in frontier.values] == ["stem"]
+    partition = find_partition(network, noise(image_size=8))
+    assert [value.name for value in partition.values] == ["stem"]
 
 
 def test_random_numbers_in_evaluation():

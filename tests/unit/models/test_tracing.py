@@ -12,7 +12,7 @@ from torch import nn
 from tests.small_models import classifier
 from tlscale.models.partition.tracing import (
     RECOMPUTED,
-    NoFrontier,
+    NoPartition,
     is_heavy,
     is_steady,
     overwritten,
@@ -273,21 +273,21 @@ def test_buffers_are_read_anew_in_each_call():
 
 
 def test_reasons():
-    with pytest.raises(NoFrontier, match="cannot be traced: TraceError: symbolically traced variables cannot be used"):
+    with pytest.raises(NoPartition, match="cannot be traced: TraceError: symbolically traced variables cannot be used"):
         trace(Parts(lambda self, x: x if x.sum() > 0 else -x))
-    with pytest.raises(NoFrontier, match="draws random numbers"):
+    with pytest.raises(NoPartition, match="draws random numbers"):
         trace(Parts(lambda self, x: x * torch.rand(4)))
-    with pytest.raises(NoFrontier, match="Masked takes more than images"):
+    with pytest.raises(NoPartition, match="Masked takes more than images"):
         trace(Masked())
     network = Parts(lambda self, x: x * self.own)
     network.register_forward_pre_hook(lambda *_: None)
-    with pytest.raises(NoFrontier, match="'Parts', which is frozen in part, has hooks"):
+    with pytest.raises(NoPartition, match="'Parts', which is frozen in part, has hooks"):
         trace(network)
 
 
 def test_the_checkpoint_function_is_given_back_after_a_failure():
     before = torch.utils.checkpoint.checkpoint
-    with pytest.raises(NoFrontier):
+    with pytest.raises(NoPartition):
         trace(Parts(lambda self, x: self.nothing(x)))
     assert torch.utils.checkpoint.checkpoint is before
 

@@ -11,14 +11,14 @@ import threading
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from rich.console import Console
+from rich.console import Console as RichConsole
 
-from tlscale.tracking.console import Progress, format_duration, visible
+from tlscale.tracking.console import Console, format_duration, visible
 
 SHOW_CURSOR, HIDE_CURSOR = "\x1b[?25h", "\x1b[?25l"
 
 
-class Clock:
+class LoopState:
     """Seconds that pass when the test says so."""
 
     def __init__(self):
@@ -29,11 +29,13 @@ class Clock:
 
 
 def terminal(width=100):
-    return Console(file=io.StringIO(), force_terminal=True, width=width, color_system="standard", legacy_windows=False)
+    return RichConsole(
+        file=io.StringIO(), force_terminal=True, width=width, color_system="standard", legacy_windows=False
+    )
 
 
 def plain():
-    return Console(file=io.StringIO(), force_terminal=False)
+    return RichConsole(file=io.StringIO(), force_terminal=False)
 
 
 def text_of(console):
@@ -45,8 +47,8 @@ def figures(**changes):
 
 
 def test_a_plain_line():
-    console, clock = plain(), Clock()
-    with Progress(940, console=console, clock=clock) as progress:
+    console, clock = plain(), LoopState()
+    with Console(940, console=console, clock=clock) as progress:
         clock.now += 12.0
         progress.update(20, **figures())
         clock.now += 60.0
@@ -58,8 +60,8 @@ def test_a_plain_line():
 
 
 def test_every_plain_update_is_a_line_without_escape_sequences():
-    console, clock = plain(), Clock()
-    with Progress(10**7, console=console, clock=clock) as progress:
+    console, clock = plain(), LoopState()
+    with Console(10**7, console=console, clock=clock) as progress:
         for step in range(50):
             progress.update(step, **figures(loss=float("nan"), images_per_s=1.2e6), best=0.5)
         progress.say("note", style="bold red")
@@ -72,7 +74,7 @@ def test_every_plain_update_is_a_line_without_escape_sequences():
 
 def test_other_ranks_show_nothing_and_leave_the_terminal_alone():
     console = terminal()
-    with Progress(10, enabled=False, console=console) as progress:
+    with Console(10, enabled=False, console=console) as progress:
         progress.update(10, **figures())
         progress.say("text")
         progress.table("title", ["a"], [["b"]])
@@ -80,8 +82,8 @@ def test_other_ranks_show_nothing_and_leave_the_terminal_alone():
 
 
 def test_a_live_display_shows_all_figures():
-    console, clock = terminal(), Clock()
-    with Progress(940, console=console, clock=clock) as progress:
+    console, clock = terminal(), LoopState()
+    with Console(940, console=console, clock=clock) as progress:
         clock.now += 12.0
         progress.update(120, **figures(), best=0.91)
     shown = text_of(console)
@@ -91,15 +93,15 @@ def test_a_live_display_shows_all_figures():
 
 def test_a_narrow_terminal_is_not_overrun():
     console = terminal(width=30)
-    with Progress(940, console=console) as progress:
+    with Console(940, console=console) as progress:
         progress.update(120, **figures(), best=0.91)
     assert "120/940" in text_of(console)
     assert "best" not in text_of(console)
 
 
 def test_a_live_display_redraws_at_most_five_times_a_second_and_ends_on_the_last_figures():
-    console, clock = terminal(), Clock()
-    with Progress(100_000, console=console, clock=clock) as progress:
+    console, clock = terminal(), LoopState()
+    with Console(100_000, console=console, clock=clock) as progress:
         for step in range(1, 2001):  # two seconds
             clock.now += 0.001
             progress.update(step, **figures(loss=step))
@@ -109,8 +111,8 @@ def test_a_live_display_redraws_at_most_five_times_a_second_and_ends_on_the_last
 
 
 def test_the_last_step_is_drawn_at_once():
-    console, clock = terminal(), Clock()
-    with Progress(2, console=console, clock=clock) as progress:
+    console, clock = terminal(), LoopState()
+    with Console(2, console=console, clock=clock) as progress:
         progress.update(1, **figures())
         progress.update(2, **figures())
         assert "100%" in text_of(console)
@@ -118,7 +120,7 @@ def test_the_last_step_is_drawn_at_once():
 
 def test_no_thread_is_started():
     before = threading.active_count()
-    with Progress(10, console=terminal()) as progress:
+    with Console(10, console=terminal()) as progress:
         progress.update(1, **figures())
         assert threading.active_count() == before
 
@@ -128,7 +130,7 @@ def test_an_exception_leaves_the_terminal_as_it_was(error):
     console, stdout, stderr = terminal(), sys.stdout, sys.stderr
 
     def run():
-        with Progress(10, console=console) as progress:
+        with Console(10, console=console) as progress:
             progress.update(1, **figures())
             raise error
 
@@ -144,7 +146,7 @@ def test_an_exception_leaves_the_terminal_as_it_was(error):
 def test_text_is_shown_as_it_is(make):
     console = make()
     name = "[bold]cat[/bold] [link=x]y \x1b[31mred\x1b[0m \x9b2J \u202eabc :smile: {0} é"
-    with Progress(10, console=console) as progress:
+    with Console(10, console=console) as progress:
         progress.update(1, **figures())
         progress.say(name, style="bold")
         progress.table("[red]title", ["[a]", "n"], [[name, 1]])
@@ -168,8 +170,8 @@ def test_visible_text_has_no_control_characters_and_keeps_the_rest(text):
 
 def test_a_console_that_cannot_spell_a_name_does_not_stop_the_run():
     raw = io.BytesIO()
-    console = Console(file=io.TextIOWrapper(raw, encoding="ascii", write_through=True), force_terminal=False)
-    with Progress(10, console=console) as progress:
+    console = RichConsole(file=io.TextIOWrapper(raw, encoding="ascii", write_through=True), force_terminal=False)
+    with Console(10, console=console) as progress:
         progress.say("naïve 猫")
         progress.table("猫", ["猫"], [["猫"]])
         progress.update(1, **figures())
@@ -179,7 +181,7 @@ def test_a_console_that_cannot_spell_a_name_does_not_stop_the_run():
 def test_a_table_in_a_file_is_never_cut_or_folded():
     console = plain()
     name = "x" * 150
-    with Progress(10, console=console) as progress:
+    with Console(10, console=console) as progress:
         progress.table("Freeze rules", ["rule", "tensors", "share"], [[name, 12, "50%"], ["b", 1234, "1%"]])
     lines = [line.rstrip() for line in text_of(console).splitlines() if line.strip()]
     assert lines[0].strip() == "Freeze rules"
@@ -190,13 +192,13 @@ def test_a_table_in_a_file_is_never_cut_or_folded():
 
 def test_long_text_in_a_file_is_one_line():
     console = plain()
-    Progress(10, console=console).say("word " * 60)
+    Console(10, console=console).say("word " * 60)
     assert len(text_of(console).splitlines()) == 1
 
 
 def test_the_eta_is_not_moved_by_a_pause_or_a_slow_first_step():
-    console, clock = plain(), Clock()
-    with Progress(1000, start_step=500, console=console, clock=clock) as progress:
+    console, clock = plain(), LoopState()
+    with Console(1000, start_step=500, console=console, clock=clock) as progress:
         clock.now += 300.0  # compiles
         progress.update(510, **figures())
         for step in range(520, 620, 10):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tlscale.tracking.stopwatch import PARTS, Stopwatch, describe_seconds, process_began_s
 
 
-class Clock:
+class LoopState:
     def __init__(self) -> None:
         self.now_s = 100.0
 
@@ -20,7 +20,7 @@ class Clock:
 
 
 def test_what_is_within_is_taken_out_of_what_is_around_it():
-    clock = Clock()
+    clock = LoopState()
     watch = Stopwatch(90.0, clock)
     with watch("train"):
         clock.now_s += 3
@@ -42,7 +42,7 @@ def test_what_is_within_is_taken_out_of_what_is_around_it():
 
 
 def test_waiting_for_batches_is_a_part_of_training():
-    clock = Clock()
+    clock = LoopState()
     watch = Stopwatch(clock=clock)
 
     def batches():
@@ -60,7 +60,7 @@ def test_waiting_for_batches_is_a_part_of_training():
 
 
 def test_an_error_leaves_the_part_that_it_left():
-    clock = Clock()
+    clock = LoopState()
     watch = Stopwatch(clock=clock)
 
     def fail():
@@ -74,7 +74,7 @@ def test_an_error_leaves_the_part_that_it_left():
 
 
 def test_of_two_accounts_of_the_same_starts_the_longer_one_is_added():
-    clock = Clock()
+    clock = LoopState()
     watch = Stopwatch(clock=clock)
     watch.add_earlier({"train": 5.0, "start": 1.0})
     watch.add_earlier({"train": 4.0, "start": 1.0})  # its checkpoint, from before it was stopped
@@ -86,7 +86,7 @@ def test_of_two_accounts_of_the_same_starts_the_longer_one_is_added():
 
 @given(st.recursive(st.just([]), lambda deeper: st.lists(st.tuples(st.sampled_from(PARTS), deeper), max_size=3)))
 def test_the_parts_add_up_to_the_whole(tree):
-    clock = Clock()
+    clock = LoopState()
     watch = Stopwatch(clock=clock)
 
     def live(parts):

@@ -17,14 +17,14 @@ from tlscale.models.classifier import Classifier
 from tlscale.models.freeze import fixed_names
 from tlscale.recipe.schema import CheckpointSection, ComputeSection, EvaluateSection
 from tlscale.training.checkpoint.files import Checkpoint
-from tlscale.training.loop_state import Clock, LossWindow, are_finite, restore_weights, saved_clock, snapshot
+from tlscale.training.loop_state import LoopState, LossMeter, are_finite, restore_weights, saved_loop_state, snapshot
 
 FIGURES = st.lists(st.none() | st.sampled_from([0.1, 0.2, 0.5, 0.9]), min_size=1, max_size=12)
 
 
 @given(figures=FIGURES, keep_best=st.integers(1, 4), select=st.sampled_from(["top1", "loss", "macro_f1"]))
 def test_the_best_steps_are_the_best_and_the_earlier_wins_a_tie(figures, keep_best, select):
-    clock, evaluation = Clock(), EvaluateSection(select=select, choose="best")
+    clock, evaluation = LoopState(), EvaluateSection(select=select, choose="best")
     entered = []
     for step, figure in enumerate(figures, start=1):
         clock.step = step
@@ -52,7 +52,7 @@ ENTRIES = st.lists(
 )
 def test_the_latest_step_within_one_standard_error_of_the_best_is_chosen(entries, keep_best, select, stops):
     """By the definition, looking at all figures so far; resumed anywhere; and no checkpoint is needed that is gone."""
-    clock, keeping = Clock(), CheckpointSection(keep_best=keep_best)
+    clock, keeping = LoopState(), CheckpointSection(keep_best=keep_best)
     evaluation, sign = EvaluateSection(select=select), 1 if select == "loss" else -1
     entered, on_disk = [], set()
     for step, entry in enumerate(entries, start=1):
@@ -75,12 +75,12 @@ def test_the_latest_step_within_one_standard_error_of_the_best_is_chosen(entries
         on_disk = kept
         if step in stops:  # as a checkpoint has it
             state = json.loads(json.dumps({"clock": asdict(clock)}))
-            clock = saved_clock(Checkpoint(step, {}, state))
+            clock = saved_loop_state(Checkpoint(step, {}, state))
 
 
 def test_a_checkpoint_of_an_older_version_has_chosen_the_best():
     older = {"step": 3, "best": [[2, 0.5]], "keeps_codes": {}}
-    clock = saved_clock(Checkpoint(3, {}, {"clock": older}))
+    clock = saved_loop_state(Checkpoint(3, {}, {"clock": older}))
     assert (clock.chosen_step, clock.chosen, clock.best_error) == (2, None, None)
 
 
@@ -93,8 +93,8 @@ def processes():
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_the_first_step_that_is_not_finite_is_found(processes, bad):
-    clock = Clock()
-    window = LossWindow(clock, processes)
+    clock = LoopState()
+    window = LossMeter(clock, processes)
     for step, loss in ((5, 2.0), (6, 4.0), (7, bad), (8, math.nan)):
         window.add(torch.tensor(loss), 4, step)
     assert window.settle() == 7
@@ -102,8 +102,8 @@ def test_the_first_step_that_is_not_finite_is_found(processes, bad):
 
 
 def test_the_mean_is_over_images_since_the_last_line(processes):
-    clock = Clock(window_loss=10.0, window_images=5)  # as a resumed run begins
-    window = LossWindow(clock, processes)
+    clock = LoopState(window_loss=10.0, window_images=5)  # as a resumed run begins
+    window = LossMeter(clock, processes)
     assert window.settle() is None
     window.add(torch.tensor(2.0), 3, 1)
     assert window.settle() is None
@@ -133,7 +133,7 @@ def test_what_cannot_change_is_not_kept_and_what_can_must_be_there():
         [{"params": list(network.head.parameters()), "names": ["head.0.weight", "head.0.bias"]}]
     )
     made = Accelerator(cpu=True)
-    checkpoint = snapshot(Clock(step=1), network, optimizer, None, made, fixed=fixed)
+    checkpoint = snapshot(LoopState(step=1), network, optimizer, None, made, fixed=fixed)
     assert set(checkpoint.tensors["model"]) == set(network.state_dict()) - fixed
     other = classifier(freeze=[r"(conv1|bn1|layer[12])\..*"])
     with torch.no_grad():

@@ -106,7 +106,7 @@ class _Feed:
         self.is_done = False
 
     def give(self, data: bytes) -> bool:
-        """Feed data; whether all of them were consumed, or the picture is complete without them."""
+        """InputPipeline data; whether all of them were consumed, or the picture is complete without them."""
         if self.is_done:
             return True
         self._pending += data

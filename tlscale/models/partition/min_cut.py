@@ -15,7 +15,7 @@ import networkx
 import torch
 from torch import Tensor, fx, nn
 
-from tlscale.models.partition.tracing import NoFrontier, call_name, is_heavy, is_steady, overwritten, trace
+from tlscale.models.partition.tracing import NoPartition, call_name, is_heavy, is_steady, overwritten, trace
 
 # -- mark and measure ---------------------------------------------------------------------------------------------
 
@@ -50,7 +50,7 @@ def analyse(network: nn.Module, images_BCHW: Tensor) -> Analysis:
     """Trace the network in the mode that it is in, mark what is frozen of it, and measure that.
 
     Raises:
-        NoFrontier: it cannot be traced.
+        NoPartition: it cannot be traced.
     """
     graph = trace(network)
     facts = _measure(graph, mark(graph, network), network, images_BCHW)
@@ -148,7 +148,7 @@ def cheapest_cut(analysis: Analysis, network: nn.Module) -> list[fx.Node]:
     """The values to keep, in the order of the graph.
 
     Raises:
-        NoFrontier: nothing that can be kept is worth it.
+        NoPartition: nothing that can be kept is worth it.
     """
     free = _free(analysis)
     nodes = [node for node in analysis.graph.nodes if node in analysis.steady and node not in free]
@@ -156,13 +156,13 @@ def cheapest_cut(analysis: Analysis, network: nn.Module) -> list[fx.Node]:
     try:
         _, (source_side, _) = networkx.minimum_cut(flow, "source", "sink")
     except networkx.NetworkXUnbounded:
-        raise NoFrontier(
+        raise NoPartition(
             "what the trained part reads is not one row an image, or is overwritten in the frozen part"
         ) from None
     cut = [node for node in nodes if (node, "in") in source_side and (node, "out") not in source_side]
     saved = [node for node in with_inputs(cut) if node not in free and is_heavy(node, network)]
     if not saved:
-        raise NoFrontier("nothing that is frozen and costs time lies between the image and the trained part")
+        raise NoPartition("nothing that is frozen and costs time lies between the image and the trained part")
     return cut
 
 

@@ -2,7 +2,7 @@
 
 Promise: for any network that can be traced, `suffix(*prefix(images))` is `network(images)`, in training (dropout,
 stochastic depth, batch statistics) and in evaluation, with the same gradients; tried on the spot before it is handed
-out. Where that cannot be had, `NoFrontier` says why. There is no code for any family of networks.
+out. Where that cannot be had, `NoPartition` says why. There is no code for any family of networks.
 
 The story: trace, mark what depends on the image and on frozen things only, measure it, cut where least is to be kept,
 build the two halves, check them against the whole.
@@ -28,9 +28,9 @@ from torch.utils.flop_counter import flop_registry
 from tlscale.models.partition.fingerprint import Fingerprints
 from tlscale.models.partition.min_cut import Analysis, Fact, analyse, cheapest_cut, goals, output, with_inputs
 from tlscale.models.partition.self_check import TORCHS_OWN, check_halves
-from tlscale.models.partition.tracing import RECOMPUTED, NoFrontier, Recomputed, first_line, module_of
+from tlscale.models.partition.tracing import RECOMPUTED, NoPartition, Recomputed, first_line, module_of
 
-__all__ = ["CutValue", "Frontier", "NoFrontier", "find_frontier"]
+__all__ = ["CutValue", "NoPartition", "Partition", "find_partition"]
 
 _NUM_TRIED = 4  # images that the halves are checked with, and more than twice as many
 
@@ -61,7 +61,7 @@ class CutValue:
 
 
 @dataclass(frozen=True)
-class Frontier:
+class Partition:
     """A network in two halves, for images of one size.
 
     Attributes:
@@ -98,7 +98,7 @@ class Frontier:
         return f"keeps {kept}: {self.num_bytes / 1024:.1f} KiB an image; {share:.0%} of the forward pass runs once"
 
 
-def find_frontier(network: nn.Module, images: Tensor) -> Frontier:
+def find_partition(network: nn.Module, images: Tensor) -> Partition:
     """Split the network where its frozen part ends.
 
     Args:
@@ -108,31 +108,31 @@ def find_frontier(network: nn.Module, images: Tensor) -> Frontier:
         images: (B, C, H, W), two or more, real or noise, of the size, type and device that will be used.
 
     Raises:
-        NoFrontier: it cannot be traced, nothing is frozen or worth keeping, or the halves are not the whole.
+        NoPartition: it cannot be traced, nothing is frozen or worth keeping, or the halves are not the whole.
     """
     assert len(images) >= 2, "what belongs to one image shows only with two"
     images = images[:_NUM_TRIED].detach()
     if all(param.requires_grad for param in network.parameters()):
-        raise NoFrontier("nothing is frozen")
+        raise NoPartition("nothing is frozen")
     try:
         with _left_as_found(network), torch.no_grad(), _own_random_numbers():
-            frontier = _split(network, images)
-    except NoFrontier:
+            partition = _split(network, images)
+    except NoPartition:
         raise
     except Exception as error:  # whatever a network does that we did not think of, it can be trained as a whole
-        raise NoFrontier(f"the network cannot be split: {first_line(error)}") from error
-    frontier.suffix.training = network.training
-    return frontier
+        raise NoPartition(f"the network cannot be split: {first_line(error)}") from error
+    partition.suffix.training = network.training
+    return partition
 
 
-def _split(network: nn.Module, images: Tensor) -> Frontier:
+def _split(network: nn.Module, images: Tensor) -> Partition:
     in_eval, in_training = (analyse(network.train(mode), images) for mode in (False, True))
     cut = cheapest_cut(in_training, network)
     prints = Fingerprints(network)
     marks = _marks(in_training, prints)
     again = {mark: node for node, mark in _marks(in_eval, prints).items()}
     if any(marks[node] not in again for node in cut):
-        raise NoFrontier("the frozen part computes other values in training than in evaluation")
+        raise NoPartition("the frozen part computes other values in training than in evaluation")
     prefix = _Prefix(_copy_between(network, in_training, cut, None))
     suffix = _Suffix(
         network,
@@ -141,7 +141,7 @@ def _split(network: nn.Module, images: Tensor) -> Frontier:
     )
     check_halves(network, images, prefix, suffix)
     suffix.eval()
-    return Frontier(
+    return Partition(
         prefix=prefix,
         suffix=suffix,
         values=_values(images, prefix, [_name(node) for node in cut]),
@@ -249,7 +249,7 @@ def _copy_between(
         if node in known:
             made[node] = _known_value(graph, known[node], next(iter(codes.values())))
         elif node.op == "placeholder" and node not in made and begins is not None:
-            raise NoFrontier("the trained part uses the image itself in evaluation")
+            raise NoPartition("the trained part uses the image itself in evaluation")
         elif node not in made and node.op != "output":
             made[node] = graph.node_copy(node, made.__getitem__)
     result = output(analysis.graph).args[0] if ends is None else tuple(ends)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tlscale.models.partition.tracing import NoFrontier
+from tlscale.models.partition.tracing import NoPartition
 
 _CHECK_SEED = 20_240
 
@@ -32,7 +32,7 @@ def check_halves(network: nn.Module, images: Tensor, prefix: nn.Module, suffix: 
     """Run the halves and the whole side by side, on batches of two sizes.
 
     Raises:
-        NoFrontier: they differ, or the prefix is no function of each image alone, or the network is not the same when
+        NoPartition: they differ, or the prefix is no function of each image alone, or the network is not the same when
             it is called again.
     """
     # A size that is no multiple, and larger: rounded up or cut off, a batch size may look like a constant.
@@ -53,7 +53,7 @@ def _check_one(network: nn.Module, images: Tensor, prefix: nn.Module, suffix: nn
     found = _seeded(suffix, *(code.clone() for code in prefix(images.clone()))), list(suffix.buffers())
     exact = images.device.type == "cpu"
     if not all(_agree(one, other, exact=exact) for one, other in zip(whole, found, strict=True)):
-        raise NoFrontier(f"the two halves do not give what the whole network gives in {word}")
+        raise NoPartition(f"the two halves do not give what the whole network gives in {word}")
 
 
 def _check_calls(network: nn.Module, images: Tensor) -> None:
@@ -67,9 +67,9 @@ def _check_calls(network: nn.Module, images: Tensor) -> None:
     now = _plain_state(network)
     changed = next((name for name in now if kept.get(name) != now[name]), None)
     if changed is not None:
-        raise NoFrontier(f"{OF_CALLS}: it changes its '{changed}'")
+        raise NoPartition(f"{OF_CALLS}: it changes its '{changed}'")
     if not _agree(once, again, exact=images.device.type == "cpu"):
-        raise NoFrontier(f"{OF_CALLS}: it gives other values for the same images")
+        raise NoPartition(f"{OF_CALLS}: it gives other values for the same images")
 
 
 def _check_rows(images: Tensor, more: Tensor, prefix: nn.Module) -> None:
@@ -77,15 +77,15 @@ def _check_rows(images: Tensor, more: Tensor, prefix: nn.Module) -> None:
     buffers = [buffer.clone() for buffer in prefix.buffers()]
     codes = _seeded(prefix, images.clone())
     if not all(torch.equal(*pair) for pair in zip(prefix.buffers(), buffers, strict=True)):
-        raise NoFrontier(f"{OF_CALLS}: its frozen part changes a buffer")
+        raise NoPartition(f"{OF_CALLS}: its frozen part changes a buffer")
     if not _agree(codes, _seeded(prefix, images.clone(), seed=_CHECK_SEED + 1), exact=True):
-        raise NoFrontier("the frozen part gives other values for the same images")
+        raise NoPartition("the frozen part gives other values for the same images")
     among_others = torch.cat([1 - images[:1], images[1:]]).flip(0)
     moved = [code.flip(0)[1:] for code in _seeded(prefix, among_others)]
     if not _agree([code[1:] for code in codes], moved, exact=False):
-        raise NoFrontier("what the frozen part gives for an image depends on the other images of the batch")
+        raise NoPartition("what the frozen part gives for an image depends on the other images of the batch")
     if not _agree(codes, [code[: len(images)] for code in _seeded(prefix, more.clone())], exact=False):
-        raise NoFrontier(OF_BATCH_SIZE)
+        raise NoPartition(OF_BATCH_SIZE)
 
 
 def _seeded(module: nn.Module, *inputs: Tensor, seed: int = _CHECK_SEED) -> list[Tensor]:

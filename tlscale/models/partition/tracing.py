@@ -1,7 +1,7 @@
 """A network as a graph of calls, and what can be told of each call without running it.
 
-Promise: tracing leaves the network as it was but for constants, which `find_frontier` removes when it is done; what
-would be traced into something else than the network computes is refused (`NoFrontier`), never guessed.
+Promise: tracing leaves the network as it was but for constants, which `find_partition` removes when it is done; what
+would be traced into something else than the network computes is refused (`NoPartition`), never guessed.
 
 A module of which everything is frozen, or everything is trained, is one node of the graph: its own code runs, in its
 own mode, hooks and all. Only modules that are frozen in part are looked into, for that is where the frontier runs.
@@ -50,7 +50,7 @@ _IN_PLACE_OPERATORS = (
 )
 
 
-class NoFrontier(Exception):  # noqa: N818 (nothing has failed: the whole network is trained as ever)
+class NoPartition(Exception):  # noqa: N818 (nothing has failed: the whole network is trained as ever)
     """The network is not split.
 
     Attributes:
@@ -126,14 +126,14 @@ def _has_hooks(module: nn.Module) -> bool:
 
 def _refuse_hooks(module: nn.Module, name: str) -> None:
     if _has_hooks(module):
-        raise NoFrontier(f"'{name or type(module).__name__}', which is frozen in part, has hooks that would not run")
+        raise NoPartition(f"'{name or type(module).__name__}', which is frozen in part, has hooks that would not run")
 
 
 def trace(network: nn.Module) -> fx.Graph:
     """The calls of the network in the mode that it is in.
 
     Raises:
-        NoFrontier: its code decides by the values of tensors, or draws random numbers of its own.
+        NoPartition: its code decides by the values of tensors, or draws random numbers of its own.
     """
     _refuse_hooks(network, "")
     tracer = _Tracer()
@@ -141,14 +141,14 @@ def trace(network: nn.Module) -> fx.Graph:
     try:
         with _checkpoints_noted(tracer):
             graph = tracer.trace(network)
-    except NoFrontier:
+    except NoPartition:
         raise
     except Exception as error:  # every network breaks a tracer in its own way
-        raise NoFrontier(f"the network cannot be traced: {first_line(error)}") from error
+        raise NoPartition(f"the network cannot be traced: {first_line(error)}") from error
     if random.getstate() != before[1] or not torch.equal(torch.get_rng_state(), before[0]):
-        raise NoFrontier("the network draws random numbers outside of tensor operations, which a trace would fix")
+        raise NoPartition("the network draws random numbers outside of tensor operations, which a trace would fix")
     if [node.op for node in graph.nodes].count("placeholder") != 1:
-        raise NoFrontier(f"{type(network).__name__} takes more than images")
+        raise NoPartition(f"{type(network).__name__} takes more than images")
     _drop_assertions(graph)
     return graph
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from tlscale.distributed.fsdp import spread
+from tlscale.distributed.fsdp import shard_tensor
 from tlscale.distributed.processes import Processes
 from tlscale.errors import CheckpointError
 from tlscale.storage.run_folder import flush
@@ -59,14 +58,14 @@ def save_sharded(root: Path, checkpoint: Checkpoint, processes: Processes) -> No
         CheckpointError: on every process, if one cannot write; the checkpoints before are untouched.
     """
     shares, whole = _parted(checkpoint)
-    aside = processes.on_main(partial(begin_checkpoint, root, checkpoint))
+    aside = processes.run_on_main(begin_checkpoint, root, checkpoint)
     try:
-        facts = processes.on_all(partial(_write_shares, root, aside / SHARDS, checkpoint, shares, processes))
+        facts = processes.run_on_all(_write_shares, root, aside / SHARDS, checkpoint, shares, processes)
     except CheckpointError:
-        processes.on_main(partial(shutil.rmtree, aside, ignore_errors=True))
+        processes.run_on_main(shutil.rmtree, aside, ignore_errors=True)
         raise
     shards = {name: file for files in processes.gather(facts) for name, file in files.items()}
-    processes.on_main(partial(complete_checkpoint, root, aside, whole, shards))
+    processes.run_on_main(complete_checkpoint, root, aside, whole, shards)
 
 
 def _parted(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], Checkpoint]:
@@ -121,9 +120,9 @@ def load_sharded(
     """
     assert processes.mesh is not None
     if not is_sharded(folder):
-        return _spread_out(processes.on_all(partial(load_checkpoint, folder, run_id)), shapes, processes.mesh)
-    processes.on_main(partial(refuse_fault, folder, run_id))  # before any other code reads a byte of it
-    checkpoint = processes.on_all(partial(read_whole_tensors, folder))
+        return _spread_out(processes.run_on_all(load_checkpoint, folder, run_id), shapes, processes.mesh)
+    processes.run_on_main(refuse_fault, folder, run_id)  # before any other code reads a byte of it
+    checkpoint = processes.run_on_all(read_whole_tensors, folder)
     tensors: Groups = {group: dict(named) for group, named in checkpoint.tensors.items()}
     for key, share in _read_shares(folder / SHARDS, processes, processes.mesh).items():
         group, name = group_and_name(key)
@@ -145,7 +144,7 @@ def _spread_out(checkpoint: Checkpoint, shapes: Mapping[str, torch.Size], mesh: 
     tensors: Groups = {}
     for group, named in checkpoint.tensors.items():
         tensors[group] = {
-            name: spread(tensor, mesh) if tensor.shape == _shape_of_owner(group, name, shapes) else tensor
+            name: shard_tensor(tensor, mesh) if tensor.shape == _shape_of_owner(group, name, shapes) else tensor
             for name, tensor in named.items()
         }
     return replace(checkpoint, tensors=tensors)

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from tlscale.codes.batches import CodeViews
-from tlscale.codes.cache import Images, Keeper, Part, layers_parts
+from tlscale.codes.cache import CodesCache, Images, Part, layers_parts
 from tlscale.codes.reader import Codes
 from tlscale.data.sampler import Ints, MicroBatch
 from tlscale.data.sources.open import ImageSplit
 from tlscale.data.transforms import ImageBatch
 from tlscale.distributed.processes import Processes
 from tlscale.training.distillation.teacher import LOGITS, Teacher
-from tlscale.training.setup import Prepared
+from tlscale.training.setup import RunSetup
 
 _CHUNK = 4096
 
@@ -35,20 +35,20 @@ class Targets:
     counts alike, whatever layer it is of. Logits are as they are, in the order of the run's classes.
     """
 
-    def __init__(self, prepared: Prepared, teacher: Teacher, keeper: Keeper) -> None:
+    def __init__(self, setup: RunSetup, teacher: Teacher, codes_cache: CodesCache) -> None:
         """
         Args:
-            keeper: of the teacher's codes.
+            codes_cache: of the teacher's codes.
 
         Raises:
             DataError: an image cannot be read.
             Stopped: the run was asked to stop; what was computed stays.
         """
-        self._teacher, self._keeper, self._dtype = teacher, keeper, prepared.dtype
+        self._teacher, self._keeper, self._dtype = teacher, codes_cache, setup.dtype
         self._parts = _parts(teacher)
-        last_epoch = prepared.order.epoch(prepared.total_steps - 1)
-        views = range(min(prepared.recipe.codes.views, last_epoch + 1))
-        self._train = keeper.train_views(teacher.module, self._parts, views)
+        last_epoch = setup.order.epoch(setup.total_steps - 1)
+        views = range(min(setup.recipe.codes.views, last_epoch + 1))
+        self._train = codes_cache.train_views(teacher.module, self._parts, views)
         self._splits: dict[str, CodeViews] = {}
         self._mean_D, self._std_D = _mean_and_deviation(self._codes(self._train))
 
@@ -89,31 +89,33 @@ class Targets:
                 yield _joined(codes.take(positions_B)[: len(self._teacher.layers)])
 
 
-def ask_teacher(prepared: Prepared, processes: Processes, keeper: Keeper) -> Targets | None:
+def ask_teacher(setup: RunSetup, processes: Processes, codes_cache: CodesCache) -> Targets | None:
     """What the teacher says of a run's images, where the recipe has one: found, or computed now.
 
     Args:
-        keeper: of the run, which counts what is computed.
+        codes_cache: of the run, which counts what is computed.
 
     Raises:
         DataError: an image cannot be read.
         Stopped: the run was asked to stop; what was computed stays.
     """
-    teacher = prepared.teacher
+    teacher = setup.teacher
     if teacher is None:
         return None
-    as_it_sees = replace(prepared, spec=teacher.spec)
+    as_it_sees = replace(setup, spec=teacher.spec)
     # What is learned in every epoch is computed once: it is not rounded for the sake of speed.
-    asking = Keeper(as_it_sees, processes, Images(as_it_sees), keeper.screen, keeper.stop, in_full=True)
-    processes.place(teacher.module)
-    targets = Targets(prepared, teacher, asking)
-    for split in (prepared.data.validation, prepared.data.test):
+    asking = CodesCache(
+        as_it_sees, processes, Images(as_it_sees), codes_cache.console, codes_cache.stop, force_fp32=True
+    )
+    processes.to_device(teacher.module)
+    targets = Targets(setup, teacher, asking)
+    for split in (setup.data.validation, setup.data.test):
         if split is not None:
             list(targets.of_split(split, ()))  # now, and not in the middle of the run
     if processes.device.type == "cuda":
         teacher.module.cpu()  # it is not asked again: its memory is the student's
-    keeper.num_computed += asking.num_computed
-    keeper.kept |= {f"teacher, {name}": count for name, count in asking.kept.items()}
+    codes_cache.num_computed += asking.num_computed
+    codes_cache.kept |= {f"teacher, {name}": count for name, count in asking.kept.items()}
     return targets
 
 
