@@ -221,7 +221,7 @@ def write_idx(folder: Path, num_train: int) -> None:
     """The first images of Fashion-MNIST's two splits, so that both sides evaluate few."""
     splits = read_fashion_mnist(DataSection.model_validate({"source": "fashion_mnist"})).splits
     for role, prefix, count in (("train", "train", num_train), ("test", "t10k", NUM_TEST)):
-        store, labels = splits[role].store, splits[role].codes_N[:count]
+        store, labels = splits[role].store, splits[role].label_ids_N[:count]
         pixels = [decode_image(store.read(row), in_chans=1, max_pixels=784, where="") for row in range(count)]
         _write(folder / f"{prefix}-images-idx3-ubyte", np.stack(pixels)[..., 0])
         _write(folder / f"{prefix}-labels-idx1-ubyte", np.asarray(labels, np.uint8))

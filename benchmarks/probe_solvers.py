@@ -42,7 +42,7 @@ class Codes:
 
 def make_codes(num_train: int, num_held: int, width: int) -> Codes:
     split = read_fashion_mnist(DataSection.model_validate({"source": "fashion_mnist"})).splits
-    store, labels = split["train"].store, split["train"].codes_N
+    store, labels = split["train"].store, split["train"].label_ids_N
     total = num_train + num_held
     pixels = np.stack([np.asarray(store.read(row), dtype=np.float64).ravel() for row in range(total)]) / 255
     images, generator = torch.from_numpy(pixels), torch.Generator().manual_seed(0)

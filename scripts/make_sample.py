@@ -48,12 +48,12 @@ def chosen_rows(folder: Path, split: str, prefix: str, count: int) -> list[dict[
     wrong = [name for name, sha256 in checksums.items() if CHECKSUMS.get(name) != sha256]
     if wrong:
         raise DataError(f"{folder}: not Fashion-MNIST: {', '.join(wrong)}")
-    numbers = np.arange(len(source.codes_N), dtype=np.int64)
-    chosen = stratified_subset(source.codes_N, numbers, count, 0, keep_all_classes=True)
+    numbers = np.arange(len(source.label_ids_N), dtype=np.int64)
+    chosen = stratified_subset(source.label_ids_N, numbers, count, 0, keep_all_classes=True)
     return [
         {
             "image": {"bytes": _png(source.store.read(int(i))), "path": f"{split}/{i:05d}"},
-            "label": int(source.label_names[source.codes_N[i]]),
+            "label": int(source.label_names[source.label_ids_N[i]]),
             "split": split,
         }
         for i in chosen

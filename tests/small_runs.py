@@ -33,9 +33,9 @@ TIMES = ("time_s", "images_per_s")
 def sample_images(role: str, count: int) -> tuple[np.ndarray, np.ndarray]:
     """The first `count` images of the shipped sample, (N, 28, 28) uint8, and their labels (N,)."""
     split = read_sample().splits[role]
-    rows = range(0, len(split.codes_N), len(split.codes_N) // count)[:count]  # they are sorted by class
+    rows = range(0, len(split.label_ids_N), len(split.label_ids_N) // count)[:count]  # they are sorted by class
     images = [decode_image(split.store.read(row), in_chans=1, max_pixels=10**6, where=str(row))[..., 0] for row in rows]
-    return np.stack(images), split.codes_N[list(rows)]
+    return np.stack(images), split.label_ids_N[list(rows)]
 
 
 def put_small_idx(folder: Path, train: int = 96, test: int = 37) -> Path:

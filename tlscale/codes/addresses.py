@@ -19,11 +19,11 @@ import numpy as np
 import numpy.typing as npt
 
 from tlscale.data.augment import Augmenter
-from tlscale.data.content import Digests, digest_array, digest_bytes
+from tlscale.data.content import Digests, digest_array, digest_bytes, digest_of_parts
 from tlscale.data.loader import HeldImages, ImageStore, eval_batch, train_batch
 from tlscale.data.sampler import Ints, MicroBatch, Stream, image_keys
 from tlscale.data.sources.open import ImageSplit
-from tlscale.data.sources.tables import Raw, digest
+from tlscale.data.sources.tables import Raw
 from tlscale.data.transforms import ImageBatch
 from tlscale.data.workers import map_in_threads
 
@@ -45,7 +45,7 @@ class SplitPictures:
 
     def name(self) -> str:
         """See `Pictures`."""
-        return digest([self.split.where(0), *self.split.places()])
+        return digest_of_parts([self.split.where(0), *self.split.places()])
 
     def read(self, positions_B: Ints, *, are_new: bool) -> list[tuple[bytes, Any]]:
         """See `Pictures`."""
@@ -89,7 +89,7 @@ class ViewPictures:
 
     def name(self) -> str:
         """See `Pictures`."""
-        return digest([str(self.view), str(self.seed), self.split.where(0), *self.split.places()])
+        return digest_of_parts([str(self.view), str(self.seed), self.split.where(0), *self.split.places()])
 
     def read(self, positions_B: Ints, *, are_new: bool) -> list[tuple[bytes, Any]]:
         """See `Pictures`."""

@@ -41,6 +41,16 @@ def content_digest(raw: bytes | npt.NDArray[Any]) -> bytes:
     return total.digest()
 
 
+def digest_of_parts(parts: Iterable[bytes | str]) -> str:
+    """Return the SHA-256, in hex, of parts and their lengths."""
+    total = hashlib.sha256()
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else part
+        total.update(len(data).to_bytes(8, "little"))
+        total.update(data)
+    return total.hexdigest()
+
+
 def digest_array(digests: Sequence[bytes]) -> Digests:
     """Return digests as an array."""
     return np.array(list(digests), dtype=DIGEST)

@@ -13,8 +13,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from tlscale.data.content import digest_of_parts
 from tlscale.data.sources.open import ImageData
-from tlscale.data.sources.tables import ImageSplit, digest
+from tlscale.data.sources.tables import ImageSplit
 
 By = Literal["content", "place"]
 
@@ -78,7 +79,7 @@ def _identity(classes: Sequence[str], splits: Sequence[ImageSplit], by: By | Non
         split.table.remember()  # what the run has read by now
         parts += [split.name, str(len(split)), split.labels_N.astype("<i8").tobytes()]
         parts += _images(split, by)
-    return Identity(digest(parts), by)
+    return Identity(digest_of_parts(parts), by)
 
 
 def _images(split: ImageSplit, by: By) -> Iterable[bytes | str]:

@@ -12,7 +12,8 @@ import statistics
 import numpy as np
 
 from tlscale.data.decode import BadImageError, header_hw
-from tlscale.data.sources.tables import FileStore, ImageTable, LabelledTable
+from tlscale.data.sources.stores import FileStore
+from tlscale.data.sources.tables import ImageTable, LabelledTable
 from tlscale.errors import DataError
 
 MOST_HEADERS = 256

@@ -35,7 +35,8 @@ from torch import Tensor
 
 from tlscale import faults
 from tlscale.data.sources.open import ImageSplit
-from tlscale.data.sources.tables import FileStore, Ints
+from tlscale.data.sources.stores import FileStore
+from tlscale.data.sources.tables import Ints
 from tlscale.distributed.processes import Processes
 from tlscale.storage.run_folder import naming_disk_errors, replacing
 

@@ -22,7 +22,7 @@ from tlscale.data import content
 from tlscale.data.loader import ImageStore, make_augmenter, train_batch
 from tlscale.data.sampler import MicroBatch
 from tlscale.data.sources.open import open_data
-from tlscale.data.sources.tables import FileStore
+from tlscale.data.sources.stores import FileStore
 from tlscale.data.transforms import InputSpec
 from tlscale.distributed.processes import start_processes
 from tlscale.recipe.field_types import augmentation_values

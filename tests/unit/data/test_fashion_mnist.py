@@ -14,10 +14,12 @@ import pytest
 from PIL import Image
 
 from tests.recipes.wrong_data import put_idx_split
+from tlscale.data.sources import fashion_mnist
 from tlscale.data.sources.fashion_mnist import CHECKSUMS, CLASSES, SAMPLE, check_content
 from tlscale.data.sources.idx import read_split
-from tlscale.data.sources.open import ImageData, fashion_mnist, open_data
-from tlscale.data.sources.tables import ArrayStore, SourceSplit
+from tlscale.data.sources.open import ImageData, open_data
+from tlscale.data.sources.stores import ArrayStore
+from tlscale.data.sources.tables import SourceSplit
 from tlscale.errors import DataError
 from tlscale.recipe.schema import DataSection
 
@@ -120,7 +122,7 @@ def test_the_sample_equals_the_originals(fashion_mnist_dir):
         original = originals[split]
         pixels = np.asarray(Image.open(io.BytesIO(row["image"]["bytes"])))
         assert np.array_equal(pixels, original.store.read(int(number)))
-        assert row["label"] == original.codes_N[int(number)]
+        assert row["label"] == original.label_ids_N[int(number)]
         assert row["split"] == split
         seen.add((split, number))
     assert len(seen) == len(rows) == 7000
@@ -140,8 +142,8 @@ def test_content_is_verified_in_any_order(fashion_mnist_dir):
     split, _ = read_split(fashion_mnist_dir, "test", "t10k")
     order = np.random.default_rng(0).permutation(10_000)
     store = ArrayStore("x", split.store.images_NHW[order], "")
-    shuffled = SourceSplit("test", store, split.label_names, split.codes_N[order])
+    shuffled = SourceSplit("test", store, split.label_names, split.label_ids_N[order])
     check_content("test", shuffled, "place")
-    swapped = SourceSplit("test", store, split.label_names, split.codes_N)
+    swapped = SourceSplit("test", store, split.label_names, split.label_ids_N)
     with pytest.raises(DataError, match=r"place: the test split holds other images or labels"):
         check_content("test", swapped, "place")

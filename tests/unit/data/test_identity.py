@@ -12,7 +12,7 @@ from PIL import Image
 from tlscale.data.content import ContentIndex, content_digest, file_stamp, stamp_bytes
 from tlscale.data.identity import result_identity, scored_identity, used_identity
 from tlscale.data.sources.open import open_data
-from tlscale.data.sources.tables import FileStore
+from tlscale.data.sources.stores import FileStore
 from tlscale.recipe.schema import DataSection
 
 AN_HOUR_NS = 3600 * 10**9

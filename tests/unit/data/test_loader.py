@@ -24,7 +24,8 @@ from tlscale.data.loader import ImageStore, default_workers, eval_batches, train
 from tlscale.data.sampler import DataOrder, split_batch_size
 from tlscale.data.sources.bad_images import find_bad_images
 from tlscale.data.sources.open import ImageSplit
-from tlscale.data.sources.tables import FileStore, LabelledTable
+from tlscale.data.sources.stores import FileStore
+from tlscale.data.sources.tables import LabelledTable
 from tlscale.data.transforms import ImageBatch, InputSpec, eval_transform
 from tlscale.data.workers import load_in_order
 from tlscale.errors import WorkerError

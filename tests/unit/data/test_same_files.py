@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from tests.recipes.wrong_data import put_folder
 from tlscale.data.sources.open import ImageData, open_data
 from tlscale.data.sources.splits import choose_splits
-from tlscale.data.sources.tables import ArrayStore, Source, SourceSplit
+from tlscale.data.sources.stores import ArrayStore
+from tlscale.data.sources.tables import Source, SourceSplit
 from tlscale.errors import EXIT_BAD_INPUT, DataError
 from tlscale.recipe.schema import DataSection
 

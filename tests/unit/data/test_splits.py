@@ -7,8 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tlscale.data.sources.labels import sort_labels
 from tlscale.data.sources.splits import choose_splits, draw_lots, stratified_holdout, stratified_subset
-from tlscale.data.sources.tables import NO_LABEL, ArrayStore, Source, SourceSplit, sort_labels
+from tlscale.data.sources.stores import ArrayStore
+from tlscale.data.sources.tables import NO_LABEL, Source, SourceSplit
 from tlscale.errors import DataError
 from tlscale.recipe.schema import DataSection
 
@@ -22,8 +24,8 @@ def rows_of(labels_N):
 
 def source_split(labels: list[str], name: str = "train") -> SourceSplit:
     names = sort_labels(labels)
-    codes_N = np.array([names.index(label) for label in labels], dtype=np.int64)
-    return SourceSplit(name, ArrayStore("x.idx", np.zeros((len(labels), 2, 2), np.uint8), "sum"), names, codes_N)
+    label_ids_N = np.array([names.index(label) for label in labels], dtype=np.int64)
+    return SourceSplit(name, ArrayStore("x.idx", np.zeros((len(labels), 2, 2), np.uint8), "sum"), names, label_ids_N)
 
 
 def choose(labels: list[str], seed: int = 0, others: dict | None = None, declared=None, **keys):

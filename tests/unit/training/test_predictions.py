@@ -12,7 +12,8 @@ import torch
 
 from tests.recompute import assert_follows
 from tlscale.data.sources.open import ImageSplit
-from tlscale.data.sources.tables import ArrayStore, BytesStore, FileStore, LabelledTable
+from tlscale.data.sources.stores import ArrayStore, BytesStore, FileStore
+from tlscale.data.sources.tables import LabelledTable
 from tlscale.errors import TlscaleError
 from tlscale.training.metrics import Tally, summary
 from tlscale.training.predictions import MOST_LOGITS, Predictions, image_names, read_predictions, write_predictions

@@ -74,7 +74,7 @@ def read_sample() -> Source:
     """The shipped sample: 6,000 + 1,000 of the real images."""
     section = DataSection.model_validate({"source": "manifest", "path": str(SAMPLE)})
     source = read_manifest_source(section, SAMPLE)
-    total = sum(len(split.codes_N) for split in source.splits.values())
+    total = sum(len(split.label_ids_N) for split in source.splits.values())
     note = (
         f"FALLBACK SAMPLE: Fashion-MNIST was not found; this run uses {total:,} of its 70,000 images, shipped with "
         "tlscale. Its results are not results on Fashion-MNIST"
@@ -130,7 +130,7 @@ def _checked(source: Source) -> Source:
 
 def check_content(role: Role, split: SourceSplit, place: str) -> None:
     """Raise `DataError` unless the split holds exactly the images and labels of Fashion-MNIST, in any order."""
-    found = unordered_sum(split.store, split.codes_N)
+    found = unordered_sum(split.store, split.label_ids_N)
     if found != UNORDERED_SUMS.get(role):
         raise DataError(f"{place}: the {role} split holds other images or labels than Fashion-MNIST (sum {found})")
 

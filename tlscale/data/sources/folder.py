@@ -15,24 +15,14 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import pyarrow as pa
 
-from tlscale.data.content import file_stamp, now_ns
+from tlscale.data.content import digest_of_parts, file_stamp, now_ns
 from tlscale.data.decode import EXTENSIONS
+from tlscale.data.sources.labels import sort_labels
+from tlscale.data.sources.quoting import first_few, quoted
 from tlscale.data.sources.same_files import Identities, identities_of, number_files
-from tlscale.data.sources.split_names import are_splits, role_of
-from tlscale.data.sources.tables import (
-    VALIDATION_NAMES,
-    FileStore,
-    Ints,
-    Role,
-    ScoredSection,
-    Source,
-    SourceSplit,
-    digest,
-    first_few,
-    pick_splits,
-    quoted,
-    sort_labels,
-)
+from tlscale.data.sources.split_names import VALIDATION_NAMES, ScoredSection, are_splits, pick_splits, role_of
+from tlscale.data.sources.stores import FileStore
+from tlscale.data.sources.tables import Ints, Role, Source, SourceSplit
 from tlscale.errors import DataError, did_you_mean
 from tlscale.recipe.schema import DataSection
 
@@ -147,10 +137,10 @@ def _collect(root: Path, name: str, classes: list[str]) -> tuple[SourceSplit, Id
         rest = len(problems) - 5
         more = [f"and {rest:,} more of this kind"] if rest > 0 else []
         raise DataError("\n".join([*problems[:5], *more]))
-    codes_N = np.repeat(np.arange(len(order), dtype=np.int64), counts)
+    label_ids_N = np.repeat(np.arange(len(order), dtype=np.int64), counts)
     stats_N5 = np.concatenate(stats)
-    store = FileStore(str(root), pa.concat_arrays(chunks), digest(facts), stats_N5, looked_ns)
-    return SourceSplit(name, store, order, codes_N), identities_of(stats_N5)
+    store = FileStore(str(root), pa.concat_arrays(chunks), digest_of_parts(facts), stats_N5, looked_ns)
+    return SourceSplit(name, store, order, label_ids_N), identities_of(stats_N5)
 
 
 def _read_class(root: Path, name: str, label: str) -> tuple[list[str], Ints, list[str]]:

@@ -21,22 +21,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow.compute as pc
 
-from tlscale.data.content import file_stamp, now_ns, stamp_bytes
-from tlscale.data.sources.split_names import may_name_splits, split_values
-from tlscale.data.sources.tables import (
-    NO_LABEL,
-    Ints,
-    Role,
-    Source,
-    SourceSplit,
-    column_note,
-    digest,
-    encode_labels,
-    first_few,
-    pick_column,
-    pick_splits,
-    quoted,
-)
+from tlscale.data.content import digest_of_parts, file_stamp, now_ns, stamp_bytes
+from tlscale.data.sources.columns import LABEL_COLUMNS, column_note, pick_column
+from tlscale.data.sources.labels import encode_labels
+from tlscale.data.sources.quoting import first_few, quoted
+from tlscale.data.sources.split_names import may_name_splits, pick_splits, split_values
+from tlscale.data.sources.tables import NO_LABEL, Ints, Role, Source, SourceSplit
 from tlscale.errors import DataError
 from tlscale.recipe.schema import DataSection
 
@@ -44,7 +34,6 @@ if TYPE_CHECKING:  # importing datasets takes a second; only these sources pay i
     from datasets import Dataset
 
 IMAGE_COLUMNS = ("image", "img")
-LABEL_COLUMNS = ("label", "labels", "class", "class_name", "target")
 TIMEOUT_S = 10.0
 _FIRST_ROWS = 1024
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -242,16 +231,16 @@ def _read_split(split: Dataset, name: str, image: str, label: str, where: str) -
     for column in (image, label):
         if column not in split.column_names:
             raise DataError(f"{where} has no column {column!r}; it has {first_few(quoted(split.column_names), 20)}")
-    label_names, codes_N = _labels(split, label, where)
+    label_names, label_ids_N = _labels(split, label, where)
     if isinstance(split.features[image], datasets.Image):
         split = split.cast_column(image, datasets.Image(decode=False))
     elif not _is_bytes(split.features[image]):
         raise DataError(f"{where}: column {image!r} is {split.features[image]}; expected images, or binary")
     images = split.select_columns([image])
     files = [(file["filename"], os.stat(file["filename"]).st_size) for file in split.cache_files]
-    content = digest([split._fingerprint, repr([(os.path.basename(file), size) for file, size in files])])
+    content = digest_of_parts([split._fingerprint, repr([(os.path.basename(file), size) for file, size in files])])
     store = HubStore(images, image, where, content, _container(images, image))
-    return SourceSplit(name, store, label_names, codes_N)
+    return SourceSplit(name, store, label_names, label_ids_N)
 
 
 def _container(images: Dataset, column: str) -> bytes | None:
@@ -278,11 +267,11 @@ def _labels(split: Dataset, label: str, where: str) -> tuple[tuple[str, ...], In
     column = split.select_columns([label]).with_format("arrow")[:][label]
     if not isinstance(feature, datasets.ClassLabel):
         return encode_labels(column, f"{where}, column {label!r}")
-    codes_N: Ints = np.asarray(column.fill_null(NO_LABEL).to_numpy(), dtype=np.int64)
-    outside = np.unique(codes_N[(codes_N < NO_LABEL) | (codes_N >= feature.num_classes)])
+    label_ids_N: Ints = np.asarray(column.fill_null(NO_LABEL).to_numpy(), dtype=np.int64)
+    outside = np.unique(label_ids_N[(label_ids_N < NO_LABEL) | (label_ids_N >= feature.num_classes)])
     if len(outside):
         raise DataError(f"{where}, column {label!r}: labels {outside[:5].tolist()} have no name among its classes")
-    return tuple(feature.names), codes_N
+    return tuple(feature.names), label_ids_N
 
 
 def _declared(split: Dataset, label: str) -> tuple[str, ...] | None:

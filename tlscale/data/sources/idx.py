@@ -25,15 +25,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from tlscale.data.sources.tables import (
-    VALIDATION_NAMES,
-    ArrayStore,
-    Source,
-    SourceSplit,
-    encode_labels,
-    first_few,
-    pick_splits,
-)
+from tlscale.data.sources.labels import encode_labels
+from tlscale.data.sources.quoting import first_few
+from tlscale.data.sources.split_names import VALIDATION_NAMES, pick_splits
+from tlscale.data.sources.stores import ArrayStore
+from tlscale.data.sources.tables import Source, SourceSplit
 from tlscale.errors import DataError
 from tlscale.recipe.schema import DataSection
 
@@ -116,9 +112,9 @@ def read_split(folder: Path, name: str, prefix: str) -> tuple[SourceSplit, dict[
             f"{images.path} has {len(images.numbers):,} images, but {labels.path} has {len(labels.numbers):,} labels"
         )
     store = ArrayStore(str(images.path), images.numbers, images.sha256)
-    names, codes_N = encode_labels(pa.chunked_array([pa.array(labels.numbers)]), str(labels.path))
+    names, label_ids_N = encode_labels(pa.chunked_array([pa.array(labels.numbers)]), str(labels.path))
     checksums = {file.path.name.removesuffix(".gz"): file.sha256 for file in (images, labels)}
-    return SourceSplit(name, store, names, codes_N), checksums
+    return SourceSplit(name, store, names, label_ids_N), checksums
 
 
 def read_idx_source(section: DataSection, folder: Path) -> Source:

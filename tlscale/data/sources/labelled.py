@@ -16,21 +16,21 @@ import numpy as np
 import numpy.typing as npt
 
 from tlscale.data.content import DIGEST, Digests, content_digest
+from tlscale.data.sources.labels import is_integer
 from tlscale.data.sources.open import ImageData, read_source
+from tlscale.data.sources.split_names import ScoredSection
 from tlscale.data.sources.splits import name_labels, number_labels
+from tlscale.data.sources.stores import FileStore
 from tlscale.data.sources.tables import (
     NO_LABEL,
-    FileStore,
     ImageSplit,
     ImageTable,
     Ints,
     LabelledTable,
     Raw,
     Role,
-    ScoredSection,
     Source,
     SourceSplit,
-    is_integer,
 )
 from tlscale.data.workers import map_in_threads
 from tlscale.errors import DataError
@@ -86,13 +86,13 @@ def _with_labels(source: Source) -> tuple[dict[Role, SourceSplit], list[str]]:
     kept: dict[Role, SourceSplit] = {}
     notes = []
     for role, split in source.splits.items():
-        num_without = int(np.count_nonzero(split.codes_N == NO_LABEL))
-        if num_without < len(split.codes_N):
+        num_without = int(np.count_nonzero(split.label_ids_N == NO_LABEL))
+        if num_without < len(split.label_ids_N):
             kept[role] = split
         if num_without:
             notes.append(
-                f"{source.place}: {num_without:,} of {len(split.codes_N):,} images of the split {split.name!r} are not "
-                "used: they have no label"
+                f"{source.place}: {num_without:,} of {len(split.label_ids_N):,} images of the split {split.name!r} "
+                "are not used: they have no label"
             )
     if not kept:
         raise DataError(f"{source.place}: no image has a label, so nothing can be scored")
@@ -179,9 +179,9 @@ class _JoinedTable:
 def _joined(wanted: Sequence[Role], tables: Sequence[LabelledTable], splits: Sequence[SourceSplit]) -> ImageSplit:
     """One split of the labelled rows of all tables."""
     labels_N = np.concatenate([table.labels_N for table in tables])
-    codes_N = np.concatenate([split.codes_N for split in splits])
+    label_ids_N = np.concatenate([split.label_ids_N for split in splits])
     table: ImageTable = tables[0] if len(tables) == 1 else _JoinedTable(tables, labels_N)
-    return ImageSplit(wanted[0], table, np.flatnonzero(codes_N != NO_LABEL).astype(np.int64))
+    return ImageSplit(wanted[0], table, np.flatnonzero(label_ids_N != NO_LABEL).astype(np.int64))
 
 
 def count_shared(scored: ImageSplit, other: ImageSplit) -> int:

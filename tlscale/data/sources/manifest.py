@@ -25,31 +25,19 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from tlscale.data.content import file_stamp, now_ns
+from tlscale.data.content import digest_of_parts, file_stamp, now_ns
+from tlscale.data.sources.columns import LABEL_COLUMNS, column_note, pick_column
+from tlscale.data.sources.labels import encode_labels, is_text
+from tlscale.data.sources.quoting import first_few, quoted
 from tlscale.data.sources.same_files import identities_of, number_files
-from tlscale.data.sources.split_names import SPLIT_COLUMN, may_name_splits, split_values
-from tlscale.data.sources.tables import (
-    BytesStore,
-    FileStore,
-    ImageStore,
-    Role,
-    Source,
-    SourceSplit,
-    column_note,
-    digest,
-    encode_labels,
-    first_few,
-    is_text,
-    pick_column,
-    pick_splits,
-    quoted,
-)
+from tlscale.data.sources.split_names import SPLIT_COLUMN, may_name_splits, pick_splits, split_values
+from tlscale.data.sources.stores import BytesStore, FileStore
+from tlscale.data.sources.tables import ImageStore, Role, Source, SourceSplit
 from tlscale.errors import DataError, did_you_mean
 from tlscale.recipe.schema import DataSection
 
 Stats = npt.NDArray[np.int64]
 IMAGE_COLUMNS = ("image", "img", "path", "file", "filename", "file_name", "filepath", "file_path", "image_path")
-LABEL_COLUMNS = ("label", "labels", "class", "class_name", "target")
 MOST_EMBEDDED_BYTES = 2 << 30
 _FIRST_ROWS = 1024
 
@@ -73,9 +61,9 @@ def read_manifest_source(section: DataSection, file: Path) -> Source:
     numbers = None if stats_N5 is None else number_files([identities_of(stats_N5)])
     splits: dict[Role, SourceSplit] = {}
     for role, (name, rows_N) in rows.items():
-        names, codes_N = encode_labels(table[label].take(rows_N), f"{file}, column {label!r}, split {name!r}")
+        names, label_ids_N = encode_labels(table[label].take(rows_N), f"{file}, column {label!r}, split {name!r}")
         store = _store(file, column, rows_N, content, stats_N5, looked_ns)
-        splits[role] = SourceSplit(name, store, names, codes_N, None if numbers is None else numbers[0][rows_N])
+        splits[role] = SourceSplit(name, store, names, label_ids_N, None if numbers is None else numbers[0][rows_N])
     return Source(str(file), splits, notes=notes)
 
 
@@ -211,8 +199,8 @@ def _image_column(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
 def _content(file: Path, column: pa.ChunkedArray, stats_N5: Stats | None) -> str:
     if stats_N5 is None:
         with file.open("rb") as stream:
-            return digest(iter(lambda: stream.read(1 << 20), b""))
-    return digest(itertools.chain(_paths(column), [stats_N5[:, 2:4].astype("<i8").tobytes()]))
+            return digest_of_parts(iter(lambda: stream.read(1 << 20), b""))
+    return digest_of_parts(itertools.chain(_paths(column), [stats_N5[:, 2:4].astype("<i8").tobytes()]))
 
 
 def _stats(file: Path, column: pa.ChunkedArray) -> Stats | None:

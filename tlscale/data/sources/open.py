@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tlscale.data.content import digest_of_parts
 from tlscale.data.sources.bad_images import BadImages, find_bad
 from tlscale.data.sources.fashion_mnist import read_fashion_mnist
 from tlscale.data.sources.folder import read_folder_source
@@ -24,7 +25,7 @@ from tlscale.data.sources.hub import read_disk_source, read_hub_source
 from tlscale.data.sources.idx import read_idx_source
 from tlscale.data.sources.manifest import read_manifest_source
 from tlscale.data.sources.splits import Chosen, choose_splits
-from tlscale.data.sources.tables import ImageSplit, ImageTable, LabelledTable, Role, Source, digest
+from tlscale.data.sources.tables import ImageSplit, ImageTable, LabelledTable, Role, Source
 from tlscale.recipe.schema import DataSection
 
 __all__ = ["BadImages", "ImageData", "ImageSplit", "ImageTable", "open_data"]
@@ -94,7 +95,7 @@ def _bad_images(
         return BadImages(), ["data.on_bad_image: skip: all images are taken as sound here; a run tries each of them"]
     bad_images = known if known is not None else find_bad(section, source.splits)
     return bad_images, [
-        f"SKIPPED: {count:,} of {len(source.splits[role].codes_N):,} images of {role} cannot be read "
+        f"SKIPPED: {count:,} of {len(source.splits[role].label_ids_N):,} images of {role} cannot be read "
         "(data.on_bad_image); all are listed in run.json"
         for role, count in bad_images.counts.items()
         if role in source.splits
@@ -142,7 +143,7 @@ def _sha256(chosen: Chosen, contents: Mapping[str, str]) -> str:
     parts: list[bytes | str] = [str(len(chosen.classes)), *chosen.classes]
     for role, table in sorted(chosen.tables.items()):
         parts.extend((role, _label_sum(table), contents[role]))
-    return digest(parts)
+    return digest_of_parts(parts)
 
 
 def _label_sum(table: LabelledTable) -> str:

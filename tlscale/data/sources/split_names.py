@@ -1,4 +1,4 @@
-"""Recognise names of splits, however they are spelt.
+"""Recognise names of splits, however they are spelt, and pick the splits that play a role.
 
 Promise: a split that the recipe does not use, but whose name says that it is test or validation data, is never passed
 over without a word: the readers ask here before they leave anything out.
@@ -10,10 +10,17 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 from typing import Literal
 
+from tlscale.data.sources.quoting import quoted_list
+from tlscale.errors import DataError, did_you_mean
+from tlscale.recipe.schema import DataSection
+
 Role = Literal["train", "validation", "test"]
 
 SPLIT_COLUMN = "split"
 """Column of a table that says which split a row belongs to; found in any case, with or without spaces around it."""
+
+VALIDATION_NAMES = ("validation", "valid", "val")
+"""Names of a validation split that are found by default."""
 
 _WORDS: dict[str, Role] = {
     **dict.fromkeys(("train", "training", "trainval", "trn"), "train"),
@@ -77,3 +84,58 @@ def may_name_splits(values: Iterable[str | None]) -> bool:
     """Return whether the column that begins with these values may be one of `split_values`."""
     held = [value for value in values if value is not None and value.strip()]
     return bool(held) and all(map(role_of, held))
+
+
+class ScoredSection(DataSection):
+    """`data` of images that are only scored: none of the usual splits has to be there."""
+
+
+def pick_splits(
+    section: DataSection, available: Sequence[str], where: str, *, any_word: bool = False
+) -> dict[Role, str]:
+    """Which split of the source plays which role; validation and test may be missing.
+
+    Args:
+        any_word: an unused name with a word such as 'test' in it is refused too, not only one that is such a word.
+
+    Raises:
+        DataError: a split that the recipe names is not there, one split has two roles, or a split that nothing uses
+            is called like a role that nothing plays.
+    """
+    picked: dict[Role, str] = {}
+    if section.train_split in available or not isinstance(section, ScoredSection):
+        picked["train"] = _named_split(section.train_split, "train_split", available, where)
+    validation = section.validation_split
+    if validation is not None and not (isinstance(section, ScoredSection) and validation not in available):
+        picked["validation"] = _named_split(validation, "validation_split", available, where)
+    else:
+        usual = [name for name in VALIDATION_NAMES if name in available and name not in (section.train_split, "test")]
+        usual = [name for name in usual if name != section.test_split]
+        if len(usual) > 1:
+            raise DataError(f"{where} has validation splits {quoted_list(usual)}; say which in data.validation_split")
+        if usual:
+            picked["validation"] = usual[0]
+    if section.test_split in available or (section.test_split != "test" and not isinstance(section, ScoredSection)):
+        picked["test"] = _named_split(section.test_split, "test_split", available, where)
+    for role, name in picked.items():
+        twin = next((other for other, its in picked.items() if its == name and other != role), None)
+        if twin is not None:
+            raise DataError(f"{where}: split {name!r} would be both {role} and {twin}; each needs its own")
+    if not picked:
+        _named_split(section.train_split, "train_split", available, where)  # which says what there is
+    unused = [name for name in available if name not in picked.values()]
+    for name, role in lookalikes(unused, picked, any_word=any_word).items():
+        raise DataError(
+            f"{where}: unknown split {name!r}. Did you mean {role!r}? Name it in the recipe (data.{role}_split: "
+            f"{name!r}), or rename it; one that is not to be used must not be called like a split"
+        )
+    return picked
+
+
+def _named_split(name: str, key: str, available: Sequence[str], where: str) -> str:
+    if name not in available:
+        raise DataError(
+            f"{where} has no split {name!r} (data.{key}); it has {quoted_list(available)}."
+            f"{did_you_mean(name, available)}"
+        )
+    return name

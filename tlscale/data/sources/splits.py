@@ -18,20 +18,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
+from tlscale.data.sources.labels import is_integer, sort_labels
+from tlscale.data.sources.quoting import first_few, quoted
 from tlscale.data.sources.same_files import check_files
-from tlscale.data.sources.tables import (
-    NO_LABEL,
-    ImageSplit,
-    Ints,
-    LabelledTable,
-    Role,
-    Source,
-    SourceSplit,
-    first_few,
-    is_integer,
-    quoted,
-    sort_labels,
-)
+from tlscale.data.sources.tables import NO_LABEL, ImageSplit, Ints, LabelledTable, Role, Source, SourceSplit
 from tlscale.errors import DataError, did_you_mean
 from tlscale.recipe.schema import DataSection
 from tlscale.recipe.seeds import derive_seed
@@ -147,15 +137,15 @@ def _with_labels(source: Source) -> tuple[dict[Role, SourceSplit], tuple[str, ..
     kept: dict[Role, SourceSplit] = {}
     notes: tuple[str, ...] = ()
     for role, split in source.splits.items():
-        if not len(split.codes_N):
+        if not len(split.label_ids_N):
             raise DataError(f"{source.place}: the {role} split {split.name!r} has no images")
-        without_N = np.flatnonzero(split.codes_N == NO_LABEL)
-        if role == "test" and len(without_N) == len(split.codes_N):
+        without_N = np.flatnonzero(split.label_ids_N == NO_LABEL)
+        if role == "test" and len(without_N) == len(split.label_ids_N):
             notes = (f"{source.place}: the test split {split.name!r} is not used: its labels are withheld",)
             continue
         if len(without_N):
             raise DataError(
-                f"{source.place}: {len(without_N):,} of {len(split.codes_N):,} images of the {role} split have no "
+                f"{source.place}: {len(without_N):,} of {len(split.label_ids_N):,} images of the {role} split have no "
                 f"label, the first is {split.store.where(int(without_N[0]))}"
             )
         kept[role] = split
@@ -192,14 +182,14 @@ def number_labels(split: SourceSplit, classes: tuple[str, ...], role: Role, plac
     number = {name: i for i, name in enumerate(classes)}
     outside = [name for name in split.used_names() if name not in number]
     if outside:
-        code = split.label_names.index(outside[0])
-        first = split.store.where(int(np.flatnonzero(split.codes_N == code)[0]))
+        label_id = split.label_names.index(outside[0])
+        first = split.store.where(int(np.flatnonzero(split.label_ids_N == label_id)[0]))
         raise DataError(
             f"{place}: labels of the {role} split that are no class: {first_few(quoted(outside))} (first at {first}); "
             f"the {len(classes)} classes are {first_few(quoted(classes), 10)}.{did_you_mean(outside[0], classes)}"
         )
     numbers_C = np.array([number.get(name, NO_LABEL) for name in split.label_names], dtype=np.int64)
-    return LabelledTable(split.store, numbers_C[split.codes_N])
+    return LabelledTable(split.store, numbers_C[split.label_ids_N])
 
 
 def _good_rows(table: LabelledTable, role: Role, bad: Sequence[int]) -> Ints:

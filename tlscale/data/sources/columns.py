@@ -1,0 +1,42 @@
+"""Find the columns of a table: the one of the images, the one of the labels, and those that nothing reads."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from tlscale.data.sources.quoting import first_few, quoted, quoted_list
+from tlscale.data.sources.split_names import role_of
+from tlscale.errors import DataError, did_you_mean
+
+LABEL_COLUMNS = ("label", "labels", "class", "class_name", "target")
+"""Usual names of the column of labels."""
+
+
+def pick_column(given: str | None, usual: Sequence[str], columns: Sequence[str], key: str, where: str) -> str:
+    """The column that the recipe names, or the one with a usual name.
+
+    Raises:
+        DataError: not there; none or several have a usual name.
+    """
+    if given is not None:
+        if given not in columns:
+            raise DataError(
+                f"{where} has no column {given!r} (data.{key}); it has {quoted_list(columns)}."
+                f"{did_you_mean(given, columns)}"
+            )
+        return given
+    found = [column for column in columns if column.strip().lower() in usual]
+    if len(found) != 1:
+        what = f"columns {quoted_list(found)} may all be it" if found else f"no column is called {' or '.join(usual)}"
+        raise DataError(f"{where}: {what}; say which in data.{key}. The columns are {quoted_list(columns)}")
+    return found[0]
+
+
+def column_note(column: str, values: Collection[str], where: str, remedy: str) -> str:
+    """Return the note on a column that names splits, and that nothing reads."""
+    shown = first_few(quoted(list(values)))
+    held = " and ".join(sorted({str(role_of(value)) for value in values} - {"train"}))
+    return (
+        f"SPLITS IGNORED: {where}, column {column!r} is not used: it has the values {shown}, but rows of {held} are "
+        f"treated like all others. {remedy}"
+    )

@@ -1,0 +1,103 @@
+"""Stores: the images of one split, by row, as files, as cells of a table in memory, or as one array.
+
+Promise: a store holds buffers and no image objects, and an image that cannot be read is a `DataError` with its place.
+
+Shape letters: N rows, H height, W width, 5 the numbers of a `file_stamp`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from tlscale.data.content import stamp_bytes
+from tlscale.data.sources.tables import Ints
+from tlscale.errors import DataError
+
+
+@dataclass(frozen=True, eq=False)
+class FileStore:
+    """Image files below a folder (or, with absolute paths, anywhere)."""
+
+    root: str
+    paths_N: pa.LargeStringArray
+    content: str
+    stats_N5: Ints
+    """`file_stamp` of each file."""
+    looked_ns: int
+    """When they were looked up."""
+
+    def __len__(self) -> int:
+        return len(self.paths_N)
+
+    def places(self, rows_N: Ints) -> list[str]:
+        paths = self.paths_N.take(pa.array(rows_N)).to_pylist()
+        return [f"{size} {path}" for size, path in zip(self.stats_N5[rows_N, 2].tolist(), paths, strict=True)]
+
+    def stamps(self, rows_N: Ints) -> list[bytes | None]:
+        return [stamp_bytes(facts, self.looked_ns) for facts in self.stats_N5[rows_N].tolist()]
+
+    def where(self, row: int) -> str:
+        return str(Path(self.root, self.paths_N[row].as_py()))
+
+    def read(self, row: int) -> bytes:
+        try:
+            return Path(self.where(row)).read_bytes()
+        except OSError as error:
+            raise DataError(f"{self.where(row)}: cannot be read: {error.strerror or error}") from None
+
+
+@dataclass(frozen=True, eq=False)
+class BytesStore:
+    """Encoded images in some of the rows of an Arrow column of binary (whole, so that splits share it)."""
+
+    file: str
+    images: pa.ChunkedArray
+    rows_N: Ints
+    """Row numbers in the file, and in `images`, from 0."""
+    content: str
+
+    def __len__(self) -> int:
+        return len(self.rows_N)
+
+    def places(self, rows_N: Ints) -> list[str]:
+        return [str(row) for row in self.rows_N[rows_N].tolist()]
+
+    def stamps(self, rows_N: Ints) -> None:
+        return None
+
+    def where(self, row: int) -> str:
+        return f"{self.file} row {self.rows_N[row]}"
+
+    def read(self, row: int) -> bytes:
+        raw: bytes = self.images[int(self.rows_N[row])].as_py()
+        return raw
+
+
+@dataclass(frozen=True, eq=False)
+class ArrayStore:
+    """Decoded grey images of one size, as in an IDX file."""
+
+    file: str
+    images_NHW: npt.NDArray[np.uint8]
+    content: str
+
+    def __len__(self) -> int:
+        return len(self.images_NHW)
+
+    def places(self, rows_N: Ints) -> list[str]:
+        return [str(row) for row in rows_N.tolist()]
+
+    def stamps(self, rows_N: Ints) -> None:
+        return None
+
+    def where(self, row: int) -> str:
+        return f"{self.file} image {row}"
+
+    def read(self, row: int) -> npt.NDArray[np.uint8]:
+        pixels: npt.NDArray[np.uint8] = self.images_NHW[row]
+        return pixels
