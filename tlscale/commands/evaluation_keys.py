@@ -9,15 +9,15 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from tlscale.data.sources.manifest import TABLE_ENDINGS
+from tlscale.data.sources.open import recognised_source
 from tlscale.errors import DataError, RecipeError
 from tlscale.recipe.schema import DataSection, Recipe
 from tlscale.recipe.schema_keys import all_keys
+from tlscale.recipe.sources import SOURCE_KEYS, SOURCES
 
 # What an evaluation depends on: where its images are, how they are read, how it is computed. Nothing else.
-_PLACE = (
-    *("source", "path", "config", "revision", "image_column", "label_column", "fallback"),
-    *("train_split", "validation_split", "test_split"),
-)
+_PLACE = ("source", *SOURCE_KEYS, "train_split", "validation_split", "test_split")
 _ALLOWED = frozenset(
     (
         *(f"data.{key}" for key in (*_PLACE, "on_bad_image", "max_megapixels", "workers", "cache_mib")),
@@ -25,7 +25,6 @@ _ALLOWED = frozenset(
         *("compute.threads", "compute.num_processes", "compute.hang_timeout_s"),
     )
 )
-_TABLES = (".csv", ".tsv", ".parquet", ".pq")
 
 
 def changes_for_evaluation(own: Recipe, overrides: Sequence[str], data: str | None) -> tuple[list[str], bool]:
@@ -86,25 +85,11 @@ def _as_overrides(data: str, source: str | None) -> list[str]:
     path = f"data.path={json.dumps(data)}"  # in quotes, as a path may look like anything
     if source is not None:
         return [path]
-    place = Path(data).expanduser()
-    if place.is_dir():
-        return [f"data.source={_kind_of_folder(place)}", path]
-    if place.is_file():
-        if place.suffix.lower() not in _TABLES:
-            raise DataError(f"--data: '{data}' is neither a folder nor a table of images ({', '.join(_TABLES)})")
-        return ["data.source=manifest", path]
-    if data == "fashion_mnist":
-        return ["data.source=fashion_mnist"]
+    found = recognised_source(data)
+    if found is not None:
+        return [f"data.source={found}", *([] if SOURCES[found].path == "none" else [path])]
+    wrong = "is neither a folder nor a table of images" if Path(data).expanduser().exists() else "does not exist"
     raise DataError(
-        f"--data: '{data}' does not exist. It takes a folder, a table ({', '.join(_TABLES)}) or fashion_mnist; for a "
-        f"data set of the hub add data.source=hub"
+        f"--data: '{data}' {wrong}. It takes a folder, a table ({', '.join(TABLE_ENDINGS)}) or fashion_mnist; for a "
+        "data set of the hub add data.source=hub"
     )
-
-
-def _kind_of_folder(folder: Path) -> str:
-    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-        return "disk"
-    if any(folder.glob("*-images[-.]idx3-ubyte*")):
-        return "idx"
-    has_folders = any(entry.is_dir() for entry in folder.iterdir() if not entry.name.startswith("."))
-    return "hub" if not has_folders and any(folder.glob("*.parquet")) else "folder"

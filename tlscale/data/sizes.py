@@ -12,8 +12,7 @@ import statistics
 import numpy as np
 
 from tlscale.data.decode import BadImageError, header_hw
-from tlscale.data.sources.stores import FileStore
-from tlscale.data.sources.tables import ImageTable, LabelledTable
+from tlscale.data.sources.tables import ImageTable
 from tlscale.errors import DataError
 
 MOST_HEADERS = 256
@@ -41,10 +40,10 @@ def median_side_px(table: ImageTable) -> int:
 
 
 def _shorter_side(table: ImageTable, row: int) -> int:
-    where = table.where(row)
-    if isinstance(table, LabelledTable) and isinstance(table.store, FileStore):
+    where, path = table.where(row), table.file_of(row)
+    if path is not None:
         try:
-            with open(where, "rb") as file:  # a header is a small part of a photo
+            with path.open("rb") as file:  # a header is a small part of a photo
                 return min(header_hw(file, where))
         except OSError as error:
             raise BadImageError(f"{where}: cannot be read: {error.strerror or error}") from None

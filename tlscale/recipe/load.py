@@ -20,11 +20,11 @@ from tlscale.recipe.overrides import Override, read_override
 from tlscale.recipe.schema import BackboneSection, Recipe
 from tlscale.recipe.schema_keys import all_keys
 from tlscale.recipe.shipped import shipped_recipes
+from tlscale.recipe.sources import SOURCES
 from tlscale.recipe.validation import check_recipe
 from tlscale.recipe.yaml_reader import MAX_BYTES, Findings, Node, Origin, Problem, read_yaml, write_yaml
 
 MAX_EXTENDS = 5
-_LOCAL_SOURCES = ("folder", "manifest", "idx", "disk")
 
 # Keys that came later than some run folders, whose recipe.yaml is complete but for them, and what those runs did.
 _BEFORE_THE_KEY: dict[str, dict[str, object]] = {"evaluate": {"choose": "best"}}
@@ -282,7 +282,7 @@ def _set(tree: Node, change: Override, rest: tuple[str, ...], findings: Findings
 def _with_absolute_paths(recipe: Recipe) -> Recipe:
     """Local paths no longer depend on the current folder or on `~`."""
     data, distill = recipe.data, recipe.distill
-    if data.source in _LOCAL_SOURCES and data.path is not None:
+    if SOURCES[data.source].is_local and data.path is not None:
         data = data.model_copy(update={"path": _absolute(data.path)})
     if distill is not None:
         teacher = None if distill.teacher is None else _with_absolute_weights(distill.teacher)

@@ -26,6 +26,7 @@ from tlscale.recipe.field_types import (
     run_name,
     weights_place,
 )
+from tlscale.recipe.sources import SOURCE_KEYS, SOURCES, check_source_keys
 
 
 class Section(BaseModel):
@@ -44,9 +45,9 @@ class Section(BaseModel):
 class DataSection(Section):
     """Where the images come from, and what is done to them before the backbone sees them."""
 
-    source: Literal["fashion_mnist", "folder", "manifest", "idx", "hub", "disk"]
-    """`fashion_mnist` by name; `folder`: a folder per class; `manifest`: a CSV or Parquet table; `idx`: (gzipped) IDX
-    files; `hub`: a data set of the Hugging Face hub; `disk`: one that `datasets` saved with `save_to_disk`."""
+    source: Literal[tuple(SOURCES)] = Field(  # type: ignore[valid-type]
+        description="; ".join(f"`{name}`: {source.about}" for name, source in SOURCES.items()) + "."
+    )
     path: str | None = Field(None, min_length=1)
     """Folder or file of the source; for `hub` its name there. Relative to the folder tlscale is started in."""
     config: str | None = None
@@ -98,25 +99,7 @@ class DataSection(Section):
 
     @model_validator(mode="after")
     def _belongs(self) -> DataSection:
-        if self.source != "fashion_mnist" and self.path is None:
-            raise ValueError(f"source '{self.source}' needs 'path': where it is")
-        if self.source == "fashion_mnist" and self.path is not None:
-            raise ValueError(
-                "source 'fashion_mnist' finds its files by itself (also below $TLSCALE_DATA); take 'path' out, "
-                "or use source 'idx'"
-            )
-        if self.source != "fashion_mnist" and self.fallback is not None:
-            raise ValueError(
-                "'fallback: sample' is for source 'fashion_mnist' only; take it out, or add data.fallback=null"
-            )
-        if self.source != "hub":
-            for key in ("config", "revision"):
-                if getattr(self, key) is not None:
-                    raise ValueError(f"'{key}' has an effect with source 'hub' only, not with '{self.source}'")
-        if self.source not in ("manifest", "hub", "disk"):
-            for key in ("image_column", "label_column"):
-                if getattr(self, key) is not None:
-                    raise ValueError(f"'{key}' has no effect with source '{self.source}'")
+        check_source_keys(self.source, [key for key in SOURCE_KEYS if getattr(self, key) is not None])
         if self.classes is not None and len(set(self.classes)) != len(self.classes):
             raise ValueError("'classes' names a class twice")
         for key in ("mean", "std"):

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tlscale.recipe.schema import Recipe
+from tlscale.recipe.sources import SOURCES
 
 # Not within a URL or a relative path: what comes before the first slash is neither a name nor another slash.
 _ABSOLUTE = re.compile(r"(?<![\w:/.~\-\])])/(?:[^/\s:;,'\"()]+/)+")
@@ -24,7 +25,7 @@ def places_of(recipe: Recipe) -> tuple[str, ...]:
     if recipe.distill is not None:
         teacher = recipe.distill.teacher
         named += [recipe.distill.run, teacher.weights if teacher is not None and teacher.from_file else None]
-    if recipe.data.source == "manifest":  # whose paths begin in its folder
+    if SOURCES[recipe.data.source].path == "file":  # a table, whose paths begin in its folder
         named.append(os.path.dirname(recipe.data.path or ""))
     found = {place for place in (*named, os.path.expanduser("~"), _working_folder()) if place and os.path.isabs(place)}
     links = {os.path.realpath(place) for place in found}

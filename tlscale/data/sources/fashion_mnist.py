@@ -43,8 +43,13 @@ SAMPLE = Path(__file__).parents[1] / "sample" / "fashion_mnist.parquet"
 _PREFIXES: Mapping[Role, str] = {"train": "train", "test": "t10k"}
 
 
+def is_fashion_mnist(data: str) -> bool:
+    """Return whether `data` is the name, and no place here that is called so."""
+    return data == "fashion_mnist" and not Path(data).exists()
+
+
 def read_fashion_mnist(section: DataSection) -> Source:
-    """Fashion-MNIST from the first place that has it.
+    """Read Fashion-MNIST from the first place that has it.
 
     Raises:
         DataError: a place has files of other content; or no place has any and the recipe allows no sample.
@@ -55,7 +60,7 @@ def read_fashion_mnist(section: DataSection) -> Source:
         if any(find_idx(folder, prefix, kind) for prefix in _PREFIXES.values() for kind in ("images", "labels")):
             return _read_folder(folder)
     try:
-        source = read_hub_source(DataSection.model_validate({"source": "hub", "path": HUB_NAME}), HUB_NAME)
+        source = read_hub_source(DataSection.model_validate({"source": "hub", "path": HUB_NAME}))
     except DataError as error:
         if section.fallback == "sample":
             return read_sample()
@@ -73,7 +78,7 @@ def read_fashion_mnist(section: DataSection) -> Source:
 def read_sample() -> Source:
     """The shipped sample: 6,000 + 1,000 of the real images."""
     section = DataSection.model_validate({"source": "manifest", "path": str(SAMPLE)})
-    source = read_manifest_source(section, SAMPLE)
+    source = read_manifest_source(section)
     total = sum(len(split.label_ids_N) for split in source.splits.values())
     note = (
         f"FALLBACK SAMPLE: Fashion-MNIST was not found; this run uses {total:,} of its 70,000 images, shipped with "

@@ -18,6 +18,7 @@ import pyarrow as pa
 from tlscale.data.content import digest_of_parts, file_stamp, now_ns
 from tlscale.data.decode import EXTENSIONS
 from tlscale.data.sources.labels import sort_labels
+from tlscale.data.sources.paths import local_folder
 from tlscale.data.sources.quoting import first_few, quoted
 from tlscale.data.sources.same_files import Identities, identities_of, number_files
 from tlscale.data.sources.split_names import VALIDATION_NAMES, ScoredSection, are_splits, pick_splits, role_of
@@ -29,14 +30,18 @@ from tlscale.recipe.schema import DataSection
 _LEFT_BY_DESKTOPS = frozenset(("Thumbs.db", "desktop.ini", "__MACOSX"))
 
 
-def read_folder_source(section: DataSection, root: Path) -> Source:
-    """All splits of a folder.
+def is_folder_source(data: str) -> bool:
+    """Return whether `data` is a folder, of whatever; asked after the sources that know theirs by some file."""
+    return Path(data).expanduser().is_dir()
+
+
+def read_folder_source(section: DataSection) -> Source:
+    """Read all splits of a folder.
 
     Raises:
         DataError: no folder, no classes, an empty class, files that are no images, a split that is not there.
     """
-    if not root.is_dir():
-        raise DataError(f"data.path: {root} {'is not a folder' if root.exists() else 'does not exist'}")
+    root = local_folder(section)
     picked = _pick(section, root)
     notes = list(_unused(root, picked.values())) if picked else []
     splits: dict[Role, SourceSplit] = {}

@@ -24,6 +24,7 @@ import pyarrow.compute as pc
 from tlscale.data.content import digest_of_parts, file_stamp, now_ns, stamp_bytes
 from tlscale.data.sources.columns import LABEL_COLUMNS, column_note, pick_column
 from tlscale.data.sources.labels import encode_labels
+from tlscale.data.sources.paths import local_folder
 from tlscale.data.sources.quoting import first_few, quoted
 from tlscale.data.sources.split_names import may_name_splits, pick_splits, split_values
 from tlscale.data.sources.tables import NO_LABEL, Ints, Role, Source, SourceSplit
@@ -65,6 +66,9 @@ class HubStore:
     def where(self, row: int) -> str:
         return f"{self.name} row {row}"
 
+    def file_of(self, row: int) -> None:
+        return None
+
     def read(self, row: int) -> bytes:
         cell = self.split[row][self.column]
         raw, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, Mapping) else (cell, None)
@@ -78,16 +82,29 @@ class HubStore:
             raise DataError(f"{self.where(row)}: {path} cannot be read: {error.strerror or error}") from None
 
 
-def read_disk_source(section: DataSection, folder: Path) -> Source:
-    """What `save_to_disk` of `datasets` wrote.
+def is_disk_source(data: str) -> bool:
+    """Return whether `data` is a folder that `save_to_disk` of `datasets` wrote."""
+    folder = Path(data).expanduser()
+    return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
+
+
+def is_hub_source(data: str) -> bool:
+    """Return whether `data` is a folder of Parquet files; names on the hub are not looked up."""
+    folder = Path(data).expanduser()
+    if not folder.is_dir() or any(entry.is_dir() for entry in folder.iterdir() if not entry.name.startswith(".")):
+        return False
+    return any(folder.glob("*.parquet"))
+
+
+def read_disk_source(section: DataSection) -> Source:
+    """Read what `save_to_disk` of `datasets` wrote.
 
     Raises:
         DataError: it is not that, or has no usable columns or splits.
     """
     import datasets
 
-    if not folder.is_dir():
-        raise DataError(f"data.path: {folder} {'is not a folder' if folder.exists() else 'does not exist'}")
+    folder = local_folder(section)
     try:
         loaded = datasets.load_from_disk(str(folder))
     except Exception as error:  # whatever the library makes of a folder that somebody else filled
@@ -96,12 +113,14 @@ def read_disk_source(section: DataSection, folder: Path) -> Source:
     return _source(section, splits, str(folder), {})
 
 
-def read_hub_source(section: DataSection, name: str) -> Source:
-    """A data set by its name on the hub, or a local folder that `datasets` can load (Parquet, image folder).
+def read_hub_source(section: DataSection) -> Source:
+    """Read a data set by its name on the hub, or a local folder that `datasets` can load (Parquet, image folder).
 
     Raises:
         DataError: not there, not reachable and not in the cache, not the revision, no usable columns or splits.
     """
+    name = section.path
+    assert name is not None, "the schema requires it"
     if os.path.isdir(name):
         if section.revision is not None:
             raise DataError(f"data.revision has no effect: data.path {name!r} is a local folder")

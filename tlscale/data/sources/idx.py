@@ -26,6 +26,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from tlscale.data.sources.labels import encode_labels
+from tlscale.data.sources.paths import local_folder
 from tlscale.data.sources.quoting import first_few
 from tlscale.data.sources.split_names import VALIDATION_NAMES, pick_splits
 from tlscale.data.sources.stores import ArrayStore
@@ -35,6 +36,7 @@ from tlscale.recipe.schema import DataSection
 
 _KINDS = {"images": 3, "labels": 1}
 _UINT8 = 8
+_IMAGE_FILES = "*-images[-.]idx3-ubyte*"
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,10 +119,18 @@ def read_split(folder: Path, name: str, prefix: str) -> tuple[SourceSplit, dict[
     return SourceSplit(name, store, names, label_ids_N), checksums
 
 
-def read_idx_source(section: DataSection, folder: Path) -> Source:
-    """All splits of a folder of IDX files."""
-    if not folder.is_dir():
-        raise DataError(f"data.path: {folder} is not a folder; source 'idx' reads a folder of IDX files")
+def is_idx_source(data: str) -> bool:
+    """Return whether `data` is a folder of IDX files."""
+    return any(Path(data).expanduser().glob(_IMAGE_FILES))
+
+
+def read_idx_source(section: DataSection) -> Source:
+    """Read all splits of a folder of IDX files.
+
+    Raises:
+        DataError: no such folder or files, damaged ones, or a split that is not there.
+    """
+    folder = local_folder(section)
     prefixes = _prefixes(section, folder)
     if not prefixes:
         names = sorted(path.name for path in folder.iterdir())
@@ -146,5 +156,5 @@ def _prefixes(section: DataSection, folder: Path) -> dict[str, str]:
 
 def _strangers(folder: Path, prefixes: dict[str, str]) -> list[str]:
     """How other files of images in the folder start."""
-    found = {path.name.partition("-images")[0] for path in folder.glob("*-images[-.]idx3-ubyte*")}
+    found = {path.name.partition("-images")[0] for path in folder.glob(_IMAGE_FILES)}
     return sorted(found - {*prefixes, *prefixes.values()})

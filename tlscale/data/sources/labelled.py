@@ -20,7 +20,6 @@ from tlscale.data.sources.labels import is_integer
 from tlscale.data.sources.open import ImageData, read_source
 from tlscale.data.sources.split_names import ScoredSection
 from tlscale.data.sources.splits import name_labels, number_labels
-from tlscale.data.sources.stores import FileStore
 from tlscale.data.sources.tables import (
     NO_LABEL,
     ImageSplit,
@@ -136,6 +135,10 @@ class _JoinedTable:
         part, at = self._at(row)
         return part.where(at)
 
+    def file_of(self, row: int) -> Path | None:
+        part, at = self._at(row)
+        return part.file_of(at)
+
     def places(self, rows_N: Ints) -> list[str]:
         return [place for part, at in map(self._at, rows_N.tolist()) for place in part.places(np.array([at]))]
 
@@ -210,9 +213,9 @@ def _read_digest(split: ImageSplit, i: int) -> tuple[int, bytes]:
 
 def _file_size(split: ImageSplit, i: int) -> int | None:
     """Bytes of the file of an image; None where it is not a file of its own."""
-    if not (isinstance(split.table, LabelledTable) and isinstance(split.table.store, FileStore)):
+    path = split.file_of(i)
+    if path is None:
         return None
-    path = Path(split.where(i))
     try:
         return path.stat().st_size
     except OSError as error:

@@ -28,6 +28,7 @@ import pyarrow.parquet as pq
 from tlscale.data.content import digest_of_parts, file_stamp, now_ns
 from tlscale.data.sources.columns import LABEL_COLUMNS, column_note, pick_column
 from tlscale.data.sources.labels import encode_labels, is_text
+from tlscale.data.sources.paths import local_path
 from tlscale.data.sources.quoting import first_few, quoted
 from tlscale.data.sources.same_files import identities_of, number_files
 from tlscale.data.sources.split_names import SPLIT_COLUMN, may_name_splits, pick_splits, split_values
@@ -38,16 +39,24 @@ from tlscale.recipe.schema import DataSection
 
 Stats = npt.NDArray[np.int64]
 IMAGE_COLUMNS = ("image", "img", "path", "file", "filename", "file_name", "filepath", "file_path", "image_path")
+TABLE_ENDINGS = (".csv", ".tsv", ".parquet", ".pq")
 MOST_EMBEDDED_BYTES = 2 << 30
 _FIRST_ROWS = 1024
 
 
-def read_manifest_source(section: DataSection, file: Path) -> Source:
-    """All splits of a manifest.
+def is_manifest_source(data: str) -> bool:
+    """Return whether `data` is a file with the ending of a table."""
+    place = Path(data).expanduser()
+    return place.is_file() and place.suffix.lower() in TABLE_ENDINGS
+
+
+def read_manifest_source(section: DataSection) -> Source:
+    """Read all splits of a manifest.
 
     Raises:
         DataError: not readable, columns missing, unknown splits, rows without a label, files that are not there.
     """
+    file = local_path(section)
     if not file.is_file():
         raise DataError(f"data.path: {file} {'is not a file' if file.exists() else 'does not exist'}{_hint(file)}")
     table, notes = _read_table(section, file)
@@ -81,7 +90,7 @@ def _read_table(section: DataSection, file: Path) -> tuple[pa.Table, tuple[str, 
                 return _read_parquet(section, file)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{file}: cannot be read as a table: {error}") from None
-    raise DataError(f"{file}: a manifest ends in .csv, .tsv, .parquet or .pq")
+    raise DataError(f"data.path: {file} has no ending of a table; a manifest ends in {', '.join(TABLE_ENDINGS)}")
 
 
 def _columns(section: DataSection, columns: list[str], file: Path) -> list[str]:

@@ -13,22 +13,45 @@ as other data unless it keeps the times; for data sets of the hub the fingerprin
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from tlscale.data.content import digest_of_parts
 from tlscale.data.sources.bad_images import BadImages, find_bad
-from tlscale.data.sources.fashion_mnist import read_fashion_mnist
-from tlscale.data.sources.folder import read_folder_source
-from tlscale.data.sources.hub import read_disk_source, read_hub_source
-from tlscale.data.sources.idx import read_idx_source
-from tlscale.data.sources.manifest import read_manifest_source
+from tlscale.data.sources.fashion_mnist import is_fashion_mnist, read_fashion_mnist
+from tlscale.data.sources.folder import is_folder_source, read_folder_source
+from tlscale.data.sources.hub import is_disk_source, is_hub_source, read_disk_source, read_hub_source
+from tlscale.data.sources.idx import is_idx_source, read_idx_source
+from tlscale.data.sources.manifest import is_manifest_source, read_manifest_source
 from tlscale.data.sources.splits import Chosen, choose_splits
 from tlscale.data.sources.tables import ImageSplit, ImageTable, LabelledTable, Role, Source
+from tlscale.errors import DataError
 from tlscale.recipe.schema import DataSection
 
 __all__ = ["BadImages", "ImageData", "ImageSplit", "ImageTable", "open_data"]
+
+
+@dataclass(frozen=True)
+class SourceReader:
+    """How a source is read, and recognised where only its place is given."""
+
+    read: Callable[[DataSection], Source]
+    """Finds all splits as they are stored; `DataError` for what is missing or wrong."""
+    recognises: Callable[[str], bool]
+    """Whether a place or name given without a source (`tlscale evaluate --data`) is one of this source."""
+
+
+# A new source is a file with these two functions, a row here, and a row of keys in `tlscale.recipe.sources`. The first
+# that recognises a place has it: what is told by a file comes before what takes any folder.
+SOURCES: dict[str, SourceReader] = {
+    "disk": SourceReader(read_disk_source, is_disk_source),
+    "idx": SourceReader(read_idx_source, is_idx_source),
+    "hub": SourceReader(read_hub_source, is_hub_source),
+    "folder": SourceReader(read_folder_source, is_folder_source),
+    "manifest": SourceReader(read_manifest_source, is_manifest_source),
+    "fashion_mnist": SourceReader(read_fashion_mnist, is_fashion_mnist),
+}
 
 _ROLES: tuple[Role, ...] = ("train", "validation", "test")
 
@@ -108,21 +131,14 @@ def read_source(section: DataSection) -> Source:
     Raises:
         DataError: missing or wrong, with the place and what to do.
     """
-    if section.source == "fashion_mnist":
-        return read_fashion_mnist(section)
-    assert section.path is not None, "the schema sees to it"
-    place = Path(section.path).expanduser()
-    match section.source:
-        case "folder":
-            return read_folder_source(section, place)
-        case "manifest":
-            return read_manifest_source(section, place)
-        case "idx":
-            return read_idx_source(section, place)
-        case "disk":
-            return read_disk_source(section, place)
-        case "hub":
-            return read_hub_source(section, section.path)
+    if section.source not in SOURCES:
+        raise DataError(f"data.source: there is no '{section.source}'. There are: {', '.join(SOURCES)}")
+    return SOURCES[section.source].read(section)
+
+
+def recognised_source(data: str) -> str | None:
+    """Return the name of the source that reads `data`, a place or a name; None where nothing recognises it."""
+    return next((name for name, reader in SOURCES.items() if reader.recognises(data)), None)
 
 
 def _identity(section: DataSection, source: Source, chosen: Chosen) -> dict[str, object]:

@@ -42,11 +42,14 @@ class FileStore:
         return [stamp_bytes(facts, self.looked_ns) for facts in self.stats_N5[rows_N].tolist()]
 
     def where(self, row: int) -> str:
-        return str(Path(self.root, self.paths_N[row].as_py()))
+        return str(self.file_of(row))
+
+    def file_of(self, row: int) -> Path:
+        return Path(self.root, self.paths_N[row].as_py())
 
     def read(self, row: int) -> bytes:
         try:
-            return Path(self.where(row)).read_bytes()
+            return self.file_of(row).read_bytes()
         except OSError as error:
             raise DataError(f"{self.where(row)}: cannot be read: {error.strerror or error}") from None
 
@@ -73,6 +76,9 @@ class BytesStore:
     def where(self, row: int) -> str:
         return f"{self.file} row {self.rows_N[row]}"
 
+    def file_of(self, row: int) -> None:
+        return None
+
     def read(self, row: int) -> bytes:
         raw: bytes = self.images[int(self.rows_N[row])].as_py()
         return raw
@@ -97,6 +103,9 @@ class ArrayStore:
 
     def where(self, row: int) -> str:
         return f"{self.file} image {row}"
+
+    def file_of(self, row: int) -> None:
+        return None
 
     def read(self, row: int) -> npt.NDArray[np.uint8]:
         pixels: npt.NDArray[np.uint8] = self.images_NHW[row]

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -43,6 +44,9 @@ class ImageStore(Protocol):
     def where(self, row: int) -> str:
         """The place of the image, for messages."""
 
+    def file_of(self, row: int) -> Path | None:
+        """Return the file that holds this image and nothing else; None where there is none."""
+
     def places(self, rows_N: Ints) -> list[str]:
         """Return what stands for each image while its content is not known: its name, and its size if known."""
 
@@ -67,6 +71,9 @@ class ImageTable(Protocol):
 
     def where(self, row: int) -> str:
         """The place of the image, for messages."""
+
+    def file_of(self, row: int) -> Path | None:
+        """Return the file that holds this image and nothing else; None where there is none."""
 
     def places(self, rows_N: Ints) -> list[str]:
         """Return what stands for each image while its content is not known: its name, and its size if known."""
@@ -138,6 +145,9 @@ class LabelledTable:
     def where(self, row: int) -> str:
         return self.store.where(row)
 
+    def file_of(self, row: int) -> Path | None:
+        return self.store.file_of(row)
+
 
 @dataclass(frozen=True, eq=False)
 class ImageSplit:
@@ -167,6 +177,10 @@ class ImageSplit:
     def where(self, i: int) -> str:
         """The place of the image, for messages."""
         return self.table.where(int(self.rows_N[i]))
+
+    def file_of(self, i: int) -> Path | None:
+        """Return the file that holds this image and nothing else; None where there is none."""
+        return self.table.file_of(int(self.rows_N[i]))
 
     def places(self) -> list[str]:
         """Return what stands for each image while its content is not known."""
