@@ -17,7 +17,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tlscale.recipe.field_types import ACTIVATIONS, AUGMENTATIONS, HEAD_NORMS  # noqa: E402
+from tlscale.recipe.field_types import AUGMENTATIONS, HEAD_LAYERS  # noqa: E402
 from tlscale.recipe.schema_keys import Key, all_keys  # noqa: E402
 
 REFERENCE = ROOT / "docs" / "recipe.md"
@@ -129,8 +129,7 @@ def _head_layers() -> str:
         ("{linear: 256}", "fully connected, 256 wide (1 to 65536)"),
         ("linear", "the last layer; as wide as there are classes"),
         ("{dropout: 0.2}", "dropout with that probability, from 0 to below 1"),
-        *((name, "activation") for name in ACTIVATIONS),
-        *((name, "normalisation") for name in HEAD_NORMS),
+        *((name, kind.about) for name, kind in HEAD_LAYERS.items() if kind.number is None),
     ]
     lines = [f"| `{name}` | {meaning} |" for name, meaning in rows]
     return "\n".join(["## Layers of `head`", "", "| layer | what it is |", "|---|---|", *lines, ""])
@@ -148,12 +147,11 @@ def _augmentations() -> str:
 
 
 def _augmentation_rows() -> Iterator[tuple[str, str]]:
-    for name, spec in AUGMENTATIONS.items():
-        if spec is None:
+    for name, number in AUGMENTATIONS.items():
+        if number is None:
             yield name, "takes none | | | "
         else:
-            meaning, default, lowest, highest = spec
-            yield name, f"{meaning} | {default:g} | {lowest:g} | {highest:g}"
+            yield name, f"{number.meaning} | {number.default:g} | {number.lowest:g} | {number.highest:g}"
 
 
 def frozen_schema() -> dict[str, dict[str, Any]]:

@@ -29,7 +29,7 @@ from tlscale.models.classifier import CodesClassifier
 from tlscale.models.export import export_model
 from tlscale.models.features import PENULTIMATE, LayerCodes
 from tlscale.models.folding import fold_norms
-from tlscale.models.heads import KnnHead
+from tlscale.models.knn import KnnHead
 from tlscale.recipe.schema import ProbeSection, Recipe
 from tlscale.storage.run_folder import RunFolder, naming_disk_errors, write_json
 from tlscale.tracking.console import Console

@@ -9,7 +9,7 @@ Shape letters: B images of a batch, C channels, H height, W width, S image size,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -19,7 +19,19 @@ import torch
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
+from tlscale.errors import RecipeError, did_you_mean
+
 _RANDAUGMENT_OPERATIONS = 2
+Box = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What augmented images look like: size in pixels, how a crop is resized, and the color of what is erased."""
+
+    image_size: int
+    interpolation: str
+    erase_color: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +60,20 @@ class Augmenter:
             image_size: S, in pixels.
             interpolation: of a crop's resize; `hamming` and `box`, which tensors do not have, become bilinear.
             erase_color: one number of 0..255 for each channel.
+
+        Raises:
+            RecipeError: there is no such augmentation.
         """
-        self._mix_alphas = {name: alpha for name in ("mixup", "cutmix") if (alpha := augment.get(name)) is not None}
+        unknown = sorted(set(augment) - {*STEPS, *MIXES})
+        if unknown:
+            raise RecipeError(
+                f"data.augment: there is no '{unknown[0]}'.{did_you_mean(unknown[0], [*STEPS, *MIXES])} There are: "
+                f"{', '.join((*STEPS, *MIXES))}"
+            )
+        look = Look(image_size, interpolation, erase_color)
+        self._mix_alphas = {name: augment[name] or 0.0 for name in MIXES if name in augment}
         self._image_size = image_size
-        self._steps = _image_steps(augment, image_size, interpolation, erase_color)
+        self._steps = [build(augment[name] or 0.0, look) for name, build in STEPS.items() if name in augment]
 
     @property
     def mixes(self) -> bool:
@@ -59,7 +81,7 @@ class Augmenter:
         return bool(self._mix_alphas)
 
     def augment(self, images: Iterable[Tensor], keys_B: npt.NDArray[np.uint64]) -> Tensor:
-        """The augmented images.
+        """Augment images.
 
         Args:
             images: B uint8 tensors (C, H, W): of size S x S unless there is a crop.
@@ -81,61 +103,80 @@ class Augmenter:
         return image_CHW
 
     def draw_mixes(self, keys_B: npt.NDArray[np.uint64], num_images: int) -> Mixes:
-        """A partner for each image among all `num_images` of the split, so that the batch has no part in it."""
+        """Draw a partner for each image among all `num_images` of the split, so that the batch has no part in it."""
         draws = [self._draw_mix(int(key), num_images) for key in keys_B]
         partners, lams, boxes = zip(*draws, strict=True)
         return Mixes(np.array(partners, np.int64), np.array(lams, np.float32), np.array(boxes, np.int64))
 
-    def _draw_mix(self, key: int, num_images: int) -> tuple[int, float, tuple[int, int, int, int]]:
+    def _draw_mix(self, key: int, num_images: int) -> tuple[int, float, Box]:
         rng = np.random.Generator(np.random.Philox(key=key))
         partner, kind, y, x = rng.random(4)
         names = list(self._mix_alphas)
         name = names[int(kind * len(names))]  # both named: each image takes one, by a coin
         alpha = self._mix_alphas[name]
         lam = float(rng.beta(alpha, alpha))
-        partner_row = int(partner * num_images)
-        if name == "mixup":
-            return partner_row, lam, (0, 0, 0, 0)
-        box = _cut_box(lam, y, x, self._image_size)
-        # The box is cut off at the edges and has whole pixels, so its area is what counts (Yun et al. 2019, CutMix).
-        return partner_row, 1.0 - (box[1] - box[0]) * (box[3] - box[2]) / self._image_size**2, box
+        return int(partner * num_images), *MIXES[name](lam, y, x, self._image_size)
 
 
-def _cut_box(lam: float, y: float, x: float, size: int) -> tuple[int, int, int, int]:
-    """A square of area 1 - lam around a point anywhere in the image; y and x are in 0..1."""
+def _cut_box(lam: float, y: float, x: float, size: int) -> Box:
+    """Return a square of area 1 - lam around a point anywhere in the image; y and x are in 0..1."""
     side = int(size * (1.0 - lam) ** 0.5)
     top, left = int(y * size) - side // 2, int(x * size) - side // 2
     return max(0, top), min(size, top + side), max(0, left), min(size, left + side)
 
 
-def _image_steps(
-    augment: Mapping[str, float | None], image_size: int, interpolation: str, erase_color: tuple[int, ...]
-) -> list[v2.Transform]:
-    """In the usual order: crop, flip, policy, and what is erased last of all."""
-    steps: list[v2.Transform] = []
-    if (least_area := augment.get("crop")) is not None:
-        steps.append(_crop(image_size, least_area, interpolation))
-    if (probability := augment.get("flip")) is not None:
-        steps.append(v2.RandomHorizontalFlip(probability))
-    if "trivialaugment" in augment:
-        steps.append(v2.TrivialAugmentWide(interpolation=InterpolationMode.BILINEAR))
-    if (magnitude := augment.get("randaugment")) is not None:
-        steps.append(
-            v2.RandAugment(_RANDAUGMENT_OPERATIONS, round(magnitude), interpolation=InterpolationMode.BILINEAR)
-        )
-    if (probability := augment.get("erasing")) is not None:
-        steps.append(v2.RandomErasing(probability, value=[float(value) for value in erase_color]))
-    return steps
+def _mixup(lam: float, y: float, x: float, size: int) -> tuple[float, Box]:
+    return lam, (0, 0, 0, 0)
 
 
-def _crop(image_size: int, least_area: float, interpolation: str) -> v2.Transform:
-    mode = InterpolationMode("bilinear" if interpolation in ("hamming", "box") else interpolation)
-    return v2.RandomResizedCrop(image_size, scale=(least_area, 1.0), interpolation=mode, antialias=True)
+def _cutmix(lam: float, y: float, x: float, size: int) -> tuple[float, Box]:
+    box = _cut_box(lam, y, x, size)
+    # The box is cut off at the edges and has whole pixels, so its area is what counts (Yun et al. 2019, CutMix).
+    return 1.0 - (box[1] - box[0]) * (box[3] - box[2]) / size**2, box
+
+
+MIXES: dict[str, Callable[[float, float, float, int], tuple[float, Box]]] = {"mixup": _mixup, "cutmix": _cutmix}
+"""By name, a function from (share of the image itself as drawn, place of the box down and across in 0..1, image size)
+to the share of the image itself and the box. Where both are named, the order decides which of them a draw takes."""
+
+
+def _crop(number: float, look: Look) -> v2.Transform:
+    mode = InterpolationMode("bilinear" if look.interpolation in ("hamming", "box") else look.interpolation)
+    return v2.RandomResizedCrop(look.image_size, scale=(number, 1.0), interpolation=mode, antialias=True)
+
+
+def _flip(number: float, look: Look) -> v2.Transform:
+    return v2.RandomHorizontalFlip(number)
+
+
+def _trivialaugment(number: float, look: Look) -> v2.Transform:
+    return v2.TrivialAugmentWide(interpolation=InterpolationMode.BILINEAR)
+
+
+def _randaugment(number: float, look: Look) -> v2.Transform:
+    return v2.RandAugment(_RANDAUGMENT_OPERATIONS, round(number), interpolation=InterpolationMode.BILINEAR)
+
+
+def _erasing(number: float, look: Look) -> v2.Transform:
+    return v2.RandomErasing(number, value=[float(value) for value in look.erase_color])
+
+
+STEPS: dict[str, Callable[[float, Look], v2.Transform]] = {
+    "crop": _crop,
+    "flip": _flip,
+    "trivialaugment": _trivialaugment,
+    "randaugment": _randaugment,
+    "erasing": _erasing,
+}
+"""By name, a function from (number, 0 for those that take none; what images look like) to what is done to each image;
+in the order in which they are applied, the usual one: crop, flip, policy, and what is erased last of all.
+
+A new augmentation is a row here (or in `MIXES`) and a row in `tlscale.recipe.field_types.AUGMENTATIONS`."""
 
 
 @contextmanager
 def _own_randomness() -> Iterator[torch.Generator]:
-    """torchvision draws from torch's CPU generator; lend it, and give it back as it was.
+    """Lend torchvision torch's CPU generator, which it draws from, and give it back as it was.
 
     One thread, as in a worker process: so that no sum has another order there than here.
     """

@@ -21,7 +21,7 @@ from tlscale.errors import ModelError
 from tlscale.models.backbone import layer_depths, no_weight_decay
 from tlscale.models.features import LayerCodes
 from tlscale.models.freeze import frozen_modules, is_norm
-from tlscale.models.heads import KnnHead
+from tlscale.models.knn import KnnHead
 
 _TRACKER = ModuleTracker()  # only asked whether a backward pass is under way
 

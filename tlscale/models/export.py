@@ -27,7 +27,8 @@ from tlscale.errors import ModelError, RunFolderError
 from tlscale.models.classifier import Classifier, CodesClassifier, feature_width
 from tlscale.models.features import PENULTIMATE, LayerCodes
 from tlscale.models.foreign import check_model_folder
-from tlscale.models.heads import KnnHead, build_head, is_single_linear
+from tlscale.models.heads import build_head, is_single_linear
+from tlscale.models.knn import KnnHead
 from tlscale.recipe.field_types import HeadLayer
 from tlscale.storage.run_folder import file_sha256
 

@@ -1,131 +1,76 @@
-"""What turns the features of a backbone into logits: new layers, always freshly initialised, or the nearest codes.
+"""Heads: new layers, always freshly initialised, from the features of a backbone to logits.
 
-Shapes: B images, D features, C classes, N codes that are known, K of them nearest.
+Shapes: B images, D features, C classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from tlscale.errors import ModelError
+from tlscale.errors import ModelError, did_you_mean
 from tlscale.recipe.field_types import HeadLayer
 
-_ACTIVATIONS: dict[str, type[nn.Module]] = {
-    "relu": nn.ReLU,
-    "gelu": nn.GELU,
-    "silu": nn.SiLU,
-    "tanh": nn.Tanh,
-    "leaky_relu": nn.LeakyReLU,
-    "hardswish": nn.Hardswish,
-    "elu": nn.ELU,
-}
 
-_VOTE_TEMPERATURE = 0.07  # as in DINO (Caron et al. 2021), after Wu et al. 2018
-_MOST_SIMILARITIES = 2**24  # kept at a time: 64 MiB
+def _linear(width: int, number: float | None, num_classes: int) -> nn.Module:
+    return nn.Linear(width, num_classes if number is None else int(number))
+
+
+def _dropout(width: int, number: float | None, num_classes: int) -> nn.Module:
+    assert number is not None, "the schema requires it"
+    return nn.Dropout(number)
+
+
+def _without_arguments(layer: type[nn.Module]) -> Callable[[int, float | None, int], nn.Module]:
+    return lambda width, number, num_classes: layer()
+
+
+LAYERS: dict[str, Callable[[int, float | None, int], nn.Module]] = {
+    "linear": _linear,
+    "dropout": _dropout,
+    "relu": _without_arguments(nn.ReLU),
+    "gelu": _without_arguments(nn.GELU),
+    "silu": _without_arguments(nn.SiLU),
+    "tanh": _without_arguments(nn.Tanh),
+    "leaky_relu": _without_arguments(nn.LeakyReLU),
+    "hardswish": _without_arguments(nn.Hardswish),
+    "elu": _without_arguments(nn.ELU),
+    "layernorm": lambda width, number, num_classes: nn.LayerNorm(width),
+    "batchnorm": lambda width, number, num_classes: nn.BatchNorm1d(width),
+}
+"""By name, a function from (width of its input, number in the recipe or None, number of classes) to the layer. What a
+recipe may write of each is in `tlscale.recipe.field_types.HEAD_LAYERS`."""
 
 
 def build_head(layers: Sequence[HeadLayer], *, in_features: int, num_classes: int, seed: int) -> nn.Sequential:
-    """The head of the recipe: (B, `in_features`) to (B, `num_classes`).
+    """Build the head of a recipe: (B, `in_features`) to (B, `num_classes`).
 
     Args:
         layers: the recipe's `head`, checked by the schema; the last `linear` has no width.
         in_features: D, what the backbone gives after pooling.
         num_classes: C.
         seed: of the initial weights (PyTorch's default for each layer); the global generator is left as it was.
+
+    Raises:
+        ModelError: there is no such layer, as in a model that a newer tlscale exported.
     """
     head = nn.Sequential()
     width = in_features
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for layer in layers:
-            name, number = (layer, None) if isinstance(layer, str) else next(iter(layer.items()))
-            out = int(number) if name == "linear" and number is not None else num_classes
-            head.append(_build_layer(name, number, width, out))
-            width = out if name == "linear" else width
+        for item in layers:
+            name, number = (item, None) if isinstance(item, str) else next(iter(item.items()))
+            if name not in LAYERS:
+                known = ", ".join(LAYERS)
+                raise ModelError(f"head: there is no layer '{name}'.{did_you_mean(name, LAYERS)} There are: {known}")
+            layer = LAYERS[name](width, number, num_classes)
+            head.append(layer)
+            width = layer.out_features if isinstance(layer, nn.Linear) else width
     return head
 
 
-def _build_layer(name: str, number: float | None, width: int, out: int) -> nn.Module:
-    match name:
-        case "linear":
-            return nn.Linear(width, out)
-        case "dropout":
-            assert number is not None
-            return nn.Dropout(number)
-        case "layernorm":
-            return nn.LayerNorm(width)
-        case "batchnorm":
-            return nn.BatchNorm1d(width)
-        case _:
-            return _ACTIVATIONS[name]()
-
-
 def is_single_linear(layers: Sequence[HeadLayer]) -> bool:
-    """Whether the head is what timm itself would build: at most dropout before one linear layer."""
+    """Return whether the head is what timm itself would build: at most dropout before one linear layer."""
     return all(isinstance(layer, dict) and "dropout" in layer for layer in layers[:-1])
-
-
-class KnnHead(nn.Module):
-    """The votes of the K nearest training images, as logits.
-
-    Near means a high cosine of standardised codes. A neighbour's vote weighs `exp(cosine / 0.07)`; weights are scaled
-    so that the K of them sum to K, one more vote is shared by all classes alike, and the logits are the logarithms of
-    the shares: their softmax is the shares, and no class has a share of 0.
-
-    Args:
-        state: what `state_dict()` of such a head gave: `codes_ND` (standardised, of length 1), `labels_N`, `mean_D`
-            and `std_D`.
-        k: K, at most N.
-        num_classes: C.
-
-    Raises:
-        ModelError: the state is not that of such a head, or has fewer than k codes.
-    """
-
-    codes_ND: Tensor
-    labels_N: Tensor
-    mean_D: Tensor
-    std_D: Tensor
-
-    def __init__(self, state: Mapping[str, Tensor], k: int, num_classes: int) -> None:
-        super().__init__()
-        self.k, self.num_classes = k, num_classes
-        for name in ("codes_ND", "labels_N", "mean_D", "std_D"):
-            if name not in state:
-                raise ModelError(f"probe: the nearest neighbours lack their {name}")
-            self.register_buffer(name, state[name])
-        if not 1 <= k <= len(self.labels_N):
-            raise ModelError(f"probe: k = {k} nearest neighbours cannot be found among {len(self.labels_N)} codes")
-
-    def state(self) -> dict[str, Tensor]:
-        """The buffers themselves, by name."""
-        return dict(self.named_buffers())
-
-    def neighbours(self, codes_BD: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and labels of the nearest, nearest first: (B, K) each. Memory does not grow with B * N."""
-        at_once = max(1, _MOST_SIMILARITIES // len(self.labels_N))
-        cosines, rows = [], []
-        for block_BD in torch.split(codes_BD, at_once):
-            unit_BD = F.normalize((block_BD.to(self.mean_D) - self.mean_D) / self.std_D, dim=1)
-            top = (unit_BD @ self.codes_ND.T).topk(self.k, dim=1)
-            cosines.append(top.values)
-            rows.append(top.indices)
-        return torch.cat(cosines), self.labels_N[torch.cat(rows)]
-
-    def votes(self, cosines_BK: Tensor, labels_BK: Tensor) -> Tensor:
-        """Logits (B, C) from some nearest neighbours."""
-        k = cosines_BK.shape[1]
-        weights_BK = (cosines_BK / _VOTE_TEMPERATURE).softmax(dim=1) * k
-        votes_BC = weights_BK.new_full((len(labels_BK), self.num_classes), 1 / self.num_classes)
-        for neighbour in range(k):  # one at a time: a scatter of many adds in no fixed order on a GPU
-            votes_BC.scatter_add_(1, labels_BK[:, neighbour, None], weights_BK[:, neighbour, None])
-        return (votes_BC / (k + 1)).log()
-
-    def forward(self, codes_BD: Tensor) -> Tensor:
-        # In full precision under autocast too: a rounded cosine is another neighbour.
-        with torch.autocast(codes_BD.device.type, enabled=False):
-            return self.votes(*self.neighbours(codes_BD))

@@ -7,27 +7,82 @@ YAML values back. `schema` says which key takes which.
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, PlainSerializer, WithJsonSchema
 
+from tlscale.errors import did_you_mean
 from tlscale.recipe.duration import Duration, parse_duration
 from tlscale.recipe.rules import Rule, parse_rule
 
 HeadLayer = str | dict[str, int | float]
 Augmentation = str | dict[str, float]
 
-ACTIVATIONS = ("relu", "gelu", "silu", "tanh", "leaky_relu", "hardswish", "elu")
-HEAD_NORMS = ("layernorm", "batchnorm")
-# name -> (what its number means, default, lowest, highest); None: it takes no number
-AUGMENTATIONS: dict[str, tuple[str, float, float, float] | None] = {
-    "flip": ("probability of a left-right flip", 0.5, 0.0, 1.0),
-    "crop": ("least share of the image's area that a crop keeps", 0.35, 0.01, 1.0),
+
+@dataclass(frozen=True)
+class Number:
+    """The number that a head layer or an augmentation takes.
+
+    Attributes:
+        meaning: in words.
+        lowest: that is allowed.
+        highest: that is allowed; with `is_below`, the first that is not.
+        default: for an augmentation that is named without its number.
+        is_whole: no fractions.
+        is_required: the name alone means nothing.
+    """
+
+    meaning: str
+    lowest: float
+    highest: float
+    default: float | None = None
+    is_below: bool = False
+    is_whole: bool = False
+    is_required: bool = False
+
+    def takes(self, number: float) -> bool:
+        """Whether a number is allowed."""
+        is_in_range = self.lowest <= number < self.highest if self.is_below else self.lowest <= number <= self.highest
+        return is_in_range and (isinstance(number, int) or not self.is_whole)
+
+    def __str__(self) -> str:
+        kind, to = "a whole number, " if self.is_whole else "", "below " if self.is_below else ""
+        return f"the {self.meaning}, {kind}from {self.lowest:g} to {to}{self.highest:g}"
+
+
+@dataclass(frozen=True)
+class HeadLayerKind:
+    """A kind of layer that heads are made of: what it is, and the number that it takes, if any."""
+
+    about: str
+    number: Number | None = None
+
+
+# A new layer is a row here and one in `tlscale.models.heads.LAYERS`; a test compares the rows.
+HEAD_LAYERS: dict[str, HeadLayerKind] = {
+    "linear": HeadLayerKind("fully connected", Number("width", 1, 65536, is_whole=True)),
+    "dropout": HeadLayerKind("dropout", Number("probability", 0.0, 1.0, is_below=True, is_required=True)),
+    "relu": HeadLayerKind("activation"),
+    "gelu": HeadLayerKind("activation"),
+    "silu": HeadLayerKind("activation"),
+    "tanh": HeadLayerKind("activation"),
+    "leaky_relu": HeadLayerKind("activation"),
+    "hardswish": HeadLayerKind("activation"),
+    "elu": HeadLayerKind("activation"),
+    "layernorm": HeadLayerKind("normalisation"),
+    "batchnorm": HeadLayerKind("normalisation"),
+}
+# A new augmentation is a row here and one in `tlscale.data.augment`; None: it takes no number.
+AUGMENTATIONS: dict[str, Number | None] = {
+    "flip": Number("probability of a left-right flip", 0.0, 1.0, default=0.5),
+    "crop": Number("least share of the image's area that a crop keeps", 0.01, 1.0, default=0.35),
     "trivialaugment": None,
-    "randaugment": ("magnitude of each of the two operations", 9.0, 0.0, 30.0),
-    "erasing": ("probability that a rectangle is erased", 0.25, 0.0, 1.0),
-    "mixup": ("alpha of the Beta distribution", 0.2, 0.01, 10.0),
-    "cutmix": ("alpha of the Beta distribution", 1.0, 0.01, 10.0),
+    "randaugment": Number("magnitude of each of the two operations", 0.0, 30.0, default=9.0),
+    "erasing": Number("probability that a rectangle is erased", 0.0, 1.0, default=0.25),
+    "mixup": Number("alpha of the Beta distribution", 0.01, 10.0, default=0.2),
+    "cutmix": Number("alpha of the Beta distribution", 0.01, 10.0, default=1.0),
 }
 POOLS = ("avg", "max", "avgmax", "token", "none")
 TRACKERS = ("wandb", "tensorboard", "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "trackio")
@@ -84,25 +139,26 @@ def _named_number(item: object, what: str) -> tuple[str, Any]:
     raise ValueError(f"{what} is a name or one '{{name: number}}', not {item!r}")
 
 
-def _unknown(what: str, name: str, known: tuple[str, ...] | dict[str, Any]) -> ValueError:
-    from tlscale.errors import did_you_mean
+def _check_name(what: str, name: str, known: Collection[str]) -> None:
+    if name not in known:
+        raise ValueError(f"unknown {what} '{name}'.{did_you_mean(name, known)} There are: {', '.join(known)}")
 
-    return ValueError(f"unknown {what} '{name}'.{did_you_mean(name, known)} There are: {', '.join(known)}")
+
+def _check_number(name: str, number: float | None, wanted: Number | None) -> None:
+    if wanted is None:
+        if number is not None:
+            raise ValueError(f"'{name}' takes no number; write {name}")
+    elif number is None:
+        if wanted.is_required:
+            raise ValueError(f"'{name}' takes {wanted}; write {{{name}: NUMBER}}")
+    elif not wanted.takes(number):
+        raise ValueError(f"'{name}' takes {wanted}, not {number!r}")
 
 
 def _head_layer(item: object) -> HeadLayer:
     name, number = _named_number(item, "a head layer")
-    if name == "linear":
-        if number is not None and (not isinstance(number, int) or not 1 <= number <= 65536):
-            raise ValueError(f"the width of a linear layer is a whole number from 1 to 65536, not {number!r}")
-    elif name == "dropout":
-        if number is None or not 0 <= number < 1:
-            raise ValueError("dropout takes its probability, from 0 to below 1: {dropout: 0.2}")
-    elif name in ACTIVATIONS or name in HEAD_NORMS:
-        if number is not None:
-            raise ValueError(f"'{name}' takes no number")
-    else:
-        raise _unknown("head layer", name, ("linear", "dropout", *ACTIVATIONS, *HEAD_NORMS))
+    _check_name("head layer", name, HEAD_LAYERS)
+    _check_number(name, number, HEAD_LAYERS[name].number)
     return name if number is None else {name: number}
 
 
@@ -116,26 +172,22 @@ def _head(layers: list[HeadLayer]) -> list[HeadLayer]:
 
 def _augmentation(item: object) -> Augmentation:
     name, number = _named_number(item, "an augmentation")
-    if name not in AUGMENTATIONS:
-        raise _unknown("augmentation", name, AUGMENTATIONS)
-    spec = AUGMENTATIONS[name]
-    if number is None:
-        return name
-    if spec is None:
-        raise ValueError(f"'{name}' takes no number")
-    meaning, _, lowest, highest = spec
-    if not lowest <= number <= highest:
-        raise ValueError(f"'{name}' takes the {meaning}, from {lowest:g} to {highest:g}, not {number!r}")
-    return {name: float(number)}
+    _check_name("augmentation", name, AUGMENTATIONS)
+    _check_number(name, number, AUGMENTATIONS[name])
+    return name if number is None else {name: float(number)}
 
 
 def augmentation_values(augment: list[Augmentation]) -> dict[str, float | None]:
-    """`[flip, {mixup: 0.3}]` as `{'flip': 0.5, 'mixup': 0.3}`, defaults filled in; None for those without a number."""
+    """Return `[flip, {mixup: 0.3}]` as `{'flip': 0.5, 'mixup': 0.3}`, with defaults; None for those without a number.
+
+    Args:
+        augment: as `data.augment` has it, checked.
+    """
     values: dict[str, float | None] = {}
     for item in augment:
         name, number = _named_number(item, "an augmentation")
-        spec = AUGMENTATIONS[name]
-        values[name] = spec[1] if number is None and spec is not None else number
+        wanted = AUGMENTATIONS[name]
+        values[name] = wanted.default if number is None and wanted is not None else number
     return values
 
 

@@ -18,7 +18,7 @@ from torch import nn
 from tlscale.codes.probes.linear import linear_path
 from tlscale.codes.probes.select import PROBE_KINDS, KnnHead, PathRow, choose, default_grid, fit_probe
 from tlscale.errors import DataError, ModelError, RecipeError
-from tlscale.models import heads
+from tlscale.models import knn
 
 ONE = {"logistic": (0.1,), "ridge": (0.1,), "knn": (3,), "sklearn": (0.1,)}
 GRIDS = {"logistic": (1.0, 0.1, 1e-2), "ridge": (1.0, 0.1, 1e-2), "knn": (1, 3, 9), "sklearn": (1.0, 0.1, 1e-2)}
@@ -256,7 +256,7 @@ def test_knn_votes(k, monkeypatch):
     logits = probe.module()(held)
     torch.testing.assert_close(logits.exp(), votes_by_hand(codes, labels, held, k, 4), rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(logits.exp().sum(1), torch.ones(40))
-    monkeypatch.setattr(heads, "_MOST_SIMILARITIES", 7 * 60)  # in blocks of seven images
+    monkeypatch.setattr(knn, "_MOST_SIMILARITIES", 7 * 60)  # in blocks of seven images
     torch.testing.assert_close(probe.module()(held), logits)
 
 

@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tlscale.data.augment import Augmenter
+from tlscale.data.augment import MIXES, STEPS, Augmenter
 from tlscale.data.sampler import Stream, image_keys
+from tlscale.errors import RecipeError
 from tlscale.recipe.field_types import AUGMENTATIONS, augmentation_values
 from tlscale.recipe.schema import DataSection
 
@@ -188,6 +189,15 @@ def test_the_draws_of_mixing_are_pinned():
     assert mixes.partners_B.tolist() == GOLDEN_PARTNERS
     assert mixes.lam_B.tolist() == pytest.approx(GOLDEN_LAM, abs=1e-6)
     assert mixes.boxes_B4.tolist() == GOLDEN_BOXES
+
+
+def test_each_augmentation_of_recipes_is_built_in_one_table():
+    assert sorted([*STEPS, *MIXES]) == sorted(AUGMENTATIONS)
+
+
+def test_an_augmentation_that_is_not_there_is_an_error_with_all_that_there_are():
+    with pytest.raises(RecipeError, match="no 'mixip'. Did you mean 'mixup'.* There are: crop, flip, "):
+        Augmenter({"flip": 0.5, "mixip": 0.2}, image_size=8, interpolation="bicubic", erase_color=(0,))
 
 
 def test_every_augmentation_of_the_schema_acts():

@@ -17,7 +17,8 @@ from tlscale.models.backbone import build_backbone
 from tlscale.models.classifier import CodesClassifier
 from tlscale.models.export import export_model, load
 from tlscale.models.features import LayerCodes
-from tlscale.models.heads import KnnHead, build_head
+from tlscale.models.heads import build_head
+from tlscale.models.knn import KnnHead
 
 CLASSES = ("ankle boot", "bag", "coat", "dress", "pullover")
 

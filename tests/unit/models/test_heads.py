@@ -7,13 +7,15 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tests.small_models import classifier, noise, state_of
+from tlscale.errors import ModelError
+from tlscale.models.heads import LAYERS as BUILDERS
 from tlscale.models.heads import build_head, is_single_linear
-from tlscale.recipe.field_types import ACTIVATIONS, HEAD_NORMS
+from tlscale.recipe.field_types import HEAD_LAYERS
 
 LAYERS = st.one_of(
     st.builds(lambda width: {"linear": width}, st.integers(1, 9)),
     st.builds(lambda p: {"dropout": p}, st.floats(0, 0.9)),
-    st.sampled_from([*ACTIVATIONS, *HEAD_NORMS]),
+    st.sampled_from([name for name, kind in HEAD_LAYERS.items() if kind.number is None]),
 )
 KIND = {"linear": nn.Linear, "dropout": nn.Dropout, "layernorm": nn.LayerNorm, "batchnorm": nn.BatchNorm1d}
 
@@ -46,6 +48,15 @@ def test_any_list_of_layers_becomes_that_network(layers, in_features, num_classe
         if name == "dropout":
             assert module.p == number
     assert head(torch.randn(3, in_features)).shape == (3, num_classes)
+
+
+def test_each_layer_of_recipes_has_a_builder():
+    assert set(BUILDERS) == set(HEAD_LAYERS)
+
+
+def test_a_layer_that_is_not_there_is_an_error_with_all_that_there_are():
+    with pytest.raises(ModelError, match="no layer 'relo'. Did you mean 'relu'.* There are: linear, dropout, "):
+        build_head(["relo", "linear"], in_features=4, num_classes=3, seed=0)
 
 
 def test_another_seed_gives_other_weights():

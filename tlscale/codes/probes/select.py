@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from tlscale.codes.probes.linear import LINEAR_KINDS, LinearPath, linear_path
 from tlscale.errors import DataError, ModelError, RecipeError, did_you_mean
-from tlscale.models.heads import KnnHead
+from tlscale.models.knn import KnnHead
 
 Array: TypeAlias = Tensor | npt.NDArray[Any]
 
