@@ -102,6 +102,8 @@ def layer_depths(model: nn.Module) -> tuple[dict[str, int], int]:
     Raises:
         ModelError: the architecture has no grouping.
     """
+    # Private, as timm offers only `group_modules`, which sees no parameters of the network's own (class token, position
+    # embedding). tests/unit/models/test_backbone.py compares with timm's public `param_groups_layer_decay`.
     from timm.models._manipulate import group_with_matcher
 
     matcher = getattr(model, "group_matcher", None)

@@ -130,7 +130,7 @@ def enable_gradient_checkpointing(classifier: Classifier, *, in_chans: int, imag
     Raises:
         ModelError: it does not act in this backbone, or has nothing to act on.
     """
-    from timm.layers.config import set_reentrant_ckpt
+    from timm.layers import set_reentrant_ckpt
 
     backbone = classifier.backbone
     if not any(param.requires_grad for param in backbone.parameters()):

@@ -163,6 +163,7 @@ def _write_config(model: nn.Module, folder: Path, ours: Mapping[str, Any], spec:
         "crop_mode": spec.crop_mode,
     }
     path = folder / "config.json"
+    # Private, as timm's public `save_for_hf` writes the tensors too, and those that share memory not at all.
     save_config_for_hf(
         model,
         str(path),

@@ -336,7 +336,7 @@ def test_a_file_with_auxiliary_classifiers_is_read_without_them(tmp_path, torchv
 def test_the_registry_knows_it(name):
     cfg = timm.get_pretrained_cfg(name)
     assert timm.is_model(name)
-    assert name in timm.list_models(module="classic")
+    assert name in timm.list_models(module="networks")
     assert timm.is_model_pretrained(name) == (name in ("alexnet", "googlenet"))
     model = build(name)
     assert isinstance(model.get_submodule(cfg.first_conv), nn.Conv2d)
@@ -504,6 +504,8 @@ def test_intermediates_are_chosen_by_index(name):
     assert torch.equal(ran_on, every[-1])
     with pytest.raises(ModelError, match="output_fmt='NCHW', not 'NLC'"):
         model.forward_intermediates(images, output_fmt="NLC")
+    with pytest.raises(ModelError, match=r"indices: \[0, 5\] names no stages of a network that has 5"):
+        model.forward_intermediates(images, indices=[0, 5])
 
 
 @every_net

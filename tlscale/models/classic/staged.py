@@ -16,9 +16,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
-from timm.layers.adaptive_avgmax_pool import SelectAdaptivePool2d
+from timm.layers import SelectAdaptivePool2d
 from timm.models import checkpoint
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from tlscale.errors import ModelError
@@ -192,7 +191,7 @@ class StagedNet(nn.Module):
         """
         if output_fmt != "NCHW":
             raise ModelError(f"{type(self).__name__}: maps come as output_fmt='NCHW', not {output_fmt!r}")
-        taken, last = feature_take_indices(len(self._stages), indices)
+        taken, last = _taken_stages(len(self._stages), indices)
         maps = []
         for index, names in enumerate(self._stages[: last + 1] if stop_early else self._stages):
             x = self._run(names, x)
@@ -208,7 +207,7 @@ class StagedNet(nn.Module):
         The neck and the classifier go with `prune_head`, and whenever a stage goes, since they were made for the last.
         `prune_norm` is timm's word for a norm layer after the last stage; there is none here.
         """
-        taken, last = feature_take_indices(len(self._stages), indices)
+        taken, last = _taken_stages(len(self._stages), indices)
         for names in self._stages[last + 1 :]:
             for name in names:
                 delattr(self, name)
@@ -230,6 +229,22 @@ class StagedNet(nn.Module):
         self.grad_checkpointing = enable
 
 
+def _taken_stages(num_stages: int, indices: int | list[int] | None) -> tuple[list[int], int]:
+    """Return the stages that `indices` means, and the last of them, as timm's models read it.
+
+    timm's own function for this is private. A number means that many of the last stages; None means all.
+
+    Raises:
+        ModelError: there is no such stage.
+    """
+    wanted = list(range(-num_stages, 0)) if indices is None else indices
+    wanted = list(range(-wanted, 0)) if isinstance(wanted, int) else wanted
+    if not wanted or not all(-num_stages <= index < num_stages for index in wanted):
+        raise ModelError(f"indices: {indices!r} names no stages of a network that has {num_stages}")
+    taken = [index % num_stages for index in wanted]
+    return taken, max(taken)
+
+
 def _widening(global_pool: str) -> int:
-    """How many numbers such pooling gives a channel."""
+    """Return how many numbers such pooling gives a channel."""
     return 2 if global_pool.endswith("catavgmax") else 1

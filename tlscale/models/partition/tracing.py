@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import torch.utils.checkpoint
-from timm.models._features_fx import get_notrace_functions, get_notrace_modules
+from timm.models import get_notrace_functions, get_notrace_modules
 from torch import fx, nn
 
 RECOMPUTED = "recomputed"  # in the meta of a node: it was called under gradient checkpointing
