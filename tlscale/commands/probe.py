@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from tlscale import faults
-from tlscale.codes.cache import CodesCache, Images, layers_parts, name_of
+from tlscale.codes.cache import CodesCache
+from tlscale.codes.parts import layer_name, wanted_layers
 from tlscale.codes.probes.select import Choice, PathRow, cannot_compare, checked_grid, choose
 from tlscale.codes.reader import Codes
 from tlscale.commands.tables import show_probe, show_result
@@ -27,10 +28,9 @@ from tlscale.distributed.processes import Processes
 from tlscale.distributed.signals import StopRequest
 from tlscale.models.classifier import CodesClassifier
 from tlscale.models.export import export_model
-from tlscale.models.features import PENULTIMATE, LayerCodes
-from tlscale.models.folding import fold_norms
+from tlscale.models.features import LayerCodes
 from tlscale.models.heads import KnnHead
-from tlscale.recipe.schema import ProbeSection, Recipe
+from tlscale.recipe.schema import ProbeSection
 from tlscale.storage.run_folder import RunFolder, naming_disk_errors, write_json
 from tlscale.tracking.console import Console
 from tlscale.training.evaluate import scalars
@@ -40,7 +40,7 @@ from tlscale.training.metrics import Tally, majority, summary
 from tlscale.training.predictions import Predictions, write_predictions
 from tlscale.training.run_info import begin_folder
 from tlscale.training.scores import fitted, score_of_probe
-from tlscale.training.setup import RunSetup, make_objective, strategy_of
+from tlscale.training.setup import RunSetup, make_objective, open_codes_cache, strategy_of
 
 _BLOCK = 4096  # images whose logits are computed at once
 
@@ -58,12 +58,12 @@ def probe(
     refuse_wrong_probe(setup)
 
     # -- codes: of all layers and poolings in one pass, before anything is written -----------------------------------
-    codes_cache = CodesCache(setup, processes, Images(setup), console, stop)
-    wanted = wanted_codes(recipe)
-    codes = layer_codes(codes_cache, wanted, [data.train, *([data.validation] if data.validation else [])])
+    codes_cache = open_codes_cache(setup, processes, console, stop)
+    wanted, backbone = wanted_layers(recipe.codes), setup.classifier.backbone
+    codes = codes_cache.layer_codes(backbone, wanted, [data.train, *([data.validation] if data.validation else [])])
     split = data.test or data.validation
     assert split is not None, "prepare refuses data that nothing can be evaluated on"
-    codes |= {} if split.name in codes else layer_codes(codes_cache, wanted, [split])
+    codes |= {} if split.name in codes else codes_cache.layer_codes(backbone, wanted, [split])
     record = processes.run_on_main(
         begin_folder, folder, setup, world_size=processes.world_size, device=str(processes.device)
     )
@@ -86,35 +86,9 @@ def refuse_wrong_probe(setup: RunSetup) -> None:
     assert section is not None
     num_held = len(data.validation) if data.validation is not None else 0
     checked_grid(section.kind, _grid(section), len(data.train), num_held)
-    names = [name_of(pair) for pair in wanted_codes(setup.recipe)]
+    names = [layer_name(pair) for pair in wanted_layers(setup.recipe.codes)]
     if len(names) > 1 and not num_held:
         raise cannot_compare(*names[:2])
-
-
-def wanted_codes(recipe: Recipe) -> list[tuple[str, str]]:
-    """Each layer with each pooling; the penultimate codes have one, the network's own."""
-    pairs = [(layer, pool) for layer in recipe.codes.layer or [PENULTIMATE] for pool in recipe.codes.pool]
-    return list(dict.fromkeys((layer, "avg") if layer == PENULTIMATE else (layer, pool) for layer, pool in pairs))
-
-
-def layer_codes(codes_cache: CodesCache, wanted: list[tuple[str, str]], splits: list[ImageSplit]) -> dict[str, Codes]:
-    """The codes of each split, by its name; those that the store lacks are computed.
-
-    Raises:
-        ModelError: a layer or a pooling that the backbone does not have.
-    """
-    backbone = codes_cache.setup.classifier.backbone.to(codes_cache.processes.device)
-    LayerCodes(backbone, wanted)  # names that are wrong are wrong before anything is folded
-    computing, folded = backbone, tuple[str, ...]()
-    if codes_cache.setup.recipe.codes.fold_norm:
-        layers = [layer for layer, _ in wanted if layer != PENULTIMATE]
-        computing, folded = fold_norms(backbone.eval(), keep=layers)
-        codes_cache.console.say(
-            f"codes.fold_norm: {len(folded)} norm layers are folded into the convolutions before them"
-        )
-    module = LayerCodes(computing, wanted)
-    parts = layers_parts(backbone, wanted, folded)
-    return {split.name: codes_cache.codes(module, parts, split) for split in splits}
 
 
 def _fit(
@@ -128,7 +102,7 @@ def _fit(
 ) -> dict[str, Any]:
     recipe, data, device = setup.recipe, setup.data, codes_cache.processes.device
     assert recipe.probe is not None
-    wanted = wanted_codes(recipe)
+    wanted = wanted_layers(recipe.codes)
     held = data.validation
     with setup.watch("train"):
         choice = choose(
@@ -149,7 +123,7 @@ def _fit(
             head.to(setup.dtype)
 
     # -- evaluate: by images that the classifier was not fitted to, once ----------------------------------------------
-    number = [name_of(pair) for pair in wanted].index(choice.name)
+    number = [layer_name(pair) for pair in wanted].index(choice.name)
     scored = choice.probe.head if data.test is not None else choice.probe.before_refit
     predictions = Predictions(split, data.classes)
     with setup.watch("test"):
@@ -195,7 +169,10 @@ def _candidates(
     """One layer and pooling after the other, so that one at a time is in memory."""
     for number, pair in enumerate(wanted):
         train_ND = _values(codes["train"], number, device)
-        yield name_of(pair), (train_ND, _values(codes["validation"], number, device) if has_held_out else train_ND[:0])
+        yield (
+            layer_name(pair),
+            (train_ND, _values(codes["validation"], number, device) if has_held_out else train_ND[:0]),
+        )
 
 
 def _grid(section: ProbeSection) -> list[float] | None:
@@ -260,7 +237,7 @@ def _result(
         "steps": 0,
         "images_seen": choice.probe.num_images,
         **setup.watch.figures(choice.probe.num_images),
-        "codes": codes_cache.facts(),
+        "codes": codes_cache.stats(),
         "trainable_params": num_params,
         "total_params": backbone_params + num_params,
         "is_sample": setup.data.is_sample,
