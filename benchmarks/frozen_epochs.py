@@ -47,7 +47,7 @@ from peers import BY_HAND, PEERS, Measured, Task, forward_s, missing
 
 import tlscale
 from tlscale.recipe.schema import Recipe
-from tlscale.training.setup import set_up
+from tlscale.training.setup import open_image_cache, set_up
 
 MOST_PASSES, MOST_EXTRA_S, LEAST_RATIO, MOST_POINTS, MOST_AGAIN = 1.3, 10.0, 12.0, 0.3, 0.2
 """The claims: forward passes and seconds besides, times less than each peer, points of accuracy, share of a hit."""
@@ -105,8 +105,8 @@ def make_task(recipe: Recipe, epochs: int) -> Task:
     """The same job for the peers: tlscale's images, initial weights and normalisation."""
     setup = set_up(recipe, world_size=1)
     assert setup.data.test is not None
-    images = setup.train_store().images(np.arange(len(setup.data.train)))
-    test_images = setup.eval_store(setup.data.test).images(np.arange(len(setup.data.test)))
+    images = open_image_cache(setup).train(every=True).images(np.arange(len(setup.data.train)))
+    test_images = open_image_cache(setup).of(setup.data.test).images(np.arange(len(setup.data.test)))
     assert isinstance(images, torch.Tensor)
     assert isinstance(test_images, torch.Tensor)
     return Task(

@@ -27,14 +27,14 @@ import tlscale
 from tlscale.data.sampler import DataOrder
 from tlscale.models.export import load
 from tlscale.recipe.schema import Recipe
-from tlscale.training.setup import set_up
+from tlscale.training.setup import open_image_cache, set_up
 
 
 def plain_loop(recipe: Recipe) -> tuple[dict[str, torch.Tensor], float]:
     """What a practitioner would write for this recipe, without tlscale: returns (final weights, images per second)."""
     # From tlscale only what must be equal: the images, their order, the initial weights.
     setup = set_up(recipe, world_size=1)
-    images = setup.train_store().images(torch.arange(len(setup.data.train)).numpy())
+    images = open_image_cache(setup).train(every=True).images(torch.arange(len(setup.data.train)).numpy())
     labels = torch.from_numpy(setup.data.train.labels_N)
     order = DataOrder(len(labels), recipe.batch_size, recipe.seed, recipe.drop_last)
     initial = setup.classifier.state_dict()

@@ -42,7 +42,7 @@ import tlscale
 from tlscale.data.decode import decode_image
 from tlscale.data.sources.fashion_mnist import read_fashion_mnist
 from tlscale.recipe.schema import DataSection, Recipe
-from tlscale.training.setup import RunSetup, set_up
+from tlscale.training.setup import RunSetup, open_image_cache, set_up
 
 LEAST_RATIO, LEAST_SHARE, CLAIMED_PX = 1.7, 0.85, 160
 """The claim at 160 px: times faster than the plain loop, and share of what arithmetic allows."""
@@ -88,8 +88,9 @@ class PlainJob:
         setup = set_up(recipe, world_size=1)
         assert setup.data.test is not None
         self.order, self.total_steps, self.recipe = setup.order, setup.total_steps, recipe
-        self.images, self.labels = _all(setup.train_store()), torch.from_numpy(setup.data.train.labels_N)
-        self.test_images = _all(setup.eval_store(setup.data.test))
+        images = open_image_cache(setup)
+        self.images, self.labels = _all(images.train(every=True)), torch.from_numpy(setup.data.train.labels_N)
+        self.test_images = _all(images.of(setup.data.test))
         self.test_labels = torch.from_numpy(setup.data.test.labels_N)
         self.mean, self.std = (255 * torch.tensor([setup.spec.mean, setup.spec.std], dtype=torch.float64)).float()
         self.net = PlainNet(setup)

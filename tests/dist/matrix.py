@@ -20,8 +20,7 @@ from tlscale.training.evaluate import evaluate
 from tlscale.training.input_pipeline import ImagePipeline
 from tlscale.training import loop as finetune
 from tlscale.training import state as run_parts
-from tlscale.codes.cache import Images
-from tlscale.training.setup import make_objective, set_up
+from tlscale.training.setup import make_objective, open_image_cache, set_up
 
 # 77 training images in batches of 16 (the last of an epoch: 13), two epochs: 10 steps.
 BATCH = 16
@@ -103,7 +102,7 @@ def evaluations(folder, data, rank=0):
     processes = start_processes(recipe.compute)
     try:
         setup = set_up(recipe, world_size=processes.world_size)
-        feed = ImagePipeline(setup, processes, setup.classifier, Images(setup))
+        feed = ImagePipeline(setup, processes, setup.classifier, open_image_cache(setup))
         test = setup.data.test
         splits = [ImageSplit(f"first {count}", test.table, test.rows_N[:count]) for count in EVALUATED]
         return {

@@ -21,7 +21,7 @@ from tests.small_runs import (
     tensors,
 )
 from tlscale.data.transforms import normalise
-from tlscale.training.setup import set_up
+from tlscale.training.setup import open_image_cache, set_up
 from tlscale.recipe.seeds import derive_seed
 
 pytestmark = [pytest.mark.dist, pytest.mark.long, pytest.mark.timeout(1500)]
@@ -116,7 +116,7 @@ def plain_loop(recipe, clip):
     """Plain PyTorch: each step one batch, the mean over its images, however many they are."""
     setup = set_up(recipe, world_size=1)
     (stage,) = setup.stages
-    images = setup.train_store().images(torch.arange(len(setup.data.train)).numpy())
+    images = open_image_cache(setup).train(every=True).images(torch.arange(len(setup.data.train)).numpy())
     labels, network = torch.from_numpy(setup.data.train.labels_N), setup.classifier.train()
     groups = [{key: group[key] for key in ("params", "lr", "weight_decay")} for group in stage.groups]
     optimizer = torch.optim.SGD(groups, momentum=0.9) if clip else torch.optim.AdamW(groups)

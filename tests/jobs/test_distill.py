@@ -22,7 +22,6 @@ from tests.small_runs import (
     put_teacher,
     small_recipe,
 )
-from tlscale.codes.cache import CodesCache, Images, input_path
 from tlscale.commands.codes import compute_codes
 from tlscale.distributed.processes import start_processes
 from tlscale.distributed.signals import StopRequest
@@ -31,7 +30,7 @@ from tlscale.tracking.console import Console
 from tlscale.training import loop as finetune
 from tlscale.training.distillation.targets import ask_teacher
 from tlscale.training.input_pipeline import ImagePipeline
-from tlscale.training.setup import set_up
+from tlscale.training.setup import input_path, open_codes_cache, open_image_cache, set_up
 
 IMAGES = 96 + 37  # training, held out and test images
 MATCH = {"layer2": "blocks.2", "penultimate": ["blocks.2", "penultimate"]}
@@ -171,14 +170,14 @@ def test_the_teacher_is_asked_of_what_the_student_sees(name, idx, teacher, tmp_p
     processes = start_processes(recipe.compute)
     with closing(processes), StopRequest() as stop:
         setup = set_up(recipe, world_size=1)
-        codes_cache = CodesCache(setup, processes, Images(setup), Console(0, enabled=False), stop)
+        codes_cache = open_codes_cache(setup, processes, Console(0, enabled=False), stop)
         targets = ask_teacher(setup, processes, codes_cache)
         feed = ImagePipeline(setup, processes, setup.classifier, codes_cache.images, targets, recipe.codes.views)
         seen = [batch for batches in feed.steps(0, setup.total_steps) for batch in batches]
         asked = {}
         assert setup.teacher.spec.interpolation == "bilinear"
         setup.spec = setup.teacher.spec  # the mean and deviation of the teacher's input
-        to_input = input_path(setup, processes)
+        to_input = input_path(setup, processes.device)
         for batch in seen:
             with torch.no_grad():
                 codes = torch.cat(setup.teacher.module(*to_input(batch)), 1)
@@ -204,7 +203,7 @@ def test_logits_of_a_run_by_the_names_of_its_classes(idx, run_of_teacher, tmp_pa
     student, known = tlscale.load(tmp_path / "out"), tlscale.load(run_of_teacher)
     assert student.classes == tuple(reversed(known.classes))
     setup = set_up(recipe, world_size=1)
-    images = Images(setup).of(setup.data.train).images(torch.arange(77).numpy())
+    images = open_image_cache(setup).of(setup.data.train).images(torch.arange(77).numpy())
     inputs = (images.float() / 255 - student.input_spec.mean[0]) / student.input_spec.std[0]
     with torch.no_grad():
         answers = [[one.classes[at] for at in one.model(inputs).argmax(1)] for one in (student, known)]

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from tests.small_runs import When, assert_same_bits, exported, logged, result, s
 from tlscale.commands.codes import compute_codes
 from tlscale.commands.compare import compare
 from tlscale.commands.evaluate import evaluate_run
+from tlscale.data.loader import ImageStore
 from tlscale.data.sampler import micro_batches
 from tlscale.errors import DataError, Stopped
 from tlscale.recipe.duration import Duration
@@ -161,10 +163,12 @@ def test_decoding_is_counted_as_it_goes_on(augment, pictures, tmp_path):
     """In blocks of 256, whether images are kept as they are or as the network sees them."""
     data = {**FOLDER, "validation_fraction": 0.0, "augment": augment}
     setup, counts = set_up(small_recipe(tmp_path / "r.yaml", pictures, data=data), world_size=1), []
-    kept = setup.train_store(on_images=counts.append)
+    crops = bool(augment)
+    store = partial(ImageStore, setup.data.train, setup.recipe.data, setup.spec, crops=crops, on_images=counts.append)
+    kept = store()
     assert counts == [256, 24]
     assert kept.cached
-    few = setup.train_store(keep=False, on_images=counts.append)
+    few = store(keep=False)
     assert counts == [256, 24]
     assert not few.cached
     rows = np.array([279, 0, 7])

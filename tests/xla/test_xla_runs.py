@@ -37,11 +37,11 @@ from tests.small_runs import (
 )
 from tlscale.data.loader import ImageStore, eval_batches
 from tlscale.data.sources.open import open_data
+from tlscale.data.transforms import InputPath
 from tlscale.distributed.processes import start_processes
 from tlscale.errors import EXIT_STOPPED, LaunchError
 from tlscale.recipe.load import load_recipe
 from tlscale.recipe.schema import ComputeSection
-from tlscale.training.evaluate import InputPath
 from tlscale.training.setup import set_up
 
 metrics = pytest.importorskip("torch_xla.debug.metrics", reason="torch_xla is not here: `make test-xla` has it")

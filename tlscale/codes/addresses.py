@@ -31,7 +31,7 @@ Bools = npt.NDArray[np.bool_]
 
 
 @dataclass
-class SplitPictures:
+class SplitImages:
     """The images of a split as evaluation sees them; the address is the content."""
 
     split: ImageSplit
@@ -40,36 +40,36 @@ class SplitPictures:
     to_inputs: Callable[[ImageBatch], Any]
 
     def known(self) -> tuple[Digests, Bools]:
-        """See `Pictures`."""
+        """See `AddressedImages`."""
         return self.split.known_digests()
 
     def name(self) -> str:
-        """See `Pictures`."""
+        """See `AddressedImages`."""
         return digest_of_parts([self.split.where(0), *self.split.places()])
 
     def read(self, positions_B: Ints, *, are_new: bool) -> list[tuple[bytes, Any]]:
-        """See `Pictures`."""
+        """See `AddressedImages`."""
         positions = positions_B.tolist()
         read = list(map_in_threads(self.split.read_hashed, positions))
         return [(address, (position, raw)) for position, (raw, address) in zip(positions, read, strict=True)]
 
     def found(self, ids_N: Digests) -> None:
-        """See `Pictures`."""
+        """See `AddressedImages`."""
         self.split.table.remember()
         self.split.table.take_digests(self.split.rows_N, ids_N)
 
     def inputs(self, read: Sequence[tuple[int, Raw]]) -> Any:
-        """See `Pictures`."""
+        """See `AddressedImages`."""
         positions_B = np.array([position for position, _ in read])
         return self.to_inputs(eval_batch(HeldImages(self.store, dict(read)), positions_B))
 
     def where(self, position: int) -> str:
-        """See `Pictures`."""
+        """See `AddressedImages`."""
         return self.split.where(position)
 
 
 @dataclass
-class ViewPictures:
+class ViewImages:
     """A view of the training images, as training sees them in its epoch."""
 
     split: ImageSplit
@@ -84,15 +84,15 @@ class ViewPictures:
     _is_open: bool = field(default=False, init=False)
 
     def known(self) -> tuple[Digests, Bools]:
-        """See `Pictures`."""
+        """See `AddressedImages`."""
         return self._addresses(np.arange(len(self.split)), *self.split.known_digests())
 
     def name(self) -> str:
-        """See `Pictures`."""
+        """See `AddressedImages`."""
         return digest_of_parts([str(self.view), str(self.seed), self.split.where(0), *self.split.places()])
 
     def read(self, positions_B: Ints, *, are_new: bool) -> list[tuple[bytes, Any]]:
-        """See `Pictures`."""
+        """See `AddressedImages`."""
         if are_new and not self._is_open:
             self.kept()  # each image is wanted in each view: it is decoded once for all, where that fits
             self._is_open = True
@@ -104,11 +104,11 @@ class ViewPictures:
         return [(address, (at, raws)) for address, at in zip(digest_bytes(ids_B), positions_B.tolist(), strict=True)]
 
     def found(self, ids_N: Digests) -> None:
-        """See `Pictures`."""
+        """See `AddressedImages`."""
         self.split.table.remember()
 
     def inputs(self, read: Sequence[tuple[int, Mapping[int, Raw]]]) -> Any:
-        """See `Pictures`."""
+        """See `AddressedImages`."""
         positions_B = np.array([position for position, _ in read])
         raws = {at: raw for _, some in read for at, raw in some.items()}
         store = HeldImages(self.store, raws) if raws else self.kept()
@@ -116,7 +116,7 @@ class ViewPictures:
         return self.to_inputs(train_batch(store, self.augmenter, self.seed, batch))
 
     def where(self, position: int) -> str:
-        """See `Pictures`."""
+        """See `AddressedImages`."""
         return self.split.where(position)
 
     @cached_property

@@ -29,7 +29,7 @@ Values = tuple[Tensor, ...]
 _THREADS = (4, 2, 1)
 
 
-class Pictures(Protocol):
+class AddressedImages(Protocol):
     """The images that are asked for, by position."""
 
     def known(self) -> tuple[Digests, Bools]:
@@ -61,7 +61,7 @@ class Extraction:
 
     store: CodesStore
     keys: Sequence[CodesKey]
-    pictures: Pictures
+    images: AddressedImages
     module: Module
     request: str
     should_stop: Callable[[], bool] | None
@@ -110,11 +110,11 @@ class Extraction:
         return self.values
 
     def read(self, positions_B: Ints) -> list[tuple[bytes, Any]]:
-        """What `Pictures.read` gives."""
+        """What `AddressedImages.read` gives."""
         there = [self._read.pop(position, None) for position in positions_B.tolist()]
         lacking_B = positions_B[[one is None for one in there]]
         are_new = not any(len(stock.there_M) for stock in self.stocks)
-        new = iter(self.pictures.read(lacking_B, are_new=are_new) if len(lacking_B) else [])
+        new = iter(self.images.read(lacking_B, are_new=are_new) if len(lacking_B) else [])
         return [one if one is not None else next(new) for one in there]
 
     def chunk(self, positions_P: Ints, on_block: Callable[[int], None]) -> tuple[Digests, Digests, Values]:
@@ -181,9 +181,9 @@ class Extraction:
 
     def _forward(self, read: Sequence[Any]) -> Values:
         # A short block is filled up: a network's arithmetic may depend on the number of images.
-        gather_into = [*read, *[read[-1]] * (BLOCK - len(read))]
+        filled = [*read, *[read[-1]] * (BLOCK - len(read))]
         with torch.no_grad(), fixed_threads():  # not inference mode: what comes from it could not be trained on
-            values = self.module(self.pictures.inputs(gather_into))
+            values = self.module(self.images.inputs(filled))
         num_values = sum(len(key.layers) for key in self.keys)
         assert len(values) == num_values, f"{len(values)} values for {[key.layers for key in self.keys]}"
         return values
@@ -199,7 +199,7 @@ class Extraction:
                 )
             value = value.detach()[: len(positions_B)]
             stored = value.to(spec.torch_dtype).contiguous().cpu()
-            _refuse_non_finite(stored, value, spec, [self.pictures.where(at) for at in positions_B.tolist()])
+            _refuse_non_finite(stored, value, spec, [self.images.where(at) for at in positions_B.tolist()])
             kept.append(stored)
         return tuple(kept)
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tlscale.codes.blocks import Extraction, Module, Pictures
+from tlscale.codes.blocks import AddressedImages, Extraction, Module
 from tlscale.codes.entry import checked_ids
 from tlscale.codes.key import CodesKey
 from tlscale.codes.reader import Codes
@@ -39,7 +39,7 @@ _ROUNDS = 3  # what is found damaged at the end is computed again
 def extract_codes(
     store: CodesStore,
     keys: Sequence[CodesKey],
-    pictures: Pictures,
+    images: AddressedImages,
     *,
     module: Module,
     processes: Processes,
@@ -53,7 +53,7 @@ def extract_codes(
 
     Args:
         store: the same folder for all processes.
-        pictures: the images.
+        images: the images.
         module: gives the values that the keys' layers name, in this order; the first dimension of each is the images.
             It is called without gradients, in the mode that it is in, and must not talk to the other processes.
         title: what the images are, for messages.
@@ -66,22 +66,22 @@ def extract_codes(
         TlscaleError: the disk is full, the codes exceed the limit, or a process does not see the store's folder.
     """
     say, num_computed = _once(console.say), 0
-    ids_N, known_N = processes.run_on_main(pictures.known)
+    ids_N, known_N = processes.run_on_main(images.known)
     ids_N = checked_ids(ids_N).copy()
-    name = "" if known_N.all() else processes.run_on_main(pictures.name)
+    name = "" if known_N.all() else processes.run_on_main(images.name)
     request = hashlib.sha256(ids_N.tobytes() + name.encode()).hexdigest()[:16]  # who asks for the same at once waits
     codes = _look(store, keys, ids_N, processes, say) if known_N.all() else None
     for _ in range(_ROUNDS):
         if codes is not None:
             break
         with processes.watchdog.watching(), _sole_writer(store, keys, request, processes, say, should_stop):
-            work = Extraction(store, keys, pictures, module, request, should_stop, ids_N, known_N.copy())
+            work = Extraction(store, keys, images, module, request, should_stop, ids_N, known_N.copy())
             num_computed += _compute(work, processes, say, title)
             known_N[:] = True
             codes = _reopened(work, processes, say)
     if codes is None:
         raise TlscaleError(f"codes in '{store.root}' are removed or damaged as fast as they are computed")
-    pictures.found(ids_N)
+    images.found(ids_N)
     codes.num_computed = num_computed
     if not num_computed:
         say(f"codes of {title}: hit, {len(codes):,} images x {codes.row_bytes:,} bytes, from '{codes.path}'")

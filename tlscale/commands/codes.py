@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from contextlib import closing
 
-from tlscale.codes.cache import CodesCache, Images, partition_parts
+from tlscale.codes.cache import CodesCache
 from tlscale.codes.entry import Entry
+from tlscale.codes.parts import partition_parts, wanted_layers
 from tlscale.codes.reader import Codes
 from tlscale.codes.store import CodesStore
-from tlscale.commands.probe import layer_codes, wanted_codes
 from tlscale.data.sources.open import ImageSplit
 from tlscale.distributed.processes import Processes, start_processes
 from tlscale.distributed.signals import StopRequest
@@ -19,7 +19,7 @@ from tlscale.tracking.console import Console, format_duration
 from tlscale.tracking.stopwatch import Stopwatch, describe_seconds
 from tlscale.training.distillation.targets import ask_teacher
 from tlscale.training.input_pipeline import agree_on_partition, refuse_codes_of_a_probe
-from tlscale.training.setup import RunSetup, set_up
+from tlscale.training.setup import RunSetup, open_codes_cache, set_up
 
 _GIB = 2**30
 
@@ -47,13 +47,12 @@ def compute_codes(recipe: Recipe, watch: Stopwatch | None = None) -> int:
         with processes.main_first():
             setup = set_up(recipe, world_size=processes.world_size, watch=watch)
         setup.classifier.to(processes.device)
-        codes_cache = CodesCache(setup, processes, Images(setup), console, stop)
+        codes_cache = open_codes_cache(setup, processes, console, stop)
         data = setup.data
         others = [split for split in (data.validation, data.test) if split is not None]
         if recipe.probe is not None or recipe.codes.layer is not None:
-            wanted = wanted_codes(recipe)
-            codes = layer_codes(codes_cache, wanted, [data.train, *others])
-            _show(codes, console)
+            wanted = wanted_layers(recipe.codes)
+            _show(codes_cache.layer_codes(setup.classifier.backbone, wanted, [data.train, *others]), console)
         elif (targets := ask_teacher(setup, processes, codes_cache)) is not None:
             _show(targets.kept(), console)
         else:
@@ -72,8 +71,10 @@ def _frozen_codes(setup: RunSetup, processes: Processes, codes_cache: CodesCache
             "codes.layer=penultimate"
         )
     codes_cache.console.say(f"{choice.partition.describe()}; {choice.why}")
-    parts = partition_parts(choice.partition, setup)
-    shown = codes_cache.train_views(choice.partition.prefix, parts, range(setup.recipe.codes.views)).by_name("train")
+    parts = partition_parts(choice.partition, setup.classifier.backbone, codes_cache.spec.precision)
+    shown = codes_cache.train_views(choice.partition.prefix, parts, range(codes_cache.spec.section.views)).by_name(
+        "train"
+    )
     for split in others:
         shown[split.name] = codes_cache.codes(choice.partition.prefix, parts, split)
     _show(shown, codes_cache.console)

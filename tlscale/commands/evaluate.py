@@ -26,6 +26,7 @@ from tlscale.data.sources.bad_images import find_bad_images
 from tlscale.data.sources.labelled import count_shared, open_labelled, own_images
 from tlscale.data.sources.open import BadImages, ImageData, ImageSplit, open_data
 from tlscale.data.sources.tables import Role
+from tlscale.data.transforms import InputPath
 from tlscale.distributed.processes import Processes, start_processes
 from tlscale.errors import DataError, RecipeError, RunFolderError, TlscaleError
 from tlscale.models.export import TrainedModel, load
@@ -34,7 +35,7 @@ from tlscale.recipe.schema import DataSection, LossSection, Recipe
 from tlscale.storage.run_folder import write_json
 from tlscale.tracking.console import Console, Pace, number, visible
 from tlscale.tracking.stopwatch import Stopwatch, describe_seconds
-from tlscale.training.evaluate import InputPath, evaluate
+from tlscale.training.evaluate import evaluate
 from tlscale.training.loss import Objective
 
 _SPLITS: tuple[Role, ...] = ("train", "validation", "test")

@@ -11,8 +11,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from tlscale.codes.parts import wanted_layers
+from tlscale.codes.probes.select import refuse_wrong_probe
 from tlscale.codes.store import CodesStore
-from tlscale.commands.probe import refuse_wrong_probe, wanted_codes
 from tlscale.commands.tables import show_plan
 from tlscale.distributed.fsdp import unsharded_bytes
 from tlscale.models.features import LayerCodes
@@ -42,7 +43,7 @@ def plan(recipe: Recipe, *, world_size: int) -> None:
     console = Console(0)
     show_plan(setup, console, device=f"planned for {world_size} process{'es' if world_size > 1 else ''}")
     if recipe.probe is not None:
-        refuse_wrong_probe(setup)
+        refuse_wrong_probe(recipe.probe, recipe.codes, len(setup.data.train), len(setup.data.validation or ()))
         console.table("Codes", ("layer", "pool", "stride", "width", "MiB"), _layer_rows(setup))
     for stage in setup.stages:
         build_optimizer(stage.groups, stage.optim)
@@ -59,7 +60,7 @@ def _layer_rows(setup: RunSetup) -> list[tuple[str, ...]]:
     num_images = sum(len(split) for split in (data.train, data.validation, data.test) if split is not None)
     return [
         (row.layer, row.pool, str(row.stride or "-"), f"{row.width:,}", f"{num_images * row.width * 4 / 2**20:,.1f}")
-        for row in LayerCodes(setup.classifier.backbone, wanted_codes(setup.recipe)).describe(images_BCHW)
+        for row in LayerCodes(setup.classifier.backbone, wanted_layers(setup.recipe.codes)).describe(images_BCHW)
     ]
 
 

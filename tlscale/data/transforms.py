@@ -254,6 +254,20 @@ def to_input(batch: ImageBatch, spec: InputSpec, dtype: torch.dtype) -> Tensor:
     return torch.lerp(partners_BCHW, images_BCHW, share_BHW[:, None]).to(dtype)
 
 
+@dataclass(frozen=True)
+class InputPath:
+    """Turn a batch of uint8 images into the network's input on this process's device."""
+
+    spec: InputSpec
+    dtype: torch.dtype
+    device: torch.device
+    channels_last: bool
+
+    def __call__(self, batch: ImageBatch) -> tuple[Tensor]:
+        images_BCHW = to_input(batch.to(self.device, non_blocking=True), self.spec, self.dtype)
+        return (images_BCHW.contiguous(memory_format=torch.channels_last) if self.channels_last else images_BCHW,)
+
+
 def _work_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 

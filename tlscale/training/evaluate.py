@@ -7,32 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from tlscale import faults
-from tlscale.data.transforms import ImageBatch, InputSpec, to_input
 from tlscale.distributed.processes import Processes
 from tlscale.training.loss import Batch, Objective, cross_entropy
 from tlscale.training.metrics import Tally, error_of_mean, standard_error, summary
 from tlscale.training.predictions import Predictions
-
-
-@dataclass(frozen=True)
-class InputPath:
-    """How a batch of uint8 images becomes the network's input on this process's device."""
-
-    spec: InputSpec
-    dtype: torch.dtype
-    device: torch.device
-    channels_last: bool
-
-    def __call__(self, batch: ImageBatch) -> tuple[Tensor]:
-        images_BCHW = to_input(batch.to(self.device, non_blocking=True), self.spec, self.dtype)
-        return (images_BCHW.contiguous(memory_format=torch.channels_last) if self.channels_last else images_BCHW,)
 
 
 class Placed(Batch, Protocol):

@@ -25,8 +25,10 @@ import torch
 from torch import Tensor, nn
 
 from tlscale.codes.batches import CodeBatch, CodeViews, eval_code_batches, train_code_batches
-from tlscale.codes.cache import CodesCache, Images, input_path, partition_parts
+from tlscale.codes.cache import CodesCache
+from tlscale.codes.parts import partition_parts
 from tlscale.codes.store import CodesStore, nearest_folder
+from tlscale.data.image_cache import ImageCache
 from tlscale.data.loader import ImageStore, eval_batches, train_batches
 from tlscale.data.sources.open import ImageSplit
 from tlscale.data.transforms import ImageBatch
@@ -35,7 +37,7 @@ from tlscale.errors import RecipeError
 from tlscale.models.partition.partition import NoPartition, Partition, find_partition
 from tlscale.recipe.schema import CodesSection, Recipe
 from tlscale.training.distillation.targets import Targets
-from tlscale.training.setup import RunSetup
+from tlscale.training.setup import RunSetup, input_path
 from tlscale.training.stages import Stage
 
 
@@ -63,7 +65,7 @@ class ImagePipeline:
         setup: RunSetup,
         processes: Processes,
         network: nn.Module,
-        images: Images,
+        images: ImageCache,
         targets: Targets | None = None,
         views: int | None = None,
     ) -> None:
@@ -74,7 +76,7 @@ class ImagePipeline:
         self.module = network
         self._prepared, self._processes, self._images, self._targets = setup, processes, images, targets
         self._views = views
-        self._input_path = input_path(setup, processes)
+        self._input_path = input_path(setup, processes.device)
         # Opened now, on all processes or on none: a bad image must not leave a half-begun run.
         processes.run_on_all(images.train)
         if setup.data.validation is not None:
@@ -129,7 +131,7 @@ class CodePipeline:
         self.module = partition.suffix
         self._prepared, self._processes = setup, processes
         self._frontier, self._keeper = partition, codes_cache
-        self._parts = partition_parts(partition, setup)
+        self._parts = partition_parts(partition, setup.classifier.backbone, codes_cache.spec.precision)
         self._train = codes_cache.train_views(partition.prefix, self._parts, views_of(stage, setup))
         self._others: dict[str, CodeViews] = {}
         if setup.data.validation is not None:

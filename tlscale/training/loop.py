@@ -393,7 +393,7 @@ def _result(
         "images_seen": order.images_seen(clock.step),
         "steps_left_out": clock.left_out,
         **setup.watch.figures(order.images_seen(clock.step)),
-        "codes": parts.codes_cache.facts() if any(clock.keeps_codes.values()) or parts.targets is not None else None,
+        "codes": parts.codes_cache.stats() if any(clock.keeps_codes.values()) or parts.targets is not None else None,
         "trainable_params": setup.trainable_params,
         "total_params": setup.total_params,
         "is_sample": setup.data.is_sample,

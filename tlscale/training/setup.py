@@ -6,17 +6,20 @@ Promise: whatever is wrong with the recipe, the data or the model is found here,
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from tlscale.codes.cache import CodesCache, CodesSpec
+from tlscale.data.image_cache import ImageCache
 from tlscale.data.loader import ImageStore, default_workers
 from tlscale.data.sampler import BatchSplit, DataOrder, least_in_a_pass, split_batch_size
 from tlscale.data.sizes import median_side_px
-from tlscale.data.sources.open import BadImages, ImageData, ImageSplit, open_data
-from tlscale.data.transforms import InputSpec, resolve_input
+from tlscale.data.sources.open import BadImages, ImageData, open_data
+from tlscale.data.transforms import InputPath, InputSpec, resolve_input
+from tlscale.distributed.processes import Processes
+from tlscale.distributed.signals import StopRequest
 from tlscale.errors import DataError, ModelError, RecipeError
 from tlscale.models.backbone import WeightsReport, build_backbone
 from tlscale.models.classifier import (
@@ -32,6 +35,7 @@ from tlscale.recipe.duration import Duration
 from tlscale.recipe.field_types import augmentation_values
 from tlscale.recipe.schema import Recipe
 from tlscale.recipe.seeds import derive_seed
+from tlscale.tracking.console import Console
 from tlscale.tracking.stopwatch import Stopwatch
 from tlscale.tracking.trackers import check_installed
 from tlscale.training.distillation.student import Student
@@ -103,20 +107,6 @@ class RunSetup:
         """Whether the steps of the run see as many training images as there are, partners of mixup included."""
         seen = self.order.images_seen(self.total_steps) * (2 if {"mixup", "cutmix"} & set(self.augment) else 1)
         return not self.stages or seen >= len(self.data.train)
-
-    def train_store(self, *, keep: bool = True, on_images: Callable[[int], None] | None = None) -> ImageStore:
-        """The training images, kept in memory where they fit.
-
-        Args:
-            keep: False: decode an image when it is used.
-            on_images: called with a number of images whenever so many more are decoded to be kept.
-        """
-        crops = "crop" in self.augment
-        return ImageStore(self.data.train, self.recipe.data, self.spec, crops=crops, keep=keep, on_images=on_images)
-
-    def eval_store(self, split: ImageSplit, *, on_images: Callable[[int], None] | None = None) -> ImageStore:
-        """The images of a split as evaluation wants them; `on_images` as for `train_store`."""
-        return ImageStore(split, self.recipe.data, self.spec, on_images=on_images)
 
     def workers(self, store: ImageStore, device: torch.device, *, augmented: bool, processes: int) -> int:
         """Worker processes for `store`, when so many training processes share the machine."""
@@ -312,6 +302,42 @@ def make_objective(setup: RunSetup, device: torch.device) -> Objective:
     if recipe.distill is not None:
         return DistillObjective(recipe.loss, weights_C, recipe.distill, len(data.classes))
     return Objective(recipe.loss, weights_C)
+
+
+def input_path(setup: RunSetup, device: torch.device) -> InputPath:
+    """Return the way of this run's image batches to the network's input."""
+    return InputPath(setup.spec, setup.dtype, device, setup.recipe.compute.channels_last)
+
+
+def open_image_cache(setup: RunSetup) -> ImageCache:
+    """Return the cache of this run's decoded images; nothing is decoded yet."""
+    return ImageCache(
+        setup.data,
+        setup.recipe.data,
+        setup.spec,
+        crops="crop" in setup.augment,
+        sees_all_of_train=setup.needs_all_images,
+        watch=setup.watch,
+    )
+
+
+def open_codes_cache(
+    setup: RunSetup, processes: Processes, console: Console, stop: StopRequest, *, force_fp32: bool = False
+) -> CodesCache:
+    """Return the cache of this run's codes; nothing is computed yet.
+
+    Args:
+        force_fp32: compute in float32 where the run is in less.
+    """
+    precision = setup.recipe.compute.precision
+    spec = CodesSpec(
+        section=setup.recipe.codes,
+        inputs=input_path(setup, processes.device),
+        precision="fp32" if force_fp32 and precision != "fp64" else precision,
+        augment=setup.augment,
+        seed=setup.recipe.seed,
+    )
+    return CodesCache(spec, open_image_cache(setup), processes, console, stop, setup.watch)
 
 
 def strategy_of(setup: RunSetup) -> str:

@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
-from tlscale.codes.cache import CodesCache, Images
+from tlscale.codes.cache import CodesCache
 from tlscale.data.sources.open import ImageSplit
 from tlscale.distributed.consistency import check_replicas_agree, what_must_agree
 from tlscale.distributed.fsdp import meta_copy, objection_to_sharding, shard, sharded_groups
@@ -37,7 +37,7 @@ from tlscale.training.loop_state import LoopState, snapshot, tidy_up, write_chec
 from tlscale.training.loss import Objective
 from tlscale.training.optimizer import build_optimizer
 from tlscale.training.predictions import Predictions
-from tlscale.training.setup import RunSetup, make_objective
+from tlscale.training.setup import RunSetup, make_objective, open_codes_cache
 from tlscale.training.stages import Stage, cross_boundary, enter
 
 
@@ -113,7 +113,7 @@ def make_parts(
         network,
         _averages(setup) if processes.mesh is None else None,
         make_objective(setup, device),
-        CodesCache(setup, processes, Images(setup), console, stop),
+        open_codes_cache(setup, processes, console, stop),
         careful_until if recipe.non_finite.action != "skip" else setup.total_steps,
         stage,
         build_optimizer(stage.groups, stage.optim),
@@ -129,7 +129,7 @@ def begin_stage(parts: Parts, clock: LoopState, scaler_state: dict[str, Any] | N
     """Open the feed of the stage, which may compute codes, and have Accelerate wrap what is trained."""
     setup, accelerator, key = parts.setup, parts.processes.accelerator, str(parts.stage.number)
     decided = clock.keeps_codes.get(key)
-    parts.codes_cache.begin_stage()
+    parts.codes_cache.forget_loaded()
     if parts.targets is None:
         parts.targets = ask_teacher(setup, parts.processes, parts.codes_cache)
     parts.feed, keeps = open_pipeline(

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.unit.codes.test_extract import KEY, Screen
-from tlscale.codes.addresses import SplitPictures, ViewPictures
+from tlscale.codes.addresses import SplitImages, ViewImages
 from tlscale.codes.extract import extract_codes
 from tlscale.codes.shards import BLOCK
 from tlscale.codes.store import CodesStore
@@ -58,8 +58,8 @@ def expected(images_BCHW) -> list[torch.Tensor]:
     parts = []
     for start in range(0, len(images_BCHW), BLOCK):
         some = images_BCHW[start : start + BLOCK]
-        gather_into = torch.cat([some, some[-1:].expand(BLOCK - len(some), -1, -1, -1)])
-        parts.append([value[: len(some)] for value in network(gather_into)])
+        filled = torch.cat([some, some[-1:].expand(BLOCK - len(some), -1, -1, -1)])
+        parts.append([value[: len(some)] for value in network(filled)])
     return [torch.cat(values) for values in zip(*parts, strict=True)]
 
 
@@ -129,9 +129,9 @@ def codes_of(root, pictures):
         processes.close()
 
 
-def plain(split) -> SplitPictures:
+def plain(split) -> SplitImages:
     section = DataSection(source="manifest", path="x", cache_mib=0)
-    return SplitPictures(split, ImageStore(split, section, SPEC), inputs)
+    return SplitImages(split, ImageStore(split, section, SPEC), inputs)
 
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -194,7 +194,7 @@ def test_a_view_belongs_to_contents_and_draws(tmp_path, monkeypatch, names, cach
         split = data.opened().train
         kept, bare = ImageStore(split, section, SPEC, crops=crops), ImageStore(split, bare_section, SPEC, crops=crops)
         augmenter = make_augmenter(SPEC, augment)
-        pictures = ViewPictures(split, view, 5, augmenter, bare, lambda: kept, mixed)
+        pictures = ViewImages(split, view, 5, augmenter, bare, lambda: kept, mixed)
         found = codes_of(tmp_path / "codes", pictures)
         rows_N = np.arange(len(split))
         right = expected(mixed(train_batch(kept, augmenter, 5, MicroBatch(view, rows_N, len(rows_N)))))

@@ -16,14 +16,15 @@ import torch
 from torch import Tensor
 
 from tlscale.codes.batches import CodeViews
-from tlscale.codes.cache import CodesCache, Images, Part, layers_parts
+from tlscale.codes.cache import CodesCache
+from tlscale.codes.parts import Part, layer_parts
 from tlscale.codes.reader import Codes
 from tlscale.data.sampler import Ints, MicroBatch
 from tlscale.data.sources.open import ImageSplit
 from tlscale.data.transforms import ImageBatch
 from tlscale.distributed.processes import Processes
 from tlscale.training.distillation.teacher import LOGITS, Teacher
-from tlscale.training.setup import RunSetup
+from tlscale.training.setup import RunSetup, open_codes_cache
 
 _CHUNK = 4096
 
@@ -104,9 +105,7 @@ def ask_teacher(setup: RunSetup, processes: Processes, codes_cache: CodesCache) 
         return None
     as_it_sees = replace(setup, spec=teacher.spec)
     # What is learned in every epoch is computed once: it is not rounded for the sake of speed.
-    asking = CodesCache(
-        as_it_sees, processes, Images(as_it_sees), codes_cache.console, codes_cache.stop, force_fp32=True
-    )
+    asking = open_codes_cache(as_it_sees, processes, codes_cache.console, codes_cache.stop, force_fp32=True)
     processes.to_device(teacher.module)
     targets = Targets(setup, teacher, asking)
     for split in (setup.data.validation, setup.data.test):
@@ -115,13 +114,13 @@ def ask_teacher(setup: RunSetup, processes: Processes, codes_cache: CodesCache) 
     if processes.device.type == "cuda":
         teacher.module.cpu()  # it is not asked again: its memory is the student's
     codes_cache.num_computed += asking.num_computed
-    codes_cache.kept |= {f"teacher, {name}": count for name, count in asking.kept.items()}
+    codes_cache.cached_bytes |= {f"teacher, {name}": count for name, count in asking.cached_bytes.items()}
     return targets
 
 
 def _parts(teacher: Teacher) -> list[Part]:
     """Codes have the keys that a probe's have, and so may be there already."""
-    parts = layers_parts(teacher.backbone, [(layer, "avg") for layer in teacher.layers]) if teacher.layers else []
+    parts = layer_parts(teacher.backbone, [(layer, "avg") for layer in teacher.layers]) if teacher.layers else []
     return [*parts, *([Part(teacher.digest, (LOGITS,), ("as is",))] if teacher.asks_logits else [])]
 
 

@@ -1,0 +1,74 @@
+"""Cache the decoded images of a run: each split is decoded once in this process, and stays in memory where it fits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from tlscale.data.loader import ImageStore
+from tlscale.data.sources.open import ImageData, ImageSplit
+from tlscale.data.transforms import InputSpec
+from tlscale.recipe.schema import DataSection
+from tlscale.tracking.console import Pace
+from tlscale.tracking.stopwatch import Stopwatch
+
+
+class ImageCache:
+    """Open the image stores of a run's splits when they are first asked for, and keep them open."""
+
+    def __init__(
+        self,
+        data: ImageData,
+        section: DataSection,
+        spec: InputSpec,
+        *,
+        crops: bool,
+        sees_all_of_train: bool,
+        watch: Stopwatch,
+    ) -> None:
+        """Open nothing yet.
+
+        Args:
+            crops: training cuts its images at random, and so needs them in their own size.
+            sees_all_of_train: the run's steps see as many training images as there are; else decoding all of them
+                beforehand would be for nothing.
+            watch: measures decoding.
+        """
+        self.data = data
+        self._section, self._spec, self._crops = section, spec, crops
+        self._sees_all_of_train, self._watch = sees_all_of_train, watch
+        self._stores: dict[str, ImageStore] = {}
+        self.say: Callable[[str], None] = lambda text: None  # reports the progress of decoding
+
+    def train(self, *, every: bool = False) -> ImageStore:
+        """Return the training images as training wants them.
+
+        Args:
+            every: all of them will be used, however few the steps of the run see.
+
+        Raises:
+            DataError: an image cannot be read.
+        """
+        split, keep = self.data.train, every or self._sees_all_of_train
+        return self._store("train" if keep else "few of train", split, crops=self._crops, keep=keep)
+
+    def of(self, split: ImageSplit) -> ImageStore:
+        """Return the images of a split as evaluation wants them.
+
+        Raises:
+            DataError: an image cannot be read.
+        """
+        return self._store(f"{split.name}, evaluated", split)
+
+    def uncached(self, split: ImageSplit, *, crops: bool = False) -> ImageStore:
+        """Return a split's images as evaluation (with `crops`, training) wants them, for one pass: none is cached."""
+        return ImageStore(split, self._section.model_copy(update={"cache_mib": 0}), self._spec, crops=crops)
+
+    def _store(self, name: str, split: ImageSplit, *, crops: bool = False, keep: bool = True) -> ImageStore:
+        if name not in self._stores:
+            # Looked up when it is called: `say` changes with the console.
+            pace = Pace(len(split), lambda text: self.say(text), f"decoding {split.name}")
+            make = partial(ImageStore, split, self._section, self._spec, crops=crops, keep=keep, on_images=pace.add)
+            with self._watch("decode"):
+                self._stores[name] = make()
+        return self._stores[name]
