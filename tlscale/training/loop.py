@@ -31,19 +31,12 @@ from tlscale.storage.run_folder import RunFolder, naming_disk_errors, write_json
 from tlscale.tracking.console import Console
 from tlscale.training import computed
 from tlscale.training.checkpoint.files import Checkpoint, checkpoint_folder, newest_valid
+from tlscale.training.checkpoint.run_state import point_to, restore, restore_weights, saved_loop_state
 from tlscale.training.endings import non_finite, stopped
 from tlscale.training.evaluate import scalars
 from tlscale.training.input_pipeline import ImagePipeline, refuse_codes_of_a_probe
 from tlscale.training.logger import RunLogger
-from tlscale.training.loop_state import (
-    LoopState,
-    LossMeter,
-    are_finite,
-    point_to,
-    restore,
-    restore_weights,
-    saved_loop_state,
-)
+from tlscale.training.loop_state import LoopState, LossMeter, are_finite
 from tlscale.training.nonfinite import Vigil
 from tlscale.training.optimizer import set_lr
 from tlscale.training.predictions import Predictions, write_predictions

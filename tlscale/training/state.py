@@ -27,13 +27,14 @@ from tlscale.models.classifier import Classifier
 from tlscale.storage.run_folder import RunFolder
 from tlscale.tracking.console import Console
 from tlscale.training.checkpoint.files import Checkpoint, load_checkpoint
+from tlscale.training.checkpoint.run_state import snapshot, tidy_up, write_checkpoint
 from tlscale.training.checkpoint.sharded import load_sharded, save_sharded
 from tlscale.training.distillation.targets import Targets, ask_teacher
 from tlscale.training.ema import Ema
 from tlscale.training.evaluate import evaluate
 from tlscale.training.input_pipeline import InputPipeline, open_pipeline
 from tlscale.training.logger import RunLogger
-from tlscale.training.loop_state import LoopState, snapshot, tidy_up, write_checkpoint
+from tlscale.training.loop_state import LoopState
 from tlscale.training.loss import Objective
 from tlscale.training.optimizer import build_optimizer
 from tlscale.training.predictions import Predictions
