@@ -30,13 +30,13 @@ from tlscale.codes.store import CodesStore
 from tlscale.data.loader import ImageStore, make_augmenter
 from tlscale.data.sources.open import ImageSplit
 from tlscale.data.transforms import ImageBatch
+from tlscale.distributed.host import versions_of
 from tlscale.distributed.processes import Processes
 from tlscale.distributed.signals import StopRequest
 from tlscale.models.backbone import function_digest
 from tlscale.models.features import PENULTIMATE
 from tlscale.models.partition.partition import Partition
 from tlscale.tracking.console import Console, Pace
-from tlscale.tracking.packages import versions_of
 from tlscale.training.evaluate import InputPath
 from tlscale.training.setup import RunSetup
 
