@@ -23,7 +23,7 @@ from tests.small_runs import (
     tensors,
 )
 from tlscale.cli import main
-from tlscale.data.sources.open import fashion_mnist
+from tlscale.data.sources import fashion_mnist
 from tlscale.data.transforms import ImageBatch, eval_transform, to_input
 from tlscale.errors import (
     EXIT_BAD_INPUT,
