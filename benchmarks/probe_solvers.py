@@ -24,8 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tlscale.codes.probes.linear import LinearPath, logistic_path, sklearn_path
-from tlscale.codes.probes.select import default_grid
+from tlscale.codes.probes.kinds import PROBE_KINDS
+from tlscale.codes.probes.linear import LinearPath
+from tlscale.codes.probes.logistic import logistic_path
+from tlscale.codes.probes.scikit import sklearn_path
 from tlscale.data.sources.fashion_mnist import read_fashion_mnist
 from tlscale.recipe.schema import DataSection
 
@@ -75,7 +77,8 @@ def main() -> None:
     parser.add_argument("--num-train", type=int, default=9000)
     parser.add_argument("--width", type=int, default=1280)
     args = parser.parse_args()
-    codes, strengths = make_codes(args.num_train, 1000, args.width), default_grid("logistic", args.num_train)
+    codes = make_codes(args.num_train, 1000, args.width)
+    strengths = PROBE_KINDS["logistic"].setting.values(None, args.num_train, 1000)
 
     ours: list[tuple[float, float]] = []
     theirs: list[list[tuple[float, float]]] = []

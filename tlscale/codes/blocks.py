@@ -181,9 +181,9 @@ class Extraction:
 
     def _forward(self, read: Sequence[Any]) -> Values:
         # A short block is filled up: a network's arithmetic may depend on the number of images.
-        gather_into = [*read, *[read[-1]] * (BLOCK - len(read))]
+        filled = [*read, *[read[-1]] * (BLOCK - len(read))]
         with torch.no_grad(), fixed_threads():  # not inference mode: what comes from it could not be trained on
-            values = self.module(self.images.inputs(gather_into))
+            values = self.module(self.images.inputs(filled))
         num_values = sum(len(key.layers) for key in self.keys)
         assert len(values) == num_values, f"{len(values)} values for {[key.layers for key in self.keys]}"
         return values

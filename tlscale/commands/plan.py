@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from tlscale.codes.parts import wanted_layers
+from tlscale.codes.probes.select import refuse_wrong_probe
 from tlscale.codes.store import CodesStore
-from tlscale.commands.probe import refuse_wrong_probe
 from tlscale.commands.tables import show_plan
 from tlscale.distributed.fsdp import unsharded_bytes
 from tlscale.models.features import LayerCodes
@@ -43,7 +43,7 @@ def plan(recipe: Recipe, *, world_size: int) -> None:
     console = Console()
     show_plan(setup, console, device=f"planned for {world_size} process{'es' if world_size > 1 else ''}")
     if recipe.probe is not None:
-        refuse_wrong_probe(setup)
+        refuse_wrong_probe(recipe.probe, recipe.codes, len(setup.data.train), len(setup.data.validation or ()))
         console.table("Codes", ("layer", "pool", "stride", "width", "MiB"), _layer_rows(setup))
     for stage in setup.stages:
         build_optimizer(stage.groups, stage.optim)

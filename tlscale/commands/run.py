@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 
-from tlscale.commands.probe import probe
-from tlscale.commands.tables import show_plan
+from tlscale.commands.tables import show_plan, show_result
 from tlscale.data.identity import scored_identity, used_identity
 from tlscale.data.sources.open import BadImages
 from tlscale.distributed.processes import start_processes
@@ -27,6 +26,7 @@ from tlscale.tracking.console import Console
 from tlscale.tracking.stopwatch import Stopwatch
 from tlscale.training.corrections import refuse_uncorrected
 from tlscale.training.loop import train
+from tlscale.training.probe import probe
 from tlscale.training.run_info import read_record
 from tlscale.training.setup import RunSetup, set_up
 
@@ -110,13 +110,16 @@ def run(
         if resume:
             watch.add_earlier(processes.run_on_main(_spent_before, folder))
         processes.run_on_main(folder.stopped.unlink, missing_ok=True)
-        job = train if recipe.probe is None else probe
         try:
-            return job(setup, folder, processes, stop, record, console)
+            if recipe.probe is None:
+                return train(setup, folder, processes, stop, record, console)
+            result, how_to_load = probe(setup, folder, processes, stop, record, console)
         except Stopped as stopped:
             if processes.is_main:
                 _mark_stopped(folder, stop, stopped, watch)
             raise
+        show_result(result, console, folder=folder.path, how_to_load=how_to_load)
+        return result
 
 
 def _obey_earlier_stop(folder: RunFolder) -> None:

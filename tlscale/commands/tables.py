@@ -6,7 +6,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from tlscale.codes.probes.select import Choice
 from tlscale.data.sampler import DataOrder
 from tlscale.models.features import PENULTIMATE
 from tlscale.recipe.schema import Recipe
@@ -108,24 +107,6 @@ def _numbers(values: tuple[float, ...]) -> str:
 
 def _names(names: list[str]) -> str:
     return ", ".join(names[:2]) + (" ..." if len(names) > 2 else "")
-
-
-def show_probe(kind: str, choice: Choice, console: Console, *, majority: dict[str, Any] | None) -> None:
-    """Show the best setting of each set of codes, by the held-out images; the best of all is marked.
-
-    Args:
-        majority: of the held-out images, as `metrics.majority` gives it; None without such images.
-    """
-    rows = []
-    for name, path in choice.table.items():
-        best = min(path, key=lambda row: row.rank()) if len(path) > 1 else path[0]
-        figures = ("-", "-") if best.held_top1 is None or best.held_loss is None else (best.held_top1, best.held_loss)
-        shown = [figure if isinstance(figure, str) else number(figure) for figure in figures]
-        rows.append((name, f"{best.setting:g}", *shown, "chosen" if name == choice.name else ""))
-    if majority is not None:
-        rows.append((f"always {majority['label']!r}", "-", number(majority["top1"]), "-", ""))
-    setting = "neighbours" if kind == "knn" else "strength"
-    console.table(f"Probe {kind}, by held-out images", ("codes", setting, "top1", "loss", ""), rows)
 
 
 def show_result(result: dict[str, Any], console: Console, *, folder: Path, how_to_load: str) -> None:

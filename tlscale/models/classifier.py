@@ -21,7 +21,6 @@ from tlscale.errors import ModelError
 from tlscale.models.backbone import layer_depths, no_weight_decay
 from tlscale.models.features import LayerCodes
 from tlscale.models.freeze import frozen_modules, is_norm
-from tlscale.models.heads import KnnHead
 
 _TRACKER = ModuleTracker()  # only asked whether a backward pass is under way
 
@@ -78,7 +77,7 @@ class CodesClassifier(nn.Module):
         head: codes (B, D) to (B, C); a bare linear layer is kept in a sequence, as the heads of recipes are.
     """
 
-    def __init__(self, codes: LayerCodes, head: KnnHead | nn.Sequential | nn.Linear) -> None:
+    def __init__(self, codes: LayerCodes, head: nn.Module) -> None:
         super().__init__()
         assert len(codes.wanted) == 1, "a classifier takes the codes of one layer"
         self.codes = codes

@@ -149,8 +149,8 @@ def direct(rows):
     with torch.no_grad():
         for start in range(0, len(rows), BLOCK):
             block = rows[start : start + BLOCK]
-            gather_into = np.resize(block, BLOCK) if len(block) < BLOCK else block
-            parts.append([value[: len(block)] for value in module(IMAGES[gather_into].float() / 255)])
+            filled = np.resize(block, BLOCK) if len(block) < BLOCK else block
+            parts.append([value[: len(block)] for value in module(IMAGES[filled].float() / 255)])
     return tuple(torch.cat(values) for values in zip(*parts, strict=True))
 
 

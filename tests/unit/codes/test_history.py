@@ -58,8 +58,8 @@ def expected(images_BCHW) -> list[torch.Tensor]:
     parts = []
     for start in range(0, len(images_BCHW), BLOCK):
         some = images_BCHW[start : start + BLOCK]
-        gather_into = torch.cat([some, some[-1:].expand(BLOCK - len(some), -1, -1, -1)])
-        parts.append([value[: len(some)] for value in network(gather_into)])
+        filled = torch.cat([some, some[-1:].expand(BLOCK - len(some), -1, -1, -1)])
+        parts.append([value[: len(some)] for value in network(filled)])
     return [torch.cat(values) for values in zip(*parts, strict=True)]
 
 

@@ -6,6 +6,7 @@ import math
 import sys
 import warnings
 import weakref
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -15,23 +16,35 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from tlscale.codes.probes.kinds import PROBE_KINDS
 from tlscale.codes.probes.linear import linear_path
-from tlscale.codes.probes.select import PROBE_KINDS, KnnHead, PathRow, choose, default_grid, fit_probe
+from tlscale.codes.probes.logistic import logistic_path
+from tlscale.codes.probes.ridge import ridge_path
+from tlscale.codes.probes.scikit import sklearn_path
+from tlscale.codes.probes.select import PathRow, choose
 from tlscale.errors import DataError, ModelError, RecipeError
 from tlscale.models import heads
+from tlscale.models.heads import KnnHead
+from tlscale.recipe.schema import ProbeSection
 
 ONE = {"logistic": (0.1,), "ridge": (0.1,), "knn": (3,), "sklearn": (0.1,)}
 GRIDS = {"logistic": (1.0, 0.1, 1e-2), "ridge": (1.0, 0.1, 1e-2), "knn": (1, 3, 9), "sklearn": (1.0, 0.1, 1e-2)}
 KINDS = pytest.mark.parametrize("kind", PROBE_KINDS)
-LINEAR = pytest.mark.parametrize("kind", [kind for kind in PROBE_KINDS if kind != "knn"])
+SOLVERS = {"logistic": logistic_path, "ridge": ridge_path, "sklearn": sklearn_path}
+LINEAR = pytest.mark.parametrize("kind", SOLVERS)
 
 
-def draw(num_train=60, num_held=40, width=5, num_classes=3, seed=0, shard_tensor=1.0):
+def fit_probe(kind, codes, labels, held, held_labels, **options):
+    """The probe of one set of codes."""
+    return choose(kind, [("codes", (codes, held))], labels, held_labels, **options).probe
+
+
+def draw(num_train=60, num_held=40, width=5, num_classes=3, seed=0, spread=1.0):
     """Raw float32 codes with means and scales of their own: codes, labels, held codes, held labels."""
     generator = torch.Generator().manual_seed(seed)
     labels_N = torch.arange(num_train + num_held) % num_classes
     centres_CD = torch.randn(num_classes, width, generator=generator)
-    codes_ND = shard_tensor * centres_CD[labels_N] + torch.randn(len(labels_N), width, generator=generator)
+    codes_ND = spread * centres_CD[labels_N] + torch.randn(len(labels_N), width, generator=generator)
     codes_ND = codes_ND * torch.linspace(0.1, 7, width) + torch.linspace(-3, 20, width)
     return codes_ND[:num_train], labels_N[:num_train], codes_ND[num_train:], labels_N[num_train:]
 
@@ -52,10 +65,10 @@ def standardised(codes_ND, by_ND):
 def test_standardisation_is_folded_in(kind):
     codes, labels, held, held_labels = draw()
     probe = fit_probe(kind, codes, labels, held, held_labels, num_classes=3, grid=ONE[kind], refit=False)
-    layer = probe.module()
+    layer = probe.head
     assert type(layer) is nn.Linear
     assert layer.weight.dtype == torch.float32
-    path = linear_path(kind, standardised(codes, codes), labels, 3, ONE[kind])
+    path = linear_path(SOLVERS[kind], standardised(codes, codes), labels, 3, ONE[kind])
     expected = path.logits(0, standardised(held, codes))
     torch.testing.assert_close(layer(held).double(), expected, rtol=1e-4, atol=1e-4)
     assert probe.num_images == 60
@@ -67,25 +80,25 @@ def test_refit_is_a_fit_to_training_and_held_out_images(kind):
     codes, labels, held, held_labels = draw()
     probe = fit_probe(kind, codes, labels, held, held_labels, num_classes=3, grid=GRIDS[kind])
     both, both_labels = torch.cat([codes, held]), torch.cat([labels, held_labels])
-    path = linear_path(kind, standardised(both, both), both_labels, 3, (probe.chosen.setting,))
+    path = linear_path(SOLVERS[kind], standardised(both, both), both_labels, 3, (probe.chosen.setting,))
     expected = path.logits(0, standardised(both, both))
-    torch.testing.assert_close(probe.module()(both).double(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(probe.head(both).double(), expected, rtol=1e-4, atol=1e-4)
     assert probe.num_images == 100
     kept = fit_probe(kind, codes, labels, held, held_labels, num_classes=3, grid=GRIDS[kind], refit=False)
     assert kept.path == probe.path
-    assert not torch.equal(kept.module().weight, probe.module().weight)
+    assert not torch.equal(kept.head.weight, probe.head.weight)
 
 
 @KINDS
 def test_the_path_says_what_the_module_does_on_held_out_images(kind):
-    codes, labels, held, held_labels = draw(shard_tensor=0.5)
+    codes, labels, held, held_labels = draw(spread=0.5)
     probe = fit_probe(kind, codes, labels, held, held_labels, num_classes=3, grid=GRIDS[kind], refit=False)
     assert [row.setting for row in probe.path] == list(GRIDS[kind])
     assert probe.chosen in probe.path
     assert probe.chosen.rank() == min(row.rank() for row in probe.path)
     for row in probe.path:
         one = fit_probe(kind, codes, labels, held, held_labels, num_classes=3, grid=(row.setting,), refit=False)
-        logits = one.module()(held).detach()
+        logits = one.head(held).detach()
         assert logits.shape == (40, 3)
         assert float((logits.argmax(1) == held_labels).double().mean()) == pytest.approx(row.held_top1)
         assert float(F.cross_entropy(logits, held_labels)) == pytest.approx(row.held_loss, abs=2e-3)
@@ -95,11 +108,11 @@ def test_the_path_says_what_the_module_does_on_held_out_images(kind):
 @KINDS
 def test_softmax_of_the_logits_is_a_sensible_probability(kind):
     """Better than the loss of someone who knows nothing, and than that of the same answers with no doubt."""
-    codes, labels, held, held_labels = draw(300, 300, shard_tensor=0.8)
+    codes, labels, held, held_labels = draw(300, 300, spread=0.8)
     probe = fit_probe(kind, codes, labels, held, held_labels, num_classes=3)
     assert probe.chosen.held_top1 > 0.5
     assert probe.chosen.held_loss < math.log(3) - 0.1
-    logits = fit_probe(kind, codes, labels, held, held_labels, num_classes=3, refit=False).module()(held).detach()
+    logits = fit_probe(kind, codes, labels, held, held_labels, num_classes=3, refit=False).head(held).detach()
     assert float(F.cross_entropy(20 * logits, held_labels)) > probe.chosen.held_loss
 
 
@@ -107,16 +120,16 @@ def test_softmax_of_the_logits_is_a_sensible_probability(kind):
 def test_arrays_tensors_and_precisions(kind):
     codes, labels, held, held_labels = draw()
     fit = {"num_classes": 3, "grid": ONE[kind]}
-    expected = fit_probe(kind, codes, labels, held, held_labels, **fit).module()(held)
+    expected = fit_probe(kind, codes, labels, held, held_labels, **fit).head(held)
     arrays = [part.numpy().copy() for part in (codes, labels, held, held_labels)]
     for array in arrays:
         array.flags.writeable = False  # as those of the store are
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = fit_probe(kind, *arrays, **fit).module()(held)
+        found = fit_probe(kind, *arrays, **fit).head(held)
     assert torch.equal(found, expected)
     for dtype in (torch.float16, torch.bfloat16, torch.float64):
-        found = fit_probe(kind, codes.to(dtype), labels, held.to(dtype), held_labels, **fit).module()(held)
+        found = fit_probe(kind, codes.to(dtype), labels, held.to(dtype), held_labels, **fit).head(held)
         assert found.dtype == torch.float32
         assert float((found.argmax(1) == expected.argmax(1)).double().mean()) > 0.85
 
@@ -128,8 +141,8 @@ def test_the_same_bits_again_and_nothing_changed_in_place(kind):
     first, again = (fit_probe(kind, *parts, num_classes=3, grid=GRIDS[kind]) for _ in range(2))
     assert all(torch.equal(part, old) for part, old in zip(parts, before, strict=True))
     assert first.path == again.path
-    for name, value in first.module().state_dict().items():
-        assert torch.equal(value, again.module().state_dict()[name])
+    for name, value in first.head.state_dict().items():
+        assert torch.equal(value, again.head.state_dict()[name])
 
 
 @settings(max_examples=15, deadline=None)
@@ -186,7 +199,7 @@ def test_a_tie_of_neighbours_takes_the_most_of_them():
 
 
 def test_nothing_but_held_out_images_chooses():
-    codes, labels, held, held_labels = draw(30, 200, width=20, shard_tensor=0.3)
+    codes, labels, held, held_labels = draw(30, 200, width=20, spread=0.3)
     chosen = fit_probe("logistic", codes, labels, held, held_labels, num_classes=3).chosen
     # Chosen by the training images themselves, the weakest strength would win.
     by_itself = fit_probe("logistic", codes, labels, codes, labels, num_classes=3).chosen
@@ -197,10 +210,10 @@ def test_nothing_but_held_out_images_chooses():
 @pytest.mark.parametrize("as_iterator", [False, True])
 @KINDS
 def test_choose_takes_the_best_set_of_codes(kind, as_iterator):
-    good, labels, good_held, held_labels = draw(shard_tensor=2.0)
-    bad, _, bad_held, _ = draw(shard_tensor=0.0, seed=5)
+    good, labels, good_held, held_labels = draw(spread=2.0)
+    bad, _, bad_held, _ = draw(spread=0.0, seed=5)
     sets = {"early": (bad, bad_held), "late": (good, good_held), "late again": (good, good_held)}
-    candidates = iter(sets.items()) if as_iterator else sets
+    candidates = iter(sets.items()) if as_iterator else list(sets.items())
     choice = choose(kind, candidates, labels, held_labels, num_classes=3, grid=GRIDS[kind])
     alone = {
         name: fit_probe(kind, codes, labels, held, held_labels, num_classes=3, grid=GRIDS[kind])
@@ -209,7 +222,7 @@ def test_choose_takes_the_best_set_of_codes(kind, as_iterator):
     assert choice.name == "late"  # the first of two equals
     assert list(choice.table) == list(sets)
     assert choice.table == {name: probe.path for name, probe in alone.items()}
-    assert torch.equal(choice.probe.module()(good_held), alone["late"].module()(good_held))
+    assert torch.equal(choice.probe.head(good_held), alone["late"].head(good_held))
     assert choice.probe.num_images == 100
 
 
@@ -221,7 +234,7 @@ def test_choose_holds_one_set_of_codes_at_a_time(kind):
     def candidates():
         for seed in range(3):
             assert not [ref for ref in earlier if ref() is not None], "codes of an earlier candidate are still held"
-            codes, _, held, _ = draw(seed=seed, shard_tensor=3.0 - seed)
+            codes, _, held, _ = draw(seed=seed, spread=3.0 - seed)
             earlier.extend((weakref.ref(codes), weakref.ref(held)))
             pair = (codes, held)
             del codes, held
@@ -253,16 +266,16 @@ def votes_by_hand(codes, labels, asked, k, num_classes):
 def test_knn_votes(k, monkeypatch):
     codes, labels, held, held_labels = draw()
     probe = fit_probe("knn", codes, labels, held, held_labels, num_classes=4, grid=(k,), refit=False)
-    logits = probe.module()(held)
+    logits = probe.head(held)
     torch.testing.assert_close(logits.exp(), votes_by_hand(codes, labels, held, k, 4), rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(logits.exp().sum(1), torch.ones(40))
     monkeypatch.setattr(heads, "_MOST_SIMILARITIES", 7 * 60)  # in blocks of seven images
-    torch.testing.assert_close(probe.module()(held), logits)
+    torch.testing.assert_close(probe.head(held), logits)
 
 
 def test_knn_head_comes_back_from_its_state():
     codes, labels, held, held_labels = draw()
-    head = fit_probe("knn", codes, labels, held, held_labels, num_classes=3, grid=(5,)).module()
+    head = fit_probe("knn", codes, labels, held, held_labels, num_classes=3, grid=(5,)).head
     assert isinstance(head, KnnHead)
     assert len(head.labels_N) == 100  # with those that were held out
     again = KnnHead(head.state_dict(), head.k, head.num_classes)
@@ -278,7 +291,7 @@ def test_odd_shapes(kind):
     for num_train, width in ((60, 1), (12, 50)):
         codes, labels, held, held_labels = draw(num_train, 20, width=width)
         probe = fit_probe(kind, codes, labels, held, held_labels, num_classes=3, grid=ONE[kind])
-        logits = probe.module()(held)
+        logits = probe.head(held)
         assert logits.shape == (20, 3)
         assert logits.isfinite().all()
 
@@ -292,7 +305,7 @@ def test_constant_features_change_nothing(kind):
     more, more_held = torch.cat([codes, constant[:60]], 1), torch.cat([held, constant[60:]], 1)
     other = fit_probe(kind, more, labels, more_held, held_labels, **fit)
     assert [row.held_top1 for row in other.path] == [row.held_top1 for row in plain.path]
-    torch.testing.assert_close(other.module()(more_held), plain.module()(held), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(other.head(more_held), plain.head(held), rtol=1e-3, atol=1e-3)
 
 
 @KINDS
@@ -300,14 +313,14 @@ def test_classes_may_be_absent(kind):
     codes, labels, held, held_labels = draw()
     few = labels != 1
     probe = fit_probe(kind, codes[few], labels[few], held, held_labels, num_classes=5, grid=GRIDS[kind], refit=False)
-    logits = probe.module()(held)
+    logits = probe.head(held)
     assert logits.shape == (40, 5)
     assert logits.isfinite().all()
     assert set(logits.argmax(1).tolist()) <= {0, 2}
     assert math.isfinite(probe.chosen.held_loss)
     # The refit has seen class 1 in the held-out images; classes 3 and 4 are still unknown.
     refitted = fit_probe(kind, codes[few], labels[few], held, held_labels, num_classes=5, grid=GRIDS[kind])
-    logits = refitted.module()(held).detach()
+    logits = refitted.head(held).detach()
     assert float(logits[held_labels == 1, 1].mean()) > float(logits[:, 3:].max()) + 0.5
 
 
@@ -317,17 +330,22 @@ def test_no_held_out_images_and_one_setting_just_fits(kind):
     probe = fit_probe(kind, codes, labels, *none_of(codes), num_classes=3, grid=ONE[kind])
     assert probe.path == (PathRow(float(ONE[kind][0]), None, None, True),)
     assert probe.num_images == 60
-    assert float((probe.module()(codes).argmax(1) == labels).double().mean()) > 0.5
-    choice = choose(kind, {"late": (codes, codes[:0])}, labels, labels[:0], num_classes=3, grid=ONE[kind])
+    assert float((probe.head(codes).argmax(1) == labels).double().mean()) > 0.5
+    choice = choose(kind, [("late", (codes, codes[:0]))], labels, labels[:0], num_classes=3, grid=ONE[kind])
     assert choice.name == "late"
 
 
 def test_default_grids():
-    for kind in PROBE_KINDS:
-        grid = default_grid(kind, 10_000)
+    for kind in PROBE_KINDS.values():
+        grid = kind.setting.values(None, 10_000, 10)
         assert len(set(grid)) == len(grid) > 5
         assert min(grid) > 0
-    assert default_grid("knn", 7) == (1, 3, 5)
+    assert PROBE_KINDS["knn"].setting.values(None, 7, 1) == (1, 3, 5)
+
+
+def test_the_schema_and_the_table_have_the_same_kinds():
+    assert set(get_args(ProbeSection.model_fields["kind"].annotation)) == set(PROBE_KINDS)
+    assert {kind.setting.key for kind in PROBE_KINDS.values()} < set(ProbeSection.model_fields)
 
 
 # -- errors -------------------------------------------------------------------------------------------------------
@@ -340,7 +358,7 @@ def test_nothing_to_choose_by(kind):
         fit_probe(kind, codes, labels, *none_of(codes), num_classes=3, grid=GRIDS[kind])
     sets = {"layer3": (codes, codes[:0]), "layer4": (codes, codes[:0])}
     with pytest.raises(RecipeError, match=r"'layer3' and 'layer4' cannot be compared.*validation_fraction"):
-        choose(kind, sets, labels, labels[:0], num_classes=3, grid=ONE[kind])
+        choose(kind, sets.items(), labels, labels[:0], num_classes=3, grid=ONE[kind])
 
 
 def test_unknown_kind():
@@ -351,13 +369,13 @@ def test_unknown_kind():
 @pytest.mark.parametrize(
     ("kind", "grid", "message"),
     [
-        ("logistic", (0.1, 0), "0 is no strength"),
-        ("ridge", (-1,), "-1 is no strength"),
-        ("sklearn", (math.inf,), "inf is no strength"),
-        ("logistic", (math.nan,), "nan is no strength"),
-        ("knn", (1.5,), "1.5: it takes a whole number"),
-        ("knn", (0,), "0: it takes"),
-        ("knn", (61,), "61: .*here 60"),
+        ("logistic", (0.1, 0), "0 is not a regularisation strength"),
+        ("ridge", (-1,), "-1 is not a reg"),
+        ("sklearn", (math.inf,), "inf is not a reg"),
+        ("logistic", (math.nan,), "nan is not a reg"),
+        ("knn", (1.5,), "1.5 is not a number of neighbours"),
+        ("knn", (0,), "0 is not a number of"),
+        ("knn", (61,), "61 is not.*here 60"),
         ("ridge", (1, 1.0), "all different"),
         ("ridge", (), "one value or more"),
     ],

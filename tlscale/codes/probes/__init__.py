@@ -1,0 +1,1 @@
+"""Classifiers fitted to codes at once, without training."""

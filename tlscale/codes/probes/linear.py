@@ -1,4 +1,4 @@
-"""Linear classifiers on codes, for a whole path of regularisation strengths at once.
+"""Fit linear classifiers to codes, one for each of several regularisation strengths, by any of the solvers.
 
 Promise: pure functions of their arguments; nothing is random. Every strength is solved to a stated error, or its
 `converged` is False. A strength is `lam` in
@@ -7,64 +7,91 @@ Promise: pure functions of their arguments; nothing is random. Every strength is
     mean over images of |y - xW - b|^2 + lam * |W|^2    (`ridge`: y is 1 for the true class and 0 for the others)
 
 so it means the same for any number of images; scikit-learn's `C` is 1 / (lam * N), its ridge `alpha` is lam * N. The
-bias b is not regularised. Codes come standardised: each feature has mean 0.
+bias b is not regularised.
 
-Letters: N images, D features, R principal axes, C classes with images, L strengths, A strengths not yet solved.
+Letters: N images, M held-out images, D features, R principal axes, C classes, L strengths.
 """
 
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeAlias
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from tlscale.errors import RecipeError
-
-TOLERANCE = 1e-3
-"""Most relative error of W: the loss is `lam`-strongly convex, so |W - optimum| <= |gradient| / lam, and the search
-stops when |gradient| <= TOLERANCE * lam * |W|. The loss is then within |gradient|^2 / (2 lam) of the lowest."""
-
-_MOST_STEPS = 2000
-_MOST_TRIALS = 30  # of one line search
-_MEMORY = 10  # pairs of the quasi-Newton history
-_MOST_LOGITS = 2**26  # of all strengths solved side by side; half a GiB in float64
+from tlscale.codes.probes.standardise import Scale, standardise
 
 
 @dataclass(frozen=True, eq=False)
 class LinearPath:
-    """One classifier a strength: `logits = codes @ weights + biases`; float64."""
+    """One classifier for each strength: `logits = codes @ weights + biases`; float64."""
 
     weights_LDC: Tensor
     biases_LC: Tensor
     converged: tuple[bool, ...]
 
     def logits(self, index: int, codes_ND: Tensor) -> Tensor:
+        """Compute the logits (N, C) of the classifier of one strength."""
         return codes_ND @ self.weights_LDC[index] + self.biases_LC[index]
 
 
+Solver: TypeAlias = Callable[[Tensor, Tensor, int, Sequence[float]], LinearPath]
+"""From standardised codes (N, D), labels (N,) of which every class has an image, C, and strengths."""
+
+
+@dataclass(frozen=True, eq=False)
+class LinearFit:
+    """Linear classifiers of raw codes: those of a path, and the scale of the codes that it was fitted to."""
+
+    path: LinearPath
+    scale: Scale
+
+    @property
+    def converged(self) -> tuple[bool, ...]:
+        """Report which strengths were solved to the tolerance."""
+        return self.path.converged
+
+    def logits(self, codes_MD: Tensor) -> Iterator[Tensor]:
+        """Yield the logits (M, C) of raw codes for each strength, in order."""
+        standard_MD = self.scale.apply(codes_MD)
+        return (self.path.logits(index, standard_MD) for index in range(len(self.path.converged)))
+
+    def head(self, index: int) -> nn.Linear:
+        """Build the layer that maps raw codes to logits: the scale is folded into its weights."""
+        weights_DC = self.path.weights_LDC[index] / self.scale.std_D[:, None]
+        layer = nn.Linear(weights_DC.shape[0], weights_DC.shape[1], device=weights_DC.device)
+        with torch.no_grad():
+            layer.weight.copy_(weights_DC.T)
+            layer.bias.copy_(self.path.biases_LC[index] - self.scale.mean_D @ weights_DC)
+        return layer
+
+
+def fit_linear(
+    solver: Solver, codes_ND: Tensor, labels_N: Tensor, num_classes: int, strengths: Sequence[float]
+) -> LinearFit:
+    """Standardise raw codes, and fit a classifier to them for each strength."""
+    scale, standard_ND = standardise(codes_ND)
+    return LinearFit(linear_path(solver, standard_ND, labels_N, num_classes, strengths), scale)
+
+
 def linear_path(
-    kind: str, codes_ND: Tensor, labels_N: Tensor, num_classes: int, strengths: Sequence[float]
+    solver: Solver, codes_ND: Tensor, labels_N: Tensor, num_classes: int, strengths: Sequence[float]
 ) -> LinearPath:
-    """Classifiers of `num_classes` columns, from labels in which some classes may be absent.
+    """Fit classifiers of `num_classes` columns to labels in which some classes may be absent.
 
     An absent class gets zero weights, and so low a bias that no training image gives it a probability above
     1 / (N + 2): its own optimum would be minus infinity.
 
     Args:
-        kind: logistic, ridge or sklearn.
         codes_ND: float64, each feature of mean 0.
         labels_N: int64, at least two different ones.
         strengths: `lam`, each above 0.
     """
     present_C, relabelled_N = torch.unique(labels_N, return_inverse=True)
-    path = _SOLVERS[kind](codes_ND, relabelled_N, len(present_C), strengths)
+    path = solver(codes_ND, relabelled_N, len(present_C), strengths)
     if len(present_C) == num_classes:
         return path
     weights_LDC = path.weights_LDC.new_zeros(len(strengths), codes_ND.shape[1], num_classes)
@@ -77,10 +104,10 @@ def linear_path(
 
 
 def principal_axes(codes_ND: Tensor) -> tuple[Tensor, Tensor]:
-    """Orthonormal axes along which the codes vary, and the variance along each: (D, R) and (R,), ascending.
+    """Compute orthonormal axes along which the codes vary, (D, R), and the variance along each, (R,), ascending.
 
     From the smaller one of the D x D covariance and the N x N Gram matrix. Axes without variance, up to rounding, are
-    left out: there the regularised optimum is 0.
+    skipped: there the regularised optimum is 0.
     """
     num_images, width = codes_ND.shape
     if num_images >= width:
@@ -90,281 +117,3 @@ def principal_axes(codes_ND: Tensor) -> tuple[Tensor, Tensor]:
         axes = codes_ND.T @ images / squares.clamp_min(torch.finfo(squares.dtype).tiny).sqrt()
     kept = squares > squares[-1] * torch.finfo(squares.dtype).eps * max(num_images, width)
     return axes[:, kept], squares[kept] / num_images
-
-
-# -- ridge ------------------------------------------------------------------------------------------------------------
-
-
-def ridge_path(codes_ND: Tensor, labels_N: Tensor, num_classes: int, strengths: Sequence[float]) -> LinearPath:
-    """Ridge regression on one-hot targets (1 and 0), in closed form for all strengths from one eigendecomposition.
-
-    Its scores are no logits. They are multiplied by the one number by which their softmax fits best (`best_scale`) on
-    the scores that each image has when it is left out of the fit (which are known in closed form: Allen 1974, "The
-    relationship between variable selection and data augmentation and a method for prediction"). Answers stay what they
-    were.
-    """
-    axes_DR, variances_R = principal_axes(codes_ND)
-    rotated_NR, targets_NC = codes_ND @ axes_DR, F.one_hot(labels_N, num_classes).double()
-    means_C = targets_NC.mean(0)
-    product_RC = rotated_NR.T @ (targets_NC - means_C) / len(codes_ND)
-    weights, biases = [], []
-    for strength in strengths:
-        solution_RC = product_RC / (variances_R + strength)[:, None]
-        leverage_N = (1 + rotated_NR.square() @ (variances_R + strength).reciprocal()) / len(codes_ND)
-        fitted_NC = rotated_NR @ solution_RC + means_C
-        left_out_NC = (fitted_NC - leverage_N[:, None] * targets_NC) / (1 - leverage_N).clamp_min(1e-9)[:, None]
-        scale = best_scale(left_out_NC, labels_N)
-        weights.append(axes_DR @ solution_RC * scale)
-        biases.append(means_C * scale)
-    return LinearPath(torch.stack(weights), torch.stack(biases), (True,) * len(strengths))
-
-
-def best_scale(scores_NC: Tensor, labels_N: Tensor, least: float = 1e-2, most: float = 1e3) -> float:
-    """Find the factor, within these bounds, by which `softmax(factor * scores)` fits the labels best.
-
-    The cross-entropy is convex in the factor. Its targets leave a doubt of 1 / (N + 2) to the other classes, which is
-    Laplace's rule of succession: the next answer after N right ones out of N is right with (N + 1) / (N + 2). Without
-    the doubt (Platt 1999, "Probabilistic outputs for support vector machines") the best factor for scores that are all
-    right would be infinite, and every answer sure.
-    """
-    num_images, num_classes = scores_NC.shape
-    doubt = 1 / (num_images + 2)
-    targets_NC = torch.full_like(scores_NC, doubt / (num_classes - 1)).scatter_(1, labels_N[:, None], 1 - doubt)
-    wanted_N = (targets_NC * scores_NC).sum(1)
-    low, high = math.log(least), math.log(most)
-    for _ in range(40):
-        middle = (low + high) / 2
-        slope = ((math.exp(middle) * scores_NC).softmax(1) * scores_NC).sum(1).sub(wanted_N).mean()
-        low, high = (low, middle) if slope > 0 else (middle, high)
-    return math.exp((low + high) / 2)
-
-
-# -- multinomial logistic regression ----------------------------------------------------------------------------------
-
-
-def logistic_path(codes_ND: Tensor, labels_N: Tensor, num_classes: int, strengths: Sequence[float]) -> LinearPath:
-    """Multinomial logistic regression: quasi-Newton steps on all strengths side by side.
-
-    Limited-memory BFGS (Nocedal 1980) in the principal axes, where a bound of the Hessian that holds everywhere
-    (Böhning 1992, "Multinomial logistic regression algorithm") is diagonal, the same for all strengths but for `lam`,
-    and serves as first guess of it. Logits are linear in W, so a step costs two matrix products over the codes for
-    all strengths together, and its length none. Steps are made in float32; the float64 search that starts where they
-    end tests their result, and goes on if it has to.
-    """
-    axes_DR, variances_R = principal_axes(codes_ND)
-    rotated_NR = codes_ND @ axes_DR
-    problem = _Problem(rotated_NR, labels_N, num_classes, variances_R)
-    rough = _Problem(rotated_NR.float(), labels_N, num_classes, variances_R.float())
-    at_once = max(1, _MOST_LOGITS // (len(labels_N) * num_classes))
-    solutions, converged = [], []
-    for first in range(0, len(strengths), at_once):
-        lam_L = variances_R.new_tensor(strengths[first : first + at_once])
-        start_QLC = rotated_NR.new_zeros(len(variances_R) + 1, len(lam_L), num_classes)
-        start_QLC = _minimise(rough, lam_L.float(), start_QLC.float(), TOLERANCE / 2)[0].double()
-        # At the optimum the classes sum to zero, here but for the rounding of float32.
-        start_QLC -= start_QLC.mean(2, keepdim=True)
-        solution_QLC, converged_L = _minimise(problem, lam_L, start_QLC, TOLERANCE)
-        solutions.append(solution_QLC)
-        converged += converged_L.tolist()
-    all_QLC = torch.cat(solutions, dim=1)
-    weights_LDC = torch.stack([axes_DR @ solution for solution in all_QLC[:-1].unbind(1)])
-    return LinearPath(weights_LDC, all_QLC[-1], tuple(converged))
-
-
-class _Problem:
-    """What all strengths share. Q = R + 1 rows of parameters: the last one is the bias, on a feature that is 1."""
-
-    def __init__(self, codes_NR: Tensor, labels_N: Tensor, num_classes: int, variances_R: Tensor) -> None:
-        self.codes_NQ = torch.cat([codes_NR, codes_NR.new_ones(len(codes_NR), 1)], dim=1)
-        self.targets_N1C = F.one_hot(labels_N, num_classes).to(codes_NR.dtype)[:, None]
-        # Half the second moments bound the Hessian: the largest eigenvalue of diag(p) - p p' is at most 1/2.
-        self.bound_Q11 = torch.cat([variances_R, variances_R.new_ones(1)])[:, None, None] / 2
-
-    def logits(self, params_QAC: Tensor) -> Tensor:
-        return (self.codes_NQ @ params_QAC.flatten(1)).view(-1, *params_QAC.shape[1:])
-
-    def residuals(self, logits_NAC: Tensor) -> Tensor:
-        """The derivative of each image's loss by its logits."""
-        return logits_NAC.softmax(2).sub_(self.targets_N1C)
-
-    def gradient(self, residuals_NAC: Tensor, params_QAC: Tensor, lam_QA1: Tensor) -> Tensor:
-        total_QX = self.codes_NQ.T @ residuals_NAC.flatten(1)
-        gradient_QAC = total_QX.view(-1, *residuals_NAC.shape[1:]) / len(self.codes_NQ) + lam_QA1 * params_QAC
-        # It sums to zero over classes but for rounding, which would grow from step to step: nothing is learnt there.
-        return gradient_QAC - gradient_QAC.mean(2, keepdim=True)
-
-
-def _dot(first_QAC: Tensor, second_QAC: Tensor) -> Tensor:
-    """Inner product for each strength, summed in float64."""
-    return (first_QAC * second_QAC).sum((0, 2), dtype=torch.float64)
-
-
-@dataclass(eq=False)
-class _Search:
-    """Where the search stands, for the strengths that are not yet solved; all tensors have A in dimension 1."""
-
-    params_QAC: Tensor
-    logits_NAC: Tensor
-    gradient_QAC: Tensor
-    lam_QA1: Tensor  # 0 in the row of the bias
-    history: list[tuple[Tensor, Tensor, Tensor]]  # steps, what they changed in the gradient, products of the two
-
-    def keep(self, kept_A: Tensor) -> _Search:
-        return _Search(
-            self.params_QAC[:, kept_A],
-            self.logits_NAC[:, kept_A],
-            self.gradient_QAC[:, kept_A],
-            self.lam_QA1[:, kept_A],
-            [(step[:, kept_A], change[:, kept_A], product[kept_A]) for step, change, product in self.history],
-        )
-
-
-def _minimise(problem: _Problem, lam_L: Tensor, start_QLC: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
-    """The parameters at the end of the search for each strength, and whether they are within the tolerance."""
-    lam_QL1 = lam_L[None, :, None].repeat(len(start_QLC), 1, 1)
-    lam_QL1[-1] = 0
-    logits_NLC = problem.logits(start_QLC)
-    gradient_QLC = problem.gradient(problem.residuals(logits_NLC), start_QLC, lam_QL1)
-    search = _Search(start_QLC, logits_NLC, gradient_QLC, lam_QL1, [])
-    result_QLC, converged_L = start_QLC.clone(), torch.zeros_like(lam_L, dtype=torch.bool)
-    unsolved_A = torch.arange(len(lam_L), device=lam_L.device)
-    for number in range(_MOST_STEPS + 1):
-        solved_A = _is_solved(search, lam_L[unsolved_A], tolerance)
-        stopped_A = solved_A if number < _MOST_STEPS else torch.ones_like(solved_A)
-        if stopped_A.any():
-            result_QLC[:, unsolved_A[stopped_A]] = search.params_QAC[:, stopped_A]
-            converged_L[unsolved_A] = solved_A
-            unsolved_A, search = unsolved_A[~stopped_A], search.keep(~stopped_A)
-        if not len(unsolved_A):
-            break
-        stuck_A = _step(problem, search)
-        if stuck_A.any():
-            # Rounding hides the way down: nothing further is to be had in this precision.
-            result_QLC[:, unsolved_A[stuck_A]] = search.params_QAC[:, stuck_A]
-            unsolved_A, search = unsolved_A[~stuck_A], search.keep(~stuck_A)
-            if not len(unsolved_A):
-                break
-    return result_QLC, converged_L
-
-
-def _is_solved(search: _Search, lam_A: Tensor, tolerance: float) -> Tensor:
-    weights_RAC = search.params_QAC[:-1]
-    least_A = tolerance * lam_A * _dot(weights_RAC, weights_RAC).sqrt()
-    # Where the optimum is W = 0 no gradient would be small enough beside it; this one is nothing but rounding.
-    rounding = 10 * torch.finfo(lam_A.dtype).eps
-    return _dot(search.gradient_QAC, search.gradient_QAC).sqrt() <= least_A.clamp_min(rounding)
-
-
-def _step(problem: _Problem, search: _Search) -> Tensor:
-    """Go to a lower point on each problem; which ones have none that this precision can tell, and stay: (A,)."""
-    direction_QAC = _direction(problem, search)
-    change_NAC = problem.logits(direction_QAC)
-    length_A1, residuals_NAC, stuck_A = _length(problem, search, direction_QAC, change_NAC)
-    step_QAC = length_A1 * direction_QAC
-    search.params_QAC = search.params_QAC + step_QAC
-    search.logits_NAC = search.logits_NAC + length_A1 * change_NAC
-    gradient_QAC = problem.gradient(residuals_NAC, search.params_QAC, search.lam_QA1)
-    turn_QAC = gradient_QAC - search.gradient_QAC
-    search.history = [*search.history[1 - _MEMORY :], (step_QAC, turn_QAC, _dot(step_QAC, turn_QAC))]
-    search.gradient_QAC = gradient_QAC
-    return stuck_A
-
-
-def _direction(problem: _Problem, search: _Search) -> Tensor:
-    """Minus the estimate of the inverse Hessian times the gradient (the two loops of Nocedal 1980)."""
-    bound_QA1, result_QAC, factors = problem.bound_Q11 + search.lam_QA1, search.gradient_QAC, []
-    dtype = result_QAC.dtype
-    for step_QAC, change_QAC, product_A in reversed(search.history):
-        factor_A = _dot(step_QAC, result_QAC) / product_A
-        factors.append(factor_A)
-        result_QAC = result_QAC - factor_A.to(dtype)[:, None] * change_QAC
-    result_QAC = result_QAC / bound_QA1
-    if search.history:
-        _, change_QAC, product_A = search.history[-1]
-        scale_A = product_A / _dot(change_QAC, change_QAC / bound_QA1)
-        result_QAC = result_QAC * scale_A.to(dtype)[:, None]
-    for (step_QAC, change_QAC, product_A), factor_A in zip(search.history, reversed(factors), strict=True):
-        factor_A = factor_A - _dot(change_QAC, result_QAC) / product_A
-        result_QAC = result_QAC + factor_A.to(dtype)[:, None] * step_QAC
-    return -result_QAC
-
-
-def _length(
-    problem: _Problem, search: _Search, direction_QAC: Tensor, change_NAC: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """How far to go in each problem (A, 1), the residuals there, and where rounding hides how far (A,): not at all.
-
-    Newton's method on the slope along the direction, kept between points of either sign. The slope at the end is at
-    most half of that at the start: since the loss is convex, that implies the approximate Wolfe conditions (Hager and
-    Zhang 2005), which need no difference of losses and so hold down to rounding.
-    """
-    regular_A = _dot(search.lam_QA1 * direction_QAC, direction_QAC)
-    at_start_A = _dot(search.lam_QA1 * search.params_QAC, direction_QAC)
-    enough_A = -_dot(search.gradient_QAC, direction_QAC) / 2
-    length_A, low_A, high_A = (torch.full_like(enough_A, value) for value in (1.0, 0.0, math.inf))
-    for _ in range(_MOST_TRIALS):
-        length_A1 = length_A.to(change_NAC.dtype)[:, None]
-        residuals_NAC = problem.residuals(search.logits_NAC + length_A1 * change_NAC)
-        slope_A = _dot(residuals_NAC, change_NAC) / len(change_NAC) + at_start_A + length_A * regular_A
-        right_A = slope_A.abs() <= enough_A
-        if (right_A | ~(enough_A > 0)).all():
-            break
-        low_A, high_A = torch.where(slope_A < 0, length_A, low_A), torch.where(slope_A > 0, length_A, high_A)
-        newton_A = length_A - slope_A / (_curvature(problem, residuals_NAC, change_NAC) + regular_A)
-        middle_A = torch.where(high_A.isinf(), 2 * length_A, (low_A + high_A) / 2)
-        inside_A = (newton_A > low_A) & (newton_A < high_A)
-        length_A = torch.where(right_A, length_A, torch.where(inside_A, newton_A, middle_A))
-    return length_A1 * right_A[:, None], residuals_NAC, ~right_A
-
-
-def _curvature(problem: _Problem, residuals_NAC: Tensor, change_NAC: Tensor) -> Tensor:
-    """The second derivative of the mean loss along a change of the logits: its variance under the answer."""
-    shares_NAC = residuals_NAC + problem.targets_N1C
-    mean_NA1 = (shares_NAC * change_NAC).sum(2, keepdim=True)
-    return _dot(shares_NAC, (change_NAC - mean_NA1).square()) / len(change_NAC)
-
-
-# -- scikit-learn -----------------------------------------------------------------------------------------------------
-
-
-def sklearn_path(codes_ND: Tensor, labels_N: Tensor, num_classes: int, strengths: Sequence[float]) -> LinearPath:
-    """scikit-learn's own `LogisticRegression` (solver lbfgs, its default tolerance), fitted once a strength.
-
-    Raises:
-        RecipeError: scikit-learn is not installed.
-    """
-    try:
-        from sklearn.exceptions import ConvergenceWarning
-        from sklearn.linear_model import LogisticRegression
-    except ImportError:
-        raise RecipeError(
-            "probe.kind: 'sklearn' needs scikit-learn, which is not installed. Install it (pip install scikit-learn), "
-            "or write 'kind: logistic', which solves the same problem"
-        ) from None
-    # Of two classes scikit-learn fits one weight vector w where we have two, w/2 and -w/2, whose squares are half.
-    images = len(labels_N) / (2 if num_classes == 2 else 1)
-    codes, labels = codes_ND.cpu().numpy(), labels_N.cpu().numpy()
-    models: list[Any] = []
-    for strength in strengths:
-        model = LogisticRegression(C=1 / (strength * images), max_iter=_MOST_STEPS)
-        with warnings.catch_warnings():
-            # What it would say is in `converged`.
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            models.append(model.fit(codes, labels))
-    both = [_both_classes(model.coef_.T, model.intercept_) for model in models]
-    weights, biases = (codes_ND.new_tensor(np.stack(parts)) for parts in zip(*both, strict=True))
-    return LinearPath(weights, biases, tuple(bool(model.n_iter_.max() < _MOST_STEPS) for model in models))
-
-
-def _both_classes(weights: Any, biases: Any) -> tuple[Any, Any]:
-    if weights.shape[1] > 1:
-        return weights, biases
-    return np.concatenate([-weights, weights], axis=1) / 2, np.concatenate([-biases, biases]) / 2
-
-
-_SOLVERS: dict[str, Callable[[Tensor, Tensor, int, Sequence[float]], LinearPath]] = {
-    "logistic": logistic_path,
-    "ridge": ridge_path,
-    "sklearn": sklearn_path,
-}
-LINEAR_KINDS = tuple(_SOLVERS)

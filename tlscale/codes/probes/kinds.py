@@ -1,0 +1,126 @@
+"""List the kinds of probes: how each is fitted, and the hyper-parameter that held-out images choose.
+
+A new kind is a file with its fit, a row here, and its name in the recipe's schema.
+
+Letters: N training images, M held-out images, D features, C classes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from tlscale.codes.probes.knn import fit_knn
+from tlscale.codes.probes.linear import fit_linear
+from tlscale.codes.probes.logistic import logistic_path
+from tlscale.codes.probes.ridge import ridge_path
+from tlscale.codes.probes.scikit import sklearn_path
+from tlscale.errors import RecipeError, did_you_mean
+
+
+class Fit(Protocol):
+    """Classifiers of raw codes, one for each value of the hyper-parameter."""
+
+    @property
+    def converged(self) -> tuple[bool, ...]:
+        """Report for each value whether it was solved to the tolerance."""
+
+    def logits(self, codes_MD: Tensor) -> Iterator[Tensor]:
+        """Yield the logits (M, C) by each classifier, in the order of the values."""
+
+    def head(self, index: int) -> nn.Module:
+        """Build the module that maps raw codes (B, D) to logits (B, C), in float32."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The hyper-parameter of a kind; a larger value means a smoother classifier."""
+
+    name: str
+    key: str
+    """Its key under `probe`, a list of values."""
+    defaults: tuple[float, ...]
+    problem: Callable[[float, int], str | None]
+    """Say what is wrong with a value for so many training images; None: nothing."""
+
+    def values(self, asked: Sequence[float] | None, num_images: int, num_held: int) -> tuple[float, ...]:
+        """Return the values to try: those of the recipe, or else all defaults that are possible.
+
+        Raises:
+            RecipeError: a value is wrong, or there are several and no held-out image to choose by.
+        """
+        if asked is None:
+            values = tuple(value for value in self.defaults if self.problem(value, num_images) is None)
+        else:
+            values = tuple(float(value) for value in asked)
+        problem = next(filter(None, (self.problem(value, num_images) for value in values)), None)
+        if problem is not None:
+            raise RecipeError(f"probe.{self.key}: {problem}")
+        if not values or len(set(values)) < len(values):
+            raise RecipeError(f"probe.{self.key}: {list(values)} must hold one value or more, all different")
+        if len(values) > 1 and not num_held:
+            raise RecipeError(
+                f"probe.{self.key}: {len(values)} values, and no held-out images to choose by. Set "
+                "data.validation_fraction above 0 (such as 0.1), or give one value, such as "
+                f"probe.{self.key}=[{values[len(values) // 2]:g}]"
+            )
+        return values
+
+
+def _problem_of_strength(value: float, num_images: int) -> str | None:
+    is_right = 0 < value < math.inf
+    return None if is_right else f"{value:g} is not a regularisation strength. Give a number above 0"
+
+
+def _problem_of_neighbours(value: float, num_images: int) -> str | None:
+    if value.is_integer() and 1 <= value <= num_images:
+        return None
+    return f"{value:g} is not a number of neighbours. Give 1 to the number of training images, here {num_images:,}"
+
+
+_STRENGTH = Setting("strength", "strengths", (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001), _problem_of_strength)
+_NEIGHBOURS = Setting(
+    "neighbours", "neighbours", (1.0, 3.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0), _problem_of_neighbours
+)
+
+
+@dataclass(frozen=True)
+class ProbeKind:
+    """One row of the table."""
+
+    fit: Callable[[Tensor, Tensor, int, Sequence[float]], Fit]
+    """From raw codes (N, D), labels (N,), C, and values of the hyper-parameter."""
+    setting: Setting
+    follows_precision: bool = True
+    """Its head is cast to the dtype of the run; False: it works in float32, whatever the run's is."""
+
+
+PROBE_KINDS: dict[str, ProbeKind] = {
+    # quasi-Newton, all strengths side by side
+    "logistic": ProbeKind(partial(fit_linear, logistic_path), _STRENGTH),
+    # one eigendecomposition; scaled so that the softmax of the scores is a probability
+    "ridge": ProbeKind(partial(fit_linear, ridge_path), _STRENGTH),
+    # scikit-learn's LogisticRegression, once for each strength; needs scikit-learn
+    "sklearn": ProbeKind(partial(fit_linear, sklearn_path), _STRENGTH),
+    # votes of the nearest by cosine of standardised codes, which are compared as they were found
+    "knn": ProbeKind(fit_knn, _NEIGHBOURS, follows_precision=False),
+}
+
+
+def kind_of(name: str) -> ProbeKind:
+    """Look a kind up.
+
+    Raises:
+        RecipeError: there is no such kind.
+    """
+    if name not in PROBE_KINDS:
+        raise RecipeError(
+            f"probe.kind: {name!r} is not a kind of probe.{did_you_mean(name, PROBE_KINDS)} "
+            f"Write one of {', '.join(PROBE_KINDS)}"
+        )
+    return PROBE_KINDS[name]

@@ -1,0 +1,51 @@
+"""Classify by the nearest training images.
+
+Letters: N images, M held-out images, D features, C classes, K neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from tlscale.codes.probes.standardise import standardise
+from tlscale.models.heads import KnnHead
+
+
+@dataclass(frozen=True, eq=False)
+class KnnFit:
+    """Votes of the nearest for several numbers of neighbours."""
+
+    most: KnnHead
+    """Has the largest of these numbers."""
+    numbers: tuple[int, ...]
+
+    @property
+    def converged(self) -> tuple[bool, ...]:
+        """Report that each number was solved: there is nothing to solve."""
+        return (True,) * len(self.numbers)
+
+    def logits(self, codes_MD: Tensor) -> Iterator[Tensor]:
+        """Yield the logits (M, C) of raw codes for each number of neighbours, which are searched once."""
+        cosines_MK, labels_MK = self.most.neighbours(codes_MD)
+        return (self.most.votes(cosines_MK[:, :k], labels_MK[:, :k]) for k in self.numbers)
+
+    def head(self, index: int) -> KnnHead:
+        """Build the head that maps raw codes to logits."""
+        return KnnHead(self.most.state(), self.numbers[index], self.most.num_classes)
+
+
+def fit_knn(codes_ND: Tensor, labels_N: Tensor, num_classes: int, numbers: Sequence[float]) -> KnnFit:
+    """Standardise raw codes and scale each to length 1; that is all a search by cosine needs."""
+    scale, standard_ND = standardise(codes_ND)
+    state = {
+        "codes_ND": F.normalize(standard_ND, dim=1).float(),
+        "labels_N": labels_N.to(scale.mean_D.device),
+        "mean_D": scale.mean_D.float(),
+        "std_D": scale.std_D.float(),
+    }
+    ks = tuple(int(number) for number in numbers)
+    return KnnFit(KnnHead(state, max(ks), num_classes), ks)

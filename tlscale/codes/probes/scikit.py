@@ -1,0 +1,53 @@
+"""Fit scikit-learn's own logistic regression, as a second opinion on ours.
+
+Letters: N images, D features, C classes with images.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from tlscale.codes.probes.linear import LinearPath
+from tlscale.errors import RecipeError
+
+_MOST_STEPS = 2000
+
+
+def sklearn_path(codes_ND: Tensor, labels_N: Tensor, num_classes: int, strengths: Sequence[float]) -> LinearPath:
+    """Fit scikit-learn's `LogisticRegression` (solver lbfgs, its default tolerance) once for each strength.
+
+    Raises:
+        RecipeError: scikit-learn is not installed.
+    """
+    try:
+        from sklearn.exceptions import ConvergenceWarning
+        from sklearn.linear_model import LogisticRegression
+    except ImportError:
+        raise RecipeError(
+            "probe.kind: 'sklearn' needs scikit-learn, which is not installed. Install it (pip install scikit-learn), "
+            "or write 'kind: logistic', which solves the same problem"
+        ) from None
+    # Of two classes scikit-learn fits one weight vector w where we have two, w/2 and -w/2, whose squares are half.
+    images = len(labels_N) / (2 if num_classes == 2 else 1)
+    codes, labels = codes_ND.cpu().numpy(), labels_N.cpu().numpy()
+    models: list[Any] = []
+    for strength in strengths:
+        model = LogisticRegression(C=1 / (strength * images), max_iter=_MOST_STEPS)
+        with warnings.catch_warnings():
+            # What it would say is in `converged`.
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            models.append(model.fit(codes, labels))
+    both = [_both_classes(model.coef_.T, model.intercept_) for model in models]
+    weights, biases = (codes_ND.new_tensor(np.stack(parts)) for parts in zip(*both, strict=True))
+    return LinearPath(weights, biases, tuple(bool(model.n_iter_.max() < _MOST_STEPS) for model in models))
+
+
+def _both_classes(weights: Any, biases: Any) -> tuple[Any, Any]:
+    if weights.shape[1] > 1:
+        return weights, biases
+    return np.concatenate([-weights, weights], axis=1) / 2, np.concatenate([-biases, biases]) / 2

@@ -1,0 +1,234 @@
+"""Fit a probe: get codes of one or several layers, fit a classifier to them at once, evaluate and export it.
+
+Chapters: codes; fit; evaluate; export. The held-out images choose the layer, the pooling and the regularisation; the
+test images are used once, in the end. Without test images the score is that of the classifier that was fitted to the
+training images alone: one that is fitted again, to the held-out images as well, has no score of its own. A probe that
+is stopped keeps the codes that are ready, and begins again with them.
+
+Shapes: B images of a block, N images, M held-out images, C classes, D features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tlscale import faults
+from tlscale.codes.parts import layer_name, wanted_layers
+from tlscale.codes.probes.kinds import kind_of
+from tlscale.codes.probes.select import Choice, PathRow, asked_values, choose, refuse_wrong_probe
+from tlscale.codes.reader import Codes
+from tlscale.data.identity import result_identity
+from tlscale.data.sources.open import ImageSplit
+from tlscale.distributed.processes import Processes
+from tlscale.distributed.signals import StopRequest
+from tlscale.models.classifier import CodesClassifier
+from tlscale.models.export import export_model
+from tlscale.models.features import LayerCodes
+from tlscale.recipe.schema import ProbeSection
+from tlscale.storage.run_folder import RunFolder, naming_disk_errors, write_json
+from tlscale.tracking.console import Console, number
+from tlscale.training.evaluate import scalars
+from tlscale.training.logger import RunLogger
+from tlscale.training.loop_state import LoopState
+from tlscale.training.metrics import Tally, majority, summary
+from tlscale.training.predictions import Predictions, write_predictions
+from tlscale.training.run_info import begin_folder
+from tlscale.training.scores import fitted, score_of_probe
+from tlscale.training.setup import RunSetup, make_objective, open_codes_cache, strategy_of
+
+_BLOCK = 4096  # images whose logits are computed at once
+
+
+def probe(
+    setup: RunSetup,
+    folder: RunFolder,
+    processes: Processes,
+    stop: StopRequest,
+    run_info: dict[str, Any] | None,
+    console: Console,
+) -> tuple[dict[str, Any], str]:
+    """Fit the recipe's probe, evaluate it and export its model.
+
+    Args:
+        run_info: contents of `run.json` when a probe that was stopped begins again, else None; it is written anew.
+
+    Returns:
+        What `result.json` holds, and how to load the exported model.
+    """
+    data, section = setup.data, setup.recipe.probe
+    assert section is not None
+    refuse_wrong_probe(section, setup.recipe.codes, len(data.train), len(data.validation or ()))
+
+    # -- codes: of all layers and poolings in one pass, before anything is written -----------------------------------
+    codes_cache = open_codes_cache(setup, processes, console, stop)
+    wanted, backbone = wanted_layers(codes_cache.spec.section), setup.classifier.backbone
+    codes = codes_cache.layer_codes(backbone, wanted, [data.train, *([data.validation] if data.validation else [])])
+    split = data.test or data.validation
+    assert split is not None, "set_up refuses data that nothing can be evaluated on"
+    codes |= {} if split.name in codes else codes_cache.layer_codes(backbone, wanted, [split])
+    device = processes.device
+    run_info = processes.run_on_main(begin_folder, folder, setup, world_size=processes.world_size, device=str(device))
+    with RunLogger(setup, folder, processes, LoopState(), run_info, console) as logger:
+        # The other processes wait for what the main one finds.
+        job = _Probe(setup, section, wanted, codes, split, device, codes_cache.stats())
+        result, how_to_load = processes.run_on_main(job.run, folder, logger, console)
+        logger.write_summary(result)
+    return result, how_to_load
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """Everything that fitting and scoring need, now that there are codes."""
+
+    setup: RunSetup
+    section: ProbeSection
+    wanted: list[tuple[str, str]]
+    codes: dict[str, Codes]
+    """By split."""
+    split: ImageSplit
+    """That the score is of."""
+    device: torch.device
+    cache_stats: dict[str, Any]
+
+    def run(self, folder: RunFolder, logger: RunLogger, console: Console) -> tuple[dict[str, Any], str]:
+        """Fit, evaluate and export; the result, and how to load the model."""
+        setup, data = self.setup, self.setup.data
+        # -- fit ------------------------------------------------------------------------------------------------------
+        with setup.watch("train"):
+            choice = self._choose()
+        for name, rows in choice.table.items():
+            for row in rows:
+                logger.write_probe(name, row.setting, row.held_top1, row.held_loss)
+        self._show(choice, console)
+        if kind_of(self.section.kind).follows_precision:
+            for head in (choice.probe.head, choice.probe.before_refit):
+                head.to(setup.dtype)
+
+        # -- evaluate: by images that the classifier was not fitted to, once ------------------------------------------
+        number_of_layer = [layer_name(pair) for pair in self.wanted].index(choice.name)
+        scored = choice.probe.head if data.test is not None else choice.probe.before_refit
+        predictions = Predictions(self.split, data.classes)
+        with setup.watch("test"):
+            figures = _figures(setup, scored, self._values(self.split.name, number_of_layer), predictions)
+        logger.write_evaluation(self.split.name, figures, is_best=False)
+
+        # -- export ---------------------------------------------------------------------------------------------------
+        chosen = self.wanted[number_of_layer]
+        with setup.watch("export"):
+            how_to_load = _export(setup, choice, chosen, folder)
+            write_predictions(folder.predictions, predictions)
+        result = self._result(choice, chosen, figures) | result_identity(data)
+        faults.at("result")
+        with naming_disk_errors(folder.result):
+            write_json(folder.result, result)
+        return result, how_to_load
+
+    def _choose(self) -> Choice:
+        data = self.setup.data
+        return choose(
+            self.section.kind,
+            self._candidates(),
+            data.train.labels_N,
+            data.validation.labels_N if data.validation is not None else data.train.labels_N[:0],
+            num_classes=len(data.classes),
+            grid=asked_values(self.section),
+            refit=self.section.refit,
+        )
+
+    def _candidates(self) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
+        """Yield one layer and pooling after the other, so that one at a time is in memory."""
+        for at, pair in enumerate(self.wanted):
+            train_ND = self._values("train", at)
+            held_MD = train_ND[:0] if self.setup.data.validation is None else self._values("validation", at)
+            yield layer_name(pair), (train_ND, held_MD)
+
+    def _values(self, split: str, at: int) -> Tensor:
+        """Read one value of all images of a split, (N, D), to the device that the fit runs on."""
+        return self.codes[split].whole(at).to(self.device)
+
+    def _show(self, choice: Choice, console: Console) -> None:
+        """Show the best setting of each set of codes, by the held-out images, and mark the best of all."""
+        rows = []
+        for name, path in choice.table.items():
+            best = min(path, key=PathRow.rank) if len(path) > 1 else path[0]
+            figures = ["-" if figure is None else number(figure) for figure in (best.held_top1, best.held_loss)]
+            rows.append((name, f"{best.setting:g}", *figures, "chosen" if name == choice.name else ""))
+        data = self.setup.data
+        if data.validation is not None:
+            often = majority(data.train.labels_N, data.validation.labels_N, data.classes)
+            rows.append((f"always {often['label']!r}", "-", number(often["top1"]), "-", ""))
+        kind = self.section.kind
+        titles = ("codes", kind_of(kind).setting.name, "top1", "loss", "")
+        console.table(f"Probe {kind}, by held-out images", titles, rows)
+
+    def _result(self, choice: Choice, chosen: tuple[str, str], figures: dict[str, Any]) -> dict[str, Any]:
+        setup, fit = self.setup, choice.probe
+        num_params = sum(param.numel() for param in fit.head.parameters())
+        backbone_params = sum(param.numel() for param in setup.classifier.backbone.parameters())
+        brief = {"step": 0, **scalars(figures)}
+        return {
+            "name": setup.recipe.name,
+            "strategy": strategy_of(setup),
+            "split": self.split.name,
+            **score_of_probe(setup, choice, self.split),
+            "num_classes": len(setup.data.classes),
+            **{key: value for key, value in figures.items() if key not in ("confusion", "per_class")},
+            "weights": "last",
+            "best": brief,
+            "last": brief,
+            "probe": {
+                "kind": fit.kind,
+                "layer": chosen[0],
+                "pool": chosen[1],
+                **_plain(fit.chosen),
+                "converged": fit.converged,
+                "num_images": fit.num_images,
+                "refitted": fit.refitted,
+                "tried": {name: [_plain(row) for row in rows] for name, rows in choice.table.items()},
+            },
+            "epochs": 0,
+            "steps": 0,
+            "images_seen": fit.num_images,
+            **setup.watch.figures(fit.num_images),
+            "codes": self.cache_stats,
+            "trainable_params": num_params,
+            "total_params": backbone_params + num_params,
+            "is_sample": setup.data.is_sample,
+            "notes": list(setup.data.notes),
+            "num_bad_images": len(setup.bad_images),
+            "skipped_images": setup.bad_images.counts,
+            "per_class": figures["per_class"],
+            "confusion": figures["confusion"],
+        }
+
+
+def _plain(row: PathRow) -> dict[str, Any]:
+    return {"setting": row.setting, "held_out_top1": row.held_top1, "held_out_loss": row.held_loss}
+
+
+def _export(setup: RunSetup, choice: Choice, layer_and_pool: tuple[str, str], folder: RunFolder) -> str:
+    """Write the model, and return how to load it."""
+    model = CodesClassifier(LayerCodes(setup.classifier.backbone, [layer_and_pool]), choice.probe.head)
+    with naming_disk_errors(folder.model):
+        about = fitted(setup, refitted=choice.probe.refitted)
+        return export_model(model, folder.model, classes=setup.data.classes, spec=setup.spec, fitted=about)
+
+
+@torch.no_grad()
+def _figures(setup: RunSetup, head: nn.Module, codes_ND: Tensor, predictions: Predictions) -> dict[str, Any]:
+    """Compute all figures of the classifier on a split, and collect its predictions."""
+    objective = make_objective(setup, codes_ND.device)
+    tally = Tally(len(setup.data.classes), codes_ND.device)
+    labels_N = torch.from_numpy(predictions.split.labels_N).to(codes_ND.device)
+    head = head.to(codes_ND.device)
+    parts = (torch.split(part, _BLOCK) for part in (torch.arange(len(labels_N)), codes_ND, labels_N))
+    for positions_B, codes_BD, labels_B in zip(*parts, strict=True):
+        logits_BC = head(codes_BD.to(setup.dtype))
+        tally.update(logits_BC, labels_B, objective.losses(logits_BC, labels_B))
+        predictions.add(positions_B, logits_BC)
+    return summary(tally, setup.data.classes)
