@@ -22,10 +22,10 @@ from torch.distributed.tensor import DTensor
 import tlscale
 from tests.dist.many_checks import EXACT, HALF_VIT, at_each_checkpoint, error_of, recipe
 from tests.small_models import TINY
+from tlscale.distributed.fsdp import Fsdp2Engine
 from tlscale.distributed.processes import start_processes
 from tlscale.training.evaluate import evaluate
 from tlscale.training import loop as finetune
-from tlscale.training import state as run_parts
 from tlscale.models.freeze import is_norm
 from tlscale.training.loss import Objective
 from tlscale.recipe.schema import ComputeSection, LossSection
@@ -140,22 +140,22 @@ def how_spread(network, optimizer):
 
 def watched(folder, name, data, changes):
     """How everything is spread at each checkpoint, and whether anything still holds the whole tensors then."""
-    before, shard = [], run_parts.shard
+    before, shard = [], Fsdp2Engine.shard
 
-    def spy(module, network, mesh, precision):
+    def spy(engine, module, network, *args, **options):
         before.extend(weakref.ref(param) for param in network.parameters() if param.requires_grad)
-        return shard(module, network, mesh, precision)
+        return shard(engine, module, network, *args, **options)
 
     def look(clock, network, optimizer):
         gc.collect()
         whole = sum(ref() is not None for ref in before)
         return {**how_spread(network, optimizer), "step": clock.step, "still whole": whole, "were whole": len(before)}
 
-    run_parts.shard = spy
+    Fsdp2Engine.shard = spy
     try:
         return at_each_checkpoint(look, folder, name, data, **changes)
     finally:
-        run_parts.shard = shard
+        Fsdp2Engine.shard = shard
 
 
 def where_one_cannot_write(folder, data):

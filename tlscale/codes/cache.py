@@ -32,13 +32,13 @@ from tlscale.data.image_cache import ImageCache
 from tlscale.data.loader import make_augmenter
 from tlscale.data.sources.open import ImageSplit
 from tlscale.data.transforms import ImageBatch, InputPath
+from tlscale.distributed.host import versions_of
 from tlscale.distributed.processes import Processes
 from tlscale.distributed.signals import StopRequest
 from tlscale.models.features import PENULTIMATE, LayerCodes
 from tlscale.models.folding import fold_norms
 from tlscale.recipe.schema import CodesSection
 from tlscale.tracking.console import Console
-from tlscale.tracking.packages import versions_of
 from tlscale.tracking.stopwatch import Stopwatch
 
 

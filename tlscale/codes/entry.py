@@ -32,7 +32,7 @@ from tlscale.codes.shards import (
     remove_shard,
 )
 from tlscale.data.content import DIGEST, Digests
-from tlscale.distributed.cores import num_cores
+from tlscale.distributed.host import num_cores
 from tlscale.errors import DataError
 
 Say = Callable[[str], object]

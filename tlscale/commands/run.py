@@ -84,7 +84,7 @@ def run(
     # -- folder: the main process holds it for all ----------------------------------------------------------------
     stop = StopRequest(folder.stop if processes.is_main else None)
     with closing(processes), stop, processes.main_holds(lambda: claim(folder.path, mode)):
-        console = Console(0, enabled=processes.is_main)
+        console = Console(enabled=processes.is_main)
         processes.run_on_main(_obey_earlier_stop, folder)
         processes.run_on_main(_forget_stop, folder, console)
         record = None if overwrite else processes.run_on_main(read_record, folder)
@@ -163,7 +163,9 @@ def _refuse_other_recipe(recipe: Recipe, folder: RunFolder, console: Console) ->
     Returns:
         By section the keys that came after the run began, with what it does all the same.
     """
-    stored, older = load_stored_recipe(folder.recipe)
+    stored, older, notes = load_stored_recipe(folder.recipe)
+    for note in notes:
+        console.say(note)
     for section, keys in older.items() if recipe.probe is None else ():  # a probe has no use for them
         for key, value in keys.items():
             console.say(f"{section}.{key}: {value}, as the run began: it is older than this key")

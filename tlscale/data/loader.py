@@ -34,7 +34,7 @@ from tlscale.data.sources.open import ImageSplit
 from tlscale.data.sources.tables import Raw
 from tlscale.data.transforms import ImageBatch, InputSpec, Pixels, eval_transform
 from tlscale.data.workers import load_in_order, map_in_threads
-from tlscale.distributed.cores import num_cores
+from tlscale.distributed.host import num_cores
 from tlscale.recipe.schema import DataSection
 
 _MIB = 2**20

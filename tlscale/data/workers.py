@@ -21,7 +21,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from tlscale import faults
-from tlscale.distributed.cores import num_cores
+from tlscale.distributed.host import num_cores
 from tlscale.distributed.signals import signal_when_parent_dies
 from tlscale.errors import TlscaleError, WorkerError
 

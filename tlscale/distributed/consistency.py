@@ -1,8 +1,8 @@
-"""Whether all processes still train the same network, asked before a checkpoint is made of the main one's.
+"""Check that all processes still train the same network, before a checkpoint is made of the main one's.
 
 Promise: what a checkpoint holds of parameters, buffers and averages is what every process has, bit for bit; where it is
-not, all processes end with the same error and nothing is written. The price is one pass over the bits of what is
-trained, and one number from each process.
+not, all processes end with the same error and nothing is written. It costs one pass over the bits of what is trained,
+and one number from each process.
 
 Letters: T tensors, P positions of a tensor.
 """
@@ -14,12 +14,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from tlscale.distributed.processes import Processes
 from tlscale.errors import DesyncError
-from tlscale.models.classifier import Classifier
-from tlscale.training.ema import Ema
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _POSITIONS = 2**20  # of a tensor that are summed at once, so that its copy as 64-bit integers stays small
@@ -27,7 +24,7 @@ _POSITIONS = 2**20  # of a tensor that are summed at once, so that its copy as 6
 
 @torch.no_grad()
 def checksum(tensor: Tensor) -> Tensor:
-    """The sum over positions p of (2 p + 1) times the bits there as an integer, modulo 2^64; shape (), on its device.
+    """Sum, over positions p, (2 p + 1) times the bits there as an integer, modulo 2^64; shape (), on its device.
 
     The weights are odd, and so have inverses modulo 2^64: a change of one element always shows, and of other changes
     about one in 2^64 does not. Nothing waits for the device.
@@ -41,23 +38,12 @@ def checksum(tensor: Tensor) -> Tensor:
     return total
 
 
-def what_must_agree(network: Classifier, ema: Ema | None) -> dict[str, Tensor]:
-    """Trained parameters by the names that rules match, buffers, and averages: the same names on every process.
-
-    What is spread over the processes (`compute.engine: fsdp2`) is not among them: each has another share of it.
-    """
-    tensors = {name: param for name, param in network.rule_names().items() if param.requires_grad}
-    buffers = {name.removeprefix("backbone."): buffer for name, buffer in network.named_buffers()}
-    averages = {f"average of {name}": average for name, average in ema.averages.items()} if ema is not None else {}
-    return {
-        name: tensor for name, tensor in {**tensors, **buffers, **averages}.items() if not isinstance(tensor, DTensor)
-    }
-
-
 def check_replicas_agree(tensors: Mapping[str, Tensor], processes: Processes, step: int) -> None:
-    """
+    """Compare tensors that every process should have in the same bits.
+
     Args:
-        tensors: of this process, as `what_must_agree` gives them.
+        tensors: of this process, by names that are the same on all of them.
+        processes: of the run.
         step: that was made last, for the message.
 
     Raises:
@@ -72,17 +58,17 @@ def check_replicas_agree(tensors: Mapping[str, Tensor], processes: Processes, st
         raise DesyncError(
             f"the processes do not train the same network any more: after step {step}, {found}. Nothing was saved; the "
             "checkpoints before were compared in the same way. Either a device computes wrongly, or it is of another "
-            "kind than the others, or code besides the loop changed weights there. Look at the device, and go on from "
+            "kind than the others, or code besides the loop changed weights there. Check the device, then resume from "
             "the last checkpoint with --resume."
         )
 
 
 def difference(names: Sequence[str], sums_by_rank: Sequence[Sequence[int]]) -> str:
-    """Which process has what others than most have (than the main one where there is no most), in words.
+    """Say which process differs from most of them (from the main one where there is no most), and in what.
 
     Args:
         names: of the T tensors.
-        sums_by_rank: for each process its T checksums, which are not all equal.
+        sums_by_rank: T checksums of each process, which are not all equal.
     """
     usual, _ = Counter(map(tuple, sums_by_rank)).most_common(1)[0]  # of equally many, the first
     others = [rank for rank, sums in enumerate(sums_by_rank) if tuple(sums) != usual]

@@ -1,16 +1,16 @@
-"""FSDP2 (`compute.engine: fsdp2`): what is trained is spread over the processes, a share of every tensor on each.
+"""Shard what is trained over the processes by FSDP2 (`compute.engine: fsdp2`): some rows of every tensor on each.
 
 Promise: parameters that are trained, their gradients, moments and averages are DTensors, of whose rows each process
-holds its share; they are whole only while the block that they belong to computes. What is frozen, and buffers, are not
-touched: every process has all of them. It is torch's `fully_shard` on any device, as Accelerate's own FSDP trains with
-DDP on a CPU and does not say so (docs/adr/0013).
+holds its shard; they are unsharded only while the block that they belong to computes. What is frozen, and buffers, are
+not touched: every process has all of them. It is torch's `fully_shard` on any device, as Accelerate's own FSDP trains
+with DDP on a CPU without a message (docs/adr/0013).
 """
 
 from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from typing import Any, TypeVar
@@ -18,34 +18,69 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from tlscale.distributed.engine import Engine, Wrapped
 from tlscale.errors import ModelError, RecipeError
-from tlscale.models.freeze import is_norm
-from tlscale.recipe.schema import OptimSection
-from tlscale.training.optimizer import build_optimizer
 
 M = TypeVar("M", bound=nn.Module)
 _ROWS = [Shard(0)]
 
 
+class Fsdp2Engine(Engine):
+    """Train a network whose trained parameters are sharded over the processes of `mesh`."""
+
+    name = "fsdp2"
+    shards = True
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        super().__init__(accelerator)
+        self.mesh: DeviceMesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+
+    def shard(self, module: nn.Module, network: nn.Module, precision: str, keep_fp32: Collection[nn.Parameter]) -> int:
+        """Shard what is trained; see `shard`."""
+        return shard(module, network, self.mesh, precision, keep_fp32)
+
+    def wrap(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> Wrapped:
+        # Autocast alone: Accelerate would put DDP around it.
+        return self.accelerator.prepare_model(module, evaluation_mode=True), optimizer
+
+    def micro_batch(self, model: nn.Module, *, is_last: bool) -> AbstractContextManager[Any]:
+        assert isinstance(model, FSDPModule)
+        model.set_requires_gradient_sync(is_last)
+        return nullcontext()
+
+    def clip_grad_norm(self, model: nn.Module, max_norm: float) -> Tensor:
+        norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def needs_warm_up(self, model: nn.Module) -> bool:
+        return False
+
+    def gather(self, network: M, copy: M | None, *, keep: bool) -> M:
+        assert copy is not None
+        return gather_into(copy, network, keep=keep)
+
+
 def local(tensor: Tensor) -> Tensor:
-    """This process's share of a tensor that is spread over several; any other as it is."""
+    """Return this process's shard of a tensor that is sharded; any other as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def shard_tensor(tensor: Tensor, mesh: DeviceMesh) -> DTensor:
-    """The share of each process of a tensor that all of them have."""
+    """Shard a tensor that every process has whole."""
     return distribute_tensor(tensor.to(mesh.device_type), mesh, _ROWS, src_data_rank=None)
 
 
 # -- shard ----------------------------------------------------------------------------------------------------------
 
 
-def shard(module: nn.Module, network: nn.Module, mesh: DeviceMesh, precision: str) -> int:
-    """Spread the trained parameters of `module` over the processes of `mesh`.
+def shard(
+    module: nn.Module, network: nn.Module, mesh: DeviceMesh, precision: str, keep_fp32: Collection[nn.Parameter]
+) -> int:
+    """Shard the trained parameters of `module` over the processes of `mesh`.
 
     `network` gets the same ones wherever it holds them, though `module` may be a part of it that is called otherwise.
 
@@ -53,13 +88,14 @@ def shard(module: nn.Module, network: nn.Module, mesh: DeviceMesh, precision: st
         module: what is called; all that is trained is in it.
         network: the run's own, which checkpoints are of.
         precision: the recipe's.
+        keep_fp32: parameters that are exchanged in float32 where the others are in bfloat16.
 
     Returns:
-        How many blocks of it are whole one after the other, in place of all at once.
+        The number of its blocks, which are unsharded one after the other in place of all at once.
 
     Raises:
         ModelError: a parameter that has no rows.
-        RecipeError: a precision that this torch cannot have here.
+        RecipeError: a precision that this torch does not support here.
     """
     _refuse_scalars(network)
     places = [
@@ -74,8 +110,8 @@ def shard(module: nn.Module, network: nn.Module, mesh: DeviceMesh, precision: st
     options: dict[str, Any] = {
         "mesh": mesh,
         "ignored_params": {param for param in module.parameters() if not param.requires_grad},
-        "mp_policy": _policy(module, precision),
-        # Of the root as well: what stayed whole after an evaluation would not see the weights that change after it.
+        "mp_policy": _policy(precision, keep_fp32),
+        # Of the root as well: what stayed unsharded after an evaluation would not see the weights that change after it.
         "reshard_after_forward": True,
     }
     inside = set(module.modules())
@@ -89,12 +125,19 @@ def shard(module: nn.Module, network: nn.Module, mesh: DeviceMesh, precision: st
     return len(blocks)
 
 
+def sharded_groups(groups: list[dict[str, Any]], params: Mapping[str, nn.Parameter]) -> list[dict[str, Any]]:
+    """Give `groups` the shards of their parameters; the groups themselves let go of the unsharded ones."""
+    for group in groups:
+        group["params"] = [params[name] for name in group["names"]]
+    return groups
+
+
 def repeated_blocks(network: nn.Module) -> list[nn.Module]:
-    """The modules that a network is a repetition of, as far as they are trained; none lies within another.
+    """Find the modules that a network is a repetition of, as far as they are trained; none lies within another.
 
     A block consists of modules, and is of a class of which sequences hold two or more. One that mostly consists of
-    several blocks of one class is a stage, and not a block. A block is what is whole at once, so it is to be small; and
-    what costs a collective operation, so not a single layer.
+    several blocks of one class is a stage, and not a block. A block is what is unsharded at once, so it is to be small;
+    and what costs a collective operation, so not a single layer.
     """
     counts = Counter(
         type(child)
@@ -121,7 +164,7 @@ def _num_trained(module: nn.Module) -> int:
 
 
 def unsharded_bytes(network: nn.Module) -> int:
-    """What a process holds whole while the largest block computes: that, and what is in no block."""
+    """Count the bytes that are unsharded while the largest block computes: that block, and what is in no block."""
 
     def num_bytes(module: nn.Module) -> int:
         return sum(param.numel() * param.element_size() for param in module.parameters() if param.requires_grad)
@@ -134,13 +177,13 @@ def _refuse_scalars(network: nn.Module) -> None:
     for name, param in network.named_parameters():
         if param.requires_grad and param.ndim == 0:
             raise ModelError(
-                f"compute.engine: fsdp2 spreads the rows of what is trained over the processes, and {name} is a single "
-                "number without rows. Freeze it, or take compute.engine: ddp"
+                f"compute.engine: fsdp2 shards trained parameters by their rows, and {name} is a single number without "
+                "rows. Freeze it, or write compute.engine: ddp"
             )
 
 
-def _policy(module: nn.Module, precision: str) -> MixedPrecisionPolicy:
-    """In bf16 the processes exchange bf16, but for norm layers: their operations want them in fp32.
+def _policy(precision: str, keep_fp32: Collection[nn.Parameter]) -> MixedPrecisionPolicy:
+    """In bf16 the processes exchange bf16, but for `keep_fp32`.
 
     Gradients are summed in fp32, weights kept in fp32, and autocast does the rest, as it does under DDP.
     """
@@ -148,105 +191,25 @@ def _policy(module: nn.Module, precision: str) -> MixedPrecisionPolicy:
         return MixedPrecisionPolicy(cast_forward_inputs=False)
     if "param_dtype_override_fn" not in {field.name for field in fields(MixedPrecisionPolicy)}:
         raise RecipeError(
-            f"compute.engine: fsdp2 with compute.precision: bf16 needs torch 2.15, and this is {torch.__version__}; "
-            "take fp32, or compute.engine: ddp"
+            f"compute.precision: bf16 with compute.engine: fsdp2 needs torch 2.15, and this is {torch.__version__}. "
+            "Write fp32, or compute.engine: ddp"
         )
-    norms = {id(param) for layer in module.modules() if is_norm(layer) for param in layer.parameters(recurse=False)}
+    in_fp32 = {id(param) for param in keep_fp32}
     return MixedPrecisionPolicy(
         param_dtype=torch.bfloat16,
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,
-        param_dtype_override_fn=lambda param: torch.float32 if id(param) in norms else None,
+        param_dtype_override_fn=lambda param: torch.float32 if id(param) in in_fp32 else None,
     )
 
 
-# -- train ----------------------------------------------------------------------------------------------------------
-
-
-def micro_batch(accelerator: Accelerator, model: nn.Module, *, is_last: bool) -> AbstractContextManager[Any]:
-    """Around the forward and backward pass of a micro-batch: the processes add up gradients in the last one only."""
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(is_last)
-        return nullcontext()
-    return nullcontext() if is_last else accelerator.no_sync(model)
-
-
-def clip_grad_norm(accelerator: Accelerator, model: nn.Module, most: float) -> Tensor:
-    """Clip by the norm of the whole gradient, over all processes; the norm before."""
-    if not isinstance(model, FSDPModule):
-        return accelerator.clip_grad_norm_(model.parameters(), most)  # type: ignore[no-any-return]
-    norm = nn.utils.clip_grad_norm_(model.parameters(), most)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
-
-
-# -- the optimizer --------------------------------------------------------------------------------------------------
-
-# Even and uneven shares, and none; from 16 on some optimizers keep sums of rows and columns.
-_TRIED_SHAPES = ((34, 18), (19,), (1, 20, 18), (18, 17, 3, 3))
-_TRIED_STEPS = 3
-
-
-def objection_to_sharding(section: OptimSection, mesh: DeviceMesh) -> str | None:
-    """Why an optimizer cannot be had here; None where it does the same on spread tensors as on whole ones.
-
-    It is tried: most update each number by itself, or by norms that DTensors know; some look at the shape of what they
-    see, or at its memory, and would learn something else without a word.
-    """
-    try:
-        whole, spread_out = (_after_steps(section, mesh if is_spread else None) for is_spread in (False, True))
-        for one, other in zip(whole, spread_out, strict=True):
-            if not isinstance(other, DTensor) or not torch.allclose(
-                local(shard_tensor(one, mesh)), local(other), rtol=1e-9
-            ):
-                return "it updates shares in another way than whole tensors"
-    except RecipeError:  # it cannot be made at all
-        raise
-    except Exception as error:  # optimizers raise whatever they like
-        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'its own check'}"
-    return None
-
-
-def _after_steps(section: OptimSection, mesh: DeviceMesh | None) -> list[Tensor]:
-    """The parameters, and what the optimizer keeps of them, after a few steps."""
-    generator = torch.Generator().manual_seed(0)
-
-    def numbers(shape: tuple[int, ...]) -> Tensor:
-        drawn = torch.randn(shape, generator=generator, dtype=torch.float64)
-        return drawn if mesh is None else shard_tensor(drawn, mesh)
-
-    params = [nn.Parameter(numbers(shape)) for shape in _TRIED_SHAPES]
-    names = [f"tensor {number}" for number in range(len(params))]
-    group = {"params": params, "names": names, "lr": 0.1, "base_lr": 0.1, "weight_decay": 0.01}
-    optimizer = build_optimizer([group], section)
-    for _ in range(_TRIED_STEPS):
-        for param in params:
-            param.grad = numbers(tuple(param.shape))
-        optimizer.step()
-    kept = [
-        value
-        for param in params
-        for _, value in sorted(optimizer.state[param].items())
-        if isinstance(value, Tensor) and value.ndim > 0
-    ]
-    if any(value.shape not in {param.shape for param in params} for value in kept):
-        raise TypeError("it keeps tensors of another shape than the parameters'")
-    return [*(param.detach() for param in params), *kept]
-
-
-def sharded_groups(groups: list[dict[str, Any]], params: Mapping[str, nn.Parameter]) -> list[dict[str, Any]]:
-    """`groups` with what became of their parameters; the groups themselves let go of the whole ones."""
-    for group in groups:
-        group["params"] = [params[name] for name in group["names"]]
-    return groups
-
-
-# -- whole again ----------------------------------------------------------------------------------------------------
+# -- unsharded again --------------------------------------------------------------------------------------------------
 
 
 def meta_copy(network: M) -> M:
-    """A copy that shares what is frozen, and buffers, and has no values for what is trained.
+    """Copy a network: it shares what is frozen, and buffers, and has no values for what is trained.
 
-    It is what `gather_into` makes whole: a module that was sharded calls the other processes for good.
+    It is what `gather_into` fills: a module that was sharded calls the other processes for good.
     """
     memo: dict[int, Any] = {id(buffer): buffer for buffer in network.buffers()}
     for param in network.parameters():
@@ -254,18 +217,20 @@ def meta_copy(network: M) -> M:
     return copy.deepcopy(network, memo)
 
 
-def gather_into(hollow: M, network: nn.Module, *, keep: bool) -> M:
-    """`hollow` with the whole values of the trained parameters of `network`; all processes have to call it.
+def gather_into(empty: M, network: nn.Module, *, keep: bool) -> M:
+    """Give `empty`, a `meta_copy`, the unsharded values of the trained parameters; all processes have to call it.
 
     Args:
-        keep: whether this process wants them; another one gives its share and keeps no memory for the rest.
+        empty: the copy that was made of `network` before it was sharded.
+        network: the one that was trained.
+        keep: whether this process wants them; another one gives its shards and keeps no memory for the rest.
     """
-    shares = dict(network.named_parameters())
-    for path, owner in hollow.named_modules():
+    shards = dict(network.named_parameters())
+    for path, owner in empty.named_modules():
         for name, param in list(owner.named_parameters(recurse=False)):
             if param.requires_grad:
-                share = shares[f"{path}.{name}" if path else name].detach()
-                whole = share.full_tensor() if isinstance(share, DTensor) else share
+                shard = shards[f"{path}.{name}" if path else name].detach()
+                unsharded = shard.full_tensor() if isinstance(shard, DTensor) else shard
                 if keep:
-                    owner.register_parameter(name, nn.Parameter(whole.cpu()))
-    return hollow
+                    owner.register_parameter(name, nn.Parameter(unsharded.cpu()))
+    return empty

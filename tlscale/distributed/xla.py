@@ -1,14 +1,13 @@
-"""What only XLA devices (TPUs) need. Imported where the device is one and nowhere else: torch_xla is rarely there.
+"""Do what only XLA devices (TPUs) need.
 
 XLA computes nothing when it is told to. It records, until a value is asked for or `mark_step` is called; what was
-recorded is then compiled as one program, which is kept for when the very same is recorded again. So a step ends in one
-call, records the same as the step before, and asks for no value.
+recorded is then compiled as one program, which is cached for when the very same is recorded again. So a step ends in
+one call, records the same as the step before, and asks for no value.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
@@ -20,8 +19,52 @@ from torch import Tensor, nn
 M = TypeVar("M", bound=nn.Module)
 
 
-def prepare(accelerator: Accelerator) -> None:
-    """What Accelerate leaves undone for XLA.
+class XlaDevice:
+    """Do it on a device that records before it computes; the methods are those of `device.Device`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def seed(self, number: int) -> None:
+        """Seed what is drawn on the device from here on, and the CPU's generator."""
+        torch.default_generator.manual_seed(number)
+        torch_xla.manual_seed(number, self.device)
+
+    def to_device(self, module: M) -> M:
+        """Move a module to the device, its parameters as the objects that they are.
+
+        Moving to XLA makes new parameters, unless torch is told otherwise; an optimizer's groups would keep the old
+        ones.
+        """
+        before = torch.__future__.get_swap_module_params_on_conversion()
+        torch.__future__.set_swap_module_params_on_conversion(True)
+        try:
+            return module.to(self.device)
+        finally:
+            torch.__future__.set_swap_module_params_on_conversion(before)
+
+    def to_cpu(self, scalars: list[Tensor]) -> Tensor:
+        """Copy computed scalars to the CPU by one transfer and no program.
+
+        A stack on the device would be another program for each number of scalars.
+        """
+        return torch.stack(torch_xla._XLAC._xla_get_cpu_tensors(list(scalars)))
+
+    def mark_step(self) -> None:
+        """Have the device run what was recorded."""
+        torch_xla.sync()
+
+    def wait(self) -> None:
+        """Run what was recorded, and wait until it is done."""
+        torch_xla.sync(wait=True)
+
+    def without_gradients(self) -> torch.no_grad:
+        """Return the context of an evaluation; in inference mode XLA cannot view what was there before."""
+        return torch.no_grad()
+
+
+def set_up_accelerator(accelerator: Accelerator) -> None:
+    """Do what Accelerate leaves undone for XLA.
 
     It joins several processes by XLA alone, where we want torch's group too. It would put on the device what optimizers
     count on the host, for which every step of a resumed run would wait. And on a TPU its mixed precision is an
@@ -36,40 +79,7 @@ def prepare(accelerator: Accelerator) -> None:
 
 
 def join() -> None:
-    """Make torch's process group of all processes of XLA; one of gloo can be made beside it."""
+    """Make torch's process group of all processes of XLA; one of gloo can be made next to it."""
     import torch_xla.distributed.xla_backend  # noqa: F401 (registers the backend, and where its processes meet)
 
     torch_dist.init_process_group("xla", init_method="xla://")
-
-
-def mark_step(*, wait: bool = False) -> None:
-    """Have the device run what was recorded.
-
-    Args:
-        wait: until it is done.
-    """
-    torch_xla.sync(wait=wait)
-
-
-def seed(number: int, device: torch.device) -> None:
-    """Seed what is drawn on the device from here on."""
-    torch_xla.manual_seed(number, device)
-
-
-def place(module: M, device: torch.device) -> M:
-    """Move a module to the device, its parameters as the objects that they are.
-
-    Moving to XLA makes new parameters, unless torch is told otherwise; an optimizer's groups would keep the old ones.
-    """
-    before = torch.__future__.get_swap_module_params_on_conversion()
-    torch.__future__.set_swap_module_params_on_conversion(True)
-    try:
-        return module.to(device)
-    finally:
-        torch.__future__.set_swap_module_params_on_conversion(before)
-
-
-def to_cpu(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Tensors that were computed, on the CPU, by one transfer and no program."""
-    fetched: list[Tensor] = torch_xla._XLAC._xla_get_cpu_tensors(list(tensors))
-    return fetched

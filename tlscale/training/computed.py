@@ -48,9 +48,8 @@ class Computed:
 
 def of_start(setup: RunSetup, processes: Processes, step: int) -> Computed:
     """Describe a start of the run that makes its steps from `step` (of those done) on."""
-    engine = "one process" if processes.world_size == 1 else "ddp"
     split = setup.split
-    return Computed(step, split.world_size, split.micro_batch_size, "fsdp2" if processes.mesh is not None else engine)
+    return Computed(step, split.world_size, split.micro_batch_size, processes.engine.name)
 
 
 def what_hangs_on_passes(setup: RunSetup) -> list[str]:

@@ -69,7 +69,7 @@ def evaluate(
     was_training = network.training
     network.eval()
     try:
-        with _no_gradients(processes.device, lockstep=lockstep), processes.accelerator.autocast():
+        with processes.without_gradients(), processes.accelerator.autocast():
             for batch, args in _in_step(batches, inputs, processes) if lockstep else _alone(batches, inputs):
                 processes.watchdog.beat()
                 faults.at("evaluate")
@@ -134,11 +134,6 @@ class _Sums:
         """The standard error of a mean."""
         total, squares = (float(processes.sum(parts[name])) for parts in (self._sums, self._squares))
         return error_of_mean(total, squares, num_images)
-
-
-def _no_gradients(device: torch.device, *, lockstep: bool) -> torch.inference_mode | torch.no_grad:
-    """What FSDP makes in inference mode it could not use in training, and XLA cannot view what was there before."""
-    return torch.no_grad() if lockstep or device.type == "xla" else torch.inference_mode()
 
 
 Pass = tuple[B | None, tuple[Tensor, ...]]  # a batch, and what the network takes for it

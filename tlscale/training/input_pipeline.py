@@ -32,6 +32,7 @@ from tlscale.data.image_cache import ImageCache
 from tlscale.data.loader import ImageStore, eval_batches, train_batches
 from tlscale.data.sources.open import ImageSplit
 from tlscale.data.transforms import ImageBatch
+from tlscale.distributed.device import device_for
 from tlscale.distributed.processes import Processes
 from tlscale.errors import RecipeError
 from tlscale.models.partition.partition import NoPartition, Partition, find_partition
@@ -334,18 +335,9 @@ def _forward_s(module: nn.Module, images_BCHW: Tensor) -> float:
     for _ in range(4):
         began = time.perf_counter()
         module(images_BCHW)
-        _wait_for(images_BCHW.device)
+        device_for(images_BCHW.device).wait()
         seconds.append(time.perf_counter() - began)
     return statistics.median(seconds[1:]) / len(images_BCHW)
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "xla":
-        from tlscale.distributed import xla
-
-        xla.mark_step(wait=True)
 
 
 def disk_bytes_per_s(root: Path, num_bytes: int = 32 * 2**20) -> float | None:

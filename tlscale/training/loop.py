@@ -21,7 +21,6 @@ from tlscale import faults
 from tlscale.commands.tables import show_result
 from tlscale.data.identity import result_identity
 from tlscale.data.sources.open import ImageSplit
-from tlscale.distributed.fsdp import clip_grad_norm, gather_into, micro_batch
 from tlscale.distributed.processes import Processes
 from tlscale.distributed.signals import StopRequest
 from tlscale.errors import NonFiniteLossError, Stopped
@@ -31,19 +30,12 @@ from tlscale.storage.run_folder import RunFolder, naming_disk_errors, write_json
 from tlscale.tracking.console import Console
 from tlscale.training import computed
 from tlscale.training.checkpoint.files import Checkpoint, checkpoint_folder, newest_valid
+from tlscale.training.checkpoint.run_state import point_to, restore, restore_weights, saved_loop_state
 from tlscale.training.endings import non_finite, stopped
 from tlscale.training.evaluate import scalars
 from tlscale.training.input_pipeline import ImagePipeline, refuse_codes_of_a_probe
 from tlscale.training.logger import RunLogger
-from tlscale.training.loop_state import (
-    LoopState,
-    LossMeter,
-    are_finite,
-    point_to,
-    restore,
-    restore_weights,
-    saved_loop_state,
-)
+from tlscale.training.loop_state import LoopState, LossMeter, are_finite
 from tlscale.training.nonfinite import Vigil
 from tlscale.training.optimizer import set_lr
 from tlscale.training.predictions import Predictions, write_predictions
@@ -117,14 +109,13 @@ def _train(
         save(parts, clock, folder)  # something to go back to
     with (
         unwrapping(parts),
-        Console(setup.total_steps, clock.step, enabled=processes.is_main) as progress,
+        console.begin(setup.total_steps, clock.step) as progress,
         RunLogger(setup, folder, processes, clock, record, progress) as book,
         processes.watchdog.watching(),
         setup.watch("train"),
         closing(_steps(parts, clock, book, folder)) as steps,
     ):
         window, due = LossMeter(clock, processes), Due(setup)
-        parts.codes_cache.console = progress
         for batches in steps:
             # Train.
             lr, grad_norm = _make_step(batches, parts, clock, window, book, folder)
@@ -170,7 +161,7 @@ def _go_on(checkpoint: Checkpoint | None, clock: LoopState, parts: Parts) -> Non
     It is put into the bare objects of the stage that it is of, before Accelerate wraps them; what is spread over the
     processes comes into being with the feed, and takes its share after that.
     """
-    fixed, is_spread = parts.setup.fixed, parts.processes.mesh is not None
+    fixed, is_spread = parts.setup.fixed, parts.processes.engine.shards
     if checkpoint is not None and not is_spread:
         restore(checkpoint, parts.network, parts.optimizer, parts.ema, fixed)
     if stage_at(parts.setup.stages, clock.step) is not parts.stage:
@@ -266,8 +257,7 @@ def _finish(
             best = {"step": clock.chosen_step, **parts.figures(split, feed, predictions=predictions)}
     unwrap(parts)  # the exported model has to give its logits without what mixed precision does to them
     with parts.averaged():
-        if parts.hollow is not None:
-            parts.network = gather_into(parts.hollow, parts.network, keep=processes.is_main)
+        parts.network = processes.engine.gather(parts.network, parts.hollow, keep=processes.is_main)
         how = processes.run_on_main(_export, parts, folder)
     write_predictions(folder.predictions, predictions, processes)
     result = _result(parts, clock, split, best=best, last=last)
@@ -324,7 +314,7 @@ def train_step(
         processes.seed(derive_seed(seed, processes.rank, number))
         batch = batch.to(processes.device, non_blocking=True)
         is_last = number == len(batches) - 1
-        with micro_batch(accelerator, model, is_last=is_last):
+        with processes.engine.micro_batch(model, is_last=is_last):
             losses_B = parts.objective.of_batch(model(*inputs(batch)), batch)
             loss_sum = losses_B[: batch.num_real].sum()
             accelerator.backward(loss_sum * processes.world_size / num_images)
@@ -334,7 +324,7 @@ def train_step(
         vigil.undo()
         return None
     clip = parts.setup.recipe.optim.clip_grad_norm
-    grad_norm = clip_grad_norm(accelerator, model, clip) if clip is not None else None
+    grad_norm = processes.engine.clip_grad_norm(model, clip) if clip is not None else None
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return loss_sum, grad_norm

@@ -73,13 +73,10 @@ def probe(
     codes |= {} if split.name in codes else codes_cache.layer_codes(backbone, wanted, [split])
     device = processes.device
     run_info = processes.run_on_main(begin_folder, folder, setup, world_size=processes.world_size, device=str(device))
-    with (
-        Console(0, enabled=processes.is_main) as progress,
-        RunLogger(setup, folder, processes, LoopState(), run_info, progress) as logger,
-    ):
+    with RunLogger(setup, folder, processes, LoopState(), run_info, console) as logger:
         # The other processes wait for what the main one finds.
         job = _Probe(setup, section, wanted, codes, split, device, codes_cache.stats())
-        result, how_to_load = processes.run_on_main(job.run, folder, logger, progress)
+        result, how_to_load = processes.run_on_main(job.run, folder, logger, console)
         logger.write_summary(result)
     return result, how_to_load
 

@@ -13,10 +13,10 @@ import torch
 
 from tlscale import __version__, faults
 from tlscale.data.identity import identity_facts
+from tlscale.distributed.host import versions_of
 from tlscale.recipe.load import dump_recipe, recipe_digest
 from tlscale.storage.run_folder import RunFolder, clear, naming_disk_errors, write_json, write_text
 from tlscale.tracking.git_state import git_state
-from tlscale.tracking.packages import versions_of
 from tlscale.tracking.places import places_of, without_places
 from tlscale.training import corrections
 from tlscale.training.setup import RunSetup, strategy_of

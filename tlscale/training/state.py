@@ -13,30 +13,32 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.nn.parallel import DistributedDataParallel
 
 from tlscale.codes.cache import CodesCache
 from tlscale.data.sources.open import ImageSplit
-from tlscale.distributed.consistency import check_replicas_agree, what_must_agree
-from tlscale.distributed.fsdp import meta_copy, objection_to_sharding, shard, sharded_groups
+from tlscale.distributed.consistency import check_replicas_agree
+from tlscale.distributed.fsdp import Fsdp2Engine, meta_copy, sharded_groups
 from tlscale.distributed.processes import Processes
 from tlscale.distributed.signals import StopRequest
-from tlscale.errors import NonFiniteLossError, RecipeError
+from tlscale.errors import NonFiniteLossError
 from tlscale.models.classifier import Classifier
+from tlscale.models.freeze import is_norm
 from tlscale.storage.run_folder import RunFolder
 from tlscale.tracking.console import Console
 from tlscale.training.checkpoint.files import Checkpoint, load_checkpoint
+from tlscale.training.checkpoint.run_state import snapshot, tidy_up, write_checkpoint
 from tlscale.training.checkpoint.sharded import load_sharded, save_sharded
 from tlscale.training.distillation.targets import Targets, ask_teacher
 from tlscale.training.ema import Ema
 from tlscale.training.evaluate import evaluate
 from tlscale.training.input_pipeline import InputPipeline, open_pipeline
 from tlscale.training.logger import RunLogger
-from tlscale.training.loop_state import LoopState, snapshot, tidy_up, write_checkpoint
+from tlscale.training.loop_state import LoopState
 from tlscale.training.loss import Objective
 from tlscale.training.optimizer import build_optimizer
+from tlscale.training.optimizer_trial import check_optimizer_shards
 from tlscale.training.predictions import Predictions
+from tlscale.training.replicas import replicated_tensors
 from tlscale.training.setup import RunSetup, make_objective, open_codes_cache
 from tlscale.training.stages import Stage, cross_boundary, enter
 
@@ -111,7 +113,7 @@ def make_parts(
         setup,
         processes,
         network,
-        _averages(setup) if processes.mesh is None else None,
+        None if processes.engine.shards else _averages(setup),
         make_objective(setup, device),
         open_codes_cache(setup, processes, console, stop),
         careful_until if recipe.non_finite.action != "skip" else setup.total_steps,
@@ -139,35 +141,28 @@ def begin_stage(parts: Parts, clock: LoopState, scaler_state: dict[str, Any] | N
     if setup.recipe.compute.compile:
         parts.feed.module.compile()
     parts.feed.module.train()
-    if parts.processes.mesh is not None:
-        _shard(parts, parts.feed.module, parts.processes.mesh)
-    else:
-        parts.wrapped = accelerator.prepare(parts.feed.module, parts.optimizer)
-        parts.is_rehearsed = parts.processes.world_size < 3 or not isinstance(parts.wrapped[0], DistributedDataParallel)
+    engine = parts.processes.engine
+    if isinstance(engine, Fsdp2Engine):
+        _shard(parts, parts.feed.module, engine)
+    parts.wrapped = engine.wrap(parts.feed.module, parts.optimizer)
+    parts.is_rehearsed = not engine.needs_warm_up(parts.wrapped[0])
     parts.processes.mark_step()  # what was loaded; else the first step would be a program of its own
     if scaler_state is not None and accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(scaler_state)
 
 
-def _shard(parts: Parts, module: nn.Module, mesh: DeviceMesh) -> None:
-    """Spread what is trained over the processes; the optimizer and the averages are of each one's shares."""
+def _shard(parts: Parts, module: nn.Module, engine: Fsdp2Engine) -> None:
+    """Shard what is trained over the processes; the optimizer and the averages are of each one's shards."""
     setup, stage = parts.setup, parts.stage
-    why_not = next(filter(None, parts.processes.gather(objection_to_sharding(stage.optim, mesh))), None)
-    if why_not is not None:
-        raise RecipeError(
-            f"optim.name: '{stage.optim.name}' cannot be had beside compute.engine: fsdp2 ({why_not}). Take another, "
-            "such as adamw, sgd, lion or lamb, or compute.engine: ddp"
-        )
+    check_optimizer_shards(stage.optim, engine.mesh, parts.processes)
     parts.hollow = meta_copy(parts.network)
-    num_blocks = shard(module, parts.network, mesh, setup.recipe.compute.precision)
+    norms = [param for layer in module.modules() if is_norm(layer) for param in layer.parameters(recurse=False)]
+    num_blocks = engine.shard(module, parts.network, setup.recipe.compute.precision, keep_fp32=norms)
     groups = sharded_groups(stage.groups, parts.network.rule_names())
     parts.optimizer, parts.ema = build_optimizer(groups, stage.optim), _averages(setup)
-    # Autocast alone: Accelerate would put DDP around it.
-    prepared_module = parts.processes.accelerator.prepare_model(module, evaluation_mode=True)
-    parts.wrapped = prepared_module, parts.optimizer
     parts.codes_cache.console.say(
-        f"fsdp2: {setup.trainable_params:,} trained parameters spread over {mesh.size()} processes, "
-        f"{num_blocks} blocks whole one after the other"
+        f"fsdp2: {setup.trainable_params:,} trained parameters sharded over {engine.mesh.size()} processes, "
+        f"{num_blocks} blocks unsharded one after the other"
     )
 
 
@@ -183,10 +178,7 @@ def next_stage(parts: Parts) -> None:
 def unwrap(parts: Parts) -> None:
     """Take off what Accelerate put around (and, for mixed precision, into) the module that was trained."""
     if parts.feed is not None:
-        parts.processes.accelerator.unwrap_model(parts.feed.module, keep_fp32_wrapper=False)
-        # Accelerate leaves alone what bears this mark, and so the next stage would go without mixed precision.
-        vars(parts.feed.module).pop("_is_accelerate_prepared", None)
-        parts.processes.accelerator.free_memory()
+        parts.processes.engine.unwrap(parts.feed.module)
         parts.feed, parts.wrapped = None, None
 
 
@@ -227,7 +219,7 @@ def save(parts: Parts, clock: LoopState, folder: RunFolder) -> None:
 def _save(parts: Parts, clock: LoopState, folder: RunFolder) -> None:
     processes, keeping = parts.processes, parts.setup.recipe.checkpoint
     processes.broadcast_buffers(parts.network)
-    check_replicas_agree(what_must_agree(parts.network, parts.ema), processes, clock.step)
+    check_replicas_agree(replicated_tensors(parts.network, parts.ema), processes, clock.step)
     checkpoint = snapshot(
         clock,
         parts.network,

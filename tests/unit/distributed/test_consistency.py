@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 
 from tests.small_models import classifier
 from tlscale.distributed import consistency as desync
-from tlscale.distributed.consistency import checksum, difference, what_must_agree
+from tlscale.distributed.consistency import checksum, difference
 from tlscale.training.ema import Ema
+from tlscale.training.replicas import replicated_tensors
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -69,13 +70,13 @@ def test_minus_zero_is_not_zero():
     assert int(checksum(torch.tensor([-0.0]))) != int(checksum(torch.tensor([0.0])))
 
 
-def test_what_must_agree_is_all_that_training_changes():
+def test_replicated_tensors_are_all_that_training_changes():
     network = classifier(freeze=[r"(conv1|bn1|layer[12])\..*"])
     trained = {name: param for name, param in network.rule_names().items() if param.requires_grad}
-    names = set(what_must_agree(network, Ema(trained, 0.9)))
+    names = set(replicated_tensors(network, Ema(trained, 0.9)))
     assert {"layer3.0.conv1.weight", "head.0.bias", "average of head.0.bias", "layer4.0.bn1.running_mean"} <= names
     assert "conv1.weight" not in names
-    assert names - set(what_must_agree(network, None)) == {f"average of {name}" for name in trained}
+    assert names - set(replicated_tensors(network, None)) == {f"average of {name}" for name in trained}
 
 
 def test_the_first_that_differs_from_most_is_named_even_if_it_is_the_main_one():

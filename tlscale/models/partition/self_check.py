@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tlscale.distributed.device import device_for
 from tlscale.models.partition.tracing import NoPartition
 
 _CHECK_SEED = 20_240
@@ -90,10 +91,7 @@ def _check_rows(images: Tensor, more: Tensor, prefix: nn.Module) -> None:
 
 def _seeded(module: nn.Module, *inputs: Tensor, seed: int = _CHECK_SEED) -> list[Tensor]:
     torch.manual_seed(seed)
-    if inputs[0].device.type == "xla":
-        from tlscale.distributed import xla
-
-        xla.seed(seed, inputs[0].device)
+    device_for(inputs[0].device).seed(seed)
     return _tensors(module(*inputs))
 
 

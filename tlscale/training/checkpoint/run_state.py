@@ -1,0 +1,126 @@
+"""Save all that a run is in a checkpoint, and put it back.
+
+Promise: after `restore` the run is where `snapshot` found it, on any number of processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from tlscale import faults
+from tlscale.errors import CheckpointError
+from tlscale.models.classifier import Classifier
+from tlscale.recipe.schema import CheckpointSection
+from tlscale.training.checkpoint.files import (
+    Checkpoint,
+    mark_best,
+    mark_latest,
+    prune,
+    save_checkpoint,
+)
+from tlscale.training.checkpoint.optimizer_state import pack_optimizer, unpack_optimizer
+from tlscale.training.ema import Ema
+from tlscale.training.loop_state import LoopState
+
+
+def snapshot(
+    clock: LoopState,
+    network: Classifier,
+    optimizer: torch.optim.Optimizer,
+    ema: Ema | None,
+    accelerator: Accelerator,
+    *,
+    spent_s: dict[str, float] | None = None,
+    fixed: Collection[str] = (),
+) -> Checkpoint:
+    """All that a run is, as a checkpoint.
+
+    Args:
+        spent_s: seconds of each part of the run so far.
+        fixed: names in the network's state dict of what the run cannot change. They are left out: the weights that the
+            run began with, whose identity is in `run.json`, have them.
+    """
+    tensors, plain = pack_optimizer(optimizer)
+    weights = {name: tensor for name, tensor in network.state_dict().items() if name not in fixed}
+    groups: dict[str, dict[str, Tensor]] = {"model": weights, "optimizer": tensors}
+    if ema is not None:
+        groups["ema"] = ema.averages
+    scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
+    state = {"clock": {**asdict(clock), "spent_s": spent_s or {}}, "optimizer": plain, "scaler": scaler}
+    return Checkpoint(clock.step, groups, state, clock.run_id)
+
+
+def restore(
+    checkpoint: Checkpoint,
+    network: Classifier,
+    optimizer: torch.optim.Optimizer,
+    ema: Ema | None,
+    fixed: Collection[str] = (),
+) -> None:
+    """Put a checkpoint back into the objects of a run; its clock is `saved_loop_state`.
+
+    Args:
+        optimizer: of the stage that the checkpoint was saved in.
+        fixed: as `snapshot` was given it; the network has the weights that the run began with.
+
+    Raises:
+        CheckpointError: it is of another network.
+    """
+    restore_weights(checkpoint, network, ema, fixed)
+    unpack_optimizer(optimizer, checkpoint.tensors["optimizer"], checkpoint.state["optimizer"])
+    faults.at("restored")
+
+
+def saved_loop_state(checkpoint: Checkpoint) -> LoopState:
+    """The clock that a checkpoint was saved at."""
+    saved = dict(checkpoint.state["clock"])
+    if "elapsed_s" in saved:  # of an older version, which told no more apart
+        train_s = saved.pop("train_s")
+        saved["spent_s"] = {"start": max(saved.pop("elapsed_s") - train_s, 0.0), "train": train_s}
+    best = [(int(step), float(figure)) for step, figure in saved["best"]]
+    chosen = saved.get("chosen")  # checkpoints of older versions have none
+    return LoopState(**{**saved, "best": best, "chosen": None if chosen is None else tuple(chosen)})
+
+
+def restore_weights(checkpoint: Checkpoint, network: Classifier, ema: Ema | None, fixed: Collection[str] = ()) -> None:
+    """Put the weights, and their averages, of a checkpoint of any stage back; arguments and errors as `restore`."""
+    weights = dict(checkpoint.tensors["model"])
+    lacking = [name for name in network.state_dict() if name not in weights and name not in fixed]
+    if lacking:
+        raise CheckpointError(
+            f"the checkpoint of step {checkpoint.step} lacks {len(lacking)} of the network's tensors: {lacking[0]} ..."
+        )
+    network.load_state_dict(weights, strict=not fixed)
+    if ema is not None:
+        ema.load(checkpoint.tensors["ema"])
+
+
+def write_checkpoint(root: Path, checkpoint: Checkpoint, clock: LoopState, section: CheckpointSection) -> None:
+    """Save, point BEST to the chosen step, and only then remove what need not be kept."""
+    save_checkpoint(root, checkpoint)
+    faults.at("checkpoint.best")
+    tidy_up(root, clock, section)
+
+
+def tidy_up(root: Path, clock: LoopState, section: CheckpointSection) -> None:
+    """After a save: point BEST to the chosen step, and remove what need not be kept."""
+    if clock.chosen_step is not None:
+        mark_best(root, clock.chosen_step)
+    prune(root, keep=section.keep, keep_steps=clock.kept_steps(section), run_id=clock.run_id)
+
+
+def point_to(root: Path, clock: LoopState) -> None:
+    """Have LATEST and BEST say what a run goes on from; who wrote it may have been killed, or newer ones be damaged.
+
+    Raises:
+        CheckpointError: the disk is full or cannot be written.
+    """
+    mark_latest(root, clock.step)
+    if clock.chosen_step is not None:
+        mark_best(root, clock.chosen_step)
