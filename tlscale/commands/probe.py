@@ -31,7 +31,8 @@ from tlscale.models.features import PENULTIMATE, LayerCodes
 from tlscale.models.folding import fold_norms
 from tlscale.models.heads import KnnHead
 from tlscale.recipe.schema import ProbeSection, Recipe
-from tlscale.storage.run_folder import RunFolder, naming_disk_errors, write_json
+from tlscale.storage.files import naming_disk_errors, write_json
+from tlscale.storage.run_folder import RunFolder
 from tlscale.tracking.console import Console
 from tlscale.training.evaluate import scalars
 from tlscale.training.logger import RunLogger

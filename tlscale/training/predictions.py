@@ -37,7 +37,7 @@ from tlscale import faults
 from tlscale.data.sources.open import ImageSplit
 from tlscale.data.sources.tables import FileStore, Ints
 from tlscale.distributed.processes import Processes
-from tlscale.storage.run_folder import naming_disk_errors, replacing
+from tlscale.storage.files import naming_disk_errors, replacing
 
 FORMAT = 1
 MOST_LOGITS = 1000
