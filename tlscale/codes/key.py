@@ -6,11 +6,12 @@ a change of the format of the store changes all digests, so what an older tlscal
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from tlscale.storage.files import text_sha256
 
 FORMAT = 2
 DTYPES = ("auto", "float32", "float16", "bfloat16", "float64")
@@ -65,7 +66,7 @@ def json_digest(plain: Mapping[str, Any]) -> str:
         ValueError: a number is not finite, and JSON has no word for it.
     """
     text = json.dumps(plain, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return text_sha256(text)
 
 
 def _plain(value: Any) -> Any:

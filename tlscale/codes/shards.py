@@ -31,7 +31,7 @@ from tlscale import faults
 from tlscale.codes.key import FORMAT, json_digest
 from tlscale.data.content import DIGEST, Digests
 from tlscale.errors import TlscaleError
-from tlscale.storage.run_folder import file_sha256, flush, write_text
+from tlscale.storage.files import file_sha256, flush, write_text
 
 Ints = npt.NDArray[np.int64]
 Array = npt.NDArray[Any]

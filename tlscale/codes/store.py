@@ -63,7 +63,7 @@ from tlscale.codes.shards import (
 )
 from tlscale.data.content import Digests
 from tlscale.errors import TlscaleError, did_you_mean
-from tlscale.storage.cache_root import cache_root
+from tlscale.storage.files import cache_root
 
 Bools = npt.NDArray[np.bool_]
 _LOCKS = "locks"

@@ -17,7 +17,8 @@ from tlscale.commands.compare_plot import draw
 from tlscale.commands.paired_tests import LEVEL, Pair
 from tlscale.errors import DataError
 from tlscale.models.features import PENULTIMATE
-from tlscale.storage.run_folder import RunFolder, naming_disk_errors, write_text
+from tlscale.storage.files import naming_disk_errors, write_text
+from tlscale.storage.run_folder import RunFolder
 from tlscale.tracking.console import number
 from tlscale.tracking.metrics_log import read_metrics
 from tlscale.training.metrics import wilson

@@ -6,7 +6,6 @@ override that would change nothing is an error, and figures on images that had a
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -32,7 +31,7 @@ from tlscale.errors import DataError, RecipeError, RunFolderError, TlscaleError
 from tlscale.models.export import TrainedModel, load
 from tlscale.recipe.load import load_stored_recipe
 from tlscale.recipe.schema import DataSection, LossSection, Recipe
-from tlscale.storage.run_folder import write_json
+from tlscale.storage.files import text_sha256, write_json
 from tlscale.tracking.console import Console, Pace, number, visible
 from tlscale.tracking.stopwatch import Stopwatch, describe_seconds
 from tlscale.training.evaluate import evaluate
@@ -264,7 +263,7 @@ def _without_bad(scored: _Scored, section: DataSection) -> _Scored:
 def _identity(section: DataSection) -> dict[str, str]:
     """Which data they are, without the folders above them: a name, and a digest that tells equal names apart."""
     place = section.path or section.source
-    digest = hashlib.sha256(f"{section.source} {place} {section.config} {section.revision}".encode()).hexdigest()
+    digest = text_sha256(f"{section.source} {place} {section.config} {section.revision}")
     return {"name": Path(place).name or section.source, "id": digest[:12]}
 
 

@@ -21,7 +21,8 @@ from tlscale.distributed.signals import StopRequest
 from tlscale.errors import ResumeError, Stopped
 from tlscale.recipe.load import diff_recipes, load_stored_recipe, with_values
 from tlscale.recipe.schema import Recipe
-from tlscale.storage.run_folder import Mode, RunFolder, claim, naming_disk_errors, write_json
+from tlscale.storage.files import naming_disk_errors, write_json
+from tlscale.storage.run_folder import Mode, RunFolder, claim
 from tlscale.tracking.console import Console
 from tlscale.tracking.stopwatch import Stopwatch
 from tlscale.training.corrections import refuse_uncorrected

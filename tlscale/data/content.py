@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tlscale.storage.cache_root import cache_root
+from tlscale.storage.files import cache_root
 
 Digests = npt.NDArray[np.bytes_]
 DIGEST = np.dtype("S32")

@@ -30,7 +30,7 @@ from tlscale.models.foreign import check_model_args, check_model_folder, check_t
 from tlscale.models.hub import cache_only_when_unreachable
 from tlscale.recipe.schema import BackboneSection
 from tlscale.recipe.seeds import derive_seed
-from tlscale.storage.run_folder import file_sha256
+from tlscale.storage.files import file_sha256, text_sha256
 
 _PREFIXES = ("hf-hub:", "local-dir:")
 
@@ -136,7 +136,7 @@ def function_digest(model: nn.Module) -> str:
     built = {"architecture": cfg.get("architecture"), "class": type(model).__name__, "modules": str(model)}
     args = {key: str(value) for key, value in getattr(model, "_model_args", {}).items()}
     facts = json.dumps([built, args, state_digest(model.state_dict())], sort_keys=True)
-    return hashlib.sha256(facts.encode()).hexdigest()
+    return text_sha256(facts)
 
 
 def _check_name(name: str) -> None:

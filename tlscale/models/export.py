@@ -30,7 +30,7 @@ from tlscale.models.foreign import check_model_folder
 from tlscale.models.heads import build_head, is_single_linear
 from tlscale.models.knn import KnnHead
 from tlscale.recipe.field_types import HeadLayer
-from tlscale.storage.run_folder import file_sha256
+from tlscale.storage.files import file_sha256
 
 # 1: layers on what the backbone gives, and written for these still. 2: other codes, or nearest neighbours.
 FORMAT = 2

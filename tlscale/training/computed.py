@@ -15,7 +15,8 @@ from torch import nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from tlscale.distributed.processes import Processes
-from tlscale.storage.run_folder import RunFolder, naming_disk_errors, write_json
+from tlscale.storage.files import naming_disk_errors, write_json
+from tlscale.storage.run_folder import RunFolder
 from tlscale.tracking.console import Console
 from tlscale.training.loop_state import LoopState
 from tlscale.training.setup import RunSetup

@@ -27,7 +27,8 @@ from tlscale.models.backbone import layer_depths
 from tlscale.models.partition.partition import NoPartition, find_partition
 from tlscale.models.partition.self_check import OF_BATCH_SIZE, OF_CALLS
 from tlscale.recipe.schema import Recipe
-from tlscale.storage.run_folder import RunFolder, naming_disk_errors, write_json
+from tlscale.storage.files import naming_disk_errors, write_json
+from tlscale.storage.run_folder import RunFolder
 from tlscale.training.checkpoint.files import list_checkpoints
 from tlscale.training.setup import RunSetup
 from tlscale.training.stages import enter

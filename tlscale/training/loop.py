@@ -26,7 +26,8 @@ from tlscale.distributed.signals import StopRequest
 from tlscale.errors import NonFiniteLossError, Stopped
 from tlscale.models.export import export_model
 from tlscale.recipe.seeds import derive_seed
-from tlscale.storage.run_folder import RunFolder, naming_disk_errors, write_json
+from tlscale.storage.files import naming_disk_errors, write_json
+from tlscale.storage.run_folder import RunFolder
 from tlscale.tracking.console import Console
 from tlscale.training import computed
 from tlscale.training.checkpoint.files import Checkpoint, checkpoint_folder, newest_valid

@@ -38,7 +38,7 @@ from tlscale.data.sources.open import ImageSplit
 from tlscale.data.sources.stores import FileStore
 from tlscale.data.sources.tables import Ints
 from tlscale.distributed.processes import Processes
-from tlscale.storage.run_folder import naming_disk_errors, replacing
+from tlscale.storage.files import naming_disk_errors, replacing
 
 FORMAT = 1
 MOST_LOGITS = 1000

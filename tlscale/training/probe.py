@@ -30,7 +30,8 @@ from tlscale.models.classifier import CodesClassifier
 from tlscale.models.export import export_model
 from tlscale.models.features import LayerCodes
 from tlscale.recipe.schema import ProbeSection
-from tlscale.storage.run_folder import RunFolder, naming_disk_errors, write_json
+from tlscale.storage.files import naming_disk_errors, write_json
+from tlscale.storage.run_folder import RunFolder
 from tlscale.tracking.console import Console, number
 from tlscale.training.evaluate import scalars
 from tlscale.training.logger import RunLogger

@@ -15,7 +15,8 @@ from tlscale import __version__, faults
 from tlscale.data.identity import identity_facts
 from tlscale.distributed.host import versions_of
 from tlscale.recipe.load import dump_recipe, recipe_digest
-from tlscale.storage.run_folder import RunFolder, clear, naming_disk_errors, write_json, write_text
+from tlscale.storage.files import naming_disk_errors, write_json, write_text
+from tlscale.storage.run_folder import RunFolder, clear
 from tlscale.tracking.git_state import git_state
 from tlscale.tracking.places import places_of, without_places
 from tlscale.training import corrections

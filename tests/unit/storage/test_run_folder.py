@@ -1,6 +1,5 @@
 """The run folder: one job at a time, and nothing of anybody else's is touched."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -9,8 +8,9 @@ import sys
 import pytest
 
 from tests.small_runs import environment
-from tlscale.errors import EXIT_BAD_INPUT, RunFolderError, TlscaleError
-from tlscale.storage.run_folder import RunFolder, claim, clear, naming_disk_errors, write_json, write_text
+from tlscale.errors import EXIT_BAD_INPUT, RunFolderError
+from tlscale.storage.files import write_json
+from tlscale.storage.run_folder import RunFolder, claim, clear
 from tlscale.training.run_info import read_record
 
 HOLD = """
@@ -177,23 +177,3 @@ def test_places_that_cannot_be_written(tmp_path):
     for place in places:
         with pytest.raises(RunFolderError, match="cannot write to the run folder"), claim(place, "fresh"):
             pass
-
-
-def test_files_are_whole_or_as_before(tmp_path):
-    path = tmp_path / "result.json"
-    write_json(path, {"top1": 0.5})
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        write_json(path, {"top1": float("nan")})
-    with pytest.raises(UnicodeEncodeError):
-        write_text(path, "a\ud800")
-    assert json.loads(path.read_text()) == {"top1": 0.5}
-    assert [entry.name for entry in tmp_path.iterdir()] == ["result.json"]
-
-
-def test_a_file_that_cannot_be_written_is_named_with_the_way_on(tmp_path):
-    target = tmp_path / "result.json"
-    target.mkdir()
-    with pytest.raises(TlscaleError, match="--resume") as caught, naming_disk_errors(target):
-        write_json(target, {"top1": 1.0})
-    assert str(target) in str(caught.value)
-    assert [entry.name for entry in tmp_path.iterdir()] == ["result.json"], "nothing half-written is left"

@@ -22,7 +22,7 @@ from tlscale.data.sources.tables import Raw, Role, SourceSplit
 from tlscale.data.workers import map_in_threads
 from tlscale.errors import DataError
 from tlscale.recipe.schema import DataSection
-from tlscale.storage.cache_root import cache_root
+from tlscale.storage.files import cache_root, text_sha256
 
 _BLOCK = 256  # images that a thread takes at once
 _RULES = 1  # raise it when `decode_image` comes to refuse what it took before
@@ -115,7 +115,7 @@ class _Checked:
     def __init__(self, max_pixels: int) -> None:
         root = cache_root()
         rules = f"{_RULES} {PIL.__version__} {max_pixels}"
-        self._folder = root / "checked" / hashlib.sha256(rules.encode()).hexdigest()[:16]
+        self._folder = root / "checked" / text_sha256(rules)[:16]
         self._known: set[bytes] = set()
         self._new: set[bytes] = set()
         for path in self._folder.glob("*.sha256"):

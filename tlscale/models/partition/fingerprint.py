@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from tlscale.models.partition.tracing import attribute_of, module_of
+from tlscale.storage.files import text_sha256
 
 _FORMAT = 1
 # Settings that change nothing of what a frozen module computes, or that say where its weights came from.
@@ -117,4 +118,4 @@ def _source(kind: type[Any]) -> str:
 
 
 def _sha(*parts: str) -> str:
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+    return text_sha256("\0".join(parts))

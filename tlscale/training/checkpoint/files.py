@@ -28,7 +28,7 @@ from torch import Tensor
 
 from tlscale import faults
 from tlscale.errors import CheckpointError
-from tlscale.storage.run_folder import file_sha256, flush, remove_left_overs, write_text
+from tlscale.storage.files import file_sha256, flush, remove_left_overs, write_text
 
 FORMAT = 1
 _MANIFEST = "manifest.json"

@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor, Shard
 from tlscale.distributed.fsdp import shard_tensor
 from tlscale.distributed.processes import Processes
 from tlscale.errors import CheckpointError
-from tlscale.storage.run_folder import flush
+from tlscale.storage.files import flush
 from tlscale.training.checkpoint.files import (
     SHARDS,
     Checkpoint,

@@ -9,7 +9,6 @@ Shapes: B images, C classes, D numbers of a code.
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -24,6 +23,7 @@ from tlscale.models.classifier import Classifier, CodesClassifier
 from tlscale.models.export import load
 from tlscale.models.features import LayerCodes
 from tlscale.recipe.schema import DataSection, DistillSection
+from tlscale.storage.files import text_sha256
 
 LOGITS = "logits"
 """The name of the teacher's logits among its codes."""
@@ -119,7 +119,7 @@ def _asked(
         ) from error
     digest = function_digest(backbone)
     if whole is not None:
-        digest = hashlib.sha256(f"{digest} {state_digest(whole.state_dict())} {whole}".encode()).hexdigest()
+        digest = text_sha256(f"{digest} {state_digest(whole.state_dict())} {whole}")
     widths = {row.layer: row.width for row in rows}
     return Teacher(_Answers(codes, whole), backbone, spec, layers, widths, class_order_C, origin, digest)
 

@@ -1,0 +1,118 @@
+"""Write and hash files such that none is ever half written, and say where tlscale caches what it caches."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from tlscale import faults
+from tlscale.errors import TlscaleError
+
+
+def cache_root() -> Path:
+    """Return `$TLSCALE_CACHE`, by default `~/.cache/tlscale`: the folder of what is cached between runs."""
+    return Path(os.environ.get("TLSCALE_CACHE") or Path.home() / ".cache" / "tlscale")
+
+
+# -- hash -----------------------------------------------------------------------------------------------------------
+
+
+def file_sha256(path: Path) -> str:
+    """Hash a file's bytes: 64 hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def text_sha256(text: str) -> str:
+    """Hash a text as UTF-8: 64 hex digits."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+# -- write ----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def naming_disk_errors(path: Path) -> Iterator[None]:
+    """Turn what a full or failing disk raises within into an error that names `path` and how to resume the run.
+
+    Raises:
+        TlscaleError: in place of what the disk, or safetensors for it, raised.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise TlscaleError(
+            f"cannot write to '{path}': {error}. The checkpoints are untouched; make room and resume with --resume"
+        ) from error
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a temporary file to write to, which replaces `path` when it is on the disk, and never if writing fails."""
+    aside = _aside(path)
+    try:
+        yield aside
+        flush(aside)
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `path` whole or not at all, and to the disk before it gets its name."""
+    aside = _aside(path)
+    try:
+        with aside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        faults.at("file.rename")
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write `value` as JSON, as `write_text` does."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def flush(path: Path) -> None:
+    """Force a file's content, or a folder's names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def flush_and_hash(path: Path) -> tuple[int, str]:
+    """Force a file to the disk and read it back, in one opening; return its bytes and SHA-256."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        return os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# -- what killed writers leave ----------------------------------------------------------------------------------------
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}")
+
+
+def left_overs(path: Path) -> list[Path]:
+    """List the temporary files that writers of `path` left when they were killed."""
+    return [left for left in path.parent.glob(f".{path.name}.*") if left.suffix[1:].isdecimal() and left.is_file()]
+
+
+def remove_left_overs(path: Path) -> None:
+    """Remove the `left_overs` of `path`; for a caller who knows that no writer is at work."""
+    for left in left_overs(path):
+        left.unlink(missing_ok=True)
