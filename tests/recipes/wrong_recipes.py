@@ -139,6 +139,16 @@ WRONG_RECIPES: list[tuple[str, str, list[str], list[str]]] = [
     ),
     ("stages_empty", GOOD + "stages: []\n", [], [f"{AT}:4: stages = []: must be a list", "at least 1 of them"]),
     (
+        "stages_items_after_one_that_is_none",
+        GOOD + "stages:\n- no\n- {}\n",
+        [],
+        [
+            "2 mistakes in the recipe:",
+            f"{AT}:5: stages[0] = 'no': must be a section",
+            f"{AT}:6: stages[1].duration: missing",
+        ],
+    ),
+    (
         "stages_items",
         GOOD + "stages:\n- {duraton: 1 epochs}\n- {duration: 1 epochs, lr: x}\n- 3\n",
         [],

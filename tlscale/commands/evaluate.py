@@ -29,7 +29,7 @@ from tlscale.data.sources.tables import Role
 from tlscale.distributed.processes import Processes, start_processes
 from tlscale.errors import DataError, RecipeError, RunFolderError, TlscaleError
 from tlscale.models.export import TrainedModel, load
-from tlscale.recipe.load import load_recipe
+from tlscale.recipe.load import load_stored_recipe
 from tlscale.recipe.schema import DataSection, LossSection, Recipe
 from tlscale.storage.run_folder import write_json
 from tlscale.tracking.console import Console, Pace, number, visible
@@ -85,9 +85,9 @@ def evaluate_run(
     folder = Path(run)
     if not (folder / "recipe.yaml").is_file():
         raise RunFolderError(f"'{run}' is not a run folder: there is no '{folder / 'recipe.yaml'}'")
-    own = load_recipe(folder / "recipe.yaml")
+    own = load_stored_recipe(folder / "recipe.yaml").recipe
     changes, is_other = changes_for_evaluation(own, overrides, data)
-    recipe = load_recipe(folder / "recipe.yaml", changes)
+    recipe = load_stored_recipe(folder / "recipe.yaml", changes).recipe
     target = None if out is None else _checked_out(Path(out))
     _check_name(name)
     trained = load(folder)

@@ -160,7 +160,9 @@ def _refuse_other_recipe(recipe: Recipe, folder: RunFolder, console: Console) ->
     Returns:
         By section the keys that came after the run began, with what it does all the same.
     """
-    stored, older = load_stored_recipe(folder.recipe)
+    stored, older, notes = load_stored_recipe(folder.recipe)
+    for note in notes:
+        console.say(note)
     for section, keys in older.items() if recipe.probe is None else ():  # a probe has no use for them
         for key, value in keys.items():
             console.say(f"{section}.{key}: {value}, as the run began: it is older than this key")

@@ -13,10 +13,11 @@ import os
 from collections.abc import Sequence
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tlscale.errors import RecipeError
 from tlscale.recipe.overrides import Override, read_override
+from tlscale.recipe.retired import ADDED, replace_retired
 from tlscale.recipe.schema import BackboneSection, Recipe
 from tlscale.recipe.schema_keys import all_keys
 from tlscale.recipe.shipped import shipped_recipes
@@ -26,8 +27,19 @@ from tlscale.recipe.yaml_reader import MAX_BYTES, Findings, Node, Origin, Proble
 
 MAX_EXTENDS = 5
 
-# Keys that came later than some run folders, whose recipe.yaml is complete but for them, and what those runs did.
-_BEFORE_THE_KEY: dict[str, dict[str, object]] = {"evaluate": {"choose": "best"}}
+
+class StoredRecipe(NamedTuple):
+    """The recipe of a run folder, as the run had it.
+
+    Attributes:
+        recipe: complete, with today's keys.
+        added: by section, the keys that its file lacks since they came later, with what such a run did all the same.
+        notes: a line for each value that is retired, and read in another way than it is written.
+    """
+
+    recipe: Recipe
+    added: dict[str, dict[str, object]]
+    notes: list[str]
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -44,35 +56,42 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: with one line for each mistake, `file:line: key = value: what is wrong; what to do`.
     """
+    return _load(path, overrides, stored=False)[0]
+
+
+def load_stored_recipe(path: str | Path, overrides: Sequence[str] = ()) -> StoredRecipe:
+    """Read the recipe of a run folder as the run had it.
+
+    Args:
+        path: its `recipe.yaml`.
+        overrides: as of `load_recipe`.
+
+    Raises:
+        RecipeError: as `load_recipe`, but not for what is retired in the file.
+    """
+    recipe, notes = _load(path, overrides, stored=True)
+    older = {
+        section: {key: value for key, value in keys.items() if key not in getattr(recipe, section).model_fields_set}
+        for section, keys in ADDED.items()
+    }
+    return StoredRecipe(with_values(recipe, older), {section: keys for section, keys in older.items() if keys}, notes)
+
+
+def _load(path: str | Path, overrides: Sequence[str], *, stored: bool) -> tuple[Recipe, list[str]]:
     findings = Findings()
+    notes: list[str] = []
     tree = _read_chain(os.fspath(path), findings)
     changes = [change for text in overrides if (change := read_override(text, findings)) is not None]
     recipe = None
     if tree is not None:
+        if stored:
+            tree, notes = replace_retired(tree, findings, stored=True)
         for change in changes:
             tree = _set(tree, change, change.path, findings)
-        recipe = check_recipe(tree, findings)
+        recipe = check_recipe(replace_retired(tree, findings, stored=False)[0], findings)
     if recipe is None or findings.problems:
         raise RecipeError(_message(findings.problems, os.fspath(path)))
-    return _with_absolute_paths(recipe)
-
-
-def load_stored_recipe(path: str | Path) -> tuple[Recipe, dict[str, dict[str, object]]]:
-    """Read the recipe of a run folder as the run had it.
-
-    Returns:
-        The recipe, and by section the values of the keys that its file lacks since they came later: what such a run
-        did before there was the key, and not the default of today.
-
-    Raises:
-        RecipeError: as `load_recipe`.
-    """
-    recipe = load_recipe(path)
-    older = {
-        section: {key: value for key, value in keys.items() if key not in getattr(recipe, section).model_fields_set}
-        for section, keys in _BEFORE_THE_KEY.items()
-    }
-    return with_values(recipe, older), {section: keys for section, keys in older.items() if keys}
+    return _with_absolute_paths(recipe), notes
 
 
 def with_values(recipe: Recipe, values: dict[str, dict[str, object]]) -> Recipe:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from types import UnionType
 from typing import Union, get_args, get_origin
 
+from tlscale.recipe.retired import is_retired_key
 from tlscale.recipe.schema_keys import SECRET, Key, all_keys, key_of, unknown_key
 from tlscale.recipe.yaml_reader import Findings, Node, Origin, Scalar, read_yaml
 
@@ -52,6 +53,8 @@ def _path(key_text: str, origin: Origin, findings: Findings) -> tuple[str, ...] 
         findings.add(origin, "'extends' is read in recipe files only; write it into the file")
         return None
     parts = key_text.split(".")
+    if is_retired_key(key_text):
+        return tuple(parts)  # what its value says of it is checked with that of the file
     key = key_of(parts)
     known = len(key.path) if key is not None else 0
     if known == len(parts):

@@ -133,7 +133,7 @@ def _report_field(place: Path, mistakes: list[Any], tree: Node, set_aside: set[s
     else:
         node = _node_at(place, tree)
         value = node.plain()
-        findings.add(origin, f"{dotted} = {_show(place, value)}: {_wrong_value(place, mistakes[0], value)}")
+        findings.add(origin, f"{dotted} = {show_value(place, value)}: {_wrong_value(place, mistakes[0], value)}")
 
 
 def _dotted(place: Path) -> str:
@@ -168,7 +168,7 @@ def _where_to_add(place: Path) -> str:
     return f"add '{place[-1]}: ...' {below}; it takes {key.takes}"
 
 
-def _show(place: Path, value: object) -> str:
+def show_value(place: Path, value: object) -> str:
     """The value as in a recipe, on one line and short; never what looks like a secret."""
     if place and SECRET.search(str(place[-1])):
         return "..."
@@ -239,6 +239,8 @@ def _set_aside(place: Path, plain: dict[str, Any], set_aside: set[str]) -> None:
         path = path[:-1]
     holder: Any = plain
     for part in path[:-1]:
+        if isinstance(holder, dict) and part not in holder:
+            return  # what holds it was set aside with a mistake before
         holder = holder[part]
     holder.pop(path[-1], None)
     dotted = ".".join(names_on(path))
