@@ -171,7 +171,7 @@ def test_the_teacher_is_asked_of_what_the_student_sees(name, idx, teacher, tmp_p
     processes = start_processes(recipe.compute)
     with closing(processes), StopRequest() as stop:
         setup = set_up(recipe, world_size=1)
-        codes_cache = CodesCache(setup, processes, Images(setup), Console(0, enabled=False), stop)
+        codes_cache = CodesCache(setup, processes, Images(setup), Console(enabled=False), stop)
         targets = ask_teacher(setup, processes, codes_cache)
         feed = ImagePipeline(setup, processes, setup.classifier, codes_cache.images, targets, recipe.codes.views)
         seen = [batch for batches in feed.steps(0, setup.total_steps) for batch in batches]

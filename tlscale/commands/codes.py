@@ -43,7 +43,7 @@ def compute_codes(recipe: Recipe, watch: Stopwatch | None = None) -> int:
     watch = watch or Stopwatch()
     processes = start_processes(recipe.compute.without_engine())
     with closing(processes), StopRequest() as stop:
-        console = Console(0, enabled=processes.is_main)
+        console = Console(enabled=processes.is_main)
         with processes.main_first():
             setup = set_up(recipe, world_size=processes.world_size, watch=watch)
         setup.classifier.to(processes.device)
@@ -94,7 +94,7 @@ def _mib(codes: Codes, row_bytes: int) -> str:
 
 def list_codes() -> None:
     """Show what is kept, the codes that were used last first."""
-    store, console = CodesStore(), Console(0)
+    store, console = CodesStore(), Console()
     entries = store.entries()
     if not entries:
         console.say(f"no codes in '{store.root}'")
@@ -122,7 +122,7 @@ def verify_codes(digest: str | None) -> None:
     Raises:
         TlscaleError: there is no such entry, or what is kept is damaged.
     """
-    store, console = CodesStore(), Console(0)
+    store, console = CodesStore(), Console()
     faults = store.verify(digest)
     for fault in faults:
         console.say(fault, style="bold red")
@@ -149,7 +149,7 @@ def prune_codes(digests: tuple[str, ...], *, keep_gib: float | None, everything:
     Raises:
         TlscaleError: there is no such entry.
     """
-    store, console = CodesStore(), Console(0)
+    store, console = CodesStore(), Console()
     what = "all" if everything else round(keep_gib * _GIB) if keep_gib is not None else digests
     freed = store.prune(what, say=console.say)
     console.say(f"{freed / 2**20:,.1f} MiB were freed in '{store.root}'")

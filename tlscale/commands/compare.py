@@ -112,7 +112,7 @@ def compare(
     watch = watch or Stopwatch()
     # -- what is compared, and all of it checked ------------------------------------------------------------------
     is_main = int(os.environ.get("RANK", "0")) == 0
-    console = Console(0, enabled=is_main)
+    console = Console(enabled=is_main)
     bases = [load_recipe(path) for path in recipes]
     _check_choice(bases, strategies, sizes, seeds, min_steps)
     labelled = _labelled(bases, strategies)

@@ -321,7 +321,7 @@ def _show(figures: dict[str, Any], notes: Sequence[str], *, as_json: bool) -> No
     if as_json:
         print(json.dumps(figures))
         return
-    console = Console(0)
+    console = Console()
     show_classes(figures, console)
     console.say(f"seconds: {describe_seconds(figures)}")
     low, high = figures["top1_interval95"]

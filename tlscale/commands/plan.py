@@ -39,7 +39,7 @@ def plan(recipe: Recipe, *, world_size: int) -> None:
     if recipe.probe is None:
         refuse_codes_of_a_probe(recipe)
     setup = set_up(recipe, world_size=world_size, tries_images=False)
-    console = Console(0)
+    console = Console()
     show_plan(setup, console, device=f"planned for {world_size} process{'es' if world_size > 1 else ''}")
     if recipe.probe is not None:
         refuse_wrong_probe(setup)

@@ -67,12 +67,9 @@ def probe(
     record = processes.run_on_main(
         begin_folder, folder, setup, world_size=processes.world_size, device=str(processes.device)
     )
-    with (
-        Console(0, enabled=processes.is_main) as progress,
-        RunLogger(setup, folder, processes, LoopState(), record, progress) as book,
-    ):
+    with RunLogger(setup, folder, processes, LoopState(), record, console) as book:
         # -- fit: on the main process; the others wait for what it finds -------------------------------------------
-        result = processes.run_on_main(_fit, setup, codes_cache, codes, split, folder, book, progress)
+        result = processes.run_on_main(_fit, setup, codes_cache, codes, split, folder, book, console)
         book.write_summary(result)
     return result
 

@@ -84,7 +84,7 @@ def run(
     # -- folder: the main process holds it for all ----------------------------------------------------------------
     stop = StopRequest(folder.stop if processes.is_main else None)
     with closing(processes), stop, processes.main_holds(lambda: claim(folder.path, mode)):
-        console = Console(0, enabled=processes.is_main)
+        console = Console(enabled=processes.is_main)
         processes.run_on_main(_obey_earlier_stop, folder)
         processes.run_on_main(_forget_stop, folder, console)
         record = None if overwrite else processes.run_on_main(read_record, folder)

@@ -1,4 +1,6 @@
-"""What a user sees while a run trains: a live display on a terminal, plain lines elsewhere, nothing on other ranks.
+"""Show a run to its user: one `Console` for messages, tables and the progress of training.
+
+On a terminal progress is a live display below the messages, elsewhere plain lines; nothing is shown on other ranks.
 
 Promise: no thread (so nothing is held when data workers fork), at most `REFRESHES_PER_S` redraws a second however
 often `update` is called, text of others (class names, paths) shown as it is, without markup and without control
@@ -12,9 +14,9 @@ import re
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Self
 
 from rich import box
@@ -35,13 +37,13 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
 
 
 def visible(text: object, encoding: str = "utf-8") -> str:
-    """`text` with control characters, and what `encoding` lacks, spelled out (`\\x1b`)."""
+    """Spell out the control characters of `text`, and what `encoding` lacks (`\\x1b`)."""
     shown = _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), str(text))
     return shown.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def format_duration(seconds: float) -> str:
-    """`42s`, `5m12s`, `3h07m`, `2d04h`."""
+    """Format seconds as `42s`, `5m12s`, `3h07m` or `2d04h`."""
     minutes, rest = divmod(max(0, round(seconds)), 60)
     if minutes < 1:
         return f"{rest}s"
@@ -52,13 +54,13 @@ def format_duration(seconds: float) -> str:
 
 
 def number(value: float | None) -> str:
-    """Four decimals; `-` for a figure that there is none of."""
+    """Format a figure with four decimals; `-` where there is none."""
     return "-" if value is None else f"{value:.4f}"
 
 
 @dataclass(frozen=True, slots=True)
 class _Figures:
-    """The newest figures of the run."""
+    """Hold the newest figures of the run."""
 
     step: int
     loss: float
@@ -69,9 +71,9 @@ class _Figures:
 
 
 class _Eta:
-    """Time left from the median time of a step.
+    """Estimate the time left from the median time of a step.
 
-    The median leaves out what is rare and long (the first compiled step, an evaluation, a night's suspend), so the
+    The median ignores what is rare and long (the first compiled step, an evaluation, a night's suspend), so the
     estimate is of training alone.
     """
 
@@ -90,7 +92,7 @@ class _Eta:
 
 
 class Pace:
-    """Says how far a long piece of work is, in a line every few seconds; nothing of a short one."""
+    """Report how far a long piece of work is, in a line every few seconds; report nothing of a short one."""
 
     def __init__(
         self,
@@ -112,7 +114,7 @@ class Pace:
         self._began_s = self._said_s = clock()
 
     def add(self, num_images: int) -> None:
-        """So many more are done."""
+        """Count so many more images as done."""
         self._done += num_images
         now_s = self._clock()
         if now_s - self._said_s < self._every_s or self._done >= self._total:
@@ -127,44 +129,58 @@ class Pace:
 
 
 class Console:
-    """Shows a run; a context manager.
+    """Show messages and tables, and between `begin` and its end the progress of training: one object for a command.
+
+    A command makes it, and hands it to all that has something to say; the training loop shows its progress on the same
+    object, so that messages from within go above the display:
+
+        console = Console(enabled=processes.is_main)
+        with console.begin(total_steps, step):
+            console.update(step, loss=..., lr=..., images_per_s=..., epoch=...)
+            console.say("saved")
 
     Args:
-        total_steps: steps of the whole run.
-        start_step: steps that were done before (a resumed run).
         enabled: False on all ranks but the main one: then nothing is shown and every method does nothing.
-        console: where to; by itself standard output.
+        console: where to; by default standard output.
         clock: seconds, for the ETA and the refresh rate.
     """
 
     def __init__(
         self,
-        total_steps: int,
-        start_step: int = 0,
+        *,
         enabled: bool = True,
         console: RichConsole | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._total_steps = total_steps
         self._enabled = enabled
         self._console = console or RichConsole(highlight=False)
         self._clock = clock
-        self._eta = _Eta(start_step, clock())
+        self._total_steps = 0
+        self._eta = _Eta(0, clock())
         self._figures: _Figures | None = None
         self._drawn_at = -math.inf
         self._live: Live | None = None
 
-    def __enter__(self) -> Self:
+    @contextmanager
+    def begin(self, total_steps: int, step: int = 0) -> Iterator[Self]:
+        """Begin to show progress, until the end of the `with` block.
+
+        Args:
+            total_steps: steps of the whole run.
+            step: steps that were done before (a resumed run).
+        """
+        self._total_steps, self._figures, self._drawn_at = total_steps, None, -math.inf
         if self._enabled and self._console.is_terminal and not self._console.is_dumb_terminal:
             # No refresh thread: `update` draws, so a fork never finds rich's locks taken.
             self._live = Live(console=self._console, auto_refresh=False, vertical_overflow="crop")
             self._live.start()
-        self._eta = _Eta(self._eta._last[0], self._clock())
-        return self
+        self._eta = _Eta(step, self._clock())
+        try:
+            yield self
+        finally:
+            self._end()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def _end(self) -> None:
         live, self._live = self._live, None
         if live is not None:
             try:
@@ -176,7 +192,7 @@ class Console:
     def update(
         self, step: int, *, loss: float, lr: float, images_per_s: float, epoch: float, best: float | None = None
     ) -> None:
-        """New figures: redraws the display, or prints a line where there is no terminal (so call it at log points).
+        """Show new figures: redraw the display, or print a line where there is no terminal (so call it at log points).
 
         Args:
             step: steps done.
@@ -198,12 +214,12 @@ class Console:
             self._live.update(self._render(self._figures), refresh=True)
 
     def say(self, text: str, style: str | None = None) -> None:
-        """Prints `text` (above the display), as it is: no markup, no escape sequences."""
+        """Print `text` (above the display), as it is: no markup, no escape sequences."""
         if self._enabled:
             self._print(Text(visible(text, self._console.encoding), style=style or ""))
 
     def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-        """Prints a table (above the display); columns of numbers are aligned to the right, and cells are never cut."""
+        """Print a table (above the display); columns of numbers are aligned to the right, and cells are never cut."""
         if not self._enabled:
             return
         cells = [[visible(cell, self._console.encoding) for cell in row] for row in rows]

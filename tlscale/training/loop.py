@@ -117,14 +117,13 @@ def _train(
         save(parts, clock, folder)  # something to go back to
     with (
         unwrapping(parts),
-        Console(setup.total_steps, clock.step, enabled=processes.is_main) as progress,
+        console.begin(setup.total_steps, clock.step) as progress,
         RunLogger(setup, folder, processes, clock, record, progress) as book,
         processes.watchdog.watching(),
         setup.watch("train"),
         closing(_steps(parts, clock, book, folder)) as steps,
     ):
         window, due = LossMeter(clock, processes), Due(setup)
-        parts.codes_cache.console = progress
         for batches in steps:
             # Train.
             lr, grad_norm = _make_step(batches, parts, clock, window, book, folder)

@@ -18,7 +18,7 @@ from tlscale.tracking.console import Console, format_duration, visible
 SHOW_CURSOR, HIDE_CURSOR = "\x1b[?25h", "\x1b[?25l"
 
 
-class LoopState:
+class FakeClock:
     """Seconds that pass when the test says so."""
 
     def __init__(self):
@@ -47,8 +47,8 @@ def figures(**changes):
 
 
 def test_a_plain_line():
-    console, clock = plain(), LoopState()
-    with Console(940, console=console, clock=clock) as progress:
+    console, clock = plain(), FakeClock()
+    with Console(console=console, clock=clock).begin(940) as progress:
         clock.now += 12.0
         progress.update(20, **figures())
         clock.now += 60.0
@@ -60,8 +60,8 @@ def test_a_plain_line():
 
 
 def test_every_plain_update_is_a_line_without_escape_sequences():
-    console, clock = plain(), LoopState()
-    with Console(10**7, console=console, clock=clock) as progress:
+    console, clock = plain(), FakeClock()
+    with Console(console=console, clock=clock).begin(10**7) as progress:
         for step in range(50):
             progress.update(step, **figures(loss=float("nan"), images_per_s=1.2e6), best=0.5)
         progress.say("note", style="bold red")
@@ -74,7 +74,7 @@ def test_every_plain_update_is_a_line_without_escape_sequences():
 
 def test_other_ranks_show_nothing_and_leave_the_terminal_alone():
     console = terminal()
-    with Console(10, enabled=False, console=console) as progress:
+    with Console(enabled=False, console=console).begin(10) as progress:
         progress.update(10, **figures())
         progress.say("text")
         progress.table("title", ["a"], [["b"]])
@@ -82,8 +82,8 @@ def test_other_ranks_show_nothing_and_leave_the_terminal_alone():
 
 
 def test_a_live_display_shows_all_figures():
-    console, clock = terminal(), LoopState()
-    with Console(940, console=console, clock=clock) as progress:
+    console, clock = terminal(), FakeClock()
+    with Console(console=console, clock=clock).begin(940) as progress:
         clock.now += 12.0
         progress.update(120, **figures(), best=0.91)
     shown = text_of(console)
@@ -91,17 +91,35 @@ def test_a_live_display_shows_all_figures():
         assert part in shown
 
 
+def test_one_console_serves_before_during_and_after_progress():
+    output, clock = terminal(), FakeClock()
+    console = Console(console=output, clock=clock)
+    console.say("before")
+    for total, last in ((940, 120), (60, 60)):
+        with console.begin(total):
+            clock.now += 12.0
+            console.update(last, **figures())
+            console.say("during")
+    console.say("after")
+    shown = text_of(output)
+    assert shown.index("before") < shown.index("120/940") < shown.rindex("60/60") < shown.index("after")
+    assert "120/60" not in shown, "the figures of the first are gone"
+    assert shown.count(HIDE_CURSOR) == shown.count(SHOW_CURSOR) == 2
+    console.update(60, **figures())
+    assert "step 60/60" in text_of(output).splitlines()[-1], "a plain line"
+
+
 def test_a_narrow_terminal_is_not_overrun():
     console = terminal(width=30)
-    with Console(940, console=console) as progress:
+    with Console(console=console).begin(940) as progress:
         progress.update(120, **figures(), best=0.91)
     assert "120/940" in text_of(console)
     assert "best" not in text_of(console)
 
 
 def test_a_live_display_redraws_at_most_five_times_a_second_and_ends_on_the_last_figures():
-    console, clock = terminal(), LoopState()
-    with Console(100_000, console=console, clock=clock) as progress:
+    console, clock = terminal(), FakeClock()
+    with Console(console=console, clock=clock).begin(100_000) as progress:
         for step in range(1, 2001):  # two seconds
             clock.now += 0.001
             progress.update(step, **figures(loss=step))
@@ -111,8 +129,8 @@ def test_a_live_display_redraws_at_most_five_times_a_second_and_ends_on_the_last
 
 
 def test_the_last_step_is_drawn_at_once():
-    console, clock = terminal(), LoopState()
-    with Console(2, console=console, clock=clock) as progress:
+    console, clock = terminal(), FakeClock()
+    with Console(console=console, clock=clock).begin(2) as progress:
         progress.update(1, **figures())
         progress.update(2, **figures())
         assert "100%" in text_of(console)
@@ -120,7 +138,7 @@ def test_the_last_step_is_drawn_at_once():
 
 def test_no_thread_is_started():
     before = threading.active_count()
-    with Console(10, console=terminal()) as progress:
+    with Console(console=terminal()).begin(10) as progress:
         progress.update(1, **figures())
         assert threading.active_count() == before
 
@@ -130,7 +148,7 @@ def test_an_exception_leaves_the_terminal_as_it_was(error):
     console, stdout, stderr = terminal(), sys.stdout, sys.stderr
 
     def run():
-        with Console(10, console=console) as progress:
+        with Console(console=console).begin(10) as progress:
             progress.update(1, **figures())
             raise error
 
@@ -146,7 +164,7 @@ def test_an_exception_leaves_the_terminal_as_it_was(error):
 def test_text_is_shown_as_it_is(make):
     console = make()
     name = "[bold]cat[/bold] [link=x]y \x1b[31mred\x1b[0m \x9b2J \u202eabc :smile: {0} é"
-    with Console(10, console=console) as progress:
+    with Console(console=console).begin(10) as progress:
         progress.update(1, **figures())
         progress.say(name, style="bold")
         progress.table("[red]title", ["[a]", "n"], [[name, 1]])
@@ -171,7 +189,7 @@ def test_visible_text_has_no_control_characters_and_keeps_the_rest(text):
 def test_a_console_that_cannot_spell_a_name_does_not_stop_the_run():
     raw = io.BytesIO()
     console = RichConsole(file=io.TextIOWrapper(raw, encoding="ascii", write_through=True), force_terminal=False)
-    with Console(10, console=console) as progress:
+    with Console(console=console).begin(10) as progress:
         progress.say("naïve 猫")
         progress.table("猫", ["猫"], [["猫"]])
         progress.update(1, **figures())
@@ -181,7 +199,7 @@ def test_a_console_that_cannot_spell_a_name_does_not_stop_the_run():
 def test_a_table_in_a_file_is_never_cut_or_folded():
     console = plain()
     name = "x" * 150
-    with Console(10, console=console) as progress:
+    with Console(console=console).begin(10) as progress:
         progress.table("Freeze rules", ["rule", "tensors", "share"], [[name, 12, "50%"], ["b", 1234, "1%"]])
     lines = [line.rstrip() for line in text_of(console).splitlines() if line.strip()]
     assert lines[0].strip() == "Freeze rules"
@@ -192,13 +210,13 @@ def test_a_table_in_a_file_is_never_cut_or_folded():
 
 def test_long_text_in_a_file_is_one_line():
     console = plain()
-    Console(10, console=console).say("word " * 60)
+    Console(console=console).say("word " * 60)
     assert len(text_of(console).splitlines()) == 1
 
 
 def test_the_eta_is_not_moved_by_a_pause_or_a_slow_first_step():
-    console, clock = plain(), LoopState()
-    with Console(1000, start_step=500, console=console, clock=clock) as progress:
+    console, clock = plain(), FakeClock()
+    with Console(console=console, clock=clock).begin(1000, 500) as progress:
         clock.now += 300.0  # compiles
         progress.update(510, **figures())
         for step in range(520, 620, 10):
@@ -218,8 +236,8 @@ def test_durations(seconds, text):
 
 def test_in_a_real_terminal_prints_of_others_go_above_the_display_and_the_cursor_comes_back():
     program = (
-        "from tlscale.tracking.console import Progress\n"
-        "with Progress(10) as progress:\n"
+        "from tlscale.tracking.console import Console\n"
+        "with Console().begin(10) as progress:\n"
         "    progress.update(5, loss=1.0, lr=0.1, images_per_s=5, epoch=0.5)\n"
         "    print('from elsewhere')\n"
         "    progress.say('said')\n"
