@@ -10,24 +10,25 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 TEST_ARGS ?=
-# As many test workers as cores, up to 4, each with one thread: torch's threads would get in each other's way.
+# As many test workers as cores, up to 4, each with one thread: torch's threads would compete for the cores.
 WORKERS ?= $(shell $(PYTHON) -c 'import os; print(min(4, os.cpu_count() or 1))')
 RECIPE := recipes/resnet_fmnist.yaml
 RUN := runs/resnet_fmnist
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-unit test-dist test-slurm test-chaos test-hosts test-xla lint format wheel constraints clean
+.PHONY: help demo check test test-all test-fast test-unit test-dist test-long test-slurm test-chaos test-hosts test-xla lint format \
+  wheel constraints clean
 .DELETE_ON_ERROR:
 
-help: ## what there is
+help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{ printf "%-20s %s\n", $$1, $$2 }'
 
-# --- The environment: made when missing, brought up to date when pyproject.toml or constraints.txt changed ------------
+# --- The environment: made when missing, updated when pyproject.toml or constraints.txt changed -----------------------
 
 $(VENV)/.tlscale: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "tlscale needs Python 3.11 or newer, and $(PYTHON) is " + sys.version.split()[0] + "; say which: make PYTHON=python3.12 ...")'
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
-	@echo "Installing tlscale and what it needs; the first time that is several GB on Linux, torch's CUDA libraries included."
+	@echo "Installing tlscale and its dependencies; the first time that is several GB on Linux, torch's CUDA libraries included."
 	$(BIN)/python -m pip install -c constraints.txt -e .
 	@touch $@
 
@@ -44,14 +45,21 @@ demo: $(VENV)/.tlscale ## fine-tune the ResNet that ships with tlscale on Fashio
 	@echo "Figures:  $(RUN)/result.json"
 	@echo "Model:    $(RUN)/model/  (tlscale.load('$(RUN)') loads it)"
 	@echo "Log:      $(RUN)/metrics.jsonl"
-	@echo "A second 'make demo' goes on from the last checkpoint; to start anew, remove $(RUN)/."
+	@echo "A second 'make demo' resumes from the last checkpoint; to start again, remove $(RUN)/."
 
 # --- The README's second command, and its parts -----------------------------------------------------------------------
 
 test: lint test-all ## everything that needs no special machine: lint, types, layers, tests
 
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=10
-PARALLEL = -n $(WORKERS) --dist loadfile
+# A file to a worker, in the order of their names: tests/dist and tests/jobs have the longest, and nobody waits for a long
+# one in the end (xdist's own order puts files of few tests last, which are these).
+PARALLEL = -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+check: lint test-fast ## before each commit: lint, types, import contract and the fast tests, in under 90 s on 2 cores
+
+test-fast: $(VENV)/.tlscale-dev
+	$(PYTEST) $(PARALLEL) -m 'not slow and not dist and not long' tests/unit $(TEST_ARGS)
 
 test-all: $(VENV)/.tlscale-dev
 	bash scripts/get_fashion_mnist.sh
@@ -63,13 +71,16 @@ test-unit: $(VENV)/.tlscale-dev ## only the tests in one process
 test-dist: $(VENV)/.tlscale-dev ## all tests with several processes, those that are too long for `make test` as well
 	$(PYTEST) -m dist tests $(TEST_ARGS)
 
+test-long: $(VENV)/.tlscale-dev ## exhaustive tests in one process, of which `make test` runs a sample
+	$(PYTEST) $(PARALLEL) -m 'long and not dist' tests/unit tests/jobs $(TEST_ARGS)
+
 test-slurm: $(VENV)/.tlscale-dev ## launch/slurm.sbatch under a real Slurm on this machine (Debian, root)
 	bash scripts/get_slurm.sh
 	$(PYTEST) -m long tests/slurm $(TEST_ARGS)
 
 # Those that take minutes, and are not in `make test`.
 
-test-chaos: $(VENV)/.tlscale-dev ## kill runs everywhere and see that nothing is lost (TLSCALE_CHAOS_SEED=... repeats one)
+test-chaos: $(VENV)/.tlscale-dev ## kill runs at every fault point and check that nothing is lost (TLSCALE_CHAOS_SEED=... repeats one)
 	$(PYTEST) tests/chaos $(TEST_ARGS)
 
 test-hosts: $(VENV)/.tlscale-dev ## two hosts as network namespaces (root and iproute2)
@@ -86,7 +97,7 @@ format: $(VENV)/.tlscale-dev ## let ruff repair and format what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# --- What has a target of its own, and is not in `make test` -----------------------------------------------------------
+# --- Targets that are not in `make test` ------------------------------------------------------------------------------
 
 # In an environment of its own (docs/xla.md), which the script makes where it is missing. Programs for the CPU are not
 # optimised: to compile them takes most of the time.
@@ -105,7 +116,7 @@ wheel: $(VENV)/.tlscale ## dist/tlscale-*.whl, with the recipes, the sample of i
 	done
 	@ls dist/tlscale-*.whl
 
-constraints: $(VENV)/.tlscale-dev ## write constraints.txt anew from what is installed in $(VENV)
+constraints: $(VENV)/.tlscale-dev ## write constraints.txt from what is installed in $(VENV)
 	@{ sed -n '/^#/p' constraints.txt; \
 	   $(BIN)/python -m pip freeze --exclude-editable \
 	   | grep -v '^setuptools=' | sed -E '/^(nvidia-|cuda-|triton=)/ s/$$/ ; sys_platform == "linux"/'; } > constraints.txt.new

@@ -1,9 +1,9 @@
-"""What the weights that ship are worth: linear probes on data that had no part in their making, beside random weights.
+"""How the bundled weights transfer: linear probes on data they were not made from, compared with random weights.
 
     python benchmarks/bundled_transfer.py [--size 48] [--seeds 3] [--only digits] [--layer layer3]
 
-For each data set the best layer (by held-out images) of the bundled ResNet-10-T and of the same network with random
-weights, each fitted by logistic regression on the same labelled images, for several choices of these. Fashion-MNIST is
+For each data set the best layer (by the validation split) of the bundled ResNet-10-T and of the same network with
+random weights, each fitted by logistic regression on the same labelled images, for several choices of these. Fashion-MNIST is
 evaluated on all of its 10,000 test images; the others are split once into halves:
 
 - digits: the 1,797 digits of 8 x 8 pixels that scikit-learn ships, 10 classes, 100 labels;
@@ -48,7 +48,7 @@ def digits() -> Iterator[Labelled]:
 
 
 def icons() -> Iterator[Labelled]:
-    """Each icon once, on white, under its folder's name; small folders, and one of letters and signs, are left out."""
+    """Each icon once, on white, under its folder's name; small folders, and one of letters and signs, are skipped."""
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(["apt-get", "download", "-qq", "oxygen-icon-theme"], cwd=folder, check=True)
         (package,) = Path(folder).glob("*.deb")
@@ -108,7 +108,7 @@ DATASETS: dict[str, tuple[Callable[[], Iterator[Labelled]] | None, tuple[int, ..
 
 
 def put(name: str, make: Callable[[], Iterator[Labelled]]) -> Path:
-    """The data set as a folder per class, every second image of a class a test image; it stays where it is."""
+    """Write the data set as a folder per class, every second image of a class a test image."""
     cache = Path(os.environ.get("TLSCALE_CACHE") or Path.home() / ".cache" / "tlscale")
     folder = cache / "bundled_transfer" / name
     if folder.is_dir():

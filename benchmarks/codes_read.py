@@ -1,4 +1,4 @@
-"""Reading codes in random order: tlscale's store, from the disk's cache and from memory, against one plain array.
+"""Reading codes (cached features) in random order: tlscale's store against one plain array, on disk and in memory.
 
     python benchmarks/codes_read.py [--rounds 101] [--threads 1]
 
@@ -38,12 +38,12 @@ BATCHES = (64, 256)
 
 
 def ids_of(rows: np.ndarray) -> np.ndarray:
-    """What stands for the contents of images."""
+    """Return digests that stand for the contents of images."""
     return digest_array([hashlib.sha256(str(row).encode()).digest() for row in rows.tolist()])
 
 
 def put_codes(folder: Path, shape: tuple[int, ...], num_images: int) -> tuple[CodesStore, CodesKey, np.ndarray]:
-    """The same random values in the store and as one plain file, which is returned mapped."""
+    """Write the same random values to the store and to one plain file, and return that file mapped."""
     values = np.random.default_rng(0).standard_normal((num_images, *shape), dtype=np.float32)
     np.save(folder / "plain.npy", values)
     store, spec = CodesStore(folder / "codes"), ValueSpec("x", shape, "float32", False)

@@ -1,4 +1,4 @@
-"""What it costs that a row of codes belongs to the content of an image: hashing, and a second run on the codes.
+"""What it costs to address codes by the content of images: hashing, and a second run on the codes.
 
     python benchmarks/content_hashing.py [--images 2000] [--repeats 3] [--before CHECKOUT]
 

@@ -14,8 +14,8 @@ Two figures are compared, because the one evaluation costs everybody the same fo
 whole job, evaluation included; and the epochs alone, for which tlscale's first run is charged with all but its forward
 pass over the test images (the time after its last step is taken from the second run, which has their codes).
 
-fastai and Lightning live in an environment of their own, beside tlscale's packages; a peer that is not installed is
-left out, and the output says so:
+fastai and Lightning live in an environment of their own, on top of tlscale's packages; a peer that is not installed is
+skipped, and the output reports it:
 
     python -m venv /tmp/peers && /tmp/peers/bin/pip uninstall -y setuptools
     python -c 'import site; print(*site.getsitepackages(), sep="\\n")' > beside.pth     # the python that has tlscale
@@ -102,7 +102,7 @@ def make_recipe(args: argparse.Namespace, *, channels_last: bool) -> Recipe:
 
 
 def make_task(recipe: Recipe, epochs: int) -> Task:
-    """The same job for the peers: tlscale's images, initial weights and normalisation."""
+    """Build the same job for the peers: tlscale's images, initial weights and normalisation."""
     setup = set_up(recipe, world_size=1)
     assert setup.data.test is not None
     images = open_image_cache(setup).train(every=True).images(np.arange(len(setup.data.train)))
@@ -148,7 +148,7 @@ LAYOUTS = ("contiguous", "channels_last")
 
 @contextlib.contextmanager
 def empty_cache() -> Iterator[Path]:
-    """A folder for runs, and an empty `$TLSCALE_CACHE`."""
+    """Provide a folder for runs, and an empty `$TLSCALE_CACHE`."""
     before = os.environ.get("TLSCALE_CACHE")
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TLSCALE_CACHE"] = f"{folder}/cache"
@@ -161,7 +161,7 @@ def empty_cache() -> Iterator[Path]:
 
 
 def measure_round(recipe: Recipe, task: Task) -> Round:
-    """The floor, tlscale with nothing kept, and tlscale again."""
+    """Time the floor, tlscale with an empty cache, and tlscale again."""
     floor_train_s, floor_test_s = forward_s(task)
     with empty_cache() as folder:
         first, first_s = tlscale_run(recipe, folder / "first")
@@ -180,7 +180,7 @@ def last_step_s(run: Path) -> float:
 
 
 def tlscale_run(recipe: Recipe, out: Path) -> tuple[dict[str, Any], float]:
-    """The result, and seconds from the call to the return."""
+    """Return the result, and the seconds of the call."""
     began = time.perf_counter()
     with contextlib.redirect_stdout(io.StringIO()):
         result = tlscale.run(recipe, out)
@@ -188,7 +188,7 @@ def tlscale_run(recipe: Recipe, out: Path) -> tuple[dict[str, Any], float]:
 
 
 def peer_row(peer: Measured, args: argparse.Namespace, tlscale_s: dict[str, float]) -> str:
-    """A line of the table: seconds of the epochs and of the evaluation, and how many times tlscale's that is."""
+    """Format a line of the table: seconds of epochs and evaluation, and how many times tlscale's that is."""
     train_s, num_run = peer.train_s(args.epochs), len(peer.epochs_s)
     is_whole = num_run == args.epochs
     how = "" if is_whole else f" (EXTRAPOLATED from {num_run} epochs)"
@@ -251,7 +251,7 @@ def report(args: argparse.Namespace, task: Task, rounds: list[Round], peers: lis
 
 
 def verdicts(figures: dict[str, Any]) -> Iterator[tuple[str, bool]]:
-    """Each claim beside what was measured, and whether it holds."""
+    """Print each claim with what was measured, and whether it holds."""
     tlscale_s = figures["tlscale_s"]
     for what, pass_s, took_s in (
         ("whole job", figures["pass_s"], tlscale_s["whole"]),
@@ -275,7 +275,7 @@ def verdicts(figures: dict[str, Any]) -> Iterator[tuple[str, bool]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--peer-epochs", type=int, help="by itself all; fewer are extrapolated, and the table says so")
+    parser.add_argument("--peer-epochs", type=int, help="default: all; fewer are extrapolated, and the table says so")
     parser.add_argument("--peers", default=",".join(PEERS), help=f"which of {', '.join(PEERS)}")
     parser.add_argument("--rounds", type=int, default=3, help="of tlscale and of the forward pass, at least 1")
     parser.add_argument("--train", type=int, default=10_000)

@@ -31,7 +31,7 @@ from tlscale.training.setup import open_image_cache, set_up
 
 
 def plain_loop(recipe: Recipe) -> tuple[dict[str, torch.Tensor], float]:
-    """What a practitioner would write for this recipe, without tlscale: returns (final weights, images per second)."""
+    """Train this recipe as a practitioner would without tlscale; return (final weights, images per second)."""
     # From tlscale only what must be equal: the images, their order, the initial weights.
     setup = set_up(recipe, world_size=1)
     images = open_image_cache(setup).train(every=True).images(torch.arange(len(setup.data.train)).numpy())
@@ -74,7 +74,7 @@ def plain_loop(recipe: Recipe) -> tuple[dict[str, torch.Tensor], float]:
 
 
 def tlscale_loop(recipe: Recipe, out: Path) -> tuple[dict[str, torch.Tensor], float]:
-    """The same by tlscale: returns (exported weights, images per second)."""
+    """Train the same by tlscale; return (exported weights, images per second)."""
     with contextlib.redirect_stdout(io.StringIO()):
         result = tlscale.run(recipe, out)
     return load(out).model.state_dict(), result["images_per_s"]

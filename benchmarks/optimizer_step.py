@@ -1,4 +1,4 @@
-"""What torch's fused optimizer step saves against its default one, as a share of a whole training step.
+"""What torch's fused optimizer step saves over the default one, as a share of a whole training step.
 
     python benchmarks/optimizer_step.py [--rounds 7] [--backbone resnet18] [--batch-size 128]
 

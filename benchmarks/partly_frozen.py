@@ -177,7 +177,7 @@ def time_parts(recipe: Recipe, parts: Parts, num_batches: int) -> None:
 
 
 def faster_layout(recipes: dict[str, Recipe], num_batches: int = 4) -> tuple[str, dict[str, float]]:
-    """The layout in memory in which the plain loop's whole step is faster, and the median seconds in each."""
+    """Return the memory layout in which the plain loop's whole step is faster, and median seconds in each."""
     seconds = {}
     for layout, recipe in recipes.items():
         parts = Parts()
@@ -219,7 +219,7 @@ def make_recipe(args: argparse.Namespace, data: Path, image_size: int, *, channe
 
 
 def write_idx(folder: Path, num_train: int) -> None:
-    """The first images of Fashion-MNIST's two splits, so that both sides evaluate few."""
+    """Write the first images of Fashion-MNIST's two splits, so that both sides evaluate few."""
     splits = read_fashion_mnist(DataSection.model_validate({"source": "fashion_mnist"})).splits
     for role, prefix, count in (("train", "train", num_train), ("test", "t10k", NUM_TEST)):
         store, labels = splits[role].store, splits[role].label_ids_N[:count]
@@ -292,7 +292,7 @@ def measure(args: argparse.Namespace, image_size: int) -> dict[str, Any]:
 
 
 def report(rows: list[dict[str, Any]]) -> None:
-    """Print the table, and each claim beside what was measured."""
+    """Print the table, and each claim with what was measured."""
     print(
         "\n| px | layout | whole / trained / frozen, s a batch | plain, s | tlscale, s (until the loop + steps) "
         "| times faster | limit | share of the limit | weights differ by | images through the frozen part |\n"

@@ -1,4 +1,4 @@
-"""What frozen_epochs.py measures tlscale against: the same frozen job by a plain PyTorch loop, fastai and Lightning.
+"""The peers of frozen_epochs.py: the same frozen job by a plain PyTorch loop, fastai and Lightning.
 
 Promise: each peer does the least work it can do the job with: the frozen backbone in eval mode and without gradients,
 images that were decoded and resized before, in memory; no validation, no checkpoints, no logger, no progress bar; one
@@ -63,7 +63,7 @@ class Task:
         return inputs_BCHW.contiguous(memory_format=torch.channels_last) if self.channels_last else inputs_BCHW
 
     def networks(self) -> tuple[nn.Module, nn.Module]:
-        """Copies of backbone (frozen, in eval mode) and head."""
+        """Copy the backbone (frozen, in eval mode) and the head."""
         backbone, head = copy.deepcopy(self.backbone).eval().requires_grad_(False), copy.deepcopy(self.head).train()
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         return backbone.to(memory_format=layout), head
@@ -103,12 +103,12 @@ def forward_s(task: Task) -> list[float]:
 
 
 def plain(task: Task) -> Measured:
-    """The plain PyTorch loop; nothing of the backbone is recorded for a backward pass."""
+    """Run the plain PyTorch loop; nothing of the backbone is recorded for a backward pass."""
     return _loop(task, "plain PyTorch loop", keeps=False)
 
 
 def plain_with_features(task: Task) -> Measured:
-    """The same by who knows that the features of a frozen network can be kept, and writes that down for this case."""
+    """Run the same with the features of the frozen network cached by hand."""
     return _loop(task, BY_HAND, keeps=True)
 
 
@@ -275,6 +275,6 @@ PEERS: dict[str, tuple[str | None, Callable[[Task], Measured]]] = {
 
 
 def missing(name: str) -> str | None:
-    """The package that a peer needs and that is not installed."""
+    """Return the package that a peer needs and that is not installed."""
     package = PEERS[name][0]
     return package if package is not None and importlib.util.find_spec(package) is None else None

@@ -1,10 +1,10 @@
-"""Logistic regression for all strengths in one go, against scikit-learn's fitted once a strength.
+"""Logistic regression for all strengths at once, against scikit-learn's fitted once a strength.
 
     python benchmarks/probe_solvers.py [--rounds 3] [--width 1280] [--num-train 9000]
 
 Codes are random projections of real Fashion-MNIST images (grey values, centred; then the positive part), from the
-files that Debian's package puts under /usr/share/datasets or that TLSCALE_DATA names. Held-out images are 1,000 others
-of the training split. Both get the same standardised codes in float64; scikit-learn runs as in `probe: {kind: sklearn}`
+files that Debian's package puts under /usr/share/datasets or that TLSCALE_DATA names. The validation split is 1,000
+other training images. Both get the same standardised codes in float64; scikit-learn runs as in `probe: {kind: sklearn}`
 (lbfgs, default tolerance). Each round runs one after the other; seconds are medians of the rounds. `objective` is what
 both minimise, mean cross-entropy + lam/2 |W|^2 on the training images: lower is nearer to the optimum. CPU seconds
 are those of this process: on a machine that others use as well, wall time measures them too.
@@ -63,7 +63,7 @@ def timed(work: Callable[[], LinearPath]) -> tuple[LinearPath, float, float]:
 
 
 def figures(path: LinearPath, index: int, strength: float, codes: Codes) -> tuple[float, float, float]:
-    """Held-out top1, held-out loss, and the objective on the training images."""
+    """Return validation top1, validation loss, and the objective on the training images."""
     logits = path.logits(index, codes.held_MD)
     top1 = float((logits.argmax(1) == codes.held_labels_M).double().mean())
     objective = F.cross_entropy(path.logits(index, codes.train_ND), codes.labels_N)

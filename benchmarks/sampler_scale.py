@@ -1,9 +1,9 @@
-"""What the order of images costs at any size: time a batch, memory, and torch's `randperm` beside it.
+"""What the order of images costs at any size: time a batch and memory, compared with torch's `randperm`.
 
     python benchmarks/sampler_scale.py [--rounds 5]
 
-Every measurement runs in a process of its own, with one thread, which reports its CPU seconds (a busy machine makes
-them less wrong than those on the wall) and how far the peak of its memory rose. A table of medians, and at the end the
+Every measurement runs in a process of its own, with one thread, which reports its CPU seconds (a busy machine
+distorts them less than wall seconds) and how far the peak of its memory rose. A table of medians, and at the end the
 same as one line of JSON.
 
 `batch`: the images of one batch of 4,096 somewhere in an epoch. `epoch`: all batches of an epoch, one after the other,

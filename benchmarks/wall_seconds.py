@@ -1,4 +1,4 @@
-"""The seconds that a run reports, beside those that its process took by the clock of who started it.
+"""The seconds that a run reports, compared with those of its process measured from outside.
 
     python benchmarks/wall_seconds.py --images 200000 --side 50 --steps 20
 

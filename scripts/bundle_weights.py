@@ -2,7 +2,7 @@
 
     python scripts/bundle_weights.py runs/pretrain_resnet10t [--image-size 64]
 
-Writes `tlscale/weights/NAME.safetensors` and `NAME.json`; the model card beside them, `NAME.md`, is written by hand.
+Writes `tlscale/weights/NAME.safetensors` and `NAME.json`; the model card next to them, `NAME.md`, is written by hand.
 For those who make the weights of a release: a run takes them by `backbone: {name: NAME, weights: bundled}`.
 """
 
@@ -30,7 +30,7 @@ MOST_DIFFERENCE = 0.02
 
 
 def backbone_of(run: Path) -> tuple[nn.Module, Any]:
-    """The run's backbone without its classifier, and the spec of its input."""
+    """Return the run's backbone without its classifier, and the spec of its input."""
     trained = tlscale.load(run)
     model: Any = trained.model
     if hasattr(model, "backbone"):
@@ -40,7 +40,7 @@ def backbone_of(run: Path) -> tuple[nn.Module, Any]:
 
 
 def in_half(model: nn.Module) -> dict[str, Tensor]:
-    """The state with its numbers in float16; counters as they are."""
+    """Return the state with its numbers in float16; counters as they are."""
     state = {}
     for name, tensor in model.state_dict().items():
         half = tensor.to(torch.float16) if tensor.is_floating_point() else tensor
@@ -63,7 +63,7 @@ def difference(model: nn.Module, state: dict[str, Tensor], name: str, spec: Any)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
-    parser.add_argument("--image-size", type=int, help="that the weights are best used at; by itself that of the run")
+    parser.add_argument("--image-size", type=int, help="that the weights are best used at; default: that of the run")
     options = parser.parse_args()
     model, spec = backbone_of(options.run)
     name = str(model.pretrained_cfg["architecture"])  # type: ignore[index]

@@ -28,7 +28,7 @@ VARIANTS = ("lite0", "lite1", "lite2")
 
 
 def find_weights(package: str) -> Path:
-    """The one `.pth` file inside the installed `package`; nothing of the package is imported.
+    """Find the one `.pth` file inside the installed `package`, which is not imported.
 
     Raises:
         SystemExit: the package is not installed, or does not hold exactly one such file.

@@ -117,7 +117,7 @@ def load_picture(path: Path) -> Image.Image:
 
 
 def fingerprint(thumbnail: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
-    """A vector of length 1; the product of two is their correlation."""
+    """Return a vector of length 1; the product of two is their correlation."""
     values: npt.NDArray[np.float64] = thumbnail.astype(np.float64).mean(axis=2).ravel()
     values -= values.mean()
     values /= max(float(np.linalg.norm(values)), 1e-9)
@@ -153,7 +153,7 @@ def has_letters(path: Path) -> bool:
 
 
 def split_pool(pictures: Sequence[Picture], typefaces: Sequence[Typeface], seed: int) -> dict[str, Pool]:
-    """The validation split takes single pictures, and all fonts of a package together: those look alike."""
+    """Choose the validation split: single pictures, and all fonts of a package together, which look alike."""
     held_pictures = held_out([picture.name for picture in pictures], seed)
     held_typefaces = held_out([typeface.name.split("/")[0] for typeface in typefaces], seed)
     return {

@@ -91,7 +91,7 @@ freeze: [{{'.*\\.bn\\d\\..*': false}}, {{'.*': true}}]    # first match wins: tr
 
 
 def reference() -> str:
-    """The whole page."""
+    """Return the whole page."""
     parts = [HEAD, "## Top level\n\n" + _table([key for key in all_keys().values() if not key.path[1:]])]
     for section in (key for key in all_keys().values() if key.section is not None):
         assert section.section is not None

@@ -43,7 +43,7 @@ def make_sample(folder: Path, out: Path) -> int:
 
 
 def chosen_rows(folder: Path, split: str, prefix: str, count: int) -> list[dict[str, object]]:
-    """The rows of one split; a path such as `train/00012` keeps the number of the original."""
+    """Return the rows of one split; a path such as `train/00012` keeps the number of the original."""
     source, checksums = read_split(folder, split, prefix)
     wrong = [name for name, sha256 in checksums.items() if CHECKSUMS.get(name) != sha256]
     if wrong:

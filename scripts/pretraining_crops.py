@@ -84,7 +84,7 @@ class Pool:
 
 
 def picture_crop(picture: Picture, size: int, rng: Rng) -> Image.Image:
-    """A random-resized crop, flipped and turned; another try where there is next to nothing in it."""
+    """Draw a random-resized crop, flipped and turned; try again where there is next to nothing in it."""
     make = cut_out if picture.image.mode == "RGBA" else resized_crop
     for _ in range(TRIES):
         crop = make(picture.image, size, rng)
@@ -108,14 +108,14 @@ def resized_crop(image: Image.Image, size: int, rng: Rng, least_area: float = 0.
 
 
 def turned(square: Image.Image, size: int, rng: Rng) -> Image.Image:
-    """The middle of a larger square, which is at least 1.42 times as large so that no corner is empty."""
+    """Cut the middle of a square that is at least 1.42 times as large, so that no corner is empty."""
     angle = rng.uniform(-30, 30) + 90 * (rng.integers(4) if rng.random() < 0.4 else 0)
     middle = (square.width - size) // 2
     return square.rotate(angle, Image.Resampling.BICUBIC).crop((middle, middle, middle + size, middle + size))
 
 
 def cut_out(image: Image.Image, size: int, rng: Rng) -> Image.Image:
-    """A thing on a plain ground: mostly the whole of it with a margin, else a part."""
+    """Crop a thing on a plain ground: mostly the whole of it with a margin, else a part."""
     if rng.random() < 0.35:
         part = resized_crop(image, size, rng, least_area=0.15)
     else:
@@ -143,7 +143,7 @@ def letter_crop(typeface: Typeface, pool: Pool, size: int, rng: Rng, symbol: boo
 
 
 def placed(mask: Image.Image, size: int, rng: Rng) -> Image.Image:
-    """The mask on a square, a third of its side to somewhat more than the whole, somewhat stretched."""
+    """Place the mask on a square, from a third of its side to a little more than all, a little stretched."""
     scale = size * rng.uniform(0.35, 1.1) / max(mask.size)
     stretch = log_uniform(rng, 0.9, 1.1)
     width, height = max(round(mask.width * scale * stretch), 3), max(round(mask.height * scale / stretch), 3)
@@ -164,7 +164,7 @@ def letter_text(rng: Rng, characters: str, alone: bool) -> str:
 
 
 def letter_mask(font: ImageFont.FreeTypeFont, text: str, rng: Rng) -> Image.Image:
-    """The ink of a text, 0..255, turned and cut to what is drawn."""
+    """Draw the ink of a text, 0..255, turned and cut to what is drawn."""
     style = rng.choice(["filled", "thick", "outline"], p=[0.6, 0.2, 0.2])
     stroke = 0 if style == "filled" else int(rng.integers(2, 9))
     left, top, right, bottom = (int(edge) for edge in font.getbbox(text, stroke_width=stroke))

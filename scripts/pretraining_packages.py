@@ -44,7 +44,7 @@ class Package:
         return next(path for name in ("LICENSE.txt", "COPYING") for path in self.root.glob(f"*.dist-info/**/{name}"))
 
     def chosen(self, group: Mapping[str, Any]) -> list[Path]:
-        """The files of one group, each once, by name."""
+        """Return the files of one group, each once, by name."""
         return sorted(self._fitting(group["files"]) - self._fitting(group.get("without", ())))
 
     def _fitting(self, patterns: Iterable[str]) -> set[Path]:
@@ -159,7 +159,7 @@ def check_section(package: Package, archive: Path) -> None:
 
 
 def sources_of(packages: Iterable[Package]) -> dict[str, Any]:
-    """The content of sources.json: no times and no paths of this machine."""
+    """Return the content of sources.json: no times and no paths of this machine."""
     return {
         package.name: {
             "from": package.origin,
@@ -173,7 +173,7 @@ def sources_of(packages: Iterable[Package]) -> dict[str, Any]:
 
 
 def differences(recorded: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
-    """A line for each package or file that is not the recorded one."""
+    """Return a line for each package or file that is not the recorded one."""
     lines = []
     for name in sorted({*recorded, *found}):
         old, new = recorded.get(name), found.get(name)

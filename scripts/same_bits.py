@@ -221,7 +221,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("old", metavar="OLD")
     parser.add_argument("new", metavar="NEW")
-    parser.add_argument("--only", help="recipes, by commas; a distilled run needs plain beside it")
+    parser.add_argument("--only", help="recipes, by commas; a distilled run needs plain as well")
     args = parser.parse_args()
     names = args.only.split(",") if args.only else list(RECIPES)
     failed = 0

@@ -6,11 +6,11 @@ import random
 import shutil
 import signal
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 import tlscale
+from tests.chaos.killing import wait_for
 from tests.small_runs import (
     When,
     assert_same_bits,
@@ -21,7 +21,6 @@ from tests.small_runs import (
     result,
     small_recipe,
     start,
-    wait_until,
 )
 from tlscale.errors import EXIT_BAD_INPUT, EXIT_STOPPED, CheckpointError, Stopped, TlscaleError
 
@@ -47,7 +46,7 @@ MATRIX = {
 }
 STEPS = 20  # four epochs of five
 SLOW_STEPS = 60  # long enough to be hit from another process
-# In processes of their own: name -> (changes, signals)
+# In processes of their own, the first one a whole program, the others forks: name -> (changes, signals)
 OUTSIDE = {
     "plain": (PLAIN, [signal.SIGTERM]),
     "averages": (MATRIX["averages, dropout, augmentation"], [signal.SIGTERM]),
@@ -174,26 +173,27 @@ def test_a_signal_at_the_last_step_is_too_late_to_matter(idx, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def outside(idx, tmp_path_factory):
-    """Starts the runs of OUTSIDE, two at a time, sends each its signals; name -> (folder, exit code, output)."""
+def outside(forks, idx, tmp_path_factory):
+    """Starts the runs of OUTSIDE, sends each its signals; name -> (folder, exit code, output)."""
     folder = tmp_path_factory.mktemp("outside")
-    with ThreadPoolExecutor(2) as pool:
-        return dict(pool.map(lambda name: (name, interrupted(idx, folder / name.replace(" ", "_"), name)), OUTSIDE))
+    return {name: interrupted(forks, idx, folder / name.replace(" ", "_"), name) for name in OUTSIDE}
 
 
-def interrupted(idx, place, name):
+def interrupted(forks, idx, place, name):
     place.mkdir()
     changes, signals = OUTSIDE[name]
     small_recipe(place / "recipe.yaml", idx, **{"duration": f"{SLOW_STEPS} steps", **changes})
     words = ("run", str(place / "recipe.yaml"), "--out", str(place / "parts"), "--resume")
-    process = start(*words, log=place / "log")
+    program = start(*words, log=place / "log") if name == "plain" else None
+    pid = program.pid if program is not None else forks.start(*words, log=place / "log")
     step = random.randint(8, 20)
     print(f"{name}: signal after step {step}")
-    wait_until(logged(place / "parts", step), process)
+    wait_for(logged(place / "parts", step), timeout_s=90)
     for number in signals:
-        process.send_signal(number)
+        os.kill(pid, number)
         time.sleep(0.0005)
-    return place, process.wait(60), (place / "log").read_text()
+    exit_code = program.wait(60) if program is not None else forks.wait(pid, timeout_s=60)
+    return place, exit_code, (place / "log").read_text()
 
 
 def whole_and_resumed(place, idx, name):

@@ -14,6 +14,7 @@ from tlscale.training import loop as finetune
 
 # 21 images in batches of 4: six steps an epoch, the last of one image.
 STEPS, NUM_IMAGES, BATCH = 12, 21, 4
+SOME = (2, 6, 7, 11)  # in the middle of an epoch, at its end, after it, and before the last
 VARIANTS = {
     "images": {},
     "micro-batches": {"compute": {"micro_batch_size": 2}},  # two forward passes a step, and one in the last of an epoch
@@ -49,8 +50,12 @@ def fed(monkeypatch):
     return steps
 
 
+@pytest.mark.parametrize(
+    "resumed_after",
+    [pytest.param(SOME, id="some steps"), pytest.param(range(1, STEPS + 1), id="any step", marks=pytest.mark.long)],
+)
 @pytest.mark.parametrize("name", VARIANTS)
-def test_resumed_after_any_step_the_network_gets_what_was_left(name, few, tmp_path, fed):
+def test_resumed_after_any_step_the_network_gets_what_was_left(name, resumed_after, few, tmp_path, fed):
     changes = {"batch_size": BATCH, "evaluate": {"every": "2 epochs"}, **VARIANTS[name]}
     recipe = small_recipe(tmp_path / "recipe.yaml", few, checkpoint={"every": "1 steps", "keep": 100}, **changes)
     tlscale.run(recipe, tmp_path / "whole")
@@ -62,7 +67,7 @@ def test_resumed_after_any_step_the_network_gets_what_was_left(name, few, tmp_pa
             assert len(images) == len(set(images)) == NUM_IMAGES
         assert set(sum(whole[:6], [])) == set(sum(whole[6:], []))
         assert whole[:6] != whole[6:]
-    for step in range(1, STEPS + 1):
+    for step in resumed_after:
         out = tmp_path / f"from{step}"
         as_after(step, tmp_path / "whole", out)
         fed.clear()

@@ -46,6 +46,9 @@ VARIANTS = {
     "half precision on images": {"compute": {"precision": "bf16"}, "codes": {"keep": "never"}},
 }
 LAST = 17
+# Before, at and after each boundary. A variant is resumed at two of them, in turn; `make test-long` does all.
+AROUND = (4, 5, 6, 11, 12, 13)
+STOPS = {name: (AROUND[number % 3], AROUND[5 - number % 3]) for number, name in enumerate(VARIANTS)}
 
 
 def staged(path, idx, **changes):
@@ -55,12 +58,18 @@ def staged(path, idx, **changes):
     return small_recipe(path, idx, **plain)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-def test_stopped_before_at_and_after_a_boundary(name, idx, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "stops"),
+    [
+        *(pytest.param(name, STOPS[name], id=name) for name in VARIANTS),
+        *(pytest.param(name, AROUND, id=f"{name}, all", marks=pytest.mark.long) for name in VARIANTS),
+    ],
+)
+def test_stopped_before_at_and_after_a_boundary(name, stops, idx, tmp_path):
     recipe = staged(tmp_path / "recipe.yaml", idx, **VARIANTS[name])
     tlscale.run(recipe, tmp_path / "whole")
     assert result(tmp_path / "whole")["steps"] == LAST
-    for step in (4, 5, 6, 11, 12, 13):
+    for step in stops:
         as_after(step, tmp_path / "whole", tmp_path / f"from{step}")
         tlscale.run(recipe, tmp_path / f"from{step}", resume=True)
         assert_same_runs(tmp_path / "whole", tmp_path / f"from{step}")

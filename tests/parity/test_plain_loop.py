@@ -7,7 +7,7 @@ import pytest
 from benchmarks.loop_overhead import largest_difference, make_recipe, plain_loop, tlscale_loop
 
 
-# 94 steps of 64 are one epoch of 6,000 images, its last batch short; 96 go on into the next.
+# 94 steps of 64 are one epoch of 6,000 images, its last batch short; 96 continue into the next.
 @pytest.mark.parametrize(
     ("backbone", "steps", "image_size"), [("test_resnet", 96, 28), ("test_convnext", 96, 32), ("resnet10t", 6, 28)]
 )
