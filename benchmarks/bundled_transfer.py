@@ -3,8 +3,8 @@
     python benchmarks/bundled_transfer.py [--size 48] [--seeds 3] [--only digits] [--layer layer3]
 
 For each data set the best layer (by the validation split) of the bundled ResNet-10-T and of the same network with
-random weights, each fitted by logistic regression on the same labelled images, for several choices of these. Fashion-MNIST is
-evaluated on all of its 10,000 test images; the others are split once into halves:
+random weights, each fitted by logistic regression on the same labelled images, for several choices of these.
+Fashion-MNIST is evaluated on all of its 10,000 test images; the others are split once into halves:
 
 - digits: the 1,797 digits of 8 x 8 pixels that scikit-learn ships, 10 classes, 100 labels;
 - icons: icons of Debian's oxygen-icon-theme by what they are for, 7 classes, 200 labels (needs apt-get and dpkg-deb);
