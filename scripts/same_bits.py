@@ -65,7 +65,12 @@ RECIPES: dict[str, dict[str, Any]] = {
         "optim": {"lr": 5e-3, "ema_decay": 0.9},
         "evaluate": {"every": "2 steps"},
     },
-    "accumulated": {**TRAINED, "compute": {"micro_batch_size": 2}, "optim": {"lr": 5e-3, "clip_grad_norm": 0.5}},
+    "accumulated": {
+        **TRAINED,
+        "drop_last": True,
+        "compute": {"micro_batch_size": 2},
+        "optim": {"lr": 5e-3, "clip_grad_norm": 0.5},
+    },
     "layer_decay": {
         **TRAINED,
         "backbone": {"name": "test_vit", "weights": "none", "in_chans": 1},
