@@ -70,7 +70,7 @@ class BadImageError(DataError):
 
 
 def decode_image(raw: bytes | npt.NDArray[Any], *, in_chans: int, max_pixels: int, where: str) -> Pixels:
-    """The pixels of one image.
+    """Decode one image to pixels.
 
     Args:
         raw: an encoded file, or decoded uint8 pixels as H x W, H x W x 1 or H x W x 3.
@@ -147,7 +147,7 @@ def _tiff_meaning(raw: bytes) -> Meaning:
 
 
 def _load(image: ImageFile.ImageFile, raw: bytes) -> None:
-    """Decode, and see to it that nothing was missing."""
+    """Decode, and check that no data were missing."""
     fault = fault_of(raw) if image.format == "PNG" else None
     if fault is not None:
         raise _BadError(fault)

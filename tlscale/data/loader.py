@@ -99,13 +99,13 @@ class ImageStore:
 
     @property
     def kept_mib(self) -> float:
-        """Memory of the images that are kept, in MiB."""
+        """Memory of the images that are cached, in MiB."""
         if self._prepared_NCSS is not None:
             return self._prepared_NCSS.nbytes / _MIB
         return self._originals.pixels.nbytes / _MIB if self._originals is not None else 0.0
 
     def describe(self) -> str:
-        """What is kept and how much memory it takes, in one line."""
+        """Return in one line what is cached and how much memory it takes."""
         what = f"{self.split.name}: {len(self):,} images"
         if not self._keep:
             return f"{what}, of which few are used, each decoded when it is"
@@ -115,11 +115,11 @@ class ImageStore:
         return f"{what}, decoded once and kept {'as they are' if self.crops else f'as {size}'}: {self.kept_mib:.1f} MiB"
 
     def labels(self, rows_B: Ints) -> Tensor:
-        """The class numbers of these images: int64 (B,)."""
+        """Return the class numbers of these images: int64 (B,)."""
         return torch.from_numpy(self.split.labels_N[rows_B])
 
     def images(self, rows_B: Ints, raws: Mapping[int, Raw] | None = None) -> Tensor | list[Tensor]:
-        """The images before augmentation, as uint8.
+        """Return images before augmentation, as uint8.
 
         Args:
             raws: what was read of some of them; those are not read again.
@@ -194,18 +194,18 @@ class HeldImages:
         return len(self.store)
 
     def labels(self, rows_B: Ints) -> Tensor:
-        """As `ImageStore.labels`."""
+        """Return class numbers, as `ImageStore.labels`."""
         return self.store.labels(rows_B)
 
     def images(self, rows_B: Ints) -> Tensor | list[Tensor]:
-        """As `ImageStore.images`; what was not read is read."""
+        """Return images, as `ImageStore.images`; those that were not read yet are read."""
         return self.store.images(rows_B, self.raws)
 
 
 def default_workers(
     section: DataSection, *, cached: bool, augmented: bool, device: torch.device, processes: int = 1
 ) -> int:
-    """How many worker processes read images beside each training process.
+    """Choose how many worker processes read images for each training process.
 
     Args:
         cached: the images are in memory.
@@ -235,7 +235,7 @@ def train_batches(
     workers: int = 0,
     pin_memory: bool = False,
 ) -> Generator[list[ImageBatch], None, None]:
-    """For each step from `start_step` on, up to before `stop_step`, this process's micro-batches.
+    """Yield this process's micro-batches of each step, from `start_step` up to before `stop_step`.
 
     Close the iterator (or use it up) to end its worker processes.
 
@@ -268,7 +268,7 @@ def train_batches(
 def eval_batches(
     store: ImageStore, rank: int, world_size: int, batch_size: int, workers: int = 0, pin_memory: bool = False
 ) -> Generator[ImageBatch, None, None]:
-    """This process's share of all images, each once over all processes, without padding or augmentation.
+    """Yield this process's share of all images, each once over all processes, without padding or augmentation.
 
     Args:
         store: without `crops`.
@@ -280,19 +280,19 @@ def eval_batches(
 
 
 def eval_batch(store: ImageStore | HeldImages, rows_B: Ints) -> ImageBatch:
-    """The images as evaluation sees them; from a store without `crops`."""
+    """Make a batch of images as evaluation sees them, from a store without `crops`."""
     images_BCHW = store.images(rows_B)
     assert isinstance(images_BCHW, Tensor)
     return ImageBatch(images_BCHW, store.labels(rows_B), torch.from_numpy(rows_B), len(rows_B))
 
 
 def make_augmenter(spec: InputSpec, augment: Mapping[str, float | None]) -> Augmenter:
-    """The augmenter for images of this input; `augment` as `augmentation_values` gives it."""
+    """Make the augmenter for images of this input; `augment` as `augmentation_values` gives it."""
     return Augmenter(augment, image_size=spec.image_size, interpolation=spec.interpolation, erase_color=spec.mean_color)
 
 
 def train_batch(store: ImageStore | HeldImages, augmenter: Augmenter, seed: int, micro_batch: MicroBatch) -> ImageBatch:
-    """The images of a micro-batch as training sees them in its epoch, augmented and with the partners of mixup."""
+    """Make a micro-batch as training sees it in its epoch: augmented, and with the partners of mixup."""
     rows_B = micro_batch.rows_B
     keys = partial(image_keys, seed, micro_batch.epoch, rows_B)
     batch = ImageBatch(
@@ -319,7 +319,7 @@ def _blocks(count: int) -> list[range]:
 
 
 def _stacked(images: Iterable[Pixels]) -> npt.NDArray[np.uint8]:
-    """(B, C, H, W), contiguous, from images (H, W, C) of one size."""
+    """Stack images (H, W, C) of one size to (B, C, H, W), contiguous."""
     images_BHWC = np.stack(list(images))
     batch, height, width, chans = images_BHWC.shape
     # Not by ascontiguousarray: with one channel, that leaves strides that torch takes for channels-last, and then

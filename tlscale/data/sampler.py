@@ -40,14 +40,14 @@ class Stream(IntEnum):
 
 
 def _mix64(values: Keys) -> Keys:
-    """The finalizer of splitmix64 (Steele, Lea, Flood 2014): each bit in flips half of the bits out."""
+    """Mix by the finalizer of splitmix64 (Steele, Lea, Flood 2014): each bit in flips half of the bits out."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
 
 
 def _mix_in(key: Keys, number: int | Ints) -> Keys:
-    """A new key from a key and one more number, or from one key and many numbers."""
+    """Make a new key from a key and one more number, or from one key and many numbers."""
     added = np.atleast_1d(np.asarray(number, dtype=np.int64)).astype(np.uint64)
     return _mix64((key ^ _mix64(added + np.uint64(_WEYL))) + np.uint64(_WEYL))
 
@@ -57,12 +57,12 @@ def _epoch_key(seed: int, epoch: int) -> Keys:
 
 
 def image_keys(seed: int, epoch: int, rows_B: Ints, stream: Stream) -> Keys:
-    """A 64-bit key for what is random about each image in this epoch: shape (B,)."""
+    """Make a 64-bit key for what is random about each image in this epoch: shape (B,)."""
     return _mix_in(_mix_in(_epoch_key(seed, epoch), int(stream)), rows_B)
 
 
 def permute(positions_P: Ints, *, num_images: int, seed: int, epoch: int) -> Ints:
-    """The images at these positions of the epoch's order.
+    """Return the images at these positions of the epoch's order.
 
     Args:
         positions_P: 0 <= position < num_images, in any order.
@@ -123,26 +123,26 @@ class DataOrder:
         return self.steps_per_epoch * self.batch_size if self.drop_last else self.num_images
 
     def epoch(self, step: int) -> int:
-        """The epoch, from 0, that `step` belongs to."""
+        """Return the epoch, from 0, that `step` belongs to."""
         return step // self.steps_per_epoch
 
     def images_seen(self, step: int) -> int:
-        """The number of images that the steps before `step` took, over all processes and epochs."""
+        """Return the number of images that the steps before `step` took, over all processes and epochs."""
         epochs, rest = divmod(step, self.steps_per_epoch)
         return epochs * self.images_per_epoch + rest * self.batch_size
 
     def num_images_in(self, step: int) -> int:
-        """The size of the global batch of `step`; only the last one of an epoch may be short."""
+        """Return the size of the global batch of `step`; only the last one of an epoch may be short."""
         start = step % self.steps_per_epoch * self.batch_size
         return min(self.batch_size, self.num_images - start)
 
     def rows_at(self, step: int, offsets_P: Ints) -> Ints:
-        """The images at these offsets (from 0) inside the global batch of `step`."""
+        """Return the images at these offsets (from 0) inside the global batch of `step`."""
         start = step % self.steps_per_epoch * self.batch_size
         return permute(start + offsets_P, num_images=self.num_images, seed=self.seed, epoch=self.epoch(step))
 
     def rows(self, step: int) -> Ints:
-        """The global batch of `step`, in order: int64 of shape (B,)."""
+        """Return the global batch of `step`, in order: int64 of shape (B,)."""
         return self.rows_at(step, np.arange(self.num_images_in(step)))
 
 
@@ -155,7 +155,7 @@ class BatchSplit:
     accumulation: int  # forward passes of one process in one step
 
     def describe(self) -> str:
-        """The arithmetic: `256 images a step = 2 processes x 4 micro-batches x 32`."""
+        """Show the arithmetic: `256 images a step = 2 processes x 4 micro-batches x 32`."""
         total = self.world_size * self.accumulation * self.micro_batch_size
         processes = "process" if self.world_size == 1 else "processes"
         micro_batches = "micro-batch" if self.accumulation == 1 else "micro-batches"
@@ -165,12 +165,12 @@ class BatchSplit:
         )
 
     def num_micro_batches(self, num_images: int) -> int:
-        """Forward passes of each process for a global batch of so many images: fewer where the batch is short."""
+        """Return the forward passes of each process for a global batch of so many images: fewer where it is short."""
         return -(-num_images // (self.world_size * self.micro_batch_size))
 
 
 def split_batch_size(batch_size: int, world_size: int, limit: int | None) -> BatchSplit:
-    """The split with the fewest forward passes.
+    """Find the split with the fewest forward passes.
 
     Args:
         batch_size: images in a step over all processes.
@@ -201,7 +201,7 @@ class MicroBatch:
 
 
 def micro_batches(order: DataOrder, step: int, split: BatchSplit, rank: int) -> list[MicroBatch]:
-    """The forward passes of process `rank` in `step`; every process has the same number of them.
+    """Return the forward passes of process `rank` in `step`; every process has the same number of them.
 
     The global batch is cut into chunks of `world_size * micro_batch_size`, and process r takes the r-th part of each.
     In a short chunk the parts differ by one image at most; a process that gets none takes the chunk's first image as
@@ -219,7 +219,7 @@ def micro_batches(order: DataOrder, step: int, split: BatchSplit, rank: int) -> 
 
 
 def least_in_a_pass(order: DataOrder, split: BatchSplit, num_steps: int) -> int:
-    """The fewest images, padding included, that any process takes through the network at once in so many steps."""
+    """Return the fewest images, with padding, that any process takes through the network at once in so many steps."""
     chunk = split.world_size * split.micro_batch_size
     sizes = {order.num_images_in(0), order.num_images_in(min(num_steps, order.steps_per_epoch) - 1)}
     full = [split.micro_batch_size for size in sizes if size >= chunk]
@@ -227,14 +227,14 @@ def least_in_a_pass(order: DataOrder, split: BatchSplit, num_steps: int) -> int:
 
 
 def _part(count: int, parts: int, index: int) -> tuple[int, int]:
-    """First and last (exclusive) of the `index`-th of `parts` contiguous parts, the longer ones first."""
+    """Return first and last (exclusive) of the `index`-th of `parts` contiguous parts, the longer ones first."""
     size, longer = divmod(count, parts)
     first = index * size + min(index, longer)
     return first, first + size + (index < longer)
 
 
 def eval_rows(num_images: int, rank: int, world_size: int, batch_size: int) -> Iterator[Ints]:
-    """The images that process `rank` evaluates, in batches: over all processes each image once, and no padding.
+    """Yield the images that process `rank` evaluates, in batches: over all processes each once, without padding.
 
     A process may have fewer batches than others, or none: nothing in evaluation waits for the others inside a batch.
     """

@@ -58,12 +58,12 @@ class InputSpec:
     crop_mode: str = "center"  # timm's: keep the aspect and cut, `squash` it, or pad it with a `border`
 
     def to_plain(self) -> dict[str, Any]:
-        """Values that JSON and YAML know."""
+        """Return values that JSON and YAML know."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> InputSpec:
-        """What `to_plain` gave, also after a trip through JSON."""
+        """Read what `to_plain` gave, also after a trip through JSON."""
         values: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in plain.items()
         }
@@ -78,7 +78,7 @@ class InputSpec:
 def resolve_input(
     section: DataSection, *, in_chans: int, pretrained_cfg: Mapping[str, Any], image_hw: tuple[int, int]
 ) -> InputSpec:
-    """The input of a backbone: what the recipe says, else what the backbone was pretrained with.
+    """Resolve the input of a backbone: what the recipe says, else what the backbone was pretrained with.
 
     For one channel, timm keeps the three numbers of its mean and std; here both are averaged over the channels, since
     the first filters are summed over theirs and so see a grey image as an RGB image with equal channels.
@@ -141,7 +141,7 @@ def _per_channel(values: list[float] | tuple[float, ...], in_chans: int) -> tupl
 
 
 def eval_transform(image_HWC: Pixels, spec: InputSpec) -> Pixels:
-    """The image as it is evaluated: resized and cropped to the size of the spec, as timm does it.
+    """Transform an image for evaluation: resize and crop it to the size of the spec, as timm does it.
 
     Args:
         image_HWC: uint8, C as in the spec.
@@ -176,7 +176,7 @@ def _resize(image_HWC: Pixels, target_hw: tuple[int, int], spec: InputSpec) -> P
 
 
 def _pad(image_HWC: Pixels, spec: InputSpec) -> Pixels:
-    """Mean color around what is smaller than the crop (`border` only)."""
+    """Pad an image that is smaller than the crop with the mean color (`border` only)."""
     missing_h, missing_w = (max(0, spec.image_size - side) for side in image_HWC.shape[:2])
     if not missing_h and not missing_w:
         return image_HWC
@@ -210,11 +210,11 @@ class ImageBatch:
     targets_BT: Tensor | None = None  # what a teacher says of each image
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> ImageBatch:
-        """The batch on `device`."""
+        """Copy the batch to `device`."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> ImageBatch:
-        """The batch in page-locked memory; torch's loader calls this by its name."""
+        """Copy the batch to page-locked memory; torch's loader calls this by its name."""
         return self._each(lambda tensor: tensor.pin_memory())
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> ImageBatch:
@@ -226,13 +226,13 @@ class ImageBatch:
 
 
 def normalise(images_BCHW: Tensor, spec: InputSpec, dtype: torch.dtype) -> Tensor:
-    """uint8 images as numbers of mean 0 and deviation 1, computed in and given as `dtype`."""
+    """Normalise uint8 images to mean 0 and deviation 1, computed in and given as `dtype`."""
     mean_C11, std_C11 = _mean_std(spec.mean, spec.std, dtype, images_BCHW.device)
     return images_BCHW.to(dtype).sub_(mean_C11).div_(std_C11)
 
 
 def to_input(batch: ImageBatch, spec: InputSpec, dtype: torch.dtype) -> Tensor:
-    """What the backbone gets: normalised and, where the batch has partners, mixed, on the device of the batch.
+    """Make the backbone's input, on the device of the batch: normalised and, where it has partners, mixed.
 
     Returns:
         (B, C, H, W) of `dtype`. Computed in float32, or float64 for float64.
@@ -276,7 +276,7 @@ def _work_dtype(dtype: torch.dtype) -> torch.dtype:
 def _mean_std(
     mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """On the device once: making them in each step would make the host wait for the device."""
+    """Put mean and deviation on the device, once: done in each step, the host would wait for the device."""
     with torch.inference_mode(False):  # made in an evaluation, they serve in training as well
         both = torch.tensor([mean, std], dtype=torch.float64).mul(255).to(dtype).to(device)
         return both[0, :, None, None], both[1, :, None, None]

@@ -63,7 +63,7 @@ class _Loads(Dataset[Any]):
 def load_in_order(
     load: Callable[[K], B], wanted: Iterable[K], workers: int, pin_memory: bool
 ) -> Generator[B, None, None]:
-    """`load` of each of `wanted`, in order, here or in worker processes.
+    """Call `load` for each of `wanted`, in order, here or in worker processes.
 
     Raises:
         WorkerError: one of them was killed.
@@ -106,7 +106,7 @@ def load_in_order(
 
 @contextmanager
 def _keeping_handler() -> Iterator[None]:
-    """Within: the handler of SIGCHLD that torch installs is taken away again.
+    """Take away the handler of SIGCHLD that torch installs within.
 
     It raises out of any line of the main thread. Without it a lost worker is found where its batch is waited for.
     """
@@ -125,7 +125,7 @@ def _as_is(item: R) -> R:
 
 
 def _begin_worker(worker: int) -> None:
-    """One thread, and deaf to the signals that are meant for the run.
+    """Use one thread, and ignore the signals that are meant for the run.
 
     A scheduler sends SIGTERM, and a terminal SIGINT, to every process. The training process then finishes its step and
     saves, for which it needs its workers; they end when it ends them. Where it is killed they are, too: they hold what
@@ -146,7 +146,7 @@ def _end_when_parent_says(parent: int) -> None:
 
 
 def map_in_threads(function: Callable[[K], R], items: Sequence[K]) -> Iterator[R]:
-    """`map` with threads (Pillow decodes and resizes outside the interpreter's lock); plain in a worker process."""
+    """Map with threads (Pillow decodes and resizes outside the interpreter's lock); plainly in a worker process."""
     threads = min(_MOST_THREADS, num_cores(), len(items))
     if threads < 2 or get_worker_info() is not None:
         yield from map(function, items)

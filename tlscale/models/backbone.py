@@ -52,7 +52,7 @@ class WeightsReport:
 
 
 def build_backbone(section: BackboneSection, *, image_size: int | None, seed: int) -> tuple[nn.Module, WeightsReport]:
-    """The backbone that gives pooled features, (B, C, H, W) to (B, D).
+    """Build a backbone that gives pooled features, (B, C, H, W) to (B, D).
 
     Args:
         section: the recipe's backbone.
@@ -76,7 +76,7 @@ def build_backbone(section: BackboneSection, *, image_size: int | None, seed: in
 
 
 def _is_built_for_one_size(section: BackboneSection) -> bool:
-    """Whether the architecture wants `img_size`; the others do not know the word."""
+    """Return whether the architecture takes `img_size`; the others refuse the argument."""
     if section.name.startswith(_PREFIXES):  # only building it tells
         model = _create(section, {}, pretrained=False)
         return bool(model.pretrained_cfg.get("fixed_input_size", False))  # type: ignore[union-attr, operator]
@@ -85,7 +85,7 @@ def _is_built_for_one_size(section: BackboneSection) -> bool:
 
 
 def no_weight_decay(model: nn.Module) -> frozenset[str]:
-    """Names that the architecture wants without weight decay, such as position embeddings."""
+    """Return the names that the architecture wants without weight decay, such as position embeddings."""
     names = getattr(model, "no_weight_decay", None)
     return frozenset(names()) if callable(names) else frozenset()
 
@@ -121,7 +121,7 @@ def layer_depths(model: nn.Module) -> tuple[dict[str, int], int]:
 
 
 def state_digest(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, types, shapes and bytes: two networks with the same digest are the same network."""
+    """Compute SHA-256 over names, types, shapes and bytes: networks with the same digest have the same state."""
     digest = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
@@ -131,7 +131,7 @@ def state_digest(state: Mapping[str, Tensor]) -> str:
 
 
 def function_digest(model: nn.Module) -> str:
-    """SHA-256 of what a timm model computes in eval mode: its architecture, how it was built, and its tensors."""
+    """Compute SHA-256 of what a timm model is in eval mode: architecture, how it was built, and tensors."""
     cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
     built = {"architecture": cfg.get("architecture"), "class": type(model).__name__, "modules": str(model)}
     args = {key: str(value) for key, value in getattr(model, "_model_args", {}).items()}
@@ -242,7 +242,7 @@ def _load_file(model: nn.Module, section: BackboneSection) -> WeightsReport:
 
 
 def _load_bundled(model: nn.Module, section: BackboneSection) -> WeightsReport:
-    """Weights that ship with tlscale; the model is told what images they were made with."""
+    """Load weights that ship with tlscale, and give the model the settings of the images they were made with."""
     weights = bundled(section.name)
     if (found := file_sha256(weights.path)) != weights.sha256:
         raise ModelError(
@@ -256,7 +256,7 @@ def _load_bundled(model: nn.Module, section: BackboneSection) -> WeightsReport:
 
 
 def _read_state(path: Path, section: BackboneSection) -> dict[str, Tensor]:
-    """The tensors of a file, read without running anything that the file holds."""
+    """Read the tensors of a file without running anything that the file holds."""
     if not path.is_file():
         raise ModelError(
             f"backbone.weights: there is no file '{path}'. Give 'pretrained', 'none' or the path of a .safetensors."
@@ -290,7 +290,7 @@ def _read_state(path: Path, section: BackboneSection) -> dict[str, Tensor]:
 
 
 def _state_of(loaded: object, path: Path) -> dict[str, Tensor]:
-    """The state dict, bare or under the keys that training scripts use."""
+    """Find the state dict, bare or under the keys that training scripts use."""
     for key in ("state_dict_ema", "model_ema", "state_dict", "model", "module"):
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
             loaded = loaded[key]
@@ -306,7 +306,7 @@ def _state_of(loaded: object, path: Path) -> dict[str, Tensor]:
 
 
 def _without_wrappers(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without the prefixes of DDP and torch.compile, whichever was around the other."""
+    """Remove the prefixes of DDP and torch.compile, whichever was around the other."""
     for prefix in ("_orig_mod.", "module.", "_orig_mod."):
         if all(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): value for name, value in state.items()}
@@ -314,7 +314,7 @@ def _without_wrappers(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _best_fit(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """`state` as it is, or as the architecture's own filter makes it from a checkpoint of its authors."""
+    """Choose `state` as it is, or as the architecture's own filter makes it from a checkpoint of its authors."""
     own = model.state_dict()
 
     def fit(candidate: Mapping[str, Tensor]) -> int:
@@ -331,7 +331,7 @@ def _best_fit(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
 
 
 def _fit_channels(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """First filters made for 3 channels turned into filters for the model's channels (summed for 1)."""
+    """Turn first filters made for 3 channels into filters for the model's channels (summed for 1)."""
     first = model.pretrained_cfg.get("first_conv")  # type: ignore[union-attr, operator]
     for name in (first,) if isinstance(first, str) else first or ():
         key, own = f"{name}.weight", model.state_dict().get(f"{name}.weight")

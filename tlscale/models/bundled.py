@@ -27,12 +27,12 @@ class Bundled:
 
 
 def bundled_names() -> list[str]:
-    """The timm models whose weights ship."""
+    """Return the timm models whose weights ship."""
     return sorted(path.stem for path in FOLDER.glob("*.safetensors"))
 
 
 def bundled(name: str) -> Bundled:
-    """The weights of a timm model.
+    """Return the bundled weights of a timm model.
 
     Raises:
         ModelError: none ship for it.

@@ -42,7 +42,7 @@ class Classifier(nn.Module):
         return cast(Tensor, self.head(self.backbone(images)))
 
     def train(self, mode: bool = True) -> Classifier:
-        """As ever, but what is frozen stays in eval mode: its batch statistics are not this task's to move."""
+        """Set the mode, but keep what is frozen in eval mode: its batch statistics are not this task's to move."""
         super().train(mode)
         if mode:
             for module in frozen_modules(self.backbone):
@@ -50,7 +50,7 @@ class Classifier(nn.Module):
         return self
 
     def rule_names(self) -> dict[str, nn.Parameter]:
-        """Parameters by the names that rules match."""
+        """Return parameters by the names that rules match."""
         params = {name.removeprefix("backbone."): param for name, param in self.named_parameters()}
         assert len(params) == len(list(self.parameters())), "a backbone with parameters named as our head's"
         return params
@@ -65,7 +65,7 @@ class Classifier(nn.Module):
         return {name: depths.get(name, of_head) for name in self.rule_names()}
 
     def never_decayed(self) -> frozenset[str]:
-        """Rule names that the architecture wants without weight decay."""
+        """Return rule names that the architecture wants without weight decay."""
         return no_weight_decay(self.backbone)
 
 
@@ -101,7 +101,7 @@ class CodesClassifier(nn.Module):
 
 
 def feature_width(backbone: nn.Module, *, in_chans: int, image_size: int) -> int:
-    """D, by one forward pass: what timm says of its models' widths is not always what they give.
+    """Measure D by one forward pass: the widths that timm notes of its models are not always what they give.
 
     Raises:
         ModelError: the backbone cannot take such images, or does not give one vector an image.
@@ -186,7 +186,7 @@ def _take_back(own: dict[str, Tensor], module: nn.Module, *_: object) -> None:
 
 
 def _recomputed_layers(classifier: Classifier, in_chans: int, image_size: int) -> int:
-    """How many layers run again in a backward pass; the network is left as it was."""
+    """Count the layers that run again in a backward pass; the network is left as it was."""
     calls = 0
 
     def count(*_: object) -> None:
@@ -207,14 +207,14 @@ def _recomputed_layers(classifier: Classifier, in_chans: int, image_size: int) -
 
 
 def unused_parameters(classifier: Classifier, *, in_chans: int, image_size: int) -> list[str]:
-    """Rule names of parameters that want a gradient and get none in a backward pass; the network is left as it was."""
+    """Return rule names of parameters that require a gradient and get none; the network is left as it was."""
     with _on_trial(classifier):
         torch.autograd.backward(_trial_output(classifier, in_chans, image_size))
         return [name for name, param in classifier.rule_names().items() if param.requires_grad and param.grad is None]
 
 
 def trains_on_one_image(classifier: Classifier, *, in_chans: int, image_size: int) -> bool:
-    """Whether a forward pass in training mode takes a single image: batch norm of one value a channel does not."""
+    """Return whether training mode takes a single image: batch norm of one value a channel does not."""
     with _on_trial(classifier):
         try:
             _trial_output(classifier, in_chans, image_size, count=1)
@@ -225,7 +225,7 @@ def trains_on_one_image(classifier: Classifier, *, in_chans: int, image_size: in
 
 @contextmanager
 def _on_trial(classifier: Classifier) -> Iterator[None]:
-    """Within: training mode. Afterwards mode, buffers and random numbers are as before, and there are no gradients."""
+    """Switch to training mode within; restore mode, buffers and random numbers, and drop gradients afterwards."""
     buffers = {name: buffer.clone() for name, buffer in classifier.named_buffers()}
     was_training = classifier.training
     try:

@@ -96,7 +96,7 @@ def export_model(
 
 
 def _plain_copy(classifier: Classifier | CodesClassifier) -> Classifier | CodesClassifier:
-    """A copy in eval mode on the CPU, without what a run wraps its network in (autocast, compiled code, memory order).
+    """Copy to the CPU, in eval mode, without what a run wraps its network in (autocast, compiled code, memory order).
 
     Logits are compared on it: two devices, precisions or memory orders agree less closely than two files must.
     """
@@ -120,7 +120,7 @@ def _own_config(plain: Classifier | CodesClassifier, head: Sequence[HeadLayer]) 
 
 
 def _write_tensors(state: Mapping[str, Tensor], path: Path) -> None:
-    """Each tensor once, with storage of its own, as safetensors wants it."""
+    """Write each tensor once, with storage of its own, as safetensors wants it."""
     tensors = {name: tensor.detach().contiguous().clone() for name, tensor in state.items()}
     safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
     # safetensors lets nobody else read its files; they are for whoever may read the configuration beside them.
@@ -137,7 +137,8 @@ def _write_checksums(folder: Path) -> None:
 
 
 def _check_checksums(folder: Path, ours: Mapping[str, Any]) -> None:
-    """
+    """Compare the files of tensors with their checksums.
+
     Raises:
         RunFolderError: a file of tensors is not the one that was exported. Exports of before have no checksums.
     """
@@ -183,7 +184,7 @@ def _write_config(model: nn.Module, folder: Path, ours: Mapping[str, Any], spec:
 
 
 def _as_timm_model(classifier: Classifier, spec: InputSpec) -> nn.Module | None:
-    """timm's own model of this architecture with its classifier set to the head; None where that is another network."""
+    """Build timm's own model with its classifier set to the head; return None where that is another network."""
     linear = cast(nn.Linear, classifier.head[-1])
     backbone = classifier.backbone
     cfg: dict[str, Any] = backbone.pretrained_cfg  # type: ignore[assignment]
@@ -206,7 +207,7 @@ def _as_timm_model(classifier: Classifier, spec: InputSpec) -> nn.Module | None:
 
 
 def _difference(ours: nn.Module, other: nn.Module, spec: InputSpec) -> float:
-    """Largest difference of two networks' logits on random images, as a share of the largest logit (at least 1).
+    """Return the largest difference of logits on random images, as a share of the largest logit (at least 1).
 
     Votes of neighbours jump where two are equally near; there it is the codes, and the neighbours that are kept.
     """
@@ -230,7 +231,7 @@ def _first(value: Tensor | tuple[Tensor, ...]) -> Tensor:
 
 
 def load(run: str | Path) -> TrainedModel:
-    """The model of a run folder (or of its `model/` folder), in eval mode on the CPU.
+    """Load the model of a run folder (or of its `model/` folder), in eval mode on the CPU.
 
     Raises:
         RunFolderError: there is no model there, a damaged one, or one of a newer format.
@@ -256,7 +257,7 @@ def load(run: str | Path) -> TrainedModel:
 
 
 def _read_own_config(path: Path) -> dict[str, Any]:
-    """What `export_model` noted in `config.json`."""
+    """Read what `export_model` noted in `config.json`."""
     try:
         config = json.loads(path.read_text())
     except ValueError as error:

@@ -45,7 +45,7 @@ class CodesRow(NamedTuple):
 
 
 def layer_names(backbone: nn.Module) -> list[Layer]:
-    """The stages of the backbone, earliest first, without the penultimate codes.
+    """Return the stages of the backbone, earliest first, without the penultimate codes.
 
     They are those that timm lists; where it lists none that can be named, the parts that the backbone is made of.
     Any other module may be named as well.
@@ -60,7 +60,7 @@ def layer_names(backbone: nn.Module) -> list[Layer]:
 
 
 def stages(backbone: nn.Module) -> tuple[str, ...]:
-    """Names of the stages, earliest first; the last is 'penultimate'."""
+    """Return names of the stages, earliest first; the last is 'penultimate'."""
     return (*(layer.name for layer in layer_names(backbone)), PENULTIMATE)
 
 
@@ -70,12 +70,12 @@ def _feature_info(backbone: nn.Module) -> list[dict[str, Any]]:
 
 
 def _is_list(module: nn.Module) -> bool:
-    """Whether this only holds modules, and is never called itself."""
+    """Return whether this only holds modules, and is never called itself."""
     return type(module).forward is nn.Module.forward
 
 
 def _last_inside(modules: dict[str, nn.Module], name: str) -> str:
-    """The module itself, or the last of a list of modules."""
+    """Return the module itself, or the last of a list of modules."""
     while _is_list(modules[name]) and (inside := [key for key, _ in modules[name].named_children()]):
         name = f"{name}.{inside[-1]}"
     return name
@@ -119,11 +119,11 @@ class LayerCodes(nn.Module):
         self.eval()
 
     def train(self, mode: bool = True) -> LayerCodes:
-        """Stays in eval mode: codes depend on the image alone."""
+        """Keep eval mode: codes depend on the image alone."""
         return super().train(False)
 
     def forward(self, images_BCHW: Tensor) -> tuple[Tensor, ...]:
-        """The codes of each (layer, pool).
+        """Compute the codes of each (layer, pool).
 
         Raises:
             ModelError: a layer does not give one vector an image, or not clearly.
@@ -133,7 +133,7 @@ class LayerCodes(nn.Module):
         return tuple(taps.codes[pair] for pair in self.wanted)
 
     def describe(self, images_BCHW: Tensor) -> list[CodesRow]:
-        """What each (layer, pool) gives, by one pass of `images_BCHW` (two are enough).
+        """Describe what each (layer, pool) gives, by one pass of `images_BCHW` (two are enough).
 
         Raises:
             ModelError: as `forward`; or the backbone cannot take such images.
@@ -165,7 +165,7 @@ class LayerCodes(nn.Module):
 def features_and_codes(
     backbone: nn.Module, wanted: Sequence[tuple[str, str]], images_BCHW: Tensor
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """What the backbone gives, and the codes of each (layer, pool), by one pass in the mode that it is in.
+    """Compute what the backbone gives, and the codes of each (layer, pool), by one pass in the mode that it is in.
 
     Gradients flow through both.
 
@@ -245,7 +245,7 @@ class _Positions:
     is_map: bool = False
 
     def pooled(self, pool: str, layer: str) -> Tensor:
-        """(B, D) in memory of its own: a later layer may work in place."""
+        """Pool to (B, D), in memory of its own: a later layer may work in place."""
         match pool:
             case "avg":
                 return self.positions_BPD.mean(1)
@@ -330,7 +330,7 @@ def _in_positions(value: Tensor, layer: str, backbone: nn.Module, images_shape: 
 
 
 def _num_prefix(value: Tensor, layer: str, backbone: nn.Module, images_shape: torch.Size) -> int:
-    """K, by counting: some architectures add their class token only after the layers that timm lists."""
+    """Find K by counting: some architectures add their class token only after the layers that timm lists."""
     declared = int(getattr(backbone, "num_prefix_tokens", 0) or 0)
     infos = _feature_info(backbone)
     own = {known.stride for known in layer_names(backbone) if known.name == layer and known.stride is not None}
@@ -350,7 +350,7 @@ def _num_prefix(value: Tensor, layer: str, backbone: nn.Module, images_shape: to
 
 
 def _channel_dim(value: Tensor, layer: str, backbone: nn.Module) -> int:
-    """1 for (B, C, H, W), 3 for (B, H, W, C): by timm's word on the stage, else by which two sides are alike."""
+    """Return 1 for (B, C, H, W), 3 for (B, H, W, C): as timm notes of the stage, else by which two sides are alike."""
     num_chs = {known.channels for known in layer_names(backbone) if known.name == layer}
     by_width = [dim for dim in (1, 3) if value.shape[dim] in num_chs]
     if len(by_width) == 1:
@@ -370,5 +370,5 @@ def _channel_dim(value: Tensor, layer: str, backbone: nn.Module) -> int:
 
 
 def _works_on_the_last_axis(backbone: nn.Module) -> bool:
-    """Whether anything in it could want its channels last."""
+    """Return whether anything in the backbone could want its channels last."""
     return any(isinstance(module, nn.Linear | nn.LayerNorm) for module in backbone.modules())

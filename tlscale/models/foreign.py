@@ -118,7 +118,7 @@ def check_model_folder(folder: Path) -> None:
 
 
 def _arguments_of(architecture: str) -> frozenset[str]:
-    """What describes a network of timm: the arguments of the functions and classes that its module has or builds on."""
+    """Return the arguments that describe a network: of the functions and classes its module has or builds on."""
     module = sys.modules[timm.model_entrypoint(architecture).__module__]
     things = [thing for thing in vars(module).values() if inspect.isclass(thing) or inspect.isfunction(thing)]
     classes = [parent for thing in things if inspect.isclass(thing) for parent in thing.__mro__]

@@ -66,12 +66,12 @@ def _row(backbone: nn.Module, label: str, names: Iterable[str]) -> FreezeRow:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether this is a normalisation layer; torch's and timm's are all named so."""
+    """Return whether this is a normalisation layer; torch's and timm's are all named so."""
     return "Norm" in type(module).__name__
 
 
 def frozen_modules(root: nn.Module) -> list[nn.Module]:
-    """The largest modules all of whose parameters are frozen (and that have some).
+    """Return the largest modules all of whose parameters are frozen (and that have some).
 
     Dropout and stochastic depth have no parameters: they count as frozen where the smallest module around them
     that has parameters is frozen, which is why whole subtrees are taken.
@@ -83,7 +83,7 @@ def frozen_modules(root: nn.Module) -> list[nn.Module]:
 
 
 def fixed_names(network: nn.Module) -> set[str]:
-    """Names in the state dict of what training cannot change: frozen parameters, and the buffers of frozen modules."""
+    """Return names in the state dict of what training does not change: frozen parameters, buffers of frozen modules."""
     names = {name for name, param in network.named_parameters() if not param.requires_grad}
     frozen = {id(module) for root in frozen_modules(network) for module in root.modules()}
     for path, module in network.named_modules():
@@ -93,7 +93,8 @@ def fixed_names(network: nn.Module) -> set[str]:
 
 
 def check_trainable(params: Iterable[nn.Parameter], rules: Sequence[Rule[bool]], where: str = "freeze") -> None:
-    """
+    """Check that something is left to train.
+
     Raises:
         ModelError: nothing is left to train.
     """

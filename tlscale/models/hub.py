@@ -16,7 +16,7 @@ import huggingface_hub.constants as hub
 
 
 def hub_has_address() -> bool:
-    """Whether the hub's host can be looked up; a proxy does its own looking up, so it counts as yes."""
+    """Return whether the hub's host has an address; a proxy looks it up by itself, so with one the answer is yes."""
     if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
         return True
     try:
@@ -28,7 +28,7 @@ def hub_has_address() -> bool:
 
 @contextmanager
 def cache_only_when_unreachable() -> Iterator[None]:
-    """Within: hub calls use the cache alone where the hub has no address, and fail at once on what is not there."""
+    """Let hub calls within use the cache alone where the hub has no address, so that they fail at once, not late."""
     before = hub.HF_HUB_OFFLINE
     hub.HF_HUB_OFFLINE = before or not hub_has_address()
     try:

@@ -93,7 +93,7 @@ def _duration(value: object) -> Duration:
 
 
 def _freeze_rules(value: object) -> tuple[Rule[bool], ...]:
-    """One regex, a list of them, or a list of `{regex: true | false}`, in order."""
+    """Read one regex, a list of them, or a list of `{regex: true | false}`, in order."""
     rules: list[Rule[bool]] = []
     for item in value if isinstance(value, list | tuple) else [value]:
         if isinstance(item, Rule):
@@ -109,7 +109,7 @@ def _freeze_rules(value: object) -> tuple[Rule[bool], ...]:
 
 
 def _number_rules(value: object) -> tuple[Rule[float], ...]:
-    """A list of `{regex: number}`, in order (a mapping is such a list)."""
+    """Read a list of `{regex: number}`, in order (a mapping is such a list)."""
     rules: list[Rule[float]] = []
     for item in value if isinstance(value, list | tuple) else [value]:
         if isinstance(item, Rule):
@@ -129,7 +129,7 @@ def _plain_rules(rules: tuple[Rule[Any], ...]) -> list[dict[str, Any]]:
 
 
 def _named_number(item: object, what: str) -> tuple[str, Any]:
-    """`name` or `{name: number}` as (name, number or None)."""
+    """Read `name` or `{name: number}` as (name, number or None)."""
     if isinstance(item, str):
         return item, None
     if isinstance(item, dict) and len(item) == 1:
@@ -192,7 +192,7 @@ def augmentation_values(augment: list[Augmentation]) -> dict[str, float | None]:
 
 
 def _augment(value: object) -> object:
-    """`none` is the empty list."""
+    """Read `none` as the empty list."""
     return [] if value == "none" or value is None else value
 
 
@@ -218,7 +218,7 @@ def weights_place(weights: str) -> str:
 
 
 def one_or_more(value: object) -> object:
-    """One name, or a list of them."""
+    """Read one name, or a list of them."""
     return [value] if isinstance(value, str) else value
 
 

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from tests.small_models import classifier, noise, train
+from tlscale.models.classic import networks, staged
+from tlscale.models.partition.fingerprint import digest_name
 from tlscale.models.partition.partition import find_partition
 
 RESNET = r"(conv1|bn1|layer[12])\..*"
@@ -40,6 +42,12 @@ def test_the_same_function_has_the_same_digest(name, rule):
     )
     train(one, steps=1)
     assert digest(one) == expected
+
+
+def test_our_classes_keep_the_names_under_which_codes_were_first_kept():
+    names = [digest_name(kind) for kind in (networks.MaxPool, networks.AlexNet, staged.StagedNet, nn.ReLU)]
+    assert names[:2] == ["tlscale.model.classic.MaxPool", "tlscale.model.classic.AlexNet"]
+    assert names[2:] == ["tlscale.model.staged.StagedNet", "torch.nn.modules.activation.ReLU"]
 
 
 def test_memory_order_and_checkpointing_are_no_other_function():
@@ -76,7 +84,7 @@ def test_each_tensor_and_setting_of_the_prefix_counts(change, rule):
     assert digest(one) != before
 
 
-def test_tensors_behind_the_frontier_do_not_count():
+def test_tensors_behind_the_partition_do_not_count():
     one = network()
     before = digest(one)
     one.backbone.layer4[0].conv1.weight.data.mul_(2)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tests.small_models import noise
-from tlscale.models.partition.min_cut import analyse, cheapest_cut, goals, with_inputs
+from tlscale.models.partition.min_cut import analyse, goals, minimum_cut, with_inputs
 from tlscale.models.partition.partition import NoPartition, find_partition
 from tlscale.models.partition.tracing import is_heavy
 
@@ -84,7 +84,7 @@ def cheapest_by_trying(analysis, network):
     steady = [node for node in analysis.graph.nodes if node in analysis.steady and not is_constant(analysis, node)]
     needed = set(with_inputs(goals(analysis, network)))
     wanted = [node for node in steady if any(user in needed and user not in analysis.steady for user in node.users)]
-    can_keep = [node for node in steady if analysis.facts[node].num_bytes]
+    can_keep = [node for node in steady if analysis.info[node].num_bytes]
 
     def reaches_all(kept):
         had = set(kept)
@@ -95,7 +95,7 @@ def cheapest_by_trying(analysis, network):
         return had.issuperset(wanted)
 
     sizes = [
-        sum(analysis.facts[node].num_bytes for node in kept)
+        sum(analysis.info[node].num_bytes for node in kept)
         for count in range(len(can_keep) + 1)
         for kept in combinations(can_keep, count)
         if reaches_all(kept)
@@ -105,12 +105,12 @@ def cheapest_by_trying(analysis, network):
 
 def is_constant(analysis, node):
     return node.op != "placeholder" and (
-        analysis.facts[node].is_known or all(is_constant(analysis, i) for i in node.all_input_nodes)
+        analysis.info[node].is_known or all(is_constant(analysis, i) for i in node.all_input_nodes)
     )
 
 
-def halves_of(network):
-    """The frontier, or None where it is rightly refused."""
+def partition_of(network):
+    """The partition, or None where it is rightly refused."""
     try:
         return find_partition(network, noise(image_size=SIZE))
     except NoPartition as none:
@@ -128,9 +128,9 @@ def assert_is_the_network(network, partition):
 
 @settings(max_examples=60, deadline=None)
 @given(steps=steps_of())
-def test_no_other_cut_is_cheaper_and_the_halves_are_the_network(steps):
+def test_no_other_cut_is_cheaper_and_prefix_and_suffix_are_the_network(steps):
     network = Random(steps)
-    partition = halves_of(network)
+    partition = partition_of(network)
     if partition is not None:
         with torch.no_grad():
             analysis = analyse(network.train(), noise(image_size=SIZE))
@@ -143,7 +143,7 @@ def test_no_other_cut_is_cheaper_and_the_halves_are_the_network(steps):
 def test_values_overwritten_at_random_are_right_or_refused(steps):
     network = Random(steps)
     try:
-        partition = halves_of(network)
+        partition = partition_of(network)
     except NoPartition as none:
         assert "not one row an image, or is overwritten" in none.reason or "do not give what the whole" in none.reason  # noqa: PT017
         return
@@ -166,15 +166,15 @@ def test_sizes_are_measured():
     network = Rows()
     with torch.no_grad():
         analysis = analyse(network, noise(image_size=SIZE))
-    facts = {node.name: fact for node, fact in analysis.facts.items()}
-    assert facts["getitem"].counts_images
-    assert facts["getitem"].plain == 1
-    assert facts["mul"].plain == 2
-    assert (facts["getitem_2"].plain, facts["getitem_2"].counts_images) == (SIZE, False)
-    assert not facts["getattr_1"].is_known
-    assert facts["reshape"].num_bytes is None
-    assert facts["reshape_1"].num_bytes == 4 * SIZE * SIZE * 4
-    assert [node.name for node in cheapest_cut(analysis, network)] == ["reshape_1"]
+    info = {node.name: of_node for node, of_node in analysis.info.items()}
+    assert info["getitem"].counts_images
+    assert info["getitem"].plain == 1
+    assert info["mul"].plain == 2
+    assert (info["getitem_2"].plain, info["getitem_2"].counts_images) == (SIZE, False)
+    assert not info["getattr_1"].is_known
+    assert info["reshape"].num_bytes is None
+    assert info["reshape_1"].num_bytes == 4 * SIZE * SIZE * 4
+    assert [node.name for node in minimum_cut(analysis, network)] == ["reshape_1"]
 
 
 def test_what_crosses_and_has_no_rows():
@@ -192,4 +192,4 @@ def test_what_crosses_and_has_no_rows():
     with torch.no_grad():
         analysis = analyse(network, noise(image_size=SIZE))
     with pytest.raises(NoPartition, match="not one row an image"):
-        cheapest_cut(analysis, network)
+        minimum_cut(analysis, network)

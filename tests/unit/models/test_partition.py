@@ -1,4 +1,4 @@
-"""A network in two halves is the network: outputs, gradients, batch statistics, modes; or there is a reason why not."""
+"""Prefix and suffix are the network: outputs, gradients, batch statistics, modes; or there is a reason why not."""
 
 import copy
 import operator
@@ -141,7 +141,7 @@ def test_shapes_and_words():
     )
     assert [value.shape for value in partition.values] == [(256, 4, 4)]
     text = partition.describe()
-    assert text.startswith("keeps backbone.layer3 (256x4x4 float32): 16.0 KiB an image; 77% of the forward pass")
+    assert text.startswith("caches backbone.layer3 (256x4x4 float32): 16.0 KiB an image; 77% of the forward pass")
     partition = find_partition(classifier("test_vit", freeze=[VIT]), noise())
     assert [value.shape for value in partition.values] == [(5, 64)]
 
@@ -173,7 +173,7 @@ def test_training_on_codes_ends_in_the_same_weights(name, rule):
         assert torch.equal(one, other), key
 
 
-# -- the halves ---------------------------------------------------------------------------------------------------
+# -- prefix and suffix -----------------------------------------------------------------------------------------
 
 
 def test_the_network_is_left_as_it_was():
@@ -612,7 +612,7 @@ def test_what_the_halves_get_wrong_is_found_out():
         return pooled(self.top(self.stem(x))) * ((x.shape[0] + 6) // 7)
 
     network = Parts(forward, stem=frozen(conv()), top=conv(5, 4))
-    assert reason(network) == "the two halves do not give what the whole network gives in evaluation"
+    assert reason(network) == "prefix and suffix do not give what the whole network gives in evaluation"
 
 
 def test_counters_are_left_as_they_were():

@@ -106,7 +106,7 @@ class _Feed:
         self.is_done = False
 
     def give(self, data: bytes) -> bool:
-        """InputPipeline data; whether all of them were consumed, or the picture is complete without them."""
+        """Feed data; return whether all of them were consumed, or the picture is complete without them."""
         if self.is_done:
             return True
         self._pending += data
@@ -137,14 +137,14 @@ def _decode(feed: _Feed, raw: bytes, start: int, layout: _Layout) -> None:
 
 
 def _before(raw: bytes, start: int, end: int) -> int:
-    """The last place up to `end` that divides no pair of bytes."""
+    """Return the last place up to `end` that divides no pair of bytes."""
     while end > start and 0xFF in raw[end - 1 : end + 1]:
         end -= 1
     return end
 
 
 def _layout(raw: bytes) -> _Layout | None:
-    """Where things are; None where that cannot be told."""
+    """Find where things are; return None where the markers do not tell."""
     layout, at = _Layout(), 0
     places: Ints | None = None
     try:
@@ -171,7 +171,7 @@ def _layout(raw: bytes) -> _Layout | None:
 
 
 def _markers(raw: bytes) -> Ints:
-    """Places of all that looks like a marker."""
+    """Return the places of all that looks like a marker."""
     bytes_N = np.frombuffer(raw, np.uint8)
     places = np.flatnonzero(bytes_N[:-1] == 0xFF)
     kinds = bytes_N[places + 1]
@@ -201,7 +201,7 @@ def _note_scan(layout: _Layout, body: bytes) -> None:
 
 
 def _num_blocks(layout: _Layout, components: list[int]) -> int:
-    """Number of blocks (MCUs) of a scan."""
+    """Return the number of blocks (MCUs) of a scan."""
     height, width = layout.height_width
     down, across = (max(sides[axis] for sides in layout.sampling.values()) for axis in (0, 1))
     if len(components) > 1:  # each holds some blocks of each component
@@ -212,7 +212,7 @@ def _num_blocks(layout: _Layout, components: list[int]) -> int:
 
 
 def _note_data(layout: _Layout, raw: bytes, start: int, places: Ints) -> int:
-    """Note the stretches of a scan; the place behind it."""
+    """Note the stretches of a scan, and return the place behind it."""
     restarts: list[int] = []
     for place in places[np.searchsorted(places, start) :].tolist():
         end = place

@@ -34,7 +34,7 @@ def scaled_key(raw: bytes, key: int) -> int:
 
 
 def _chunks(raw: bytes) -> Iterator[tuple[bytes, memoryview, int]]:
-    """Kind, data and checksum of each chunk that is whole."""
+    """Yield kind, data and checksum of each chunk that is whole."""
     view, at = memoryview(raw), _SIGNATURE_BYTES
     while at + 12 <= len(raw):
         end = at + 8 + int.from_bytes(view[at : at + 4])

@@ -141,7 +141,7 @@ def _read(raw: bytes) -> _Tags:
 
 
 def _faults(tags: _Tags) -> Iterator[str]:
-    """What does not come out right, if anything."""
+    """Yield the reasons why this TIFF would not come out right."""
     num_extra = tags.samples - tags.num_colours
     if tags.compression == 6:
         return  # the old form of JPEG leaves most tags out
@@ -179,7 +179,7 @@ def _faults_of_numbers(tags: _Tags) -> Iterator[str]:
 
 
 def _are_planes_read(tags: _Tags, num_extra: int) -> bool:
-    """Whether the planes come together as they should; of one sample there is one plane."""
+    """Return whether the planes come together as they should; of one sample there is one plane."""
     bits, is_raw = tags.bits[0], tags.compression == _RAW
     if num_extra or tags.fill_order == 2:
         return False

@@ -47,17 +47,17 @@ class BadImages:
         return {role: len(rows) for role, rows in self.found.items() if rows}
 
     def reasons(self) -> Iterable[str]:
-        """One line an image."""
+        """Yield one line an image."""
         return (f"{role} image {row}: {why}" for role, rows in self.found.items() for row, why in rows)
 
     def to_plain(self) -> Any:
-        """For `run.json`."""
+        """Return plain values for `run.json`."""
         plain = {role: [[row, why] for row, why in rows] for role, rows in self.found.items() if rows}
         return plain.get("train", []) if self.is_late else plain
 
     @classmethod
     def from_plain(cls, plain: Any) -> BadImages:
-        """What `to_plain` gave; a list is what older versions wrote."""
+        """Read what `to_plain` gave; a list is what older versions wrote."""
         if isinstance(plain, list):
             return cls({"train": [(int(row), str(why)) for row, why in plain]}, is_late=True)
         return cls({role: [(int(row), str(why)) for row, why in rows] for role, rows in plain.items()})

@@ -13,7 +13,7 @@ LABEL_COLUMNS = ("label", "labels", "class", "class_name", "target")
 
 
 def pick_column(given: str | None, usual: Sequence[str], columns: Sequence[str], key: str, where: str) -> str:
-    """The column that the recipe names, or the one with a usual name.
+    """Pick the column that the recipe names, or the one with a usual name.
 
     Raises:
         DataError: not there; none or several have a usual name.

@@ -76,7 +76,7 @@ def read_fashion_mnist(section: DataSection) -> Source:
 
 
 def read_sample() -> Source:
-    """The shipped sample: 6,000 + 1,000 of the real images."""
+    """Read the shipped sample: 6,000 + 1,000 of the real images."""
     section = DataSection.model_validate({"source": "manifest", "path": str(SAMPLE)})
     source = read_manifest_source(section)
     total = sum(len(split.label_ids_N) for split in source.splits.values())
@@ -141,7 +141,7 @@ def check_content(role: Role, split: SourceSplit, place: str) -> None:
 
 
 def unordered_sum(store: ImageStore, labels_N: Ints) -> str:
-    """A checksum that the order does not change: the sum of 128 bits of SHA-256 of (label, pixels) of each image."""
+    """Compute a checksum that the order does not change: the sum of 128 bits of SHA-256 of each (label, pixels)."""
     total = 0
     for row, label in enumerate(labels_N):
         pixels = decode_image(store.read(row), in_chans=1, max_pixels=28 * 28, where=store.where(row))

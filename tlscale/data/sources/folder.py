@@ -57,7 +57,7 @@ def read_folder_source(section: DataSection) -> Source:
 
 
 def _pick(section: DataSection, root: Path) -> dict[Role, str] | None:
-    """Role -> folder; None where the class folders lie directly in `root`."""
+    """Pick a folder for each role; None where the class folders are directly in `root`."""
     named = [section.train_split, section.validation_split, section.test_split, *VALIDATION_NAMES]
     for name in filter(None, named):
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
@@ -81,7 +81,7 @@ def _pick(section: DataSection, root: Path) -> dict[Role, str] | None:
 
 
 def _available(root: Path, train: str, top: list[str], nested: list[str]) -> list[str]:
-    """The folders that may be splits: at the top, those that the recipe names below it, and those beside train."""
+    """Return the folders that may be splits: at the top, those named in the recipe below it, those next to train."""
     holders = {PurePosixPath(name).parts[0] for name in nested}  # their first part is no split by itself
     parent = PurePosixPath(train).parent
     beside = [] if parent.name == "" else [str(parent / e.name) for e in _visible(root / parent) if e.is_dir()]
@@ -89,7 +89,7 @@ def _available(root: Path, train: str, top: list[str], nested: list[str]) -> lis
 
 
 def _tells(name: str) -> bool:
-    """Whether a folder can hardly be a class: 'Test' and 'val' are no classes, but 'trains' may be."""
+    """Return whether a folder can hardly be a class: 'Test' and 'val' are no classes, but 'trains' may be."""
     return role_of(name) in ("validation", "test") or name.lower() in ("train", "training")
 
 
@@ -110,7 +110,7 @@ def _visible(folder: Path) -> list[os.DirEntry[str]]:
 
 
 def _read_split(root: Path, name: str) -> tuple[SourceSplit, Identities, list[str]]:
-    """The split, what identifies its files, and notes on files that lie beside the class folders."""
+    """Read a split, what identifies its files, and notes on files that are in no class folder."""
     folder = root / name
     entries = _visible(folder)
     classes = [entry.name for entry in entries if entry.is_dir()]
@@ -149,7 +149,7 @@ def _collect(root: Path, name: str, classes: list[str]) -> tuple[SourceSplit, Id
 
 
 def _read_class(root: Path, name: str, label: str) -> tuple[list[str], Ints, list[str]]:
-    """Paths below `root`, the `file_stamp` of each, and what is wrong."""
+    """Return paths below `root`, the `file_stamp` of each, and what is wrong."""
     folder = root / name / label
     prefix = "" if name == "." else f"{name}/"
     paths: list[str] = []

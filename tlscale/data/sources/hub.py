@@ -135,7 +135,7 @@ def read_hub_source(section: DataSection) -> Source:
 
 
 def hub_commit(name: str, revision: str | None) -> str | None:
-    """The commit that `revision` of the data set stands for; None where the hub cannot be reached.
+    """Return the commit that `revision` of the data set stands for; None where the hub is not reached.
 
     Raises:
         DataError: the hub answers, but has no such data set or revision, or not for us.
@@ -216,7 +216,7 @@ def _source(section: DataSection, loaded: Mapping[str, Dataset], place: str, ide
 
 
 def _unread_columns(split: Dataset, read: tuple[str, str], where: str) -> list[str]:
-    """Notes on columns that name splits and are not read: here splits are those of the data set."""
+    """Return notes on columns that name splits and are not read: here splits are those of the data set."""
     notes = []
     for name in (column for column in split.column_names if column not in read):
         values = split_values(_few_texts(split, name))
@@ -226,7 +226,7 @@ def _unread_columns(split: Dataset, read: tuple[str, str], where: str) -> list[s
 
 
 def _few_texts(split: Dataset, column: str) -> list[str | None]:
-    """The distinct values of a column that may name splits; none where it cannot."""
+    """Return the distinct values of a column that may name splits; none where it does not."""
     import datasets
 
     feature = split.features[column]
@@ -319,6 +319,6 @@ def _label_column(section: DataSection, split: Dataset, place: str) -> str:
 
 
 def _line(error: BaseException) -> str:
-    """The error's first line, with its type."""
+    """Return the error's first line, with its type."""
     first = str(error).strip().splitlines()[:1]
     return f"{type(error).__name__}: {first[0][:300]}" if first else type(error).__name__

@@ -50,7 +50,7 @@ class IdxFile:
 
 
 def find_idx(folder: Path, prefix: str, kind: str) -> Path | None:
-    """The file of `kind` ('images' or 'labels') of one split, plain before gzipped."""
+    """Find the file of `kind` ('images' or 'labels') of one split, plain before gzipped."""
     dims = _KINDS[kind]
     stems = (f"{prefix}-{kind}-idx{dims}-ubyte", f"{prefix}-{kind}.idx{dims}-ubyte")
     candidates = (folder / f"{stem}{end}" for stem in stems for end in ("", ".gz"))
@@ -99,7 +99,7 @@ def _check_plain_length(path: Path, size: int, header: int) -> None:
 
 
 def read_split(folder: Path, name: str, prefix: str) -> tuple[SourceSplit, dict[str, str]]:
-    """One split, and the checksum of each of its two files.
+    """Read one split, and the checksum of each of its two files.
 
     Raises:
         DataError: a file is missing or damaged, or the two do not fit together.
@@ -145,7 +145,7 @@ def read_idx_source(section: DataSection) -> Source:
 
 
 def _prefixes(section: DataSection, folder: Path) -> dict[str, str]:
-    """Name of each split that is there -> how its files start."""
+    """Return for each split that is there how the names of its files start."""
     names = [section.train_split, section.validation_split, section.test_split, "train", "test", *VALIDATION_NAMES]
     prefixes = {name: name for name in names if name is not None}
     there = {name: name for name in prefixes if find_idx(folder, name, "images") or find_idx(folder, name, "labels")}
@@ -155,6 +155,6 @@ def _prefixes(section: DataSection, folder: Path) -> dict[str, str]:
 
 
 def _strangers(folder: Path, prefixes: dict[str, str]) -> list[str]:
-    """How other files of images in the folder start."""
+    """Return how the names of other files of images in the folder start."""
     found = {path.name.partition("-images")[0] for path in folder.glob(_IMAGE_FILES)}
     return sorted(found - {*prefixes, *prefixes.values()})

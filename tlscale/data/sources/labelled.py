@@ -81,7 +81,7 @@ def open_labelled(
 
 
 def _with_labels(source: Source) -> tuple[dict[Role, SourceSplit], list[str]]:
-    """The splits with any label; the rows without one are left to `_joined`."""
+    """Return the splits with any label; `_joined` drops their rows without one."""
     kept: dict[Role, SourceSplit] = {}
     notes = []
     for role, split in source.splits.items():
@@ -163,7 +163,7 @@ class _JoinedTable:
         return digests_N, known_N
 
     def _divided(self, rows_N: Ints) -> Iterator[tuple[LabelledTable, Ints, Ints]]:
-        """Each part that has some of the rows, with its own rows and their places in `rows_N`."""
+        """Yield each part that has some of the rows, with its own rows and their places in `rows_N`."""
         start = 0
         for part in self.parts:
             places_N = np.flatnonzero((rows_N >= start) & (rows_N < start + len(part)))
@@ -180,7 +180,7 @@ class _JoinedTable:
 
 
 def _joined(wanted: Sequence[Role], tables: Sequence[LabelledTable], splits: Sequence[SourceSplit]) -> ImageSplit:
-    """One split of the labelled rows of all tables."""
+    """Make one split of the labelled rows of all tables."""
     labels_N = np.concatenate([table.labels_N for table in tables])
     label_ids_N = np.concatenate([split.label_ids_N for split in splits])
     table: ImageTable = tables[0] if len(tables) == 1 else _JoinedTable(tables, labels_N)
@@ -188,7 +188,7 @@ def _joined(wanted: Sequence[Role], tables: Sequence[LabelledTable], splits: Seq
 
 
 def count_shared(scored: ImageSplit, other: ImageSplit) -> int:
-    """How many images of `scored` are in `other` too, by content.
+    """Count the images of `scored` that are in `other` too, by content.
 
     Files of `other` are read only where one of `scored` has their size.
 
@@ -212,7 +212,7 @@ def _read_digest(split: ImageSplit, i: int) -> tuple[int, bytes]:
 
 
 def _file_size(split: ImageSplit, i: int) -> int | None:
-    """Bytes of the file of an image; None where it is not a file of its own."""
+    """Return the bytes of the file of an image; None where it is not a file of its own."""
     path = split.file_of(i)
     if path is None:
         return None
@@ -223,7 +223,7 @@ def _file_size(split: ImageSplit, i: int) -> int | None:
 
 
 def own_images(data: ImageData, *, refitted: bool) -> list[ImageSplit]:
-    """The images that a run was trained on: those of training, and of validation where a probe was refitted."""
+    """Return the images that a run was trained on: of training, and of validation where a probe was refitted."""
     splits = [data.train]
     if refitted and data.validation is not None:
         splits.append(data.validation)

@@ -22,24 +22,24 @@ _INTEGER = re.compile(r"-?(0|[1-9][0-9]*)")
 
 
 def is_integer(text: str) -> bool:
-    """Whether a label is an integer as a computer writes it (`7`, not `007` and not `7.0`)."""
+    """Return whether a label is an integer as a computer writes it (`7`, not `007` and not `7.0`)."""
     return _INTEGER.fullmatch(text) is not None
 
 
 def sort_labels(names: Iterable[str]) -> tuple[str, ...]:
-    """Each name once: by number where all of them are integers, else by code point."""
+    """Sort names, each once: by number where all of them are integers, else by code point."""
     distinct = set(names)
     return tuple(sorted(distinct, key=int) if all(map(is_integer, distinct)) else sorted(distinct))
 
 
 def is_text(kind: pa.DataType) -> bool:
-    """Whether a column of this type holds text, also as a dictionary."""
+    """Return whether a column of this type holds text, also as a dictionary."""
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
 def encode_labels(labels_N: pa.ChunkedArray, where: str) -> tuple[tuple[str, ...], Ints]:
-    """Label texts, sorted, and the place of each row's label among them.
+    """Return the label texts, sorted, and the place of each row's label among them.
 
     Args:
         labels_N: a column of text, whole numbers, booleans, or a dictionary of such.

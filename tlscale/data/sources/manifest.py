@@ -81,7 +81,7 @@ def _hint(file: Path) -> str:
 
 
 def _read_table(section: DataSection, file: Path) -> tuple[pa.Table, tuple[str, ...]]:
-    """The columns image, label and, where there is one, split, in this order; and notes on other columns."""
+    """Read the columns image, label and, where there is one, split, in this order; and notes on other columns."""
     try:
         match file.suffix.lower():
             case ".csv" | ".tsv":
@@ -105,7 +105,7 @@ def _columns(section: DataSection, columns: list[str], file: Path) -> list[str]:
 
 
 def _split_column(columns: list[str], file: Path) -> list[str]:
-    """The column of the splits, if there is one: 'split' before other spellings of it."""
+    """Return the column of the splits, if there is one: 'split' before other spellings of it."""
     found = [name for name in columns if name.strip().lower() == SPLIT_COLUMN]
     found = [SPLIT_COLUMN] if SPLIT_COLUMN in found else found
     if len(found) > 1:
@@ -114,7 +114,7 @@ def _split_column(columns: list[str], file: Path) -> list[str]:
 
 
 def _notes(unread: pa.Table, file: Path) -> tuple[str, ...]:
-    """Notes on columns that name splits and are not read."""
+    """Return notes on columns that name splits and are not read."""
     remedy = f"Call the column {SPLIT_COLUMN!r}, and its values train, validation and test, to have it read"
     notes = []
     for name in unread.column_names:
@@ -139,7 +139,7 @@ def _read_csv(section: DataSection, file: Path) -> tuple[pa.Table, tuple[str, ..
 
 
 def _may_name_splits(batches: Iterable[pa.RecordBatch]) -> list[str]:
-    """The columns of text whose first values name splits."""
+    """Return the columns of text whose first values name splits."""
     first = next(iter(batches), None)
     if first is None:
         return []
@@ -191,7 +191,7 @@ def _rows_of_splits(section: DataSection, file: Path, table: pa.Table) -> dict[R
 
 
 def _image_column(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
-    """The column as binary (the images) or large_string (their paths)."""
+    """Return the column as binary (the images) or large_string (their paths)."""
     kind = column.type
     if pa.types.is_struct(kind) and {field.name for field in kind} >= {"bytes", "path"}:
         raw, path = pc.struct_field(column, "bytes"), pc.struct_field(column, "path")
@@ -213,7 +213,7 @@ def _content(file: Path, column: pa.ChunkedArray, stats_N5: Stats | None) -> str
 
 
 def _stats(file: Path, column: pa.ChunkedArray) -> Stats | None:
-    """The `file_stamp` of all files, None where the images are in the table; raises on those that are not there."""
+    """Return the `file_stamp` of all files, None where the images are in the table; raise on missing ones."""
     if not pa.types.is_large_string(column.type):
         return None
     root = str(file.parent)

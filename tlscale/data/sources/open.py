@@ -111,7 +111,7 @@ def open_data(
 def _bad_images(
     section: DataSection, source: Source, known: BadImages | None, *, tries_images: bool
 ) -> tuple[BadImages, list[str]]:
-    """The images to be skipped, and notes on them."""
+    """Return the images to be skipped, and notes on them."""
     if section.on_bad_image == "error":
         return BadImages(), []
     if known is None and not tries_images:
@@ -126,7 +126,7 @@ def _bad_images(
 
 
 def read_source(section: DataSection) -> Source:
-    """Read all splits of a source, as they lie.
+    """Read all splits of a source, as they are stored.
 
     Raises:
         DataError: missing or wrong, with the place and what to do.

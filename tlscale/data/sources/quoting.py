@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 
 def first_few(items: Sequence[str], limit: int = 5) -> str:
-    """`a, b, c and 7 more`."""
+    """Return `a, b, c and 7 more`."""
     rest = len(items) - limit
     return ", ".join(items[:limit]) + (f" and {rest:,} more" if rest > 0 else "")
 
 
 def quoted(names: Sequence[str]) -> list[str]:
-    """The names as a message shows them, in quotes and with what cannot be printed escaped."""
+    """Return names as a message shows them: in quotes, with unprintable characters escaped."""
     return [repr(name) for name in names]
 
 

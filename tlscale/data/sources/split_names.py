@@ -93,7 +93,7 @@ class ScoredSection(DataSection):
 def pick_splits(
     section: DataSection, available: Sequence[str], where: str, *, any_word: bool = False
 ) -> dict[Role, str]:
-    """Which split of the source plays which role; validation and test may be missing.
+    """Pick the split of the source that plays each role; validation and test may be missing.
 
     Args:
         any_word: an unused name with a word such as 'test' in it is refused too, not only one that is such a word.

@@ -43,7 +43,7 @@ class Chosen:
 def choose_splits(
     section: DataSection, source: Source, seed: int, bad: Mapping[Role, Sequence[int]] | None = None
 ) -> Chosen:
-    """Number the classes, limit the training images, hold out a validation split.
+    """Give the classes numbers, limit the training images, hold out a validation split.
 
     Args:
         bad: rows of the source's splits that are skipped: to what is drawn they are not there.
@@ -69,7 +69,7 @@ def choose_splits(
 
 
 def stratified_subset(labels_N: Ints, rows_N: Ints, count: int, seed: int, *, keep_all_classes: bool) -> Ints:
-    """Positions of `count` images, each class by its share.
+    """Return positions of `count` images, each class by its share.
 
     Args:
         labels_N: class numbers of all candidates.
@@ -92,7 +92,7 @@ def stratified_subset(labels_N: Ints, rows_N: Ints, count: int, seed: int, *, ke
 
 
 def stratified_holdout(labels_N: Ints, rows_N: Ints, fraction: float, seed: int) -> Ints:
-    """Positions of about `fraction` of the images, each class by its share, and never the last image of a class.
+    """Return positions of about `fraction` of the images, each class by its share, never the last image of a class.
 
     Returns:
         Positions in `labels_N`, ascending: at least one where any class has two images, else none.
@@ -114,7 +114,7 @@ class _Places:
 
 
 def _places_in_line(labels_N: Ints, rows_N: Ints, seed: int) -> tuple[_Places, npt.NDArray[np.uint64]]:
-    """Where each image stands in its class, and the lots that it drew."""
+    """Return where each image stands in its class, and the lots that it drew."""
     lots_N = draw_lots(rows_N, seed)
     order_N = np.lexsort((rows_N, lots_N, labels_N))
     _, starts_C, sizes_C = np.unique(labels_N[order_N], return_index=True, return_counts=True)
@@ -125,7 +125,7 @@ def _places_in_line(labels_N: Ints, rows_N: Ints, seed: int) -> tuple[_Places, n
 
 
 def draw_lots(rows_N: Ints, seed: int) -> npt.NDArray[np.uint64]:
-    """A 64-bit number for each row, as if at random: the output function of SplitMix64 (Steele et al., OOPSLA 2014)."""
+    """Draw a 64-bit number for each row: the output function of SplitMix64 (Steele et al., OOPSLA 2014)."""
     bits_N = rows_N.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(seed)
     bits_N = (bits_N ^ (bits_N >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     bits_N = (bits_N ^ (bits_N >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -133,7 +133,7 @@ def draw_lots(rows_N: Ints, seed: int) -> npt.NDArray[np.uint64]:
 
 
 def _with_labels(source: Source) -> tuple[dict[Role, SourceSplit], tuple[str, ...]]:
-    """The splits that can be used; a test split whose labels are withheld (hub contests do that) cannot."""
+    """Return the splits that are usable; a test split whose labels are withheld (hub contests do that) is not."""
     kept: dict[Role, SourceSplit] = {}
     notes: tuple[str, ...] = ()
     for role, split in source.splits.items():
@@ -174,7 +174,7 @@ def name_labels(splits: Mapping[Role, SourceSplit], classes: tuple[str, ...]) ->
 
 
 def number_labels(split: SourceSplit, classes: tuple[str, ...], role: Role, place: str) -> LabelledTable:
-    """Number the labels of a split by their place in `classes`.
+    """Give the labels of a split numbers by their place in `classes`.
 
     Raises:
         DataError: labels that are no class.
@@ -219,7 +219,7 @@ def _divide_train(
     files_N: Ints | None,
     seed: int,
 ) -> tuple[Ints, Ints | None, list[str]]:
-    """Of `rows_N` of train, the rows to train on, rows held out for validation, and notes."""
+    """Divide `rows_N` of train: rows to train on, rows held out for validation, and notes."""
     labels_N = tables["train"].labels_N
     notes = []
     if section.train_limit is not None:
@@ -250,7 +250,7 @@ def _divide_train(
 
 
 def _holdout_by_file(labels_N: Ints, rows_N: Ints, files_N: Ints | None, fraction: float, seed: int) -> Ints:
-    """Positions in `rows_N` of the held-out rows; all rows of a file go where the first of them goes."""
+    """Return positions in `rows_N` of the held-out rows; all rows of a file go where the first of them goes."""
     if files_N is None:
         return stratified_holdout(labels_N[rows_N], rows_N, fraction, seed)
     _, firsts, files = np.unique(files_N[rows_N], return_index=True, return_inverse=True)

@@ -39,10 +39,10 @@ class ImageStore(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, row: int) -> Raw:
-        """Encoded bytes, or decoded uint8 pixels; `DataError` where there is nothing to be read."""
+        """Return encoded bytes, or decoded uint8 pixels; raise `DataError` where there is nothing to be read."""
 
     def where(self, row: int) -> str:
-        """The place of the image, for messages."""
+        """Return the place of the image, for messages."""
 
     def file_of(self, row: int) -> Path | None:
         """Return the file that holds this image and nothing else; None where there is none."""
@@ -64,13 +64,13 @@ class ImageTable(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, row: int) -> Raw:
-        """Encoded bytes, or decoded uint8 pixels; `DataError` where there is nothing to be read."""
+        """Return encoded bytes, or decoded uint8 pixels; raise `DataError` where there is nothing to be read."""
 
     def read_hashed(self, row: int) -> tuple[Raw, bytes]:
         """Return what `read` gives, and its digest."""
 
     def where(self, row: int) -> str:
-        """The place of the image, for messages."""
+        """Return the place of the image, for messages."""
 
     def file_of(self, row: int) -> Path | None:
         """Return the file that holds this image and nothing else; None where there is none."""
@@ -167,7 +167,7 @@ class ImageSplit:
         return len(self.rows_N)
 
     def read(self, i: int) -> Raw:
-        """Encoded bytes, or decoded uint8 pixels; `DataError` where there is nothing to be read."""
+        """Return encoded bytes, or decoded uint8 pixels; raise `DataError` where there is nothing to be read."""
         return self.table.read(int(self.rows_N[i]))
 
     def read_hashed(self, i: int) -> tuple[Raw, bytes]:
@@ -175,7 +175,7 @@ class ImageSplit:
         return self.table.read_hashed(int(self.rows_N[i]))
 
     def where(self, i: int) -> str:
-        """The place of the image, for messages."""
+        """Return the place of the image, for messages."""
         return self.table.where(int(self.rows_N[i]))
 
     def file_of(self, i: int) -> Path | None:
@@ -206,7 +206,7 @@ class ImageSplit:
         return self.known_digests()[0]
 
     def without(self, positions: Collection[int]) -> ImageSplit:
-        """The same split less these positions, such as those of bad images."""
+        """Return the same split without these positions, such as those of bad images."""
         kept_N = np.ones(len(self), dtype=bool)
         kept_N[np.fromiter(positions, dtype=np.int64, count=len(positions))] = False
         return ImageSplit(self.name, self.table, self.rows_N[kept_N])
@@ -227,7 +227,7 @@ class SourceSplit:
     """Number of the file of each row, equal for equal files of all splits; None: each row is a file of its own."""
 
     def used_names(self) -> list[str]:
-        """The label texts that occur, in the order of `label_names`."""
+        """Return the label texts that occur, in the order of `label_names`."""
         used_C = np.unique(self.label_ids_N[self.label_ids_N != NO_LABEL])
         return [self.label_names[label_id] for label_id in used_C]
 

@@ -306,7 +306,7 @@ _TORCHVISION_ALEXNET = {
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """torchvision's names turned into ours; auxiliary classifiers dropped; what has our names stays as it is."""
+    """Turn torchvision's names into ours, drop auxiliary classifiers, leave what has our names as it is."""
     renamed = {}
     for name, tensor in state_dict.items():
         owner, _, last = name.rpartition(".")
@@ -371,23 +371,23 @@ def _create(kind: type[StagedNet], variant: str, pretrained: bool, keys: dict[st
 
 @register_model
 def lenet5(pretrained: bool = False, **keys: Any) -> nn.Module:
-    """LeNet-5; see `LeNet5`."""
+    """Build LeNet-5; see `LeNet5`."""
     return _create(LeNet5, "lenet5", pretrained, keys)
 
 
 @register_model
 def alexnet(pretrained: bool = False, **keys: Any) -> nn.Module:
-    """AlexNet in one tower; see `AlexNet`."""
+    """Build AlexNet in one tower; see `AlexNet`."""
     return _create(AlexNet, "alexnet", pretrained, keys)
 
 
 @register_model
 def zfnet(pretrained: bool = False, **keys: Any) -> nn.Module:
-    """ZFNet; see `ZFNet`."""
+    """Build ZFNet; see `ZFNet`."""
     return _create(ZFNet, "zfnet", pretrained, keys)
 
 
 @register_model
 def googlenet(pretrained: bool = False, **keys: Any) -> nn.Module:
-    """GoogLeNet with batch normalisation; see `GoogLeNet`."""
+    """Build GoogLeNet with batch normalisation; see `GoogLeNet`."""
     return _create(GoogLeNet, "googlenet", pretrained, keys)

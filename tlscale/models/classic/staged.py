@@ -82,7 +82,7 @@ class StagedNet(nn.Module):
         self.reset_classifier(num_classes)
 
     def _neck(self, width: int) -> dict[str, nn.Module]:
-        """Layers from the pooled and flattened map, (B, `width`), to (B, `hidden`), for networks that have `hidden`."""
+        """Build the layers from the pooled and flattened map, (B, `width`), to (B, `hidden`), if there is `hidden`."""
         raise NotImplementedError
 
     def _pool_to(self, global_pool: str, grid: int) -> None:
@@ -101,11 +101,11 @@ class StagedNet(nn.Module):
         return self.hidden if self._neck_names else self.num_features * _widening(self.global_pool.pool_type)
 
     def get_classifier(self) -> nn.Module:
-        """The classifier: linear, or the identity when there is none."""
+        """Return the classifier: linear, or the identity when there is none."""
         return self.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new classifier of this width (0: none), and another kind of pooling where one is named.
+        """Put in a new classifier of this width (0: none), and another kind of pooling where one is named.
 
         A neck that was left out with `global_pool=''` does not come back: the classifier then sees the pooled map.
 
@@ -146,18 +146,18 @@ class StagedNet(nn.Module):
         self._neck_names = ()
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images (B, C, H, W) to the last map (B, num_features, h, w)."""
+        """Compute the last map (B, num_features, h, w) from images (B, C, H, W)."""
         for names in self._stages:
             x = self._run(names, x)
         return x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """The last map to logits (B, num_classes), or to what the classifier sees (B, head_hidden_size)."""
+        """Compute logits (B, num_classes), or what the classifier sees (B, head_hidden_size), from the last map."""
         x = self.drop(self._run(self._neck_names, self.global_pool(x)))
         return x if pre_logits else cast(Tensor, self.fc(x))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (B, C, H, W) to logits (B, num_classes), or features (B, head_hidden_size) without classifier."""
+        """Compute logits (B, num_classes), or features (B, head_hidden_size) without classifier, from images."""
         return self.forward_head(self.forward_features(x))
 
     def _run(self, names: Sequence[str], x: Tensor) -> Tensor:
@@ -176,7 +176,7 @@ class StagedNet(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The maps at the ends of stages, and the last map.
+        """Compute the maps at the ends of stages, and the last map.
 
         Args:
             x: (B, C, H, W).
@@ -219,7 +219,7 @@ class StagedNet(nn.Module):
         return taken
 
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
-        """Groups of parameters from the image on: a stage each if `coarse`, else a layer each; the classifier last."""
+        """Group parameters from the image on: a stage each if `coarse`, else a layer each; the classifier last."""
         groups = list(self._stages) if coarse else [(name,) for names in self._stages for name in names]
         groups += [(name,) for name in self._neck_names]
         return {names[-1]: rf"^(?:{'|'.join(names)})\." for names in groups}

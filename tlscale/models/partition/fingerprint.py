@@ -1,4 +1,4 @@
-"""What a part of a traced network computes, as one SHA-256.
+"""Fingerprints: what a part of a traced network computes, as one SHA-256.
 
 Promise: equal fingerprints are equal functions of the images, bit for bit on the same device in the same memory order:
 the calls and their constants, the code and settings of modules, all tensors that they use, the versions of torch and
@@ -22,6 +22,11 @@ from tlscale.models.partition.tracing import attribute_of, module_of
 from tlscale.storage.files import text_sha256
 
 _FORMAT = 1
+# Digests do not follow our modules when they move: these names are those under which codes were first kept.
+_FIRST_NAMES = {
+    "tlscale.models.classic.networks": "tlscale.model.classic",
+    "tlscale.models.classic.staged": "tlscale.model.staged",
+}
 # Settings that change nothing of what a frozen module computes, or that say where its weights came from.
 _NO_MATTER = ("training", "grad_checkpointing", "pretrained_cfg", "default_cfg", "feature_info")
 _PLAIN = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.memory_format, slice, range)
@@ -39,14 +44,15 @@ class Fingerprints:
         self._modules: dict[int, str] = {}
 
     def of_nodes(self, nodes: Iterable[fx.Node]) -> dict[fx.Node, str]:
-        """By node; `nodes` in the order of their graph, closed under their inputs."""
+        """Compute fingerprints by node; `nodes` in the order of their graph, closed under their inputs."""
         found: dict[fx.Node, str] = {}
         for node in nodes:
             found[node] = _sha(node.op, self._target(node), _plain((node.args, node.kwargs), found))
         return found
 
     def of_all(self, prints: Iterable[str]) -> str:
-        """One fingerprint of a sequence of them, with the versions of the libraries."""
+        """Compute one fingerprint of a sequence of them, with the versions of the libraries."""
+        # "frontier" is an older word for the partition; another word here would recompute all codes.
         return _sha(f"frontier {_FORMAT}", f"torch {torch.__version__}", f"timm {timm.__version__}", *prints)
 
     def _target(self, node: fx.Node) -> str:
@@ -57,14 +63,14 @@ class Fingerprints:
             return _plain(attribute_of(node, self._network), {})
         if node.op == "placeholder":
             return "images"
-        return node.target if isinstance(node.target, str) else _name(node.target)
+        return node.target if isinstance(node.target, str) else digest_name(node.target)
 
     def _module(self, module: nn.Module) -> str:
         if id(module) not in self._modules:
             kind: Any = type(module)
             own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
             self._modules[id(module)] = _sha(
-                _name(kind),
+                digest_name(kind),
                 _source(kind),
                 _plain(_settings(module), {}),
                 _plain(dict(own), {}),
@@ -79,7 +85,7 @@ def _settings(module: nn.Module) -> dict[str, Any]:
 
 
 def _plain(value: Any, prints: Mapping[fx.Node, str]) -> str:
-    """A text that differs where the value does, as far as it can matter to a result."""
+    """Write a value as a text that differs where the value does, as far as it can matter to a result."""
     if isinstance(value, fx.Node):
         return f"<{prints[value]}>"
     if isinstance(value, Tensor):
@@ -93,8 +99,8 @@ def _plain(value: Any, prints: Mapping[fx.Node, str]) -> str:
     if isinstance(value, set | frozenset):
         return "{" + ",".join(sorted(_plain(item, prints) for item in value)) + "}"
     if isinstance(value, partial):
-        return f"{_name(value.func)}{_plain((value.args, value.keywords), prints)}"
-    return _name(value) if callable(value) else _name(type(value))
+        return f"{digest_name(value.func)}{_plain((value.args, value.keywords), prints)}"
+    return digest_name(value) if callable(value) else digest_name(type(value))
 
 
 def _tensor(tensor: Tensor) -> str:
@@ -103,14 +109,15 @@ def _tensor(tensor: Tensor) -> str:
     return f"{tensor.dtype}{tuple(tensor.shape)}{digest}"
 
 
-def _name(value: Callable[..., Any] | object) -> str:
+def digest_name(value: Callable[..., Any] | object) -> str:
+    """Return the name of a class or function in digests, the same wherever our modules have moved to."""
     owner = getattr(value, "__module__", None) or type(value).__module__
-    return f"{owner}.{getattr(value, '__qualname__', type(value).__qualname__)}"
+    return f"{_FIRST_NAMES.get(owner, owner)}.{getattr(value, '__qualname__', type(value).__qualname__)}"
 
 
 @cache
 def _source(kind: type[Any]) -> str:
-    """The code of the class where it can be had; that of torch and timm is told by their versions as well."""
+    """Return the code of the class if it is available; that of torch and timm follows from their versions as well."""
     try:
         return inspect.getsource(kind)
     except (OSError, TypeError):

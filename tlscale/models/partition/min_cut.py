@@ -1,8 +1,8 @@
-"""The cheapest values to keep of the frozen part of a traced network.
+"""Find the cheapest values to cache of the frozen part of a traced network.
 
-Promise: `cheapest_cut` gives the tensors of fewest bytes an image, one row an image each, from which all that the
-trained part reads can be had by light operations: a minimum vertex cut, found as a maximum flow (Ford and Fulkerson
-1956), each value split into an arc whose capacity is its size. Sizes are measured, not told by any model.
+Promise: `minimum_cut` returns the tensors of fewest bytes an image, one row an image each, from which light operations
+compute all that the trained part reads: a minimum vertex cut, found as a maximum flow (Ford and Fulkerson 1956), each
+value split into an arc whose capacity is its size. Sizes are measured, and no model is asked for them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tlscale.models.partition.tracing import NoPartition, call_name, is_heavy, i
 
 
 @dataclass(frozen=True)
-class Fact:
+class NodeInfo:
     """What a value is, found by running.
 
     Attributes:
@@ -43,7 +43,7 @@ class Analysis:
 
     graph: fx.Graph
     steady: set[fx.Node]
-    facts: dict[fx.Node, Fact]
+    info: dict[fx.Node, NodeInfo]
 
 
 def analyse(network: nn.Module, images_BCHW: Tensor) -> Analysis:
@@ -53,13 +53,13 @@ def analyse(network: nn.Module, images_BCHW: Tensor) -> Analysis:
         NoPartition: it cannot be traced.
     """
     graph = trace(network)
-    facts = _measure(graph, mark(graph, network), network, images_BCHW)
-    _read_results(graph, facts, network)
-    return Analysis(graph, mark(graph, network), facts)
+    info = _measure(graph, mark(graph, network), network, images_BCHW)
+    _read_results(graph, info, network)
+    return Analysis(graph, mark(graph, network), info)
 
 
 def mark(graph: fx.Graph, network: nn.Module) -> set[fx.Node]:
-    """Nodes that depend on the images, constants and what is frozen, and on nothing else."""
+    """Mark the nodes that depend on the images, constants and what is frozen, and on nothing else."""
     steady: set[fx.Node] = set()
     for node in graph.nodes:
         onto = overwritten(node, network)
@@ -90,7 +90,7 @@ class _SteadyRun(fx.Interpreter):
 
 
 def _thawed(value: Any) -> Any:
-    """With plain lists, which some modules write to, in place of the graph's own."""
+    """Replace the graph's own lists by plain ones, which some modules write to."""
     if isinstance(value, list):
         return [_thawed(item) for item in value]
     if type(value) is tuple:
@@ -98,7 +98,7 @@ def _thawed(value: Any) -> Any:
     return {key: _thawed(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
-def _measure(graph: fx.Graph, steady: set[fx.Node], network: nn.Module, images: Tensor) -> dict[fx.Node, Fact]:
+def _measure(graph: fx.Graph, steady: set[fx.Node], network: nn.Module, images: Tensor) -> dict[fx.Node, NodeInfo]:
     """Run the marked nodes with two numbers of images, neither of which a layer is likely to have as its width."""
     runs = []
     for batch in (images[:2], torch.cat([images[:2], images[1:2].flip(-1)])):
@@ -108,18 +108,18 @@ def _measure(graph: fx.Graph, steady: set[fx.Node], network: nn.Module, images: 
     return {node: _compare(node, runs[0][node], runs[1][node]) for node in steady}
 
 
-def _compare(node: fx.Node, two: Any, three: Any) -> Fact:
-    """What a value is, from what it was for two and for three images."""
+def _compare(node: fx.Node, two: Any, three: Any) -> NodeInfo:
+    """Find what a value is, from what it was for two and for three images."""
     if isinstance(two, Tensor) and isinstance(three, Tensor):
         row_each = two.ndim > 0 and two.shape[0] == 2 and three.shape[0] == 3 and two.shape[1:] == three.shape[1:]
-        return Fact(is_tensor=True, num_bytes=two[0].numel() * two.element_size() if row_each else None)
+        return NodeInfo(is_tensor=True, num_bytes=two[0].numel() * two.element_size() if row_each else None)
     if call_name(node) in ("item", "tolist") or not _is_plain(two):
-        return Fact()
+        return NodeInfo()
     if two == three:
-        return Fact(is_known=True, plain=tuple(two) if isinstance(two, tuple) else two)
+        return NodeInfo(is_known=True, plain=tuple(two) if isinstance(two, tuple) else two)
     if isinstance(two, int) and isinstance(three, int) and two * 3 == three * 2:
-        return Fact(is_known=True, counts_images=True, plain=two // 2)
-    return Fact()
+        return NodeInfo(is_known=True, counts_images=True, plain=two // 2)
+    return NodeInfo()
 
 
 def _is_plain(value: Any) -> bool:
@@ -128,12 +128,12 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, int | str | bool | float)
 
 
-def _read_results(graph: fx.Graph, facts: dict[fx.Node, Fact], network: nn.Module) -> None:
+def _read_results(graph: fx.Graph, info: dict[fx.Node, NodeInfo], network: nn.Module) -> None:
     """Let what comes behind an operation in place read its result, not the tensor that it overwrote."""
     order = {node: number for number, node in enumerate(graph.nodes)}
     for node in graph.nodes:
         onto = overwritten(node, network)
-        if onto is not None and onto in facts and facts[onto].is_tensor:  # for numbers, += makes a new one
+        if onto is not None and onto in info and info[onto].is_tensor:  # for numbers, += makes a new one
 
             def is_behind(user: fx.Node, number: int = order[node]) -> bool:
                 return order[user] > number
@@ -141,14 +141,14 @@ def _read_results(graph: fx.Graph, facts: dict[fx.Node, Fact], network: nn.Modul
             onto.replace_all_uses_with(node, delete_user_cb=is_behind)
 
 
-# -- cut ----------------------------------------------------------------------------------------------------------
+# -- minimum cut ------------------------------------------------------------------------------------------------------
 
 
-def cheapest_cut(analysis: Analysis, network: nn.Module) -> list[fx.Node]:
-    """The values to keep, in the order of the graph.
+def minimum_cut(analysis: Analysis, network: nn.Module) -> list[fx.Node]:
+    """Find the values to cache, in the order of the graph.
 
     Raises:
-        NoPartition: nothing that can be kept is worth it.
+        NoPartition: nothing is worth caching.
     """
     free = _free(analysis)
     nodes = [node for node in analysis.graph.nodes if node in analysis.steady and node not in free]
@@ -159,26 +159,26 @@ def cheapest_cut(analysis: Analysis, network: nn.Module) -> list[fx.Node]:
         raise NoPartition(
             "what the trained part reads is not one row an image, or is overwritten in the frozen part"
         ) from None
-    cut = [node for node in nodes if (node, "in") in source_side and (node, "out") not in source_side]
-    saved = [node for node in with_inputs(cut) if node not in free and is_heavy(node, network)]
+    ends = [node for node in nodes if (node, "in") in source_side and (node, "out") not in source_side]
+    saved = [node for node in with_inputs(ends) if node not in free and is_heavy(node, network)]
     if not saved:
         raise NoPartition("nothing that is frozen and costs time lies between the image and the trained part")
-    return cut
+    return ends
 
 
 def _free(analysis: Analysis) -> set[fx.Node]:
-    """Steady nodes that the suffix can have without any code: constants, sizes, and what comes of these alone."""
+    """Return steady nodes that the suffix has without any code: constants, sizes, and what comes of these alone."""
     free: set[fx.Node] = set()
     for node in analysis.graph.nodes:
         if node in analysis.steady and node.op != "placeholder":
-            known = analysis.facts[node].is_known
+            known = analysis.info[node].is_known
             if known or free.issuperset(node.all_input_nodes):
                 free.add(node)
     return free
 
 
 def _flow_network(nodes: Sequence[fx.Node], analysis: Analysis, network: nn.Module) -> networkx.DiGraph:
-    """Arcs without a capacity cannot be cut: heavy nodes stay with the images, what is trained with the output."""
+    """Build the flow network: arcs without a capacity hold heavy nodes at the images, trained ones at the output."""
     flow = networkx.DiGraph()
     flow.add_nodes_from(("source", "sink"))
     inner = set(nodes)
@@ -186,7 +186,7 @@ def _flow_network(nodes: Sequence[fx.Node], analysis: Analysis, network: nn.Modu
     needed = set(with_inputs(goals(analysis, network)))
     scale = (len(nodes) + 1) ** 2
     for number, node in enumerate(nodes):
-        size = analysis.facts[node].num_bytes
+        size = analysis.info[node].num_bytes
         # Of equal sizes the later: then less is left to do again in each step.
         capacity = {} if size is None or node in spoilt else {"capacity": size * scale + len(nodes) - number}
         flow.add_edge((node, "in"), (node, "out"), **capacity)
@@ -201,7 +201,7 @@ def _flow_network(nodes: Sequence[fx.Node], analysis: Analysis, network: nn.Modu
 
 
 def with_inputs(nodes: Iterable[fx.Node], stop: Iterable[fx.Node] = ()) -> list[fx.Node]:
-    """The nodes and all that they are computed from, in the order of the graph; not beyond `stop`."""
+    """Return the nodes and all that they are computed from, in the order of the graph; not beyond `stop`."""
     ends = set(stop)
     found: set[fx.Node] = set()
     waiting = list(nodes)
@@ -215,12 +215,12 @@ def with_inputs(nodes: Iterable[fx.Node], stop: Iterable[fx.Node] = ()) -> list[
 
 
 def output(graph: fx.Graph) -> fx.Node:
-    """The node that returns the result."""
+    """Return the node that returns the result."""
     last: fx.Node = next(iter(reversed(graph.nodes)))
     return last
 
 
 def goals(analysis: Analysis, network: nn.Module) -> list[fx.Node]:
-    """The output, and the trained part's operations in place, which count even where nothing uses what they return."""
+    """Return the output, and the suffix's operations in place, which count even where nothing uses what they return."""
     in_place = [node for node in analysis.graph.nodes if node not in analysis.steady and overwritten(node, network)]
     return [output(analysis.graph), *in_place]

@@ -1,11 +1,11 @@
-"""The frozen frontier: what of a network is the same in every epoch, and the cheapest values to keep of it.
+"""Partition a network: a frozen prefix, the same in every epoch, whose values are worth caching, and the rest of it.
 
 Promise: for any network that can be traced, `suffix(*prefix(images))` is `network(images)`, in training (dropout,
-stochastic depth, batch statistics) and in evaluation, with the same gradients; tried on the spot before it is handed
-out. Where that cannot be had, `NoPartition` says why. There is no code for any family of networks.
+stochastic depth, batch statistics) and in evaluation, with the same gradients; checked on the spot before it is
+returned. Where that is not possible, `NoPartition` gives the reason. There is no code for any family of networks.
 
-The story: trace, mark what depends on the image and on frozen things only, measure it, cut where least is to be kept,
-build the two halves, check them against the whole.
+The story: trace, mark what depends on the image and on frozen things only, measure it, find the minimum cut (the
+fewest bytes to cache), build prefix and suffix, check them against the whole.
 
 Shape letters: B images.
 """
@@ -26,24 +26,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from tlscale.models.partition.fingerprint import Fingerprints
-from tlscale.models.partition.min_cut import Analysis, Fact, analyse, cheapest_cut, goals, output, with_inputs
-from tlscale.models.partition.self_check import TORCHS_OWN, check_halves
+from tlscale.models.partition.min_cut import Analysis, NodeInfo, analyse, goals, minimum_cut, output, with_inputs
+from tlscale.models.partition.self_check import TORCHS_OWN, check_partition
 from tlscale.models.partition.tracing import RECOMPUTED, NoPartition, Recomputed, first_line, module_of
 
-__all__ = ["CutValue", "NoPartition", "Partition", "find_partition"]
+__all__ = ["PartitionValue", "NoPartition", "Partition", "find_partition"]
 
-_NUM_TRIED = 4  # images that the halves are checked with, and more than twice as many
+_NUM_TRIED = 4  # images that a partition is checked with, and more than twice as many
 
 
 @dataclass(frozen=True)
-class CutValue:
-    """One tensor that is kept of each image.
+class PartitionValue:
+    """One tensor that is cached of each image.
 
     Attributes:
         name: path of the module that gives it, or of the one around the operation that does.
         shape: without the batch dimension.
         dtype: as the prefix gives it without autocast.
-        channels_last: it lies in memory as (H, W, C).
+        channels_last: its memory order is (H, W, C).
     """
 
     name: str
@@ -53,7 +53,7 @@ class CutValue:
 
     @property
     def num_bytes(self) -> int:
-        """Of one image."""
+        """Bytes of one image."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def __str__(self) -> str:
@@ -62,7 +62,7 @@ class CutValue:
 
 @dataclass(frozen=True)
 class Partition:
-    """A network in two halves, for images of one size.
+    """A network as prefix and suffix, for images of one size.
 
     Attributes:
         prefix: images (B, C, H, W) to a tuple of tensors, one for each of `values`, B rows each. Its modules are the
@@ -71,35 +71,35 @@ class Partition:
         suffix: `forward(*codes)`: what the network gives, with the network's own parameters and modules. Its `train()`
             and `eval()` are the network's. It may overwrite the codes, as the network overwrites what lies between
             its layers (ReLU in place): give it tensors that are not needed again. To move it to a device or type moves
-            only its half of the network: move the network, then look for the frontier.
+            only its part of the network: move the network, then find the partition again.
         values: what the prefix gives.
-        digest: SHA-256 of the prefix as a function: its calls, code, settings and tensors. Neither the head nor any
-            other trained part has a share in it.
+        digest: SHA-256 of the prefix as a function: its calls, code, settings and tensors. It does not depend on the
+            head or any other trained part.
         prefix_flops: of one image, forward.
         suffix_flops: of one image, forward.
     """
 
     prefix: nn.Module
     suffix: nn.Module
-    values: tuple[CutValue, ...]
+    values: tuple[PartitionValue, ...]
     digest: str
     prefix_flops: int
     suffix_flops: int
 
     @property
     def num_bytes(self) -> int:
-        """Of one image."""
+        """Bytes of one image."""
         return sum(value.num_bytes for value in self.values)
 
     def describe(self) -> str:
-        """One line for the screen."""
+        """Return one line for the screen."""
         share = self.prefix_flops / max(self.prefix_flops + self.suffix_flops, 1)
-        kept = ", ".join(str(value) for value in self.values)
-        return f"keeps {kept}: {self.num_bytes / 1024:.1f} KiB an image; {share:.0%} of the forward pass runs once"
+        cached = ", ".join(str(value) for value in self.values)
+        return f"caches {cached}: {self.num_bytes / 1024:.1f} KiB an image; {share:.0%} of the forward pass runs once"
 
 
 def find_partition(network: nn.Module, images: Tensor) -> Partition:
-    """Split the network where its frozen part ends.
+    """Find the partition of a network where its frozen part ends.
 
     Args:
         network: any module from images to tensors, frozen parameters without `requires_grad`. Its `train()` must leave
@@ -108,7 +108,7 @@ def find_partition(network: nn.Module, images: Tensor) -> Partition:
         images: (B, C, H, W), two or more, real or noise, of the size, type and device that will be used.
 
     Raises:
-        NoPartition: it cannot be traced, nothing is frozen or worth keeping, or the halves are not the whole.
+        NoPartition: it cannot be traced, nothing is frozen or worth caching, or prefix and suffix are not the whole.
     """
     assert len(images) >= 2, "what belongs to one image shows only with two"
     images = images[:_NUM_TRIED].detach()
@@ -116,36 +116,36 @@ def find_partition(network: nn.Module, images: Tensor) -> Partition:
         raise NoPartition("nothing is frozen")
     try:
         with _left_as_found(network), torch.no_grad(), _own_random_numbers():
-            partition = _split(network, images)
+            partition = _partition(network, images)
     except NoPartition:
         raise
     except Exception as error:  # whatever a network does that we did not think of, it can be trained as a whole
-        raise NoPartition(f"the network cannot be split: {first_line(error)}") from error
+        raise NoPartition(f"the network cannot be partitioned: {first_line(error)}") from error
     partition.suffix.training = network.training
     return partition
 
 
-def _split(network: nn.Module, images: Tensor) -> Partition:
+def _partition(network: nn.Module, images: Tensor) -> Partition:
     in_eval, in_training = (analyse(network.train(mode), images) for mode in (False, True))
-    cut = cheapest_cut(in_training, network)
+    ends = minimum_cut(in_training, network)
     prints = Fingerprints(network)
     marks = _marks(in_training, prints)
     again = {mark: node for node, mark in _marks(in_eval, prints).items()}
-    if any(marks[node] not in again for node in cut):
+    if any(marks[node] not in again for node in ends):
         raise NoPartition("the frozen part computes other values in training than in evaluation")
-    prefix = _Prefix(_copy_between(network, in_training, cut, None))
+    prefix = _Prefix(_copy_between(network, in_training, ends, None))
     suffix = _Suffix(
         network,
-        _recompute_as_before(_copy_between(network, in_training, None, cut)),
-        _recompute_as_before(_copy_between(network, in_eval, None, [again[marks[node]] for node in cut])),
+        _recompute_as_before(_copy_between(network, in_training, None, ends)),
+        _recompute_as_before(_copy_between(network, in_eval, None, [again[marks[node]] for node in ends])),
     )
-    check_halves(network, images, prefix, suffix)
+    check_partition(network, images, prefix, suffix)
     suffix.eval()
     return Partition(
         prefix=prefix,
         suffix=suffix,
-        values=_values(images, prefix, [_name(node) for node in cut]),
-        digest=prints.of_all(marks[node][0] for node in cut),
+        values=_values(images, prefix, [_name(node) for node in ends]),
+        digest=prints.of_all(marks[node][0] for node in ends),
         prefix_flops=_flops(prefix, images.clone()),
         suffix_flops=_flops(suffix, *(code.clone() for code in prefix(images.clone()))),
     )
@@ -186,7 +186,7 @@ def _own_random_numbers() -> Iterator[None]:
 
 
 class _Prefix(nn.Module):
-    """The frozen half. A mode is the network's to give."""
+    """The frozen part. Its mode is the network's to set."""
 
     def __init__(self, run: fx.GraphModule) -> None:
         super().__init__()
@@ -200,7 +200,7 @@ class _Prefix(nn.Module):
 
 
 class _Suffix(nn.Module):
-    """The trained half, as traced in each mode.
+    """The trained part, as traced in each mode.
 
     Attributes:
         unreached: what the network trains and does not use, so that the optimiser and DDP see what they would see.
@@ -213,7 +213,7 @@ class _Suffix(nn.Module):
         reached = {id(param) for param in self.parameters()}
         rest = [param for param in network.parameters() if param.requires_grad and id(param) not in reached]
         self.unreached = nn.ParameterList(rest)
-        self._network = (network,)  # in a tuple, so that it is no child and its frozen half is not in the state
+        self._network = (network,)  # in a tuple, so that it is no child and its frozen part is not in the state
         self.training = network.training
 
     def forward(self, *codes: Tensor) -> Any:
@@ -226,7 +226,7 @@ class _Suffix(nn.Module):
 
 
 def _marks(analysis: Analysis, prints: Fingerprints) -> dict[fx.Node, tuple[str, int]]:
-    """By which a steady node is known again in another trace: what it computes, and how many did so before it."""
+    """Mark steady nodes so that another trace knows them again: what each computes, and how many did so before it."""
     by_node = prints.of_nodes(node for node in analysis.graph.nodes if node in analysis.steady)
     seen: Counter[str] = Counter()
     marks = {}
@@ -239,10 +239,10 @@ def _marks(analysis: Analysis, prints: Fingerprints) -> dict[fx.Node, tuple[str,
 def _copy_between(
     network: nn.Module, analysis: Analysis, ends: Sequence[fx.Node] | None, begins: Sequence[fx.Node] | None
 ) -> fx.GraphModule:
-    """The part of the graph up to `ends` (or the output), from `begins` (or the images) on, as a module of its own."""
+    """Copy the part of the graph up to `ends` (or the output), from `begins` (or the images) on, as a module."""
     graph = fx.Graph()
     codes = {node: graph.placeholder(f"code_{number}") for number, node in enumerate(begins or ())}
-    known = {} if begins is None else {node: fact for node, fact in analysis.facts.items() if fact.is_known}
+    known = {} if begins is None else {node: info for node, info in analysis.info.items() if info.is_known}
     made: dict[fx.Node, Any] = dict(codes)
     wanted = goals(analysis, network) if ends is None else ends
     for node in with_inputs(wanted, stop=[*codes, *known]):
@@ -258,31 +258,31 @@ def _copy_between(
     return fx.GraphModule(network, graph)
 
 
-def _known_value(graph: fx.Graph, fact: Fact, code: fx.Node) -> Any:
-    if not fact.counts_images:
-        return fact.plain
+def _known_value(graph: fx.Graph, info: NodeInfo, code: fx.Node) -> Any:
+    if not info.counts_images:
+        return info.plain
     num_images = graph.call_method("size", (code, 0))
-    return graph.call_function(operator.mul, (num_images, fact.plain))
+    return graph.call_function(operator.mul, (num_images, info.plain))
 
 
-def _recompute_as_before(half: fx.GraphModule) -> fx.GraphModule:
+def _recompute_as_before(part: fx.GraphModule) -> fx.GraphModule:
     """Let trained modules that the network called under gradient checkpointing be recomputed here, too."""
-    for number, node in enumerate(half.graph.nodes):
-        module = module_of(node, half)
+    for number, node in enumerate(part.graph.nodes):
+        module = module_of(node, part)
         if module is not None and node.meta.get(RECOMPUTED) and any(p.requires_grad for p in module.parameters()):
-            half.add_module(f"recomputed_{number}", Recomputed(module))
+            part.add_module(f"recomputed_{number}", Recomputed(module))
             node.target = f"recomputed_{number}"
-    half.recompile()
-    return half
+    part.recompile()
+    return part
 
 
 # -- describe -------------------------------------------------------------------------------------------------------
 
 
-def _values(images: Tensor, prefix: _Prefix, names: Sequence[str]) -> tuple[CutValue, ...]:
+def _values(images: Tensor, prefix: _Prefix, names: Sequence[str]) -> tuple[PartitionValue, ...]:
     codes = prefix(images.clone())
     return tuple(
-        CutValue(name, tuple(code.shape[1:]), code.dtype, _is_channels_last(code))
+        PartitionValue(name, tuple(code.shape[1:]), code.dtype, _is_channels_last(code))
         for name, code in zip(names, codes, strict=True)
     )
 

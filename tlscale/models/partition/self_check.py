@@ -1,9 +1,9 @@
-"""Are two halves of a network the network? They are run side by side before they are used.
+"""Check that prefix and suffix of a network are the network: all three are run side by side before they are used.
 
-Promise: what `check_halves` lets pass gave, on batches of two sizes and in both modes, the very numbers of the whole
-network; its frozen half is a function of each image alone, and the network is the same from call to call. What shows
-only after many calls, or in batches of a size that was not tried, is found where a module keeps a number, a text or a
-buffer for it.
+Promise: what `check_partition` lets pass gave, on batches of two sizes and in both modes, the very numbers of the whole
+network; its prefix is a function of each image alone, and the network is the same from call to call. What shows only
+after many calls, or in batches of a size that was not tried, is found where a module keeps a number, a text or a buffer
+for it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tlscale.models.partition.tracing import NoPartition
 
 _CHECK_SEED = 20_240
 
-# Reasons for which networks were split wrongly once; `corrections` knows them by these words.
+# Reasons for which networks were partitioned wrongly once; `corrections` finds them in run folders by these words.
 OF_BATCH_SIZE = "what the frozen part gives for an image depends on the size of the batch"
 OF_CALLS = "the network is not the same from call to call"
 
@@ -29,8 +29,8 @@ TORCHS_OWN = frozenset(vars(nn.Module()))
 """Attributes that every module has."""
 
 
-def check_halves(network: nn.Module, images: Tensor, prefix: nn.Module, suffix: nn.Module) -> None:
-    """Run the halves and the whole side by side, on batches of two sizes.
+def check_partition(network: nn.Module, images: Tensor, prefix: nn.Module, suffix: nn.Module) -> None:
+    """Run prefix, suffix and the whole side by side, on batches of two sizes.
 
     Raises:
         NoPartition: they differ, or the prefix is no function of each image alone, or the network is not the same when
@@ -54,11 +54,11 @@ def _check_one(network: nn.Module, images: Tensor, prefix: nn.Module, suffix: nn
     found = _seeded(suffix, *(code.clone() for code in prefix(images.clone()))), list(suffix.buffers())
     exact = images.device.type == "cpu"
     if not all(_agree(one, other, exact=exact) for one, other in zip(whole, found, strict=True)):
-        raise NoPartition(f"the two halves do not give what the whole network gives in {word}")
+        raise NoPartition(f"prefix and suffix do not give what the whole network gives in {word}")
 
 
 def _check_calls(network: nn.Module, images: Tensor) -> None:
-    """Called twice the network gives the same, and keeps nothing of the calls but in buffers."""
+    """Check that the network, called twice, gives the same, and keeps nothing of the calls but in buffers."""
     buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
     once = _seeded(network, images.clone())
     kept = _plain_state(network)
@@ -74,7 +74,7 @@ def _check_calls(network: nn.Module, images: Tensor) -> None:
 
 
 def _check_rows(images: Tensor, more: Tensor, prefix: nn.Module) -> None:
-    """Codes depend on no random number and no earlier call, and those of an image on nothing else in its batch."""
+    """Check that codes depend on no random number or earlier call, and on no other image of the batch."""
     buffers = [buffer.clone() for buffer in prefix.buffers()]
     codes = _seeded(prefix, images.clone())
     if not all(torch.equal(*pair) for pair in zip(prefix.buffers(), buffers, strict=True)):
@@ -113,19 +113,19 @@ def _agree(ones: Sequence[Tensor], others: Sequence[Tensor], *, exact: bool) -> 
 
 
 def _difference(one: Tensor, other: Tensor) -> float:
-    """Largest difference as a share of the largest value."""
+    """Return the largest difference as a share of the largest value."""
     scale = one.abs().max().clamp(min=torch.finfo(one.dtype).tiny)
     return float((one - other).abs().max() / scale)
 
 
 def _tolerance(tensor: Tensor) -> float:
-    """Room for another order of summation; on an accelerator also for products in reduced precision (TF32)."""
+    """Allow for another order of summation; on an accelerator also for products in reduced precision (TF32)."""
     rounding = 8 * torch.finfo(tensor.dtype).eps
     return max(1e-5, rounding) if tensor.device.type == "cpu" else max(5e-3, rounding)
 
 
 def _plain_state(network: nn.Module) -> dict[str, str]:
-    """Values that the modules of a network keep besides tensors and settings of torch's own, as text, by name."""
+    """Return, as text by name, values that the modules keep besides tensors and settings of torch's own."""
     return {
         f"{path}.{name}".lstrip("."): repr(value)
         for path, module in network.named_modules()

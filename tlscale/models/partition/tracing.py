@@ -1,10 +1,10 @@
-"""A network as a graph of calls, and what can be told of each call without running it.
+"""Trace a network to a graph of calls, and tell of each call what is known without running it.
 
 Promise: tracing leaves the network as it was but for constants, which `find_partition` removes when it is done; what
 would be traced into something else than the network computes is refused (`NoPartition`), never guessed.
 
 A module of which everything is frozen, or everything is trained, is one node of the graph: its own code runs, in its
-own mode, hooks and all. Only modules that are frozen in part are looked into, for that is where the frontier runs.
+own mode, with its hooks. Only modules that are frozen in part are traced through, as prefix and suffix part there.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _IN_PLACE_OPERATORS = (
 
 
 class NoPartition(Exception):  # noqa: N818 (nothing has failed: the whole network is trained as ever)
-    """The network is not split.
+    """The network is not partitioned.
 
     Attributes:
         reason: one sentence for the user.
@@ -93,7 +93,7 @@ class _Tracer(fx.Tracer):
         return _Proxy(node, self)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
-        """Buffers are looked up in each call, as parameters are; else what comes of them would stay as it is today."""
+        """Look buffers up in each call, as parameters are; else what comes of them would stay as it is today."""
         if isinstance(attr_val, torch.Tensor) and not isinstance(attr_val, nn.Parameter):
             for name, buffer in self.root.named_buffers():
                 if buffer is attr_val:
@@ -109,13 +109,13 @@ class _Tracer(fx.Tracer):
 
 
 def _is_whole(module: nn.Module, *, keep_sequence: bool) -> bool:
-    """Whether a call of the module is one node."""
+    """Return whether a call of the module is one node."""
     is_known = isinstance(module, _OPAQUE_MODULES) or fx.Tracer().is_leaf_module(module, "")
     if is_known or not any(module.children()):
         return True
     trained = {param.requires_grad for param in module.parameters()}
     if trained == {True} and not keep_sequence:
-        # A trained sequence may begin with pooling, behind which there is less to keep.
+        # A trained sequence may begin with pooling, behind which there is less to cache.
         return type(module).forward is not nn.Sequential.forward or _has_hooks(module)
     return len(trained) == 1
 
@@ -130,7 +130,7 @@ def _refuse_hooks(module: nn.Module, name: str) -> None:
 
 
 def trace(network: nn.Module) -> fx.Graph:
-    """The calls of the network in the mode that it is in.
+    """Trace the calls of the network in the mode that it is in.
 
     Raises:
         NoPartition: its code decides by the values of tensors, or draws random numbers of its own.
@@ -154,7 +154,7 @@ def trace(network: nn.Module) -> fx.Graph:
 
 
 def first_line(error: Exception) -> str:
-    """Kind and message of an error, for the middle of a sentence."""
+    """Return kind and message of an error, for the middle of a sentence."""
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0][:200]}"
 
 
@@ -179,7 +179,7 @@ def _checkpoints_noted(tracer: _Tracer) -> Iterator[None]:
 
 
 def _drop_assertions(graph: fx.Graph) -> None:
-    """Checks of shapes hold for all images of a size; they would tie the graph to values that nothing else needs."""
+    """Drop checks of shapes: they hold for all images of a size, and tie the graph to values that nobody needs."""
     for node in reversed(graph.nodes):
         if node.op == "call_function" and call_name(node) in ("_assert", "_assert_async"):
             graph.erase_node(node)
@@ -189,7 +189,7 @@ def _drop_assertions(graph: fx.Graph) -> None:
 
 
 def call_name(node: fx.Node) -> str:
-    """Name of the function or method without its module."""
+    """Return the name of the function or method without its module."""
     return node.target if isinstance(node.target, str) else str(getattr(node.target, "__name__", node.target))
 
 
@@ -198,13 +198,13 @@ def module_of(node: fx.Node, network: nn.Module) -> nn.Module | None:
 
 
 def attribute_of(node: fx.Node, network: nn.Module) -> Any:
-    """What a `get_attr` node reads."""
+    """Return what a `get_attr` node reads."""
     owner, _, name = str(node.target).rpartition(".")
     return getattr(network.get_submodule(owner), name)
 
 
 def is_steady(node: fx.Node, network: nn.Module) -> bool:
-    """Whether the same inputs give the same result in every step: nothing trained, nothing random, no moving buffer."""
+    """Return whether equal inputs give equal results in every step: nothing trained or random, no moving buffer."""
     module = module_of(node, network)
     if module is not None:
         return _is_steady_module(module)
@@ -230,7 +230,7 @@ def _changes_with_time(part: nn.Module) -> bool:
 
 @cache
 def reads_training(kind: type[Any]) -> bool:
-    """Whether the code of the class looks at `training`; where it does not, both modes are one."""
+    """Return whether the code of the class reads `training`; where it does not, both modes are one."""
     own = (base for base in kind.__mro__ if base not in (nn.Module, object))
     functions = (
         inspect.unwrap(value)
@@ -239,7 +239,7 @@ def reads_training(kind: type[Any]) -> bool:
         if inspect.isfunction(value) and name not in ("__init__", "train", "eval")
     )
     if issubclass(kind, torch.jit.ScriptModule):
-        return True  # its code cannot be looked at
+        return True  # its code cannot be read
     return any("training" in names for function in functions for names in _names(function.__code__))
 
 
@@ -262,7 +262,7 @@ def _is_random(node: fx.Node) -> bool:
 
 
 def arguments_of(node: fx.Node) -> dict[str, Any]:
-    """Arguments by name, defaults too, as far as the function tells its names."""
+    """Return arguments by name, with defaults, as far as the function has a signature."""
     try:
         bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)  # type: ignore[arg-type]
     except (TypeError, ValueError):  # a method, or a function written in C
@@ -272,7 +272,7 @@ def arguments_of(node: fx.Node) -> dict[str, Any]:
 
 
 def is_heavy(node: fx.Node, network: nn.Module) -> bool:
-    """Whether it costs more than passing once over its input: anything with a matrix or filters in it."""
+    """Return whether a node costs more than one pass over its input: anything with a matrix or filters in it."""
     module = module_of(node, network)
     if module is not None:
         return any(param.ndim >= 2 for param in module.parameters())
@@ -280,7 +280,7 @@ def is_heavy(node: fx.Node, network: nn.Module) -> bool:
 
 
 def overwritten(node: fx.Node, network: nn.Module) -> fx.Node | None:
-    """The input that the node writes its result to, if it says that it works in place."""
+    """Return the input that the node writes its result to, if it works in place."""
     module, name = module_of(node, network), call_name(node)
     if module is not None:
         in_place = getattr(module, "inplace", False) is True
