@@ -35,8 +35,7 @@ from tlscale.data.transforms import ImageBatch, InputPath
 from tlscale.distributed.host import versions_of
 from tlscale.distributed.processes import Processes
 from tlscale.distributed.signals import StopRequest
-from tlscale.models.features import PENULTIMATE, LayerCodes
-from tlscale.models.folding import fold_norms
+from tlscale.models.features import LayerCodes
 from tlscale.recipe.schema import CodesSection
 from tlscale.tracking.console import Console
 from tlscale.tracking.stopwatch import Stopwatch
@@ -92,13 +91,7 @@ class CodesCache:
             ModelError: a layer or a pooling that the backbone does not have.
         """
         backbone = backbone.to(self.processes.device)
-        LayerCodes(backbone, wanted)  # refuses wrong names before anything is folded
-        computing, folded = backbone, tuple[str, ...]()
-        if self.spec.section.fold_norm:
-            layers = [layer for layer, _ in wanted if layer != PENULTIMATE]
-            computing, folded = fold_norms(backbone.eval(), keep=layers)
-            self.console.say(f"codes.fold_norm: {len(folded)} norm layers are folded into the convolutions before them")
-        module, parts = LayerCodes(computing, wanted), layer_parts(backbone, wanted, folded)
+        module, parts = LayerCodes(backbone, wanted), layer_parts(backbone, wanted)
         return {split.name: self.codes(module, parts, split) for split in splits}
 
     def train_views(self, module: nn.Module, parts: Sequence[Part], views: Sequence[int]) -> CodeViews:
@@ -179,7 +172,7 @@ class CodesCache:
                 "cpu": _instructions_of(torch.device("cpu")),
                 "block": BLOCK,
                 "channels_last": spec.inputs.channels_last,
-                "folded": part.folded,
+                "folded": (),  # of a retired option; without it all keys would change
             },
             versions=versions_of(packages),
         )

@@ -33,7 +33,7 @@ class CodesKey:
     dtype: str
     """One of `DTYPES`."""
     compute: Mapping[str, Any]
-    """What may change the last bit: precision, device, kind of CPU, size of a block, memory order, folded norms."""
+    """What may change the last bit: precision, device, kind of CPU, size of a block, memory order."""
     versions: Mapping[str, str]
     """Of the libraries that compute: torch, timm, pillow."""
 

@@ -23,8 +23,6 @@ class Part:
     """Digest of the part as a function."""
     layers: tuple[str, ...]
     pools: tuple[str, ...]
-    folded: tuple[str, ...] = ()
-    """Convolutions that have absorbed the norms after them."""
 
 
 def wanted_layers(section: CodesSection) -> list[tuple[str, str]]:
@@ -39,10 +37,10 @@ def layer_name(pair: tuple[str, str]) -> str:
     return layer if layer == PENULTIMATE else f"{layer} {pool}"
 
 
-def layer_parts(backbone: nn.Module, wanted: Sequence[tuple[str, str]], folded: Sequence[str] = ()) -> list[Part]:
+def layer_parts(backbone: nn.Module, wanted: Sequence[tuple[str, str]]) -> list[Part]:
     """Make a part of each pair of layer and pooling, so that each is looked up on its own."""
     weights = function_digest(backbone)
-    return [Part(weights, (layer_name(pair),), (pair[1],), tuple(folded)) for pair in wanted]
+    return [Part(weights, (layer_name(pair),), (pair[1],)) for pair in wanted]
 
 
 def partition_parts(partition: Partition, backbone: nn.Module, precision: str) -> list[Part]:

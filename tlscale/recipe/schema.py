@@ -213,9 +213,6 @@ class CodesSection(Section):
     e sees view e modulo `views`. With 1 and `keep: auto`, no codes are kept, and each epoch sees new ones."""
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     """In what the codes are kept; `auto`: as they are computed."""
-    fold_norm: bool = False
-    """For a probe and `tlscale codes`: fold each norm layer into the convolution before it, which computes the same up
-    to rounding, in less time."""
     disk_gib: float = Field(20.0, gt=0.0)
     """`keep: auto`: most GiB that the codes of this run may take on the disk."""
     memory_mib: int = Field(4096, ge=0)

@@ -30,7 +30,7 @@ NEW_LAYERS_OPTIM: dict[str, dict[str, Any]] = {
     "mlp": {"name": "adamw", "lr": 2e-3, "weight_decay": 0.01},
 }
 MLP_HEAD: list[Any] = [{"linear": 256}, "relu", {"dropout": 0.2}, "linear"]
-_OF_PROBES = ("codes.layer", "codes.pool", "codes.fold_norm")
+_OF_PROBES = ("codes.layer", "codes.pool")
 _LONGEST_NAME = 100
 _LONGEST_STEM = 50  # leaves room for the strategy, a size and a seed
 

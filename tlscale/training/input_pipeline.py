@@ -369,9 +369,8 @@ def refuse_codes_of_a_probe(recipe: Recipe) -> None:
     Raises:
         RecipeError: a key that only a probe, or `tlscale codes`, knows what to do with.
     """
-    for key, is_set in (("layer", recipe.codes.layer is not None), ("fold_norm", recipe.codes.fold_norm)):
-        if is_set:
-            raise RecipeError(
-                f"codes.{key} has no effect in training, which keeps the last values that nothing trainable has a part "
-                "in, as they are. Take it out, or add 'probe: {kind: logistic}' to fit a classifier on codes"
-            )
+    if recipe.codes.layer is not None:
+        raise RecipeError(
+            "codes.layer has no effect in training, which caches the last values that nothing trainable has a part in, "
+            "as they are. Take it out, or add 'probe: {kind: logistic}' to fit a classifier on codes"
+        )

@@ -23,7 +23,7 @@ FULL = {
     | {"sha256": "a" * 64, "drop_rate": 0.1, "drop_path_rate": 0.1},
     "freeze": r"(conv1|layer1)\..*",
     "head": [{"linear": 32}, "gelu", "linear"],
-    "codes": {"views": 2, "pool": ["avg", "max"], "layer": "layer3", "fold_norm": True, "disk_gib": 3.0},
+    "codes": {"views": 2, "pool": ["avg", "max"], "layer": "layer3", "disk_gib": 3.0},
     "duration": "7 epochs",
     "batch_size": 32,
     "drop_last": True,
@@ -72,7 +72,7 @@ def test_the_probes_choose_between_their_layers():
     assert (codes.codes.layer, codes.codes.pool) == (["penultimate"], ["avg"])
     assert (early.codes.layer, early.codes.pool) == (["layer1", "layer2"], ["avg", "max"])
     assert codes.probe.kind == early.probe.kind == "logistic"
-    assert (codes.backbone.weights, codes.codes.fold_norm) == ("w.pth", True)
+    assert codes.backbone.weights == "w.pth"
 
 
 def test_the_recipes_own_probe_is_kept():
@@ -96,7 +96,7 @@ def test_new_layers_are_trained_alone_and_at_their_own_rate():
 
 
 def test_finetune_is_the_recipe_itself():
-    of_probes = ["codes.layer", "codes.pool", "codes.fold_norm"]
+    of_probes = ["codes.layer", "codes.pool"]
     assert [key for key, _, _ in diff_recipes(recipe(), variant("finetune"))] == ["name", *of_probes]
 
 
