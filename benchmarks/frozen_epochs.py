@@ -251,7 +251,7 @@ def report(args: argparse.Namespace, task: Task, rounds: list[Round], peers: lis
 
 
 def verdicts(figures: dict[str, Any]) -> Iterator[tuple[str, bool]]:
-    """Print each claim with what was measured, and whether it holds."""
+    """Yield each claim with what was measured, and whether it holds."""
     tlscale_s = figures["tlscale_s"]
     for what, pass_s, took_s in (
         ("whole job", figures["pass_s"], tlscale_s["whole"]),

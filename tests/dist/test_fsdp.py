@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import tlscale
-from tests.dist.fsdp_checks import FAMILIES, RUNS
+from tests.dist.fsdp_checks import FAMILIES, RUNS, SOME
 from tests.dist.launches import back_at_first_checkpoint, exit_code_of, facts_of, launch
 from tests.small_runs import (
     assert_same_evaluation,
@@ -36,12 +36,19 @@ pytestmark = [pytest.mark.dist, pytest.mark.timeout(600)]  # a start of several 
 def alone(idx, tmp_path_factory):
     """The same runs by one process, which spreads nothing."""
     folder = tmp_path_factory.mktemp("alone")
-    for name, changes in RUNS.items():
-        tlscale.run(small_recipe(folder / f"{name}.yaml", idx, **changes), folder / name)
+    for name in SOME:
+        tlscale.run(small_recipe(folder / f"{name}.yaml", idx, **RUNS[name]), folder / name)
     return folder
 
 
-def by_several(processes, launcher, folder, idx, parts="all"):
+@pytest.fixture(scope="module")
+def all_alone(idx, alone):
+    """The runs that only four processes make are there as well."""
+    for name in RUNS.keys() - SOME:
+        tlscale.run(small_recipe(alone / f"{name}.yaml", idx, **RUNS[name]), alone / name)
+
+
+def by_several(processes, launcher, folder, idx, parts):
     """The runs of fsdp_checks.py by so many processes: (folder, facts of each rank)."""
     options = {"launcher": launcher, "TLSCALE_CACHE": str(folder / "cache")}
     return folder, facts_of(processes, "fsdp_checks.py", folder, idx, parts, timeout_s=500, **options)
@@ -52,12 +59,12 @@ def by_two(idx, alone, tmp_path_factory):
     folder = tmp_path_factory.mktemp("by2")
     for name in ("exact", "codes"):
         back_at_first_checkpoint(alone / name, folder / f"begun_{name}_by_1")
-    return by_several(2, "accelerate", folder, idx)
+    return by_several(2, "accelerate", folder, idx, "some")
 
 
 @pytest.fixture(scope="module")
-def by_four(idx, tmp_path_factory):
-    return by_several(4, "torchrun", tmp_path_factory.mktemp("by4"), idx)
+def by_four(idx, all_alone, tmp_path_factory):
+    return by_several(4, "torchrun", tmp_path_factory.mktemp("by4"), idx, "all")
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +80,19 @@ def several(request):
     return request.getfixturevalue(request.param)
 
 
+each_run = pytest.mark.parametrize(
+    ("several", "name"),
+    [
+        *(("by_two", name) for name in SOME),
+        *(pytest.param("by_four", name, marks=pytest.mark.long) for name in RUNS),
+    ],
+    indirect=["several"],
+)
+
+
 def test_what_is_trained_is_really_spread(several):
     _, facts = several
-    for name in RUNS:
+    for name in facts[0]["spread"]:
         of_ranks = [fact["spread"][name] for fact in facts]
         assert len(of_ranks[0]) >= 2, "checkpoints at which it was looked at"
         for at_rank in of_ranks:
@@ -91,7 +108,7 @@ def test_what_is_trained_is_really_spread(several):
             assert max(share["held"] for share in seen) < 1.5 * seen[0]["of"] / len(facts)
 
 
-@pytest.mark.parametrize("name", RUNS)
+@each_run
 def test_weights_are_those_of_one_process(several, alone, name):
     folder, _ = several
     assert largest_difference(exported(alone / name), exported(folder / name)) < 1e-12
@@ -101,7 +118,7 @@ def test_weights_are_those_of_one_process(several, alone, name):
         assert largest_difference(dict(ours[group]), dict(theirs[group])) < 1e-12, group
 
 
-@pytest.mark.parametrize("name", RUNS)
+@each_run
 def test_the_log_is_that_of_one_process(several, alone, name):
     folder, _ = several
     ours, theirs = lines(folder / name), lines(alone / name)
@@ -113,8 +130,8 @@ def test_the_log_is_that_of_one_process(several, alone, name):
 
 
 def test_every_image_is_evaluated_once(several, alone):
-    folder, _ = several
-    for name in RUNS:
+    folder, facts = several
+    for name in facts[0]["spread"]:
         assert_same_evaluation(folder / name, alone / name)
         same = ["path", "row", "true_label", "label"]
         ours, theirs = (pq.read_table(out / name / "predictions.parquet", columns=same) for out in (folder, alone))
@@ -125,7 +142,7 @@ def test_codes_were_trained_on(several):
     folder, _ = several
     for name in ("codes", "convnext"):
         assert set(result(folder / name)["codes"]["kept_mib"]) == {"train", "validation", "test"}
-    assert result(folder / "images")["codes"] is None
+    assert result(folder / "exact")["codes"] is None
 
 
 def test_what_is_frozen_has_the_same_bits(several, alone):

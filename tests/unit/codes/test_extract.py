@@ -368,6 +368,7 @@ def test_each_value_is_looked_up_by_itself_and_row_by_row(tmp_path):
 # --- Bits ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
     "name", ["test_resnet", "test_vit", "test_efficientnet", "test_convnext", "test_mambaout", "test_nfnet"]
@@ -533,6 +534,7 @@ def when_waiting(run, act):
     run.said = Said()
 
 
+@pytest.mark.slow
 def test_the_second_run_waits_and_computes_nothing(slow, tmp_path):
     process, log = slow
     other = Run(tmp_path / "codes", replace(KEY, weights="other"))
@@ -548,6 +550,7 @@ def test_the_second_run_waits_and_computes_nothing(slow, tmp_path):
     assert log.read_text().splitlines()[-1] == "300"
 
 
+@pytest.mark.slow
 def test_the_lock_dies_with_its_process(slow, tmp_path):
     process, _ = slow
     with pytest.raises(Stopped, match="waiting for another run"):  # who waits can be stopped

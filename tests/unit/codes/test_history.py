@@ -134,6 +134,7 @@ def plain(split) -> SplitImages:
     return SplitImages(split, ImageStore(split, section, SPEC), inputs)
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(history=st.lists(st.tuples(st.sampled_from(OPERATIONS), st.integers(0, 50)), min_size=1, max_size=10))
 def test_codes_are_those_of_the_content_and_only_new_contents_are_computed(tmp_path_factory, history):
@@ -179,6 +180,7 @@ def test_with_warm_codes_and_a_warm_index_no_image_is_read(tmp_path, monkeypatch
     assert codes_of(tmp_path / "codes", plain(data.opened().train)).num_computed == len(read) == 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", [["flip"], ["flip", "crop"], ["flip", "mixup", "cutmix"]])
 @pytest.mark.parametrize("cache_mib", [0, 100])
 def test_a_view_belongs_to_contents_and_draws(tmp_path, monkeypatch, names, cache_mib):

@@ -288,6 +288,7 @@ DAMAGES = [truncate, lengthen, flip, flip_header, empty, scramble, other_json, o
 NUM_FILES = 3 * 4  # three shards of four files
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damage_of_any_file_is_found_and_never_read(tmp_path, damage):
     store = CodesStore(tmp_path)

@@ -112,6 +112,7 @@ def all_same(a: list[list[ImageBatch]], b: list[list[ImageBatch]]) -> bool:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("augment", [[], ["flip", "mixup"], ALL_AUGMENTATIONS], ids=["none", "flip-mixup", "all"])
 @pytest.mark.parametrize("cache_mib", [0, 100])
 def test_workers_change_nothing(augment, cache_mib):

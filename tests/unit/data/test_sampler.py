@@ -70,6 +70,7 @@ def test_a_billion_images_need_no_memory():
     assert 0.31e9 < np.abs(np.diff(rows)).mean() < 0.36e9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_images", [2, 3, 7, 16, 50])
 def test_every_image_is_as_likely_at_every_position(num_images):
     epochs = 600
@@ -81,6 +82,7 @@ def test_every_image_is_as_likely_at_every_position(num_images):
     assert abs(chi_square - freedom) < 4 * (2 * freedom) ** 0.5 + 2
 
 
+@pytest.mark.slow
 def test_every_order_of_four_images_is_as_likely():
     orders = Counter(tuple(whole(4, seed=seed).tolist()) for seed in range(1200))
     assert set(orders) == set(itertools.permutations(range(4)))

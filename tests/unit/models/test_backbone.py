@@ -424,6 +424,7 @@ SOME = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SOME)
 def test_layer_depths_are_timms(name):
     with torch.device("meta"):

@@ -163,6 +163,7 @@ def conv_params(maps_in, maps_out, window) -> int:
     return (maps_in * window * window + 1) * maps_out
 
 
+@pytest.mark.slow
 def test_alexnet_gives_torchvisions_logits_with_torchvisions_weights(torchvision_alexnet):
     state = torchvision_alexnet.state_dict()
     model = timm.create_model("alexnet", pretrained=True, pretrained_cfg_overlay={"state_dict": state}).eval()
@@ -194,6 +195,7 @@ def test_the_two_towers_of_2012_have_the_parameters_that_we_say():
     assert f"{total:,}" in classic.AlexNet.__doc__
 
 
+@pytest.mark.slow
 def test_a_file_with_torchvisions_names_is_read_by_the_backbone(tmp_path, torchvision_alexnet):
     path = tmp_path / "alexnet.safetensors"
     safetensors.torch.save_file(torchvision_alexnet.state_dict(), path)
@@ -391,6 +393,7 @@ def test_reset_classifier_changes_the_classifier_and_nothing_else(name):
     assert all(torch.equal(after[key], before[key]) for key in before)
 
 
+@pytest.mark.slow
 @every_net
 def test_pooling(name):
     # 288 pixels: at 224 the map of AlexNet is as large as what it is pooled to
@@ -550,6 +553,7 @@ def test_layers_are_grouped_from_the_image_on(name):
     assert max(order) == {"lenet5": 6, "alexnet": 7, "zfnet": 7, "googlenet": 12}[name]
 
 
+@pytest.mark.slow
 @every_net
 def test_gradient_checkpointing_acts_and_changes_no_gradient(name):
     def gradients(checkpointing):
@@ -582,6 +586,7 @@ def test_it_can_be_traced(name):
         assert torch.equal(traced(images), model(images))
 
 
+@pytest.mark.slow
 @every_net
 def test_exported_and_loaded_again_it_gives_the_same_logits(name, tmp_path):
     backbone = with_statistics(build(name, num_classes=0, in_chans=1))

@@ -102,6 +102,7 @@ def gradients(network, images):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*TINY, "resnet10t", "mobilenetv3_small_050"])
 @pytest.mark.parametrize("half_frozen", [False, True])
 def test_checkpointing_acts_and_changes_nothing(name, half_frozen):

@@ -63,6 +63,7 @@ FAMILIES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "image_size", "keys"), FAMILIES)
 def test_timm_gives_the_logits_of_the_run(name, image_size, keys, tmp_path):
     torch.manual_seed(0)
@@ -192,6 +193,7 @@ def test_export_leaves_the_network_as_it_is(tmp_path):
     assert torch.equal(network.head[0].weight.grad, gradient)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", [["linear"], LONGER])
 @pytest.mark.parametrize("wrapped", ["bf16", "fp64", "channels_last", "compiled", "checkpointed"])
 def test_whatever_a_run_wraps_its_network_in(wrapped, head, tmp_path):

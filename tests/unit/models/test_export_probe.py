@@ -57,6 +57,7 @@ def probe(name, layer, pool, head="linear", image_size=32, **keys) -> CodesClass
     return CodesClassifier(codes, KnnHead(state, head, len(CLASSES)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["linear", 1, 5])
 @pytest.mark.parametrize(
     ("name", "layer", "pool"),

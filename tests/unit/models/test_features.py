@@ -85,6 +85,7 @@ def test_every_stage_agrees_with_timms_intermediates(name):
         torch.testing.assert_close(codes, pooled[pool](maps[names.index(layer)]), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_stage_of_every_family(name):
     network, images = backbone(name), images_for(name)

@@ -29,6 +29,7 @@ def network(name="test_resnet", rule=RESNET, **keys):
     return classifier(name, freeze=[rule], **keys)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "rule"), [("test_resnet", RESNET), ("test_resnet", DEEP), ("test_vit", VIT)])
 def test_the_same_function_has_the_same_digest(name, rule):
     one = network(name, rule)
@@ -64,6 +65,7 @@ def test_another_function_has_another_digest():
     assert len(set(found)) == len(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [

@@ -126,6 +126,7 @@ def assert_is_the_network(network, partition):
         assert torch.equal(partition.suffix.eval()(*codes), network.eval()(images))
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(steps=steps_of())
 def test_no_other_cut_is_cheaper_and_prefix_and_suffix_are_the_network(steps):

@@ -97,6 +97,7 @@ def vgg(rule):
 # -- timm's families ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "size", "rule", "kept"), FAMILIES, ids=[f"{row[0]}-{len(row[2])}" for row in FAMILIES]
 )
@@ -114,6 +115,7 @@ def test_a_family_frozen_in_the_middle(name, size, rule, kept):
     assert_is_the_network(network, partition, images)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_convnext", "test_mambaout", "densenet121"])
 def test_all_frozen_keeps_the_features(name):
     network = classifier(name, freeze=[".*"], head=HEAD)

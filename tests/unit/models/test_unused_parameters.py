@@ -11,6 +11,7 @@ from tests.unit.models.test_partition import FAMILIES, HEAD, vgg
 from tlscale.models.classifier import trains_on_one_image, unused_parameters
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "size", "rule", "kept"), FAMILIES, ids=[f"{row[0]}-{len(row[2])}" for row in FAMILIES]
 )

@@ -44,6 +44,7 @@ def test_values_without_places_are_unchanged(value):
     assert without_places(value, PLACES) == value
 
 
+@pytest.mark.slow
 def test_a_run_names_no_folder_but_in_its_recipe(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     home = tmp_path / "jane doe"

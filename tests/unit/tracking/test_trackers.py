@@ -88,6 +88,7 @@ def files_below(folder):
     return [path for path in folder.rglob("*") if not path.is_dir()]
 
 
+@pytest.mark.slow
 def test_an_offline_run_in_two_segments_read_back_record_by_record(segment, tmp_path):
     config = {
         "name": "resnet",
@@ -208,6 +209,7 @@ def listener():
     server.server_close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["wandb", ".wandb"])
 def test_settings_in_the_working_folder_do_not_get_the_key(segment, tmp_path, listener, name):
     address, heard = listener
@@ -262,6 +264,7 @@ def test_no_secret_is_in_the_name_the_tags_or_the_team(segment, tmp_path):
     assert_nothing_holds(tmp_path / "run", CANARY)
 
 
+@pytest.mark.slow
 def test_when_the_service_dies_training_goes_on_and_it_is_said_once(segment):
     report = segment(
         records=[(1, {"train/loss": 0.5})],

@@ -17,6 +17,7 @@ __attribute__((constructor)) static void planted(void) { FILE_; }
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
 @pytest.mark.parametrize("what", ["import tlscale.commands.plan", "import tlscale; tlscale.load"])
 def test_a_library_in_the_working_folder_is_not_loaded_with_torch(tmp_path, what):

@@ -72,6 +72,7 @@ def assert_equal(one, two):
         assert torch.equal(tensor, two.state_dict()[name]), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_goes_on_bit_for_bit(name, tmp_path):
     (network, optimizer), (other, fresh) = go_on(name, tmp_path)
