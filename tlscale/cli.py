@@ -237,10 +237,12 @@ def compare(recipe_files: Sequence[str], seeds: list[int | None], **options: Any
     """
     began_s = _began_s()
     from tlscale.commands.compare import compare as start
+    from tlscale.commands.run import run as run_one
     from tlscale.distributed.signals import stop_with_launcher
 
     stop_with_launcher()
-    start(recipe_files, seeds=[seed for seed in seeds if seed is not None], watch=Stopwatch(began_s), **options)
+    given = [seed for seed in seeds if seed is not None]
+    start(recipe_files, run=run_one, seeds=given, watch=Stopwatch(began_s), **options)
 
 
 @main.group(invoke_without_command=True)

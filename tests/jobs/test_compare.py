@@ -51,7 +51,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory, idx: Path, weights: Path)
     folder = tmp_path_factory.mktemp("compared")
     backbone = {"weights": str(weights), "name": "test_resnet"}
     small_recipe(folder / "small.yaml", idx, backbone=backbone, freeze=r"(conv1|bn1)\..*", duration="4 epochs")
-    figures = compare([folder / "small.yaml"], sizes=[40, 80], min_steps=12, out=folder / "out")
+    figures = compare([folder / "small.yaml"], run=tlscale.run, sizes=[40, 80], min_steps=12, out=folder / "out")
     return folder / "out", figures
 
 
@@ -98,7 +98,7 @@ def test_going_on_runs_what_is_missing_and_nothing_else(compared, tmp_path):
     again = shutil.copytree(out, tmp_path / "out")
     shutil.rmtree(again / "head_40")
     before = {path: path.stat().st_mtime_ns for path in again.glob("*/result.json")}
-    done = compare([out.parent / "small.yaml"], sizes=[40, 80], min_steps=12, out=again, resume=True)
+    done = compare([out.parent / "small.yaml"], run=tlscale.run, sizes=[40, 80], min_steps=12, out=again, resume=True)
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert (again / "head_40" / "result.json").is_file()
     tops = [{key: run["top1"] for key, run in by_variant(each).items()} for each in (done, figures)]
@@ -111,7 +111,9 @@ def test_going_on_runs_what_is_missing_and_nothing_else(compared, tmp_path):
 def test_set_changes_one_variant_and_seeds_are_apart(recipe_file, tmp_path, capsys):
     changes = ["head.optim.lr=1e-2", "finetune.duration=3 steps"]
     out = tmp_path / "out"
-    figures = compare([recipe_file], strategies=["head", "finetune"], seeds=[0, 1], changes=changes, out=out)
+    figures = compare(
+        [recipe_file], run=tlscale.run, strategies=["head", "finetune"], seeds=[0, 1], changes=changes, out=out
+    )
     assert sorted(by_variant(figures)) == [(name, 96, seed) for name in ("finetune", "head") for seed in (0, 1)]
     assert (recipe_of(out / "head_s1").optim.lr, recipe_of(out / "finetune_s0").optim.lr) == (1e-2, 2e-3)
     assert (recipe_of(out / "head_s1").seed, recipe_of(out / "head_s1").name) == (1, "small_head_s1")
@@ -127,7 +129,7 @@ def test_a_run_that_fails_leaves_the_others(recipe_file, tmp_path):
     changes = ["finetune.optim.lr=1e20", "finetune.schedule.warmup=0 steps"]
     out = tmp_path / "out"
     with pytest.raises(TlscaleError, match=r"1 of 2 runs failed[\s\S]*NaN or infinite") as caught:
-        compare([recipe_file], strategies=["finetune", "head"], changes=changes, out=out)
+        compare([recipe_file], run=tlscale.run, strategies=["finetune", "head"], changes=changes, out=out)
     assert caught.value.exit_code == 1
     runs = by_variant(json.loads((out / "compare.json").read_text()))
     errors = {variant: run["error"] for (variant, _, _), run in runs.items()}
@@ -141,7 +143,7 @@ def test_several_recipes_are_run_as_they_are(idx, tmp_path):
     for name, lr in (("slow", 1e-4), ("fast.v2", 1e-2)):
         files.append(tmp_path / f"{name}.yaml")
         small_recipe(files[-1], idx, name=name, optim={"lr": lr}, duration="2 steps")
-    figures = compare(files, changes=["fast.v2.batch_size=8"], out=tmp_path / "out")
+    figures = compare(files, run=tlscale.run, changes=["fast.v2.batch_size=8"], out=tmp_path / "out")
     assert sorted(by_variant(figures)) == [("fast.v2", 96, 0), ("slow", 96, 0)]
     assert recipe_of(tmp_path / "out" / "slow") == load_recipe(files[0])
     assert recipe_of(tmp_path / "out" / "fast.v2").batch_size == 8
@@ -160,28 +162,28 @@ def test_several_recipes_are_run_as_they_are(idx, tmp_path):
         ({"changes": ["haed.optim.lr=1"]}, "no 'haed' in this comparison. Did you mean 'head'"),
         ({"changes": ["head.data.train_limit=10"]}, "on other images"),
         ({"changes": ["head.seed=4"]}, "on other images"),
-        ({"min_steps": 5}, "--min-steps lengthens runs at the sizes of --sizes"),
-        ({"sizes": [100, 0]}, "--sizes takes whole numbers of at least 1, not 0"),
-        ({"seeds": [-1]}, "--seeds takes whole numbers of at least 0, not -1"),
+        ({"min_steps": 5}, "--min-steps: it lengthens runs at the sizes of --sizes"),
+        ({"sizes": [100, 0]}, "--sizes: 0 is not a whole number of at least 1"),
+        ({"seeds": [-1]}, "--seeds: -1 is not a whole number of at least 0"),
     ],
     ids=str,
 )
 def test_what_is_wrong_is_found_before_anything_runs(recipe_file, tmp_path, options, message):
     with pytest.raises(RecipeError, match=message):
-        compare([recipe_file], out=tmp_path / "out", **options)
+        compare([recipe_file], run=tlscale.run, out=tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
 
 
 def test_random_weights_transfer_nothing(idx, tmp_path):
     small_recipe(tmp_path / "small.yaml", idx)
     with pytest.raises(RecipeError, match=r"backbone\.weights"):
-        compare([tmp_path / "small.yaml"], out=tmp_path / "out")
+        compare([tmp_path / "small.yaml"], run=tlscale.run, out=tmp_path / "out")
 
 
 def test_a_used_folder_is_refused_unless_it_goes_on(recipe_file, tmp_path):
     (tmp_path / "out" / "x").mkdir(parents=True)
     with pytest.raises(RunFolderError, match="--resume"):
-        compare([recipe_file], out=tmp_path / "out")
+        compare([recipe_file], run=tlscale.run, out=tmp_path / "out")
 
 
 def test_recipes_on_other_images_are_refused(idx, tmp_path):
@@ -189,7 +191,7 @@ def test_recipes_on_other_images_are_refused(idx, tmp_path):
     small_recipe(tmp_path / "a.yaml", idx, name="a")
     small_recipe(tmp_path / "b.yaml", other, name="b")
     with pytest.raises(DataError, match=r"not about the same images[\s\S]*b: .* 20 test images"):
-        compare([tmp_path / "a.yaml", tmp_path / "b.yaml"], out=tmp_path / "out")
+        compare([tmp_path / "a.yaml", tmp_path / "b.yaml"], run=tlscale.run, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -197,16 +199,17 @@ def test_a_copy_of_the_images_is_the_same_images(idx, tmp_path):
     copy = shutil.copytree(idx, tmp_path / "copy")
     small_recipe(tmp_path / "a.yaml", idx, name="a", duration="1 steps")
     small_recipe(tmp_path / "b.yaml", copy, name="b", duration="1 steps")
-    figures = compare([tmp_path / "a.yaml", tmp_path / "b.yaml"], out=tmp_path / "out")
+    figures = compare([tmp_path / "a.yaml", tmp_path / "b.yaml"], run=tlscale.run, out=tmp_path / "out")
     assert {run["top1"] for run in figures["runs"]} == {figures["runs"][0]["top1"]}  # all else is the same, too
+    assert len({run["scored_sha256"] for run in figures["runs"]}) == len(figures["pairs"]) == 1
 
 
 def test_two_recipes_of_one_name_or_strategies_of_two_are_refused(recipe_file, tmp_path):
     with pytest.raises(RecipeError, match="of one name"):
-        compare([recipe_file, recipe_file])
+        compare([recipe_file, recipe_file], run=tlscale.run)
     other = tmp_path / "other.yaml"
     other.write_text(yaml.safe_dump({**yaml.safe_load(recipe_file.read_text()), "name": "other"}))
-    with pytest.raises(RecipeError, match="derives them from one recipe"):
-        compare([recipe_file, other], strategies=["head"])
-    with pytest.raises(RecipeError, match="name a recipe"):
-        compare([])
+    with pytest.raises(RecipeError, match="--strategies: it derives them from one recipe"):
+        compare([recipe_file, other], run=tlscale.run, strategies=["head"])
+    with pytest.raises(RecipeError, match="Name one to compare"):
+        compare([], run=tlscale.run)

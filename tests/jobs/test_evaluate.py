@@ -6,12 +6,14 @@ import json
 import re
 import shutil
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
 import tlscale
 from tests.small_runs import put_small_folder, put_small_idx, result, small_recipe
 from tlscale.cli import main
+from tlscale.training.predictions import read_predictions
 
 PROBE = {"kind": "ridge", "strengths": [1.0]}
 
@@ -72,6 +74,30 @@ def test_it_gives_the_figures_of_the_run(run_folder):
     assert json.loads((run_folder / "evaluations/test/figures.json").read_text()) == figures
     assert "selected_on" not in figures
     assert (run_folder / "result.json").read_bytes() == before
+
+
+def test_it_has_predictions_and_the_most_frequent_class_as_a_run_has(run_folder, tmp_path):
+    figures = figures_of(run_folder, "--out", tmp_path)
+    own, again = (read_predictions(folder / "predictions.parquet") for folder in (run_folder, tmp_path))
+    assert again.drop(["logits"]).equals(own.drop(["logits"]))
+    assert np.allclose(*(table["logits"].combine_chunks().flatten().to_numpy() for table in (own, again)), atol=1e-5)
+    assert figures["majority"] == result(run_folder)["majority"]
+    label, share = figures["majority"]["label"], figures["majority"]["top1"]
+    assert f"against {share:.4f} for always saying '{label}'" in invoke(run_folder, "--out", tmp_path).stdout
+
+
+def test_the_most_frequent_class_of_other_data_is_that_of_training(probed, tmp_path):
+    run, data = probed
+    written = result(run)
+    figures = figures_of(run, *folder_of_one_class(data, tmp_path))
+    label = written["majority"]["label"]
+    assert figures["majority"] == {"label": label, "top1": float(label == "Coat")}
+    assert len(read_predictions(run / "evaluations" / "new" / "predictions.parquet")) == figures["num_images"]
+    del written["majority"]  # as an older run
+    (tmp_path / "older").mkdir()
+    older = shutil.copytree(run, tmp_path / "older" / "run")
+    (older / "result.json").write_text(json.dumps(written))
+    assert figures_of(older, f"data.path={tmp_path / 'new'}")["majority"] == figures["majority"]
 
 
 def test_tables_are_printed_without_json_and_a_validation_split_is_marked(run_folder):
@@ -161,6 +187,10 @@ def test_where_the_training_images_are_gone_it_says_so(probe_without_test, tmp_p
     done = invoke(run, "--data", tmp_path / "moved", "--json")
     assert json.loads(done.stdout)["num_trained_on"] is None
     assert "cannot be told" in done.stderr
+    noted = json.loads(done.stdout)["notes"]
+    assert any("cannot be told" in note for note in noted)
+    assert str(tmp_path) in done.stderr
+    assert str(tmp_path) not in json.dumps(noted)
 
 
 def test_a_refitted_probe_has_no_score_of_its_own(probe_without_test):

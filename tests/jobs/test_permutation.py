@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import tlscale
 from tests.coins import chance, put_coins
 from tests.recompute import assert_follows
 from tests.small_runs import put_teacher, small_recipe
@@ -28,7 +29,7 @@ def compared(folder: Path, manifest: Path, weights: Path, probe: dict | None = N
     backbone = {"name": "test_resnet", "weights": str(weights)}
     folder.mkdir(exist_ok=True)
     small_recipe(folder / "coins.yaml", manifest, data=data, backbone=backbone, **changes)
-    return compare([folder / "coins.yaml"], out=folder / "out", **options)
+    return compare([folder / "coins.yaml"], run=tlscale.run, out=folder / "out", **options)
 
 
 def assert_chance(figures: dict, split: str, num_classes: int = 2, num_tables: int = 1) -> None:

@@ -57,6 +57,8 @@ class Outcome:
     split: str | None = None
     num_images: int | None = None
     fingerprint: str | None = None
+    scored_sha256: str | None = None
+    """Of the scored images by content; None of a run of an older version."""
     selected_on: str | None = None
     """The split of the score, where its images also chose the step, layer or strength."""
     scored_model: str | None = None
@@ -139,6 +141,7 @@ def finished(variant: str, size: int | None, seed: int, folder: RunFolder, resul
         split=result["split"],
         num_images=result["num_images"],
         fingerprint=record["data"]["fingerprint"],
+        scored_sha256=result.get("scored_sha256"),
         selected_on=score.get("selected_on"),
         scored_model=score.get("scored_model"),
         majority=result.get("majority"),
@@ -180,22 +183,28 @@ def _layer(result: dict[str, Any]) -> str | None:
 
 
 def refuse_other_images(outcomes: Sequence[Outcome]) -> None:
-    """Figures of different images do not compare.
+    """Refuse figures of different images, which do not compare.
 
     Raises:
         DataError: which runs were evaluated on what.
     """
+    done = [outcome for outcome in outcomes if outcome.error is None]
+    by_content = all(outcome.scored_sha256 is not None for outcome in done)
+    expected: dict[tuple[object, ...], str | None] = {}
     groups: dict[tuple[object, ...], list[Outcome]] = {}
-    for outcome in outcomes:
-        if outcome.error is None:
-            # Held-out images follow from the size and the seed; those of a test split are the same for all.
-            count = outcome.num_images if outcome.split == "test" else None
-            groups.setdefault((outcome.split, count, outcome.fingerprint), []).append(outcome)
+    for outcome in done:
+        identity = outcome.scored_sha256 if by_content else outcome.fingerprint
+        # Held-out images follow from the size and the seed; those of a test split are the same for all.
+        at = (outcome.size, outcome.seed) if by_content and outcome.split != "test" else ()
+        is_expected = expected.setdefault((outcome.split, *at), identity) == identity
+        count = outcome.num_images if outcome.split == "test" else None
+        groups.setdefault((outcome.split, count, None if is_expected else identity), []).append(outcome)
     if len(groups) > 1:
         lines = [
-            f"{split}, {group[0].num_images:,} images of data {str(fingerprint)[:12]}: "
+            f"{split}, {group[0].num_images:,} images of data "
+            f"{str(group[0].scored_sha256 if by_content else group[0].fingerprint)[:12]}: "
             + ", ".join(outcome.folder for outcome in group)
-            for (split, _, fingerprint), group in groups.items()
+            for (split, _, _), group in groups.items()
         ]
         raise DataError(
             "the runs were not evaluated on the same images, so there is no table of them:\n  " + "\n  ".join(lines)

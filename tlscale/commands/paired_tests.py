@@ -1,6 +1,7 @@
 """Paired tests: whether two runs that were scored on the same images differ by more than chance.
 
-Promise: two runs are paired only where the images and their true labels are the same, row by row. The test is exact
+Promise: two runs are paired only where the images and their true labels are the same, row by row: by content where
+both runs noted it, else by path. The test is exact
 (McNemar 1947): of the images on which only one of the two is right, under equal accuracy each run has half. Over
 several seeds an image counts once, for the run that is right more often on it. The p-values of a comparison are
 corrected for the number of pairs (Holm 1979, "A simple sequentially rejective multiple test procedure").
@@ -37,8 +38,16 @@ class Scored:
 
     images: str
     """Digest of their paths, rows and true labels, in order."""
+    content: str | None
+    """`scored_sha256` of the run: digest of their contents and true labels, in order; None of an older run."""
     keys: pa.Table
     is_right_N: npt.NDArray[np.bool_]
+
+    def has_images_of(self, other: Scored) -> bool:
+        """Report whether both runs were scored on the same images: copies of files elsewhere are the same."""
+        if self.content is not None and other.content is not None:
+            return self.content == other.content
+        return self.images == other.images
 
 
 @dataclass(frozen=True)
@@ -68,8 +77,12 @@ class Pair:
         return {**vars(self), "distinguishable": self.is_distinguishable}
 
 
-def read_scored(folder: Path) -> Scored | None:
-    """What a run's `predictions.parquet` says; None where there is none: an older tlscale made the run."""
+def read_scored(folder: Path, content: str | None = None) -> Scored | None:
+    """Read a run's `predictions.parquet`; None where there is none: an older tlscale made the run.
+
+    Args:
+        content: `scored_sha256` of the run, where it noted that.
+    """
     path = folder / "predictions.parquet"
     if not path.is_file():
         return None
@@ -79,7 +92,7 @@ def read_scored(folder: Path) -> Scored | None:
         for value in table[name].to_pylist():
             total.update(f"{value}\0".encode())
     is_right = pc.fill_null(pc.equal(table["label"], table["true_label"]), False)
-    return Scored(total.hexdigest(), table.select(_KEYS), is_right.to_numpy(zero_copy_only=False))
+    return Scored(total.hexdigest(), content, table.select(_KEYS), is_right.to_numpy(zero_copy_only=False))
 
 
 def paired_tests(rows: Sequence[Row]) -> list[Pair]:
@@ -87,7 +100,7 @@ def paired_tests(rows: Sequence[Row]) -> list[Pair]:
 
     Runs without predictions, and pairs of runs that were scored on different images, have none.
     """
-    scored = {run.folder: read_scored(Path(run.folder)) for row in rows for run in row.runs}
+    scored = {run.folder: read_scored(Path(run.folder), run.scored_sha256) for row in rows for run in row.runs}
     found: list[Pair] = []
     for size in dict.fromkeys(row.size for row in rows):
         tests = []
@@ -110,7 +123,7 @@ def paired_test(size: int, first: str, second: str, runs: Sequence[tuple[Scored,
     Returns:
         None where no seed is there, or a seed's two runs were scored on different images.
     """
-    if not runs or any(one.images != other.images for one, other in runs):
+    if not runs or not all(one.has_images_of(other) for one, other in runs):
         return None
     leads_N = _leads(runs)
     num_first, num_second = int((leads_N > 0).sum()), int((leads_N < 0).sum())
@@ -121,7 +134,8 @@ def paired_test(size: int, first: str, second: str, runs: Sequence[tuple[Scored,
 def _leads(runs: Sequence[tuple[Scored, Scored]]) -> Hits:
     """For each image, in how many seeds more the first is right than the second."""
     leads = [one.is_right_N.astype(np.int64) - other.is_right_N for one, other in runs]
-    if len({one.images for one, _ in runs}) == 1:
+    first = runs[0][0]
+    if all(one.has_images_of(first) for one, _ in runs):
         total_N: Hits = np.sum(leads, axis=0, dtype=np.int64)
         return total_N
     # The seeds hold out other images: each that any of them has counts once.

@@ -1,4 +1,4 @@
-"""A recipe's run: everything up to the first step or fit, the same for training and for a probe.
+"""`tlscale run`: everything up to the first step or fit, the same for training and for a probe.
 
 Chapters: process; folder; data, model and weights; plan; and then the job that the recipe asks for.
 """
@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import os
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +66,8 @@ def run(
 
     Args:
         recipe: from `load_recipe`.
-        out: the run folder; by itself `runs/<recipe name>`.
-        resume: go on from the newest valid checkpoint there, or start if there is none.
+        out: the run folder; by default `runs/<recipe name>`.
+        resume: resume from the newest valid checkpoint there, or start if there is none.
         overwrite: replace a run that is there.
         watch: measures the run; by default from this call.
 
@@ -88,43 +89,35 @@ def run(
         console = Console(enabled=processes.is_main)
         processes.run_on_main(_obey_earlier_stop, folder)
         processes.run_on_main(_forget_stop, folder, console)
-        record = None if overwrite else processes.run_on_main(read_record, folder)
-        if record is not None:
+        run_info = None if overwrite else processes.run_on_main(read_record, folder)
+        if run_info is not None:
             recipe = with_values(recipe, processes.run_on_main(_refuse_other_recipe, recipe, folder, console))
-            done = processes.run_on_main(lambda: folder.result.read_text() if folder.result.exists() else None)
-            if done is not None:
+            if (done := processes.run_on_main(_earlier_result, folder)) is not None:
                 console.say(f"'{folder.path}' is complete already; its figures are in {folder.result}")
-                return dict(json.loads(done))
+                return done
 
         # -- data, model and weights: whatever is wrong with them ends the run here -------------------------------
-        bad_images = BadImages.from_plain(record["bad_images"]) if record else None
+        bad_images = BadImages.from_plain(run_info["bad_images"]) if run_info else None
         with processes.main_first():  # what a hub has to give is fetched once
             setup = set_up(recipe, world_size=processes.world_size, bad_images=bad_images, watch=watch)
 
         # -- plan -------------------------------------------------------------------------------------------------
         show_plan(setup, console, device=str(processes.device))
-        if record is not None:
-            processes.run_on_main(_refuse_other_inputs, record, setup, folder)
-            record = processes.run_on_main(_compare_data, record, setup, folder, console)
-            processes.run_on_main(_refuse_other_transform, record, setup, folder)
-            record = processes.run_on_main(refuse_uncorrected, folder, setup, record)
+        if run_info is not None:
+            run_info = processes.run_on_main(_checked_run_info, run_info, setup, folder, console)
         if resume:
             watch.add_earlier(processes.run_on_main(_spent_before, folder))
         processes.run_on_main(folder.stopped.unlink, missing_ok=True)
-        try:
+        with _marking_stop(folder, stop, watch, is_main=processes.is_main):
             if recipe.probe is None:
-                return train(setup, folder, processes, stop, record, console)
-            result, how_to_load = probe(setup, folder, processes, stop, record, console)
-        except Stopped as stopped:
-            if processes.is_main:
-                _mark_stopped(folder, stop, stopped, watch)
-            raise
+                return train(setup, folder, processes, stop, run_info, console)
+            result, how_to_load = probe(setup, folder, processes, stop, run_info, console)
         show_result(result, console, folder=folder.path, how_to_load=how_to_load)
         return result
 
 
 def _obey_earlier_stop(folder: RunFolder) -> None:
-    """torchrun takes a stop for a failure, and with --max_restarts it starts the processes again that just stopped.
+    """Do nothing in torchrun's restart: it takes a stop for a failure, and starts the stopped processes again.
 
     Raises:
         Stopped: this is such a start.
@@ -134,14 +127,14 @@ def _obey_earlier_stop(folder: RunFolder) -> None:
 
 
 def _forget_stop(folder: RunFolder, console: Console) -> None:
-    """A request to stop is one to a run that is there."""
+    """Remove a request to stop that was made before this start: it was to another run."""
     if folder.stop.exists():
-        console.say(f"'{folder.stop}' is from before this start, and removed")
+        console.say(f"'{folder.stop}' is from before this start, so it is removed")
         folder.stop.unlink()
 
 
 def _spent_before(folder: RunFolder) -> dict[str, float]:
-    """The seconds of all starts up to one that was stopped; none where the last one was not."""
+    """Read the seconds of all starts up to one that was stopped; none where the last one was not."""
     try:
         return {
             str(part): float(spent_s) for part, spent_s in json.loads(folder.stopped.read_text())["spent_s"].items()
@@ -150,19 +143,45 @@ def _spent_before(folder: RunFolder) -> dict[str, float]:
         return {}
 
 
-def _mark_stopped(folder: RunFolder, stop: StopRequest, stopped: Stopped, watch: Stopwatch) -> None:
-    """Leave word for a launcher, which sees no exit code of ours, and take away the request that was obeyed."""
-    by = stop.by or "a signal to another process"
-    with naming_disk_errors(folder.stopped):
-        write_json(folder.stopped, {"by": by, "message": str(stopped), "spent_s": watch.spent()})
-    folder.stop.unlink(missing_ok=True)
+@contextmanager
+def _marking_stop(folder: RunFolder, stop: StopRequest, watch: Stopwatch, *, is_main: bool) -> Iterator[None]:
+    """Leave word of a stop for a launcher, which sees no exit code of ours, and remove the request that was obeyed."""
+    try:
+        yield
+    except Stopped as stopped:
+        if is_main:
+            by = stop.by or "a signal to another process"
+            with naming_disk_errors(folder.stopped):
+                write_json(folder.stopped, {"by": by, "message": str(stopped), "spent_s": watch.spent()})
+            folder.stop.unlink(missing_ok=True)
+        raise
+
+
+def _earlier_result(folder: RunFolder) -> dict[str, Any] | None:
+    """Read `result.json`; None where the run is not complete."""
+    return dict(json.loads(folder.result.read_text())) if folder.result.exists() else None
+
+
+def _checked_run_info(run_info: dict[str, Any], setup: RunSetup, folder: RunFolder, console: Console) -> dict[str, Any]:
+    """Check that a run can be resumed with these inputs.
+
+    Returns:
+        What `run.json` holds from now on.
+
+    Raises:
+        ResumeError: its weights, data, transform or version are not those that it was started with.
+    """
+    _refuse_other_inputs(run_info, setup, folder)
+    run_info = _compare_data(run_info, setup, folder, console)
+    _refuse_other_transform(run_info, setup, folder)
+    return refuse_uncorrected(folder, setup, run_info)
 
 
 def _refuse_other_recipe(recipe: Recipe, folder: RunFolder, console: Console) -> dict[str, dict[str, object]]:
     """Compare the recipe with that of the run.
 
     Returns:
-        By section the keys that came after the run began, with what it does all the same.
+        By section the keys that are newer than the run, with the values that mean what it did without them.
     """
     stored, older, notes = load_stored_recipe(folder.recipe)
     for note in notes:
@@ -185,22 +204,22 @@ def _refuse_other_recipe(recipe: Recipe, folder: RunFolder, console: Console) ->
 
 
 def _sees_other_views(stored: Recipe, recipe: Recipe) -> bool:
-    """With `codes.keep: always` a single view is kept for all epochs; otherwise each epoch sees a new one."""
+    """Report whether epochs would see other views: with `codes.keep: always` one is cached for all of them."""
     is_one = bool(recipe.data.augment) and recipe.codes.views == 1 and recipe.distill is None
     return is_one and (stored.codes.keep == "always") != (recipe.codes.keep == "always")
 
 
-def _refuse_other_inputs(record: dict[str, Any], setup: RunSetup, folder: RunFolder) -> None:
-    now, then = {"weights": setup.weights.sha256}, {"weights": record["weights"]["sha256"]}
+def _refuse_other_inputs(run_info: dict[str, Any], setup: RunSetup, folder: RunFolder) -> None:
+    now, then = {"weights": setup.weights.sha256}, {"weights": run_info["weights"]["sha256"]}
     if setup.teacher is not None:
-        now["teacher's weights"], then["teacher's weights"] = setup.teacher.digest, record["teacher"]["sha256"]
+        now["teacher's weights"], then["teacher's weights"] = setup.teacher.digest, run_info["teacher"]["sha256"]
     for what, digest in then.items():
         _refuse_another(what, digest, now[what], folder)
 
 
-def _refuse_other_transform(record: dict[str, Any], setup: RunSetup, folder: RunFolder) -> None:
+def _refuse_other_transform(run_info: dict[str, Any], setup: RunSetup, folder: RunFolder) -> None:
     """Refuse a run of an older version, which took the size of the first training image for that of all."""
-    then, now = record["input"], setup.spec.to_plain()
+    then, now = run_info["input"], setup.spec.to_plain()
     changes = [f"{key}: {then.get(key)!r} -> {value!r}" for key, value in now.items() if then.get(key) != value]
     if changes:
         keep = f", with data.crop_pct={then['crop_pct']:g} to have it as it was" if "crop_pct" in then else ""
@@ -211,7 +230,7 @@ def _refuse_other_transform(record: dict[str, Any], setup: RunSetup, folder: Run
         )
 
 
-def _compare_data(record: dict[str, Any], setup: RunSetup, folder: RunFolder, console: Console) -> dict[str, Any]:
+def _compare_data(run_info: dict[str, Any], setup: RunSetup, folder: RunFolder, console: Console) -> dict[str, Any]:
     """Refuse other training or validation images; announce and record another test split.
 
     Returns:
@@ -220,17 +239,17 @@ def _compare_data(record: dict[str, Any], setup: RunSetup, folder: RunFolder, co
     Raises:
         ResumeError: the run would go on with other data.
     """
-    data, then = setup.data, record["data"]
+    data, then = setup.data, run_info["data"]
     if "used_sha256" not in then:
         console.say(f"'{folder.path}' is of an older tlscale: its data were compared by the older identity")
         _refuse_another("data", then["fingerprint"], str(data.identity["fingerprint"]), folder)
-        return record
+        return run_info
     _refuse_another("data", then["used_sha256"], used_identity(data, then["used_by"]).sha256, folder)
     if data.test is None and "test" not in then["num_images"]:
-        return record  # the validation split is scored, and that is the same
+        return run_info  # the validation split is scored, and that is the same
     scored = scored_identity(data, then["scored_by"])
     if scored.sha256 == then["scored_sha256"]:
-        return record
+        return run_info
     console.say(
         f"WARNING: the test split is not the one that '{folder.path}' was started with ({then['scored_sha256'][:12]} "
         f"then, {scored.sha256[:12]} now). Training is not affected; the score will be of the new one",
@@ -238,10 +257,10 @@ def _compare_data(record: dict[str, Any], setup: RunSetup, folder: RunFolder, co
     )
     earlier = [*then.get("earlier_scored_sha256", []), then["scored_sha256"]]
     now = {"scored_sha256": scored.sha256, "scored_by": scored.by, "num_images": data.identity["num_images"]}
-    record = {**record, "data": {**then, **now, "earlier_scored_sha256": earlier}}
+    run_info = {**run_info, "data": {**then, **now, "earlier_scored_sha256": earlier}}
     with naming_disk_errors(folder.run_json):
-        write_json(folder.run_json, record)
-    return record
+        write_json(folder.run_json, run_info)
+    return run_info
 
 
 def _refuse_another(what: str, then: str, now: str, folder: RunFolder) -> None:

@@ -29,6 +29,7 @@ from tlscale.recipe.seeds import derive_seed
 from tlscale.storage.files import naming_disk_errors, write_json
 from tlscale.storage.run_folder import RunFolder
 from tlscale.tracking.console import Console
+from tlscale.tracking.places import places_of, without_places
 from tlscale.training import computed
 from tlscale.training.checkpoint.files import Checkpoint, checkpoint_folder, newest_valid
 from tlscale.training.checkpoint.run_state import point_to, restore, restore_weights, saved_loop_state
@@ -388,7 +389,7 @@ def _result(
         "trainable_params": setup.trainable_params,
         "total_params": setup.total_params,
         "is_sample": setup.data.is_sample,
-        "notes": list(setup.data.notes),
+        "notes": without_places(list(setup.data.notes), places_of(setup.recipe)),
         "num_bad_images": len(setup.bad_images),
         "skipped_images": setup.bad_images.counts,
         "per_class": best["per_class"],

@@ -33,6 +33,7 @@ from tlscale.recipe.schema import ProbeSection
 from tlscale.storage.files import naming_disk_errors, write_json
 from tlscale.storage.run_folder import RunFolder
 from tlscale.tracking.console import Console, number
+from tlscale.tracking.places import places_of, without_places
 from tlscale.training.evaluate import scalars
 from tlscale.training.logger import RunLogger
 from tlscale.training.loop_state import LoopState
@@ -200,7 +201,7 @@ class _Probe:
             "trainable_params": num_params,
             "total_params": backbone_params + num_params,
             "is_sample": setup.data.is_sample,
-            "notes": list(setup.data.notes),
+            "notes": without_places(list(setup.data.notes), places_of(setup.recipe)),
             "num_bad_images": len(setup.bad_images),
             "skipped_images": setup.bad_images.counts,
             "per_class": figures["per_class"],

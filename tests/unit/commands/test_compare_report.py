@@ -150,6 +150,19 @@ def test_runs_on_other_images_are_refused(other):
     refuse_other_images([outcome(), outcome("mlp"), Outcome("x", 1, 0, "runs/x", "0", error="failed")])
 
 
+def test_images_are_compared_by_content_where_all_runs_noted_it():
+    copied = [outcome(scored_sha256="a"), outcome("mlp", fingerprint="e" * 64, scored_sha256="a")]
+    refuse_other_images(copied)
+    others = [outcome(scored_sha256="a"), outcome("mlp", scored_sha256="b")]
+    with pytest.raises(DataError, match=r"images of data a: runs/head_1000_s0\n  .*images of data b: runs/mlp_1000_s0"):
+        refuse_other_images(others)
+    refuse_other_images([outcome(), outcome("mlp", scored_sha256="b")])  # an older run: by the older identity
+    held = {"split": "validation", "num_images": 100}
+    refuse_other_images([outcome(scored_sha256="a", **held), outcome(seed=1, scored_sha256="b", **held)])
+    with pytest.raises(DataError, match="not evaluated on the same images"):
+        refuse_other_images([outcome(scored_sha256="a", **held), outcome("mlp", scored_sha256="b", **held)])
+
+
 def test_held_out_images_may_differ_in_number_and_the_reader_is_told():
     outcomes = [outcome(split="validation", num_images=count, size=10 * count) for count in (10, 100)]
     refuse_other_images(outcomes)

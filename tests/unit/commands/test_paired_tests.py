@@ -18,7 +18,7 @@ from tlscale.commands.paired_tests import Pair, corrected, exact_p, paired_test,
 from tlscale.training.metrics import wilson
 
 
-def put(folder, is_right, *, labels=None, offset=0):
+def put(folder, is_right, *, labels=None, offset=0, content=None):
     """Predictions of images, of which some are right."""
     count = len(is_right)
     labels = labels if labels is not None else ["a"] * count
@@ -30,7 +30,7 @@ def put(folder, is_right, *, labels=None, offset=0):
         "label": [label if right else "other" for label, right in zip(labels, is_right, strict=True)],
     }
     pq.write_table(pa.table(columns), folder / "predictions.parquet")
-    return read_scored(folder)
+    return read_scored(folder, content)
 
 
 def by_counts(both, first, second, none):
@@ -83,6 +83,18 @@ def test_only_the_same_images_are_paired(tmp_path):
         assert paired_test(100, "a", "c", [(scored, other)]) is None
     assert paired_test(100, "a", "c", []) is None
     assert read_scored(tmp_path / "nowhere") is None
+
+
+def test_images_are_paired_by_content_where_both_runs_noted_it(tmp_path):
+    scored = put(tmp_path / "a", [True] * 8 + [False] * 2, content="c")
+    copied = put(tmp_path / "b", [False] * 8 + [True] * 2, offset=100, content="c")  # under other names
+    pair = paired_test(100, "a", "b", [(scored, copied)])
+    assert (pair.num_first_only, pair.num_second_only, pair.num_images) == (8, 2, 10)
+    changed = put(tmp_path / "d", [True] * 10, content="d")  # other pixels under the same names
+    assert paired_test(100, "a", "d", [(scored, changed)]) is None
+    older = put(tmp_path / "e", [True] * 10)
+    assert paired_test(100, "a", "e", [(scored, older)]) is not None
+    assert paired_test(100, "b", "e", [(copied, older)]) is None
 
 
 def test_over_seeds_an_image_counts_once(tmp_path):

@@ -1,0 +1,191 @@
+"""List the runs of a comparison (recipes, sizes and seeds), and check all of them before the first one runs."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from tlscale.data.sources.open import open_data
+from tlscale.errors import DataError, RecipeError, did_you_mean
+from tlscale.models.backbone import build_backbone
+from tlscale.models.features import layer_names
+from tlscale.recipe.load import diff_recipes, dump_recipe, load_recipe
+from tlscale.recipe.schema import BackboneSection, Recipe
+from tlscale.recipe.strategies import STRATEGIES, at_size, derive, fit_to_size, with_seed
+
+MIN_STEPS = 200
+"""Least steps of a training run at a size of `--sizes`."""
+# What makes the images, and the split that figures are of, other ones.
+_SAME_FOR_ALL = (
+    *("name", "seed", "data.source", "data.path", "data.config", "data.revision", "data.image_column"),
+    *("data.label_column", "data.train_split", "data.validation_split", "data.test_split", "data.validation_fraction"),
+    *("data.classes", "data.train_limit", "data.fallback", "data.on_bad_image"),
+)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One run of the comparison."""
+
+    label: str
+    """A strategy, or the name of a recipe."""
+    recipe: Recipe
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a comparison was asked for."""
+
+    bases: Sequence[Recipe]
+    """One: its strategies are compared. Several: they are, as they are."""
+    strategies: Sequence[str]
+    """Empty: all."""
+    sizes: Sequence[int | None]
+    """Labelled training images, held-out ones included; None: all. Empty: the recipe's own."""
+    seeds: Sequence[int]
+    """Empty: the recipe's own."""
+    changes: Sequence[str]
+    """`strategy.key.path=value`, or `recipe_name.key...`."""
+    min_steps: int | None
+    """None: `MIN_STEPS`."""
+
+    @property
+    def least_steps(self) -> int:
+        """Return the least steps of a training run at a size."""
+        return MIN_STEPS if self.min_steps is None else self.min_steps
+
+
+def check_choice(plan: Plan) -> None:
+    """Refuse what cannot be compared, before any recipe is derived.
+
+    Raises:
+        RecipeError: no recipe, several of one name, or options that are wrong or have no effect.
+    """
+    names = [base.name for base in plan.bases]
+    if not names:
+        raise RecipeError("RECIPE: there is none. Name one to compare its strategies, or several recipes")
+    if len(names) > 1 and plan.strategies:
+        raise RecipeError("--strategies: it derives them from one recipe, and several are compared as they are")
+    if len(set(names)) != len(names):
+        raise RecipeError(f"name: recipes of one name cannot be told apart in a table: {', '.join(names)}. Rename one")
+    if len(set(plan.strategies)) != len(plan.strategies):
+        raise RecipeError(f"--strategies: it names one twice: {', '.join(plan.strategies)}")
+    for option, least, numbers in (("--sizes", 1, plan.sizes), ("--seeds", 0, plan.seeds)):
+        wrong = [number for number in numbers if number is not None and number < least]
+        if wrong:
+            raise RecipeError(f"{option}: {wrong[0]} is not a whole number of at least {least}")
+    if plan.min_steps is not None and not plan.sizes:
+        raise RecipeError("--min-steps: it lengthens runs at the sizes of --sizes, and there are none. Take it out")
+
+
+def labelled_recipes(plan: Plan) -> dict[str, Recipe]:
+    """Derive the recipe of each label at its own size and seed; the widest codes first."""
+    if len(plan.bases) > 1:
+        return {base.name: base for base in plan.bases}
+    base = plan.bases[0]
+    ordered = sorted(plan.strategies or STRATEGIES, key=lambda name: name != "early_codes")
+    # Random weights do: only names are needed.
+    section = BackboneSection(name=base.backbone.name, weights="none", in_chans=base.backbone.in_chans)
+    backbone, _ = build_backbone(section, image_size=base.data.image_size, seed=0)
+    parameters = [name for name, _ in backbone.named_parameters()]
+    early = _early_layers(backbone)
+    return {name: derive(base, name, early_layers=early, parameter_names=parameters) for name in ordered}
+
+
+def _early_layers(backbone: nn.Module) -> list[str]:
+    """List the stages before the penultimate codes.
+
+    Where the last stage is as wide as those, they are that stage pooled (and normalised), and it is no earlier layer.
+    """
+    layers = layer_names(backbone)
+    width: object = backbone.num_features
+    return [layer.name for layer in (layers[:-1] if len(layers) > 1 and layers[-1].channels == width else layers)]
+
+
+def list_variants(plan: Plan, labelled: dict[str, Recipe], root: Path) -> Iterator[Variant]:
+    """Yield all runs in their order: the largest size first, so that smaller ones find their codes cached."""
+    own = _changes_by_label(labelled, plan.changes)
+    descending = sorted(dict.fromkeys(plan.sizes), key=lambda size: (size is not None, -(size or 0)))
+    sizes_or_own: list[tuple[int | None, ...]] = [(size,) for size in descending] or [()]  # (): the recipe's own
+    seeds_or_own: list[tuple[int, ...]] = [(seed,) for seed in dict.fromkeys(plan.seeds)] or [()]
+    for size in sizes_or_own:
+        for seed in seeds_or_own:
+            for label, base in labelled.items():
+                recipe, suffix = _at(base, size, seed, plan.least_steps)
+                yield Variant(label, _changed(recipe, label, own[label]), root / f"{label}{suffix}")
+
+
+def _at(recipe: Recipe, size: Sequence[int | None], seed: Sequence[int], min_steps: int) -> tuple[Recipe, str]:
+    """Return the recipe at a size and with a seed, and what they add to its folder's name."""
+    suffix = ""
+    for number in size:
+        recipe = fit_to_size(at_size(recipe, number), min_steps)
+        suffix += f"_{'all' if number is None else number}"
+    for number in seed:
+        recipe = with_seed(recipe, number)
+        suffix += f"_s{number}"
+    return recipe, suffix
+
+
+def _changes_by_label(labelled: dict[str, Recipe], changes: Sequence[str]) -> dict[str, list[str]]:
+    own: dict[str, list[str]] = {label: [] for label in labelled}
+    for change in changes:
+        # A recipe's name may hold dots, so the longest that fits is meant.
+        label = max((name for name in labelled if change.startswith(f"{name}.")), key=len, default=None)
+        if label is None:
+            word = change.partition(".")[0]
+            raise RecipeError(
+                f"--set {change}: there is no '{word}' in this comparison.{did_you_mean(word, labelled)} Write "
+                f"NAME.key.path=value, where NAME is one of: {', '.join(labelled)}"
+            )
+        own[label].append(change.removeprefix(f"{label}."))
+    return own
+
+
+def _changed(recipe: Recipe, label: str, overrides: Sequence[str]) -> Recipe:
+    """Apply overrides by the grammar of `tlscale run`, and check the recipe as a whole."""
+    with tempfile.TemporaryDirectory(prefix="tlscale-") as folder:
+        path = Path(folder) / f"{label}.yaml"
+        path.write_text(dump_recipe(recipe), encoding="utf-8")
+        try:
+            changed = load_recipe(path, overrides)
+        except RecipeError as error:
+            text = str(error).replace("command line: ", f"--set {label}.").replace(str(path), f"variant '{label}'")
+            raise RecipeError(text) from None
+    for key, old, new in diff_recipes(recipe, changed):
+        if key in _SAME_FOR_ALL:
+            raise RecipeError(
+                f"--set {label}.{key}: {old!r} -> {new!r} would compare '{label}' on other images. Change the recipe, "
+                "for all of them"
+            )
+    return changed
+
+
+def refuse_other_data(variants: Sequence[Variant]) -> None:
+    """Refuse recipes of different images; those that name other data may yet have the same ones, such as a copy.
+
+    Raises:
+        DataError: which differ.
+    """
+    keys = [key.removeprefix("data.") for key in _SAME_FOR_ALL if key.startswith("data.")]
+    distinct: dict[str, Variant] = {}
+    for variant in variants:
+        section = variant.recipe.data
+        distinct.setdefault(repr([getattr(section, key) for key in keys if key != "train_limit"]), variant)
+    if len(distinct) < 2:
+        return
+    opened = {variant.label: open_data(variant.recipe.data, variant.recipe.seed) for variant in distinct.values()}
+    images = {
+        label: (str(data.identity["fingerprint"]), len(data.test) if data.test is not None else None)
+        for label, data in opened.items()
+    }
+    if len(set(images.values())) > 1:
+        lines = [
+            f"{label}: data {fingerprint[:12]}, {count} test images" for label, (fingerprint, count) in images.items()
+        ]
+        raise DataError("the recipes are not about the same images:\n  " + "\n  ".join(lines))

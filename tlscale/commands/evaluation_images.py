@@ -1,0 +1,200 @@
+"""Find the images that an evaluation scores, and what part they had in the model.
+
+Promise: images that were fitted, or chose something, are never scored as if they had not.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tlscale.data.sources.bad_images import find_bad_images
+from tlscale.data.sources.labelled import count_shared, open_labelled, own_images
+from tlscale.data.sources.open import BadImages, ImageData, ImageSplit, open_data
+from tlscale.data.sources.tables import Role
+from tlscale.distributed.processes import Processes
+from tlscale.errors import DataError
+from tlscale.models.export import TrainedModel
+from tlscale.recipe.schema import DataSection, Recipe
+from tlscale.storage.files import text_sha256
+from tlscale.training.metrics import majority
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The images that are scored."""
+
+    split: ImageSplit
+    figures: dict[str, Any]
+    """Go before the figures: which split, of which data (`own`: the run's), what part the images had in the model."""
+    majority_label: str | None
+    """The most frequent class of the run's training images; None where that is not known."""
+    notes: list[str] = field(default_factory=list)
+
+    def majority(self, classes: Sequence[str]) -> dict[str, Any] | None:
+        """Score always saying the most frequent class, as `result.json` does."""
+        if self.majority_label is None:
+            return None
+        share = float((self.split.labels_N == classes.index(self.majority_label)).mean())
+        return {"label": self.majority_label, "top1": share}
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run folder, and the model in it."""
+
+    folder: Path
+    recipe: Recipe
+    trained: TrainedModel
+
+    def read(self, name: str) -> dict[str, Any]:
+        """Read one of its JSON files; empty where there is none."""
+        return read_json(self.folder / name)
+
+    def open_data(self) -> ImageData:
+        """Open the data that it was trained on, as far as they are there."""
+        # The model's classes are the truth: a class list that other data would give may be in another order.
+        section = self.recipe.data.model_copy(update={"classes": list(self.trained.classes)})
+        skipped = self.read("run.json").get("bad_images")
+        bad_images = None if skipped is None else BadImages.from_plain(skipped)
+        return open_data(section, self.recipe.seed, bad_images=bad_images)
+
+    def has_trained_on(self, data: ImageData) -> bool:
+        """Compare the labels, row by row, with those that the run began with; True where it did not note them."""
+        then = self.read("run.json").get("data", {}).get("labels_sha256")
+        return then is None or then == data.identity.get("labels_sha256")
+
+    @property
+    def refitted(self) -> bool:
+        """Report whether the exported classifier was fitted on training and validation images together."""
+        noted = (self.read("result.json").get("probe") or {}).get("refitted")
+        return bool(noted) if noted is not None else self.recipe.probe is not None and self.recipe.probe.refit
+
+    def majority_label(self, data: ImageData | None) -> str | None:
+        """Return the most frequent class of its training images: as it noted, else from its data."""
+        noted = (self.read("result.json").get("majority") or {}).get("label")
+        if noted in self.trained.classes:
+            return str(noted)
+        if data is None or not self.has_trained_on(data):
+            return None
+        return str(majority(data.train.labels_N, data.train.labels_N, self.trained.classes)["label"])
+
+
+def own_split(run: FinishedRun, name: Role | None) -> Scored:
+    """Choose a split of the run's own data, by default its test split, else its validation split.
+
+    Raises:
+        DataError: there is no such split, or the model was fitted on it.
+    """
+    data, folder, section = run.open_data(), run.folder, run.recipe.data
+    splits = {split.name: split for split in (data.test, data.validation, data.train) if split is not None}
+    name = name or next(iter(splits))
+    if name not in splits:
+        raise DataError(f"--split: the data of '{folder}' have no split '{name}'. Name one of: {', '.join(splits)}")
+    if name == "validation" and run.refitted:
+        raise DataError(
+            f"'{folder}': its probe was fitted once more on training and validation images together (probe.refit), so "
+            "its own data have no image left to score it on. Score it on other images (--data DATA), or run it again "
+            "with a test split or with probe.refit=false"
+        )
+    figures: dict[str, Any] = {"split": name, "source": section.source, "data": data_name(section), "own": True}
+    notes = []
+    if not run.has_trained_on(data):
+        changed = f"the data of '{folder}' are not those that it was trained on"
+        if name != "test":
+            raise DataError(f"{changed}, so its {name} images are not known. Bring the data back, or give --data DATA")
+        notes.append(f"{changed}: the test images may be others as well")
+    if name == "validation":
+        figures["selected_on"] = "validation"
+        notes.append("these images chose the weights or the settings of the model: the figures are too good by that")
+    if section.on_bad_image == "skip":
+        figures["num_bad_images"] = data.bad_images.counts.get(name, 0)
+    if name == "train":
+        figures["num_trained_on"] = len(splits[name])
+        notes.append("the model was trained on these images")
+    scored = Scored(splits[name], figures, run.majority_label(data), notes)
+    return without_bad(scored, section) if section.on_bad_image == "error" else scored  # else the run noted them
+
+
+def other_images(
+    run: FinishedRun, section: DataSection, name: Role | None, named: Sequence[Role], processes: Processes
+) -> Scored:
+    """Find images of other data, and count those that the run was trained on.
+
+    Args:
+        section: the other data.
+        name: the split; None: the test split where there is one, else all labelled images.
+        named: splits that the user named, which have to be there.
+    """
+    with processes.main_first():
+        found = open_labelled(section, run.trained.classes, name=name, named=named)
+    counted = processes.run_on_main(_trained_on, run, found.split)
+    figures = {
+        "split": found.of,
+        "source": section.source,
+        "data": data_name(section),
+        "own": False,
+        "num_trained_on": counted.num,
+        **({"num_selected_on": counted.num_selected_on} if counted.num_selected_on else {}),
+    }
+    return without_bad(Scored(found.split, figures, counted.majority_label, [*found.notes, counted.note]), section)
+
+
+@dataclass(frozen=True)
+class _Counted:
+    num: int | None
+    """Images that the run was trained on; None where it is not known."""
+    num_selected_on: int
+    majority_label: str | None
+    note: str
+
+
+def _trained_on(run: FinishedRun, scored: ImageSplit) -> _Counted:
+    """Count the images that the run was trained on, by content."""
+    data, refitted = None, run.refitted
+    try:
+        data = run.open_data()
+        if not run.has_trained_on(data):
+            raise DataError("its data are not those that it was trained on")
+        num = sum(count_shared(scored, split) for split in own_images(data, refitted=refitted))
+        chose = 0 if refitted or data.validation is None else count_shared(scored, data.validation)
+    except DataError as error:
+        first = str(error).splitlines()[0]
+        note = f"whether the run was trained on any of these images cannot be told: {first}"
+        return _Counted(None, 0, run.majority_label(data), note)
+    note = f"the run was trained on {num:,} of these {len(scored):,} images"
+    if chose:
+        note += f", and {chose:,} of them chose its weights or settings"
+    return _Counted(num, chose, run.majority_label(data), note + (": the figures are too good by those" if num else ""))
+
+
+def without_bad(scored: Scored, section: DataSection) -> Scored:
+    """Drop the images that cannot be read, and count them, where `data.on_bad_image` is `skip`."""
+    if section.on_bad_image != "skip":
+        return scored
+    bad = find_bad_images(scored.split, max_pixels=round(section.max_megapixels * 1e6))
+    if len(bad) == len(scored.split):
+        raise DataError(f"none of the {len(bad):,} images can be read; the first: {bad[0][1]}")
+    notes = [f"skipped {len(bad):,} of {len(scored.split):,} images, which cannot be read: {bad[0][1]}"] if bad else []
+    split = scored.split.without([row for row, _ in bad])
+    figures = {**scored.figures, "num_bad_images": len(bad)}
+    return Scored(split, figures, scored.majority_label, [*scored.notes, *notes])
+
+
+def data_name(section: DataSection) -> dict[str, str]:
+    """Name data without the folders above them, with a digest that tells equal names apart."""
+    place = section.path or section.source
+    digest = text_sha256(f"{section.source} {place} {section.config} {section.revision}")
+    return {"name": Path(place).name or section.source, "id": digest[:12]}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; empty where there is none."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
