@@ -5,9 +5,9 @@ import re
 import pytest
 
 from tests.chaos.killing import Place, assert_ended_as, drawing
+from tests.checkpoints import newest_valid
 from tests.jobs.test_disks import resize, size_of
 from tlscale.errors import EXIT_FAILED
-from tlscale.training.checkpoint.files import newest_valid
 
 pytestmark = pytest.mark.long
 NUM_SIZES = 12

@@ -143,7 +143,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_by_both(forks, whole, stoppe
     end_as_whole(forks, place, whole["several"])
     said = " ".join(place.log.with_name("log0").read_text().split())
     assert said.count("WARNING: the checkpoint") == 1
-    assert f"{newest}' is passed over:" in said
+    assert f"{newest}' cannot be used:" in said
     assert f"resumed from {before}" in said
     assert "Traceback" not in place.said()
     assert [record["step"] for record in lines_of(place.out, "train")] == list(range(1, 14))

@@ -26,7 +26,7 @@ from tests.small_runs import (
     small_recipe,
     tensors,
 )
-from tlscale.training.checkpoint.files import fault_of, is_sharded, load_checkpoint
+from tlscale.training.checkpoint.files import SHARDS, corruption_of, load_checkpoint
 from tlscale.errors import EXIT_BAD_INPUT
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(600)]  # a start of several takes most of it
@@ -223,13 +223,13 @@ def test_a_damaged_share_is_found(by_two, tmp_path):
     folder, _ = by_two
     for number, damage in enumerate((lambda data: data[:-1], lambda data: data[:-9] + b"\1" + data[-8:], None)):
         copy = shutil.copytree(last_checkpoint(folder / "exact"), tmp_path / str(number) / "step_00000010")
-        assert fault_of(copy) is None
+        assert corruption_of(copy) is None
         share = copy / "shards" / "shard-00002-model-00001-of-00001.safetensors"
         assert share.is_file()
         share.write_bytes(damage(share.read_bytes())) if damage else share.unlink()
-        assert "shards/shard-00002" in fault_of(copy)
+        assert "shards/shard-00002" in corruption_of(copy)
     shutil.copy(copy / "shards" / "shard-00001-model-00001-of-00001.safetensors", copy / "shards" / "a.safetensors")
-    assert "a.safetensors is not in its manifest" in fault_of(copy)
+    assert "a.safetensors is not in its manifest" in corruption_of(copy)
 
 
 @pytest.mark.parametrize("name", ["exact", "codes"])
@@ -243,7 +243,7 @@ def test_a_run_that_one_process_began_goes_on_here(by_two, alone, name):
 @pytest.mark.parametrize("name", ["exact", "codes"])
 def test_a_run_that_was_begun_here_goes_on_with_one_process(several, alone, idx, tmp_path, name):
     out = back_at_first_checkpoint(several[0] / name, tmp_path / "run")
-    assert is_sharded(last_checkpoint(out))
+    assert (last_checkpoint(out) / SHARDS).is_dir()
     tlscale.run(small_recipe(tmp_path / "recipe.yaml", idx, **RUNS[name]), out, resume=True)
     assert largest_difference(exported(alone / name), exported(out)) < 1e-12
 
@@ -252,7 +252,7 @@ def test_a_run_that_was_begun_here_goes_on_with_one_process(several, alone, idx,
 @pytest.mark.parametrize("name", ["exact", "codes"])
 def test_a_run_that_four_began_goes_on_with_two(by_four, by_four_then_two, alone, name):
     out = by_four_then_two[0] / f"begun_{name}_by_4"
-    assert is_sharded(last_checkpoint(out))
+    assert (last_checkpoint(out) / SHARDS).is_dir()
     assert largest_difference(exported(alone / name), exported(out)) < 1e-12
     assert [r["lr"] for r in lines(out, "train")] == [r["lr"] for r in lines(by_four[0] / name, "train")]
 

@@ -224,7 +224,7 @@ def test_wrong_starts_end_all_processes(several):
         assert fact["taken"]["kind"] == "RunFolderError"
         assert fact["taken"]["said_by_main"] == (rank != 0)
         assert fact["wrong number"]["kind"] == "LaunchError"
-        assert f"num_processes = 7, but {len(facts)} run" in fact["wrong number"]["message"]
+        assert f"compute.num_processes = 7 in the recipe, but {len(facts)} run" in fact["wrong number"]["message"]
         assert fact["spare"]["kind"] == "ModelError"
         assert r"freeze: 'spare\.weight|spare\.bias'; or train on one process" in fact["spare"]["message"]
     assert result(folder / "spared")["steps"] == 3, "the remedy that the message names"
@@ -283,7 +283,7 @@ def test_wrong_launches_end_soon_with_one_message(idx, tmp_path):
         ) as apart,
     ):
         for launched, name, said in (
-            (wrong, "wrong", "asks for compute.num_processes = 3, but 2 run"),
+            (wrong, "wrong", "compute.num_processes = 3 in the recipe, but 2 run"),
             (apart, "apart", "Accelerate joined 1"),
         ):
             assert exit_code_of(launched, tmp_path / name) != 0

@@ -340,7 +340,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_loudly(stopped, tmp_path, ca
     tlscale.run(small_recipe(tmp_path / "recipe.yaml", data, **changes), out, resume=True)
     output = " ".join(capsys.readouterr().out.split())
     assert "WARNING: the checkpoint" in output
-    assert "is passed over: model.safetensors has changed since it was written" in output
+    assert "cannot be used: model.safetensors has changed since it was written" in output
     tlscale.run(small_recipe(tmp_path / "recipe.yaml", data, **changes), tmp_path / "whole")
     assert_same_runs(tmp_path / "whole", out)
 
@@ -356,7 +356,7 @@ def test_a_checkpoint_of_another_run_is_passed_over_loudly(stopped, tmp_path, ca
     capsys.readouterr()
     tlscale.run(recipe, out, resume=True)
     output = " ".join(capsys.readouterr().out.split())
-    assert f"{newest.name}' is passed over: it is of another run (" in output
+    assert f"{newest.name}' cannot be used: it is of another run (" in output
     assert "resumed from" in output
     assert_same_runs(tmp_path / "whole", out)
     ids = {json.loads((folder / "run.json").read_text())["id"] for folder in (tmp_path / "whole", out)}

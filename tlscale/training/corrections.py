@@ -173,6 +173,8 @@ def refuse_uncorrected(folder: RunFolder, setup: RunSetup, record: dict[str, Any
     Raises:
         ResumeError: naming the corrections.
     """
+    if set(names()) <= set(record.get("corrections", [])):
+        return record  # none can apply, so no checkpoint need be opened for it
     clock = _newest_clock(folder)
     if clock is None or not clock["step"]:
         record = {**record, "corrections": names()}

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import closing
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,8 +30,9 @@ from tlscale.storage.run_folder import RunFolder
 from tlscale.tracking.console import Console
 from tlscale.tracking.places import places_of, without_places
 from tlscale.training import computed
-from tlscale.training.checkpoint.files import Checkpoint, checkpoint_folder, newest_valid
+from tlscale.training.checkpoint.files import Checkpoint, checkpoint_folder
 from tlscale.training.checkpoint.run_state import point_to, restore, restore_weights, saved_loop_state
+from tlscale.training.checkpoint.sharded import load_newest_on_all, load_on_all
 from tlscale.training.endings import non_finite, stopped
 from tlscale.training.evaluate import scalars
 from tlscale.training.input_pipeline import ImagePipeline, refuse_codes_of_a_probe
@@ -45,7 +45,7 @@ from tlscale.training.run_info import begin_folder, read_record
 from tlscale.training.scores import fitted, score_of_training
 from tlscale.training.setup import Due, RunSetup, strategy_of
 from tlscale.training.stages import stage_at
-from tlscale.training.state import Parts, begin_stage, load, make_parts, next_stage, save, unwrap, unwrapping, validate
+from tlscale.training.state import Parts, begin_stage, make_parts, next_stage, save, unwrap, unwrapping, validate
 
 
 def train(
@@ -89,8 +89,12 @@ def _train(
 ) -> dict[str, Any]:
     # -- resume -------------------------------------------------------------------------------------------------------
     run_id = record.get("id") if record is not None else None
-    newest = processes.run_on_main(_newest, folder, run_id, console) if record is not None else None
-    checkpoint = load(newest, setup, processes, run_id) if newest is not None else None
+    shapes = {name: param.shape for name, param in setup.trained.items()}
+    checkpoint = None
+    if record is not None:
+        checkpoint, unusable = load_newest_on_all(folder.checkpoints, shapes, processes, run_id)
+        for why in unusable:
+            console.say(f"WARNING: {why}", style="bold red")
     hangs_on = computed.what_hangs_on_passes(setup)
     saved_in = stage_at(setup.stages, checkpoint.step - 1 if checkpoint is not None else 0)
     parts = make_parts(setup, processes, stop, console, saved_in, careful_until)
@@ -100,7 +104,8 @@ def _train(
         processes.run_on_main(point_to, folder.checkpoints, clock)
         if careful_until == 0:  # else what it tells of is of this very start
             setup.watch.add_earlier(clock.spent_s)
-        console.say(f"resumed from {newest}, at step {clock.step} of {setup.total_steps}")
+        source = checkpoint_folder(folder.checkpoints, clock.step)
+        console.say(f"resumed from {source}, at step {clock.step} of {setup.total_steps}")
     _go_on(checkpoint, clock, parts)
 
     # -- the loop: its first file is written when all images are there, so that bad ones leave no half-begun run ----
@@ -250,7 +255,8 @@ def _finish(
     if clock.chosen_step is not None and clock.chosen_step != clock.step:
         # By its step, and not by what BEST points to: that is for people, and may be older than the clock.
         best_folder = checkpoint_folder(folder.checkpoints, clock.chosen_step)
-        checkpoint = load(best_folder, setup, processes, clock.run_id)
+        shapes = {name: param.shape for name, param in setup.trained.items()}
+        checkpoint = load_on_all(best_folder, shapes, processes, clock.run_id)
         restore_weights(checkpoint, parts.network, parts.ema, setup.fixed)
         if clock.chosen_step <= parts.stage.start_step:  # of another stage, whose frozen part was another
             feed = ImagePipeline(setup, processes, parts.network, parts.codes_cache.images, parts.targets)
@@ -355,13 +361,6 @@ def _vigil(parts: Parts) -> Vigil:
     vigil = Vigil(parts.network, parts.processes, parts.stage.fixed, scales_loss=scales_loss)
     vigil.begin()
     return vigil
-
-
-def _newest(folder: RunFolder, run_id: str | None, progress: Console) -> Path | None:
-    path, faults = newest_valid(folder.checkpoints, run_id)
-    for fault in faults:
-        progress.say(f"WARNING: {fault}", style="bold red")
-    return path
 
 
 def _result(

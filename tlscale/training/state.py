@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,9 +24,7 @@ from tlscale.models.classifier import Classifier
 from tlscale.models.freeze import is_norm
 from tlscale.storage.run_folder import RunFolder
 from tlscale.tracking.console import Console
-from tlscale.training.checkpoint.files import Checkpoint, load_checkpoint
-from tlscale.training.checkpoint.run_state import snapshot, tidy_up, write_checkpoint
-from tlscale.training.checkpoint.sharded import load_sharded, save_sharded
+from tlscale.training.checkpoint.run_state import snapshot, write_checkpoint
 from tlscale.training.distillation.targets import Targets, ask_teacher
 from tlscale.training.ema import Ema
 from tlscale.training.evaluate import evaluate
@@ -229,19 +226,4 @@ def _save(parts: Parts, clock: LoopState, folder: RunFolder) -> None:
         spent_s=parts.setup.watch.spent(),
         fixed=parts.setup.fixed,
     )
-    if processes.mesh is None:
-        processes.run_on_main(write_checkpoint, folder.checkpoints, checkpoint, clock, keeping)
-    else:
-        save_sharded(folder.checkpoints, checkpoint, processes)
-        processes.run_on_main(tidy_up, folder.checkpoints, clock, keeping)
-
-
-def load(folder: Path, setup: RunSetup, processes: Processes, run_id: str | None) -> Checkpoint:
-    """The checkpoint in `folder`, what is spread over the processes as each one's share.
-
-    Raises:
-        CheckpointError: on every process, where it is damaged or of another run.
-    """
-    if processes.mesh is None:
-        return processes.run_on_all(load_checkpoint, folder, run_id)
-    return load_sharded(folder, {name: param.shape for name, param in setup.trained.items()}, processes, run_id)
+    write_checkpoint(folder.checkpoints, checkpoint, clock, keeping, processes)

@@ -14,14 +14,14 @@ import safetensors.torch
 import timm.optim
 import torch
 
+from tests.checkpoints import newest_valid
 from tlscale.errors import CheckpointError
 from tlscale.training.checkpoint.files import (
     Checkpoint,
-    fault_of,
+    corruption_of,
     list_checkpoints,
     load_checkpoint,
     mark_best,
-    newest_valid,
     pointed_to,
     prune,
     save_checkpoint,
@@ -39,6 +39,13 @@ def make(step: int, size: int = 5) -> Checkpoint:
         "empty": torch.zeros(0),
     }
     return Checkpoint(step, {"model": model, "optimizer": {}}, {"clock": {"step": step, "loss": 0.1}, "scaler": None})
+
+
+DTYPES = (
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint64, torch.uint32, torch.uint16, torch.uint8),
+    *(torch.bool, torch.complex64),
+)
 
 
 @pytest.fixture
@@ -63,6 +70,32 @@ def test_round_trip(tmp_path):
     for name, tensor in before.tensors["model"].items():
         assert back.tensors["model"][name].dtype == tensor.dtype
         assert torch.equal(back.tensors["model"][name], tensor)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(), (3,), (2, 0, 5), (4, 3)])
+def test_every_type_and_shape_comes_back_as_safetensors_itself_reads_it(tmp_path, dtype, shape):
+    content = torch.randint(0, 256, (*shape, dtype.itemsize), dtype=torch.uint8)
+    content = content % 2 if dtype == torch.bool else content
+    tensor = content.view(dtype).reshape(shape)
+    folder = save_checkpoint(
+        tmp_path, Checkpoint(1, {"model": {"odd": torch.zeros(3, dtype=torch.int8), "a": tensor}}, {})
+    )
+    back, expected = (
+        load_checkpoint(folder).tensors["model"],
+        safetensors.torch.load_file(folder / "model.safetensors"),
+    )
+    assert back.keys() == expected.keys()
+    for name, value in expected.items():
+        assert back[name].dtype == value.dtype
+        assert back[name].shape == value.shape
+        assert torch.equal(back[name].contiguous().reshape(-1).view(torch.uint8), value.reshape(-1).view(torch.uint8))
+
+
+def test_what_becomes_of_a_loaded_tensor_does_not_reach_the_file(three):
+    newest = three / "step_00000003"
+    load_checkpoint(newest).tensors["model"]["weight"].zero_()
+    assert corruption_of(newest) is None
 
 
 def test_tied_tensors_are_saved_each(tmp_path):
@@ -125,9 +158,9 @@ DAMAGES = {
 def test_damage_is_found_and_the_one_before_is_used(three, damage):
     act, expected = DAMAGES[damage]
     newest = three / "step_00000003"
-    assert fault_of(newest) is None
+    assert corruption_of(newest) is None
     act(newest)
-    assert expected in fault_of(newest)
+    assert expected in corruption_of(newest)
     path, faults = newest_valid(three)
     assert path == three / "step_00000002"
     assert len(faults) == 1
@@ -141,12 +174,12 @@ def test_one_of_another_run_is_neither_used_nor_counted(tmp_path):
     for step, run_id in ((1, "ours"), (2, "ours"), (3, "theirs")):
         save_checkpoint(tmp_path, replace(make(step), run_id=run_id))
     foreign = tmp_path / "step_00000003"
-    assert fault_of(foreign) is None
-    assert fault_of(foreign, "ours") == "it is of another run (theirs, and this one is ours)"
+    assert corruption_of(foreign) is None
+    assert corruption_of(foreign, "ours") == "it is of another run (theirs, and this one is ours)"
     assert newest_valid(tmp_path)[0] == foreign
     path, faults = newest_valid(tmp_path, "ours")
     assert path == tmp_path / "step_00000002"
-    assert faults == [f"the checkpoint '{foreign}' is passed over: {fault_of(foreign, 'ours')}"]
+    assert faults == [f"the checkpoint '{foreign}' cannot be used: {corruption_of(foreign, 'ours')}"]
     with pytest.raises(CheckpointError, match="cannot be used: it is of another run"):
         load_checkpoint(foreign, "ours")
     assert load_checkpoint(path, "ours").step == 2
@@ -187,7 +220,7 @@ def test_any_accident_of_any_file_is_found_or_changes_nothing(three, tmp_path_fa
         if bad == good:
             continue  # zeros that were zeros
         path.unlink(missing_ok=True) if bad is None else path.write_bytes(bad)
-        spoilt += fault_of(path.parent) is not None
+        spoilt += corruption_of(path.parent) is not None
         newest, faults = newest_valid(three)
         assert (newest.name, len(faults)) in (("step_00000002", 1), ("step_00000003", 0))
         back, before = load_checkpoint(newest), make(int(newest.name[-1]))
@@ -195,7 +228,7 @@ def test_any_accident_of_any_file_is_found_or_changes_nothing(three, tmp_path_fa
         assert all(torch.equal(back.tensors["model"][key], value) for key, value in before.tensors["model"].items())
         path.write_bytes(good)
     assert spoilt
-    assert fault_of(path.parent) is None
+    assert corruption_of(path.parent) is None
 
 
 def test_a_renamed_folder_is_damaged(three):
@@ -235,7 +268,7 @@ def test_left_overs_of_killed_writers_are_never_read_and_go(three):
 def test_a_damaged_one_of_the_same_step_is_replaced(three):
     shorten(three / "step_00000003" / "model.safetensors")
     save_checkpoint(three, make(3))
-    assert fault_of(three / "step_00000003") is None
+    assert corruption_of(three / "step_00000003") is None
 
 
 def test_order_is_by_number(tmp_path):

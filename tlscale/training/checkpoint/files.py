@@ -1,11 +1,12 @@
-"""Checkpoints: safetensors and JSON only, complete or not there.
+"""Write and read checkpoints: safetensors and JSON only, complete or not there.
 
 Promise: a folder `step_<n>` was written aside, flushed to the disk, hashed in its manifest and renamed, in this
 order, and only then are older ones removed. One that does not agree with its manifest, or is of another run, is never
-loaded; the one before it is, loudly. There is no pickle anywhere, so reading a checkpoint runs no code.
+loaded; the one before it is, loudly. There is no pickle anywhere, so reading a checkpoint runs no code. A save reads
+each file back once, and a process that loads reads it once.
 
-Tensors that are spread over processes lie in a folder `shards` within, a file of each process, as torch's distributed
-checkpoint writes safetensors; `load_checkpoint` puts them together, so that one process can go on with what many saved.
+Tensors that are sharded over processes lie in a folder `shards` within, a file of each process, as torch's distributed
+checkpoint writes safetensors; `load_checkpoint` puts them together, so that one process can resume what many saved.
 """
 
 from __future__ import annotations
@@ -15,20 +16,26 @@ import json
 import os
 import re
 import shutil
-import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import torch
 from torch import Tensor
 
 from tlscale import faults
 from tlscale.errors import CheckpointError
-from tlscale.storage.files import file_sha256, flush, remove_left_overs, write_text
+from tlscale.storage.files import flush, flush_and_hash, remove_left_overs, write_text
+from tlscale.training.checkpoint.tensor_file import (
+    CheckpointFile,
+    CorruptionError,
+    FileInfo,
+    TensorPart,
+    group_and_name,
+    read_part,
+)
 
 FORMAT = 1
 _MANIFEST = "manifest.json"
@@ -37,15 +44,12 @@ SHARDS = "shards"
 _NAME = re.compile(r"step_\d{8,18}", re.ASCII)
 
 
-FileFacts = dict[str, Any]  # bytes, sha256
-
-
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint holds: named groups of tensors, and a state of plain JSON values.
+    """Hold what a checkpoint has: named groups of tensors, and a state of plain JSON values.
 
     Attributes:
-        run_id: of the run that it is a checkpoint of; None: it goes with any.
+        run_id: of the run that it belongs to; None: to any.
     """
 
     step: int
@@ -55,7 +59,7 @@ class Checkpoint:
 
 
 def save_checkpoint(root: Path, checkpoint: Checkpoint) -> Path:
-    """Write `root/step_<n>` and point LATEST to it; one of this step that is there (a damaged one) is replaced.
+    """Write `root/step_<n>` and point LATEST to it; one of this step that is there (a corrupt one) is replaced.
 
     Raises:
         CheckpointError: the disk is full or cannot be written; the checkpoints before are untouched.
@@ -64,7 +68,7 @@ def save_checkpoint(root: Path, checkpoint: Checkpoint) -> Path:
 
 
 def begin_checkpoint(root: Path, checkpoint: Checkpoint) -> Path:
-    """An empty folder aside, for the files of `checkpoint`; what killed writers left is removed.
+    """Make an empty folder aside, for the files of `checkpoint`; what killed writers left is removed.
 
     Raises:
         CheckpointError: as `save_checkpoint`.
@@ -79,12 +83,15 @@ def begin_checkpoint(root: Path, checkpoint: Checkpoint) -> Path:
 
 
 def complete_checkpoint(
-    root: Path, aside: Path, checkpoint: Checkpoint, shards: Mapping[str, FileFacts] | None = None
+    root: Path, aside: Path, checkpoint: Checkpoint, shards: Mapping[str, FileInfo] | None = None
 ) -> Path:
     """Write the files of `checkpoint` into `aside`, give it its name, and point LATEST to it.
 
     Args:
-        shards: files that other processes wrote below `aside`, by path.
+        root: the folder of all checkpoints.
+        aside: as `begin_checkpoint` made it.
+        checkpoint: without what is sharded.
+        shards: files that the processes wrote below `aside`, by path.
 
     Raises:
         CheckpointError: as `save_checkpoint`; or a file of another process is not there.
@@ -99,12 +106,13 @@ def complete_checkpoint(
         flush(root)
         faults.at("checkpoint.latest")
         write_text(root / "LATEST", target.name + "\n")
+    _note_verified(target, checkpoint.run_id)  # its files were read back when they were hashed
     return target
 
 
 @contextmanager
 def _saving(root: Path, checkpoint: Checkpoint, aside: Path) -> Iterator[None]:
-    """Within: what the disk does not take is an error that says so, and leaves nothing behind."""
+    """Turn what the disk does not take into an error, and leave nothing half written."""
     try:
         yield
     except (OSError, safetensors.SafetensorError) as error:
@@ -113,17 +121,17 @@ def _saving(root: Path, checkpoint: Checkpoint, aside: Path) -> Iterator[None]:
 
 
 def cannot_save(root: Path, checkpoint: Checkpoint, error: BaseException) -> CheckpointError:
-    """The error of a checkpoint that could not be written."""
+    """Make the error of a checkpoint that could not be written."""
     num_bytes = sum(t.numel() * t.element_size() for group in checkpoint.tensors.values() for t in group.values())
     return CheckpointError(
         f"cannot save the checkpoint of step {checkpoint.step} ({num_bytes / 2**20:.1f} MiB) in '{root}': "
         f"{_reason(error)}."
-        " The checkpoints before it are untouched; make room and go on with --resume."
+        " The checkpoints before it are untouched; make room and resume with --resume."
     )
 
 
 def checkpoint_folder(root: Path, step: int) -> Path:
-    """Where the checkpoint of `step` is, if there is one."""
+    """Return where the checkpoint of `step` is, if there is one."""
     return root / f"step_{step:08d}"
 
 
@@ -132,7 +140,7 @@ def _reason(error: BaseException) -> str:
     return "the disk is full" if full else str(error)
 
 
-def _write_files(folder: Path, checkpoint: Checkpoint, shards: Mapping[str, FileFacts]) -> None:
+def _write_files(folder: Path, checkpoint: Checkpoint, shards: Mapping[str, FileInfo]) -> None:
     missing = [name for name in shards if not (folder / name).is_file()]
     if missing:
         raise FileNotFoundError(f"{missing[0]}, which another process wrote, is not there: no file system of all")
@@ -148,20 +156,20 @@ def _write_files(folder: Path, checkpoint: Checkpoint, shards: Mapping[str, File
         faults.at("checkpoint.file")
     (folder / _STATE).write_text(json.dumps(checkpoint.state))
     for path in sorted(path for path in folder.iterdir() if path.is_file()):
-        flush(path)
-        manifest["files"][path.name] = facts_of(path)
+        manifest["files"][path.name] = file_info(path)
     faults.at("checkpoint.manifest")
     write_text(folder / _MANIFEST, json.dumps(manifest, indent=2) + "\n")
     flush(folder)
 
 
-def facts_of(path: Path) -> FileFacts:
-    """What a manifest says of a file."""
-    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+def file_info(path: Path) -> dict[str, Any]:
+    """Force a file to the disk, read it back, and return its entry in a manifest."""
+    num_bytes, sha256 = flush_and_hash(path)
+    return {"bytes": num_bytes, "sha256": sha256}
 
 
 def _remove_left_overs(root: Path) -> None:
-    """What writers that were killed left; the run folder's lock says that none is at work."""
+    # The run folder's lock says that no writer is at work.
     for path in root.glob(".step_*"):
         shutil.rmtree(path, ignore_errors=True)
     for pointer in ("LATEST", "BEST"):
@@ -169,7 +177,7 @@ def _remove_left_overs(root: Path) -> None:
 
 
 def list_checkpoints(root: Path) -> list[Path]:
-    """Folders of checkpoints, oldest first, valid or not; a name that is not ours is none."""
+    """List the folders of checkpoints, oldest first, valid or not; a name that is not ours is none."""
     folders = (path for path in root.glob("step_*") if _NAME.fullmatch(path.name) and path.is_dir())
     return sorted(folders, key=_step_of)
 
@@ -178,130 +186,123 @@ def _step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step_"))
 
 
-def fault_of(folder: Path, run_id: str | None = None) -> str | None:
-    """Why a checkpoint cannot be trusted; None where every file is as its manifest says.
-
-    Args:
-        run_id: of the run that it must be of; None: of any.
-    """
-    try:
-        manifest = json.loads((folder / _MANIFEST).read_text())
-        if manifest["format"] > FORMAT:
-            return f"it has format {manifest['format']}, this tlscale reads up to {FORMAT}"
-        if run_id is not None and manifest.get("run_id") != run_id:
-            return f"it is of another run ({manifest.get('run_id')}, and this one is {run_id})"
-        there = (path.relative_to(folder).as_posix() for path in folder.rglob("*.safetensors"))
-        missing = {_STATE, *there} - manifest["files"].keys()
-        if missing:
-            return f"{', '.join(sorted(missing))} is not in its {_MANIFEST}"
-        for name, facts in manifest["files"].items():
-            path = folder / name
-            if not path.is_file():
-                return f"{name} is missing"
-            if path.stat().st_size != facts["bytes"]:
-                return f"{name} has {path.stat().st_size} bytes instead of {facts['bytes']}"
-            if file_sha256(path) != facts["sha256"]:
-                return f"{name} has changed since it was written"
-        if f"step_{manifest['step']:08d}" != folder.name:
-            return f"it was written as step {manifest['step']}"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"its {_MANIFEST} cannot be read ({type(error).__name__})"
-    return None
+# -- read -----------------------------------------------------------------------------------------------------------
 
 
 def load_checkpoint(folder: Path, run_id: str | None = None) -> Checkpoint:
-    """A checkpoint, its tensors on the CPU.
+    """Load a checkpoint, its tensors whole and on the CPU.
 
     Args:
-        run_id: as `fault_of`.
+        folder: of the checkpoint.
+        run_id: of the run that it must be of; None: of any.
 
     Raises:
         CheckpointError: it does not agree with its manifest, or is of another run.
     """
-    refuse_fault(folder, run_id)
-    checkpoint = read_whole_tensors(folder)
+    checkpoint, shards = load_part(folder, run_id, rank=0, world_size=1)
     tensors = {group: dict(named) for group, named in checkpoint.tensors.items()}
-    for key, tensor in _put_together(folder / SHARDS).items() if is_sharded(folder) else ():
+    for key, tensor in shards.items():
         group, name = group_and_name(key)
-        tensors.setdefault(group, {})[name] = tensor
+        tensors.setdefault(group, {})[name] = tensor.values
     return replace(checkpoint, tensors=tensors)
 
 
-def refuse_fault(folder: Path, run_id: str | None = None) -> None:
-    """Raises `CheckpointError` where a checkpoint has a fault."""
-    fault = fault_of(folder, run_id)
-    if fault is not None:
-        raise CheckpointError(f"the checkpoint '{folder}' cannot be used: {fault}")
-
-
-def is_sharded(folder: Path) -> bool:
-    """Whether tensors of the checkpoint were spread over processes when it was saved."""
-    return (folder / SHARDS).is_dir()
-
-
-def read_whole_tensors(folder: Path) -> Checkpoint:
-    """A checkpoint that was found valid, without what was spread over processes."""
-    tensors = {path.stem: safetensors.torch.load_file(path) for path in folder.glob("*.safetensors")}
-    return Checkpoint(_step_of(folder), tensors, json.loads((folder / _STATE).read_text()))
-
-
-def _put_together(folder: Path) -> dict[str, Tensor]:
-    """The tensors that several processes wrote their shares of, whole, by their names there."""
-    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
-    from torch.distributed.checkpoint.state_dict_loader import load
-
-    tensors: dict[str, Any] = {
-        name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in tensors_in_shards(folder).items()
-    }
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
-    return tensors
-
-
-def tensors_in_shards(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    """Shape and type of the whole tensors whose shares are in the files of `folder`."""
-    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-
-    metadata = HuggingFaceStorageReader(str(folder)).read_metadata()
-    return {
-        name: (facts.size, facts.properties.dtype)
-        for name, facts in metadata.state_dict_metadata.items()
-        if isinstance(facts, TensorStorageMetadata)  # this format has no others
-    }
-
-
-def share_key(group: str, name: str) -> str:
-    """The name of a tensor in the files of shares, which hold those of all groups."""
-    return f"{group}/{name}"
-
-
-def group_and_name(key: str) -> tuple[str, str]:
-    """The inverse of `share_key`."""
-    group, _, name = key.partition("/")
-    return group, name
-
-
-def newest_valid(root: Path, run_id: str | None = None) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that agrees with its manifest, and what was found wrong with newer ones.
-
-    Args:
-        run_id: as `fault_of`.
+def load_part(
+    folder: Path, run_id: str | None, *, rank: int, world_size: int
+) -> tuple[Checkpoint, dict[str, TensorPart]]:
+    """Load what a checkpoint has unsharded, and this process's part of what is sharded, by its name there.
 
     Raises:
-        CheckpointError: there are checkpoints, and none is valid: starting afresh would lose the run in silence.
+        CheckpointError: as `load_checkpoint`; in a file that this process has to read.
     """
-    faults: list[str] = []
-    for folder in reversed(list_checkpoints(root)):
-        fault = fault_of(folder, run_id)
-        if fault is None:
-            return folder, faults
-        faults.append(f"the checkpoint '{folder}' is passed over: {fault}")
-    if faults:
-        lines = "\n  ".join(faults)
-        raise CheckpointError(f"no checkpoint in '{root}' can be used:\n  {lines}\n  --overwrite starts afresh.")
+    try:
+        manifest = _read_manifest(folder, run_id)
+        shards = {name: info for name, info in manifest["files"].items() if name.startswith(f"{SHARDS}/")}
+        tensors: dict[str, Mapping[str, Tensor]] = {}
+        state: Mapping[str, Any] = {}
+        for name in manifest["files"].keys() - shards.keys():
+            with CheckpointFile(folder, name, manifest["files"][name]) as file:
+                file.verify()
+                if name == _STATE:
+                    state = file.plain()
+                else:
+                    tensors[Path(name).stem] = file.tensors()
+        parts = read_part(folder, shards, rank, world_size)
+    except CorruptionError as error:
+        raise CheckpointError(f"the checkpoint '{folder}' cannot be used: {error}") from error
+    _note_verified(folder, manifest.get("run_id"))
+    return Checkpoint(_step_of(folder), tensors, state, manifest.get("run_id")), parts
+
+
+def load_newest(folders: Sequence[Path], load: Callable[[Path], Checkpoint]) -> tuple[Checkpoint | None, list[str]]:
+    """Load the newest checkpoint that can be used.
+
+    Args:
+        folders: of checkpoints of one run, oldest first.
+        load: raises `CheckpointError` for one that cannot.
+
+    Returns:
+        None where there are no folders, and what is wrong with newer ones.
+
+    Raises:
+        CheckpointError: there are checkpoints, and none can be used: a new start would lose the run in silence.
+    """
+    wrong: list[str] = []
+    for folder in reversed(folders):
+        try:
+            return load(folder), wrong
+        except CheckpointError as error:
+            wrong.append(str(error))
+    if wrong:
+        lines = "\n  ".join(wrong)
+        none_left = CheckpointError(
+            f"no checkpoint in '{folders[0].parent}' can be used:\n  {lines}\n  --overwrite starts afresh."
+        )
+        none_left.reported_by_main = True  # all processes come here together
+        raise none_left
     return None, []
+
+
+def corruption_of(folder: Path, run_id: str | None = None) -> str | None:
+    """Find why a checkpoint cannot be trusted; None where every file is as its manifest says.
+
+    Args:
+        folder: of the checkpoint.
+        run_id: of the run that it must be of; None: of any.
+    """
+    try:
+        manifest = _read_manifest(folder, run_id)
+        for name, info in manifest["files"].items():
+            with CheckpointFile(folder, name, info) as file:
+                file.verify()
+    except CorruptionError as error:
+        return str(error)
+    _note_verified(folder, manifest.get("run_id"))
+    return None
+
+
+def _read_manifest(folder: Path, run_id: str | None) -> dict[str, Any]:
+    try:
+        manifest: dict[str, Any] = json.loads((folder / _MANIFEST).read_text())
+        there = (path.relative_to(folder).as_posix() for path in folder.rglob("*.safetensors"))
+        unknown = sorted({_STATE, *there} - manifest["files"].keys())
+        of, written_as = manifest.get("run_id"), f"step_{manifest['step']:08d}"
+        if manifest["format"] > FORMAT:
+            raise CorruptionError(f"it has format {manifest['format']}, this tlscale reads up to {FORMAT}")
+        if not all({"bytes", "sha256"} <= info.keys() for info in manifest["files"].values()):
+            raise KeyError("sha256")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CorruptionError(f"its {_MANIFEST} cannot be read ({type(error).__name__})") from error
+    if run_id is not None and of != run_id:
+        raise CorruptionError(f"it is of another run ({of}, and this one is {run_id})")
+    if unknown:
+        raise CorruptionError(f"{', '.join(unknown)} is not in its {_MANIFEST}")
+    if written_as != folder.name:
+        raise CorruptionError(f"it was written as step {manifest['step']}")
+    return manifest
+
+
+# -- point and prune --------------------------------------------------------------------------------------------------
 
 
 def mark_best(root: Path, step: int) -> None:
@@ -327,7 +328,7 @@ def _point(pointer: Path, step: int) -> None:
 
 
 def pointed_to(root: Path, pointer: str) -> Path | None:
-    """The folder that LATEST or BEST names; None where there is none."""
+    """Return the folder that LATEST or BEST names; None where there is none."""
     try:
         name = (root / pointer).read_text().strip()
     except (OSError, ValueError):
@@ -339,16 +340,37 @@ def pointed_to(root: Path, pointer: str) -> Path | None:
 def prune(root: Path, *, keep: int, keep_steps: Collection[int], run_id: str | None = None) -> None:
     """Remove all but the newest `keep` valid checkpoints and those of `keep_steps`.
 
-    One that is damaged, or of another run than `run_id`, does not count as one that is kept; where none is valid, none
-    is removed.
+    One that is corrupt, or of another run than `run_id`, does not count as one that is kept; where none is valid, none
+    is removed. What this process has verified is read again only if a file has changed since.
     """
     folders = [folder for folder in reversed(list_checkpoints(root)) if _step_of(folder) not in keep_steps]
     if len(folders) <= keep:
         return  # the usual case of a first save; nothing needs to be read
     kept: list[Path] = []
     for folder in folders:
-        if len(kept) < keep and fault_of(folder, run_id) is None:
+        if len(kept) < keep and (_is_verified(folder, run_id) or corruption_of(folder, run_id) is None):
             kept.append(folder)
     for folder in set(folders) - set(kept) if kept else ():
         faults.at("checkpoint.prune")
         shutil.rmtree(folder, ignore_errors=True)
+        _verified.pop(folder, None)
+
+
+# Folder -> its run, and the states of its files when this process had hashed them. A change through the file system
+# shows in them; what only the medium changed is found when the checkpoint is loaded.
+_verified: dict[Path, tuple[str | None, list[tuple[object, ...]]]] = {}
+
+
+def _note_verified(folder: Path, run_id: str | None) -> None:
+    _verified[folder] = run_id, _states_of(folder)
+
+
+def _is_verified(folder: Path, run_id: str | None) -> bool:
+    of, states = _verified.get(folder, (None, []))
+    return bool(states) and run_id in (None, of) and states == _states_of(folder)
+
+
+def _states_of(folder: Path) -> list[tuple[object, ...]]:
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    states = [(path, path.stat()) for path in paths]
+    return [(path, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for path, stat in states]

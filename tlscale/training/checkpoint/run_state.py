@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from tlscale import faults
+from tlscale.distributed.processes import Processes
 from tlscale.errors import CheckpointError
 from tlscale.models.classifier import Classifier
 from tlscale.recipe.schema import CheckpointSection
@@ -22,15 +23,15 @@ from tlscale.training.checkpoint.files import (
     mark_best,
     mark_latest,
     prune,
-    save_checkpoint,
 )
 from tlscale.training.checkpoint.optimizer_state import pack_optimizer, unpack_optimizer
+from tlscale.training.checkpoint.sharded import save_on_all
 from tlscale.training.ema import Ema
 from tlscale.training.loop_state import LoopState
 
 
 def snapshot(
-    clock: LoopState,
+    loop: LoopState,
     network: Classifier,
     optimizer: torch.optim.Optimizer,
     ema: Ema | None,
@@ -39,11 +40,16 @@ def snapshot(
     spent_s: dict[str, float] | None = None,
     fixed: Collection[str] = (),
 ) -> Checkpoint:
-    """All that a run is, as a checkpoint.
+    """Make a checkpoint of all that a run is.
 
     Args:
+        loop: the step, and what the run remembers besides.
+        network: the bare one.
+        optimizer: of the stage that the run is in.
+        ema: averages, where they are kept.
+        accelerator: whose scaler is saved, where there is one.
         spent_s: seconds of each part of the run so far.
-        fixed: names in the network's state dict of what the run cannot change. They are left out: the weights that the
+        fixed: names in the network's state dict of what the run cannot change. They are skipped: the weights that the
             run began with, whose identity is in `run.json`, have them.
     """
     tensors, plain = pack_optimizer(optimizer)
@@ -52,8 +58,8 @@ def snapshot(
     if ema is not None:
         groups["ema"] = ema.averages
     scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-    state = {"clock": {**asdict(clock), "spent_s": spent_s or {}}, "optimizer": plain, "scaler": scaler}
-    return Checkpoint(clock.step, groups, state, clock.run_id)
+    state = {"clock": {**asdict(loop), "spent_s": spent_s or {}}, "optimizer": plain, "scaler": scaler}
+    return Checkpoint(loop.step, groups, state, loop.run_id)
 
 
 def restore(
@@ -63,10 +69,13 @@ def restore(
     ema: Ema | None,
     fixed: Collection[str] = (),
 ) -> None:
-    """Put a checkpoint back into the objects of a run; its clock is `saved_loop_state`.
+    """Put a checkpoint back into the objects of a run; what it remembers is `saved_loop_state`.
 
     Args:
+        checkpoint: of this run.
+        network: the bare one.
         optimizer: of the stage that the checkpoint was saved in.
+        ema: averages, where they are kept.
         fixed: as `snapshot` was given it; the network has the weights that the run began with.
 
     Raises:
@@ -78,7 +87,7 @@ def restore(
 
 
 def saved_loop_state(checkpoint: Checkpoint) -> LoopState:
-    """The clock that a checkpoint was saved at."""
+    """Return what the run remembered when a checkpoint was saved."""
     saved = dict(checkpoint.state["clock"])
     if "elapsed_s" in saved:  # of an older version, which told no more apart
         train_s = saved.pop("train_s")
@@ -101,26 +110,31 @@ def restore_weights(checkpoint: Checkpoint, network: Classifier, ema: Ema | None
         ema.load(checkpoint.tensors["ema"])
 
 
-def write_checkpoint(root: Path, checkpoint: Checkpoint, clock: LoopState, section: CheckpointSection) -> None:
-    """Save, point BEST to the chosen step, and only then remove what need not be kept."""
-    save_checkpoint(root, checkpoint)
+def write_checkpoint(
+    root: Path, checkpoint: Checkpoint, loop: LoopState, section: CheckpointSection, processes: Processes
+) -> None:
+    """Save on all processes, point BEST to the chosen step, and only then remove what need not be kept.
+
+    Raises:
+        CheckpointError: the disk is full or cannot be written; the checkpoints before are untouched.
+    """
+    save_on_all(root, checkpoint, processes)
+    processes.run_on_main(_tidy_up, root, loop, section)
+
+
+def _tidy_up(root: Path, loop: LoopState, section: CheckpointSection) -> None:
     faults.at("checkpoint.best")
-    tidy_up(root, clock, section)
+    if loop.chosen_step is not None:
+        mark_best(root, loop.chosen_step)
+    prune(root, keep=section.keep, keep_steps=loop.kept_steps(section), run_id=loop.run_id)
 
 
-def tidy_up(root: Path, clock: LoopState, section: CheckpointSection) -> None:
-    """After a save: point BEST to the chosen step, and remove what need not be kept."""
-    if clock.chosen_step is not None:
-        mark_best(root, clock.chosen_step)
-    prune(root, keep=section.keep, keep_steps=clock.kept_steps(section), run_id=clock.run_id)
-
-
-def point_to(root: Path, clock: LoopState) -> None:
-    """Have LATEST and BEST say what a run goes on from; who wrote it may have been killed, or newer ones be damaged.
+def point_to(root: Path, loop: LoopState) -> None:
+    """Point LATEST and BEST to what a run resumes from; their writer may have been killed, or newer ones be corrupt.
 
     Raises:
         CheckpointError: the disk is full or cannot be written.
     """
-    mark_latest(root, clock.step)
-    if clock.chosen_step is not None:
-        mark_best(root, clock.chosen_step)
+    mark_latest(root, loop.step)
+    if loop.chosen_step is not None:
+        mark_best(root, loop.chosen_step)

@@ -1,9 +1,9 @@
-"""Checkpoints of a run whose tensors are spread over its processes: each writes and reads its own share.
+"""Save and load checkpoints of a run on several processes, whose tensors may be sharded over them.
 
-Promise: what `checkpoint.py` promises, with all processes at work: a folder is named when every share is on the disk
-and in the manifest, and one process that cannot write fails all. Shares are safetensors, by torch's distributed
-checkpoint (its storage for Hugging Face's format, which has no pickled metadata); they are read by any number of
-processes, and by `load_checkpoint` on one. A checkpoint of whole tensors is read as well.
+Promise: what `files.py` promises, with all processes at work: a folder is named when every shard is on the disk and in
+the manifest, and one process that cannot write fails all. Shards are safetensors, by torch's distributed checkpoint
+(its storage for Hugging Face's format, which has no pickled metadata); they are read by any number of processes, and by
+`load_checkpoint` on one. A checkpoint of unsharded tensors is read as well.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,80 +19,81 @@ import torch
 import torch.distributed.tensor
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from tlscale.distributed.fsdp import shard_tensor
+from tlscale.distributed.fsdp import Fsdp2Engine, shard_tensor
 from tlscale.distributed.processes import Processes
 from tlscale.errors import CheckpointError
 from tlscale.storage.files import flush
 from tlscale.training.checkpoint.files import (
     SHARDS,
     Checkpoint,
-    FileFacts,
     begin_checkpoint,
     cannot_save,
     complete_checkpoint,
-    facts_of,
-    group_and_name,
-    is_sharded,
+    file_info,
+    list_checkpoints,
     load_checkpoint,
-    read_whole_tensors,
-    refuse_fault,
-    share_key,
-    tensors_in_shards,
+    load_newest,
+    load_part,
+    save_checkpoint,
 )
+from tlscale.training.checkpoint.tensor_file import FileInfo, TensorPart, group_and_name, shard_key
 
 Groups = dict[str, dict[str, Tensor]]
+Shapes = Mapping[str, torch.Size]  # of the trained parameters, by rule name
 
 
 # -- save -----------------------------------------------------------------------------------------------------------
 
 
-def save_sharded(root: Path, checkpoint: Checkpoint, processes: Processes) -> None:
-    """As `save_checkpoint`; all processes call it, each with its shares and the same whole tensors.
+def save_on_all(root: Path, checkpoint: Checkpoint, processes: Processes) -> None:
+    """Save as `save_checkpoint`; all processes call it, each with its shards and the same unsharded tensors.
 
     Raises:
         CheckpointError: on every process, if one cannot write; the checkpoints before are untouched.
     """
-    shares, whole = _parted(checkpoint)
+    shards, unsharded = _split(checkpoint)
+    if not shards:
+        processes.run_on_main(save_checkpoint, root, checkpoint)
+        return
     aside = processes.run_on_main(begin_checkpoint, root, checkpoint)
     try:
-        facts = processes.run_on_all(_write_shares, root, aside / SHARDS, checkpoint, shares, processes)
+        infos = processes.run_on_all(_write_shards, root, aside / SHARDS, checkpoint, shards, processes)
     except CheckpointError:
         processes.run_on_main(shutil.rmtree, aside, ignore_errors=True)
         raise
-    shards = {name: file for files in processes.gather(facts) for name, file in files.items()}
-    processes.run_on_main(complete_checkpoint, root, aside, whole, shards)
+    files = {name: info for infos_of_one in processes.gather(infos) for name, info in infos_of_one.items()}
+    processes.run_on_main(complete_checkpoint, root, aside, unsharded, files)
 
 
-def _parted(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], Checkpoint]:
-    """What is spread, by its name in the files of shares; and the checkpoint of all the rest."""
-    shares = {
-        share_key(group, name): tensor.detach()
+def _split(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], Checkpoint]:
+    """Return what is sharded, by its name in the files of shards; and the checkpoint of all the rest."""
+    shards = {
+        shard_key(group, name): tensor.detach()
         for group, named in checkpoint.tensors.items()
         for name, tensor in named.items()
         if isinstance(tensor, DTensor)
     }
-    whole = {
+    unsharded = {
         group: {name: tensor for name, tensor in named.items() if not isinstance(tensor, DTensor)}
         for group, named in checkpoint.tensors.items()
     }
-    return shares, replace(checkpoint, tensors=whole)
+    return shards, replace(checkpoint, tensors=unsharded)
 
 
-def _write_shares(
-    root: Path, folder: Path, checkpoint: Checkpoint, shares: Mapping[str, Tensor], processes: Processes
-) -> dict[str, FileFacts]:
-    """This process's files below the checkpoint's folder, with what the manifest says of them."""
+def _write_shards(
+    root: Path, folder: Path, checkpoint: Checkpoint, shards: Mapping[str, Tensor], processes: Processes
+) -> dict[str, FileInfo]:
+    """Write this process's files below the checkpoint's folder; return their entries in the manifest."""
     try:
         writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-        save(dict(shares), storage_writer=writer, process_group=processes.control)
+        save(dict(shards), storage_writer=writer, process_group=processes.control)
         files = sorted(folder.glob(f"shard-{processes.rank + 1:05}-*.safetensors"))
-        facts = {f"{SHARDS}/{path.name}": facts_of(path) for path in files}
+        infos: dict[str, FileInfo] = {f"{SHARDS}/{path.name}": file_info(path) for path in files}
         if processes.is_main:
             flush(folder)
     except CheckpointException as error:  # of any process: torch tells all of them
@@ -99,59 +101,68 @@ def _write_shares(
         raise cannot_save(root, checkpoint, cause) from error
     except OSError as error:
         raise cannot_save(root, checkpoint, error) from error
-    return facts
+    return infos
 
 
 # -- load -----------------------------------------------------------------------------------------------------------
 
 
-def load_sharded(
-    folder: Path, shapes: Mapping[str, torch.Size], processes: Processes, run_id: str | None = None
-) -> Checkpoint:
-    """A checkpoint, what is trained spread over the processes on their devices, all else whole on the CPU.
+def load_newest_on_all(
+    root: Path, shapes: Shapes, processes: Processes, run_id: str | None
+) -> tuple[Checkpoint | None, list[str]]:
+    """Load the newest checkpoint that all processes can use; arguments as `load_on_all`, the rest as `load_newest`."""
+    folders = processes.run_on_main(list_checkpoints, root)  # one file system may show them at different times
+    return load_newest(folders, partial(load_on_all, shapes=shapes, processes=processes, run_id=run_id))
+
+
+def load_on_all(folder: Path, shapes: Shapes, processes: Processes, run_id: str | None = None) -> Checkpoint:
+    """Load a checkpoint on all processes: what they shard as shards on their devices, all else whole on the CPU.
 
     Args:
         folder: of a checkpoint that any number of processes saved, with any engine.
-        shapes: of the trained parameters by rule name.
+        shapes: of the trained parameters.
+        processes: of the run.
         run_id: of the run that it must be of; None: of any.
 
     Raises:
-        CheckpointError: it does not agree with its manifest, or is of another run.
+        CheckpointError: on every process, where it does not agree with its manifest or is of another run.
     """
-    assert processes.mesh is not None
-    if not is_sharded(folder):
-        return _spread_out(processes.run_on_all(load_checkpoint, folder, run_id), shapes, processes.mesh)
-    processes.run_on_main(refuse_fault, folder, run_id)  # before any other code reads a byte of it
-    checkpoint = processes.run_on_all(read_whole_tensors, folder)
+    engine = processes.engine
+    if not isinstance(engine, Fsdp2Engine):
+        return processes.run_on_all(load_checkpoint, folder, run_id)
+    part = {"rank": processes.rank, "world_size": processes.world_size}
+    checkpoint, parts = processes.run_on_all(load_part, folder, run_id, **part)
+    if not parts:
+        return _shard_like_owners(checkpoint, shapes, engine.mesh)
     tensors: Groups = {group: dict(named) for group, named in checkpoint.tensors.items()}
-    for key, share in _read_shares(folder / SHARDS, processes, processes.mesh).items():
+    for key, tensor in parts.items():
         group, name = group_and_name(key)
-        tensors.setdefault(group, {})[name] = share
+        tensors.setdefault(group, {})[name] = _to_shard(tensor, engine.mesh)
     return replace(checkpoint, tensors=tensors)
 
 
-def _read_shares(folder: Path, processes: Processes, mesh: DeviceMesh) -> dict[str, Tensor]:
-    shares: dict[str, Any] = {
-        name: torch.distributed.tensor.zeros(shape, dtype=dtype, device_mesh=mesh, placements=[Shard(0)])
-        for name, (shape, dtype) in tensors_in_shards(folder).items()
-    }
-    load(shares, storage_reader=HuggingFaceStorageReader(str(folder)), process_group=processes.control)
-    return shares
+def _to_shard(part: TensorPart, mesh: DeviceMesh) -> Tensor:
+    shard: Any = torch.distributed.tensor.zeros(
+        part.shape, dtype=part.values.dtype, device_mesh=mesh, placements=[Shard(0)]
+    )
+    shard.to_local().copy_(part.values)
+    return shard  # type: ignore[no-any-return]
 
 
-def _spread_out(checkpoint: Checkpoint, shapes: Mapping[str, torch.Size], mesh: DeviceMesh) -> Checkpoint:
-    """What was saved whole; of the optimizer's state what has the shape of its parameter."""
-    tensors: Groups = {}
-    for group, named in checkpoint.tensors.items():
-        tensors[group] = {
+def _shard_like_owners(checkpoint: Checkpoint, shapes: Shapes, mesh: DeviceMesh) -> Checkpoint:
+    """Shard what was saved unsharded; of the optimizer's state what has the shape of its parameter."""
+    tensors: Groups = {
+        group: {
             name: shard_tensor(tensor, mesh) if tensor.shape == _shape_of_owner(group, name, shapes) else tensor
             for name, tensor in named.items()
         }
+        for group, named in checkpoint.tensors.items()
+    }
     return replace(checkpoint, tensors=tensors)
 
 
-def _shape_of_owner(group: str, name: str, shapes: Mapping[str, torch.Size]) -> torch.Size | None:
-    """Of the trained parameter that a tensor of a checkpoint is, or is about; None where there is none."""
+def _shape_of_owner(group: str, name: str, shapes: Shapes) -> torch.Size | None:
+    """Return the shape of the trained parameter that a tensor of a checkpoint is, or is about; None: of none."""
     if group == "optimizer":
         owners = [param for param in shapes if name.startswith(f"{param}.")]
         return shapes[max(owners, key=len)] if owners else None
