@@ -1,1 +1,1 @@
-"""What is frozen is computed once: codes, their store, and classifiers on them."""
+"""Compute what is frozen once: codes (cached features), their store, and classifiers on them."""

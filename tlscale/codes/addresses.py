@@ -1,4 +1,4 @@
-"""The images whose codes are wanted, by the address of each: its content, and for a view the draw that it was made of.
+"""Address the images whose codes are wanted: by content and, for an augmented view, by its random numbers.
 
 Promise: an address follows from what was read when the image was decoded, and says everything about it that the key of
 codes does not: where an image lies, what it is called and which split it is of change nothing. An augmented view also
@@ -32,11 +32,11 @@ Bools = npt.NDArray[np.bool_]
 
 @dataclass
 class SplitImages:
-    """The images of a split as evaluation sees them; the address is the content."""
+    """Give the images of a split as evaluation sees them; the address is the content."""
 
     split: ImageSplit
     store: ImageStore
-    """That keeps nothing."""
+    """Caches nothing."""
     to_inputs: Callable[[ImageBatch], Any]
 
     def known(self) -> tuple[Digests, Bools]:
@@ -70,16 +70,16 @@ class SplitImages:
 
 @dataclass
 class ViewImages:
-    """A view of the training images, as training sees them in its epoch."""
+    """Give a view of the training images, as training sees them in its epoch."""
 
     split: ImageSplit
     view: int
     seed: int
     augmenter: Augmenter
     store: ImageStore
-    """That keeps nothing."""
-    kept: Callable[[], ImageStore]
-    """The store that the run trains from, which is opened by that."""
+    """Caches nothing."""
+    open_cached: Callable[[], ImageStore]
+    """Open the store that the run trains from."""
     to_inputs: Callable[[ImageBatch], Any]
     _is_open: bool = field(default=False, init=False)
 
@@ -94,7 +94,7 @@ class ViewImages:
     def read(self, positions_B: Ints, *, are_new: bool) -> list[tuple[bytes, Any]]:
         """See `AddressedImages`."""
         if are_new and not self._is_open:
-            self.kept()  # each image is wanted in each view: it is decoded once for all, where that fits
+            self.open_cached()  # each view needs each image: it is decoded once for all of them, where that fits
             self._is_open = True
         _, noted_N = self.split.noted_digests()
         wanted = np.unique(np.concatenate([positions_B, self._draws.partners_N[positions_B]]))
@@ -111,7 +111,7 @@ class ViewImages:
         """See `AddressedImages`."""
         positions_B = np.array([position for position, _ in read])
         raws = {at: raw for _, some in read for at, raw in some.items()}
-        store = HeldImages(self.store, raws) if raws else self.kept()
+        store = HeldImages(self.store, raws) if raws else self.open_cached()
         batch = MicroBatch(self.view, positions_B, len(positions_B))
         return self.to_inputs(train_batch(store, self.augmenter, self.seed, batch))
 

@@ -1,4 +1,4 @@
-"""Batches of codes: what a stage trains on instead of images, in the very order that the images would come in.
+"""Batch codes for a stage that trains on them instead of images, in the very order that the images would come in.
 
 Promise: step s has the images that it would have without codes. With k views, epoch e sees what it would see in epoch
 e modulo k: the same augmentation, the same partners of mixup.
@@ -32,7 +32,7 @@ from tlscale.data.workers import load_in_order
 
 @dataclass(slots=True)
 class CodeBatch:
-    """Codes on their way to the device; rows from `num_real` on are padding and weigh nothing."""
+    """Carry codes to the device; rows from `num_real` on are padding and weigh nothing."""
 
     codes: tuple[Tensor, ...]  # each (B, ...)
     labels_B: Tensor  # int64
@@ -43,11 +43,11 @@ class CodeBatch:
     lam_B: Tensor | None = None
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> CodeBatch:
-        """The batch on `device`."""
+        """Return the batch on `device`."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> CodeBatch:
-        """The batch in page-locked memory."""
+        """Return the batch in page-locked memory."""
         return self._each(lambda tensor: tensor.pin_memory())
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> CodeBatch:
@@ -60,7 +60,7 @@ class CodeBatch:
 
 @dataclass(frozen=True)
 class CodeViews:
-    """The codes of a split's images by view, positions as in the split; epoch e sees view e modulo `num_views`."""
+    """Hold the codes of a split's images by view, positions as in the split; epoch e sees view e modulo `num_views`."""
 
     views: Mapping[int, Codes]
     labels_N: Ints
@@ -69,11 +69,11 @@ class CodeViews:
     seed: int = 0
 
     def by_name(self, split: str) -> dict[str, Codes]:
-        """Each view under a name for tables."""
-        return {f"{split}, view {view}" if len(self.views) > 1 else split: kept for view, kept in self.views.items()}
+        """Return each view under a name for tables."""
+        return {f"{split}, view {view}" if len(self.views) > 1 else split: codes for view, codes in self.views.items()}
 
     def batch(self, micro_batch: MicroBatch) -> CodeBatch:
-        """The codes of a micro-batch, of the view of its epoch."""
+        """Take the codes of a micro-batch, of the view of its epoch."""
         view, rows_B = micro_batch.epoch % self.num_views, micro_batch.rows_B
         batch = CodeBatch(
             self.views[view].take(rows_B),
@@ -99,7 +99,7 @@ def train_code_batches(
     stop_step: int,
     pin_memory: bool = False,
 ) -> Generator[list[CodeBatch], None, None]:
-    """For each step from `start_step` on, up to before `stop_step`, this process's micro-batches."""
+    """Yield this process's micro-batches for each step from `start_step` to before `stop_step`."""
     steps = range(start_step, stop_step)
     wanted = (micro_batch for step in steps for micro_batch in micro_batches(order, step, split, rank))
     batches = load_in_order(codes.batch, wanted, 0, pin_memory)
@@ -110,6 +110,6 @@ def train_code_batches(
 def eval_code_batches(
     codes: CodeViews, rank: int, world_size: int, batch_size: int
 ) -> Generator[CodeBatch, None, None]:
-    """This process's share of all images, each once over all processes."""
+    """Yield this process's share of all images, each once over all processes."""
     for rows_B in eval_rows(len(codes.labels_N), rank, world_size, batch_size):
         yield codes.batch(MicroBatch(0, rows_B, len(rows_B)))

@@ -1,9 +1,9 @@
-"""Computes codes block by block: what it takes, and what is known by now.
+"""Compute codes block by block.
 
 Promise: every forward pass has `BLOCK` images, the last block filled up, so that an image's codes depend neither on its
 place nor on its neighbours. A row has the address of what was read when it was computed.
 
-Shape letters: N images that are asked for, P positions among them, R images of a shard, B images of a block.
+Shape letters: N images that are requested, P positions among them, R images of a shard, B images of a block.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from tlscale import faults
 from tlscale.codes.key import CodesKey
 from tlscale.codes.shards import BLOCK, DTYPES, Ints, ValueSpec
-from tlscale.codes.store import Bools, CodesStore, Stock
+from tlscale.codes.store import Bools, CodesStore, Inventory
 from tlscale.data.content import Digests, digest_array
 from tlscale.errors import DataError, ModelError, Stopped
 
@@ -30,16 +30,16 @@ _THREADS = (4, 2, 1)
 
 
 class AddressedImages(Protocol):
-    """The images that are asked for, by position."""
+    """Give the images that are requested, by position."""
 
     def known(self) -> tuple[Digests, Bools]:
-        """The addresses (N,) as far as they are known without reading an image, and which are."""
+        """Return the addresses (N,) as far as they are known without reading an image, and which are."""
 
     def name(self) -> str:
-        """What tells these images from others while their addresses are not known."""
+        """Return a digest that tells these images from others while their addresses are not known."""
 
     def read(self, positions_B: Ints, *, are_new: bool) -> list[tuple[bytes, Any]]:
-        """The address of each of some images, hashed from what is read now, and what `inputs` takes.
+        """Read some images; return the address of each, hashed from what was read, and what `inputs` takes.
 
         Args:
             are_new: the store has no codes of any image, so that all will be decoded.
@@ -49,15 +49,15 @@ class AddressedImages(Protocol):
         """Take the addresses of all images, now that they are known."""
 
     def inputs(self, read: Sequence[Any]) -> Any:
-        """What the module takes, of BLOCK images."""
+        """Return the module's input for BLOCK images."""
 
     def where(self, position: int) -> str:
-        """The place of an image, for messages."""
+        """Return the place of an image, for messages."""
 
 
 @dataclass
 class Extraction:
-    """What it takes to compute blocks, and what is known by now; the same on all processes but while they compute."""
+    """Hold the state of an extraction: the same on all processes, except while they compute."""
 
     store: CodesStore
     keys: Sequence[CodesKey]
@@ -69,36 +69,36 @@ class Extraction:
     known_N: Bools
     values: tuple[tuple[ValueSpec, ...], ...] = ()
     """Of each key; empty where they are not known yet."""
-    stocks: tuple[Stock, ...] = ()
+    inventories: tuple[Inventory, ...] = ()
     """Of each key."""
     done: set[bytes] = field(default_factory=set)
     """Addresses that were computed now."""
     found_late: bool = False
-    """Whether images turned out to be there when they were read."""
+    """Images turned out to be there when they were read."""
     _read: dict[int, tuple[bytes, Any]] = field(default_factory=dict)
-    """Images that the values were learnt from, by position, so that they are not read twice."""
+    """Images that `learn` read, by position, so that they are not read twice."""
     _first: dict[bytes, Values] = field(default_factory=dict)
     """Their values, by their addresses, so that they are not computed twice."""
 
     @property
     def specs(self) -> tuple[ValueSpec, ...]:
-        """Of all keys."""
+        """Return the values of all keys."""
         return tuple(spec for specs in self.values for spec in specs)
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one image."""
+        """Return the bytes of one image."""
         return sum(spec.row_bytes for spec in self.specs)
 
     def todo(self) -> Ints:
-        """Positions of images that may be missing, each image once as far as that is known."""
-        missing_N = ~np.all([stock.has(self.ids_N) for stock in self.stocks], axis=0) | ~self.known_N
+        """Return the positions of images that may be missing, each image once as far as that is known."""
+        missing_N = ~np.all([inventory.has(self.ids_N) for inventory in self.inventories], axis=0) | ~self.known_N
         known_P = np.flatnonzero(missing_N & self.known_N)
         _, first_P = np.unique(self.ids_N[known_P], return_index=True)
         return np.sort(np.concatenate([known_P[first_P], np.flatnonzero(~self.known_N)]))
 
     def learn(self, positions_B: Ints) -> tuple[tuple[ValueSpec, ...], ...]:
-        """Compute a block to see what the values are."""
+        """Compute a block to learn shape and dtype of the values."""
         read = self.read(positions_B)
         self._read |= dict(zip(positions_B.tolist(), read, strict=True))
         distinct = list(dict(read).items())
@@ -106,14 +106,14 @@ class Extraction:
         names = [(key, layer) for key in self.keys for layer in key.layers]
         specs = iter([_spec_of(layer, v, key.dtype) for (key, layer), v in zip(names, raw, strict=True)])
         self.values = tuple(tuple(next(specs) for _ in key.layers) for key in self.keys)
-        self._first[b"".join(address for address, _ in distinct)] = self._kept(raw, positions_B[: len(distinct)])
+        self._first[b"".join(address for address, _ in distinct)] = self._to_store(raw, positions_B[: len(distinct)])
         return self.values
 
     def read(self, positions_B: Ints) -> list[tuple[bytes, Any]]:
-        """What `AddressedImages.read` gives."""
+        """Read images as `AddressedImages.read` does, each once."""
         there = [self._read.pop(position, None) for position in positions_B.tolist()]
         lacking_B = positions_B[[one is None for one in there]]
-        are_new = not any(len(stock.there_M) for stock in self.stocks)
+        are_new = not any(len(inventory.there_M) for inventory in self.inventories)
         new = iter(self.images.read(lacking_B, are_new=are_new) if len(lacking_B) else [])
         return [one if one is not None else next(new) for one in there]
 
@@ -143,18 +143,18 @@ class Extraction:
         return digest_array(ids), digest_array(list(new)), values
 
     def _are_wanted(self, ids_B: Digests) -> Bools:
-        wanted_B: Bools = ~np.all([stock.has(ids_B) for stock in self.stocks], axis=0)
+        wanted_B: Bools = ~np.all([inventory.has(ids_B) for inventory in self.inventories], axis=0)
         self.found_late = self.found_late or not wanted_B.all()
         return wanted_B
 
     def _block(self, waiting: dict[bytes, tuple[int, Any]], blocks: list[Values]) -> list[bytes]:
-        """Compute the images that have waited for longest; their addresses."""
+        """Compute the images that have waited for longest; return their addresses."""
         addresses = list(waiting)[:BLOCK]
         taken = [waiting.pop(address) for address in addresses]
         known = self._first.pop(b"".join(addresses), None)
         if known is None:
             positions_B = np.array([position for position, _ in taken])
-            known = self._kept(self._forward([what for _, what in taken]), positions_B)
+            known = self._to_store(self._forward([what for _, what in taken]), positions_B)
         blocks.append(known)
         faults.at("codes.block")
         return addresses
@@ -162,15 +162,15 @@ class Extraction:
     def _obey_stop(self) -> None:
         if self.should_stop is not None and self.should_stop():
             raise Stopped(
-                f"stopped while computing codes; those that are finished are kept in '{self.store.root}', and the same "
-                "run goes on from them"
+                f"stopped while computing codes; those that are finished stay in '{self.store.root}', and the same "
+                "run resumes from them"
             )
 
     def write(self, ids_R: Digests, values: Values) -> list[tuple[str, str]]:
-        """Write the shard of each key: the images that it lacks. Each by the digest of its entry and its name."""
+        """Write for each key a shard of the images that it lacks; return the digest of its entry and its name."""
         written, start = [], 0
-        for key, specs, stock in zip(self.keys, self.values, self.stocks, strict=True):
-            lacking_R = ~stock.has(ids_R)
+        for key, specs, inventory in zip(self.keys, self.values, self.inventories, strict=True):
+            lacking_R = ~inventory.has(ids_R)
             its = values[start : start + len(specs)]
             start += len(specs)
             if lacking_R.any():
@@ -188,20 +188,20 @@ class Extraction:
         assert len(values) == num_values, f"{len(values)} values for {[key.layers for key in self.keys]}"
         return values
 
-    def _kept(self, values: Values, positions_B: Ints) -> Values:
-        """The values as they are kept: on the CPU, in their dtype and in the default memory order, without padding."""
-        kept = []
+    def _to_store(self, values: Values, positions_B: Ints) -> Values:
+        """Convert values for the store: on the CPU, in their dtype and the default memory order, without padding."""
+        to_store = []
         for spec, value in zip(self.specs, values, strict=True):
             if tuple(value.shape) != (BLOCK, *spec.shape):
                 raise ModelError(
                     f"the value '{spec.name}' is {tuple(value.shape)} for these {BLOCK} images and "
-                    f"{(BLOCK, *spec.shape)} for others; only what has one shape for all can be kept as codes"
+                    f"{(BLOCK, *spec.shape)} for others; only what has one shape for all can be cached as codes"
                 )
             value = value.detach()[: len(positions_B)]
             stored = value.to(spec.torch_dtype).contiguous().cpu()
             _refuse_non_finite(stored, value, spec, [self.images.where(at) for at in positions_B.tolist()])
-            kept.append(stored)
-        return tuple(kept)
+            to_store.append(stored)
+        return tuple(to_store)
 
 
 @contextmanager
@@ -219,15 +219,15 @@ def fixed_threads() -> Iterator[None]:
 
 
 def _spec_of(name: str, value_B: Tensor, dtype: str) -> ValueSpec:
-    """What is to be kept of a value, from a whole block of it."""
+    """Describe a value by a whole block of it."""
     if value_B.ndim == 0 or len(value_B) != BLOCK:
         raise ModelError(
             f"the value '{name}' is {tuple(value_B.shape)} for {BLOCK} images; only what has the images as its first "
-            "dimension can be kept as codes"
+            "dimension can be cached as codes"
         )
     kind = dtype if dtype != "auto" and value_B.is_floating_point() else str(value_B.dtype).removeprefix("torch.")
     if kind not in DTYPES:
-        raise ModelError(f"the value '{name}' is of dtype {kind}; codes can be kept as {', '.join(DTYPES)}")
+        raise ModelError(f"the value '{name}' is of dtype {kind}; codes can be cached as {', '.join(DTYPES)}")
     channels_last = (
         value_B.ndim == 4 and not value_B.is_contiguous() and value_B.is_contiguous(memory_format=torch.channels_last)
     )
@@ -241,7 +241,7 @@ def _refuse_non_finite(stored_B: Tensor, value_B: Tensor, spec: ValueSpec, place
     bad = [place for place, is_bad in zip(places, bad_B.tolist(), strict=True) if is_bad]
     shown = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
     if bool(torch.isfinite(value_B).all()):
-        why = f"too large for {spec.dtype}. Keep them in another dtype: codes.dtype"
+        why = f"too large for {spec.dtype}. Set codes.dtype to another dtype"
     else:
-        why = "NaN or infinite as the network gives them. Look at its weights, or at compute.precision"
+        why = "NaN or infinite as the network gives them. Check its weights and compute.precision"
     raise DataError(f"the codes '{spec.name}' of these images are {why}: {shown}")

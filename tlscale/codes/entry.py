@@ -1,9 +1,9 @@
-"""One entry of the store: the shards of one key, what of them can be relied on, and what is wrong with them.
+"""Read one entry of the store: the shards of one key, and which of them are sound.
 
 Promise: an image is found only in a shard that is as it was written. What removes here is for the holder of the entry's
 lock. An entry of an older format is never read, only shown and removed.
 
-Shape letters: N images that are asked for, M images of all shards, R images of one.
+Shape letters: N images that are requested, M images of all shards, R images of one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 
 from tlscale.codes.key import CodesKey
 from tlscale.codes.shards import (
-    DamagedError,
+    CorruptError,
     Ints,
     Shard,
     ValueSpec,
@@ -43,11 +43,11 @@ _OLDER_USED = "used"
 
 @dataclass(frozen=True)
 class Entry:
-    """Facts about an entry, for lists."""
+    """Describe an entry, for lists."""
 
     digest: str
     key: Mapping[str, Any] | None
-    """None where nothing can tell it any more."""
+    """None where no record is readable."""
     path: Path
     num_bytes: int
     num_rows: int
@@ -61,7 +61,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Piece:
-    """What is evicted at once: a shard, or an entry of an older format."""
+    """Name what is evicted at once: a shard, or an entry of an older format."""
 
     digest: str
     name: str | None
@@ -71,38 +71,38 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Survey:
-    """Where the images that are asked for lie."""
+class Scan:
+    """Locate the requested images."""
 
     shards: tuple[Shard, ...]
-    """Those whose images are known and that are not known to be damaged."""
+    """Those whose images are known and that are not known to be corrupt."""
     shard_N: Ints
     """Place in `shards`; -1 where no shard has the image."""
     offset_N: Ints
     """Place in the shard."""
-    damaged: tuple[Shard, ...] = ()
+    corrupt: tuple[Shard, ...] = ()
 
     @property
     def used(self) -> list[int]:
-        """Places in `shards` of those that have an image that is asked for."""
+        """Return the places in `shards` of those that have a requested image."""
         return [int(number) for number in np.unique(self.shard_N) if number >= 0]
 
 
-def damage(folder: Path, error: DamagedError) -> str:
-    """The line that a user reads about it."""
-    return f"codes in '{folder}' are damaged, and not used: {error}"
+def describe_corruption(folder: Path, error: CorruptError) -> str:
+    """Return the line that a user reads about it."""
+    return f"codes in '{folder}' are corrupt, and not used: {error}"
 
 
 def read_shards(folder: Path, key: CodesKey, say: Say) -> tuple[tuple[ValueSpec, ...], list[Shard]]:
-    """The shards of an entry by name, and what their values are (empty without any); a damaged record is none."""
+    """Read the shards of an entry, by name, and what their values are (empty without any); skip corrupt records."""
     found: list[tuple[Shard, tuple[ValueSpec, ...]]] = []
     for name in record_names(folder):
         try:
             found.append(read_record(folder, name, key.to_plain()))
         except FileNotFoundError:  # removed just now
             continue
-        except DamagedError as error:
-            say(damage(folder, error))
+        except CorruptError as error:
+            say(describe_corruption(folder, error))
     if not found:
         return (), []
     values = Counter(values for _, values in found).most_common(1)[0][0]
@@ -110,22 +110,22 @@ def read_shards(folder: Path, key: CodesKey, say: Say) -> tuple[tuple[ValueSpec,
 
 
 def record_names(folder: Path) -> list[str]:
-    """The names of the shards that count, in order."""
+    """Return the names of the shards that count, in order."""
     return sorted(path.stem for path in folder.glob("[0-9a-f]*.json"))
 
 
-def look_for(folder: Path, shards: Sequence[Shard], ids_N: Digests, *, verify: bool, say: Say) -> Survey:
+def scan_shards(folder: Path, shards: Sequence[Shard], ids_N: Digests, *, verify: bool, say: Say) -> Scan:
     """Find images by address; of the values only those of shards that are used are read, and each once."""
-    held, damaged = _checked(shards, lambda shard: read_ids(folder, shard), folder, say)
+    held, corrupt = _checked(shards, lambda shard: read_ids(folder, shard), folder, say)
     sound: set[str] = set()
     while True:
-        survey = _located(held, ids_N)
-        unsure = [survey.shards[number] for number in survey.used if survey.shards[number].name not in sound]
+        scan = _located(held, ids_N)
+        unsure = [scan.shards[number] for number in scan.used if scan.shards[number].name not in sound]
         passed, failed = _checked(unsure, lambda shard: check_values(folder, shard, verify=verify), folder, say)
         if not failed:
-            return replace(survey, damaged=tuple(damaged))
+            return replace(scan, corrupt=tuple(corrupt))
         sound |= {shard.name for shard, _ in passed}
-        damaged += failed
+        corrupt += failed
         gone = {shard.name for shard in failed}  # another shard may have its images
         held = [(shard, ids_R) for shard, ids_R in held if shard.name not in gone]
 
@@ -133,78 +133,78 @@ def look_for(folder: Path, shards: Sequence[Shard], ids_N: Digests, *, verify: b
 def _checked(
     shards: Sequence[Shard], check: Callable[[Shard], Any], folder: Path, say: Say
 ) -> tuple[list[tuple[Shard, Any]], list[Shard]]:
-    """The shards that pass, each with what `check` gives, and those that do not."""
+    """Return the shards that pass, each with what `check` gives, and those that do not."""
 
     def outcome_of(shard: Shard) -> Any:
         try:
             return check(shard)
-        except DamagedError as error:
+        except CorruptError as error:
             return error
 
     passed, failed = [], []
     with ThreadPoolExecutor(num_cores()) as pool:  # hashing releases the interpreter's lock
         for shard, outcome in zip(shards, pool.map(outcome_of, shards), strict=True):
-            if isinstance(outcome, DamagedError):
-                say(damage(folder, outcome))
+            if isinstance(outcome, CorruptError):
+                say(describe_corruption(folder, outcome))
                 failed.append(shard)
             else:
                 passed.append((shard, outcome))
     return passed, failed
 
 
-def _located(held: Sequence[tuple[Shard, Digests]], ids_N: Digests) -> Survey:
+def _located(held: Sequence[tuple[Shard, Digests]], ids_N: Digests) -> Scan:
     shards = tuple(shard for shard, _ in held)
     if not held:
-        return Survey(shards, np.full(len(ids_N), -1), np.zeros(len(ids_N), np.int64))
+        return Scan(shards, np.full(len(ids_N), -1), np.zeros(len(ids_N), np.int64))
     ids_M = np.concatenate([ids_R for _, ids_R in held])
     shard_M = np.repeat(np.arange(len(held)), [len(ids_R) for _, ids_R in held])
     offset_M = np.concatenate([np.arange(len(ids_R)) for _, ids_R in held])
     order_M = np.argsort(ids_M, kind="stable")
     at_N = order_M[np.minimum(np.searchsorted(ids_M, ids_N, sorter=order_M), len(ids_M) - 1)]
-    return Survey(shards, np.where(ids_M[at_N] == ids_N, shard_M[at_N], -1), offset_M[at_N])
+    return Scan(shards, np.where(ids_M[at_N] == ids_N, shard_M[at_N], -1), offset_M[at_N])
 
 
 def ids_there(folder: Path, shards: Sequence[Shard]) -> Digests:
-    """The addresses of all images of some shards, sorted; a shard whose addresses are damaged has none."""
+    """Return the addresses of all images of some shards, sorted; a shard whose addresses are corrupt has none."""
     parts = [np.zeros(0, DIGEST)]
     for shard in shards:
-        with suppress(DamagedError):
+        with suppress(CorruptError):
             parts.append(read_ids(folder, shard))
     return np.sort(np.concatenate(parts))
 
 
 def are_among(ids_N: Digests, sorted_M: Digests) -> Any:
-    """Which of the addresses are among the sorted ones: booleans (N,)."""
+    """Report which of the addresses are among the sorted ones: booleans (N,)."""
     if not len(sorted_M):
         return np.zeros(len(ids_N), dtype=bool)
     return sorted_M[np.minimum(np.searchsorted(sorted_M, ids_N), len(sorted_M) - 1)] == ids_N
 
 
 def checked_ids(ids_N: Digests) -> Digests:
-    """The addresses as an array.
+    """Return the addresses as an array.
 
     Raises:
         DataError: there are none.
     """
     ids_N = np.asarray(ids_N, dtype=DIGEST)
     if not len(ids_N):
-        raise DataError("codes were asked for of no image")
+        raise DataError("codes were requested of no image")
     return ids_N
 
 
-def remove_strays(folder: Path, is_idle: Callable[[str], bool]) -> None:
+def remove_orphans(folder: Path, is_idle: Callable[[str], bool]) -> None:
     """Remove files of no shard that counts.
 
     Args:
-        is_idle: whether nobody of this name is at work; whose drafts are removed.
+        is_idle: reports whether a writer of this name is gone, so that its drafts are removed.
     """
     counting = set(record_names(folder))
     for path in folder.glob("*"):
-        if path.name not in (OLDER_MANIFEST, _OLDER_USED) and _is_stray(path, counting, is_idle):
+        if path.name not in (OLDER_MANIFEST, _OLDER_USED) and _is_orphan(path, counting, is_idle):
             path.unlink(missing_ok=True)
 
 
-def _is_stray(path: Path, counting: set[str], is_idle: Callable[[str], bool]) -> bool:
+def _is_orphan(path: Path, counting: set[str], is_idle: Callable[[str], bool]) -> bool:
     first, *rest = path.name.lstrip(".").split(".")
     if not path.name.startswith("."):
         return first not in counting
@@ -212,18 +212,18 @@ def _is_stray(path: Path, counting: set[str], is_idle: Callable[[str], bool]) ->
 
 
 def is_older(folder: Path) -> bool:
-    """Whether an entry is of an older format."""
+    """Report whether an entry is of an older format."""
     return (folder / OLDER_MANIFEST).exists() or next(folder.glob("*.rows.npy"), None) is not None
 
 
-def faults_of(folder: Path) -> list[str]:
-    """What is wrong in the folder of an entry; every byte is read."""
+def problems_in(folder: Path) -> list[str]:
+    """Return what is wrong in the folder of an entry; every byte is read."""
     if is_older(folder):
         return []  # nobody reads it
-    return [fault for name in record_names(folder) for fault in _faults_of_shard(folder, name)]
+    return [fault for name in record_names(folder) for fault in _problems_in_shard(folder, name)]
 
 
-def _faults_of_shard(folder: Path, name: str) -> list[str]:
+def _problems_in_shard(folder: Path, name: str) -> list[str]:
     try:
         shard, values = read_record(folder, name, None)
         read_ids(folder, shard)
@@ -231,15 +231,15 @@ def _faults_of_shard(folder: Path, name: str) -> list[str]:
         map_values(folder, shard, values)
     except FileNotFoundError:
         return []  # removed just now
-    except DamagedError as error:
+    except CorruptError as error:
         return [str(error)]
     return []
 
 
 def pieces_of(folder: Path) -> list[Piece]:
-    """What of an entry can be evicted, each with its size and time of last use."""
+    """List what of an entry can be evicted, each with its size and time of last use."""
     if is_older(folder):
-        entry = facts_of(folder)
+        entry = entry_info(folder)
         return [Piece(folder.name, None, entry.num_bytes, entry.last_used_s)] if entry is not None else []
     sizes: Counter[str] = Counter()
     used_s: dict[str, float] = {}
@@ -260,8 +260,8 @@ def remove_piece(folder: Path, piece: Piece) -> None:
         folder.rmdir()  # only where nothing is left
 
 
-def facts_of(folder: Path) -> Entry | None:
-    """The facts of an entry; None where it was removed just now."""
+def entry_info(folder: Path) -> Entry | None:
+    """Describe an entry; None where it was removed just now."""
     key: Mapping[str, Any] | None = None
     num_rows, complete = 0, True
     for name in record_names(folder) if not is_older(folder) else []:
@@ -270,18 +270,18 @@ def facts_of(folder: Path) -> Entry | None:
             check_values(folder, shard, verify=False)
             key = json.loads((folder / f"{name}.json").read_text())["key"]
             num_rows += shard.num_rows
-        except (OSError, DamagedError):
+        except (OSError, CorruptError):
             complete = False
     try:
         if is_older(folder):
-            return _older_facts(folder)
+            return _older_entry_info(folder)
         used_s = [path.stat().st_mtime for path in folder.glob("[0-9a-f]*.json")] or [folder.stat().st_mtime]
         return Entry(folder.name, key, folder, size_of(folder), num_rows, max(used_s), complete and key is not None)
     except FileNotFoundError:
         return None
 
 
-def _older_facts(folder: Path) -> Entry:
+def _older_entry_info(folder: Path) -> Entry:
     key, num_rows = None, 0
     with suppress(OSError, ValueError, KeyError, TypeError):
         plain = json.loads((folder / OLDER_MANIFEST).read_text())
@@ -293,7 +293,7 @@ def _older_facts(folder: Path) -> Entry:
 
 
 def size_of(folder: Path) -> int:
-    """Bytes of its files."""
+    """Return the bytes of its files."""
     total = 0
     for path in folder.iterdir():
         with suppress(FileNotFoundError):

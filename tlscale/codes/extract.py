@@ -1,12 +1,12 @@
-"""Computes codes, once: over all processes, and going on from where a killed run was.
+"""Compute codes once: over all processes, and resuming where a killed run was.
 
 Promise: every forward pass has `BLOCK` images, so that codes do not depend on the batch size, the workers or the number
-of processes. A row is kept under the address of what was read when it was computed. Of two runs that want the codes of
-the same images one computes, and the other waits and reads. Codes that are not finite are an error, and never kept.
+of processes. A row is stored under the address of what was read when it was computed. Of two runs that want the same
+codes one computes, and the other waits and reads. Codes that are not finite are an error, and never stored.
 
 Images whose addresses are not known yet are hashed as they are read, and decoded only where their codes are missing.
 
-Shape letters: N images that are asked for, P positions among them, R images of a shard, B images of a block.
+Shape letters: N images that are requested, P positions among them, R images of a shard, B images of a block.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from tlscale.errors import Stopped, TlscaleError
 from tlscale.tracking.console import Console, format_duration
 
 _WAIT_S = 0.5
-_SAY_EVERY_S = 10.0
-_ROUNDS = 3  # what is found damaged at the end is computed again
+_REPORT_EVERY_S = 10.0
+_ROUNDS = 3  # what is found corrupt at the end is computed again
 
 
 def extract_codes(
@@ -47,21 +47,21 @@ def extract_codes(
     title: str,
     should_stop: Callable[[], bool] | None = None,
 ) -> Codes:
-    """The codes of some images, under each of the keys; those that the store lacks are computed and kept.
+    """Get the codes of some images, under each of the keys; those that the store lacks are computed and stored.
 
     To be called on every process. An error on one of them reaches all.
 
     Args:
         store: the same folder for all processes.
-        images: the images.
+        images: the images, by address.
         module: gives the values that the keys' layers name, in this order; the first dimension of each is the images.
             It is called without gradients, in the mode that it is in, and must not talk to the other processes.
         title: what the images are, for messages.
-        should_stop: asked after each block; the shards that are finished by then are kept.
+        should_stop: called after each block; the shards that are finished by then stay.
 
     Raises:
         DataError: codes are NaN or infinite, or an image cannot be read.
-        ModelError: the values are not what can be kept.
+        ModelError: the values cannot be stored.
         Stopped: it was asked to stop.
         TlscaleError: the disk is full, the codes exceed the limit, or a process does not see the store's folder.
     """
@@ -80,28 +80,29 @@ def extract_codes(
             known_N[:] = True
             codes = _reopened(work, processes, say)
     if codes is None:
-        raise TlscaleError(f"codes in '{store.root}' are removed or damaged as fast as they are computed")
+        raise TlscaleError(f"codes in '{store.root}' are removed or corrupt as fast as they are computed")
     images.found(ids_N)
     codes.num_computed = num_computed
     if not num_computed:
-        say(f"codes of {title}: hit, {len(codes):,} images x {codes.row_bytes:,} bytes, from '{codes.path}'")
+        size = f"{len(codes):,} images x {codes.row_bytes:,} bytes"
+        say(f"codes of {title}: found in the cache, {size}, in '{codes.path}'")
     return codes
 
 
 def plan_shards(positions_P: Ints, num_rows: int) -> list[Ints]:
-    """The images of each shard, whoever writes it: those that may be missing, in order, the last shard the smallest."""
+    """Split the images that may be missing into shards, whoever writes them: in order, the last shard the smallest."""
     return [positions_P[start : start + num_rows] for start in range(0, len(positions_P), num_rows)]
 
 
 def shards_of(shards: list[Ints], rank: int, world_size: int) -> list[Ints]:
-    """What process `rank` writes, round by round; nothing where there is nothing left to do in the last round."""
+    """Select the shards that process `rank` writes, round by round; empty where nothing is left in the last round."""
     num_rounds = -(-len(shards) // world_size)
     mine = shards[rank::world_size]
     return mine + [np.zeros(0, np.int64)] * (num_rounds - len(mine))
 
 
 def _once(say: Callable[[str], None]) -> Callable[[str], None]:
-    """Says nothing twice: the same damage is found by who looks and by who repairs."""
+    """Drop repeated messages: the same corruption is found by who looks and by who repairs."""
     said: set[str] = set()
 
     def say_once(text: str) -> None:
@@ -121,13 +122,13 @@ def _open_all(
         if codes is None:
             return None
         found.append(codes)
-    return found[0].beside(found[1:])
+    return found[0].joined_with(found[1:])
 
 
 def _look(
     store: CodesStore, keys: Sequence[CodesKey], ids_N: Digests, processes: Processes, say: Callable[[str], None]
 ) -> Codes | None:
-    """The codes, if every process can read them; every byte is compared with the records, on one of them."""
+    """Open the codes, if every process can read them; every byte is compared with the records, on one of them."""
     if not processes.run_on_main(lambda: _open_all(store, keys, ids_N, verify=True, say=say) is not None):
         return None
     codes = _open_all(store, keys, ids_N, verify=False, say=say)
@@ -135,7 +136,7 @@ def _look(
 
 
 def _reopened(work: Extraction, processes: Processes, say: Callable[[str], None]) -> Codes | None:
-    """What is there now; None where what was counted on is damaged."""
+    """Open what is there now; None where an expected shard is corrupt."""
     if processes.any(work.found_late):  # what nobody asked for by address was not verified
         return _look(work.store, work.keys, work.ids_N, processes, say)
     there = processes.run_on_main(
@@ -185,20 +186,20 @@ def _sole_writer(
 
 
 def _compute(work: Extraction, processes: Processes, say: Callable[[str], None], title: str) -> int:
-    """Compute what is missing, each process its shards; how many images that was, over all processes."""
+    """Compute what is missing, each process its shards; return the number of images, over all processes."""
     store, known_ids = work.store, work.ids_N[work.known_N]
-    work.stocks = processes.run_on_main(
-        lambda: tuple(store.take_stock(key, known_ids, work.request, say) for key in work.keys)
+    work.inventories = processes.run_on_main(
+        lambda: tuple(store.take_inventory(key, known_ids, work.request, say) for key in work.keys)
     )
     todo_P = work.todo()
     if not len(todo_P):
         return 0
-    work.values = tuple(stock.values for stock in work.stocks)
+    work.values = tuple(inventory.values for inventory in work.inventories)
     if not all(work.values):
         work.values = processes.run_on_main(lambda: work.learn(todo_P[:BLOCK]))
     num_missing = int(np.count_nonzero(work.known_N[todo_P]))
     num_wanted = len(np.unique(work.ids_N[work.known_N])) + int(np.count_nonzero(~work.known_N))
-    may_be_there = num_missing < len(todo_P) and any(len(stock.there_M) for stock in work.stocks)
+    may_be_there = num_missing < len(todo_P) and any(len(inventory.there_M) for inventory in work.inventories)
     processes.run_on_main(
         lambda: store.check_room(
             (num_missing if may_be_there else num_wanted) * work.row_bytes, num_missing * work.row_bytes
@@ -206,7 +207,8 @@ def _compute(work: Extraction, processes: Processes, say: Callable[[str], None],
     )
     pace = _Pace(len(todo_P), processes, say, title)
     pace.begin(work, may_be_there=may_be_there)
-    spared = {(key.digest(), name) for key, stock in zip(work.keys, work.stocks, strict=True) for name in stock.used}
+    inventories = zip(work.keys, work.inventories, strict=True)
+    spared = {(key.digest(), name) for key, inventory in inventories for name in inventory.used}
     shards = plan_shards(todo_P, rows_per_shard(work.row_bytes, store.shard_bytes))
     for positions_P in shards_of(shards, processes.rank, processes.world_size):
         spared |= _round(work, positions_P, spared, processes, say, pace)
@@ -222,7 +224,7 @@ def _round(
     say: Callable[[str], None],
     pace: _Pace,
 ) -> set[tuple[str, str]]:
-    """One shard of each process; the shards that were written."""
+    """Compute and write one shard on each process; return the shards that were written."""
     ids_P, new_R, values = processes.run_on_all(work.chunk, positions_P, pace.add)
     before: set[bytes] = set()
     for rank, (positions, ids, new) in enumerate(processes.gather((positions_P, ids_P, new_R))):
@@ -240,16 +242,16 @@ def _round(
 
 
 class _Pace:
-    """How far the computation is; all processes have about equal shares."""
+    """Report how far the computation is; all processes have about equal shares."""
 
     def __init__(self, total: int, processes: Processes, say: Callable[[str], None], title: str) -> None:
         self._total, self._world_size, self._say, self._title = total, processes.world_size, say, title
         self._watchdog = processes.watchdog
         self._done = 0
-        self._began_s = self._said_s = time.monotonic()
+        self._began_s = self._reported_s = time.monotonic()
 
     def begin(self, work: Extraction, *, may_be_there: bool) -> None:
-        """Say what is computed, and where it is kept."""
+        """Report what is computed, and where it is stored."""
         names = ", ".join(spec.describe() for spec in work.specs[:3]) + (" ..." if len(work.specs) > 3 else "")
         place = work.store.folder(work.keys[0]) if len(work.keys) == 1 else work.store.root
         if may_be_there:
@@ -262,12 +264,12 @@ class _Pace:
         )
 
     def add(self, num_images: int) -> None:
-        """So many more are done, on this process."""
+        """Count so many more as done, on this process."""
         self._watchdog.beat()
         self._done += num_images
         now_s = time.monotonic()
-        if now_s - self._said_s >= _SAY_EVERY_S:
-            self._said_s = now_s
+        if now_s - self._reported_s >= _REPORT_EVERY_S:
+            self._reported_s = now_s
             done = min(self._done * self._world_size, self._total)
             rate = done / (now_s - self._began_s)
             self._say(
@@ -276,7 +278,7 @@ class _Pace:
             )
 
     def end(self, num_computed: int) -> None:
-        """Say how long it took."""
+        """Report how long it took."""
         if num_computed:
             took_s = max(time.monotonic() - self._began_s, 1e-9)
             self._say(

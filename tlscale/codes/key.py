@@ -1,7 +1,7 @@
-"""The address of codes: a digest of everything that their bits depend on, but for the image.
+"""Key codes by a digest of everything that their bits depend on, except the image.
 
 Promise: two keys have the same digest exactly where all their fields are equal, in every process and on every machine;
-a change of the format of the store changes all digests, so what an older tlscale kept is never misread.
+a change of the format of the store changes all digests, so what an older tlscale stored is never misread.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from tlscale.storage.files import text_sha256
 
 FORMAT = 2
 DTYPES = ("auto", "float32", "float16", "bfloat16", "float64")
-"""What codes may be kept in; `auto`: as the network gives them."""
+"""What codes may be stored in; `auto`: as the network gives them."""
 
 
 @dataclass(frozen=True)
 class CodesKey:
-    """Everything that decides the codes of an image, but for the image."""
+    """Name everything that determines the codes of an image, except the image."""
 
     weights: str
     """Digest of the function that computes them: its parameters, its buffers and its structure."""
@@ -43,7 +43,7 @@ class CodesKey:
         assert len(self.layers) == len(self.pools) == len(set(self.layers)), (self.layers, self.pools)
 
     def to_plain(self) -> dict[str, Any]:
-        """The fields as plain JSON values, as the store's manifests show them."""
+        """Return the fields as plain JSON values, as the store's records show them."""
         return {
             "weights": self.weights,
             "transform": _plain(self.transform),
@@ -55,25 +55,25 @@ class CodesKey:
         }
 
     def digest(self) -> str:
-        """SHA-256 of the format and all fields, 64 hex digits: the name of the entry in the store."""
+        """Return the SHA-256 of the format and all fields, 64 hex digits: the name of the entry in the store."""
         return json_digest({"format": FORMAT, **self.to_plain()})
 
 
 def json_digest(plain: Mapping[str, Any]) -> str:
-    """SHA-256, in hex, of plain JSON values, whatever the order of their names.
+    """Return the SHA-256, in hex, of plain JSON values, whatever the order of their names.
 
     Raises:
-        ValueError: a number is not finite, and JSON has no word for it.
+        ValueError: a number is not finite, which JSON cannot express.
     """
     text = json.dumps(plain, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return text_sha256(text)
 
 
 def _plain(value: Any) -> Any:
-    """`value` with mappings as dicts and tuples as lists.
+    """Return `value` with mappings as dicts and tuples as lists.
 
     Raises:
-        TypeError: something that JSON would turn into another thing, or has no word for.
+        TypeError: something that JSON would change, or cannot express.
     """
     match value:
         case None | bool() | int() | float() | str():
@@ -81,7 +81,7 @@ def _plain(value: Any) -> Any:
         case Mapping():
             wrong = next((name for name in value if not isinstance(name, str)), None)
             if wrong is not None:
-                raise TypeError(f"the name {wrong!r} in the key of codes is no text")
+                raise TypeError(f"the name {wrong!r} in the key of codes is not text")
             return {name: _plain(item) for name, item in value.items()}
         case list() | tuple():
             return [_plain(item) for item in value]

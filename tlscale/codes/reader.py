@@ -1,4 +1,4 @@
-"""Codes that can be read: those of some images, from the disk or from memory.
+"""Read the codes of some images, from the disk or from memory.
 
 Promise: what is taken is a copy, bit-equal to what the network gave, in the memory order in which it gave it.
 
@@ -20,7 +20,7 @@ from tlscale.codes.shards import Array, Ints, ValueSpec, as_array
 
 @dataclass(frozen=True, eq=False)
 class Column:
-    """Where one value of the images lies."""
+    """Locate one value of the images."""
 
     spec: ValueSpec
     shard_N: Ints
@@ -29,20 +29,20 @@ class Column:
     """Its place in that shard."""
     maps: Mapping[int, Array]
     """By the number of the shard, an array (R, *shape)."""
-    kept: Tensor | None = None
+    loaded: Tensor | None = None
     """All of it in memory, in the order of the images."""
 
     def take(self, at_B: Ints) -> Tensor:
-        """The value of some images, in a tensor of its own."""
-        if self.kept is not None:
-            return _turned(self.kept.index_select(0, torch.from_numpy(at_B)), self.spec)
+        """Return the value of some images, in a tensor of its own."""
+        if self.loaded is not None:
+            return _turned(self.loaded.index_select(0, torch.from_numpy(at_B)), self.spec)
         # One row after the other: to copy a few KiB takes longer than to find them; grouped by shard it was slower.
         places = zip(self.shard_N[at_B].tolist(), self.offset_N[at_B].tolist(), strict=True)
         return _gathered(self.maps, self.spec, list(places))
 
     def load(self) -> Column:
-        """The same value, read into memory once."""
-        return self if self.kept is not None else replace(self, maps={}, kept=self._read())
+        """Return the same value, read into memory once."""
+        return self if self.loaded is not None else replace(self, maps={}, loaded=self._read())
 
     def _read(self) -> Tensor:
         spec, num_images = self.spec, len(self.shard_N)
@@ -56,7 +56,7 @@ class Column:
 
 
 class Codes:
-    """The codes of some images, in the order in which they were asked for."""
+    """Hold the codes of some images, in the order of the request."""
 
     def __init__(self, path: Path, num_images: int, columns: Sequence[Column]) -> None:
         """
@@ -74,21 +74,16 @@ class Codes:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one image."""
+        """Return the bytes of one image."""
         return sum(spec.row_bytes for spec in self.values)
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of these images."""
+        """Return the bytes of these images."""
         return len(self) * self.row_bytes
 
-    @property
-    def in_memory(self) -> bool:
-        """Whether `load` read them."""
-        return all(column.kept is not None for column in self._columns)
-
     def take(self, positions_B: Ints | Tensor) -> tuple[Tensor, ...]:
-        """The values of some images, in tensors of their own that the caller may overwrite.
+        """Return the values of some images, in tensors of their own that the caller may overwrite.
 
         Args:
             positions_B: 0 <= position < len(codes), in any order, also several times.
@@ -104,26 +99,20 @@ class Codes:
             raise IndexError(f"positions {at_B.min()}..{at_B.max()} in codes of {len(self):,} images")
         return tuple(column.take(at_B) for column in self._columns)
 
-    def load(self, limit_bytes: int | None = None) -> Codes:
-        """The same codes, read into memory once, a tensor for each value; itself if they need over `limit_bytes`."""
-        if self.in_memory or (limit_bytes is not None and self.num_bytes > limit_bytes):
-            return self
+    def load(self) -> Codes:
+        """Return the same codes, read into memory once, a tensor for each value."""
         return self._of([column.load() for column in self._columns])
 
-    def select(self, numbers: Sequence[int]) -> Codes:
-        """Some of the values, by their places in `values`, of the same images."""
-        return self._of([self._columns[number] for number in numbers])
-
-    def beside(self, others: Sequence[Codes]) -> Codes:
-        """These values and those of others, of the same images."""
+    def joined_with(self, others: Sequence[Codes]) -> Codes:
+        """Join these values with those of others, of the same images."""
         assert all(len(other) == len(self) for other in others)
         return self._of([*self._columns, *(column for other in others for column in other._columns)])
 
     def whole(self, number: int) -> Tensor:
-        """One value of all images, (N, *shape) on the CPU, which the caller must not overwrite."""
+        """Return one value of all images, (N, *shape) on the CPU, which the caller must not overwrite."""
         column = self._columns[number].load()
-        assert column.kept is not None
-        return _turned(column.kept, column.spec)
+        assert column.loaded is not None
+        return _turned(column.loaded, column.spec)
 
     def _of(self, columns: Sequence[Column]) -> Codes:
         codes = Codes(self.path, len(self), columns)
@@ -132,7 +121,7 @@ class Codes:
 
 
 def _turned(values_B: Tensor, spec: ValueSpec) -> Tensor:
-    """(B, H, W, C) as (B, C, H, W), in the same memory, where the network gave that order."""
+    """View (B, H, W, C) as (B, C, H, W), in the same memory, where the network gave that order."""
     return values_B.permute(0, 3, 1, 2) if spec.channels_last else values_B
 
 

@@ -1,4 +1,4 @@
-"""One shard of codes: those of some images, of every value, in files that are whole and right, or that nobody reads.
+"""Write and read one shard of codes: of some images, every value, in files that are complete or that nobody reads.
 
 Promise: a shard counts once its small JSON file is there, its record, which names every other file with its size and
 SHA-256 and is written last. Nothing is ever written into a file that has its place: a reader may have it mapped. The
@@ -39,7 +39,7 @@ BLOCK = 64
 """Images of one forward pass, in every extraction."""
 SHARD_BYTES = 32 * 2**20
 _MOST_ROWS = 4096
-_SEAL = "sha256"
+_CHECKSUM = "sha256"
 # NumPy has no bfloat16; its bits are kept as uint16.
 _NUMPY: dict[torch.dtype, np.dtype[Any]] = {
     torch.float64: np.dtype("<f8"),
@@ -56,13 +56,13 @@ _NUMPY: dict[torch.dtype, np.dtype[Any]] = {
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _NUMPY}
 
 
-class DamagedError(Exception):
-    """A file of the store is not as it was written; says which and how. Never leaves `tlscale.codes`."""
+class CorruptError(Exception):
+    """Report a file of the store that is not as it was written. Never leaves `tlscale.codes`."""
 
 
 @dataclass(frozen=True)
 class ValueSpec:
-    """One value of an image."""
+    """Describe one value of an image."""
 
     name: str
     shape: tuple[int, ...]
@@ -82,11 +82,11 @@ class ValueSpec:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one image."""
+        """Return the bytes of one image."""
         return int(np.prod(self.shape, dtype=np.int64)) * self.numpy_dtype.itemsize
 
     def describe(self) -> str:
-        """`layer3 256 x 8 x 8 float32`."""
+        """Return a line such as `layer3 256 x 8 x 8 float32`."""
         return " ".join([self.name, " x ".join(map(str, self.shape)) or "1", self.dtype])
 
     def to_plain(self) -> dict[str, Any]:
@@ -95,13 +95,13 @@ class ValueSpec:
 
 
 def specs_from_plain(plain: Sequence[Mapping[str, Any]]) -> tuple[ValueSpec, ...]:
-    """What `ValueSpec.to_plain` gave, back."""
+    """Restore what `ValueSpec.to_plain` gave."""
     return tuple(ValueSpec(v["name"], tuple(v["shape"]), v["dtype"], v["channels_last"]) for v in plain)
 
 
 @dataclass(frozen=True)
 class Shard:
-    """What is known of a shard without reading it."""
+    """Describe a shard without reading it."""
 
     name: str
     num_rows: int
@@ -116,12 +116,12 @@ class Shard:
 
 
 def shard_from_plain(plain: Mapping[str, Any]) -> Shard:
-    """What `Shard.to_plain` gave, back."""
+    """Restore what `Shard.to_plain` gave."""
     return Shard(plain["name"], plain["num_rows"], plain["files"])
 
 
 def rows_per_shard(row_bytes: int, shard_bytes: int = SHARD_BYTES) -> int:
-    """Rows of a full shard: the most that fit into `shard_bytes`, in a power of two of blocks, and at least one."""
+    """Return the rows of a full shard: the most blocks, a power of two, that fit into `shard_bytes`; at least one."""
     rows = BLOCK
     while rows < _MOST_ROWS and 2 * rows * row_bytes <= shard_bytes:
         rows *= 2
@@ -129,12 +129,12 @@ def rows_per_shard(row_bytes: int, shard_bytes: int = SHARD_BYTES) -> int:
 
 
 def name_of(ids_R: Digests) -> str:
-    """The name of the shard of these images, whoever writes it."""
+    """Name the shard of these images, whoever writes it."""
     return hashlib.sha256(ids_R.tobytes()).hexdigest()[:32]
 
 
 def as_array(values: Tensor) -> Array:
-    """The same memory as a NumPy array; bfloat16 as its bits."""
+    """View the same memory as a NumPy array; bfloat16 as its bits."""
     array: Array = (values.view(torch.uint16) if values.dtype == torch.bfloat16 else values).numpy()
     return array
 
@@ -195,7 +195,7 @@ def _is_there(folder: Path, key: Mapping[str, Any], shard: Shard, specs: Sequenc
         record = read_record(folder, shard.name, key)
         check_values(folder, shard, verify=True)
         read_ids(folder, shard)
-    except (DamagedError, FileNotFoundError):
+    except (CorruptError, FileNotFoundError):
         return False
     return record == (shard, tuple(specs))
 
@@ -205,20 +205,20 @@ def _draft(folder: Path, writer: str, name: str, part: str) -> Path:
 
 
 def write_record(folder: Path, key: Mapping[str, Any], shard: Shard, specs: Sequence[ValueSpec]) -> None:
-    """The small file that makes a shard count."""
+    """Write the small file that makes a shard count."""
     values = [spec.to_plain() for spec in specs]
     plain = {"format": FORMAT, "key": key, "values": values, "shard": shard.to_plain()}
-    write_text(folder / f"{shard.name}.json", seal(plain))
+    write_text(folder / f"{shard.name}.json", with_checksum(plain))
 
 
 def write_error(path: Path, num_bytes: int, error: OSError) -> TlscaleError:
-    """What to tell a user whose disk does not take it."""
+    """Make the error of a disk that is full or fails."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     why = "the disk is full" if full else error.strerror or str(error)
     what = f"{num_bytes / 2**20:.1f} MiB of codes" if num_bytes else "codes"
     return TlscaleError(
         f"cannot write {what} to '{path}': {why}. Make room there, or set TLSCALE_CACHE "
-        "to a folder elsewhere; what is finished is kept, and the same run goes on from it"
+        "to a folder elsewhere. What is finished stays, and the same run resumes from it"
     )
 
 
@@ -238,95 +238,95 @@ def _write_array(path: Path, array: Array) -> dict[str, Any]:
 
 
 def remove_shard(folder: Path, name: str) -> None:
-    """Remove all that has this shard's name, first what makes it count."""
+    """Remove all files of this shard's name, first the one that makes it count."""
     (folder / f"{name}.json").unlink(missing_ok=True)
     for path in folder.glob(f"{name}.*.npy"):
         path.unlink(missing_ok=True)
 
 
-def seal(plain: Mapping[str, Any]) -> str:
-    """Plain values as JSON that shows whether it was changed."""
-    return json.dumps({**plain, _SEAL: json_digest(plain)}, indent=1, sort_keys=True) + "\n"
+def with_checksum(plain: Mapping[str, Any]) -> str:
+    """Return plain values as JSON with a checksum, which shows whether it was changed."""
+    return json.dumps({**plain, _CHECKSUM: json_digest(plain)}, indent=1, sort_keys=True) + "\n"
 
 
-def unseal(path: Path) -> dict[str, Any]:
-    """What was sealed.
+def read_with_checksum(path: Path) -> dict[str, Any]:
+    """Read what `with_checksum` gave.
 
     Raises:
         FileNotFoundError: there is no such file.
-        DamagedError: it is not as it was written.
+        CorruptError: it is not as it was written.
     """
     try:
         text = path.read_text()
         plain = json.loads(text)
-        del plain[_SEAL]
-        whole = seal(plain) == text
+        del plain[_CHECKSUM]
+        whole = with_checksum(plain) == text
     except FileNotFoundError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DamagedError(f"{path.name} cannot be read ({type(error).__name__})") from None
+        raise CorruptError(f"{path.name} cannot be read ({type(error).__name__})") from None
     if not whole:
-        raise DamagedError(f"{path.name} has changed since it was written")
+        raise CorruptError(f"{path.name} has changed since it was written")
     return dict(plain)
 
 
 def read_record(folder: Path, name: str, key: Mapping[str, Any] | None) -> tuple[Shard, tuple[ValueSpec, ...]]:
-    """The record of a shard; `key` None: whatever key it has, if it is the folder's.
+    """Read the record of a shard; `key` None: whatever key it has, if it is the folder's.
 
     Raises:
         FileNotFoundError: there is none.
-        DamagedError: it is not as it was written, or another entry's or shard's.
+        CorruptError: it is not as it was written, or another entry's or shard's.
     """
-    plain = unseal(folder / f"{name}.json")
+    plain = read_with_checksum(folder / f"{name}.json")
     ours = plain["key"] if key is None else key
     is_ours = key is not None or json_digest({"format": FORMAT, **ours}) == folder.name
     if not is_ours or plain["key"] != ours or plain["shard"]["name"] != name or plain.get("format") != FORMAT:
-        raise DamagedError(f"{name}.json belongs to other codes")
+        raise CorruptError(f"{name}.json belongs to other codes")
     return shard_from_plain(plain["shard"]), specs_from_plain(plain["values"])
 
 
 def read_ids(folder: Path, shard: Shard) -> Digests:
-    """The addresses of the images of a shard.
+    """Read the addresses of the images of a shard.
 
     Raises:
-        DamagedError: the file is not as it was written.
+        CorruptError: the file is not as it was written.
     """
     path = shard.path(folder, "ids")
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise DamagedError(f"{path.name}: {error.strerror or error}") from None
+        raise CorruptError(f"{path.name}: {error.strerror or error}") from None
     if hashlib.sha256(content).hexdigest() != shard.files["ids"]["sha256"]:
-        raise DamagedError(f"{path.name} has changed since it was written")
+        raise CorruptError(f"{path.name} has changed since it was written")
     ids_R: Digests = np.load(io.BytesIO(content), allow_pickle=False)
     if ids_R.dtype != DIGEST or len(ids_R) != shard.num_rows or name_of(ids_R) != shard.name:
-        raise DamagedError(f"{path.name} holds the addresses of another shard")
+        raise CorruptError(f"{path.name} holds the addresses of another shard")
     return ids_R
 
 
 def check_values(folder: Path, shard: Shard, *, verify: bool) -> None:
-    """Compare the files of the values with what is known of them: their sizes and, with `verify`, every byte.
+    """Compare the files of the values with the record: their sizes and, with `verify`, every byte.
 
     Raises:
-        DamagedError: one of them is missing or not as it was written.
+        CorruptError: one of them is missing or not as it was written.
     """
-    for part, facts in shard.files.items():
+    for part, file_info in shard.files.items():
         path = shard.path(folder, part)
         try:
             size = path.stat().st_size
-            if size != facts["bytes"]:
-                raise DamagedError(f"{path.name} has {size} bytes instead of {facts['bytes']}")
-            if verify and part != "ids" and file_sha256(path) != facts["sha256"]:
-                raise DamagedError(f"{path.name} has changed since it was written")
+            if size != file_info["bytes"]:
+                raise CorruptError(f"{path.name} has {size} bytes instead of {file_info['bytes']}")
+            if verify and part != "ids" and file_sha256(path) != file_info["sha256"]:
+                raise CorruptError(f"{path.name} has changed since it was written")
         except OSError as error:
-            raise DamagedError(f"{path.name}: {error.strerror or error}") from None
+            raise CorruptError(f"{path.name}: {error.strerror or error}") from None
 
 
 def map_values(folder: Path, shard: Shard, specs: Sequence[ValueSpec]) -> list[Array]:
-    """The values of a shard, each (R, *shape), mapped into memory: nothing is read before it is used.
+    """Map the values of a shard, each (R, *shape), into memory: nothing is read before it is used.
 
     Raises:
-        DamagedError: a file is missing, or holds another array.
+        CorruptError: a file is missing, or holds another array.
     """
     return [_map_value(shard.path(folder, str(i)), shard.num_rows, spec) for i, spec in enumerate(specs)]
 
@@ -339,11 +339,11 @@ def _map_value(path: Path, num_rows: int, spec: ValueSpec) -> Array:
             start, size = file.tell(), os.fstat(file.fileno()).st_size
         expected = ((num_rows, *spec.shape), False, spec.numpy_dtype)
         if (shape, fortran, dtype) != expected or size != start + num_rows * spec.row_bytes:
-            raise DamagedError(f"{path.name} holds another array than {spec.describe()}")
+            raise CorruptError(f"{path.name} holds another array than {spec.describe()}")
         # A NumPy map keeps its file open, and thousands of shards would run into the limit of open files. The map is
         # private: whoever wrote into it by mistake would not change the file.
         content = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).numpy()
     except (OSError, ValueError, RuntimeError) as error:
-        raise DamagedError(f"{path.name} cannot be mapped: {error}") from None
+        raise CorruptError(f"{path.name} cannot be mapped: {error}") from None
     mapped: Array = content[start:].view(spec.numpy_dtype).reshape(expected[0])
     return mapped

@@ -1,9 +1,9 @@
-"""The store of codes: one folder per key, in it shards, each with the codes of some images.
+"""Store codes: one folder per key, in it shards, each with the codes of some images.
 
 Promise: a row belongs to the address of an image, which follows from its content, and to no place in a split. What is
 read agrees with its record to the last bit, or counts as missing. A writer that is killed at any moment leaves nothing
-half that is read, and what it finished is used by the next one. Shards that were not used for longest go first, never
-those of an entry that another run writes to.
+half written that is read, and what it finished is used by the next one. The least recently used shards are evicted
+first, never those of an entry that another run writes to.
 
     ROOT/<digest of the key>/<shard>.json, <shard>.*.npy    see `tlscale.codes.shards`
     ROOT/locks/<digest>                                     held for moments: by who gives a shard its place, or removes
@@ -12,7 +12,7 @@ those of an entry that another run writes to.
 Readers hold no lock. Runs that want other images of an entry do not wait for each other. On Linux a shard that is
 evicted under a reader stays readable until that one ends.
 
-Shape letters: N images that are asked for, R images of a shard.
+Shape letters: N images that are requested, R images of a shard.
 """
 
 from __future__ import annotations
@@ -37,23 +37,23 @@ from tlscale.codes.entry import (
     Say,
     are_among,
     checked_ids,
-    damage,
-    facts_of,
-    faults_of,
+    describe_corruption,
+    entry_info,
     ids_there,
-    look_for,
     pieces_of,
+    problems_in,
     read_shards,
+    remove_orphans,
     remove_piece,
-    remove_strays,
+    scan_shards,
     size_of,
 )
 from tlscale.codes.key import CodesKey
-from tlscale.codes.reader import Codes as Codes  # callers find it here, beside the store
+from tlscale.codes.reader import Codes as Codes  # callers find it here, with the store
 from tlscale.codes.reader import Column
 from tlscale.codes.shards import (
     SHARD_BYTES,
-    DamagedError,
+    CorruptError,
     ValueSpec,
     map_values,
     place_shard,
@@ -76,32 +76,32 @@ def _silent(text: str) -> None:
 
 
 def codes_root() -> Path:
-    """Where codes are kept: `$TLSCALE_CACHE/codes`."""
+    """Return the folder of codes: `$TLSCALE_CACHE/codes`."""
     return cache_root() / "codes"
 
 
 @dataclass(frozen=True)
-class Stock:
-    """What an entry has."""
+class Inventory:
+    """List what an entry has."""
 
     values: tuple[ValueSpec, ...]
     """Empty while no shard is there."""
     there_M: Digests
     """Addresses of all images, sorted."""
     used: frozenset[str]
-    """Names of the shards that have images that were asked for."""
+    """Names of the shards that have requested images."""
 
     def has(self, ids_N: Digests) -> Bools:
-        """Which of the images are there."""
+        """Report which of the images are there."""
         found: Bools = are_among(ids_N, self.there_M)
         return found
 
 
 class CodesStore:
-    """Codes below one folder; see the head of this file.
+    """Store codes below one folder; see the head of this file.
 
     Args:
-        root: by itself `codes_root()`.
+        root: by default `codes_root()`.
         limit_bytes: most bytes of all entries; None: no limit.
         shard_bytes: about the size of a shard.
     """
@@ -113,43 +113,36 @@ class CodesStore:
         self.limit_bytes, self.shard_bytes = limit_bytes, shard_bytes
 
     def folder(self, key: CodesKey) -> Path:
-        """Where the codes of this key are, or would be."""
+        """Return the folder of the codes of this key, which need not exist."""
         return self.root / key.digest()
 
     # --- Reading, without a lock --------------------------------------------------------------------------------------
 
     def open(self, key: CodesKey, ids_N: Digests, *, verify: bool = True, say: Say = _silent) -> Codes | None:
-        """The codes of these images, where every one is there and as it was written; else None.
+        """Open the codes of these images, where every one is there and as it was written; else return None.
 
         Args:
             ids_N: their addresses, in any order, also several times.
             verify: compare every byte of the shards that are used with their records, not only the sizes.
-            say: gets a line for each damage that is found.
+            say: gets a line for each corruption that is found.
 
         Raises:
-            DataError: no image is asked for.
+            DataError: no image is requested.
         """
         ids_N, folder = checked_ids(ids_N), self.folder(key)
         values, shards = read_shards(folder, key, say)
-        survey = look_for(folder, shards, ids_N, verify=verify, say=say)
-        if (survey.shard_N < 0).any():
+        scan = scan_shards(folder, shards, ids_N, verify=verify, say=say)
+        if (scan.shard_N < 0).any():
             return None
         try:
-            mapped = {number: map_values(folder, survey.shards[number], values) for number in survey.used}
-        except DamagedError as error:
-            say(damage(folder, error))
+            mapped = {number: map_values(folder, scan.shards[number], values) for number in scan.used}
+        except CorruptError as error:
+            say(describe_corruption(folder, error))
             return None
-        self._touch(key, {survey.shards[number].name for number in survey.used})
+        self._touch(key, {scan.shards[number].name for number in scan.used})
         maps = [{number: arrays[i] for number, arrays in mapped.items()} for i in range(len(values))]
-        columns = [Column(spec, survey.shard_N, survey.offset_N, its) for spec, its in zip(values, maps, strict=True)]
+        columns = [Column(spec, scan.shard_N, scan.offset_N, its) for spec, its in zip(values, maps, strict=True)]
         return Codes(folder, len(ids_N), columns)
-
-    def missing(self, key: CodesKey, ids_N: Digests, *, verify: bool = True, say: Say = _silent) -> Digests:
-        """Those of the images that `open` would not find, sorted, each once; arguments and errors as there."""
-        ids_N, folder = checked_ids(ids_N), self.folder(key)
-        _, shards = read_shards(folder, key, say)
-        survey = look_for(folder, shards, ids_N, verify=verify, say=say)
-        return np.unique(ids_N[survey.shard_N < 0])
 
     def _touch(self, key: CodesKey, names: Collection[str]) -> None:
         for name in names:
@@ -159,10 +152,10 @@ class CodesStore:
     # --- Writing ------------------------------------------------------------------------------------------------------
 
     def try_lock(self, keys: Sequence[CodesKey], request: str) -> list[FileLock] | None:
-        """The locks of a request in the entries of its keys, held; None where another process holds one of them.
+        """Take the locks of a request in the entries of its keys; return None where another process holds one of them.
 
         Args:
-            request: which images are asked for, in hex; who asks for others waits for nobody.
+            request: which images are requested, in hex; a request for others does not wait.
 
         Raises:
             TlscaleError: the folder cannot be written.
@@ -178,7 +171,7 @@ class CodesStore:
         return held
 
     def release(self, locks: Sequence[FileLock]) -> None:
-        """Give up the locks of a request."""
+        """Release the locks of a request."""
         for lock in locks:
             path = Path(lock.lock_file)
             with self._entry_lock(path.name.split(".")[0]):  # nobody takes it meanwhile
@@ -204,7 +197,7 @@ class CodesStore:
             yield
 
     def _is_idle(self, digest: str, request: str) -> bool:
-        """Whether nobody works on the request; for the holder of the entry's lock."""
+        """Report whether nobody works on the request; for the holder of the entry's lock."""
         path = self.root / _LOCKS / f"{digest}.{request}"
         if not path.exists():
             return True
@@ -216,27 +209,27 @@ class CodesStore:
         return True
 
     def _is_busy(self, digest: str, mine: str = "") -> bool:
-        """Whether a request other than mine is worked on; for the holder of the entry's lock."""
+        """Report whether a request other than mine is worked on; for the holder of the entry's lock."""
         requests = [path.name.split(".", 1)[1] for path in (self.root / _LOCKS).glob(f"{digest}.*")]
         return not all([self._is_idle(digest, request) for request in requests if request != mine])
 
-    def take_stock(self, key: CodesKey, ids_N: Digests, request: str, say: Say = _silent) -> Stock:
-        """What is there. Damaged shards of what is asked for are removed, loudly, and what killed writers left.
+    def take_inventory(self, key: CodesKey, ids_N: Digests, request: str, say: Say = _silent) -> Inventory:
+        """List what is there; remove corrupt shards that are needed, and report them, and what killed writers left.
 
         Args:
-            ids_N: addresses as far as they are known; those of the images that are asked for.
+            ids_N: addresses of the requested images, as far as they are known.
             request: its lock is held.
         """
         digest, folder = key.digest(), self.folder(key)
         with self._entry_lock(digest):
             values, shards = read_shards(folder, key, say)
-            survey = look_for(folder, shards, ids_N, verify=True, say=say)
-            for shard in survey.damaged:
+            scan = scan_shards(folder, shards, ids_N, verify=True, say=say)
+            for shard in scan.corrupt:
                 remove_shard(folder, shard.name)
-            remove_strays(folder, lambda writer: writer == request or self._is_idle(digest, writer))
-        used = frozenset(survey.shards[number].name for number in survey.used)
+            remove_orphans(folder, lambda writer: writer == request or self._is_idle(digest, writer))
+        used = frozenset(scan.shards[number].name for number in scan.used)
         self._touch(key, used)
-        return Stock(values if survey.shards else (), ids_there(folder, survey.shards), used)
+        return Inventory(values if scan.shards else (), ids_there(folder, scan.shards), used)
 
     def write_shard(
         self, key: CodesKey, ids_R: Digests, values: Sequence[Tensor], specs: Sequence[ValueSpec], request: str
@@ -255,20 +248,19 @@ class CodesStore:
         return shard.name
 
     def check_room(self, num_wanted: int, num_new: int) -> None:
-        """Refuse what can never be kept.
+        """Refuse codes that can never be stored.
 
         Args:
-            num_wanted: bytes of all codes that are asked for.
+            num_wanted: bytes of all requested codes.
             num_new: bytes of those that are certainly not there.
 
         Raises:
-            TlscaleError: they exceed the limit by themselves, or the disk has no room for them.
+            TlscaleError: they alone exceed the limit, or the disk has no room for them.
         """
         if self.limit_bytes is not None and num_wanted > self.limit_bytes:
             raise TlscaleError(
-                f"the codes in '{self.root}' need {_gib(num_wanted)}, but all codes may take "
-                f"{_gib(self.limit_bytes)}: raise codes.cache_gib, or keep less (codes.dtype, codes.pool, fewer "
-                "images or views)"
+                f"codes.cache_gib: the codes in '{self.root}' need {_gib(num_wanted)}, but all codes may take "
+                f"{_gib(self.limit_bytes)}. Raise it, or cache less (codes.dtype, codes.pool, fewer images or views)"
             )
         free = shutil.disk_usage(nearest_folder(self.root)).free
         if free < num_new:
@@ -280,7 +272,7 @@ class CodesStore:
     def make_room(
         self, num_bytes: int, sparing: Collection[tuple[str, str]], request: str = "", say: Say = _silent
     ) -> None:
-        """Evict shards, those that were not used for longest first, until so many bytes more are allowed.
+        """Evict least recently used shards until so many bytes more are allowed.
 
         Args:
             sparing: shards that stay, each by the digest of its entry and its name.
@@ -292,12 +284,12 @@ class CodesStore:
     # --- Looking after it ---------------------------------------------------------------------------------------------
 
     def entries(self) -> list[Entry]:
-        """All entries, the one that was used last first."""
-        found = [facts_of(self.root / digest) for digest in self._digests()]
+        """Return all entries, the most recently used first."""
+        found = [entry_info(self.root / digest) for digest in self._digests()]
         return sorted((entry for entry in found if entry), key=lambda entry: (-entry.last_used_s, entry.digest))
 
     def verify(self, digest: str | None = None) -> list[str]:
-        """What is wrong with an entry, or with all: every file is read. Of a writer that was killed, nothing is wrong.
+        """Read every file of an entry, or of all, and return what is wrong; leftovers of a killed writer are not.
 
         Args:
             digest: or its first digits.
@@ -306,13 +298,13 @@ class CodesStore:
             TlscaleError: there is no such entry.
         """
         digests = self._digests() if digest is None else [self._resolve(digest)]
-        return [f"{self.root / name}: {fault}" for name in digests for fault in faults_of(self.root / name)]
+        return [f"{self.root / name}: {fault}" for name in digests for fault in problems_in(self.root / name)]
 
     def prune(self, what: int | Literal["all"] | Collection[str], say: Say = _silent) -> int:
         """Remove codes, none of an entry that is being written to.
 
         Args:
-            what: the bytes that may stay (those that were used last do), `all`, or entries by digests or their first
+            what: the bytes that may stay (of the most recently used), `all`, or entries by digests or their first
                 digits.
 
         Returns:
@@ -354,7 +346,7 @@ class CodesStore:
         return freed
 
     def _remove_shard(self, piece: Piece, mine: str, say: Say) -> int | None:
-        """Bytes that were freed; None where another run writes to the entry."""
+        """Remove a shard; return the bytes that were freed, None where another run writes to the entry."""
         folder = self.root / piece.digest
         with self._entry_lock(piece.digest):
             if self._is_busy(piece.digest, mine):
@@ -368,7 +360,7 @@ class CodesStore:
         return piece.num_bytes
 
     def _remove(self, digest: str, say: Say) -> int:
-        """Bytes that were freed: none where somebody writes to the entry."""
+        """Remove an entry; return the bytes that were freed, 0 where somebody writes to the entry."""
         for left in self.root.glob(f"{_ASIDE}*"):  # of a process that was killed while it removed
             shutil.rmtree(left, ignore_errors=True)
         folder = self.root / digest
@@ -389,7 +381,7 @@ class CodesStore:
 
 
 def nearest_folder(path: Path) -> Path:
-    """The path, or the nearest folder above it that is there."""
+    """Return the path, or the nearest folder above it that exists."""
     return next(place for place in (path, *path.absolute().parents) if place.is_dir())
 
 

@@ -113,7 +113,7 @@ def _row(entry: Entry) -> tuple[str, ...]:
     age = format_duration(max(time.time() - entry.last_used_s, 0))
     size = f"{spec.get('image_size', '?')} px{view}"
     images, mib = f"{entry.num_rows:,}", f"{entry.num_bytes / 2**20:,.1f}"
-    state = "older format, not used" if entry.is_older else "" if entry.complete else "damaged"
+    state = "older format, not used" if entry.is_older else "" if entry.complete else "corrupt"
     return entry.digest[:12], layers, size, images, mib, f"{age} ago", state
 
 
@@ -121,7 +121,7 @@ def verify_codes(digest: str | None) -> None:
     """Read every byte of the codes that are kept, or of one entry.
 
     Raises:
-        TlscaleError: there is no such entry, or what is kept is damaged.
+        TlscaleError: there is no such entry, or what is kept is corrupt.
     """
     store, console = CodesStore(), Console()
     faults = store.verify(digest)

@@ -189,7 +189,7 @@ def test_what_is_said(tmp_path):
     assert run.said[1].endswith("images/s")
     run.said.clear()
     run(range(50))
-    assert run.said == [f"codes of train: hit, 50 images x 3,264 bytes, from {place}"]
+    assert run.said == [f"codes of train: found in the cache, 50 images x 3,264 bytes, in {place}"]
     run.said.clear()
     run(range(150))
     assert "computing 50 of 150 images" in run.said[0]
@@ -237,10 +237,10 @@ def test_files_do_not_depend_on_the_number_of_processes(tmp_path):
     for world_size in (2, 3, 7):
         store = CodesStore(tmp_path / str(world_size), shard_bytes=SHARD_BYTES)
         for rank in reversed(range(world_size)):
-            stocks = (store.take_stock(KEY, IDS[rows_N], "0"),)
+            inventories = (store.take_inventory(KEY, IDS[rows_N], "0"),)
             known_N = np.ones(len(rows_N), bool)
             pictures = Rows(rows_N.tolist())
-            work = Extraction(store, [KEY], pictures, Tiny(), "0", None, IDS[rows_N], known_N, stocks=stocks)
+            work = Extraction(store, [KEY], pictures, Tiny(), "0", None, IDS[rows_N], known_N, inventories=inventories)
             work.learn(rows_N[:BLOCK])
             for positions_P in shards_of(plan_shards(rows_N, 2 * BLOCK), rank, world_size):
                 _, new, values = work.chunk(positions_P, lambda count: None)
@@ -274,7 +274,7 @@ def test_damaged_codes_are_computed_again_and_it_is_said_once(tmp_path):
     flip(next(run.store.folder(KEY).glob("*.0.npy")))
     codes = run(range(300))
     assert 0 < codes.num_computed <= 2 * BLOCK
-    assert len([line for line in run.said if "are damaged, and not used" in line]) == 1
+    assert len([line for line in run.said if "are corrupt, and not used" in line]) == 1
     assert contents(run.store.folder(KEY)) == sound
     assert_equal(codes, range(300))
 
@@ -335,7 +335,7 @@ def test_an_image_that_changed_since_it_was_looked_up_gets_the_codes_of_what_it_
     )
     processes.close()
     assert_equal(codes, range(10))
-    assert CodesStore(tmp_path).missing(KEY, digest_array([bytes([7]) * 32])).size == 1
+    assert CodesStore(tmp_path).open(KEY, digest_array([bytes([7]) * 32])) is None
     assert Run(tmp_path)(range(10)).num_computed == 0
 
 

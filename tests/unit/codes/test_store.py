@@ -47,8 +47,7 @@ def shard_of(store, rows, key=KEY, specs=SPECS, values=None, request=REQUEST):
 
 def missing(store, rows, key=KEY) -> list[int]:
     """Which of these rows the store lacks."""
-    lost = set(store.missing(key, ids_of(rows)).tolist())
-    return [row for row in rows if ids_of([row]).tolist()[0] in lost]
+    return [row for row in rows if store.open(key, ids_of([row])) is None]
 
 
 def opened(store, rows, key=KEY, **keys):
@@ -68,7 +67,7 @@ def values_of(rows, specs=SPECS) -> tuple[torch.Tensor, ...]:
 def put(store, rows, key=KEY, specs=SPECS, per_shard=10):
     """Write what is missing of these rows, as an extraction would; which those are."""
     rows = sorted(set(map(int, rows)))
-    there = store.take_stock(key, ids_of(rows), REQUEST).has(ids_of(rows))
+    there = store.take_inventory(key, ids_of(rows), REQUEST).has(ids_of(rows))
     lost = [row for row, is_there in zip(rows, there, strict=True) if not is_there]
     for start in range(0, len(lost), per_shard):
         shard_of(store, lost[start : start + per_shard], key, specs)
@@ -126,9 +125,8 @@ def test_what_is_asked_for_says_what_it_is(store):
 
 
 def test_no_images_are_refused(store):
-    for ask in (store.open, store.missing):
-        with pytest.raises(DataError, match="of no image"):
-            ask(KEY, ids_of([]))
+    with pytest.raises(DataError, match="of no image"):
+        store.open(KEY, ids_of([]))
 
 
 def test_an_image_may_be_asked_for_several_times(store):
@@ -199,13 +197,9 @@ def test_what_is_taken_may_be_overwritten(store):
     assert contents(store.root) == before
 
 
-def test_codes_are_read_into_memory_up_to_a_limit(store):
+def test_codes_that_were_read_into_memory_need_no_file(store):
     put(store, range(30))
-    codes = opened(store, range(5, 25), KEY)
-    assert codes.load(codes.num_bytes - 1) is codes
-    loaded = codes.load(codes.num_bytes)
-    assert (codes.in_memory, loaded.in_memory) == (False, True)
-    assert loaded.load() is loaded
+    loaded = opened(store, range(5, 25), KEY).load()
     shutil.rmtree(store.root)
     assert_right(loaded, range(5, 25))
 
@@ -367,9 +361,9 @@ def test_a_shard_of_another_entry_is_not_taken_over(store):
     put(store, range(10), OTHERS[0])
     shutil.copytree(store.folder(OTHERS[0]), store.folder(OTHERS[1]))
     said: list[str] = []
-    stock = store.take_stock(OTHERS[1], ids_of(range(10)), REQUEST, said.append)
-    assert not stock.has(ids_of(range(10))).any()
-    assert stock.values == ()
+    inventory = store.take_inventory(OTHERS[1], ids_of(range(10)), REQUEST, said.append)
+    assert not inventory.has(ids_of(range(10))).any()
+    assert inventory.values == ()
     assert len(said) == 1
     assert put(store, range(10), OTHERS[1]) == list(range(10))
     assert_right(opened(store, range(10), OTHERS[1]), range(10))

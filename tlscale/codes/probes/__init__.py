@@ -1,1 +1,1 @@
-"""Classifiers fitted to codes at once, without training."""
+"""Fit classifiers to codes at once, without training."""

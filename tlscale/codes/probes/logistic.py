@@ -55,7 +55,7 @@ def logistic_path(codes_ND: Tensor, labels_N: Tensor, num_classes: int, strength
 
 
 class _Problem:
-    """What all strengths share. Q = R + 1 rows of parameters: the last one is the bias, on a feature that is 1."""
+    """Hold what all strengths share. Q = R + 1 rows of parameters: the last one is the bias, on a feature that is 1."""
 
     def __init__(self, codes_NR: Tensor, labels_N: Tensor, num_classes: int, variances_R: Tensor) -> None:
         self.codes_NQ = torch.cat([codes_NR, codes_NR.new_ones(len(codes_NR), 1)], dim=1)
@@ -67,7 +67,7 @@ class _Problem:
         return (self.codes_NQ @ params_QAC.flatten(1)).view(-1, *params_QAC.shape[1:])
 
     def residuals(self, logits_NAC: Tensor) -> Tensor:
-        """The derivative of each image's loss by its logits."""
+        """Compute the derivative of each image's loss by its logits."""
         return logits_NAC.softmax(2).sub_(self.targets_N1C)
 
     def gradient(self, residuals_NAC: Tensor, params_QAC: Tensor, lam_QA1: Tensor) -> Tensor:
@@ -78,13 +78,13 @@ class _Problem:
 
 
 def _dot(first_QAC: Tensor, second_QAC: Tensor) -> Tensor:
-    """Inner product for each strength, summed in float64."""
+    """Compute the inner product for each strength, summed in float64."""
     return (first_QAC * second_QAC).sum((0, 2), dtype=torch.float64)
 
 
 @dataclass(eq=False)
 class _Search:
-    """Where the search stands, for the strengths that are not yet solved; all tensors have A in dimension 1."""
+    """Hold the state of the search, for the strengths that are not yet solved; all tensors have A in dimension 1."""
 
     params_QAC: Tensor
     logits_NAC: Tensor
@@ -103,7 +103,7 @@ class _Search:
 
 
 def _minimise(problem: _Problem, lam_L: Tensor, start_QLC: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
-    """The parameters at the end of the search for each strength, and whether they are within the tolerance."""
+    """Search the parameters for each strength; return them, and whether they are within the tolerance."""
     lam_QL1 = lam_L[None, :, None].repeat(len(start_QLC), 1, 1)
     lam_QL1[-1] = 0
     logits_NLC = problem.logits(start_QLC)
@@ -122,7 +122,7 @@ def _minimise(problem: _Problem, lam_L: Tensor, start_QLC: Tensor, tolerance: fl
             break
         stuck_A = _step(problem, search)
         if stuck_A.any():
-            # Rounding hides the way down: nothing further is to be had in this precision.
+            # Rounding hides the way down: nothing further can be gained in this precision.
             result_QLC[:, unsolved_A[stuck_A]] = search.params_QAC[:, stuck_A]
             unsolved_A, search = unsolved_A[~stuck_A], search.keep(~stuck_A)
             if not len(unsolved_A):
@@ -133,13 +133,13 @@ def _minimise(problem: _Problem, lam_L: Tensor, start_QLC: Tensor, tolerance: fl
 def _is_solved(search: _Search, lam_A: Tensor, tolerance: float) -> Tensor:
     weights_RAC = search.params_QAC[:-1]
     least_A = tolerance * lam_A * _dot(weights_RAC, weights_RAC).sqrt()
-    # Where the optimum is W = 0 no gradient would be small enough beside it; this one is nothing but rounding.
+    # Where the optimum is W = 0 no gradient would be small enough in comparison; this one is nothing but rounding.
     rounding = 10 * torch.finfo(lam_A.dtype).eps
     return _dot(search.gradient_QAC, search.gradient_QAC).sqrt() <= least_A.clamp_min(rounding)
 
 
 def _step(problem: _Problem, search: _Search) -> Tensor:
-    """Go to a lower point on each problem; which ones have none that this precision can tell, and stay: (A,)."""
+    """Go to a lower point on each problem; return which ones have none in this precision, and stay: (A,)."""
     direction_QAC = _direction(problem, search)
     change_NAC = problem.logits(direction_QAC)
     length_A1, residuals_NAC, stuck_A = _length(problem, search, direction_QAC, change_NAC)
@@ -154,7 +154,7 @@ def _step(problem: _Problem, search: _Search) -> Tensor:
 
 
 def _direction(problem: _Problem, search: _Search) -> Tensor:
-    """Minus the estimate of the inverse Hessian times the gradient (the two loops of Nocedal 1980)."""
+    """Compute minus the estimated inverse Hessian times the gradient (the two loops of Nocedal 1980)."""
     bound_QA1, result_QAC, factors = problem.bound_Q11 + search.lam_QA1, search.gradient_QAC, []
     dtype = result_QAC.dtype
     for step_QAC, change_QAC, product_A in reversed(search.history):
@@ -175,7 +175,7 @@ def _direction(problem: _Problem, search: _Search) -> Tensor:
 def _length(
     problem: _Problem, search: _Search, direction_QAC: Tensor, change_NAC: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """How far to go in each problem (A, 1), the residuals there, and where rounding hides how far (A,): not at all.
+    """Find how far to go in each problem (A, 1), the residuals there, and where rounding hides that (A,): not at all.
 
     Newton's method on the slope along the direction, kept between points of either sign. The slope at the end is at
     most half of that at the start: since the loss is convex, that implies the approximate Wolfe conditions (Hager and
@@ -201,7 +201,7 @@ def _length(
 
 
 def _curvature(problem: _Problem, residuals_NAC: Tensor, change_NAC: Tensor) -> Tensor:
-    """The second derivative of the mean loss along a change of the logits: its variance under the answer."""
+    """Compute the second derivative of the mean loss along a change of the logits: its variance under the answer."""
     shares_NAC = residuals_NAC + problem.targets_N1C
     mean_NA1 = (shares_NAC * change_NAC).sum(2, keepdim=True)
     return _dot(shares_NAC, (change_NAC - mean_NA1).square()) / len(change_NAC)
