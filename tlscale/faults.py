@@ -1,4 +1,4 @@
-"""Fault points: places at which tests have a process killed, to see that nothing is lost there.
+"""Kill a process at fault points, places that tests choose to see that nothing is lost there.
 
 Promise: without the variable TLSCALE_FAULT, which only tests set, a point does nothing but look for it.
 """
@@ -22,7 +22,7 @@ POINTS = {
     "metrics.cut": "the log without what is done again is written aside",
     "metrics.line": "a line of the log is written, but not flushed",
     "codes.block": "codes of a block of images are computed",
-    "codes.place": "the files of a shard are written, and have not its name yet",
+    "codes.place": "the files of a shard are written, and do not have its name yet",
     "codes.shard": "the files of a shard have its name, what makes it count is not written",
     "worker": "a batch is loaded (in the worker process, where there is one)",
     "step": "a step is done, and nothing of it is written",
@@ -47,8 +47,8 @@ _passed: Counter[str] = Counter()
 def at(name: str) -> None:
     """End this process with SIGKILL where TLSCALE_FAULT asks for it.
 
-    It is spelt `<name>[@<n>][:<rank>]`: at that point, when a process comes there for the n-th time (1 by itself), on
-    that rank (0 by itself). A process that torchrun starts again is spared, else it would never get further.
+    It is written `<name>[@<n>][:<rank>]`: at that point, when a process comes there for the n-th time (by default 1),
+    on that rank (by default 0). A process that torchrun starts again is spared, else it would never get further.
 
     Raises:
         LaunchError: the variable names no point of `POINTS`, so that a test would test nothing.

@@ -183,7 +183,7 @@ def _refuse_scalars(network: nn.Module) -> None:
 
 
 def _policy(precision: str, keep_fp32: Collection[nn.Parameter]) -> MixedPrecisionPolicy:
-    """In bf16 the processes exchange bf16, but for `keep_fp32`.
+    """Exchange bf16 where the precision is bf16, but for `keep_fp32`.
 
     Gradients are summed in fp32, weights kept in fp32, and autocast does the rest, as it does under DDP.
     """

@@ -17,7 +17,6 @@ import torch.distributed as torch_dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, is_initialized
 from accelerate.utils import InitProcessGroupKwargs
-from torch.distributed.device_mesh import DeviceMesh
 
 from tlscale.distributed import launch
 from tlscale.distributed.device import Device, device_for
@@ -34,7 +33,7 @@ M = TypeVar("M", bound=torch.nn.Module)
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among all of the run.
+    """Know this process among all of the run, and let them agree.
 
     Attributes:
         control: the group of all processes over the CPU; None where there is one.
@@ -57,10 +56,6 @@ class Processes:
     @property
     def device(self) -> torch.device:
         return self._torch_device.device
-
-    @property
-    def mesh(self) -> DeviceMesh | None:
-        return self.engine.mesh if isinstance(self.engine, Fsdp2Engine) else None
 
     # -- this process's device ----------------------------------------------------------------------------------------
 

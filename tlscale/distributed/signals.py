@@ -1,7 +1,7 @@
-"""Being asked to stop: SIGTERM (a cluster takes the machine back), SIGINT (Ctrl-C), or a file STOP in the run folder.
+"""Receive requests to stop: SIGTERM (a cluster takes the machine back), SIGINT (Ctrl-C), or STOP in the run folder.
 
-Promise: the first request only sets a flag, so that the step is finished and saved; a second Ctrl-C ends at once. A
-file reaches a run behind any launcher, also one that hands no signal on.
+Promise: the first request only sets a flag, so that the step is finished and saved; a second Ctrl-C ends at once. The
+file is a control file that reaches a run behind any launcher, also one that passes no signal on.
 """
 
 from __future__ import annotations
@@ -22,27 +22,30 @@ _PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
 def stop_with_launcher() -> None:
-    """Have this process asked to stop when its launcher dies (Linux).
+    """Ask this process to stop when its launcher dies (Linux).
 
-    `accelerate launch` of one process neither hands SIGTERM on nor ends its child: a cluster that takes the machine
-    back would end the launcher alone, and the run would go on, unsaved and unwatched.
+    `accelerate launch` of one process neither passes SIGTERM on nor ends its child: a cluster that takes the machine
+    back would end the launcher alone, and the run would continue, unsaved and unwatched.
     """
     if "ACCELERATE_MIXED_PRECISION" in os.environ or "LOCAL_RANK" in os.environ:
         signal_when_parent_dies(signal.SIGTERM)
 
 
 def signal_when_parent_dies(number: signal.Signals) -> None:
-    """Have the kernel send this process a signal when the one that started it dies; only Linux can."""
+    """Send this process a signal when the one that started it dies, by the kernel; only Linux can."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, number)
 
 
 class StopRequest:
-    """A context in which `requested` becomes true when the process is asked to stop.
+    """Set `requested`, within this context, when the process is asked to stop.
 
     Args:
-        file: one that asks for it by being there. It is looked for on every question, so only one process of a run
-            should be given it.
+        file: a control file that asks for it by being there. It is looked for on every call, so only one process of a
+            run should be given it.
+
+    Attributes:
+        by: the signal or the file that asked.
     """
 
     def __init__(self, file: Path | None = None) -> None:
@@ -53,12 +56,13 @@ class StopRequest:
 
     @property
     def requested(self) -> bool:
+        """Tell whether the process was asked to stop."""
         if not self._requested and self._file is not None and self._file.exists():
             self._requested, self.by = True, f"the file '{self._file}'"
         return self._requested
 
     def __enter__(self) -> StopRequest:
-        # Python allows signal handlers in the main thread only; elsewhere (a notebook's worker) there is no asking.
+        # Python allows signal handlers in the main thread only; elsewhere (a notebook's worker) the file alone asks.
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._receive) for number in _SIGNALS}
         return self

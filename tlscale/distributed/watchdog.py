@@ -1,4 +1,4 @@
-"""A process that hangs ends itself, and says where it hung.
+"""End a process that hangs, and print where it hung.
 
 Promise: within a watch, a process that shows no sign of life for the time allowed writes the stack of each of its
 threads to stderr and ends with exit code 1, whatever holds it: a lock, a disk, a collective that others never join.
@@ -17,7 +17,7 @@ _LEAST_S = 1.0  # between two settings of the timer: a step may take a milliseco
 
 
 class Watchdog:
-    """A timer of the interpreter's own (a thread of C, which needs no lock of Python's), set back by each `beat`.
+    """Run a timer of the interpreter's own (a thread of C, which needs no lock of Python's), set back by each `beat`.
 
     Args:
         timeout_s: seconds without a sign of life.
@@ -30,7 +30,7 @@ class Watchdog:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Within: the process must beat. A watch within a watch is one watch."""
+        """Watch what runs within, which must beat. A watch within a watch is one watch."""
         self._depth += 1
         self._set()
         try:
@@ -41,7 +41,7 @@ class Watchdog:
                 faulthandler.cancel_dump_traceback_later()
 
     def beat(self) -> None:
-        """A sign of life; outside of a watch it does nothing."""
+        """Give a sign of life; outside of a watch it does nothing."""
         if self._depth and time.monotonic() - self._set_at_s >= min(_LEAST_S, self._timeout_s / 4):
             self._set()
 

@@ -89,10 +89,9 @@ def _train(
 ) -> dict[str, Any]:
     # -- resume -------------------------------------------------------------------------------------------------------
     run_id = record.get("id") if record is not None else None
-    shapes = {name: param.shape for name, param in setup.trained.items()}
     checkpoint = None
     if record is not None:
-        checkpoint, unusable = load_newest_on_all(folder.checkpoints, shapes, processes, run_id)
+        checkpoint, unusable = load_newest_on_all(folder.checkpoints, setup.trained, processes, run_id)
         for why in unusable:
             console.say(f"WARNING: {why}", style="bold red")
     hangs_on = computed.what_hangs_on_passes(setup)
@@ -255,8 +254,7 @@ def _finish(
     if clock.chosen_step is not None and clock.chosen_step != clock.step:
         # By its step, and not by what BEST points to: that is for people, and may be older than the clock.
         best_folder = checkpoint_folder(folder.checkpoints, clock.chosen_step)
-        shapes = {name: param.shape for name, param in setup.trained.items()}
-        checkpoint = load_on_all(best_folder, shapes, processes, clock.run_id)
+        checkpoint = load_on_all(best_folder, setup.trained, processes, clock.run_id)
         restore_weights(checkpoint, parts.network, parts.ema, setup.fixed)
         if clock.chosen_step <= parts.stage.start_step:  # of another stage, whose frozen part was another
             feed = ImagePipeline(setup, processes, parts.network, parts.codes_cache.images, parts.targets)

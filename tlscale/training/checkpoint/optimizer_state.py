@@ -1,7 +1,7 @@
-"""What an optimizer keeps, by parameter name: tensors for safetensors, and the rest as plain JSON values.
+"""Pack the state of an optimizer, by parameter name: tensors for safetensors, and the rest as plain JSON values.
 
 Promise: unpacked, every number is what it was, in the type that it was kept in; nothing that cannot be written so is
-left out in silence.
+skipped in silence.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _USUAL = ("state", "param_groups")  # what every optimizer's state dict has
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """State by parameter name: tensors for safetensors, the rest as JSON.
+    """Pack the state by parameter name: tensors for safetensors, the rest as JSON.
 
     Raises:
         CheckpointError: the optimizer keeps something that is neither a tensor nor a plain value.
@@ -27,7 +27,7 @@ def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor],
     names = [name for group in optimizer.param_groups for name in group["names"]]
     tensors: dict[str, Tensor] = {}
     state = {names[index]: _pack(value, names[index], tensors) for index, value in whole["state"].items()}
-    # Some optimizers count steps in their groups, or keep a random generator beside them.
+    # Some optimizers count steps in their groups, or keep a random generator next to them.
     groups = [
         {
             key: _pack(value, f"group/{number}/{key}", tensors)
@@ -84,7 +84,7 @@ def carry_moments(old: torch.optim.Optimizer, new: torch.optim.Optimizer) -> Non
 
 
 def _undo_casts(optimizer: torch.optim.Optimizer, saved: Mapping[int, Mapping[str, Any]]) -> None:
-    """PyTorch loads every number as the type of its parameter, which is not always the one it was kept in."""
+    # PyTorch loads every number as the type of its parameter, which is not always the one it was kept in.
     params = [param for group in optimizer.param_groups for param in group["params"]]
     for index, values in saved.items():
         state = optimizer.state.get(params[index], {})
@@ -106,7 +106,7 @@ def _pack(value: object, key: str, tensors: dict[str, Tensor]) -> Any:
         case None | bool() | int() | float() | str():
             return value
     raise CheckpointError(
-        f"the optimizer keeps a {type(value).__name__} for '{key}', which cannot be saved; use another"
+        f"the optimizer keeps a {type(value).__name__} for '{key}', which cannot be saved; use another optimizer"
     )
 
 

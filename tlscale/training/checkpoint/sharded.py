@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed.tensor
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -44,7 +44,7 @@ from tlscale.training.checkpoint.files import (
 from tlscale.training.checkpoint.tensor_file import FileInfo, TensorPart, group_and_name, shard_key
 
 Groups = dict[str, dict[str, Tensor]]
-Shapes = Mapping[str, torch.Size]  # of the trained parameters, by rule name
+Params = Mapping[str, nn.Parameter]  # the trained ones, by rule name
 
 
 # -- save -----------------------------------------------------------------------------------------------------------
@@ -108,19 +108,19 @@ def _write_shards(
 
 
 def load_newest_on_all(
-    root: Path, shapes: Shapes, processes: Processes, run_id: str | None
+    root: Path, trained: Params, processes: Processes, run_id: str | None
 ) -> tuple[Checkpoint | None, list[str]]:
     """Load the newest checkpoint that all processes can use; arguments as `load_on_all`, the rest as `load_newest`."""
     folders = processes.run_on_main(list_checkpoints, root)  # one file system may show them at different times
-    return load_newest(folders, partial(load_on_all, shapes=shapes, processes=processes, run_id=run_id))
+    return load_newest(folders, partial(load_on_all, trained=trained, processes=processes, run_id=run_id))
 
 
-def load_on_all(folder: Path, shapes: Shapes, processes: Processes, run_id: str | None = None) -> Checkpoint:
+def load_on_all(folder: Path, trained: Params, processes: Processes, run_id: str | None = None) -> Checkpoint:
     """Load a checkpoint on all processes: what they shard as shards on their devices, all else whole on the CPU.
 
     Args:
         folder: of a checkpoint that any number of processes saved, with any engine.
-        shapes: of the trained parameters.
+        trained: parameters, by rule name; as shards or not, they tell the shapes of what is sharded.
         processes: of the run.
         run_id: of the run that it must be of; None: of any.
 
@@ -133,7 +133,7 @@ def load_on_all(folder: Path, shapes: Shapes, processes: Processes, run_id: str 
     part = {"rank": processes.rank, "world_size": processes.world_size}
     checkpoint, parts = processes.run_on_all(load_part, folder, run_id, **part)
     if not parts:
-        return _shard_like_owners(checkpoint, shapes, engine.mesh)
+        return _shard_like_owners(checkpoint, trained, engine.mesh)
     tensors: Groups = {group: dict(named) for group, named in checkpoint.tensors.items()}
     for key, tensor in parts.items():
         group, name = group_and_name(key)
@@ -149,11 +149,11 @@ def _to_shard(part: TensorPart, mesh: DeviceMesh) -> Tensor:
     return shard  # type: ignore[no-any-return]
 
 
-def _shard_like_owners(checkpoint: Checkpoint, shapes: Shapes, mesh: DeviceMesh) -> Checkpoint:
+def _shard_like_owners(checkpoint: Checkpoint, trained: Params, mesh: DeviceMesh) -> Checkpoint:
     """Shard what was saved unsharded; of the optimizer's state what has the shape of its parameter."""
     tensors: Groups = {
         group: {
-            name: shard_tensor(tensor, mesh) if tensor.shape == _shape_of_owner(group, name, shapes) else tensor
+            name: shard_tensor(tensor, mesh) if tensor.shape == _shape_of_owner(group, name, trained) else tensor
             for name, tensor in named.items()
         }
         for group, named in checkpoint.tensors.items()
@@ -161,9 +161,10 @@ def _shard_like_owners(checkpoint: Checkpoint, shapes: Shapes, mesh: DeviceMesh)
     return replace(checkpoint, tensors=tensors)
 
 
-def _shape_of_owner(group: str, name: str, shapes: Shapes) -> torch.Size | None:
+def _shape_of_owner(group: str, name: str, trained: Params) -> torch.Size | None:
     """Return the shape of the trained parameter that a tensor of a checkpoint is, or is about; None: of none."""
     if group == "optimizer":
-        owners = [param for param in shapes if name.startswith(f"{param}.")]
-        return shapes[max(owners, key=len)] if owners else None
-    return shapes.get(name.removeprefix("backbone."))
+        owners = [param for param in trained if name.startswith(f"{param}.")]
+        return trained[max(owners, key=len)].shape if owners else None
+    owner = trained.get(name.removeprefix("backbone."))
+    return None if owner is None else owner.shape

@@ -45,11 +45,11 @@ _SHARDS_OF = "DCP_SHARDING_INFO"  # the key in a header in which torch's distrib
 
 
 class CorruptionError(Exception):
-    """A checkpoint is not what was saved; the message says in which file."""
+    """Report that a checkpoint is not what was saved, and in which file."""
 
 
 class CheckpointFile:
-    """A file of a checkpoint, open for reading.
+    """Read a file of a checkpoint in one opening.
 
     Args:
         folder: of the checkpoint.
