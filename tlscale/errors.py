@@ -1,4 +1,4 @@
-"""The errors that tlscale raises on purpose.
+"""Errors that tlscale raises on purpose, as data.
 
 Promise: such an error says which key or thing it is about, what is wrong with it and what to do, as data; it is
 rendered in one place, `render`. The command line prints it without a traceback and exits with `exit_code`. Anything
@@ -26,7 +26,7 @@ def render(problem: str, key: str | None = None, remedy: str | None = None) -> s
 
 
 class TlscaleError(Exception):
-    """A run failed for a reason that we can name.
+    """Raised when a run fails for a reason that we can name.
 
     Attributes:
         problem: what is wrong; without a full stop where there is a remedy.
@@ -50,7 +50,7 @@ class TlscaleError(Exception):
 
 
 class RecipeError(TlscaleError):
-    """The recipe, or an override of it, is wrong.
+    """Raised when the recipe, or an override of it, is wrong.
 
     Attributes:
         mistakes: each with its file and line; empty where the recipe does not fit what it names. Of a single mistake
@@ -79,46 +79,46 @@ class RecipeError(TlscaleError):
 
 
 class DataError(TlscaleError):
-    """The data that the recipe names are missing or wrong."""
+    """Raised when the data that the recipe names are missing or wrong."""
 
     exit_code = EXIT_BAD_INPUT
 
 
 class ModelError(TlscaleError):
-    """The backbone, its weights, the freeze rules or the head do not fit together."""
+    """Raised when the backbone, its weights, the freeze rules and the head do not fit together."""
 
     exit_code = EXIT_BAD_INPUT
 
 
 class RunFolderError(TlscaleError):
-    """The run folder is in use, not ours, or holds another run."""
+    """Raised when the run folder is in use, not ours, or holds another run."""
 
     exit_code = EXIT_BAD_INPUT
 
 
 class LaunchError(TlscaleError):
-    """The processes that were launched are not those that the recipe or the launcher asked for."""
+    """Raised when the processes that were launched are not those that the recipe or the launcher asked for."""
 
     exit_code = EXIT_BAD_INPUT
     reported_by_main = True
 
 
 class CheckpointError(TlscaleError):
-    """A checkpoint is damaged, or was made by another recipe."""
+    """Raised when a checkpoint is damaged, or was made by another recipe."""
 
 
 class ResumeError(CheckpointError):
-    """The run cannot be resumed with this recipe or these inputs; its checkpoints are fine."""
+    """Raised when the run cannot be resumed with this recipe or these inputs; its checkpoints are fine."""
 
     exit_code = EXIT_BAD_INPUT
 
 
 class WorkerError(TlscaleError):
-    """A process that reads images was killed."""
+    """Raised when a process that reads images was killed."""
 
 
 class NonFiniteLossError(TlscaleError):
-    """The loss, a gradient or a weight became NaN or infinite.
+    """Raised when the loss, a gradient or a weight became NaN or infinite.
 
     Attributes:
         step: the step, counted from 1, that made it so.
@@ -132,13 +132,13 @@ class NonFiniteLossError(TlscaleError):
 
 
 class DesyncError(TlscaleError):
-    """The processes do not have the same weights any more."""
+    """Raised when the processes do not have the same weights any more."""
 
     reported_by_main = True
 
 
 class Stopped(TlscaleError):  # noqa: N818 (a stop is no error)
-    """Not a failure: the run was asked to stop, and saved itself first."""
+    """Raised when the run was told to stop, and has saved itself: no failure."""
 
     exit_code = EXIT_STOPPED
     reported_by_main = True

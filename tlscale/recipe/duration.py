@@ -39,7 +39,7 @@ def _decimal(amount: Fraction) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Duration:
-    """`amount` of `unit`; exact (a fraction), so that 0.1 epochs of 60,000 images is 6,000 images."""
+    """Hold `amount` of `unit`; exact (a fraction), so that 0.1 epochs of 60,000 images is 6,000 images."""
 
     amount: Fraction
     unit: Unit

@@ -24,7 +24,7 @@ Augmentation = str | dict[str, float]
 
 @dataclass(frozen=True)
 class Number:
-    """The number that a head layer or an augmentation takes.
+    """Describe the number that a head layer or an augmentation takes.
 
     Attributes:
         meaning: in words.
@@ -55,7 +55,7 @@ class Number:
 
 @dataclass(frozen=True)
 class HeadLayerKind:
-    """A kind of layer that heads are made of: what it is, and the number that it takes, if any."""
+    """Describe a kind of layer that heads are made of: what it is, and the number that it takes, if any."""
 
     about: str
     number: Number | None = None

@@ -31,7 +31,7 @@ MAX_EXTENDS = 5
 
 
 class StoredRecipe(NamedTuple):
-    """The recipe of a run folder, as the run had it.
+    """Hold the recipe of a run folder, as the run had it.
 
     Attributes:
         recipe: complete, with today's keys.

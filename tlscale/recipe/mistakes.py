@@ -12,7 +12,7 @@ from tlscale.errors import render
 
 
 class InvalidValueError(ValueError):
-    """A check of a value, or of the keys of a section, failed.
+    """Raised when a check of a value, or of the keys of a section, fails.
 
     Attributes:
         problem: what is wrong.
@@ -30,7 +30,7 @@ class InvalidValueError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where a value was written: a line of a file, or (line 0) the command line."""
+    """Tell where a value was written: a line of a file, or (line 0) the command line."""
 
     where: str
     line: int = 0
@@ -41,7 +41,7 @@ class Origin:
 
 @dataclass(frozen=True, slots=True)
 class Mistake:
-    """One mistake in a recipe, or in an override of it.
+    """Hold one mistake in a recipe, or in an override of it.
 
     Attributes:
         origin: the file and line, or the override.
@@ -66,7 +66,7 @@ class Mistake:
 
 @dataclass(slots=True)
 class Findings:
-    """Mistakes found so far, and what they make unknowable, so that no mistake is reported twice.
+    """Collect mistakes found so far, and what they make unknowable, so that no mistake is reported twice.
 
     Attributes:
         mistakes: in the order they were found.

@@ -19,7 +19,7 @@ from tlscale.recipe.yaml_reader import Node, Scalar, read_yaml
 
 @dataclass(frozen=True, slots=True)
 class Override:
-    """`value` is to stand at `path`; the path may end in a name below a key that takes a mapping."""
+    """Put `value` at `path`; the path may end in a name below a key that takes a mapping."""
 
     path: tuple[str, ...]
     value: Node

@@ -17,7 +17,7 @@ from tlscale.recipe.yaml_reader import Node
 
 @dataclass(frozen=True, slots=True)
 class RetiredKey:
-    """A key that recipes had once.
+    """Describe a key that recipes had once.
 
     Attributes:
         key: with dots; a key of the items of a list has no number (`stages.lr`).
@@ -32,7 +32,7 @@ class RetiredKey:
 
 @dataclass(frozen=True, slots=True)
 class RetiredValue:
-    """A value that a key took once.
+    """Describe a value that a key took once.
 
     Attributes:
         key: as in `RetiredKey`.

@@ -20,7 +20,7 @@ V = TypeVar("V", bool, float)
 
 @dataclass(frozen=True, slots=True)
 class Rule(Generic[V]):
-    """Parameters whose whole name matches `pattern` get `value`."""
+    """Give parameters whose whole name matches `pattern` the `value`."""
 
     pattern: str
     value: V

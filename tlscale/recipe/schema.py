@@ -221,7 +221,7 @@ class Recipe(Section):
             )
 
     def to_plain(self) -> dict[str, Any]:
-        """The complete recipe as plain YAML values, in schema order."""
+        """Return the complete recipe as plain YAML values, in schema order."""
         return self.model_dump(mode="json")
 
 

@@ -55,13 +55,13 @@ SYNONYMS = {
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """One key of the recipe; `section` is set where it holds further keys."""
+    """Describe one key of the recipe; `section` is set where it holds further keys."""
 
     path: tuple[str, ...]
     field: FieldInfo
     section: type[Section] | None
     in_list: bool = False
-    """Whether it is a key of the items of a list, of which there may be several."""
+    """Tell whether it is a key of the items of a list, of which there may be several."""
 
     @property
     def dotted(self) -> str:
@@ -74,7 +74,7 @@ class Key:
 
     @property
     def takes_names(self) -> bool:
-        """Whether it takes a mapping from the user's own names."""
+        """Return whether it takes a mapping from the user's own names."""
         return _inner(self.field.annotation, dict) is not None
 
     @property

@@ -15,7 +15,7 @@ from tlscale.recipe.mistakes import InvalidValueError
 
 @dataclass(frozen=True)
 class SourceKeys:
-    """What a recipe says of a source.
+    """Describe a source as a recipe knows it.
 
     Attributes:
         about: for the reference page.

@@ -211,7 +211,7 @@ def _hint(place: Path, value: object) -> str | None:
         return "Take the quotes off."
     if any(get_origin(kind) is list for kind in kinds) and not isinstance(value, list | dict) and value is not None:
         return f"Write [{value}]."
-    choices = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
+    choices = [str(choice) for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
     if choices and isinstance(value, str):
         return suggestion(value, choices)
     return None

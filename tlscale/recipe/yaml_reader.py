@@ -39,7 +39,7 @@ KINDS: list[tuple[str, re.Pattern[str]]] = [
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A value and where it was written; in a mapping that is the line of its key."""
+    """Hold a value and where it was written; in a mapping that is the line of its key."""
 
     value: Scalar | list[Node] | dict[str, Node]
     origin: Origin
@@ -80,7 +80,7 @@ def read_yaml(text: str, origin_of: Callable[[int], Origin], findings: Findings)
 
 
 class _TooDeepError(Exception):
-    """Stops the reading: what follows cannot be placed."""
+    """Raised to stop reading: what follows cannot be placed."""
 
     def __init__(self, origin: Origin) -> None:
         super().__init__(str(origin))

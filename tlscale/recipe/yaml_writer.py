@@ -10,7 +10,7 @@ from tlscale.recipe.yaml_reader import KINDS, TEXT_TAG
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes all text that the reader would not take for that text."""
+    """Quote all text that the reader would not take for that text."""
 
     yaml_implicit_resolvers: dict[Any, Any] = {None: KINDS}  # noqa: RUF012 - PyYAML's way to configure it
 
@@ -19,7 +19,7 @@ class _Dumper(yaml.SafeDumper):
 
 
 class _Block(dict[str, Any]):
-    """A mapping that is written with one key a line."""
+    """Hold a mapping that is written with one key a line."""
 
 
 def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:

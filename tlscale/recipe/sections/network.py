@@ -34,7 +34,7 @@ class BackboneSection(Section):
 
     @property
     def from_file(self) -> bool:
-        """Whether `weights` is the path of a file."""
+        """Return whether `weights` is the path of a file."""
         return self.weights not in ("pretrained", "bundled", "none")
 
     @model_validator(mode="after")
@@ -50,29 +50,29 @@ class BackboneSection(Section):
 
 
 class CodesSection(Section):
-    """What is frozen is computed once: the codes, and how they are kept below `$TLSCALE_CACHE/codes`."""
+    """Codes (cached features): what is frozen is computed once, and stored in `$TLSCALE_CACHE/codes`."""
 
     keep: Literal["auto", "always", "never"] = "auto"
-    """`auto`: train on kept codes where that costs less than computing the frozen part again, and say so where it does
-    not; `always`: in any case; `never`: compute it in every step."""
+    """`auto`: train on cached codes where that costs less than computing the frozen part again, and report where it
+    does not; `always`: in any case; `never`: compute it in every step."""
     layer: Names | None = None
     """Layers by module name (`layer3`, `blocks.4`), or `penultimate`, what the backbone gives after its pooling; one or
-    a list. For a probe, which takes the best of them by held-out images, and for `tlscale codes`; training finds its
-    own: the last values that nothing trainable has a part in."""
+    a list. For a probe, which takes the best of them on the validation split, and for `tlscale codes`; training finds
+    its own: the last values that nothing trainable has a part in."""
     pool: Pools = ["avg"]
     """What becomes of a layer's positions: their mean `avg`, their maximum `max`, both `avgmax`, the class `token`, or
     `none`: all of them. One or a list, of which each is tried. `penultimate` is as the backbone pools it."""
     views: int = Field(1, ge=1, le=1000)
-    """With `data.augment`: so many augmented views of each training image, whether codes of them are kept or not; epoch
-    e sees view e modulo `views`. With 1 and `keep: auto`, no codes are kept, and each epoch sees new ones."""
+    """With `data.augment`: so many augmented views of each training image, whether their codes are cached or not; epoch
+    e sees view e modulo `views`. With 1 and `keep: auto`, no codes are cached, and each epoch sees new ones."""
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
-    """In what the codes are kept; `auto`: as they are computed."""
+    """Data type of the cached codes; `auto`: as they are computed."""
     disk_gib: float = Field(20.0, gt=0.0)
     """`keep: auto`: most GiB that the codes of this run may take on the disk."""
     memory_mib: int = Field(4096, ge=0)
     """Codes that need no more, in MiB, are read into memory once; others are mapped from the disk."""
     cache_gib: float = Field(50.0, gt=0.0)
-    """Most GiB that the codes of all runs may take; those that were not used for longest go first."""
+    """Most GiB that the codes of all runs may take; the least recently used are evicted first."""
 
 
 class ProbeSection(Section):
@@ -82,12 +82,12 @@ class ProbeSection(Section):
     """`logistic`: multinomial logistic regression; `ridge`: least squares; `knn`: nearest neighbours; `sklearn`:
     scikit-learn's LogisticRegression."""
     strengths: list[Annotated[float, Field(gt=0.0)]] | None = Field(None, min_length=1)
-    """Strengths of the L2 regularisation that are tried; by itself a range that fits the kind. Not for `knn`."""
+    """Strengths of the L2 regularisation that are tried; by default a range that fits the kind. Not for `knn`."""
     neighbours: list[Annotated[int, Field(ge=1)]] | None = Field(None, min_length=1)
     """Numbers of neighbours that are tried; for `knn` only."""
     refit: bool = True
-    """Fit once more on training and held-out images together, with what the held-out images chose. Without a test
-    split that exported classifier has no score: the run's is that of the one before it."""
+    """Fit once more on the training and validation splits together, with what the validation split chose. Without a
+    test split that exported classifier has no score: the run's is that of the one before it."""
 
     @model_validator(mode="after")
     def _check(self) -> ProbeSection:
@@ -102,7 +102,7 @@ class ProbeSection(Section):
 
 
 class DistillSection(Section):
-    """Learn what a teacher says of the same images, from its codes, which are computed once: alone, or beside the
+    """Learn from a teacher's codes of the same images, which are computed once: alone, or together with the
     labels. Projections from the student's layers to the teacher's codes are trained with it, and dropped at the end."""
 
     teacher: BackboneSection | None = None
@@ -110,7 +110,7 @@ class DistillSection(Section):
     run: str | None = Field(None, min_length=1)
     """In place of `teacher`: the folder of a run that has ended, whose logits can be matched too."""
     image_size: int | None = Field(None, ge=8, le=2048)
-    """Height and width that the teacher sees, in pixels; by itself what it was trained at."""
+    """Height and width that the teacher sees, in pixels; by default what it was trained at."""
     match: dict[str, Names] = {}
     """Layers of the teacher, each with the layer (or layers) of the student that its codes are predicted from:
     `{blocks.4: layer3, penultimate: penultimate}`. Codes are pooled by their mean over positions, and the teacher's

@@ -70,7 +70,7 @@ class ScheduleSection(Section):
 
 
 class StageSection(Section):
-    """A part of the run with its own frozen layers; what is left out is as in the rest of the recipe."""
+    """A part of the run with its own frozen layers; a key that is absent is as in the rest of the recipe."""
 
     freeze: FreezeRules = ()
     """As the recipe's `freeze`, for this stage; absent: nothing is frozen."""
@@ -96,7 +96,7 @@ class LossSection(Section):
     `loss` of every evaluation is plain cross-entropy, without weights and smoothing."""
 
     label_smoothing: float = Field(0.0, ge=0.0, lt=1.0)
-    """Share of the target that is spread over all classes."""
+    """Share of the target that is shared by all classes."""
     class_weights: Literal["none", "balanced"] | dict[str, float] = "none"
     """`balanced`: inverse to each class's number of training images; or a weight for each class by name. An image's
     loss is multiplied by the weight of its own label; one mixed of two labels has a share of each label's weighted
@@ -111,7 +111,7 @@ class NonFiniteSection(Section):
     at every step before its update; `rollback`: all go back to the last checkpoint and make its steps again without
     that one, which costs nothing until it happens. The last two end in the same weights."""
     most_steps: int = Field(10, ge=1)
-    """More steps than these are not left out: the run fails. For `skip` and `rollback`."""
+    """The run fails when more steps than these would be skipped. For `skip` and `rollback`."""
 
     @model_validator(mode="after")
     def _check(self) -> NonFiniteSection:
