@@ -1,9 +1,9 @@
-"""Writes docs/recipe.md from the schema; with --freeze also the keys and defaults that the tests hold fast.
+"""Write docs/recipe.md from the schema; with --freeze also the keys and defaults that the tests hold fast.
 
     python scripts/make_recipe_reference.py [--freeze]
 
-Run it after every change of tlscale/recipe/schema.py. `--freeze` is for a change of keys or defaults that is meant:
-recipes of users depend on them, so it also needs a line in CHANGELOG.md.
+Run it after every change of tlscale/recipe/schema.py and tlscale/recipe/sections. `--freeze` is for a change of keys or
+defaults that is meant: recipes of users depend on them, so it also needs a line in CHANGELOG.md.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ track: [wandb]
 
 HEAD = f"""# The recipe, key by key
 
-<!-- Made by scripts/make_recipe_reference.py from tlscale/recipe/schema.py; do not edit. -->
+<!-- Made by scripts/make_recipe_reference.py from tlscale/recipe/schema.py and sections/; do not edit. -->
 
 A recipe is one YAML file. Only `name`, `data.source` and `backbone.name` (and `data.path`, where the source needs
 one) must be there; everything else has the default that the tables below give. `tlscale plan RECIPE` checks a recipe
-and says what it would do, without training.
+and shows what a run would do, without training.
 
 ```yaml
 {EXAMPLE}```
@@ -57,7 +57,7 @@ and says what it would do, without training.
 - **Errors**, rather than guesses: a number that begins with a zero (`010`), `.inf` and `.nan`, a key given twice, a key
   that is not text (quote it: `'10': 2.0`), tags (`!!python/...`), anchors, aliases and merge keys, a second document,
   more than 20 levels, more than 1 MB, anything but UTF-8.
-- **Every mistake at once**, each as `file:line: key = value: what is wrong; what to do`.
+- **Every mistake at once**, each as `file:line: key = value: what is wrong. What to do`.
 - **`extends: other.yaml`** at the top of a recipe starts from another one, in the same folder or below it (below the
   folder of the file that is loaded, when that one extends in turn). Sections are merged key by key; every other
   value, lists, rules and mappings such as `optim.options` among them, is replaced as a whole.
@@ -112,7 +112,7 @@ def _takes(key: Key) -> str:
 
 
 def _cell(text: str) -> str:
-    """Text for a table: a `|` would end the cell."""
+    """Escape text for a table: a `|` would end the cell."""
     return text.replace("|", "\\|")
 
 
@@ -155,7 +155,7 @@ def _augmentation_rows() -> Iterator[tuple[str, str]]:
 
 
 def frozen_schema() -> dict[str, dict[str, Any]]:
-    """Key -> what it takes and its default; a change here changes what users' recipes mean."""
+    """Return key -> what it takes and its default; a change here changes what users' recipes mean."""
     return {
         key.dotted: {"takes": key.takes, "default": "(required)" if key.field.is_required() else key.default()}
         for key in all_keys().values()

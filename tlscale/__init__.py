@@ -1,7 +1,8 @@
 """tlscale: transfer learning for images that computes only what is trainable.
 
 `tlscale.load_recipe(path, overrides)`, `tlscale.run(recipe, out)` and `tlscale.load(run)` are the whole Python
-interface. They are imported on first use, so that `tlscale --help` does not wait for torch.
+interface, with `tlscale.TlscaleError`, of which all errors are that tlscale raises on purpose. They are imported on
+first use, so that `tlscale --help` does not wait for torch.
 """
 
 from __future__ import annotations
@@ -9,14 +10,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load", "load_recipe", "run"]
+__all__ = ["TlscaleError", "__version__", "load", "load_recipe", "run"]
 
 if TYPE_CHECKING:
     from tlscale.commands.run import run
+    from tlscale.errors import TlscaleError
     from tlscale.models.export import load
     from tlscale.recipe.load import load_recipe
 
-_HOMES = {"load": "tlscale.models.export", "load_recipe": "tlscale.recipe.load", "run": "tlscale.commands.run"}
+_HOMES = {
+    "TlscaleError": "tlscale.errors",
+    "load": "tlscale.models.export",
+    "load_recipe": "tlscale.recipe.load",
+    "run": "tlscale.commands.run",
+}
+_WITHOUT_TORCH = ("TlscaleError", "load_recipe")
 
 
 def __dir__() -> list[str]:
@@ -28,7 +36,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'tlscale' has no attribute {name!r}")
     import importlib
 
-    if name != "load_recipe":
+    if name not in _WITHOUT_TORCH:
         from tlscale.tracking.working_folder import import_torch
 
         import_torch()

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def _reports_errors(verb: Callable[..., None]) -> Callable[..., None]:
-    """Errors of ours end as one message and their exit code; all others keep their traceback."""
+    """Show errors of ours as one message and their exit code; all others keep their traceback."""
 
     @wraps(verb)
     def wrapper(*args: Any, **options: Any) -> None:  # noqa: ANN401
@@ -38,7 +38,7 @@ def _reports_errors(verb: Callable[..., None]) -> Callable[..., None]:
 
 
 class _Main(click.Group):
-    """The command line; what is called as the program of a process counts its seconds from the start of that."""
+    """Run the command line; what is called as the program of a process counts its seconds from the start of that."""
 
     def __call__(self, *args: Any, **keys: Any) -> Any:  # noqa: ANN401 (click's own)
         return self.main(*args, obj=process_began_s(), **keys)
@@ -63,7 +63,7 @@ def main() -> None:
 @click.argument("recipe")
 @click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")
 @click.option("--out", metavar="DIR", help="Run folder.  [default: runs/<recipe name>]")
-@click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in DIR; start if there is none.")
+@click.option("--resume", is_flag=True, help="Resume from the newest checkpoint in DIR; start if there is none.")
 @click.option("--overwrite", is_flag=True, help="Replace the run that is in DIR.")
 @_reports_errors
 def run(recipe: str, overrides: Sequence[str], out: str | None, resume: bool, overwrite: bool) -> None:
@@ -98,7 +98,7 @@ def plan(recipe: str, overrides: Sequence[str], processes: int | None) -> None:
 def probe(recipe: str, overrides: Sequence[str], out: str | None, resume: bool, overwrite: bool) -> None:
     """Fit RECIPE's probe: a classifier on codes, without training; the same as `run`.
 
-    Of a recipe without `probe:`, its data, backbone and codes are taken, and a logistic regression.
+    From a recipe without `probe:` it takes data, backbone and codes, and fits a logistic regression.
     """
     began_s = _began_s()
     loaded = _load(recipe, overrides)
@@ -110,7 +110,7 @@ def probe(recipe: str, overrides: Sequence[str], out: str | None, resume: bool, 
 
 
 class _CodesGroup(click.Group):
-    """A group whose verb is optional: what names no verb is a recipe."""
+    """Group verbs, the first of which is optional: what names no verb is a recipe."""
 
     def resolve_command(self, context: click.Context, args: list[str]) -> Any:  # noqa: ANN401 (click's own)
         if args and self.get_command(context, args[0]) is None:
@@ -120,9 +120,10 @@ class _CodesGroup(click.Group):
 
 @main.group(cls=_CodesGroup, subcommand_metavar="RECIPE [KEY.PATH=VALUE]... | list | verify | prune")
 def codes() -> None:
-    """Compute the codes that RECIPE needs, ahead of its run; or look after those that are kept.
+    """Compute the codes that RECIPE needs, ahead of its run; or look after those that are cached.
 
-    What a run finds there it does not compute. They lie below $TLSCALE_CACHE/codes (by itself ~/.cache/tlscale/codes).
+    Codes are cached features: a run does not compute what it finds there. They are stored in $TLSCALE_CACHE/codes (by
+    default ~/.cache/tlscale/codes).
     """
 
 
@@ -131,7 +132,7 @@ def codes() -> None:
 @click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")
 @_reports_errors
 def codes_compute(recipe: str, overrides: Sequence[str]) -> None:
-    """Compute and keep the codes of RECIPE's images: of codes.layer, or of what it freezes."""
+    """Compute and cache the codes of RECIPE's images: of codes.layer, or of what it freezes."""
     began_s = _began_s()
     loaded = _load(recipe, overrides)
     from tlscale.commands.codes import compute_codes
@@ -144,7 +145,7 @@ def codes_compute(recipe: str, overrides: Sequence[str]) -> None:
 @codes.command("list")
 @_reports_errors
 def codes_list() -> None:
-    """List the codes that are kept, those used last first."""
+    """List the cached codes, those used last first."""
     from tlscale.commands.codes import list_codes
 
     list_codes()
@@ -154,7 +155,7 @@ def codes_list() -> None:
 @click.argument("digest", required=False)
 @_reports_errors
 def codes_verify(digest: str | None) -> None:
-    """Read every byte that is kept (or of the entry DIGEST) and compare it with what was written."""
+    """Read every cached byte (or those of the entry DIGEST) and compare it with what was written."""
     from tlscale.commands.codes import verify_codes
 
     verify_codes(digest)
@@ -162,11 +163,16 @@ def codes_verify(digest: str | None) -> None:
 
 @codes.command("prune")
 @click.argument("digests", nargs=-1, metavar="[DIGEST]...")
-@click.option("--keep-gib", type=click.FloatRange(0), help="Remove what was not used for longest, down to so many GiB.")
-@click.option("--all", "everything", is_flag=True, help="Remove all codes.")
+@click.option(
+    "--keep-gib",
+    type=click.FloatRange(0),
+    metavar="N",
+    help="Evict least recently used entries until the cache is at most N GiB.",
+)
+@click.option("--all", "everything", is_flag=True, help="Remove all cached codes.")
 @_reports_errors
 def codes_prune(digests: tuple[str, ...], keep_gib: float | None, everything: bool) -> None:
-    """Remove codes: those named by the first digits of their DIGEST, or by --keep-gib or --all."""
+    """Remove cached codes: those named by the first digits of their DIGEST, or by --keep-gib or --all."""
     if sum([bool(digests), keep_gib is not None, everything]) != 1:
         raise click.UsageError("name digests, or give one of --keep-gib and --all")
     from tlscale.commands.codes import prune_codes
@@ -190,7 +196,7 @@ def evaluate(run_dir: str, overrides: Sequence[str], data: str | None, split: An
 
     Without --data: the test split of the run's own data, or else its validation split, which chose the model. With
     --data (or data.source=... data.path=...): the test split there, or else every labelled image; how many of them the
-    run was trained on is counted by content. Other overrides say how it is computed, such as compute.precision=bf16;
+    run was trained on is counted by content. Other overrides set how it is computed, such as compute.precision=bf16;
     what has no effect on an evaluation is an error. The figures are printed and written to figures.json in
     RUN/evaluations/NAME, never over those of the run.
 
@@ -206,12 +212,12 @@ def evaluate(run_dir: str, overrides: Sequence[str], data: str | None, split: An
 
 
 def _listed(_context: click.Context, _option: click.Parameter, text: str | None) -> list[str]:
-    """`a,b` as a list."""
+    """Read `a,b` as a list."""
     return [part.strip() for part in (text or "").split(",") if part.strip()]
 
 
 def _numbers(context: click.Context, option: click.Parameter, text: str | None) -> list[int | None]:
-    """`100,1000,all` as a list, in which None stands for all."""
+    """Read `100,1000,all` as a list, in which None stands for all."""
     words = _listed(context, option, text)
     wrong = [word for word in words if not word.isdecimal() and (word, option.name) != ("all", "sizes")]
     if wrong:
@@ -227,7 +233,7 @@ def _numbers(context: click.Context, option: click.Parameter, text: str | None) 
 @click.option("--set", "changes", multiple=True, metavar="NAME.KEY.PATH=VALUE", help="Change one strategy or recipe.")
 @click.option("--min-steps", type=click.IntRange(0), help="Least steps of training at --sizes.  [default: 200]")
 @click.option("--out", metavar="DIR", help="[default: runs/compare_<recipe name>]")
-@click.option("--resume", is_flag=True, help="Keep the complete runs in DIR, and go on with the others.")
+@click.option("--resume", is_flag=True, help="Keep the complete runs in DIR, and resume the others.")
 @_reports_errors
 def compare(recipe_files: Sequence[str], seeds: list[int | None], **options: Any) -> None:
     """Run the strategies codes, early_codes, mlp, head, finetune and scratch of one RECIPE side by side, or several
@@ -263,7 +269,7 @@ def recipes(context: click.Context) -> None:
 @click.argument("path", required=False)
 @_reports_errors
 def recipes_copy(name: str, path: str | None) -> None:
-    """Copy the shipped recipe NAME to PATH (by itself NAME.yaml here)."""
+    """Copy the shipped recipe NAME to PATH (by default NAME.yaml here)."""
     from tlscale.recipe.shipped import copy_recipe
 
     click.echo(f"copied to {copy_recipe(name, path or f'{name}.yaml')}")
@@ -271,7 +277,7 @@ def recipes_copy(name: str, path: str | None) -> None:
 
 def _start(recipe: Recipe, out: str | None, began_s: float, *, resume: bool, overwrite: bool) -> None:
     if resume and overwrite:
-        raise click.UsageError("--resume goes on with a run, --overwrite replaces it: give one of them")
+        raise click.UsageError("--resume resumes a run, --overwrite replaces it: give one of them")
     from tlscale.commands.run import run as start
     from tlscale.distributed.signals import stop_with_launcher
 

@@ -1,79 +1,124 @@
-"""The errors that tlscale raises on purpose.
+"""Errors that tlscale raises on purpose, as data.
 
-Promise: a message of these says what is wrong with which value, where it came from and what to do; the command
-line prints it without a traceback and exits with `exit_code`. Anything else that escapes is a bug of ours.
+Promise: such an error says which key or thing it is about, what is wrong with it and what to do, as data; it is
+rendered in one place, `render`. The command line prints it without a traceback and exits with `exit_code`. Anything
+else that escapes is a bug of ours.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Self
+
+if TYPE_CHECKING:
+    from tlscale.recipe.mistakes import Mistake
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: saved, run the same line again with --resume
 
 
+def render(problem: str, key: str | None = None, remedy: str | None = None) -> str:
+    """Return `key: problem. remedy`, without the parts that are not there."""
+    about = problem if key is None else f"{key}: {problem}"
+    return about if not remedy else f"{about}. {remedy}"
+
+
 class TlscaleError(Exception):
-    """A run failed for a reason that we can name.
+    """Raised when a run fails for a reason that we can name.
 
     Attributes:
-        reported_by_main: the main process raises it as well, and another need not say it again. True for what all
+        problem: what is wrong; without a full stop where there is a remedy.
+        key: what it is about: a key of the recipe (`optim.lr`), or an option of the command line.
+        remedy: what to do, as a sentence.
+        reported_by_main: the main process raises it as well, and another need not report it again. True for what all
             processes find at once; set on what one process hands to the others.
     """
 
     exit_code = EXIT_FAILED
     reported_by_main = False
 
+    def __init__(self, problem: str, *, key: str | None = None, remedy: str | None = None) -> None:
+        super().__init__(problem)
+        self.problem = problem
+        self.key = key
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return render(self.problem, self.key, self.remedy)
+
 
 class RecipeError(TlscaleError):
-    """The recipe, or an override of it, is wrong."""
+    """Raised when the recipe, or an override of it, is wrong.
+
+    Attributes:
+        mistakes: each with its file and line; empty where the recipe does not fit what it names. Of a single mistake
+            `key`, `problem` and `remedy` are those of the error too.
+    """
 
     exit_code = EXIT_BAD_INPUT
     reported_by_main = True
+    mistakes: tuple[Mistake, ...] = ()
+
+    @classmethod
+    def of(cls, mistakes: Sequence[Mistake]) -> Self:
+        """Return the error for all mistakes of a recipe, at least one."""
+        if len(mistakes) == 1:
+            error = cls(mistakes[0].problem, key=mistakes[0].key, remedy=mistakes[0].remedy)
+        else:
+            error = cls(f"{len(mistakes)} mistakes in the recipe")
+        error.mistakes = tuple(mistakes)
+        return error
+
+    def __str__(self) -> str:
+        lines = [str(mistake) for mistake in self.mistakes]
+        if len(lines) > 1:
+            return "\n".join([f"{self.problem}:", *lines])
+        return lines[0] if lines else super().__str__()
 
 
 class DataError(TlscaleError):
-    """The data that the recipe names are missing or wrong."""
+    """Raised when the data that the recipe names are missing or wrong."""
 
     exit_code = EXIT_BAD_INPUT
 
 
 class ModelError(TlscaleError):
-    """The backbone, its weights, the freeze rules or the head do not fit together."""
+    """Raised when the backbone, its weights, the freeze rules and the head do not fit together."""
 
     exit_code = EXIT_BAD_INPUT
 
 
 class RunFolderError(TlscaleError):
-    """The run folder is in use, not ours, or holds another run."""
+    """Raised when the run folder is in use, not ours, or holds another run."""
 
     exit_code = EXIT_BAD_INPUT
 
 
 class LaunchError(TlscaleError):
-    """The processes that were launched are not those that the recipe or the launcher asked for."""
+    """Raised when the processes that were launched are not those that the recipe or the launcher asked for."""
 
     exit_code = EXIT_BAD_INPUT
     reported_by_main = True
 
 
 class CheckpointError(TlscaleError):
-    """A checkpoint is damaged, or was made by another recipe."""
+    """Raised when a checkpoint is damaged, or was made by another recipe."""
 
 
 class ResumeError(CheckpointError):
-    """The run cannot go on with this recipe or these inputs; its checkpoints are fine."""
+    """Raised when the run cannot be resumed with this recipe or these inputs; its checkpoints are fine."""
 
     exit_code = EXIT_BAD_INPUT
 
 
 class WorkerError(TlscaleError):
-    """A process that reads images was killed."""
+    """Raised when a process that reads images was killed."""
 
 
 class NonFiniteLossError(TlscaleError):
-    """The loss, a gradient or a weight became NaN or infinite.
+    """Raised when the loss, a gradient or a weight became NaN or infinite.
 
     Attributes:
         step: the step, counted from 1, that made it so.
@@ -81,25 +126,31 @@ class NonFiniteLossError(TlscaleError):
 
     reported_by_main = True
 
-    def __init__(self, message: str, step: int = 0) -> None:
-        super().__init__(message)
+    def __init__(self, problem: str, step: int = 0, *, key: str | None = None, remedy: str | None = None) -> None:
+        super().__init__(problem, key=key, remedy=remedy)
         self.step = step
 
 
 class DesyncError(TlscaleError):
-    """The processes do not have the same weights any more."""
+    """Raised when the processes do not have the same weights any more."""
 
     reported_by_main = True
 
 
 class Stopped(TlscaleError):  # noqa: N818 (a stop is no error)
-    """Not a failure: the run was asked to stop, and saved itself first."""
+    """Raised when the run was told to stop, and has saved itself: no failure."""
 
     exit_code = EXIT_STOPPED
     reported_by_main = True
 
 
-def did_you_mean(word: str, known: Iterable[str], limit: int = 3) -> str:
-    """` Did you mean 'x' or 'y'?` with the names in `known` nearest to `word`; empty when none is near."""
+def suggestion(word: str, known: Iterable[str], limit: int = 3) -> str:
+    """Return `Did you mean 'x' or 'y'?` with the names in `known` nearest to `word`; empty when none is near."""
     near = difflib.get_close_matches(word, list(known), n=limit, cutoff=0.6)
-    return f" Did you mean {' or '.join(repr(name) for name in near)}?" if near else ""
+    return f"Did you mean {' or '.join(repr(name) for name in near)}?" if near else ""
+
+
+def did_you_mean(word: str, known: Iterable[str], limit: int = 3) -> str:
+    """Return a `suggestion` to append to a sentence: with a blank before it, or empty."""
+    meant = suggestion(word, known, limit)
+    return f" {meant}" if meant else ""

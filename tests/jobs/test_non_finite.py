@@ -115,5 +115,5 @@ def test_weights_that_overflow_by_themselves_end_the_run_all_the_same(with_one_c
 
 
 def test_a_limit_without_effect_is_refused(with_one_colour, tmp_path):
-    with pytest.raises(RecipeError, match="'most_steps' has no effect with 'action: raise'"):
+    with pytest.raises(RecipeError, match="non_finite.most_steps: has no effect with action=raise"):
         small_recipe(tmp_path / "recipe.yaml", with_one_colour, non_finite={"most_steps": 3})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from tlscale.data.sources.open import open_data
 from tlscale.errors import DataError, RecipeError, did_you_mean
 from tlscale.models.backbone import build_backbone
 from tlscale.models.features import layer_names
-from tlscale.recipe.load import diff_recipes, dump_recipe, load_recipe
+from tlscale.recipe.load import diff_recipes, override_recipe
 from tlscale.recipe.schema import BackboneSection, Recipe
 from tlscale.recipe.strategies import STRATEGIES, at_size, derive, fit_to_size, with_seed
 
@@ -149,14 +148,7 @@ def _changes_by_label(labelled: dict[str, Recipe], changes: Sequence[str]) -> di
 
 def _changed(recipe: Recipe, label: str, overrides: Sequence[str]) -> Recipe:
     """Apply overrides by the grammar of `tlscale run`, and check the recipe as a whole."""
-    with tempfile.TemporaryDirectory(prefix="tlscale-") as folder:
-        path = Path(folder) / f"{label}.yaml"
-        path.write_text(dump_recipe(recipe), encoding="utf-8")
-        try:
-            changed = load_recipe(path, overrides)
-        except RecipeError as error:
-            text = str(error).replace("command line: ", f"--set {label}.").replace(str(path), f"variant '{label}'")
-            raise RecipeError(text) from None
+    changed = override_recipe(recipe, overrides, name=f"variant '{label}'", prefix=f"--set {label}.")
     for key, old, new in diff_recipes(recipe, changed):
         if key in _SAME_FOR_ALL:
             raise RecipeError(

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
+from tlscale.recipe.mistakes import InvalidValueError
+
 Unit = Literal["epochs", "steps", "images", "%"]
 _UNITS: dict[str, Unit] = {
     "epoch": "epochs",
@@ -25,11 +27,11 @@ _UNITS: dict[str, Unit] = {
 }
 _FORM = re.compile(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?)\s*(%|[A-Za-z]+)\s*")
 _MAX_CHARS = 300
-REMEDY = "write a number and a unit: '10 epochs', '500 steps', '64000 images' or '5%'"
+REMEDY = "Write a number and a unit: '10 epochs', '500 steps', '64000 images' or '5%'."
 
 
 def _decimal(amount: Fraction) -> str:
-    """All digits, never an exponent, so that `parse_duration` reads the same amount back."""
+    """Return all digits, never an exponent, so that `parse_duration` reads the same amount back."""
     places = next((places for places in range(400) if (amount * 10**places).denominator == 1), 17)
     digits = f"{round(amount * 10**places):0{places + 1}d}"
     return f"{digits[: len(digits) - places]}.{digits[len(digits) - places :]}" if places else digits
@@ -37,7 +39,7 @@ def _decimal(amount: Fraction) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Duration:
-    """`amount` of `unit`; exact (a fraction), so that 0.1 epochs of 60,000 images is 6,000 images."""
+    """Hold `amount` of `unit`; exact (a fraction), so that 0.1 epochs of 60,000 images is 6,000 images."""
 
     amount: Fraction
     unit: Unit
@@ -47,7 +49,7 @@ class Duration:
         return f"{number}%" if self.unit == "%" else f"{number} {self.unit}"
 
     def to_steps(self, *, num_images: int, batch_size: int, total_steps: int | None = None) -> int:
-        """The number of optimizer steps, rounded up, so that at least this much is done.
+        """Return the number of optimizer steps, rounded up, so that at least this much is done.
 
         Args:
             num_images: images in one epoch.
@@ -74,25 +76,25 @@ class Duration:
 
 
 def parse_duration(value: object) -> Duration:
-    """`Duration` from recipe text.
+    """Read a `Duration` from recipe text.
 
     Raises:
-        ValueError: with the remedy; zero is allowed (`0 steps` of warm-up), negative numbers are not.
+        InvalidValueError: it is none; zero is allowed (`0 steps` of warm-up), negative numbers are not.
     """
     if isinstance(value, Duration):
         return value
     if not isinstance(value, str):
-        raise ValueError(f"a duration needs a unit; {REMEDY}")
+        raise InvalidValueError("a duration needs a unit", REMEDY)
     match = _FORM.fullmatch(value)
     if match is None:
-        raise ValueError(f"not a duration; {REMEDY}")
+        raise InvalidValueError("not a duration", REMEDY)
     number, word = match.groups()
     if len(number) > _MAX_CHARS:
-        raise ValueError(f"a number of {len(number)} digits; {REMEDY}")
+        raise InvalidValueError(f"a number of {len(number)} digits", REMEDY)
     unit = _UNITS.get(word.lower())
     if unit is None:
-        raise ValueError(f"unknown unit {word!r}; {REMEDY}")
+        raise InvalidValueError(f"unknown unit {word!r}", REMEDY)
     amount = Fraction(number.replace("_", ""))
     if unit == "%" and amount > 100:
-        raise ValueError("more than 100%; a share lies between 0% and 100%")
+        raise InvalidValueError("more than 100%", "Write a share from 0% to 100%.")
     return Duration(amount, unit)

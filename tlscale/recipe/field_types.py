@@ -13,8 +13,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, PlainSerializer, WithJsonSchema
 
-from tlscale.errors import did_you_mean
+from tlscale.errors import suggestion
 from tlscale.recipe.duration import Duration, parse_duration
+from tlscale.recipe.mistakes import InvalidValueError
 from tlscale.recipe.rules import Rule, parse_rule
 
 HeadLayer = str | dict[str, int | float]
@@ -23,7 +24,7 @@ Augmentation = str | dict[str, float]
 
 @dataclass(frozen=True)
 class Number:
-    """The number that a head layer or an augmentation takes.
+    """Describe the number that a head layer or an augmentation takes.
 
     Attributes:
         meaning: in words.
@@ -43,7 +44,7 @@ class Number:
     is_required: bool = False
 
     def takes(self, number: float) -> bool:
-        """Whether a number is allowed."""
+        """Return whether a number is allowed."""
         is_in_range = self.lowest <= number < self.highest if self.is_below else self.lowest <= number <= self.highest
         return is_in_range and (isinstance(number, int) or not self.is_whole)
 
@@ -54,7 +55,7 @@ class Number:
 
 @dataclass(frozen=True)
 class HeadLayerKind:
-    """A kind of layer that heads are made of: what it is, and the number that it takes, if any."""
+    """Describe a kind of layer that heads are made of: what it is, and the number that it takes, if any."""
 
     about: str
     number: Number | None = None
@@ -101,7 +102,7 @@ def _freeze_rules(value: object) -> tuple[Rule[bool], ...]:
         elif isinstance(item, dict):
             for pattern, frozen in item.items():
                 if not isinstance(frozen, bool):
-                    raise ValueError(f"a freeze rule's value is true (freeze) or false (train), not {frozen!r}")
+                    raise InvalidValueError(f"a freeze rule's value is true (freeze) or false (train), not {frozen!r}")
                 rules.append(parse_rule(pattern, frozen))
         else:
             rules.append(parse_rule(item, True))
@@ -116,10 +117,10 @@ def _number_rules(value: object) -> tuple[Rule[float], ...]:
             rules.append(item)
             continue
         if not isinstance(item, dict):
-            raise ValueError("rules are a list of 'regex: number', such as [{'layer4\\..*': 0.1}]")
+            raise InvalidValueError("rules are a list of 'regex: number'", "Write [{'layer4\\..*': 0.1}], for example.")
         for pattern, number in item.items():
             if isinstance(number, bool) or not isinstance(number, int | float) or number < 0:
-                raise ValueError(f"a rule's value is a number of at least 0, not {number!r}")
+                raise InvalidValueError(f"a rule's value is a number of at least 0, not {number!r}")
             rules.append(parse_rule(pattern, float(number)))
     return tuple(rules)
 
@@ -129,30 +130,32 @@ def _plain_rules(rules: tuple[Rule[Any], ...]) -> list[dict[str, Any]]:
 
 
 def _named_number(item: object, what: str) -> tuple[str, Any]:
-    """Read `name` or `{name: number}` as (name, number or None)."""
+    """Return `name` or `{name: number}` as (name, number or None)."""
     if isinstance(item, str):
         return item, None
     if isinstance(item, dict) and len(item) == 1:
         name, number = next(iter(item.items()))
         if isinstance(name, str) and isinstance(number, int | float) and not isinstance(number, bool):
             return name, number
-    raise ValueError(f"{what} is a name or one '{{name: number}}', not {item!r}")
+    raise InvalidValueError(f"{what} is a name or one '{{name: number}}', not {item!r}")
 
 
 def _check_name(what: str, name: str, known: Collection[str]) -> None:
     if name not in known:
-        raise ValueError(f"unknown {what} '{name}'.{did_you_mean(name, known)} There are: {', '.join(known)}")
+        listed = f"There are: {', '.join(known)}."
+        remedy = " ".join(part for part in (suggestion(name, known), listed) if part)
+        raise InvalidValueError(f"unknown {what} '{name}'", remedy)
 
 
 def _check_number(name: str, number: float | None, wanted: Number | None) -> None:
     if wanted is None:
         if number is not None:
-            raise ValueError(f"'{name}' takes no number; write {name}")
+            raise InvalidValueError(f"'{name}' takes no number", f"Write {name}.")
     elif number is None:
         if wanted.is_required:
-            raise ValueError(f"'{name}' takes {wanted}; write {{{name}: NUMBER}}")
+            raise InvalidValueError(f"'{name}' takes {wanted}", f"Write {{{name}: NUMBER}}.")
     elif not wanted.takes(number):
-        raise ValueError(f"'{name}' takes {wanted}, not {number!r}")
+        raise InvalidValueError(f"'{name}' takes {wanted}, not {number!r}")
 
 
 def _head_layer(item: object) -> HeadLayer:
@@ -164,9 +167,11 @@ def _head_layer(item: object) -> HeadLayer:
 
 def _head(layers: list[HeadLayer]) -> list[HeadLayer]:
     if not layers or layers[-1] != "linear":
-        raise ValueError("a head ends in 'linear' without a width: it takes the number of classes")
+        raise InvalidValueError(
+            "a head ends in 'linear', which takes the number of classes", "Write linear as the last."
+        )
     if "linear" in layers[:-1]:
-        raise ValueError("only the last 'linear' may go without a width; write {linear: 256}")
+        raise InvalidValueError("only the last 'linear' may go without a width", "Write {linear: 256}, for example.")
     return layers
 
 
@@ -199,40 +204,42 @@ def _augment(value: object) -> object:
 def _augment_set(items: list[Augmentation]) -> list[Augmentation]:
     names = list(augmentation_values(items))
     if len(names) != len(items):
-        raise ValueError("an augmentation is named twice")
+        raise InvalidValueError("an augmentation is named twice", "Name each once.")
     if "trivialaugment" in names and "randaugment" in names:
-        raise ValueError("trivialaugment and randaugment are two policies for the same thing; name one")
+        raise InvalidValueError("trivialaugment and randaugment are two policies for the same thing", "Name one.")
     return items
 
 
 def run_name(name: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
-        raise ValueError("a name has 1 to 100 letters, digits, '.', '_' or '-', and begins with a letter or digit")
+        raise InvalidValueError(
+            "a name has 1 to 100 letters, digits, '.', '_' or '-', and begins with a letter or digit"
+        )
     return name
 
 
 def weights_place(weights: str) -> str:
     if not weights:
-        raise ValueError("use pretrained, bundled, none or the path of a file")
+        raise InvalidValueError("empty", "Write pretrained, bundled, none or the path of a file.")
     return weights
 
 
 def one_or_more(value: object) -> object:
-    """Read one name, or a list of them."""
+    """Read one name as a list of it."""
     return [value] if isinstance(value, str) else value
 
 
 def different(names: list[str]) -> list[str]:
     if not names:
-        raise ValueError("name at least one")
+        raise InvalidValueError("empty", "Name at least one.")
     if len(set(names)) != len(names):
-        raise ValueError("a name is given twice")
+        raise InvalidValueError("a name is given twice", "Name each once.")
     return names
 
 
 def _positive(duration: Duration) -> Duration:
     if duration.amount <= 0:
-        raise ValueError("must be more than 0")
+        raise InvalidValueError("must be more than 0")
     return duration
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tlscale.errors import RecipeError
+from tlscale.recipe.mistakes import Findings, Mistake, Origin
 from tlscale.recipe.overrides import Override, read_override
 from tlscale.recipe.retired import ADDED, replace_retired
 from tlscale.recipe.schema import BackboneSection, Recipe
@@ -23,13 +24,14 @@ from tlscale.recipe.schema_keys import all_keys
 from tlscale.recipe.shipped import shipped_recipes
 from tlscale.recipe.sources import SOURCES
 from tlscale.recipe.validation import check_recipe
-from tlscale.recipe.yaml_reader import MAX_BYTES, Findings, Node, Origin, Problem, read_yaml, write_yaml
+from tlscale.recipe.yaml_reader import MAX_BYTES, Node, read_yaml
+from tlscale.recipe.yaml_writer import write_yaml
 
 MAX_EXTENDS = 5
 
 
 class StoredRecipe(NamedTuple):
-    """The recipe of a run folder, as the run had it.
+    """Hold the recipe of a run folder, as the run had it.
 
     Attributes:
         recipe: complete, with today's keys.
@@ -43,7 +45,7 @@ class StoredRecipe(NamedTuple):
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Reads a recipe file, applies overrides, checks all of it and fills in the defaults.
+    """Read a recipe file, apply overrides, check all of it and fill in the defaults.
 
     Args:
         path: a YAML file. Its `extends: other.yaml` names one file to start from, in its folder or below that of
@@ -54,7 +56,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         The complete recipe, with absolute local paths (relative ones start at the current folder).
 
     Raises:
-        RecipeError: with one line for each mistake, `file:line: key = value: what is wrong; what to do`.
+        RecipeError: with one line for each mistake, `file:line: key = value: what is wrong. What to do`; its
+            `mistakes` are the same as data.
     """
     return _load(path, overrides, stored=False)[0]
 
@@ -82,16 +85,44 @@ def _load(path: str | Path, overrides: Sequence[str], *, stored: bool) -> tuple[
     notes: list[str] = []
     tree = _read_chain(os.fspath(path), findings)
     changes = [change for text in overrides if (change := read_override(text, findings)) is not None]
+    if tree is not None and stored:
+        tree, notes = replace_retired(tree, findings, stored=True)
+    return _checked(tree, changes, findings, os.fspath(path)), notes
+
+
+def _checked(tree: Node | None, changes: list[Override], findings: Findings, name: str) -> Recipe:
+    """Return the recipe in `tree` with the overrides in it.
+
+    Raises:
+        RecipeError: for all that is in `findings` by then.
+    """
     recipe = None
     if tree is not None:
-        if stored:
-            tree, notes = replace_retired(tree, findings, stored=True)
         for change in changes:
             tree = _set(tree, change, change.path, findings)
         recipe = check_recipe(replace_retired(tree, findings, stored=False)[0], findings)
-    if recipe is None or findings.problems:
-        raise RecipeError(_message(findings.problems, os.fspath(path)))
-    return _with_absolute_paths(recipe), notes
+    if recipe is None or findings.mistakes:
+        raise RecipeError.of(_in_order(findings.mistakes, name))
+    return _with_absolute_paths(recipe)
+
+
+def override_recipe(recipe: Recipe, overrides: Sequence[str], *, name: str, prefix: str) -> Recipe:
+    """Apply overrides to a recipe, by the grammar of `load_recipe`, and check all of it.
+
+    Args:
+        recipe: complete.
+        overrides: `key.path=value`.
+        name: what mistakes call the recipe, which has no file.
+        prefix: what stands before an override where a mistake in it is reported.
+
+    Raises:
+        RecipeError: as `load_recipe`.
+    """
+    findings = Findings()
+    tree = read_yaml(dump_recipe(recipe), lambda _line: Origin(name), findings)
+    assert tree is not None, "what is dumped reads back"
+    changes = [change for text in overrides if (change := read_override(text, findings, prefix)) is not None]
+    return _checked(tree, changes, findings, name)
 
 
 def with_values(recipe: Recipe, values: dict[str, dict[str, object]]) -> Recipe:
@@ -101,18 +132,18 @@ def with_values(recipe: Recipe, values: dict[str, dict[str, object]]) -> Recipe:
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The complete recipe as YAML text, in the order of the schema."""
+    """Write the complete recipe as YAML text, in the order of the schema."""
     return write_yaml(recipe.to_plain())
 
 
 def recipe_digest(recipe: Recipe) -> str:
-    """SHA-256 (hex) of the complete recipe; the same for equal recipes, whatever their files looked like."""
+    """Return the SHA-256 (hex) of the complete recipe; the same for equal recipes, whatever their files looked like."""
     text = json.dumps(recipe.to_plain(), sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def diff_recipes(old: Recipe, new: Recipe) -> list[tuple[str, object, object]]:
-    """`(key path, old value, new value)` for all that differs, in the order of the schema; None where there is none."""
+    """Return `(key path, old value, new value)` for all that differs, in schema order; None where there is no value."""
     before, after = _flat(old.to_plain()), _flat(new.to_plain())
     return [
         (key, before.get(key), after.get(key))
@@ -132,21 +163,19 @@ def _same(one: object, other: object) -> bool:
     return one == other and isinstance(one, bool) == isinstance(other, bool)
 
 
-def _message(problems: list[Problem], path: str) -> str:
-    """One line for each mistake: files in the order they were read, by line, and overrides last."""
-    files = list(dict.fromkeys([path, *(problem.origin.where for problem in problems if problem.origin.line)]))
-    ordered = sorted(
-        dict.fromkeys(problems),
-        key=lambda problem: (
-            (files.index(problem.origin.where), problem.origin.line) if problem.origin.line else (len(files), 0)
+def _in_order(mistakes: list[Mistake], path: str) -> list[Mistake]:
+    """Sort mistakes: files in the order they were read, by line, and overrides last; each once."""
+    files = list(dict.fromkeys([path, *(mistake.origin.where for mistake in mistakes if mistake.origin.line)]))
+    return sorted(
+        dict.fromkeys(mistakes),
+        key=lambda mistake: (
+            (files.index(mistake.origin.where), mistake.origin.line) if mistake.origin.line else (len(files), 0)
         ),
     )
-    lines = [str(problem) for problem in ordered]
-    return lines[0] if len(lines) == 1 else "\n".join([f"{len(lines)} mistakes in the recipe:", *lines])
 
 
 def _read_chain(path: str, findings: Findings) -> Node | None:
-    """The file and what it extends, merged."""
+    """Read the file and what it extends, merged."""
     root = _resolved(os.path.dirname(path))
     seen = [_resolved(path)]
     tree = _read_file(path, Origin(path), findings)
@@ -166,7 +195,7 @@ def _read_chain(path: str, findings: Findings) -> Node | None:
 
 
 def _resolved(path: str) -> Path:
-    """Absolute and without links, as far as the path can be followed; opening it reports what is wrong with it."""
+    """Return the path absolute and without links, as far as it can be followed; opening it reports what is wrong."""
     try:
         return Path(path).resolve()
     except (OSError, ValueError, RuntimeError):  # too long, holds a NUL, a circle of links
@@ -174,7 +203,7 @@ def _resolved(path: str) -> Path:
 
 
 def _take_extends(trees: list[Node]) -> Node | None:
-    """The value of `extends` of the last tree, taken out of it."""
+    """Take the value of `extends` out of the last tree."""
     entries = trees[-1].value
     assert isinstance(entries, dict), "_read_file returns mappings only"
     if "extends" not in entries:
@@ -184,42 +213,45 @@ def _take_extends(trees: list[Node]) -> Node | None:
 
 
 def _parent_file(extends: Node, child: str, root: Path, seen: list[Path], findings: Findings) -> str | None:
-    """The file that `extends` names, as a path to show; None when it may not be read."""
+    """Return the file that `extends` names, as a path to show; None when it may not be read."""
     name = extends.value
     if not isinstance(name, str) or not name:
-        findings.add(extends.origin, "extends: takes the name of one recipe file, such as 'extends: other.yaml'")
+        problem = "takes the name of one recipe file"
+        findings.add(extends.origin, problem, "Write it so: 'extends: other.yaml'.", key="extends")
         return None
     parent = os.path.normpath(os.path.join(os.path.dirname(child), name))
     resolved = _resolved(parent)
     if os.path.isabs(name) or not resolved.is_relative_to(root):
-        wrong = f"lies outside '{root}', the folder of the recipe; copy that file into the folder or one below it"
+        problem = f"lies outside '{root}', the folder of the recipe"
+        remedy = "Copy that file into the folder or one below it."
     elif resolved in seen:
-        wrong = "goes round in a circle; take one 'extends' out"
+        problem, remedy = "goes round in a circle", "Take one 'extends' out."
     elif len(seen) > MAX_EXTENDS:
-        wrong = f"is more than {MAX_EXTENDS} files away from the first; write one of the files out"
+        problem = f"is more than {MAX_EXTENDS} files away from the first"
+        remedy = "Write one of the files out."
     else:
         return parent
-    findings.add(extends.origin, f"extends = {name!r}: {wrong}")
+    findings.add(extends.origin, problem, remedy, key="extends", value=repr(name))
     return None
 
 
 def _read_file(path: str, named_in: Origin, findings: Findings) -> Node | None:
-    """The mapping in one file; `named_in` is where the file was asked for."""
+    """Read the mapping in one file; `named_in` is where the file was asked for."""
     try:
         if Path(path).is_dir():
-            findings.add(named_in, f"'{path}' is a folder; name a recipe file{_files_in(path)}")
+            findings.add(named_in, f"'{path}' is a folder", f"Name a recipe file{_files_in(path)}.")
             return None
         with open(path, "rb") as file:
             data = file.read(MAX_BYTES + 1)
     except (FileNotFoundError, NotADirectoryError):
-        findings.add(named_in, f"there is no file '{path}'.{_near_files(path)}")
+        findings.add(named_in, f"there is no file '{path}'", _near_files(path))
         return None
     except (OSError, ValueError) as error:
         findings.add(named_in, f"'{path}' cannot be read: {getattr(error, 'strerror', None) or error}")
         return None
     first = Origin(path, 1)
     if len(data) > MAX_BYTES:
-        findings.add(first, f"more than {MAX_BYTES:,} bytes; no recipe is so long. Is it another file?")
+        findings.add(first, f"more than {MAX_BYTES:,} bytes", "No recipe is so long. Is it another file?")
         return None
     return _read_bytes(data, path, findings)
 
@@ -230,32 +262,33 @@ def _read_bytes(data: bytes, path: str, findings: Findings) -> Node | None:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        findings.add(Origin(path, line), "not UTF-8 text; save the recipe as UTF-8. Is it another file?")
+        findings.add(Origin(path, line), "not UTF-8 text", "Save the recipe as UTF-8. Is it another file?")
         return None
-    so_far = len(findings.problems)
+    so_far = len(findings.mistakes)
     tree = read_yaml(text, lambda line: Origin(path, line), findings)
-    if len(findings.problems) > so_far and tree is None:
+    if len(findings.mistakes) > so_far and tree is None:
         return None
     if tree is None or tree.value is None:
-        findings.add(first, "the file is empty; see `tlscale recipes` for whole recipes to start from")
+        findings.add(first, "the file is empty", "See `tlscale recipes` for whole recipes to start from.")
         return None
     if not isinstance(tree.value, dict):
-        findings.add(tree.origin, "not a recipe: the top level must be keys and values, such as 'name: my_run'")
+        problem = "not a recipe: the top level must be keys and values"
+        findings.add(tree.origin, problem, "Write them so: 'name: my_run'.")
         return None
     return Node(tree.value, first)
 
 
 def _near_files(path: str) -> str:
-    """What there is instead: recipe files nearby, then the shipped recipes."""
+    """Return what there is instead: recipe files nearby, then the shipped recipes."""
     wanted = Path(path)
     beside = [str(file) for file in sorted(wanted.parent.glob("*.y*ml")) if file.is_file()]
     shipped = shipped_recipes()
     near = difflib.get_close_matches(path, beside, n=3, cutoff=0.6)
     if not near and (name := difflib.get_close_matches(wanted.stem, shipped, n=1, cutoff=0.6)):
         near = [os.path.relpath(shipped[name[0]])]
-    meant = f" Did you mean {' or '.join(repr(name) for name in near)}?" if near else ""
-    listed = f" The shipped recipes are: {', '.join(shipped)}." if shipped else ""
-    return f"{meant}{listed}"
+    meant = [f"Did you mean {' or '.join(repr(name) for name in near)}?"] if near else []
+    listed = [f"The shipped recipes are: {', '.join(shipped)}."] if shipped else []
+    return " ".join([*meant, *listed])
 
 
 def _files_in(folder: str) -> str:
@@ -264,7 +297,7 @@ def _files_in(folder: str) -> str:
 
 
 def _merge(parent: Node, child: Node, prefix: tuple[str, ...] = ()) -> Node:
-    """The child's values over the parent's: sections key by key, the rest (lists, rules, options) as a whole."""
+    """Put the child's values over the parent's: sections key by key, the rest (lists, rules, options) as a whole."""
     if not isinstance(parent.value, dict) or not isinstance(child.value, dict):
         return child
     entries = dict(parent.value)
@@ -277,14 +310,14 @@ def _merge(parent: Node, child: Node, prefix: tuple[str, ...] = ()) -> Node:
 
 
 def _set(tree: Node, change: Override, rest: tuple[str, ...], findings: Findings) -> Node:
-    """`tree` with the override in it; `rest` is what is left of its path."""
+    """Return `tree` with the override in it; `rest` is what is left of its path."""
     if not isinstance(tree.value, dict) and tree.value is not None:
         done = ".".join(change.path[: len(change.path) - len(rest)])
-        key = all_keys()[done]
+        key, origin = all_keys()[done], change.value.origin
         if isinstance(tree.value, list):
-            findings.add(change.value.origin, f"'{done}' is a list in {tree.origin}; write all of it: {done}=[{{...}}]")
+            findings.add(origin, f"is a list in {tree.origin}", f"Write all of it: {done}=[{{...}}].", key=done)
         elif key.section is None:  # a section that is no mapping is reported by the schema's check
-            findings.add(change.value.origin, f"'{done}' is {tree.plain()!r} in {tree.origin}; write {done}={{...}}")
+            findings.add(origin, f"is {tree.plain()!r} in {tree.origin}", f"Write {done}={{...}}.", key=done)
         return tree
     entries = dict(tree.value or {})
     name, *below = rest
@@ -299,7 +332,7 @@ def _set(tree: Node, change: Override, rest: tuple[str, ...], findings: Findings
 
 
 def _with_absolute_paths(recipe: Recipe) -> Recipe:
-    """Local paths no longer depend on the current folder or on `~`."""
+    """Make local paths independent of the current folder and of `~`."""
     data, distill = recipe.data, recipe.distill
     if SOURCES[data.source].is_local and data.path is not None:
         data = data.model_copy(update={"path": _absolute(data.path)})

@@ -1,4 +1,4 @@
-"""Overrides: `key.path=value` from the command line, read by the rules of recipe files.
+"""Overrides: `key.path=value`, mostly from the command line, read by the rules of recipe files.
 
 Promise: a value is what it would be in a file, except that text and regular expressions need no quotes (the shell
 took them off). The last override of a key holds, so that a launch script can append to a line.
@@ -11,32 +11,39 @@ from dataclasses import dataclass
 from types import UnionType
 from typing import Union, get_args, get_origin
 
+from tlscale.recipe.mistakes import Findings, Origin
 from tlscale.recipe.retired import is_retired_key
 from tlscale.recipe.schema_keys import SECRET, Key, all_keys, key_of, unknown_key
-from tlscale.recipe.yaml_reader import Findings, Node, Origin, Scalar, read_yaml
+from tlscale.recipe.yaml_reader import Node, Scalar, read_yaml
 
 
 @dataclass(frozen=True, slots=True)
 class Override:
-    """`value` is to stand at `path`; the path may end in a name below a key that takes a mapping."""
+    """Put `value` at `path`; the path may end in a name below a key that takes a mapping."""
 
     path: tuple[str, ...]
     value: Node
 
 
-def read_override(text: str, findings: Findings) -> Override | None:
-    """One override; None when it is wrong, which `findings` then tells."""
+def read_override(text: str, findings: Findings, prefix: str = "command line: ") -> Override | None:
+    """Read one override; return None when it is wrong, which `findings` then has.
+
+    Args:
+        text: `key.path=value`.
+        findings: gets every mistake.
+        prefix: what stands before `text` where a mistake in it is reported.
+    """
     key_text, equals, value_text = text.partition("=")
     key_text, value_text = key_text.strip(), value_text.strip()
-    origin = Origin(f"command line: {key_text}=..." if SECRET.search(text) else f"command line: {text}")
+    origin = Origin(f"{prefix}{key_text}=..." if SECRET.search(text) else f"{prefix}{text}")
     if not equals or not key_text:
-        findings.add(origin, "not an override; write key.path=value, such as optim.lr=1e-3")
+        findings.add(origin, "not an override", "Write key.path=value, such as optim.lr=1e-3.")
         return None
     path = _path(key_text, origin, findings)
     if path is None:
         return None
     if not value_text:
-        findings.add(origin, f"no value; write {key_text}=null for none, or leave the override out")
+        findings.add(origin, "no value", f"Write {key_text}=null for none, or omit the override.")
     value = _value(path, value_text, origin, findings) if value_text else None
     if value is None:
         findings.lost_keys.update(path)
@@ -45,28 +52,29 @@ def read_override(text: str, findings: Findings) -> Override | None:
 
 
 def _path(key_text: str, origin: Origin, findings: Findings) -> tuple[str, ...] | None:
-    """The key's parts, checked against the schema."""
+    """Return the key's parts, checked against the schema."""
     if key_text.startswith("-") and key_text.lstrip("-") in all_keys():
-        findings.add(origin, f"an override has no dashes; write {key_text.lstrip('-')}=...")
+        findings.add(origin, "an override has no dashes", f"Write {key_text.lstrip('-')}=...")
         return None
     if key_text == "extends":
-        findings.add(origin, "'extends' is read in recipe files only; write it into the file")
+        findings.add(origin, "read in recipe files only", "Write it into the file.", key="extends")
         return None
     parts = key_text.split(".")
     if is_retired_key(key_text):
-        return tuple(parts)  # what its value says of it is checked with that of the file
+        return tuple(parts)  # its value is checked with those of the file
     key = key_of(parts)
     known = len(key.path) if key is not None else 0
     if known == len(parts):
         return tuple(parts)
     if key is None or key.section is not None:
         wrong = parts[: known + 1]
-        findings.add(origin, f"{'.'.join(wrong)}: {unknown_key(wrong)}")
+        findings.add(origin, *unknown_key(wrong), key=".".join(wrong))
         return None
-    if "a mapping from names" in key.takes:
+    if key.takes_names:
         # The names are the user's own (classes, arguments), and may hold dots.
         return (*key.path, ".".join(parts[known:]))
-    findings.add(origin, f"'{key.dotted}' takes {key.takes} and has no keys below it; write {key.dotted}=...")
+    problem = f"takes {key.takes} and has no keys below it"
+    findings.add(origin, problem, f"Write {key.dotted}=...", key=key.dotted)
     return None
 
 
@@ -86,7 +94,7 @@ def _is_text(key: Key) -> bool:
 
 
 def _text_value(key: Key, text: str, origin: Origin) -> Scalar:
-    """Literal text, but for `null` where the key takes it and for quotes that survived the shell."""
+    """Return literal text, but for `null` where the key takes it and for quotes that survived the shell."""
     if text in ("null", "~") and key.field.annotation is not str:
         return None
     if text[0] in "'\"":
@@ -97,7 +105,7 @@ def _text_value(key: Key, text: str, origin: Origin) -> Scalar:
 
 
 def _regex_value(text: str, origin: Origin) -> Node:
-    r"""A list such as `[layer1\..*, layer2\..*]` where it reads as one; quoted text; else a regular expression."""
+    r"""Return a list such as `[a\..*, b\..*]` where it reads as one; quoted text; else a regular expression."""
     node = read_yaml(text, lambda _line: origin, Findings())
     if node is not None and (node.value is None or isinstance(node.value, list) or text[0] in "'\""):
         return node

@@ -10,13 +10,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from tlscale.recipe.mistakes import Findings
 from tlscale.recipe.validation import show_value
-from tlscale.recipe.yaml_reader import Findings, Node
+from tlscale.recipe.yaml_reader import Node
 
 
 @dataclass(frozen=True, slots=True)
 class RetiredKey:
-    """A key that recipes had once.
+    """Describe a key that recipes had once.
 
     Attributes:
         key: with dots; a key of the items of a list has no number (`stages.lr`).
@@ -31,7 +32,7 @@ class RetiredKey:
 
 @dataclass(frozen=True, slots=True)
 class RetiredValue:
-    """A value that a key took once.
+    """Describe a value that a key took once.
 
     Attributes:
         key: as in `RetiredKey`.
@@ -104,13 +105,14 @@ def _tell(
     value = node.plain()
     if _is(value, silent):
         return
-    shown = f"{row.key} = {show_value((row.key,), value)}"
+    shown = show_value((row.key,), value)
     if notes is None:
-        findings.add(node.origin, f"{shown}: retired. {row.remedy}")
+        findings.add(node.origin, "retired", row.remedy, key=row.key, value=shown)
     elif isinstance(row, RetiredValue):
-        notes.append(f"{shown}, as the run began, is retired: read as {show_value((row.key,), row.successor)}")
+        successor = show_value((row.key,), row.successor)
+        notes.append(f"{row.key} = {shown}, as the run began, is retired: read as {successor}")
     else:
-        notes.append(f"{shown}, as the run began, is retired: it has no effect")
+        notes.append(f"{row.key} = {shown}, as the run began, is retired: it has no effect")
 
 
 def _is(one: object, other: object) -> bool:

@@ -12,14 +12,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from tlscale.errors import RecipeError, did_you_mean
+from tlscale.errors import RecipeError, suggestion
+from tlscale.recipe.mistakes import InvalidValueError
 
 V = TypeVar("V", bool, float)
 
 
 @dataclass(frozen=True, slots=True)
 class Rule(Generic[V]):
-    """Parameters whose whole name matches `pattern` get `value`."""
+    """Give parameters whose whole name matches `pattern` the `value`."""
 
     pattern: str
     value: V
@@ -29,22 +30,26 @@ class Rule(Generic[V]):
 
 
 def parse_rule(pattern: object, value: V) -> Rule[V]:
-    """A rule with a checked regex.
+    """Return a rule with a checked regex.
 
     Raises:
-        ValueError: the pattern is not a regular expression.
+        InvalidValueError: the pattern is not a regular expression.
     """
     if not isinstance(pattern, str) or not pattern:
-        raise ValueError("a rule's pattern is a regular expression on parameter names, such as 'layer[12]\\..*'")
+        remedy = "Write one in single quotes, such as 'layer[12]\\..*'."
+        raise InvalidValueError("a rule's pattern is a regular expression on parameter names", remedy)
     try:
         re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
+        problem = f"{pattern!r} is not a regular expression: {error}"
+        raise InvalidValueError(
+            problem, "Put it in single quotes, and a backslash before each sign that is meant as it stands."
+        ) from None
     return Rule(pattern, value)
 
 
 def match_rules(rules: Sequence[Rule[V]], names: Iterable[str], where: str) -> dict[str, Rule[V]]:
-    """Which rule holds for which name; names that no rule matches are left out.
+    """Return which rule holds for which name, without the names that no rule matches.
 
     Args:
         rules: in order; the first that matches a name wins.
@@ -64,28 +69,32 @@ def match_rules(rules: Sequence[Rule[V]], names: Iterable[str], where: str) -> d
     in_effect = set(map(id, chosen.values()))
     for rule in rules:
         if id(rule) not in in_effect:
-            raise RecipeError(_no_effect(rule, names, where))
+            raise _no_effect(rule, names, where)
     return chosen
 
 
-def _no_effect(rule: Rule[V], names: list[str], where: str) -> str:
+def _no_effect(rule: Rule[V], names: list[str], where: str) -> RecipeError:
     shadowed = [name for name in names if rule.matches(name)]
     if shadowed:
-        return (
-            f"{where}: the rule '{rule.pattern}' never acts: all {len(shadowed)} names that it matches "
-            f"(such as '{shadowed[0]}') are taken by rules before it. Move it up, or take it out."
+        problem = (
+            f"the rule '{rule.pattern}' never acts: all {len(shadowed)} names that it matches (such as "
+            f"'{shadowed[0]}') are taken by rules before it"
         )
+        return RecipeError(problem, key=where, remedy="Move it up, or take it out.")
     longer = next((name for name in names if re.match(rule.pattern, name)), None)
     if longer is not None:
-        return (
-            f"{where}: the rule '{rule.pattern}' matches no whole parameter name (rules match whole names); "
-            f"'{longer}' only begins so. Write '{rule.pattern}.*' to match all that begins so."
+        problem = (
+            f"the rule '{rule.pattern}' matches no whole parameter name (rules match whole names); '{longer}' only "
+            "begins so"
         )
+        return RecipeError(problem, key=where, remedy=f"Write '{rule.pattern}.*' to match all that begins so.")
     # Near names: those of the modules, which is what people misspell, rather than of single tensors.
     modules = {".".join(name.split(".")[:depth]) for name in names for depth in (1, 2)}
     plain = re.sub(r"\\\..*|[\\^$.*+?()\[\]{}|].*", "", rule.pattern)
-    head = " The new head is never frozen." if where.endswith("freeze") else ""
-    return (
-        f"{where}: the rule '{rule.pattern}' matches no parameter.{did_you_mean(plain or rule.pattern, modules)}{head} "
-        f"The top-level names are: {', '.join(sorted({name.split('.')[0] for name in names}))}."
-    )
+    remedies = [
+        suggestion(plain or rule.pattern, modules),
+        "The new head is never frozen." if where.endswith("freeze") else "",
+        f"The top-level names are: {', '.join(sorted({name.split('.')[0] for name in names}))}.",
+    ]
+    remedy = " ".join(part for part in remedies if part)
+    return RecipeError(f"the rule '{rule.pattern}' matches no parameter", key=where, remedy=remedy)

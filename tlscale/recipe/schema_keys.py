@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from tlscale.errors import did_you_mean
+from tlscale.errors import suggestion
 from tlscale.recipe.duration import Duration
 from tlscale.recipe.field_types import Augmentation, HeadLayer, one_or_more
 from tlscale.recipe.rules import Rule
@@ -55,13 +55,13 @@ SYNONYMS = {
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """One key of the recipe; `section` is set where it holds further keys."""
+    """Describe one key of the recipe; `section` is set where it holds further keys."""
 
     path: tuple[str, ...]
     field: FieldInfo
     section: type[Section] | None
     in_list: bool = False
-    """Whether it is a key of the items of a list, of which there may be several."""
+    """Tell whether it is a key of the items of a list, of which there may be several."""
 
     @property
     def dotted(self) -> str:
@@ -69,15 +69,20 @@ class Key:
 
     @property
     def takes(self) -> str:
-        """What values it takes, such as `a whole number from 1 to 1000`."""
+        """Return what values it takes, such as `a whole number from 1 to 1000`."""
         return describe(self.field.annotation, self.field.metadata)
+
+    @property
+    def takes_names(self) -> bool:
+        """Return whether it takes a mapping from the user's own names."""
+        return _inner(self.field.annotation, dict) is not None
 
     @property
     def description(self) -> str:
         return " ".join((self.field.description or "").split())
 
     def default(self) -> Any:  # noqa: ANN401 - any YAML value
-        """Its default as a plain YAML value; meaningless where the key is required."""
+        """Return its default as a plain YAML value; meaningless where the key is required."""
         value = self.field.get_default(call_default_factory=True)
         if isinstance(value, Duration):
             return str(value)
@@ -86,7 +91,7 @@ class Key:
 
 @cache
 def all_keys() -> dict[str, Key]:
-    """`optim.lr` -> its key, sections included, in schema order."""
+    """Return `optim.lr` -> its key, sections included, in schema order."""
     return {key.dotted: key for key in _walk(Recipe, ())}
 
 
@@ -100,24 +105,24 @@ def _walk(section: type[Section], prefix: tuple[str, ...], *, in_list: bool = Fa
 
 
 def _section_in(annotation: Any) -> type[Section] | None:  # noqa: ANN401 - annotations have no common type
-    """The section that a key holds, itself or in a list."""
+    """Return the section that a key holds, itself or in a list."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return annotation
     return next((inner for part in get_args(annotation) if (inner := _section_in(part)) is not None), None)
 
 
 def names_on(path: Sequence[str | int]) -> list[str]:
-    """The keys on `path`, without the numbers of list items: `stages[1].lr` is `stages.lr`."""
+    """Return the keys on `path`, without the numbers of list items: `stages[1].lr` is `stages.lr`."""
     return [part for part in path if isinstance(part, str)]
 
 
 def key_of(path: Sequence[str | int]) -> Key | None:
-    """The deepest key on `path`; what is below it (list items, names in a mapping) is part of its value."""
+    """Return the deepest key on `path`; what is below it (list items, names in a mapping) is part of its value."""
     return split_path(path)[0]
 
 
 def split_path(path: Sequence[str | int]) -> tuple[Key | None, Sequence[str | int]]:
-    """The deepest key on `path`, and what of the path is below it."""
+    """Return the deepest key on `path`, and what of the path is below it."""
     found, rest, names = None, path, []
     for depth, part in enumerate(path, start=1):
         if isinstance(part, int):
@@ -130,18 +135,28 @@ def split_path(path: Sequence[str | int]) -> tuple[Key | None, Sequence[str | in
     return found, rest
 
 
-def describe_at(path: Sequence[str | int]) -> str:
-    """What may stand at `path`, which may go into lists and mappings."""
+def type_at(path: Sequence[str | int]) -> tuple[Any, Sequence[Any]]:
+    """Return the type of what may stand at `path`, which may go into lists and mappings, and its bounds."""
     key, rest = split_path(path)
     assert key is not None, f"no key on {path}"
     annotation, metadata = key.field.annotation, key.field.metadata
     for part in rest:
         annotation, metadata = _inner(annotation, list if isinstance(part, int) else dict), []
-    return describe(annotation, metadata)
+    return annotation, metadata
+
+
+def members_of(annotation: Any) -> list[Any]:  # noqa: ANN401 - annotations have no common type
+    """Return the types that a value may have, in order, without bounds and None."""
+    origin, args = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return members_of(args[0])
+    if origin in (Union, UnionType):
+        return [inner for part in args if part is not NoneType for inner in members_of(part)]
+    return [annotation]
 
 
 def _inner(annotation: Any, kind: type) -> Any:  # noqa: ANN401 - annotations have no common type
-    """What the list (or mapping) in `annotation` holds."""
+    """Return what the list (or mapping) in `annotation` holds."""
     origin, args = get_origin(annotation), get_args(annotation)
     if origin is kind:
         return args[-1]
@@ -151,7 +166,7 @@ def _inner(annotation: Any, kind: type) -> Any:  # noqa: ANN401 - annotations ha
 
 
 def describe(annotation: Any, metadata: Sequence[Any] = ()) -> str:  # noqa: ANN401 - annotations have no common type
-    """Plain words for a type with its bounds; none of them begins with a capital letter."""
+    """Describe a type with its bounds in plain words; none of them begins with a capital letter."""
     if annotation == HeadLayer:
         return "a head layer, such as relu or {linear: 256}"
     if annotation == Augmentation:
@@ -204,7 +219,7 @@ def _describe_simple(annotation: Any, metadata: Sequence[Any]) -> str:  # noqa: 
 
 
 def _bounds(metadata: Sequence[Any]) -> str:
-    """` from 0 to below 1`, ` of at least 1`, ` above 0`, or nothing."""
+    """Describe bounds as ` from 0 to below 1`, ` of at least 1`, ` above 0`, or nothing."""
     found = {name: getattr(item, name) for item in metadata for name in ("ge", "gt", "le", "lt") if hasattr(item, name)}
     low = f"from {_number(found['ge'])}" if "ge" in found else f"above {_number(found['gt'])}" if "gt" in found else ""
     high = (
@@ -221,26 +236,26 @@ def _number(value: float) -> str:
     return "2^63-1" if value == 2**63 - 1 else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def unknown_key(path: Sequence[str]) -> str:
-    """What to say about a key that the schema does not have; `path` is whole, its section exists."""
+def unknown_key(path: Sequence[str]) -> tuple[str, str]:
+    """Return problem and remedy of a key that the schema does not have; `path` is whole, its section exists."""
     name = path[-1]
     if SECRET.search(name):
-        return "keys and passwords never belong in a recipe; log in as the service documents it, and take this out"
+        return "keys and passwords never belong in a recipe", "Log in as the service documents it, and take this out."
     siblings = _siblings(path)
-    meant = did_you_mean(name, siblings) or _elsewhere(name) or did_you_mean(name, all_keys())
+    meant = suggestion(name, siblings) or _elsewhere(name) or suggestion(name, all_keys())
     place = f"section '{'.'.join(path[:-1])}'" if path[1:] else "the top level"
-    return f"unknown key.{meant or f' The keys of {place} are: ' + ', '.join(siblings) + '.'}"
+    return "unknown key", meant or f"The keys of {place} are: {', '.join(siblings)}."
 
 
 def _elsewhere(name: str) -> str:
     places = [key.dotted for key in all_keys().values() if key.path[-1] == name and not key.in_list]
     if name.lower() in SYNONYMS:
         places.insert(0, SYNONYMS[name.lower()])
-    return f" Did you mean {' or '.join(repr(place) for place in places[:3])}?" if places else ""
+    return f"Did you mean {' or '.join(repr(place) for place in places[:3])}?" if places else ""
 
 
 def near_siblings(path: Sequence[str]) -> list[str]:
-    """Keys of the same section that an unknown key may stand for."""
+    """Return keys of the same section that an unknown key may stand for."""
     return difflib.get_close_matches(path[-1], _siblings(path), n=3, cutoff=0.6)
 
 

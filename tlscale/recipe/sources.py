@@ -10,10 +10,12 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
+from tlscale.recipe.mistakes import InvalidValueError
+
 
 @dataclass(frozen=True)
 class SourceKeys:
-    """What a recipe says of a source.
+    """Describe a source as a recipe knows it.
 
     Attributes:
         about: for the reference page.
@@ -27,7 +29,7 @@ class SourceKeys:
 
     @property
     def is_local(self) -> bool:
-        """Whether `data.path` is a place on this machine."""
+        """Return whether `data.path` is a place on this machine."""
         return self.path in ("folder", "file")
 
 
@@ -54,17 +56,15 @@ def check_source_keys(source: str, given: Collection[str]) -> None:
         given: those of `SOURCE_KEYS` that have a value.
 
     Raises:
-        ValueError: the path is missing, or a key has no effect.
+        InvalidValueError: the path is missing, or a key has no effect.
     """
     if SOURCES[source].path != "none" and "path" not in given:
-        raise ValueError(f"source '{source}' needs 'path': where it is")
+        raise InvalidValueError(f"missing for source '{source}'", "Write where it is.", keys=["path", "source"])
     for key in SOURCE_KEYS:
         if key in given and not _takes(source, key):
             others = ", ".join(name for name in SOURCES if _takes(name, key))
-            raise ValueError(
-                f"'{key}' has no effect with source '{source}'; take it out (or set data.{key}=null), or use a source "
-                f"that takes it: {others}"
-            )
+            remedy = f"Remove it (or set data.{key}=null), or use a source that takes it: {others}."
+            raise InvalidValueError(f"has no effect with source '{source}'", remedy, keys=[key, "source"])
 
 
 def _takes(source: str, key: str) -> bool:

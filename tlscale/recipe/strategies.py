@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
 
-from tlscale.errors import RecipeError, did_you_mean
+from tlscale.errors import RecipeError, suggestion
 from tlscale.recipe.duration import Duration, parse_duration
 from tlscale.recipe.rules import Rule
 from tlscale.recipe.schema import NO_EFFECT_BESIDE, Recipe
@@ -38,10 +38,10 @@ _LONGEST_STEM = 50  # leaves room for the strategy, a size and a seed
 def derive(
     recipe: Recipe, strategy: str, *, early_layers: Sequence[str] = (), parameter_names: Sequence[str] = ()
 ) -> Recipe:
-    """The recipe with another strategy.
+    """Return the recipe with another strategy.
 
     - `codes`: logistic regression (or the recipe's own `probe`) on the penultimate codes.
-    - `early_codes`: the same on each of `early_layers`; held-out images choose one.
+    - `early_codes`: the same on each of `early_layers`; the validation split chooses one.
     - `mlp`, `head`: all of the backbone is frozen; a small network, or one linear layer, is trained by AdamW with
       `NEW_LAYERS_OPTIM`. Schedule, loss, augmentation and length are the recipe's.
     - `finetune`: the recipe's own `freeze` (or `stages`) and head; nothing is frozen where it freezes everything.
@@ -58,16 +58,19 @@ def derive(
         RecipeError: no such strategy; no weights to transfer; stages whose lengths cannot be added up.
     """
     if strategy not in STRATEGIES:
-        meant = did_you_mean(strategy, STRATEGIES)
-        raise RecipeError(f"there is no strategy '{strategy}'.{meant} There are: {', '.join(STRATEGIES)}")
+        there_are = f"There are: {', '.join(STRATEGIES)}."
+        remedy = " ".join(part for part in (suggestion(strategy, STRATEGIES), there_are) if part)
+        raise RecipeError(f"there is no strategy '{strategy}'", remedy=remedy)
     if strategy != "scratch" and recipe.backbone.weights == "none":
         raise RecipeError(
-            f"the strategy '{strategy}' transfers what a backbone has learned, but in recipe '{recipe.name}' "
-            "'backbone.weights' is none. Name weights (backbone.weights: pretrained, or the path of a file), or "
-            "compare from scratch only: --strategies scratch"
+            f"is none in recipe '{recipe.name}', but the strategy '{strategy}' transfers what a backbone has learned",
+            key="backbone.weights",
+            remedy="Name weights (pretrained, or the path of a file), or compare from scratch only: "
+            "--strategies scratch.",
         )
     if strategy == "early_codes" and not early_layers:
-        raise RecipeError(f"'{recipe.backbone.name}' has no layers before the penultimate codes; leave early_codes out")
+        problem = f"'{recipe.backbone.name}' has no layers before the penultimate codes"
+        raise RecipeError(problem, key="backbone.name", remedy="Leave the strategy early_codes out.")
     plain = recipe.to_plain()
     plain["name"] = _named(recipe.name[:_LONGEST_STEM], f"_{strategy}")
     match strategy:
@@ -91,7 +94,7 @@ def derive(
 
 
 def as_probe(recipe: Recipe) -> Recipe:
-    """A probe on the recipe's data, backbone and codes; what has no effect beside one is left out."""
+    """Return a probe on the recipe's data, backbone and codes, without what has no effect on one."""
     plain = recipe.to_plain()
     plain["name"] = _named(recipe.name[:_LONGEST_STEM], "_codes")
     _probe(plain, recipe.codes.layer or ["penultimate"])
@@ -99,7 +102,7 @@ def as_probe(recipe: Recipe) -> Recipe:
 
 
 def at_size(recipe: Recipe, size: int | None) -> Recipe:
-    """The recipe with so many labelled training images, held-out ones included; None: with all there are."""
+    """Return the recipe with so many labelled training images, validation included; None: with all there are."""
     plain = recipe.to_plain()
     plain["data"]["train_limit"] = size
     plain["name"] = _named(recipe.name, f"_{'all' if size is None else size}")
@@ -107,13 +110,13 @@ def at_size(recipe: Recipe, size: int | None) -> Recipe:
 
 
 def with_seed(recipe: Recipe, seed: int) -> Recipe:
-    """The recipe with another seed, and so another subset and other held-out images."""
+    """Return the recipe with another seed, and so another subset and another validation split."""
     plain = recipe.to_plain() | {"seed": seed, "name": _named(recipe.name, f"_s{seed}")}
     return Recipe.model_validate(plain)
 
 
 def fit_to_size(recipe: Recipe, min_steps: int) -> Recipe:
-    """The recipe with a fair length for its few training images.
+    """Return the recipe with a fair length for its few training images.
 
     An equal number of epochs is the same budget an image, but of 100 images in batches of 64 an epoch is two steps:
     such a run measures the number of its steps, not what can be learned from its images. One of fewer than `min_steps`
@@ -144,7 +147,7 @@ def fit_to_size(recipe: Recipe, min_steps: int) -> Recipe:
 
 
 def _stretch(plain: dict[str, Any], factor: Fraction, steps: Callable[[Duration], int], min_steps: int) -> None:
-    """What is counted in epochs or images, in steps and `factor` times as long; the whole is at least `min_steps`."""
+    """Turn epochs and images into steps, `factor` times as many; the whole is at least `min_steps`."""
 
     def longer(text: str | None) -> str | None:
         duration = parse_duration(text) if text is not None else None
@@ -173,7 +176,7 @@ def _named(name: str, suffix: str) -> str:
 
 
 def _reset(plain: dict[str, Any], *keys: str) -> None:
-    """Back to what they are by themselves."""
+    """Set keys back to their defaults."""
     for dotted in keys:
         *above, name = dotted.split(".")
         section = plain
@@ -183,7 +186,7 @@ def _reset(plain: dict[str, Any], *keys: str) -> None:
 
 
 def _untaught(plain: dict[str, Any]) -> None:
-    """Without the teacher that the recipe may have: that is no part of these strategies."""
+    """Remove the teacher that the recipe may have: that is no part of these strategies."""
     if plain["distill"] is not None:
         _reset(plain, "distill", "evaluate.select")
 
@@ -214,7 +217,7 @@ def _finetune(recipe: Recipe, plain: dict[str, Any], names: Sequence[str]) -> No
 
 
 def _train(recipe: Recipe, plain: dict[str, Any]) -> None:
-    """Training in one stage, as long as the recipe's together."""
+    """Train in one stage, as long as all stages of the recipe together."""
     _reset(plain, "probe", "stages", *_OF_PROBES)
     if recipe.stages:
         plain["duration"] = str(_sum(recipe))
@@ -226,12 +229,14 @@ def _sum(recipe: Recipe) -> Duration:
     if len(units) > 1:
         raise RecipeError(
             f"the stages of recipe '{recipe.name}' are as long as {', '.join(map(str, durations))}, which cannot be "
-            "added up for strategies without stages; give all 'stages.duration' in one unit"
+            "added up for strategies without stages",
+            key="stages.duration",
+            remedy="Give all of them in one unit.",
         )
     return Duration(sum((duration.amount for duration in durations), Fraction(0)), durations[0].unit)
 
 
 def _freezes_all(rules: Sequence[Rule[bool]], names: Sequence[str]) -> bool:
-    """Whether no parameter is left to train."""
+    """Return whether no parameter is left to train."""
     firsts = (next((rule for rule in rules if rule.matches(name)), None) for name in names)
     return bool(names) and all(rule is not None and rule.value for rule in firsts)

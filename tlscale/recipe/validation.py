@@ -10,23 +10,26 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import ValidationError
 
-from tlscale.errors import did_you_mean
+from tlscale.errors import suggestion
+from tlscale.recipe.mistakes import Findings, InvalidValueError, Origin
 from tlscale.recipe.schema import Recipe
 from tlscale.recipe.schema_keys import (
     SECRET,
     all_keys,
-    describe_at,
+    describe,
     key_of,
+    members_of,
     names_on,
     near_siblings,
     split_path,
+    type_at,
     unknown_key,
 )
-from tlscale.recipe.yaml_reader import Findings, Node, Origin
+from tlscale.recipe.yaml_reader import Node
 
 Path = tuple[str | int, ...]
 
@@ -40,12 +43,13 @@ STAND_INS: dict[str, Any] = {
     "distill.teacher.name": "stand-in",
     "stages.duration": "1 steps",
 }
+_NUMBER = re.compile(r"[-+]?[0-9.]+([eE][-+]?[0-9]+)?")
 _MAX_PASSES = 50  # a pass sets at least one key aside, so few recipes need more than five
 _SHOWN_CHARS = 60
 
 
 def check_recipe(tree: Node, findings: Findings) -> Recipe | None:
-    """The recipe that `tree` holds, or None after adding what is wrong with it to `findings`."""
+    """Return the recipe that `tree` holds, or None after adding what is wrong with it to `findings`."""
     plain = tree.plain()
     set_aside = set(findings.lost_keys)
     for _ in range(_MAX_PASSES):
@@ -54,7 +58,7 @@ def check_recipe(tree: Node, findings: Findings) -> Recipe | None:
         except ValidationError as error:
             groups = _by_place(error, tree)
         else:
-            return recipe if not findings.problems else None
+            return recipe if not findings.mistakes else None
         fields = {place: kinds for place, kinds in groups.items() if not _is_section(place, kinds)}
         for place, mistakes in fields.items():
             _report_field(place, mistakes, tree, set_aside, findings)
@@ -69,7 +73,7 @@ def check_recipe(tree: Node, findings: Findings) -> Recipe | None:
 
 
 def _by_place(error: ValidationError, tree: Node) -> dict[Path, list[Any]]:
-    """pydantic's errors by the place in the tree that they are about; of nested places the deepest."""
+    """Group pydantic's errors by the place in the tree that they are about; of nested places the deepest."""
     groups: dict[Path, list[Any]] = {}
     for mistake in error.errors(include_url=False, include_input=False):
         place = _place(mistake["loc"], mistake["type"], tree)
@@ -82,7 +86,7 @@ def _by_place(error: ValidationError, tree: Node) -> dict[Path, list[Any]]:
 
 
 def _place(loc: Sequence[str | int], kind: str, tree: Node) -> Path:
-    """`loc` without the names that pydantic puts in for the members of a union."""
+    """Return `loc` without the names that pydantic puts in for the members of a union."""
     place: list[str | int] = []
     node: Node | None = tree
     for part in loc:
@@ -104,13 +108,13 @@ def _child(node: Node | None, part: str | int) -> Node | None:
 
 
 def _is_section(place: Path, mistakes: list[Any]) -> bool:
-    """A mistake between the keys of a section, not of one value."""
+    """Return whether it is a mistake between the keys of a section, not of one value."""
     key = all_keys().get(".".join(names_on(place)))
     return mistakes[0]["type"] == "value_error" and (not place or (key is not None and key.section is not None))
 
 
 def _origin(place: Path, tree: Node) -> Origin:
-    """Where the value at `place`, or the nearest that holds it, was written."""
+    """Return where the value at `place`, or the nearest that holds it, was written."""
     node = tree
     for part in place:
         inner = _child(node, part)
@@ -126,18 +130,17 @@ def _report_field(place: Path, mistakes: list[Any], tree: Node, set_aside: set[s
     origin = _origin(place, tree)
     if "missing" in kinds:
         if not findings.incomplete and str(place[-1]) not in set_aside and not _is_misspelt(place, tree):
-            findings.add(origin, f"{dotted}: missing; {_where_to_add(place)}")
+            findings.add(origin, "missing", _where_to_add(place), key=dotted)
     elif "extra_forbidden" in kinds:
-        findings.add(origin, f"{dotted}: {unknown_key(names_on(place))}")
+        findings.add(origin, *unknown_key(names_on(place)), key=dotted)
         set_aside.update(near_siblings(names_on(place)))
     else:
-        node = _node_at(place, tree)
-        value = node.plain()
-        findings.add(origin, f"{dotted} = {show_value(place, value)}: {_wrong_value(place, mistakes[0], value)}")
+        value = _node_at(place, tree).plain()
+        findings.add(origin, *_wrong_value(place, mistakes[0], value), key=dotted, value=show_value(place, value))
 
 
 def _dotted(place: Path) -> str:
-    """`data.classes[2]`, items counted from 0."""
+    """Return `data.classes[2]`, items counted from 0."""
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).removeprefix(".")
 
 
@@ -150,7 +153,7 @@ def _node_at(place: Path, tree: Node) -> Node:
 
 
 def _is_misspelt(place: Path, tree: Node) -> bool:
-    """Whether an unknown key beside it is near to it, and is reported already."""
+    """Return whether an unknown key next to it is near to it, and is reported already."""
     siblings = _node_at(place[:-1], tree).value
     assert isinstance(siblings, dict), "pydantic found a key missing in it"
     prefix = names_on(place[:-1])
@@ -163,13 +166,13 @@ def _where_to_add(place: Path) -> str:
     key = all_keys()[".".join(names)]
     if key.section is not None:
         needed = [f"{name}: ..." for name, field in key.section.model_fields.items() if field.is_required()]
-        return f"add a section '{place[-1]}:' with at least '{', '.join(needed)}' below it"
+        return f"Add a section '{place[-1]}:' with at least '{', '.join(needed)}' below it."
     below = f"below '{names[-2]}:'" if names[1:] else "at the top level"
-    return f"add '{place[-1]}: ...' {below}; it takes {key.takes}"
+    return f"Add '{place[-1]}: ...' {below}; it takes {key.takes}."
 
 
 def show_value(place: Path, value: object) -> str:
-    """The value as in a recipe, on one line and short; never what looks like a secret."""
+    """Return the value as in a recipe, on one line and short; never what looks like a secret."""
     if place and SECRET.search(str(place[-1])):
         return "..."
     shown = _flow(value)
@@ -187,40 +190,42 @@ def _flow(value: object) -> str:
     return repr(value)
 
 
-def _wrong_value(place: Path, mistake: Any, value: object) -> str:  # noqa: ANN401 - pydantic's error details
+def _wrong_value(place: Path, mistake: Any, value: object) -> tuple[str, str | None]:  # noqa: ANN401 - pydantic's error details
+    """Return problem and remedy of one value."""
     if mistake["type"] == "value_error":
-        return str(mistake["ctx"]["error"])
-    takes = describe_at(place)
-    return f"must be {takes}{_hint(takes, place, value)}"
+        error = mistake["ctx"]["error"]
+        return (error.problem, error.remedy) if isinstance(error, InvalidValueError) else (str(error), None)
+    return f"must be {describe(*type_at(place))}", _hint(place, value)
 
 
-def _hint(takes: str, place: Path, value: object) -> str:
-    """What probably went wrong, from what was wanted and what was written."""
-    key = key_of(place)
+def _hint(place: Path, value: object) -> str | None:
+    """Return what probably went wrong, from what was wanted and what was written."""
+    key, kinds = key_of(place), members_of(type_at(place)[0])
     if key is not None and key.section is not None and value is None:
-        return "; take the empty section out, or write a key below it"
-    if "true or false" in takes and value in ("yes", "no", "on", "off", "True", "False", "y", "n"):
-        return "; only true and false, in lower case and without quotes, are booleans"
-    if takes.startswith("text") and isinstance(value, int | float):
-        return "; put it in quotes"
-    if "number" in takes and isinstance(value, str) and re.fullmatch(r"[-+]?[0-9.]+([eE][-+]?[0-9]+)?", value):
-        return "; take the quotes off"
-    if takes.startswith("a list") and not isinstance(value, list | dict) and value is not None:
-        return f"; write [{value}]"
-    if takes.startswith("one of") and isinstance(value, str):
-        return f".{did_you_mean(value, takes.removeprefix('one of ').split(', '))}"
-    return ""
+        return "Take the empty section out, or write a key below it."
+    if bool in kinds and value in ("yes", "no", "on", "off", "True", "False", "y", "n"):
+        return "Only true and false, in lower case and without quotes, are booleans."
+    if str in kinds and isinstance(value, int | float):
+        return "Put it in quotes."
+    if not {int, float}.isdisjoint(kinds) and isinstance(value, str) and _NUMBER.fullmatch(value):
+        return "Take the quotes off."
+    if any(get_origin(kind) is list for kind in kinds) and not isinstance(value, list | dict) and value is not None:
+        return f"Write [{value}]."
+    choices = [str(choice) for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
+    if choices and isinstance(value, str):
+        return suggestion(value, choices)
+    return None
 
 
 def _report_section(place: Path, mistake: Any, tree: Node, set_aside: set[str], findings: Findings) -> Path:  # noqa: ANN401
-    """Reports a mistake between keys, unless it speaks of one that was set aside; returns the key to set aside."""
-    text = str(mistake["ctx"]["error"])
-    words = re.findall(r"[a-z_0-9]+(?:\.[a-z_0-9]+)*", text)
-    named = [(*place, *word.split(".")) for word in words]
+    """Report a mistake between keys, unless it is about one that was set aside; return the key to set aside."""
+    error = mistake["ctx"]["error"]
+    assert isinstance(error, InvalidValueError), f"a check of a section that names no keys: {error!r}"
+    named = [(*place, *key.split(".")) for key in error.keys]
     told_by = next((path for path in named if _holds(path, tree)), place)
-    known = not {word.rpartition(".")[2] for word in words}.isdisjoint(set_aside)
+    known = not {path[-1] for path in named}.isdisjoint(set_aside)
     if not known and not findings.incomplete:
-        findings.add(_origin(told_by, tree), f"{_dotted(place)}: {text}" if place else text)
+        findings.add(_origin(told_by, tree), error.problem, error.remedy, key=_dotted(named[0]))
     return told_by
 
 
@@ -232,7 +237,7 @@ def _holds(path: Path, tree: Node) -> bool:
 
 
 def _set_aside(place: Path, plain: dict[str, Any], set_aside: set[str]) -> None:
-    """Takes the value out of `plain`, or puts one in that passes, and remembers that the key says nothing now."""
+    """Take the value out of `plain`, or put one in that passes, and remember that the key has no meaning now."""
     key, rest = split_path(place)
     path = place if key is None or key.section is not None else place[: len(place) - len(rest)]
     while isinstance(path[-1], int):  # an item that is no section: the list says nothing then

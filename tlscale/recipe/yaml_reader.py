@@ -1,4 +1,4 @@
-"""Recipe text: a strict subset of YAML, read with the line of every value, and written so that it reads back.
+"""Recipe text: a strict subset of YAML, read with the line of every value.
 
 Promise: what looks like a number is one (`1e-3`, `1E5`, `.5`), only `true` and `false` are booleans, only `null`, `~`
 and nothing at all are null, and everything else is text (`no`, `on`, `1:30`, `2024-01-01`, `0x1F`). What people
@@ -10,22 +10,23 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import yaml
+
+from tlscale.recipe.mistakes import Findings, InvalidValueError, Origin
 
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 20
 
 Scalar = str | int | float | bool | None
-Plain = Scalar | list["Plain"] | dict[str, "Plain"]
 
-_STR = "tag:yaml.org,2002:str"
+TEXT_TAG = "tag:yaml.org,2002:str"
 _REFUSED = "tag:tlscale,2026:refused"
 # In order, the first that matches the whole text. The writer uses the same table to know what needs quotes.
-_KINDS: list[tuple[str, re.Pattern[str]]] = [
+KINDS: list[tuple[str, re.Pattern[str]]] = [
     ("tag:yaml.org,2002:bool", re.compile(r"(?:true|false)\Z")),
     ("tag:yaml.org,2002:null", re.compile(r"(?:~|null|)\Z")),
     ("tag:yaml.org,2002:int", re.compile(r"[-+]?(?:0|[1-9][0-9]*(?:_[0-9]+)*)\Z")),
@@ -37,25 +38,14 @@ _KINDS: list[tuple[str, re.Pattern[str]]] = [
 
 
 @dataclass(frozen=True, slots=True)
-class Origin:
-    """Where a value was written: a line of a file, or (line 0) the command line."""
-
-    where: str
-    line: int = 0
-
-    def __str__(self) -> str:
-        return f"{self.where}:{self.line}" if self.line else self.where
-
-
-@dataclass(frozen=True, slots=True)
 class Node:
-    """A value and where it was written; in a mapping that is the line of its key."""
+    """Hold a value and where it was written; in a mapping that is the line of its key."""
 
     value: Scalar | list[Node] | dict[str, Node]
     origin: Origin
 
     def plain(self) -> Any:  # noqa: ANN401 - any YAML value
-        """The value without origins: fresh lists and dicts, free to change."""
+        """Return the value without origins: fresh lists and dicts, free to change."""
         if isinstance(self.value, dict):
             return {key: node.plain() for key, node in self.value.items()}
         if isinstance(self.value, list):
@@ -63,180 +53,162 @@ class Node:
         return self.value
 
 
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """One mistake: where, and what is wrong and what to do."""
-
-    origin: Origin
-    text: str
-
-    def __str__(self) -> str:
-        """One line; what the user wrote is in it, so line breaks and terminal codes are escaped."""
-        said = f"{self.origin}: {self.text}"
-        return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in said)
-
-
-@dataclass(slots=True)
-class Findings:
-    """Mistakes found so far, and what they make unknowable, so that no mistake is reported twice."""
-
-    problems: list[Problem] = field(default_factory=list)
-    lost_keys: set[str] = field(default_factory=set)
-    """Keys whose value could not be read."""
-    incomplete: bool = False
-    """A file that should have contributed is missing."""
-
-    def add(self, origin: Origin, text: str) -> None:
-        self.problems.append(Problem(origin, text))
-
-
 def read_yaml(text: str, origin_of: Callable[[int], Origin], findings: Findings) -> Node | None:
-    """The one document in `text`.
+    """Read the one document in `text`.
 
     Args:
         text: decoded YAML.
         origin_of: a line number from 1 as an `Origin`.
-        findings: gets every mistake; a value that is refused is left out of the result.
+        findings: gets every mistake; a value that is refused is not in the result.
 
     Returns:
         The top node; None when there is none (a mistake was found, or the text is empty).
     """
     last_line = text.count("\n") + 1
     try:
-        return _Builder(text, origin_of, findings).document()
+        return _Loader(text, origin_of, findings).get_single_data()
     except yaml.MarkedYAMLError as error:
         # At the end of the text, the parser's mark may lie behind the last line.
         line = min(error.problem_mark.line + 1, last_line) if error.problem_mark is not None else 1
-        findings.add(origin_of(line), f"not valid YAML: {_explain(error)}")
+        findings.add(origin_of(line), f"not valid YAML: {error.problem or error.context}", _remedy(error))
     except yaml.reader.ReaderError as error:
-        at = int(error.position)
-        line = text.count("\n", 0, at) + 1
-        findings.add(origin_of(line), f"holds the control character #x{ord(text[at]):04x}; take it out")
+        line = text.count("\n", 0, error.position) + 1
+        findings.add(origin_of(line), f"holds the control character #x{ord(text[error.position]):04x}", "Take it out.")
     except _TooDeepError as error:
-        findings.add(error.args[0], f"nested more than {MAX_DEPTH} deep; no recipe needs that")
+        findings.add(error.origin, f"nested more than {MAX_DEPTH} deep", "No recipe needs that.")
     return None
 
 
 class _TooDeepError(Exception):
-    """Stops the reading: what follows cannot be placed."""
+    """Raised to stop reading: what follows cannot be placed."""
+
+    def __init__(self, origin: Origin) -> None:
+        super().__init__(str(origin))
+        self.origin = origin
 
 
-class _Builder:
-    """Nodes from the parser's events; PyYAML's own composer would expand aliases and forget duplicates."""
+class _Loader(yaml.SafeLoader):
+    """Construct a `Node` for each value; report what recipes do not have, and go on without it.
+
+    PyYAML's own loader would expand aliases, merge keys, and forget lines and all but the last of duplicate keys.
+    """
+
+    yaml_implicit_resolvers: dict[Any, Any] = {None: KINDS}  # noqa: RUF012 - PyYAML's way to configure it
 
     def __init__(self, text: str, origin_of: Callable[[int], Origin], findings: Findings) -> None:
-        self._events: Iterator[Any] = iter(yaml.parse(text, Loader=yaml.SafeLoader))
-        self._origin_of = origin_of
-        self._findings = findings
+        super().__init__(text)
+        self._origin_of, self._findings, self._depth = origin_of, findings, 0
 
-    def document(self) -> Node | None:
-        next(self._events)  # the start of the stream
-        if isinstance(next(self._events), yaml.StreamEndEvent):
+    def get_single_data(self) -> Node | None:
+        self.get_event()  # type: ignore[no-untyped-call]  # the start of the stream
+        if self.check_event(yaml.StreamEndEvent):
             return None
-        node = self._node(next(self._events), depth=1)
-        next(self._events)  # the end of the document
-        rest = next(self._events)
-        if not isinstance(rest, yaml.StreamEndEvent):
-            self._findings.add(self._origin(rest), "a second document begins here; a recipe is one document")
+        node = self.construct_object(self.compose_document())
+        if not self.check_event(yaml.StreamEndEvent):
+            origin = self._origin(self.peek_event())  # type: ignore[no-untyped-call]
+            self._findings.add(origin, "a second document begins here", "A recipe is one document.")
         return node
 
-    def _origin(self, event: Any) -> Origin:  # noqa: ANN401 - events are untyped
-        return self._origin_of(event.start_mark.line + 1)
+    def _origin(self, marked: Any) -> Origin:  # noqa: ANN401 - PyYAML's events and nodes
+        return self._origin_of(marked.start_mark.line + 1)
 
-    def _node(self, event: Any, depth: int) -> Node | None:  # noqa: ANN401 - events are untyped
-        origin = self._origin(event)
-        if depth > MAX_DEPTH:
-            raise _TooDeepError(origin)
-        refused = self._refuse_decoration(event, origin)
-        node: Node | None = None
-        if isinstance(event, yaml.ScalarEvent):
-            node = self._scalar(event, origin)
-        elif isinstance(event, yaml.SequenceStartEvent):
-            node = self._list(origin, depth)
-        elif isinstance(event, yaml.MappingStartEvent):
-            node = self._mapping(origin, depth)
-        return None if refused else node
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:  # noqa: ANN401 - PyYAML's own
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+        if self._depth == MAX_DEPTH:
+            raise _TooDeepError(self._origin(event))
+        self._depth += 1
+        is_refused = self._refuse_decoration(event)
+        if isinstance(event, yaml.AliasEvent):
+            marks: Any = (event.start_mark, event.end_mark)
+            self.get_event()  # type: ignore[no-untyped-call]
+            node: Any = yaml.ScalarNode(TEXT_TAG, "", *marks)
+        else:
+            node = super().compose_node(parent, index)
+        node.is_refused = is_refused
+        self._depth -= 1
+        return node  # type: ignore[no-any-return]
 
-    def _refuse_decoration(self, event: Any, origin: Origin) -> bool:  # noqa: ANN401 - events are untyped
-        if getattr(event, "anchor", None) is not None:
+    def _refuse_decoration(self, event: Any) -> bool:  # noqa: ANN401 - events are untyped
+        """Report and take off what may be put before a value: an anchor or a tag; or an alias in its place."""
+        anchor, tag = event.anchor, getattr(event, "tag", None)
+        event.anchor = event.tag = None
+        if anchor is not None:
             sign = "*" if isinstance(event, yaml.AliasEvent) else "&"
-            self._findings.add(
-                origin,
-                f"'{sign}{event.anchor}': anchors and aliases are not read in recipes; write the value out, or put "
-                f"text that begins with '{sign}' in single quotes",
-            )
-            return True
-        if getattr(event, "tag", None) is not None:
-            self._findings.add(
-                origin,
-                f"the tag '{event.tag}': YAML tags are not read in recipes; take it out, or put text that begins with "
-                "'!' in single quotes",
-            )
-            return True
-        return False
+            problem = f"'{sign}{anchor}': anchors and aliases are not read in recipes"
+            remedy = f"Write the value out, or put text that begins with '{sign}' in single quotes."
+        elif tag is not None:
+            problem = f"the tag '{tag}': YAML tags are not read in recipes"
+            remedy = "Take it out, or put text that begins with '!' in single quotes."
+        else:
+            return False
+        self._findings.add(self._origin(event), problem, remedy)
+        return True
 
-    def _scalar(self, event: yaml.ScalarEvent, origin: Origin) -> Node | None:
+    def construct_object(self, node: Any, deep: bool = True) -> Node | None:  # noqa: ANN401 - nodes are untyped
+        if isinstance(node, yaml.ScalarNode):
+            value = self._scalar(node)
+        elif isinstance(node, yaml.SequenceNode):
+            value = self._sequence(node)
+        else:
+            value = self._mapping(node)
+        return None if node.is_refused else value
+
+    def _scalar(self, node: yaml.ScalarNode) -> Node | None:
+        origin = self._origin(node)
         try:
-            return Node(read_scalar(event.value, plain=event.implicit[0]), origin)
-        except ValueError as error:
-            self._findings.add(origin, str(error))
+            return Node(_scalar_value(node.tag, node.value), origin)
+        except InvalidValueError as error:
+            self._findings.add(origin, error.problem, error.remedy)
             return None
 
-    def _list(self, origin: Origin, depth: int) -> Node | None:
-        items: list[Node] = []
-        whole = True
-        while not isinstance(event := next(self._events), yaml.SequenceEndEvent):
-            item = self._node(event, depth + 1)
-            if item is None:
-                whole = False
-            else:
-                items.append(item)
-        return Node(items, origin) if whole else None
+    def _sequence(self, node: yaml.SequenceNode) -> Node | None:
+        items = [self.construct_object(item) for item in node.value]
+        sound = [item for item in items if item is not None]
+        return Node(sound, self._origin(node)) if len(sound) == len(items) else None
 
-    def _mapping(self, origin: Origin, depth: int) -> Node:
+    def _mapping(self, node: yaml.MappingNode) -> Node:
         entries: dict[str, Node] = {}
-        while not isinstance(event := next(self._events), yaml.MappingEndEvent):
-            key_origin = self._origin(event)
-            key = self._key(event, depth)
-            value = self._node(next(self._events), depth + 1)
+        for key_node, value_node in node.value:
+            key, value, origin = self._key(key_node), self.construct_object(value_node), self._origin(key_node)
             if key is None:
                 continue
             if key in entries:
-                self._findings.add(key_origin, f"'{key}' is given twice, first in {entries[key].origin}; keep one")
+                first = entries[key].origin
+                self._findings.add(origin, f"'{key}' is given twice, first in {first}", "Keep one.")
             elif value is None:
                 self._findings.lost_keys.add(key)
             else:
-                entries[key] = Node(value.value, key_origin)
-        return Node(entries, origin)
+                entries[key] = Node(value.value, origin)
+        return Node(entries, self._origin(node))
 
-    def _key(self, event: Any, depth: int) -> str | None:  # noqa: ANN401 - events are untyped
-        if isinstance(event, yaml.ScalarEvent) and event.implicit[0] and event.value == "<<":
-            self._findings.add(self._origin(event), "merge keys ('<<') are not read in recipes; use 'extends'")
+    def _key(self, node: Any) -> str | None:  # noqa: ANN401 - nodes are untyped
+        is_scalar = isinstance(node, yaml.ScalarNode)
+        if is_scalar and node.tag == _REFUSED and node.value == "<<":
+            self._findings.add(self._origin(node), "merge keys ('<<') are not read in recipes", "Use 'extends'.")
             return None
-        node = self._node(event, depth + 1)
-        if node is None or isinstance(node.value, str):
-            return None if node is None else str(node.value)
-        shown = f"'{event.value}'" if isinstance(event, yaml.ScalarEvent) else "a list or mapping"
-        self._findings.add(node.origin, f"{shown} as a key: keys are text; put it in single quotes")
+        key = self.construct_object(node)
+        if key is None or isinstance(key.value, str):
+            return None if key is None else str(key.value)
+        shown = f"'{node.value}'" if is_scalar else "a list or mapping"
+        self._findings.add(self._origin(node), f"{shown} as a key: keys are text", "Put it in single quotes.")
         return None
 
 
-def read_scalar(text: str, *, plain: bool) -> Scalar:
-    """The value of one scalar.
+def _scalar_value(tag: str, text: str) -> Scalar:
+    """Return the value of one scalar.
 
     Args:
+        tag: of the first of `KINDS` that matches; that of text where it is quoted, or none does.
         text: as the YAML parser gives it, without quotes.
-        plain: it was written without quotes.
 
     Raises:
-        ValueError: it has two readings, is out of range, or is not Unicode text.
+        InvalidValueError: it has two readings, is out of range, or is not Unicode text.
     """
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ValueError(f"{ascii(text)} is not Unicode text") from None
-    kind = next((tag for tag, pattern in _KINDS if pattern.match(text)), _STR) if plain else _STR
-    match kind.rpartition(":")[2]:
+        raise InvalidValueError(f"{ascii(text)} is not Unicode text") from None
+    match tag.rpartition(":")[2]:
         case "bool":
             return text == "true"
         case "null":
@@ -246,74 +218,43 @@ def read_scalar(text: str, *, plain: bool) -> Scalar:
         case "float":
             return _finite(text)
         case "refused":
-            raise ValueError(_two_readings(text))
+            raise _two_readings(text)
     return text
 
 
 def _whole(text: str) -> int:
     if len(text) > 1000:
-        raise ValueError(f"a number of {len(text)} digits")
+        raise InvalidValueError(f"a number of {len(text)} digits")
     return int(text)
 
 
 def _finite(text: str) -> float:
     number = float(text) if len(text) <= 1000 else math.inf
     if not math.isfinite(number):
-        raise ValueError(f"'{text[:40]}' is too large; numbers in recipes are finite")
+        raise InvalidValueError(f"'{text[:40]}' is too large; numbers in recipes are finite")
     return number
 
 
-def _two_readings(text: str) -> str:
+def _two_readings(text: str) -> InvalidValueError:
     if text == "<<":
-        return "'<<' is YAML's merge key; put it in single quotes if it is meant as text"
+        return InvalidValueError("'<<' is YAML's merge key", "Put it in single quotes if it is meant as text.")
     if text[-1].isalpha():
-        return f"'{text}': numbers in recipes are finite; put it in single quotes if it is meant as text"
+        problem = f"'{text}': numbers in recipes are finite"
+        return InvalidValueError(problem, "Put it in single quotes if it is meant as text.")
     number = re.sub(r"^([-+]?)0+(?=[0-9])", r"\1", text)
-    return f"'{text}' begins with a zero: write {number} for the number, or '{text}' in quotes for text"
+    problem = f"'{text}' begins with a zero"
+    return InvalidValueError(problem, f"Write {number} for the number, or '{text}' in quotes for text.")
 
 
-def _explain(error: yaml.MarkedYAMLError) -> str:
-    """PyYAML's words, and the remedy for the mistakes that recipes invite."""
+def _remedy(error: yaml.MarkedYAMLError) -> str:
+    """Return what to do about the mistakes that recipes invite; PyYAML tells them apart by its words only."""
     problem = str(error.problem or error.context)
     if "escape" in problem:
-        return f"{problem}; in double quotes a backslash is special, so put regular expressions in single quotes"
+        return "In double quotes a backslash is special, so put regular expressions in single quotes."
     if "\\t" in problem:
-        return "a tab; indent with spaces"
+        return "Indent with spaces instead of a tab."
     if "mapping values are not allowed" in problem or "could not find expected ':'" in problem:
-        return f"{problem}; check the indentation, and put text that holds ': ' in single quotes"
+        return "Check the indentation, and put text that holds ': ' in single quotes."
     if "while parsing a" in str(error.context) or "cannot start any token" in problem:
-        return f"{problem}; close every bracket, and put regular expressions and other signs in single quotes"
-    return f"{problem}; check quotes and indentation"
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes all text that the reader would not take for that text."""
-
-    yaml_implicit_resolvers: dict[Any, Any] = {None: _KINDS}  # noqa: RUF012 - PyYAML's way to configure it
-
-    def ignore_aliases(self, data: object) -> bool:
-        return True
-
-
-class _Block(dict[str, Any]):
-    """A mapping that is written with one key a line."""
-
-
-def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
-    # PyYAML writes the line breaks of Unicode as they are, and reads them back as blanks; escaped they survive.
-    return dumper.represent_scalar(_STR, text, style=None if text.isprintable() else '"')
-
-
-_Dumper.add_representer(str, _represent_text)
-_Dumper.add_representer(
-    _Block, lambda dumper, data: dumper.represent_mapping("tag:yaml.org,2002:map", data.items(), flow_style=False)
-)
-
-
-def write_yaml(plain: dict[str, Any]) -> str:
-    """YAML text that `read_yaml` reads back to `plain`: two levels of one key a line, what is below in one line."""
-    blocks = {key: _Block(value) if isinstance(value, dict) and value else value for key, value in plain.items()}
-    text = yaml.dump(
-        _Block(blocks), Dumper=_Dumper, default_flow_style=True, sort_keys=False, allow_unicode=True, width=110
-    )
-    return str(text)
+        return "Close every bracket, and put regular expressions and other signs in single quotes."
+    return "Check quotes and indentation."

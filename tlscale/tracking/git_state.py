@@ -71,7 +71,7 @@ def _is_changed(commit: str, top: str, index: Path, objects: Path) -> bool:
 
 
 def _switches() -> list[str]:
-    """The plain switches of the checkout's configuration (and the user's), whose values are among those known."""
+    """Return the plain switches of the checkout's configuration (and the user's) whose values are known."""
     found: dict[str, str] = {}
     for entry in _git(["config", "--list", "-z"], {}).split("\0"):
         key, _, value = entry.partition("\n")
@@ -81,7 +81,7 @@ def _switches() -> list[str]:
 
 
 def _git(words: list[str], environment: dict[str, str], switches: list[str] | None = None, folder: str = ".") -> str:
-    """What git prints. No variable of git's own is handed on, as they may name programs, or another repository."""
+    """Return what git prints. Git's own variables are not handed on: they may name programs or repositories."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
     clean |= {"GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0", "GIT_NO_LAZY_FETCH": "1", **environment}
     options = [word for switch in (*(switches or ()), *_OFF) for word in ("-c", switch)]

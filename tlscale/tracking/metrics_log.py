@@ -22,7 +22,7 @@ _RECORD_KEYS = ("kind", "step", "epoch", "images_seen", "time_s")
 
 
 class MetricsFile:
-    """One JSON object a line, each flushed when it is written.
+    """Write one JSON object a line, each flushed when it is written.
 
     JSON has no NaN and no infinity: these are written as the strings "NaN", "Infinity" and "-Infinity", which
     `float()` reads back.
@@ -35,7 +35,7 @@ class MetricsFile:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Appends a record; it has at least kind ('train' or 'evaluate'), step, epoch, images_seen and time_s.
+        """Append a record; it has at least kind ('train' or 'evaluate'), step, epoch, images_seen and time_s.
 
         Raises:
             TlscaleError: the file cannot be written (the disk is full).
@@ -50,7 +50,7 @@ class MetricsFile:
             raise TlscaleError(f"cannot write {self._path}: {error.strerror or error}") from error
 
     def truncate_after(self, step: int) -> dict[str, int]:
-        """Drops what a resumed run does again: records after `step`, and lines that a killed writer left torn.
+        """Drop what a resumed run does again: records after `step`, and lines that a killed writer left torn.
 
         Returns:
             kind -> the last step that the file held before; give it to `open_trackers` as `seen`.
@@ -68,7 +68,7 @@ class MetricsFile:
         return last_steps
 
     def _replace(self, content: bytes) -> None:
-        """Puts `content` in the file's place at once, so that a crash leaves the old file or the new one."""
+        """Put `content` in the file's place at once, so that a crash leaves the old file or the new one."""
         self._file.close()
         aside = self._aside
         with aside.open("wb") as file:
@@ -94,13 +94,13 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a `metrics.jsonl`, in order; torn lines are left out."""
+    """Return the records of a `metrics.jsonl`, in order, without torn lines."""
     records = (_parse_record(line) for line in path.read_bytes().splitlines(keepends=True))
     return [record for record in records if record is not None]
 
 
 def _parse_record(line: bytes) -> dict[str, Any] | None:
-    """None for a torn line: one without its end, or that is no record."""
+    """Return a record, or None for a torn line: one without its end, or that is no record."""
     if not line.endswith(b"\n"):
         return None
     try:

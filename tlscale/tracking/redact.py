@@ -17,8 +17,10 @@ REDACTED = "[redacted]"
 
 
 def redact(value: Any) -> Any:  # noqa: ANN401 (plain YAML values)
-    """Plain values without secrets: no user-info and no signing parameters in URLs, no values of keys that look secret,
-    nor what follows such a key and '=' in a text.
+    """Return plain values without secrets.
+
+    That is without user-info and signing parameters in URLs, values of keys that look secret, and what follows such a
+    key and '=' in a text.
 
     Keys are those that hold api_key, token, secret, passw or credential.
     """
@@ -37,7 +39,7 @@ def redact(value: Any) -> Any:  # noqa: ANN401 (plain YAML values)
 
 
 def reason(error: Exception) -> str:
-    """An exception in one redacted line of at most 200 characters."""
+    """Return an exception in one redacted line of at most 200 characters."""
     first_line = (str(error).splitlines() or [""])[0]
     text = f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__
     return str(redact(text))[:200]

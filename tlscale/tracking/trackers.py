@@ -30,7 +30,7 @@ _REQUIREMENTS = {"tensorboard": "'tlscale[tensorboard]'"}
 
 
 class _Tracker(Protocol):
-    """One service; whatever it raises is caught by `Trackers`."""
+    """Take figures for one service; whatever it raises is caught by `Trackers`."""
 
     name: str
 
@@ -41,7 +41,7 @@ class _Tracker(Protocol):
 
 
 class Trackers:
-    """The trackers that are on; made by `open_trackers`. None of its methods raises because of a tracker.
+    """Hold the trackers that are on; made by `open_trackers`. No method raises because of a tracker.
 
     Attributes:
         notes: what to show the user (where a run is recorded, which tracker failed), in order.
@@ -67,7 +67,7 @@ class Trackers:
             self._say(text)
 
     def log(self, record: Mapping[str, float], step: int) -> None:
-        """Sends figures; keys are `<kind>/<figure>` (`train/loss`).
+        """Send figures; keys are `<kind>/<figure>` (`train/loss`).
 
         Figures that the tracker had before the run was resumed (their kind's step is in `seen`) are not sent again.
         """
@@ -76,18 +76,18 @@ class Trackers:
             self._each("logging", lambda tracker: tracker.log(new, step))
 
     def summary(self, figures: Mapping[str, Any]) -> None:
-        """Sends final figures; only numbers and strings, no lists and no tables."""
+        """Send final figures; only numbers and strings, no lists and no tables."""
         plain = {key: redact(value) for key, value in figures.items() if isinstance(value, str | int | float)}
         self._each("writing the summary", lambda tracker: tracker.summary(plain))
 
     def close(self, exit_code: int = 0) -> None:
-        """Ends all trackers; a second call does nothing."""
+        """End all trackers; a second call does nothing."""
         self._each("closing", lambda tracker: tracker.close(exit_code))
         self._trackers.clear()
         self._environment.close()
 
     def start(self, name: str, make: Callable[[], _Tracker | None], environment: Mapping[str, str]) -> None:
-        """Adds the tracker that `make` starts; `environment` holds until `close`, except what the user has set."""
+        """Add the tracker that `make` starts; `environment` holds until `close`, except what the user has set."""
         self._environment.enter_context(_environment_defaults(environment))
         try:
             tracker = make()
@@ -123,7 +123,7 @@ def open_trackers(
     seen: Mapping[str, int] | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Trackers:
-    """Starts the trackers `names`, on the main process; on others the same object that does nothing.
+    """Start the trackers `names`, on the main process; on others the same object that does nothing.
 
     Args:
         names: of `tlscale.recipe.schema.TRACKERS`.
@@ -190,7 +190,7 @@ def _environment_defaults(values: Mapping[str, str]) -> Iterator[None]:
 
 
 def _accelerate_environment(name: str, folder: Path) -> dict[str, str]:
-    """Keeps files inside the run folder where the tracker reads the place from the environment."""
+    """Keep files inside the run folder where the tracker reads the place from the environment."""
     offline = {"comet_ml": "COMET_API_KEY", "swanlab": "SWANLAB_API_KEY"}.get(name, "") not in os.environ
     match name:
         case "mlflow":
@@ -230,7 +230,7 @@ def _accelerate_arguments(name: str, run_name: str, folder: Path) -> dict[str, A
 
 
 class _AccelerateTracker:
-    """One of Accelerate's tracker classes; used as `Accelerator.init_trackers` uses it, but one at a time."""
+    """Wrap one of Accelerate's tracker classes, used as `Accelerator.init_trackers` uses it, but one at a time."""
 
     def __init__(self, name: str, run_name: str, folder: Path, config: Mapping[str, Any]) -> None:
         from accelerate import PartialState
@@ -249,7 +249,7 @@ class _AccelerateTracker:
         self._tracker.log(dict(record), step=step)
 
     def summary(self, figures: Mapping[str, Any]) -> None:
-        """They have no summary: the numbers become figures of the last step, below `final/`."""
+        """Log the numbers as figures of the last step, below `final/`: these trackers have no summary."""
         numbers = {f"final/{key}": value for key, value in figures.items() if not isinstance(value, str)}
         self._tracker.log(numbers, step=self._step)
 
@@ -261,7 +261,7 @@ class _AccelerateTracker:
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str | int | float | bool]]:
-    """`optim.lr: 0.1`; the trackers take only strings and numbers."""
+    """Return `optim.lr: 0.1`; the trackers take only strings and numbers."""
     for key, value in config.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{key}.")

@@ -34,7 +34,7 @@ def new_run_id() -> str:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """W&B's settings and log-in stay where they are (they are read); what it writes goes below the run folder."""
+    """Return variables such that W&B writes below the run folder; its settings and log-in are read where they are."""
     return {
         "WANDB_CACHE_DIR": str(folder / "cache"),
         "WANDB_DATA_DIR": str(folder / "data"),
@@ -45,7 +45,7 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 class WandbSession:
-    """One segment of a W&B run: from `start` to `close`."""
+    """Record one segment of a W&B run: from `start` to `close`."""
 
     name = "W&B"
 
@@ -67,7 +67,7 @@ class WandbSession:
         self._run: Any = None
 
     def start(self) -> Self | None:
-        """Online if that is asked for or left open and somebody is logged in, else offline; None when disabled."""
+        """Start online if asked for, or if left open and somebody is logged in, else offline; None when disabled."""
         import wandb
 
         self._say_what_is_not_read()
@@ -142,7 +142,7 @@ class WandbSession:
         self._run.finish(exit_code=exit_code)
 
     def abandon(self) -> None:
-        """Without this W&B tries again when Python exits, and prints a traceback."""
+        """Tear down: otherwise W&B tries again when Python exits, and prints a traceback."""
         import wandb
 
         wandb.teardown(exit_code=1)
@@ -166,17 +166,17 @@ _PRIVATE: dict[str, Any] = {
 
 
 def _mode(section: WandbSection) -> tuple[Literal["online", "offline", "disabled"], str]:
-    """The mode and the reason for it; never asks, never uses the network."""
+    """Return the mode and the reason for it; never prompt, never use the network."""
     settings, wish = _load_settings(), wandb_settings().get("mode", "")
     asked = os.environ.get("WANDB_MODE")
-    who = f"WANDB_MODE={asked}" if asked else f"the recipe says 'wandb.mode: {section.mode}'"
+    who = f"WANDB_MODE={asked}" if asked else f"the recipe sets 'wandb.mode: {section.mode}'"
     mode = asked or (section.mode if section.mode != "auto" else settings.mode)
     if not asked and section.mode == "auto" and wish in ("offline", "dryrun", "disabled"):
-        return "offline", "W&B's settings in the working folder say so"
+        return "offline", "W&B's settings in the working folder ask for it"
     if mode == "disabled":
         return "disabled", who
     if mode in ("offline", "dryrun"):
-        return "offline", who if asked or section.mode != "auto" else "W&B's settings say so"
+        return "offline", who if asked or section.mode != "auto" else "W&B's settings ask for it"
     try:
         logged_in = _is_logged_in(settings.base_url)
     except Exception as error:  # a broken key, or another version of wandb
@@ -186,13 +186,13 @@ def _mode(section: WandbSection) -> tuple[Literal["online", "offline", "disabled
 
 @contextmanager
 def _own_settings() -> Iterator[None]:
-    """Within: W&B finds no settings in the working folder; which is left for no longer than it has to be."""
+    """Hide the settings in the working folder from W&B; that folder is left for no longer than it has to be."""
     with outside_working_folder() if wandb_files() else nullcontext():
         yield
 
 
 def _load_settings() -> Any:  # noqa: ANN401
-    """W&B's settings for this process: the user's and the environment's, and not those of the working folder."""
+    """Return W&B's settings for this process: the user's and the environment's, and not those of the working folder."""
     import wandb
 
     here = os.getcwd()
@@ -204,13 +204,13 @@ def _load_settings() -> Any:  # noqa: ANN401
 
 
 def _is_logged_in(base_url: str) -> bool:
-    """Whether W&B finds a key by its own means: the environment, netrc, its settings file."""
+    """Return whether W&B finds a key by its own means: the environment, netrc, its settings file."""
     from wandb.sdk.lib import wbauth
 
     return wbauth.authenticate_session(host=base_url, source="tlscale", prompt=False, update_session=False) is not None
 
 
 def _stop_run() -> None:
-    """The stop button of W&B's page: SIGTERM where it is handled, so that the run saves itself first."""
+    """Obey the stop button of W&B's page: SIGTERM where it is handled, so that the run saves itself first."""
     handled = callable(signal.getsignal(signal.SIGTERM))
     os.kill(os.getpid(), signal.SIGTERM if handled else signal.SIGINT)

@@ -42,7 +42,7 @@ def wandb_settings() -> dict[str, str]:
 
 @contextlib.contextmanager
 def outside_working_folder() -> Iterator[None]:
-    """Within: the working folder is one of this package, so that what a library looks for there is not found."""
+    """Make the working folder one of this package, so that what a library looks for there is not found."""
     was = {key: os.environ[key] for key in _PLACES if os.environ.get(key)}
     os.environ.update({key: os.path.abspath(os.path.expanduser(place)) for key, place in was.items()})
     try:

@@ -27,7 +27,7 @@ def test_a_source_takes_its_own_keys_and_no_others(source, key):
     if key in takes:
         assert DataSection(**section).source == source
     else:
-        with pytest.raises(ValueError, match=rf"'{key}' has no effect with source '{source}'; take it out .*: \w+"):
+        with pytest.raises(ValueError, match=rf"{key}: has no effect with source '{source}'\. Remove it .*: \w+"):
             DataSection(**section)
 
 

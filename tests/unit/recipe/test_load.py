@@ -14,10 +14,12 @@ from hypothesis import strategies as st
 
 from tlscale.errors import RecipeError
 from tlscale.recipe.load import MAX_BYTES, MAX_EXTENDS, diff_recipes, dump_recipe, load_recipe, recipe_digest
+from tlscale.recipe.mistakes import Findings, Origin
 from tlscale.recipe.schema import Recipe
 from tlscale.recipe.schema_keys import all_keys
 from tlscale.recipe.shipped import copy_recipe, recipe_summary, shipped_recipes
-from tlscale.recipe.yaml_reader import Findings, Origin, read_yaml, write_yaml
+from tlscale.recipe.yaml_reader import read_yaml
+from tlscale.recipe.yaml_writer import write_yaml
 
 GOOD = "name: a\ndata: {source: fashion_mnist}\nbackbone: {name: resnet18}\n"
 ROOT = Path(__file__).resolve().parents[3]
@@ -27,7 +29,7 @@ def read(text):
     """The value of YAML text, and the mistakes in it."""
     findings = Findings()
     node = read_yaml(text, lambda line: Origin("x.yaml", line), findings)
-    return (None if node is None else node.plain()), [str(problem) for problem in findings.problems]
+    return (None if node is None else node.plain()), [str(problem) for problem in findings.mistakes]
 
 
 @pytest.fixture
@@ -205,7 +207,7 @@ def test_alias_bomb_is_refused_without_expanding_it(recipe_file):
 def test_missing_file_lists_what_there_is(recipe_file, tmp_path):
     recipe_file(GOOD, "resnet.yaml")
     assert f"Did you mean '{tmp_path / 'resnet.yaml'}'?" in message(tmp_path / "resnte.yaml")
-    assert "is a folder; name a recipe file, such as resnet.yaml" in message(tmp_path)
+    assert "is a folder. Name a recipe file, such as resnet.yaml." in message(tmp_path)
     assert "cannot be read" in message("a\0b.yaml")
 
 

@@ -7,9 +7,10 @@ import pytest
 from tlscale.errors import RecipeError
 from tlscale.recipe import retired
 from tlscale.recipe.load import load_recipe, load_stored_recipe
+from tlscale.recipe.mistakes import Findings, Origin
 from tlscale.recipe.retired import RETIRED, RetiredKey, RetiredValue, replace_retired
 from tlscale.recipe.schema_keys import all_keys
-from tlscale.recipe.yaml_reader import Findings, Origin, read_yaml
+from tlscale.recipe.yaml_reader import read_yaml
 
 TABLE = (
     RetiredKey("codes.squash", False, "Take it out: codes are not squashed any more."),
@@ -28,7 +29,7 @@ def replaced(text, *, stored):
     findings = Findings()
     tree = read_yaml(text, lambda line: Origin("r.yaml", line), findings)
     tree, notes = replace_retired(tree, findings, stored=stored)
-    return tree.plain(), notes, [str(problem) for problem in findings.problems]
+    return tree.plain(), notes, [str(problem) for problem in findings.mistakes]
 
 
 @pytest.mark.parametrize("stored", [False, True])

@@ -240,7 +240,7 @@ def test_a_wish_to_stay_offline_in_the_working_folder_is_heard(segment, tmp_path
     (tmp_path / "here" / "wandb" / "settings").write_text("[default]\nmode = offline\n")
     report = segment(environment={"WANDB_API_KEY": CANARY, "WANDB_BASE_URL": address}, folder=tmp_path / "here")
     assert heard == []
-    assert "offline (W&B's settings in the working folder say so)" in report["notes"][-1]
+    assert "offline (W&B's settings in the working folder ask for it)" in report["notes"][-1]
 
 
 def test_what_the_user_says_of_places_holds_beside_such_settings(segment, tmp_path):
@@ -250,7 +250,7 @@ def test_what_the_user_says_of_places_holds_beside_such_settings(segment, tmp_pa
     (tmp_path / "here" / "mine").mkdir()
     (tmp_path / "here" / "mine" / "settings").write_text("[default]\nmode = offline\n")
     report = segment(environment={"WANDB_API_KEY": CANARY, "WANDB_CONFIG_DIR": "mine"}, folder=tmp_path / "here")
-    assert "offline (W&B's settings say so)" in report["notes"][-1]
+    assert "offline (W&B's settings ask for it)" in report["notes"][-1]
 
 
 def test_no_secret_is_in_the_name_the_tags_or_the_team(segment, tmp_path):

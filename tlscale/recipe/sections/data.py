@@ -1,0 +1,80 @@
+"""The section `data`: where images come from, and what is done to them."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from tlscale.recipe.field_types import Augment
+from tlscale.recipe.mistakes import InvalidValueError
+from tlscale.recipe.sections.base import Section
+from tlscale.recipe.sources import SOURCE_KEYS, SOURCES, check_source_keys
+
+
+class DataSection(Section):
+    """Where the images come from, and what is done to them before the backbone sees them."""
+
+    source: Literal[tuple(SOURCES)] = Field(  # type: ignore[valid-type]
+        description="; ".join(f"`{name}`: {source.about}" for name, source in SOURCES.items()) + "."
+    )
+    path: str | None = Field(None, min_length=1)
+    """Folder or file of the source; for `hub` its name there. Relative to the folder tlscale is started in."""
+    config: str | None = None
+    """Configuration of a hub data set."""
+    revision: str | None = None
+    """Commit, tag or branch of a hub data set; the commit it stands for is written to `run.json`."""
+    image_column: str | None = None
+    """Column that holds the image or its path; found by default when the name is usual (`image`, `img`, `path`...)."""
+    label_column: str | None = None
+    """Column that holds the label; found by default when the name is usual (`label`, `labels`, `class`...)."""
+    train_split: str = "train"
+    """Name of the training split in the source."""
+    validation_split: str | None = None
+    """Name of the validation split; by default `validation`, `valid` or `val` where one is there."""
+    test_split: str = "test"
+    """Name of the test split; never used to choose anything. Without one, results are those of the validation."""
+    validation_fraction: float = Field(0.1, ge=0.0, le=0.5)
+    """Share of the training images that becomes the validation split, stratified, where the source has none."""
+    classes: list[str] | None = Field(None, min_length=2)
+    """Class names in the order of their numbers; by default those of the training split, sorted."""
+    train_limit: int | None = Field(None, ge=1)
+    """Use only so many labelled training images, a stratified subset by seed, validation included."""
+    fallback: Literal["sample"] | None = None
+    """`sample`: where `fashion_mnist` is not available, use the 7,000 real images that ship with tlscale."""
+    on_bad_image: Literal["error", "skip"] = "error"
+    """An image that cannot be read: stop, or try all images first and skip the bad ones of every split, before a limit
+    or a hold-out is drawn; the results count them."""
+    max_megapixels: float = Field(64.0, gt=0.0, le=89.0)
+    """Larger images are bad images (a decompression bomb is one); 89 is the limit of the library that reads them."""
+    image_size: int | None = Field(None, ge=8, le=2048)
+    """Height and width the backbone sees, in pixels; by default the size it was pretrained at."""
+    interpolation: Literal["auto", "nearest", "bilinear", "bicubic", "lanczos"] = "auto"
+    """How images are resized; `auto`: as the backbone was pretrained."""
+    crop_pct: float | None = Field(None, gt=0.0, le=1.0)
+    """Share of the resized image that the evaluation's centre crop keeps; by default the backbone's, or 1 where the
+    images are no larger than that crop."""
+    mean: list[float] | None = None
+    """Mean of each channel, 0..1; by default the backbone's."""
+    std: list[float] | None = None
+    """Standard deviation of each channel, 0..1; by default the backbone's."""
+    augment: Augment = []
+    """`none`, or a list of flip, crop, trivialaugment, randaugment, erasing, mixup, cutmix, each with or without its
+    number, such as `[flip, {crop: 0.5}, {mixup: 0.2}]`."""
+    workers: int | None = Field(None, ge=0, le=256)
+    """Processes that read images for each training process; by default 0 when the images are cached and not
+    augmented, or when training runs on the CPU, whose cores they would take; else up to 4."""
+    cache_mib: int = Field(2048, ge=0)
+    """Images are decoded once and cached as uint8 when all of them need no more than this, in MiB; 0: never."""
+
+    @model_validator(mode="after")
+    def _check(self) -> DataSection:
+        check_source_keys(self.source, [key for key in SOURCE_KEYS if getattr(self, key) is not None])
+        if self.classes is not None and len(set(self.classes)) != len(self.classes):
+            raise InvalidValueError("names a class twice", "Name each class once.", keys=["classes"])
+        for key in ("mean", "std"):
+            if getattr(self, key) is not None and len(getattr(self, key)) not in (1, 3):
+                raise InvalidValueError("takes one number per channel", "Write 1 number, or 3.", keys=[key])
+        if self.std is not None and min(self.std) <= 0:
+            raise InvalidValueError("must be more than 0", keys=["std"])
+        return self

@@ -1,0 +1,99 @@
+"""The sections on how a run is computed, evaluated, saved and tracked."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from tlscale.recipe.duration import parse_duration
+from tlscale.recipe.field_types import PositiveDuration
+from tlscale.recipe.mistakes import InvalidValueError
+from tlscale.recipe.sections.base import Section
+
+
+class ComputeSection(Section):
+    """How it is computed; nothing here changes what is learned, up to rounding."""
+
+    engine: Literal["auto", "ddp", "fsdp2"] = "auto"
+    """How several processes train together: `ddp`, each with a whole network; `fsdp2`, each with its share of every
+    tensor that is trained, of its gradient, moments and average. `auto`: `ddp` where there are several."""
+    precision: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
+    """Of the forward and backward pass; weights are kept in float32 (float64 for `fp64`)."""
+    micro_batch_size: int | None = Field(None, ge=1)
+    """Most images that one process passes through the network at once; by default its whole share of the batch."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass to save memory; an error where the backbone does not do it."""
+    channels_last: bool = False
+    """Keep activations in channels-last order."""
+    compile: bool = False
+    """Compile the model with `torch.compile`."""
+    deterministic: bool = False
+    """Use only deterministic algorithms (the CPU's are; on a GPU slower, and some operations have none)."""
+    threads: int | None = Field(None, ge=1, le=1024)
+    """CPU threads of a process; by default the machine's cores divided among its processes. Sums on a CPU depend on it
+    in the last bit, so a run that is to be repeated exactly elsewhere names it."""
+    num_processes: int | None = Field(None, ge=1)
+    """Refuse to run on any other number of processes; by default as many as the launcher started."""
+    hang_timeout_s: float = Field(1800.0, ge=1.0)
+    """Seconds without a sign of life (a step, a batch of an evaluation, a block of codes) after which a process writes
+    the stack of each of its threads to stderr and ends; so long it waits for the others, too."""
+
+    def without_engine(self) -> ComputeSection:
+        """Return the same section for what trains nothing, which several processes do without any engine."""
+        return self.model_copy(update={"engine": "auto"})
+
+    @model_validator(mode="after")
+    def _check(self) -> ComputeSection:
+        if self.engine != "fsdp2":
+            return self
+        if self.precision == "fp16":
+            problem = "fp16 is not supported with engine=fsdp2, as the loss would have to be scaled over all shards"
+            raise InvalidValueError(problem, "Write bf16.", keys=["precision", "engine"])
+        for key, why in (
+            ("channels_last", "FSDP2 cannot shard tensors in this memory format"),
+            ("compile", "untested"),
+        ):
+            if getattr(self, key):
+                problem = f"not supported with engine=fsdp2 ({why})"
+                raise InvalidValueError(problem, "Remove one of them.", keys=[key, "engine"])
+        return self
+
+
+class EvaluateSection(Section):
+    """When the validation images are evaluated, and which weights are best."""
+
+    every: PositiveDuration = Field(default_factory=lambda: parse_duration("1 epochs"))
+    """How often; the last step is always evaluated."""
+    batch_size: int | None = Field(None, ge=1)
+    """Images per process and forward pass; by default what a process takes in training."""
+    select: Literal["top1", "loss", "macro_f1", "distill_loss"] = "top1"
+    """The validation figure by which weights are best; `distill_loss`: what `distill` adds to the loss."""
+    choose: Literal["latest_within_se", "best"] = "latest_within_se"
+    """Which weights are exported: `best`: those of the best validation figure; `latest_within_se`: the latest ones
+    whose figure is within one standard error of the best, since the best of many figures of few images is best by luck.
+    The error is binomial for `top1`, that of the mean for a loss, and by bootstrap for `macro_f1`."""
+
+
+class CheckpointSection(Section):
+    """What is kept of a run while it runs."""
+
+    every: PositiveDuration = Field(default_factory=lambda: parse_duration("1 epochs"))
+    """How often; the last step, and a stop by signal, are always saved."""
+    keep: int = Field(2, ge=1, le=1000)
+    """Newest checkpoints to keep."""
+    keep_best: int = Field(1, ge=1, le=1000)
+    """Best checkpoints to keep besides, by `evaluate.select`; the one that `evaluate.choose` names is the first."""
+
+
+class WandbSection(Section):
+    """Weights & Biases; keys and passwords never go into a recipe."""
+
+    project: str = "tlscale"
+    """Project there."""
+    entity: str | None = None
+    """User or team there."""
+    mode: Literal["auto", "online", "offline"] = "auto"
+    """`auto`: online where somebody is logged in, else offline (`wandb sync` uploads it later)."""
+    tags: list[str] = []
+    """Tags of the run."""

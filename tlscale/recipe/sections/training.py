@@ -1,0 +1,120 @@
+"""The sections on how the network is trained: optimizer, schedule, stages and loss."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from tlscale.recipe.duration import parse_duration
+from tlscale.recipe.field_types import AnyDuration, FreezeRules, NumberRules, PositiveDuration
+from tlscale.recipe.mistakes import InvalidValueError
+from tlscale.recipe.sections.base import Section, check_no_share
+
+
+class OptimSection(Section):
+    """The optimizer and what its parameter groups get."""
+
+    name: str = "adamw"
+    """One of timm's optimizers; its `sgd` has Nesterov momentum of 0.9, plain momentum is `momentum`."""
+    lr: float = Field(1e-3, gt=0.0)
+    """Peak learning rate, for the global batch size of the recipe as it stands (it is not scaled)."""
+    weight_decay: float = Field(0.05, ge=0.0)
+    """Weight decay of what no rule names; norm layers and biases have none unless `decay_norm_and_bias`."""
+    decay_norm_and_bias: bool = False
+    """Decay norm layers and biases as well."""
+    options: dict[str, float | int | bool | list[float]] = {}
+    """Other arguments of the optimizer, such as `{betas: [0.9, 0.95]}` or `{momentum: 0.9}`."""
+    lr_rules: NumberRules = ()
+    """Rules, regex -> factor on the learning rate; parameters that no rule matches have 1."""
+    weight_decay_rules: NumberRules = ()
+    """Rules, regex -> weight decay in place of `weight_decay`."""
+    layer_decay: float | None = Field(None, gt=0.0, le=1.0)
+    """Factor on the learning rate for each layer (timm's grouping) away from the head."""
+    clip_grad_norm: float | None = Field(None, gt=0.0)
+    """Scale the gradient down to this norm, taken over all trainable parameters of the global batch."""
+    ema_decay: float | None = Field(None, gt=0.0, lt=1.0)
+    """Keep an exponential moving average of the trainable parameters, and evaluate and export that."""
+
+
+class ScheduleSection(Section):
+    """The learning rate as a function of the step."""
+
+    warmup: AnyDuration = Field(default_factory=lambda: parse_duration("5%"))
+    """Linear from 0 to the peak."""
+    decay: Literal["cosine", "linear", "constant", "step"] = "cosine"
+    """What comes after the warm-up."""
+    min_factor: float = Field(0.0, ge=0.0, le=1.0)
+    """Where cosine and linear end, as a share of the peak."""
+    step_every: PositiveDuration | None = None
+    """`decay: step` only: how long a stair is."""
+    step_factor: float | None = Field(None, gt=0.0, lt=1.0)
+    """`decay: step` only: factor from one stair to the next."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ScheduleSection:
+        for key in ("step_every", "step_factor"):
+            is_given = getattr(self, key) is not None
+            if is_given and self.decay != "step":
+                raise InvalidValueError(
+                    f"has no effect with decay={self.decay}", "Remove it, or write decay: step.", keys=[key, "decay"]
+                )
+            if not is_given and self.decay == "step":
+                remedy = "Write both 'step_every' and 'step_factor'."
+                raise InvalidValueError("missing with decay=step", remedy, keys=[key, "decay"])
+        if self.decay in ("step", "constant") and self.min_factor != 0.0:
+            raise InvalidValueError(
+                f"has no effect with decay={self.decay}", "Remove it.", keys=["min_factor", "decay"]
+            )
+        return self
+
+
+class StageSection(Section):
+    """A part of the run with its own frozen layers; a key that is absent is as in the rest of the recipe."""
+
+    freeze: FreezeRules = ()
+    """As the recipe's `freeze`, for this stage; absent: nothing is frozen."""
+    duration: PositiveDuration
+    """Length of the stage."""
+    lr: float | None = Field(None, gt=0.0)
+    """In place of `optim.lr`."""
+    lr_rules: NumberRules | None = None
+    """In place of `optim.lr_rules`."""
+    layer_decay: float | None = Field(None, gt=0.0, le=1.0)
+    """In place of `optim.layer_decay`."""
+    schedule: ScheduleSection | None = None
+    """In place of the recipe's `schedule`; shares (`5%`) are of the stage."""
+
+    @model_validator(mode="after")
+    def _check(self) -> StageSection:
+        check_no_share(self.duration)
+        return self
+
+
+class LossSection(Section):
+    """Cross-entropy, summed over the images and divided by their number over all processes: what is trained on. The
+    `loss` of every evaluation is plain cross-entropy, without weights and smoothing."""
+
+    label_smoothing: float = Field(0.0, ge=0.0, lt=1.0)
+    """Share of the target that is shared by all classes."""
+    class_weights: Literal["none", "balanced"] | dict[str, float] = "none"
+    """`balanced`: inverse to each class's number of training images; or a weight for each class by name. An image's
+    loss is multiplied by the weight of its own label; one mixed of two labels has a share of each label's weighted
+    loss. Weights are scaled such that their mean over the training images is 1."""
+
+
+class NonFiniteSection(Section):
+    """What happens when the loss or a gradient is NaN or infinite, on any process."""
+
+    action: Literal["raise", "skip", "rollback"] = "raise"
+    """`raise`: the run fails, and its checkpoints stay; `skip`: that step changes nothing, for which all processes look
+    at every step before its update; `rollback`: all go back to the last checkpoint and make its steps again without
+    that one, which costs nothing until it happens. The last two end in the same weights."""
+    most_steps: int = Field(10, ge=1)
+    """The run fails when more steps than these would be skipped. For `skip` and `rollback`."""
+
+    @model_validator(mode="after")
+    def _check(self) -> NonFiniteSection:
+        if self.action == "raise" and self.most_steps != 10:
+            raise InvalidValueError("has no effect with action=raise", "Remove it.", keys=["most_steps", "action"])
+        return self
