@@ -271,7 +271,7 @@ def test_what_says_how_it_is_computed_is_taken(run_folder, change):
         (["--split", "train", "data.path=nowhere"], "nowhere"),
         (["--data", "nowhere"], "does not exist"),
         (["--data", __file__], "neither a folder nor a table"),
-        (["--data", ".", "data.path=there"], "give one of them"),
+        (["--data", ".", "data.path=there"], "Give one of them"),
         (["--name", "../run"], "--name"),
         (["data.pth=there"], "Did you mean 'path'"),
     ],

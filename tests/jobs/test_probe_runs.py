@@ -10,7 +10,15 @@ import torch
 from click.testing import CliRunner
 
 import tlscale
-from tests.small_runs import exported, largest_difference, put_small_idx, result, sample_images, small_recipe
+from tests.small_runs import (
+    exported,
+    largest_difference,
+    put_small_folder,
+    put_small_idx,
+    result,
+    sample_images,
+    small_recipe,
+)
 from tlscale.cli import main
 from tlscale.codes.store import CodesStore
 from tlscale.commands.evaluate import evaluate_run
@@ -151,6 +159,16 @@ def test_wrong_probes(changes, error, said, run, tmp_path):
     with pytest.raises(error, match=re.escape(said)):
         run(**changes)
     assert not (tmp_path / "run" / "run.json").exists(), "the same line must work once the recipe is mended"
+
+
+@pytest.mark.parametrize("changes", [{"probe": {"kind": "ridge"}}, {"freeze": ".*", "duration": "1 steps"}], ids=str)
+def test_notes_on_the_data_name_no_place_of_the_machine(changes, tmp_path):
+    images = put_small_folder(tmp_path / "images")
+    (images / "train" / "about.txt").write_text("no image")
+    recipe = small_recipe(tmp_path / "r.yaml", images, data={"source": "folder"}, backbone=RESNET, **changes)
+    notes = tlscale.run(recipe, tmp_path / "run")["notes"]
+    assert any("about.txt" in note for note in notes)
+    assert str(tmp_path) not in json.dumps(notes)
 
 
 def test_a_layer_without_effect_in_training_is_refused(data, tmp_path):

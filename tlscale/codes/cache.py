@@ -43,7 +43,7 @@ from tlscale.tracking.stopwatch import Stopwatch
 
 @dataclass(frozen=True)
 class CodesSpec:
-    """Everything that codes depend on, next to the network and the images."""
+    """Hold what codes depend on, next to the network and the images."""
 
     section: CodesSection
     inputs: InputPath

@@ -17,7 +17,7 @@ _WHOLE_BACKBONE = "backbone"  # the name of the classifier's child, where that i
 
 @dataclass(frozen=True)
 class Part:
-    """Values that one part of a network gives, and that are always needed together."""
+    """Identify values that one part of a network gives, and that are always needed together."""
 
     weights: str
     """Digest of the part as a function."""

@@ -1,4 +1,4 @@
-"""`tlscale codes`: compute the codes that a recipe needs, ahead of its run; and look after those that are kept."""
+"""`tlscale codes`: compute the codes (cached features) that a recipe needs, ahead of its run; list, verify, prune."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _GIB = 2**30
 
 
 def compute_codes(recipe: Recipe, watch: Stopwatch | None = None) -> int:
-    """Compute and keep the codes of all images of the recipe's data; what is there is not computed again.
+    """Compute and cache the codes of all images of the recipe's data; what is cached is not computed again.
 
-    They are those of `codes.layer`, or what a probe takes by itself; and for a recipe that trains, those that its
+    They are those of `codes.layer`, or what a probe takes by default; and for a recipe that trains, those that its
     (first stage's) frozen part gives, or its teacher.
 
     Args:
@@ -38,7 +38,7 @@ def compute_codes(recipe: Recipe, watch: Stopwatch | None = None) -> int:
         How many images went through the network, over all processes.
 
     Raises:
-        TlscaleError: wrong input, codes that cannot be kept, or `Stopped` after a signal.
+        TlscaleError: wrong input, codes that cannot be cached, or `Stopped` after a signal.
     """
     watch = watch or Stopwatch()
     processes = start_processes(recipe.compute.without_engine())
@@ -67,7 +67,7 @@ def _frozen_codes(setup: RunSetup, processes: Processes, codes_cache: CodesCache
     choice = agree_on_partition(setup.stages[0], setup, processes, codes_cache.store, force_cache=True)
     if choice.partition is None:
         raise ModelError(
-            f"this recipe's training has no codes: {choice.why}. Freeze a part of the backbone, or name layers: "
+            f"codes: this recipe's training has none: {choice.why}. Freeze a part of the backbone, or name layers: "
             "codes.layer=penultimate"
         )
     codes_cache.console.say(f"{choice.partition.describe()}; {choice.why}")
@@ -82,9 +82,16 @@ def _frozen_codes(setup: RunSetup, processes: Processes, codes_cache: CodesCache
 
 def _show(codes: dict[str, Codes], console: Console) -> None:
     rows = [
-        (name, spec.name, "x".join(map(str, spec.shape)), spec.dtype, f"{len(kept):,}", f"{_mib(kept, spec.row_bytes)}")
-        for name, kept in codes.items()
-        for spec in kept.values
+        (
+            name,
+            spec.name,
+            "x".join(map(str, spec.shape)),
+            spec.dtype,
+            f"{len(cached):,}",
+            f"{_mib(cached, spec.row_bytes)}",
+        )
+        for name, cached in codes.items()
+        for spec in cached.values
     ]
     console.table("Codes", ("split", "layer", "shape", "dtype", "images", "MiB"), rows)
 
@@ -94,7 +101,7 @@ def _mib(codes: Codes, row_bytes: int) -> str:
 
 
 def list_codes() -> None:
-    """Show what is kept, the codes that were used last first."""
+    """Show what is cached, the most recently used codes first."""
     store, console = CodesStore(), Console()
     entries = store.entries()
     if not entries:
@@ -118,18 +125,18 @@ def _row(entry: Entry) -> tuple[str, ...]:
 
 
 def verify_codes(digest: str | None) -> None:
-    """Read every byte of the codes that are kept, or of one entry.
+    """Read every byte of the cached codes, or of one entry.
 
     Raises:
-        TlscaleError: there is no such entry, or what is kept is corrupt.
+        TlscaleError: there is no such entry, or codes are corrupt.
     """
     store, console = CodesStore(), Console()
-    faults = store.verify(digest)
-    for fault in faults:
-        console.say(fault, style="bold red")
-    if faults:
+    problems = store.verify(digest)
+    for problem in problems:
+        console.say(problem, style="bold red")
+    if problems:
         raise TlscaleError(
-            f"{len(faults)} faults in '{store.root}'. Damaged codes are never read: a run computes them again, or "
+            f"{len(problems)} problems in '{store.root}'. Damaged codes are never read: a run computes them again, or "
             "remove them: tlscale codes prune DIGEST"
         )
     entries = store.entries()
@@ -144,7 +151,7 @@ def prune_codes(digests: tuple[str, ...], *, keep_gib: float | None, everything:
 
     Args:
         digests: entries, by their first digits.
-        keep_gib: remove those that were not used for longest until the rest needs no more.
+        keep_gib: evict least recently used codes until the cache is at most so large.
         everything: remove all.
 
     Raises:

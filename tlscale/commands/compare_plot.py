@@ -1,4 +1,4 @@
-"""The picture of a comparison: accuracy by training-set size and by time, with what the most frequent class scores."""
+"""Draw a comparison: accuracy by training-set size and by time, with what the most frequent class scores."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _MAJORITY: Any = {"color": "#555555", "linestyle": "--", "linewidth": 1.0, "labe
 
 
 def draw(rows: Sequence[Row], paths: Sequence[Path]) -> None:
-    """Accuracy by training-set size and by time; with one size only, a line of dots for each.
+    """Draw accuracy by training-set size and by time; with one size only, a line of dots for each.
 
     Args:
         rows: at least one.
@@ -96,13 +96,13 @@ def _lines(rows: Sequence[Row], sizes: Sequence[int]) -> Figure:
 
 
 def _majority(rows: Sequence[Row], size: int) -> float | None:
-    """The mean share of the most frequent class at a size; None where an older tlscale made all runs."""
+    """Return the mean share of the most frequent class at a size; None where an older tlscale made all runs."""
     shares = [row.majority_top1 for row in rows if row.size == size and row.majority_top1 is not None]
     return fmean(shares) if shares else None
 
 
 def _bars(rows: Sequence[Row]) -> list[list[float]]:
-    """How far the intervals go down and up, as matplotlib takes it."""
+    """Return how far the intervals go down and up, as matplotlib takes it."""
     return [[row.top1 - row.low for row in rows], [row.high - row.top1 for row in rows]]
 
 
@@ -116,14 +116,14 @@ def _seconds_label(rows: Sequence[Row]) -> str:
 
 
 def _hollow(axes: Axes, points: Sequence[tuple[float, float, Row]], colour: str, marker: str, size: float) -> None:
-    """Marks the runs whose time is without the computing of their codes."""
+    """Mark the runs whose time is without the computing of their codes."""
     for x, y, row in points:
         if row.found_codes:
             axes.plot([x], [y], color=colour, marker=marker, markersize=size, markerfacecolor="white", zorder=3)
 
 
 def _log_seconds(axes: Axes, rows: Sequence[Row]) -> None:
-    """As many numbers as fit; a decade alone would often leave the axis without any."""
+    """Show as many numbers as fit; a decade alone would often leave the axis without any."""
     seconds = [_seconds(row) for row in rows]
     decades = math.log10(max(seconds) / min(seconds))
     axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if decades < 2 else (1, 3) if decades < 4 else (1,)))

@@ -1,4 +1,4 @@
-"""Runs side by side: one table, one picture, and what of the differences is more than chance.
+"""Report runs side by side: one table, one picture, and which differences are more than chance.
 
 Promise: figures of runs are shown together only when they are of the same images. No run is called the best without
 those that a paired test on these images does not tell from it. Nothing here runs anything.
@@ -31,7 +31,7 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one run; figures are None where it failed, and `error` says why."""
+    """Hold the outcome of one run; figures are None where it failed, and `error` has the reason."""
 
     variant: str
     """A strategy, or the name of a recipe."""
@@ -50,7 +50,7 @@ class Outcome:
     images_seen: int | None = None
     """Images that went through the backbone while codes were computed or the network was trained."""
     found_codes: bool = False
-    """Whether codes that another run had computed were used, so that `wall_s` is without that."""
+    """Codes that another run had computed were used, so that `wall_s` is without that."""
     seconds: dict[str, float] | None = None
     """The parts of `wall_s`; None of a run of an older version."""
     layer: str | None = None
@@ -69,7 +69,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Row:
-    """A variant at one size, over its seeds; `low` and `high` span the intervals and the seeds."""
+    """Summarise a variant at one size over its seeds; `low` and `high` span the intervals and the seeds."""
 
     variant: str
     size: int
@@ -111,7 +111,7 @@ class Row:
 
 
 def finished(variant: str, size: int | None, seed: int, folder: RunFolder, result: dict[str, Any]) -> Outcome:
-    """The outcome of a complete run.
+    """Read the outcome of a complete run.
 
     Args:
         size: None: as many training and held-out images as `run.json` counts.
@@ -149,7 +149,7 @@ def finished(variant: str, size: int | None, seed: int, folder: RunFolder, resul
 
 
 def _score(result: dict[str, Any], counts: dict[str, int]) -> dict[str, Any]:
-    """The figures of a run that may be shown.
+    """Return the figures of a run that may be shown.
 
     An older tlscale scored a probe that it had fitted again, to the validation images as well, on these very images.
     What they said of it before that is in the result, too.
@@ -168,7 +168,7 @@ def _score(result: dict[str, Any], counts: dict[str, int]) -> dict[str, Any]:
 
 
 def _held_out_top1(folder: RunFolder, result: dict[str, Any]) -> float | None:
-    """Of the weights that were kept, on the images that chose them."""
+    """Return the top1 of the exported weights on the images that chose them."""
     if "probe" in result:
         figure = result["probe"]["held_out_top1"]
         return figure if figure is None else float(figure)
@@ -212,7 +212,7 @@ def refuse_other_images(outcomes: Sequence[Outcome]) -> None:
 
 
 def to_rows(outcomes: Sequence[Outcome]) -> list[Row]:
-    """What did not fail, by size, the best first."""
+    """Group what did not fail into rows, by size, the best first."""
     groups: dict[tuple[str, int], list[Outcome]] = {}
     for outcome in outcomes:
         if outcome.error is None:
@@ -222,7 +222,7 @@ def to_rows(outcomes: Sequence[Outcome]) -> list[Row]:
 
 
 def against_best(row: Row, rows: Sequence[Row], pairs: Sequence[Pair] = ()) -> str:
-    """`best`, or how many points less; and whether a paired test tells the two apart."""
+    """Return `best`, or how many points less, and whether a paired test distinguishes the two."""
     best = max((other for other in rows if other.size == row.size), key=lambda other: other.top1)
     if row is best:
         return "best"
@@ -235,7 +235,7 @@ def against_best(row: Row, rows: Sequence[Row], pairs: Sequence[Pair] = ()) -> s
 
 
 def table(outcomes: Sequence[Outcome], pairs: Sequence[Pair] = ()) -> list[tuple[str, ...]]:
-    """Cells under `COLUMNS`: of each size what ran, then its most frequent class; then what failed."""
+    """Return cells under `COLUMNS`: for each size what ran, then its most frequent class; then what failed."""
     rows = to_rows(outcomes)
     cells: list[tuple[str, ...]] = []
     for size in dict.fromkeys(row.size for row in rows):
@@ -250,7 +250,7 @@ def table(outcomes: Sequence[Outcome], pairs: Sequence[Pair] = ()) -> list[tuple
 
 
 def _majority_cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
-    """A row on the most frequent class of the training images; none where an older tlscale made all runs."""
+    """Return a row on the most frequent training class; none where an older tlscale made all runs."""
     known = [run.majority for row in rows for run in row.runs if run.majority is not None]
     if not known:
         return []
@@ -288,7 +288,7 @@ def _count(value: float | None, digits: int = 0) -> str:
 
 
 def notes(outcomes: Sequence[Outcome], pairs: Sequence[Pair] = ()) -> list[str]:
-    """What to know of the table."""
+    """Return the notes below the table."""
     done = [outcome for outcome in outcomes if outcome.error is None]
     broken = [f"{outcome.folder} failed: {outcome.error}" for outcome in outcomes if outcome.error is not None]
     if not done:
@@ -328,7 +328,7 @@ def _notes_on_tests(rows: Sequence[Row], pairs: Sequence[Pair]) -> list[str]:
 
 
 def _notes_on_selection(done: Sequence[Outcome]) -> list[str]:
-    """What the scores of runs without a test split are of."""
+    """Note what the scores of runs without a test split are of."""
     if done[0].split == "test":
         return []
     chosen = ", ".join(dict.fromkeys(run.variant for run in done if run.selected_on is not None))
@@ -348,7 +348,7 @@ def _notes_on_selection(done: Sequence[Outcome]) -> list[str]:
 
 
 def markdown(title: str, outcomes: Sequence[Outcome], extra: Sequence[str] = (), pairs: Sequence[Pair] = ()) -> str:
-    """The table as a page."""
+    """Format the table as a page."""
     rows = [COLUMNS, ("---",) * len(COLUMNS), *table(outcomes, pairs)]
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
     remarks = [
@@ -367,7 +367,7 @@ def write_comparison(
     *,
     times: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """`compare.json`, `compare.md`, `compare.png` and `compare.svg` in the folder `out`.
+    """Write `compare.json`, `compare.md`, `compare.png` and `compare.svg` to the folder `out`.
 
     Args:
         times: `wall_s` and `seconds` of the comparison itself.

@@ -28,7 +28,7 @@ _SAME_FOR_ALL = (
 
 @dataclass(frozen=True)
 class Variant:
-    """One run of the comparison."""
+    """Describe one run of the comparison."""
 
     label: str
     """A strategy, or the name of a recipe."""
@@ -38,7 +38,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a comparison was asked for."""
+    """Hold the options of a comparison."""
 
     bases: Sequence[Recipe]
     """One: its strategies are compared. Several: they are, as they are."""

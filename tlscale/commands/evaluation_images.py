@@ -25,7 +25,7 @@ from tlscale.training.metrics import majority
 
 @dataclass(frozen=True)
 class Scored:
-    """The images that are scored."""
+    """Hold the images that are scored, and what is known of them."""
 
     split: ImageSplit
     figures: dict[str, Any]
@@ -44,7 +44,7 @@ class Scored:
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A run folder, and the model in it."""
+    """Read a run folder, and the model in it."""
 
     folder: Path
     recipe: Recipe

@@ -1,4 +1,4 @@
-"""Which keys of a recipe an evaluation depends on, and what `--data DATA` is short for.
+"""Check which keys of a recipe an evaluation depends on, and expand `--data DATA`.
 
 Promise: an override that would change nothing is an error, and names what has an effect.
 """
@@ -35,7 +35,7 @@ def changes_for_evaluation(own: Recipe, overrides: Sequence[str], data: str | No
     """
     given = {text.partition("=")[0].strip(): text.partition("=")[2].strip() for text in overrides}
     if data is not None and "data.path" in given:
-        raise RecipeError("--data and data.path both say where the images are; give one of them")
+        raise RecipeError("--data, data.path: both name the place of the images. Give one of them")
     place = [] if data is None else _as_overrides(data, given.get("data.source"))
     keys = [text.partition("=")[0] for text in place] + list(given)
     is_other = any(key.removeprefix("data.") in _PLACE for key in keys if key.startswith("data."))
@@ -70,14 +70,14 @@ def _check_effects(given: dict[str, str], *, is_other: bool) -> None:
 
 
 def _is_known(key: str) -> bool:
-    """Whether a recipe has the key, or one above it that takes a mapping of its own; the others are misspelt."""
+    """Report whether a recipe has the key, or one above it that takes any mapping; the others are misspelt."""
     keys, parts = all_keys(), key.split(".")
     above = [keys.get(".".join(parts[:count])) for count in range(1, len(parts))]
     return key in keys or any(found is not None and found.section is None for found in above)
 
 
 def _as_overrides(data: str, source: str | None) -> list[str]:
-    """`--data DATA` in full.
+    """Expand `--data DATA` to overrides.
 
     Raises:
         DataError: it is not there, or nothing that is known as data.

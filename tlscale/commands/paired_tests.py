@@ -1,4 +1,4 @@
-"""Paired tests: whether two runs that were scored on the same images differ by more than chance.
+"""Test in pairs whether two runs that were scored on the same images differ by more than chance.
 
 Promise: two runs are paired only where the images and their true labels are the same, row by row: by content where
 both runs noted it, else by path. The test is exact
@@ -34,7 +34,7 @@ Hits = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class Scored:
-    """Which images a run was scored on, and which it answered right."""
+    """Hold which images a run was scored on, and which it answered right."""
 
     images: str
     """Digest of their paths, rows and true labels, in order."""
@@ -52,7 +52,7 @@ class Scored:
 
 @dataclass(frozen=True)
 class Pair:
-    """The test of two variants of the same size."""
+    """Hold the test of two variants of the same size."""
 
     size: int
     first: str
@@ -69,11 +69,11 @@ class Pair:
         return self.p_corrected < LEVEL
 
     def joins(self, first: str, second: str) -> bool:
-        """Whether it is the pair of these two variants, in either order."""
+        """Report whether it is the pair of these two variants, in either order."""
         return {self.first, self.second} == {first, second}
 
     def to_plain(self) -> dict[str, Any]:
-        """As JSON."""
+        """Return plain JSON values."""
         return {**vars(self), "distinguishable": self.is_distinguishable}
 
 
@@ -96,7 +96,7 @@ def read_scored(folder: Path, content: str | None = None) -> Scored | None:
 
 
 def paired_tests(rows: Sequence[Row]) -> list[Pair]:
-    """The tests of all pairs of variants of each size, corrected for the number of pairs of their size.
+    """Test all pairs of variants of each size, corrected for the number of pairs of their size.
 
     Runs without predictions, and pairs of runs that were scored on different images, have none.
     """
@@ -115,7 +115,7 @@ def paired_tests(rows: Sequence[Row]) -> list[Pair]:
 
 
 def paired_test(size: int, first: str, second: str, runs: Sequence[tuple[Scored, Scored]]) -> Pair | None:
-    """The exact test of two variants; `p_corrected` is `p` still.
+    """Test two variants exactly; `p_corrected` is not corrected yet.
 
     Args:
         runs: of each seed, the two runs.
@@ -132,7 +132,7 @@ def paired_test(size: int, first: str, second: str, runs: Sequence[tuple[Scored,
 
 
 def _leads(runs: Sequence[tuple[Scored, Scored]]) -> Hits:
-    """For each image, in how many seeds more the first is right than the second."""
+    """Count for each image in how many seeds more the first is right than the second."""
     leads = [one.is_right_N.astype(np.int64) - other.is_right_N for one, other in runs]
     first = runs[0][0]
     if all(one.has_images_of(first) for one, _ in runs):
@@ -148,7 +148,7 @@ def _leads(runs: Sequence[tuple[Scored, Scored]]) -> Hits:
 
 
 def exact_p(num_first: int, num_second: int) -> float:
-    """The two-sided p-value of so many images on which only the first, or only the second, is right."""
+    """Compute the two-sided p-value of so many images on which only the first, or only the second, is right."""
     from scipy.stats import binomtest  # takes half a second
 
     total = num_first + num_second
@@ -156,7 +156,7 @@ def exact_p(num_first: int, num_second: int) -> float:
 
 
 def corrected(pairs: Sequence[Pair]) -> list[Pair]:
-    """The pairs with their p-values corrected by Holm's method for their number, in the order in which they came."""
+    """Correct the p-values by Holm's method for the number of pairs; their order stays."""
     order = sorted(range(len(pairs)), key=lambda place: pairs[place].p)
     found: dict[int, Pair] = {}
     least = 0.0

@@ -1,4 +1,4 @@
-"""`tlscale plan`: everything up to the first step, shown, and what it will need in memory."""
+"""`tlscale plan`: show everything up to the first step, and the memory that it will need."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def plan(recipe: Recipe, *, world_size: int) -> None:
 
 
 def _layer_rows(setup: RunSetup) -> list[tuple[str, ...]]:
-    """What a probe computes of each image, by one pass of two images."""
+    """List what a probe computes of each image, by one pass of two images."""
     images_BCHW = sample_images(setup, torch.device("cpu"), count=_SAMPLE_IMAGES)
     data = setup.data
     num_images = sum(len(split) for split in (data.train, data.validation, data.test) if split is not None)
@@ -65,7 +65,7 @@ def _layer_rows(setup: RunSetup) -> list[tuple[str, ...]]:
 
 
 def _frozen_rows(stage: Stage, setup: RunSetup) -> list[tuple[str, str]]:
-    """Where the network is cut, what is kept there, and what that saves."""
+    """Show where the network is split, what is cached there, and what that saves."""
     half = setup.recipe.compute.precision in ("bf16", "fp16")
     autocast = partial(torch.autocast, "cpu", torch.bfloat16) if half else nullcontext
     choice = choose_partition(stage, setup, torch.device("cpu"), autocast, CodesStore())
@@ -86,7 +86,7 @@ def _frozen_rows(stage: Stage, setup: RunSetup) -> list[tuple[str, str]]:
 
 
 def step_seconds(setup: RunSetup, partition: Partition) -> tuple[float, float]:
-    """Seconds an image of forward and backward pass through the whole network and through what is behind the cut."""
+    """Measure seconds an image, forward and backward, through the whole network and through the suffix alone."""
     images_BCHW = sample_images(setup, torch.device("cpu"), count=_TIMED_IMAGES)
     with torch.no_grad():
         codes = partition.prefix(images_BCHW)
@@ -122,7 +122,9 @@ def _memory_rows(setup: RunSetup) -> list[tuple[str, str]]:
     bytes_of = {
         "weights": frozen + gradients,
         **(
-            {"whole while it computes: what is in no block, and a block": unsharded_bytes(network)} if is_spread else {}
+            {"unsharded parameters during compute (root + largest block)": unsharded_bytes(network)}
+            if is_spread
+            else {}
         ),
         "gradients": gradients,
         "optimizer, two values a parameter (as Adam)": 2 * gradients,
@@ -133,7 +135,7 @@ def _memory_rows(setup: RunSetup) -> list[tuple[str, str]]:
 
 
 def activation_bytes(setup: RunSetup) -> float:
-    """Bytes that one image's forward pass keeps for the backward pass, measured on the CPU."""
+    """Measure the bytes that one image's forward pass keeps for the backward pass, on the CPU."""
     spec, network = setup.spec, setup.classifier
     own = {param.untyped_storage().data_ptr() for param in network.parameters()}
     kept: dict[int, int] = {}

@@ -237,7 +237,7 @@ def _compare_data(run_info: dict[str, Any], setup: RunSetup, folder: RunFolder, 
         What `run.json` holds from now on.
 
     Raises:
-        ResumeError: the run would go on with other data.
+        ResumeError: the run would resume with other data.
     """
     data, then = setup.data, run_info["data"]
     if "used_sha256" not in then:

@@ -1,4 +1,4 @@
-"""The tables that a person reads: the plan before a run, the figures after it."""
+"""Show the tables that a person reads: the plan before a run, the figures after it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _WORST_SHOWN = 5
 
 
 def show_plan(setup: RunSetup, console: Console, *, device: str) -> None:
-    """What is about to happen, with the arithmetic of every derived number."""
+    """Show what is about to happen, with the arithmetic of every derived number."""
     recipe, data = setup.recipe, setup.data
     for note in data.notes:
         is_loud = note.split(":")[0].isupper()
@@ -110,7 +110,7 @@ def _names(names: list[str]) -> str:
 
 
 def show_result(result: dict[str, Any], console: Console, *, folder: Path, how_to_load: str) -> None:
-    """The final figures, and where everything is."""
+    """Show the final figures, and where everything is."""
     rows = []
     for name in ("best", "last"):
         figures = result[name]
@@ -160,7 +160,7 @@ def _show_what_the_score_is_of(result: dict[str, Any], console: Console) -> None
 
 
 def _choice(choice: dict[str, Any]) -> str:
-    """By which validation figure the weights were chosen, and how sure that is."""
+    """Tell by which validation figure the weights were chosen, and how sure that is."""
 
     def figure(of: dict[str, Any]) -> str:
         return f"{number(of['figure'])} ± {number(of['standard_error'])} at step {of['step']:,}"
@@ -175,7 +175,7 @@ def _choice(choice: dict[str, Any]) -> str:
 
 
 def show_classes(figures: dict[str, Any], console: Console) -> None:
-    """The classes that are recognised worst."""
+    """Show the classes that are recognised worst."""
     known = [(name, row) for name, row in figures["per_class"].items() if row["accuracy"] is not None]
     worst = sorted(known, key=lambda item: item[1]["accuracy"])[:_WORST_SHOWN]
     rows = [(name, row["num_images"], number(row["accuracy"]), number(row["f1"])) for name, row in worst]

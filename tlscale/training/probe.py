@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tlscale import faults
 from tlscale.codes.parts import layer_name, wanted_layers
 from tlscale.codes.probes.kinds import kind_of
-from tlscale.codes.probes.select import Choice, PathRow, asked_values, choose, refuse_wrong_probe
+from tlscale.codes.probes.select import Choice, PathRow, choose, given_values, refuse_wrong_probe
 from tlscale.codes.reader import Codes
 from tlscale.data.identity import result_identity
 from tlscale.data.sources.open import ImageSplit
@@ -85,7 +85,7 @@ def probe(
 
 @dataclass(frozen=True)
 class _Probe:
-    """Everything that fitting and scoring need, now that there are codes."""
+    """Fit, score and export, now that there are codes."""
 
     setup: RunSetup
     section: ProbeSection
@@ -98,7 +98,7 @@ class _Probe:
     cache_stats: dict[str, Any]
 
     def run(self, folder: RunFolder, logger: RunLogger, console: Console) -> tuple[dict[str, Any], str]:
-        """Fit, evaluate and export; the result, and how to load the model."""
+        """Fit, evaluate and export; return the result, and how to load the model."""
         setup, data = self.setup, self.setup.data
         # -- fit ------------------------------------------------------------------------------------------------------
         with setup.watch("train"):
@@ -138,7 +138,7 @@ class _Probe:
             data.train.labels_N,
             data.validation.labels_N if data.validation is not None else data.train.labels_N[:0],
             num_classes=len(data.classes),
-            grid=asked_values(self.section),
+            grid=given_values(self.section),
             refit=self.section.refit,
         )
 

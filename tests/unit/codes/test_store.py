@@ -490,7 +490,7 @@ def test_an_entry_that_is_being_written_is_not_evicted(store):
 def test_codes_over_the_limit_are_refused_and_nothing_is_removed(store):
     put(store, range(30), OTHERS[0])
     store.limit_bytes = 10_000_000
-    with pytest.raises(TlscaleError, match=r"need 19.1 MiB, but all codes may take 9.5 MiB.*codes.cache_gib"):
+    with pytest.raises(TlscaleError, match=r"codes.cache_gib: .*need 19.1 MiB, but all codes may take 9.5 MiB"):
         store.check_room(20_000_000, 0)
     assert there(store) == [OTHERS[0]]
 

@@ -24,7 +24,7 @@ from tlscale.errors import RecipeError, did_you_mean
 
 
 class Fit(Protocol):
-    """Classifiers of raw codes, one for each value of the hyper-parameter."""
+    """Hold classifiers of raw codes, one for each value of the hyper-parameter."""
 
     @property
     def converged(self) -> tuple[bool, ...]:
@@ -39,7 +39,7 @@ class Fit(Protocol):
 
 @dataclass(frozen=True)
 class Setting:
-    """The hyper-parameter of a kind; a larger value means a smoother classifier."""
+    """Describe the hyper-parameter of a kind; a larger value means a smoother classifier."""
 
     name: str
     key: str
@@ -48,16 +48,16 @@ class Setting:
     problem: Callable[[float, int], str | None]
     """Say what is wrong with a value for so many training images; None: nothing."""
 
-    def values(self, asked: Sequence[float] | None, num_images: int, num_held: int) -> tuple[float, ...]:
+    def values(self, given: Sequence[float] | None, num_images: int, num_held: int) -> tuple[float, ...]:
         """Return the values to try: those of the recipe, or else all defaults that are possible.
 
         Raises:
             RecipeError: a value is wrong, or there are several and no held-out image to choose by.
         """
-        if asked is None:
+        if given is None:
             values = tuple(value for value in self.defaults if self.problem(value, num_images) is None)
         else:
-            values = tuple(float(value) for value in asked)
+            values = tuple(float(value) for value in given)
         problem = next(filter(None, (self.problem(value, num_images) for value in values)), None)
         if problem is not None:
             raise RecipeError(f"probe.{self.key}: {problem}")
@@ -91,7 +91,7 @@ _NEIGHBOURS = Setting(
 
 @dataclass(frozen=True)
 class ProbeKind:
-    """One row of the table."""
+    """Hold one row of the table."""
 
     fit: Callable[[Tensor, Tensor, int, Sequence[float]], Fit]
     """From raw codes (N, D), labels (N,), C, and values of the hyper-parameter."""

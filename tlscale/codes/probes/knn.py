@@ -17,7 +17,7 @@ from tlscale.models.knn import KnnHead
 
 @dataclass(frozen=True, eq=False)
 class KnnFit:
-    """Votes of the nearest for several numbers of neighbours."""
+    """Vote with several numbers of nearest neighbours."""
 
     most: KnnHead
     """Has the largest of these numbers."""

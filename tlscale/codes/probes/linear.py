@@ -27,7 +27,7 @@ from tlscale.codes.probes.standardise import Scale, standardise
 
 @dataclass(frozen=True, eq=False)
 class LinearPath:
-    """One classifier for each strength: `logits = codes @ weights + biases`; float64."""
+    """Hold one classifier for each strength: `logits = codes @ weights + biases`; float64."""
 
     weights_LDC: Tensor
     biases_LC: Tensor
@@ -44,7 +44,7 @@ Solver: TypeAlias = Callable[[Tensor, Tensor, int, Sequence[float]], LinearPath]
 
 @dataclass(frozen=True, eq=False)
 class LinearFit:
-    """Linear classifiers of raw codes: those of a path, and the scale of the codes that it was fitted to."""
+    """Apply a path to raw codes, by the scale of the codes that it was fitted to."""
 
     path: LinearPath
     scale: Scale

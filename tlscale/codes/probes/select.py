@@ -29,7 +29,7 @@ Array: TypeAlias = Tensor | npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class PathRow:
-    """One value of the hyper-parameter, and its figures on the held-out images (None where there are none)."""
+    """Hold a value of the hyper-parameter, and its figures on the held-out images (None where there are none)."""
 
     setting: float
     held_top1: float | None
@@ -46,7 +46,7 @@ class PathRow:
 
 @dataclass(frozen=True, eq=False)
 class FittedProbe:
-    """A classifier of codes, and how it was chosen."""
+    """Hold a classifier of codes, and how it was chosen."""
 
     kind: str
     chosen: PathRow
@@ -68,7 +68,7 @@ class FittedProbe:
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """The best of several sets of codes."""
+    """Hold the best of several sets of codes."""
 
     name: str
     probe: FittedProbe
@@ -133,13 +133,13 @@ def refuse_wrong_probe(probe: ProbeSection, codes: CodesSection, num_train: int,
     Raises:
         RecipeError: there are no held-out images to choose by, or values that cannot be tried.
     """
-    kind_of(probe.kind).setting.values(asked_values(probe), num_train, num_held)
+    kind_of(probe.kind).setting.values(given_values(probe), num_train, num_held)
     names = [layer_name(pair) for pair in wanted_layers(codes)]
     if len(names) > 1 and not num_held:
         raise cannot_compare(*names[:2])
 
 
-def asked_values(probe: ProbeSection) -> list[float] | None:
+def given_values(probe: ProbeSection) -> list[float] | None:
     """Return the values that the recipe names; None: the defaults of the kind."""
     values: list[float] | None = getattr(probe, kind_of(probe.kind).setting.key)
     return values

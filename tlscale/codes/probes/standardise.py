@@ -13,7 +13,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Scale:
-    """Mean and standard deviation of each feature, float64; the deviation is 1 where all images agree."""
+    """Hold mean and standard deviation of each feature, float64; the deviation is 1 where all images agree."""
 
     mean_D: Tensor
     std_D: Tensor
