@@ -219,7 +219,7 @@ def test_a_worker_that_is_killed_ends_the_run_and_loses_nothing(forks, whole, id
         status = forks.wait(place.start(forks, TLSCALE_FAULT="worker@9"))
     assert status == 1, place.output()
     KILLS["a data worker"] += 1
-    assert "tlscale: a process that reads images was killed (" in place.said(), place.output()
+    assert "tlscale: data.workers: a process that reads images was killed (" in place.said(), place.output()
     assert "Traceback" not in place.output()
     assert forks.wait(place.start(forks)) == 0, place.output()
     assert_ended_as(whole["workers"].out, place.out)

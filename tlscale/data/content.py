@@ -1,8 +1,8 @@
-"""What identifies an image: a hash of its bytes, whatever it is called and wherever it lies.
+"""Content digests: an image is identified by a hash of its bytes, whatever its name and place.
 
 Promise: equal digests mean equal images, in every process and on every machine. The index saves reading twice; it never
 vouches for a file that may have changed since: what it remembers is bound to the inode, size and times of the file, and
-files that were changed just before they were looked at are not remembered.
+files that were changed just before they were checked are not remembered.
 
 Shape letters: N images.
 """
@@ -69,15 +69,15 @@ def file_stamp(found: os.stat_result) -> tuple[int, int, int, int, int]:
     return device, inode, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
-def stamp_bytes(facts: Iterable[int], looked_ns: int, more: bytes = b"") -> bytes | None:
+def stamp_bytes(stats: Iterable[int], looked_ns: int, more: bytes = b"") -> bytes | None:
     """Return what the index knows a file (or, with `more`, a place in it) by; None where it cannot be relied on.
 
     Args:
-        facts: of `file_stamp`.
+        stats: of `file_stamp`.
         looked_ns: when they were looked up. A file that was changed just before may change again within one tick of
             its clock; one of the future was changed by another clock.
     """
-    device, inode, size, written_ns, changed_ns = map(int, facts)
+    device, inode, size, written_ns, changed_ns = map(int, stats)
     if not inode or max(written_ns, changed_ns) + _SETTLED_NS > looked_ns:
         return None
     return b"".join(v.to_bytes(16, "little", signed=True) for v in (device, inode, size, written_ns, changed_ns)) + more

@@ -1,4 +1,4 @@
-"""From the bytes of an image file, or an array, to pixels: uint8, height x width x channels.
+"""Decode the bytes of an image file, or an array, to pixels: uint8, height x width x channels.
 
 Promise: what cannot be read whole is a `BadImageError` that names the place, never another image and, as far as the
 format lets anybody find out, never a part of one. Only the formats below are tried (Pillow would run Ghostscript on an
@@ -20,7 +20,7 @@ What becomes of what is not plain grey or RGB:
 - 16-bit and 12-bit grey is scaled to 8 bits (Pillow would clip it); 32-bit integers count as 16-bit ones and must lie
   in 0..65535; floating point must lie in 0..1. There is no telling what other ranges mean, so they are bad images.
 - 16-bit colour loses its lower 8 bits. A TIFF of a kind that would come out inverted, dark or garbled, or off by more
-  than that, is a bad image, and the error says what it is (`tiff`).
+  than that, is a bad image, and the error describes it (`tiff`).
 - CMYK and YCbCr become RGB without a colour profile; of an animation or a multi-page file the first frame is taken.
 - One channel is ITU-R 601 luma; three channels from grey are three times the same.
 
@@ -102,7 +102,7 @@ def header_hw(file: BinaryIO, where: str) -> tuple[int, int]:
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what Pillow has to say of a size is said when the image is decoded
+            warnings.simplefilter("ignore")  # of sizes, which are checked when the image is decoded
             image = Image.open(file, formats=FORMATS)
         return image.height, image.width
     except Exception as error:  # on hostile bytes Pillow's readers raise nearly anything

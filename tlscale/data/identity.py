@@ -1,4 +1,4 @@
-"""Which images a run is about: the rows that it uses, and the rows that it scores.
+"""Identify the images of a run: the rows that it uses, and the rows that it scores.
 
 Promise: two digests. Equal digests mean the same splits, row by row and in order, with the same labels and the same
 images. An image is its content where that is known of all of them; else its name and its size. So copies of files with
@@ -53,7 +53,7 @@ def scored_identity(data: ImageData, by: By | None = None) -> Identity:
 
 
 def result_identity(data: ImageData) -> dict[str, Any]:
-    """Return both for `result.json`, that of the rows scored by content: they were all read, and reports compare it."""
+    """Return both for `result.json`, that of the scored rows by content: they were all read, and reports compare it."""
     return _facts(used_identity(data), scored_identity(data, "content"))
 
 

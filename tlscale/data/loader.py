@@ -1,4 +1,4 @@
-"""From the images of a split to batches: decoded, cached, augmented, in the sampler's order.
+"""Load batches from the images of a split: decoded, cached, augmented, in the sampler's order.
 
 Promise: the batches of a step are the same whatever the workers, the cache and the step that the run began with. A
 bad image is an error here, never another image in its place.
@@ -57,10 +57,10 @@ class _Originals:
 
 
 class ImageStore:
-    """The images of a split, decoded; kept in memory where all of them fit into `cache_mib`.
+    """The images of a split, decoded; cached in memory if all of them fit into `cache_mib`.
 
-    Images are kept as the backbone sees them or, where training crops at random, as decoded. Each process keeps its
-    own; worker processes share their parent's.
+    Images are cached as the backbone sees them or, where training crops at random, as decoded. Each process has a cache
+    of its own; worker processes share their parent's.
     """
 
     def __init__(
@@ -76,11 +76,11 @@ class ImageStore:
         """
         Args:
             crops: `images` gives originals of any size, for a random crop, rather than images of the spec's size.
-            keep: False: keep nothing, as only a few of the images will be used.
-            on_images: called with a number of images whenever so many more are decoded to be kept.
+            keep: False: cache nothing, as only a few of the images will be used.
+            on_images: called with a number of images whenever so many more are decoded for the cache.
 
         Raises:
-            DataError: an image cannot be read (at once where images are kept, else when it is used).
+            DataError: an image cannot be read (at once where images are cached, else when it is used).
         """
         self.split, self.spec, self.crops = split, spec, crops
         self._section, self._keep = section, keep
@@ -112,7 +112,9 @@ class ImageStore:
         if not self.cached:
             return f"{what}, decoded each time they are used (data.cache_mib is {self._section.cache_mib})"
         size = f"{self.spec.image_size} x {self.spec.image_size} x {self.spec.in_chans}"
-        return f"{what}, decoded once and kept {'as they are' if self.crops else f'as {size}'}: {self.kept_mib:.1f} MiB"
+        return (
+            f"{what}, decoded once and cached {'as they are' if self.crops else f'as {size}'}: {self.kept_mib:.1f} MiB"
+        )
 
     def labels(self, rows_B: Ints) -> Tensor:
         """Return the class numbers of these images: int64 (B,)."""

@@ -1,14 +1,14 @@
-"""The order of the images: which image is where, in which step, on which process.
+"""Sample: which image is where in the order, in which step, on which process.
 
 Promise: a pure function of (seed, epoch, position). Nothing is remembered and nothing depends on the number of
-processes, so a run goes on at any step, on any number of processes, with exactly the images that it had left. Memory
-is O(images asked for), whatever the size of the data set.
+processes, so a run is resumed at any step, on any number of processes, with exactly the images that it had left. Memory
+is O(images requested), whatever the size of the data set.
 
 The order is a Feistel network on the smallest power of four that holds all positions, keyed by (seed, epoch), and
 cycle walking back into the range: Black and Rogaway, Ciphers with Arbitrary Finite Domains (CT-RSA 2002). Only 64-bit
 integer arithmetic, and no generator of a library, whose stream an upgrade could change; a test pins the order.
 
-Shape letters: N images of a data set, B images of a batch, P positions that are asked for.
+Shape letters: N images of a data set, B images of a batch, P positions that are requested.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ Keys = npt.NDArray[np.uint64]
 _ROUNDS = 8  # six pass the chi-square test as well; two more cost little
 _LEAST_HALF_BITS = 3  # with two, the chi-square of a handful of images is too high
 _WEYL = 0x9E3779B97F4A7C15
-_MASK64 = 2**64 - 1
 
 
 class Stream(IntEnum):

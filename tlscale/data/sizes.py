@@ -1,7 +1,7 @@
 """Find out how large the images of a data set are, from the headers of a few of them.
 
-Promise: the answer hangs on the training split as the source holds it, not on the seed, a limit, a hold-out or what is
-skipped, so that all runs on one data set see their images in the same way.
+Promise: the answer depends on the training split as the source holds it, not on the seed, a limit, a hold-out or what
+is skipped, so that all runs on one data set see their images in the same way.
 """
 
 from __future__ import annotations

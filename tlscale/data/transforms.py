@@ -1,4 +1,4 @@
-"""What the backbone sees: size, crop, interpolation and normalisation, and the batches that carry images to it.
+"""Transform images to the input of a backbone (size, crop, interpolation, normalisation), in batches.
 
 Promise: the evaluation transform gives, pixel for pixel, what timm's own gives for the same backbone. Images stay
 uint8 up to the device, where `to_input` makes them numbers.
@@ -86,7 +86,7 @@ def resolve_input(
     Args:
         section: its `image_size`, `interpolation`, `crop_pct`, `mean` and `std` win.
         pretrained_cfg: timm's, as a mapping; keys that are missing or None have timm's defaults. A model that cannot
-            take another size than its own says so itself, when it is built.
+            take another size than its own reports that itself, when it is built.
         image_hw: height and width that stand for those of all images (`sizes.median_side_px`). Images smaller than the
             resized image that a crop would be cut from are not cropped (crop_pct 1): enlarging them just to cut their
             edges off helps nobody.
@@ -207,7 +207,7 @@ class ImageBatch:
     partner_labels_B: Tensor | None = None  # int64
     lam_B: Tensor | None = None  # float32: share of the image itself, in pixels and in the target
     boxes_B4: Tensor | None = None  # int64, y0 y1 x0 x1: pasted from the partner; without area it is mixup
-    targets_BT: Tensor | None = None  # what a teacher says of each image
+    targets_BT: Tensor | None = None  # outputs of a teacher for each image
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> ImageBatch:
         """Copy the batch to `device`."""

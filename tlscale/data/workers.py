@@ -1,7 +1,7 @@
-"""Work in other processes and threads, whose results come in order as if there were none.
+"""Work in other processes and threads, with results in order as if there were none.
 
 Promise: worker processes change no result and no random generator, outlive the signals that a scheduler sends to all
-processes at once, and end with the iterator; one that is killed ends the run with a message that says so.
+processes at once, and end with the iterator; one that is killed ends the run with a message.
 """
 
 from __future__ import annotations
@@ -97,8 +97,8 @@ def load_in_order(
         if not _LOST.match(f"{type(error).__name__}: {error}"):
             raise
         raise WorkerError(
-            f"a process that reads images was killed ({error}): for memory, most likely. Take fewer of them "
-            "(data.workers=1; 0: none), and go on with --resume."
+            f"data.workers: a process that reads images was killed ({error}), most likely for lack of memory. Set "
+            "fewer of them (data.workers=1; 0: none), and resume with --resume."
         ) from error
     finally:
         del iterator  # ends the workers

@@ -1,7 +1,7 @@
-"""Any timm backbone, without its classifier, with the weights that the recipe names.
+"""Build any timm backbone, without its classifier, with the weights that the recipe names.
 
-Promise: the weights are those that were asked for, or there is an error: never random ones instead, never a file
-that fits only in part without a word.
+Promise: the weights are those that the recipe names, or there is an error: never random ones instead, never silently a
+file that fits only in part.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def build_backbone(section: BackboneSection, *, image_size: int | None, seed: in
         seed: of the initial weights where they are random; the global generator is left as it was.
 
     Raises:
-        ModelError: unknown name, weights not to be had, or weights of another network.
+        ModelError: unknown name, weights that are not available, or weights of another network.
     """
     _check_name(section.name)
     with torch.random.fork_rng(devices=[]):
@@ -176,7 +176,7 @@ def _create(section: BackboneSection, size: dict[str, Any], *, pretrained: bool)
             raise
         raise ModelError(f"backbone: '{section.name}' does not take {' and '.join(rates)}: {error}") from error
     except Exception as error:
-        # Hub, disk and network each raise their own; none of them says what the user can do.
+        # Hub, disk and network each raise their own; none of them tells the user what to do.
         if pretrained or section.name.startswith(_PREFIXES):
             raise ModelError(_no_weights(section, error)) from error
         raise ModelError(f"backbone: timm cannot build '{section.name}': {error}") from error
@@ -212,7 +212,7 @@ def _no_weights(section: BackboneSection, error: Exception) -> str:
     return (
         f"backbone.weights: the pretrained weights of '{section.name}' are not in the cache {HF_HUB_CACHE} and cannot "
         f"be fetched from the hub{offline}: {type(error).__name__}: {_first_line(error)}\n"
-        "  Ways out: run once where the hub can be reached and copy that folder here (HF_HOME says where it is); give "
+        "  Ways out: run once where the hub can be reached and copy that folder here (HF_HOME is its place); give "
         "a file, backbone.weights=PATH.safetensors; or train from scratch, backbone.weights=none."
     )
 
@@ -324,7 +324,7 @@ def _best_fit(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     if fit(candidates[0]) < len(own):
         filter_fn = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
         if callable(filter_fn):
-            # A file of another architecture breaks its filter somehow; the share that matches tells the user so.
+            # A file of another architecture breaks its filter somehow; the share that matches tells the user.
             with contextlib.suppress(Exception):
                 candidates.append(_fit_channels(dict(filter_fn(dict(state), model)), model))
     return max(candidates, key=fit)

@@ -1,7 +1,7 @@
-"""Weights that ship with tlscale: small networks with real features, for machines without a hub.
+"""Find weights that ship with tlscale: small networks with real features, for machines without a hub.
 
-Promise: a file that is not the one that was shipped is an error. Beside each `NAME.safetensors` in `tlscale/weights`
-lie `NAME.json`, with its SHA-256 and what images it was made with, and its model card, `NAME.md`.
+Promise: a file that is not the one that was shipped is an error. With each `NAME.safetensors` in `tlscale/weights`
+come `NAME.json`, with its SHA-256 and what images it was made with, and its model card, `NAME.md`.
 """
 
 from __future__ import annotations
@@ -44,5 +44,5 @@ def bundled(name: str) -> Bundled:
             f"{', '.join(names) or 'none'}. Take one of these as backbone.name, or other weights: pretrained, none, or "
             "the path of a file"
         )
-    facts = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
-    return Bundled(FOLDER / f"{name}.safetensors", facts["sha256"], facts["pretrained_cfg"])
+    info = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+    return Bundled(FOLDER / f"{name}.safetensors", info["sha256"], info["pretrained_cfg"])

@@ -1,4 +1,4 @@
-"""Backbone and head as one network; how it is frozen and checkpointed.
+"""Join backbone and head to one network; set its modes and gradient checkpointing.
 
 Promise: parameter names that rules see are timm's own for the backbone (`layer1.0.conv1.weight`) and `head.<n>.*`
 for the new layers.
@@ -22,7 +22,7 @@ from tlscale.models.backbone import layer_depths, no_weight_decay
 from tlscale.models.features import LayerCodes
 from tlscale.models.freeze import frozen_modules, is_norm
 
-_TRACKER = ModuleTracker()  # only asked whether a backward pass is under way
+_TRACKER = ModuleTracker()  # only queried for whether a backward pass is under way
 
 
 class Classifier(nn.Module):
@@ -134,7 +134,8 @@ def enable_gradient_checkpointing(classifier: Classifier, *, in_chans: int, imag
     backbone = classifier.backbone
     if not any(param.requires_grad for param in backbone.parameters()):
         raise ModelError(
-            "compute.gradient_checkpointing has no effect: the whole backbone is frozen, so no activation of it is kept"
+            "compute.gradient_checkpointing has no effect: the whole backbone is frozen, so no activation of it "
+            "is stored. Take the key out."
         )
     set_reentrant_ckpt(False)
     _keep_statistics_when_recomputed(backbone)
@@ -171,7 +172,7 @@ def _keep_statistics_when_recomputed(backbone: nn.Module) -> None:
 
 
 def _lend_copies(own: dict[str, Tensor], names: Sequence[str], module: nn.Module, _: object) -> None:
-    # The compiler recomputes by itself and moves no buffer twice.
+    # The compiler recomputes on its own and moves no buffer twice.
     if torch.compiler.is_compiling() or not (module.training and _TRACKER.is_bw):
         return
     for name in names:

@@ -1,7 +1,7 @@
-"""The trained model as files, and back.
+"""Export the trained model to files, and load it back.
 
 Promise: what `export_model` writes gives the same logits after `load`, and after timm's `create_model` where the head
-is a single linear layer on what the backbone itself gives; both are tried before the folder is called done.
+is a single linear layer on what the backbone itself gives; both are checked before the folder counts as done.
 
 Shapes: B images, C classes, D features.
 """
@@ -41,7 +41,7 @@ _HEAD_FILE = "head.safetensors"
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A model read from a run: `model(images)` gives logits for images prepared as `input_spec` says."""
+    """A model read from a run: `model(images)` gives logits for images prepared by `input_spec`."""
 
     model: nn.Module
     classes: tuple[str, ...]
@@ -123,12 +123,12 @@ def _write_tensors(state: Mapping[str, Tensor], path: Path) -> None:
     """Write each tensor once, with storage of its own, as safetensors wants it."""
     tensors = {name: tensor.detach().contiguous().clone() for name, tensor in state.items()}
     safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
-    # safetensors lets nobody else read its files; they are for whoever may read the configuration beside them.
+    # safetensors lets nobody else read its files; they are for whoever may read the configuration next to them.
     path.chmod((path.parent / "config.json").stat().st_mode)
 
 
 def _write_checksums(folder: Path) -> None:
-    """Note in `config.json` the SHA-256 of the files of tensors, which tells damage that no format would."""
+    """Note in `config.json` the SHA-256 of the files of tensors, which shows corruption that no format would."""
     path = folder / "config.json"
     config = json.loads(path.read_text())
     files = (file for file in (_MODEL_FILE, _HEAD_FILE) if (folder / file).is_file())
@@ -209,19 +209,19 @@ def _as_timm_model(classifier: Classifier, spec: InputSpec) -> nn.Module | None:
 def _difference(ours: nn.Module, other: nn.Module, spec: InputSpec) -> float:
     """Return the largest difference of logits on random images, as a share of the largest logit (at least 1).
 
-    Votes of neighbours jump where two are equally near; there it is the codes, and the neighbours that are kept.
+    Votes of neighbours jump where two are equally near; there it is that of the codes, and of the stored neighbours.
     """
     dtype = next(ours.parameters()).dtype
     other.to(dtype)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(4, spec.in_chans, spec.image_size, spec.image_size, generator=generator).to(dtype)
     pairs = [(ours, other)]
-    kept: list[tuple[Tensor, Tensor]] = []
+    stored: list[tuple[Tensor, Tensor]] = []
     if isinstance(ours, CodesClassifier) and isinstance(ours.head, KnnHead) and isinstance(other, CodesClassifier):
         pairs = [(ours.codes, other.codes)]
-        kept = list(zip(ours.head.buffers(), other.head.buffers(), strict=True))
+        stored = list(zip(ours.head.buffers(), other.head.buffers(), strict=True))
     with torch.inference_mode():
-        values = kept + [(_first(one(images)), _first(two(images))) for one, two in pairs]
+        values = stored + [(_first(one(images)), _first(two(images))) for one, two in pairs]
     shares = [(one - two).abs().max() / one.abs().max().clamp(min=1.0) for one, two in values]
     return float(torch.stack(shares).max())  # NaN if any is
 

@@ -1,4 +1,4 @@
-"""Codes: what any layer of a backbone says of an image, one vector an image.
+"""Compute codes (features) from any layer of a backbone, one vector an image.
 
 Promise: a layer is a module, named as in the backbone, and its code is what that module returns in a plain forward
 pass in eval mode. That is the same for every architecture, which timm's `forward_intermediates` is not: it exists in
@@ -28,7 +28,7 @@ PENULTIMATE = "penultimate"
 
 
 class Layer(NamedTuple):
-    """A layer that is worth trying, as timm describes it; None where it does not say."""
+    """A layer that is worth trying, as timm describes it; None where it does not."""
 
     name: str
     stride: int | None
@@ -94,11 +94,11 @@ def _parts(module: nn.Module, prefix: str = "") -> list[str]:
 class LayerCodes(nn.Module):
     """Images (B, C, H, W) to one tensor (B, D) for each (layer, pool), in order, in one pass.
 
-    The pass ends with the last layer that is wanted; only the first one goes on to the end, to see that no wanted
+    The pass ends with the last layer that is wanted; only the first pass runs to the end, to check that no wanted
     layer runs twice. Gradients are the caller's to switch off. Codes are float32, or float64 from a float64 backbone.
 
     Args:
-        backbone: a timm model without classifier. It is kept in eval mode and otherwise left as it is.
+        backbone: a timm model without classifier. It stays in eval mode and is otherwise left as it is.
         wanted: pairs of a layer, 'penultimate' (what the backbone itself gives, whose pooling is its own) or the name
             of a module, and a pool. 'avg', 'max' and 'avgmax' (both, so twice as wide) go over positions and leave
             prefix tokens out; 'token' is the first prefix token; 'none' keeps everything, channels first for maps.
@@ -128,9 +128,9 @@ class LayerCodes(nn.Module):
         Raises:
             ModelError: a layer does not give one vector an image, or not clearly.
         """
-        taps = self._pass(images_BCHW, to_the_end=not self._ran_to_the_end)
+        hooked = self._pass(images_BCHW, to_the_end=not self._ran_to_the_end)
         self._ran_to_the_end = True
-        return tuple(taps.codes[pair] for pair in self.wanted)
+        return tuple(hooked.codes[pair] for pair in self.wanted)
 
     def describe(self, images_BCHW: Tensor) -> list[CodesRow]:
         """Describe what each (layer, pool) gives, by one pass of `images_BCHW` (two are enough).
@@ -140,7 +140,7 @@ class LayerCodes(nn.Module):
         """
         try:
             with torch.no_grad():
-                taps = self._pass(images_BCHW, to_the_end=True)
+                hooked = self._pass(images_BCHW, to_the_end=True)
         except TlscaleError:
             raise
         except Exception as error:  # each architecture complains in its own way about images too small for it
@@ -152,14 +152,14 @@ class LayerCodes(nn.Module):
             ) from error
         known = {layer.name: layer.stride for layer in layer_names(self.backbone)}
         return [
-            CodesRow(layer, pool, known.get(layer) or taps.strides[layer], int(taps.codes[layer, pool].shape[1]))
+            CodesRow(layer, pool, known.get(layer) or hooked.strides[layer], int(hooked.codes[layer, pool].shape[1]))
             for layer, pool in self.wanted
         ]
 
-    def _pass(self, images_BCHW: Tensor, *, to_the_end: bool) -> _Taps:
+    def _pass(self, images_BCHW: Tensor, *, to_the_end: bool) -> _Hooked:
         if self.backbone.training:  # by a train() of the backbone's own
             self.backbone.eval()
-        return _tapped(self.backbone, self.wanted, images_BCHW, to_the_end=to_the_end)
+        return _run_hooked(self.backbone, self.wanted, images_BCHW, to_the_end=to_the_end)
 
 
 def features_and_codes(
@@ -175,30 +175,32 @@ def features_and_codes(
     Raises:
         ModelError: a layer does not give one vector an image, or not clearly.
     """
-    taps = _tapped(backbone, wanted, images_BCHW, to_the_end=True)
-    assert taps.features is not None
-    return taps.features, tuple(taps.codes[pair] for pair in wanted)
+    hooked = _run_hooked(backbone, wanted, images_BCHW, to_the_end=True)
+    assert hooked.features is not None
+    return hooked.features, tuple(hooked.codes[pair] for pair in wanted)
 
 
-def _tapped(backbone: nn.Module, wanted: Sequence[tuple[str, str]], images_BCHW: Tensor, *, to_the_end: bool) -> _Taps:
-    taps = _Taps(backbone, wanted, images_BCHW.shape, to_the_end)
+def _run_hooked(
+    backbone: nn.Module, wanted: Sequence[tuple[str, str]], images_BCHW: Tensor, *, to_the_end: bool
+) -> _Hooked:
+    hooked = _Hooked(backbone, wanted, images_BCHW.shape, to_the_end)
     with ExitStack() as hooks:
-        for layer in taps.pools:
+        for layer in hooked.pools:
             if layer != PENULTIMATE:
-                hook = backbone.get_submodule(layer).register_forward_hook(partial(taps.take, layer))
+                hook = backbone.get_submodule(layer).register_forward_hook(partial(hooked.take, layer))
                 hooks.callback(hook.remove)
         try:
-            taps.features = backbone(images_BCHW)
+            hooked.features = backbone(images_BCHW)
         except _EverythingTaken:
-            return taps
-    if PENULTIMATE in taps.pools:
-        taps.take_penultimate(taps.features)
-    if missing := [layer for layer in taps.pools if layer not in taps.strides]:
+            return hooked
+    if PENULTIMATE in hooked.pools:
+        hooked.take_penultimate(hooked.features)
+    if missing := [layer for layer in hooked.pools if layer not in hooked.strides]:
         raise ModelError(
-            f"codes.layer: {type(backbone).__name__} does not run its module '{missing[0]}' by itself, so it "
+            f"codes.layer: {type(backbone).__name__} does not run its module '{missing[0]}' on its own, so it "
             f"gives no codes. Name a module around or in it, or a stage: {', '.join(stages(backbone))}"
         )
-    return taps
+    return hooked
 
 
 def _check_pool(pool: str) -> None:
@@ -220,8 +222,8 @@ def _check_layer(backbone: nn.Module, layer: str) -> None:
             f"codes.layer: '{layer}' of {kind} is a parameter or value, not a layer; name the module '{owner}'"
         )
     known = stages(backbone)
-    beside = [name for name in modules if name and name.rpartition(".")[0] == owner]
-    near = did_you_mean(layer, [*beside, PENULTIMATE]) or did_you_mean(layer, known)
+    siblings = [name for name in modules if name and name.rpartition(".")[0] == owner]
+    near = did_you_mean(layer, [*siblings, PENULTIMATE]) or did_you_mean(layer, known)
     raise ModelError(
         f"codes.layer: {kind} has no layer '{layer}'.{near} Its stages: {', '.join(known)}; any module may be named, "
         f"as in the parameters' names ({len(modules) - 1} of them)"
@@ -263,8 +265,8 @@ class _Positions:
 
 
 @dataclass
-class _Taps:
-    """The hooks of one pass, and what they took: codes are pooled at once, so no map is kept."""
+class _Hooked:
+    """The hooks of one pass, and what they took: codes are pooled at once, so that no map stays in memory."""
 
     backbone: nn.Module
     wanted: Sequence[tuple[str, str]]
@@ -344,7 +346,7 @@ def _num_prefix(value: Tensor, layer: str, backbone: nn.Module, images_shape: to
         return fitting.pop()
     raise ModelError(
         f"codes.layer: '{layer}' of {type(backbone).__name__} gives {tuple(value.shape)}; which of these are positions "
-        f"of the image {'is not clear' if fitting else 'cannot be told'} (timm speaks of {sorted(sizes)} positions and "
+        f"of the image {'is not clear' if fitting else 'is not known'} (timm speaks of {sorted(sizes)} positions and "
         f"{declared} prefix tokens). Name a module around it, or a stage: {', '.join(stages(backbone))}"
     )
 
@@ -364,7 +366,7 @@ def _channel_dim(value: Tensor, layer: str, backbone: nn.Module) -> int:
         return 3
     raise ModelError(
         f"codes.layer: '{layer}' of {type(backbone).__name__} gives {tuple(value.shape)}, and which side is the "
-        "channels' cannot be told from that. Another data.image_size tells, or name a stage: "
+        "channels' does not follow from that. Set another data.image_size, or name a stage: "
         f"{', '.join(stages(backbone))}"
     )
 

@@ -1,4 +1,4 @@
-"""Files of models that others made, looked at before a library believes them.
+"""Check files of models that others made, before a library reads them.
 
 Promise: a pickle is not read where it would unpack to more than it is, and the arguments in the `config.json` of a
 model folder reach timm only where they are plain values of names that describe a network.
@@ -105,7 +105,7 @@ def check_model_folder(folder: Path) -> None:
     try:
         config = json.loads((folder / "config.json").read_text())
     except FileNotFoundError:
-        return  # which timm says
+        return  # which timm reports
     except (OSError, ValueError) as error:
         raise ModelError(f"'{folder / 'config.json'}' cannot be read: {error}") from error
     if not isinstance(config, dict):
@@ -144,17 +144,17 @@ def check_model_args(architecture: Any, arguments: Any, where: str) -> None:  # 
     if not isinstance(arguments, dict):
         raise ModelError(f"{where}: 'model_args' is {arguments!r:.80}, and not a mapping of names to values")
     if not isinstance(architecture, str) or not timm.is_model(architecture):
-        return  # which timm says
+        return  # which timm reports
     known = _arguments_of(architecture)
     for name, value in arguments.items():
         if name not in known:
             raise ModelError(
-                f"{where}: 'model_args' has '{name}', which is not handed on to timm: it is not among the arguments "
+                f"{where}: 'model_args' has '{name}', which is not passed to timm: it is not among the arguments "
                 f"that describe a network of the kind '{architecture}'. Take it out of 'model_args'"
             )
         if not _is_plain(value, _MOST.get(name, _MOST_NUMBER)):
             raise ModelError(
-                f"{where}: 'model_args' has {name} = {value!r:.80}, which is not handed on to timm: neither a number "
+                f"{where}: 'model_args' has {name} = {value!r:.80}, which is not passed to timm: neither a number "
                 f"of a plausible size, a word, nor a list of at most {_MOST_ITEMS} such"
             )
 

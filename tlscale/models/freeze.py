@@ -1,4 +1,4 @@
-"""Freezing: no gradient, and norm layers and dropout of the frozen part stay in eval mode.
+"""Freeze parameters: no gradient, and norm layers and dropout of the frozen part stay in eval mode.
 
 Promise: parameters are chosen by rules on their names and nothing else; no module is swapped, so state-dict keys
 stay those of the checkpoint (timm's own `freeze` swaps batch norms for copies without `num_batches_tracked`).
@@ -26,7 +26,7 @@ class FreezeRow:
 
 
 def freeze_parameters(backbone: nn.Module, rules: Sequence[Rule[bool]], where: str = "freeze") -> list[FreezeRow]:
-    """Take the gradient from every backbone parameter whose first matching rule says so.
+    """Switch the gradient off for every backbone parameter whose first matching rule freezes it.
 
     Args:
         rules: in order; the first that matches a name wins.

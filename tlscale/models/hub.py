@@ -1,7 +1,7 @@
-"""The Hugging Face hub, without the wait when it cannot be reached.
+"""Reach the Hugging Face hub without a wait where it has no address.
 
 The hub's client tries each file six times, about 25 seconds, before it gives up on a host that has no address at
-all. Where the address cannot even be looked up, it is told to use its cache at once.
+all. Where the address is not found, the client uses its cache at once.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import huggingface_hub.constants as hub
 
 
 def hub_has_address() -> bool:
-    """Return whether the hub's host has an address; a proxy looks it up by itself, so with one the answer is yes."""
+    """Return whether the hub's host has an address; a proxy does its own look-up, so with one the answer is yes."""
     if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
         return True
     try:

@@ -1,7 +1,7 @@
-"""The kinds of values that a recipe's keys take: durations, rules, head layers, augmentations, names.
+"""Check the kinds of values that a recipe's keys take: durations, rules, head layers, augmentations, names.
 
-Promise: each type checks and normalises what YAML gives, with a message that says what would be right, and gives plain
-YAML values back. `schema` says which key takes which.
+Promise: each type checks and normalises what YAML gives, with a message that names what would be right, and gives plain
+YAML values back. `schema` assigns them to keys.
 """
 
 from __future__ import annotations

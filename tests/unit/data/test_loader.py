@@ -209,11 +209,11 @@ def test_arrays_of_the_right_size_come_through_as_they_are():
 
 def test_what_is_kept_and_what_it_takes_is_told():
     kept = ImageStore(split_of(files()), section(), spec_of())
-    assert kept.describe() == f"train: 37 images, decoded once and kept as 16 x 16 x 3: {37 * 768 / 2**20:.1f} MiB"
+    assert kept.describe() == f"train: 37 images, decoded once and cached as 16 x 16 x 3: {37 * 768 / 2**20:.1f} MiB"
     assert (
         ImageStore(split_of(files()), section(), spec_of(), crops=True)
         .describe()
-        .startswith("train: 37 images, decoded once and kept as they are: 0.1 MiB")
+        .startswith("train: 37 images, decoded once and cached as they are: 0.1 MiB")
     )
     assert ImageStore(split_of(files()), section(cache_mib=0), spec_of()).describe() == (
         "train: 37 images, decoded each time they are used (data.cache_mib is 0)"

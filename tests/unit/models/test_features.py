@@ -191,7 +191,7 @@ def test_channels_last_in_memory_is_no_other_layout():
         torch.testing.assert_close(one, two)
 
 
-# -- layouts that cannot be told ----------------------------------------------------------------------------------
+# -- layouts that are not clear -----------------------------------------------------------------------------------
 
 
 def test_a_map_as_wide_as_it_is_large():
@@ -225,7 +225,7 @@ def test_windows_are_not_images():
 
 def test_mixed_tokens_are_not_read_across():
     network, images = backbone("mixer_s32_224"), images_for("mixer_s32_224")
-    with pytest.raises(ModelError, match=r"gives \(2, 512, 4\); which of these are positions .* cannot be told"):
+    with pytest.raises(ModelError, match=r"gives \(2, 512, 4\); which of these are positions .* is not known"):
         codes_of(network, images, ("blocks.0.mlp_tokens", "avg"))
 
 
@@ -371,7 +371,7 @@ class Pair(nn.Module):
     ("layer", "message"),
     [
         ("act", "'act' of Odd runs more than once in a pass; name a module around it"),
-        ("unused", "Odd does not run its module 'unused' by itself, so it gives no codes"),
+        ("unused", "Odd does not run its module 'unused' on its own, so it gives no codes"),
         ("pair", r"'pair' of Odd gives a tuple, not one tensor; name a module in it \('pair.inner'\), or after it"),
         ("deep", r"'deep' of Odd gives \(4, 2, 2, 30, 30\) for 4 images: neither a map"),
     ],

@@ -45,7 +45,7 @@ def test_the_same_function_has_the_same_digest(name, rule):
     assert digest(one) == expected
 
 
-def test_our_classes_keep_the_names_under_which_codes_were_first_kept():
+def test_our_classes_keep_the_names_under_which_codes_were_first_cached():
     names = [digest_name(kind) for kind in (networks.MaxPool, networks.AlexNet, staged.StagedNet, nn.ReLU)]
     assert names[:2] == ["tlscale.model.classic.MaxPool", "tlscale.model.classic.AlexNet"]
     assert names[2:] == ["tlscale.model.staged.StagedNet", "torch.nn.modules.activation.ReLU"]

@@ -3,9 +3,9 @@
 Promise: data that end before the picture is complete, data that are left over when it is, and scans or restart markers
 that are missing are errors; `djpeg` warns of them, and Pillow passes over the warnings. A sound file is never refused.
 
-Nothing is decoded twice. Pillow's decoder can be fed in pieces and says how much it has consumed. While it decodes, it
-keeps a piece that is too short for the next block; between the last block of a scan and the next marker it throws away
-what it gets. So it is asked twice for each stretch of coded data: shortly before the end of the stretch it must still
+Nothing is decoded twice. Pillow's decoder takes data in pieces and reports how much it has consumed. While it decodes,
+it keeps a piece that is too short for the next block; between the last block of a scan and the next marker it drops
+what it gets. So it is queried twice for each stretch of coded data: shortly before the end of the stretch it must still
 be decoding, and at the end, with a few bytes of padding, it must not want more.
 
 What cannot be found: damage after which the number of blocks and that of bytes still fit (a flipped bit may do that,
@@ -43,7 +43,7 @@ class DamagedError(Exception):
 
 @dataclass
 class _Layout:
-    """Where the coded data lie."""
+    """Where the coded data are."""
 
     frame: int = 0
     """Marker of the frame: the kind of coding."""

@@ -1,7 +1,7 @@
-"""Tell from its tags whether a TIFF is one of those that Pillow decodes right, and how its numbers are meant.
+"""Check by its tags that a TIFF is one of those that Pillow decodes correctly, and read what its numbers mean.
 
-Promise: a TIFF that would come out inverted, dark or garbled is refused, and the error says what it is. TIFF leaves
-much open (what 0 is, how many bits, where the planes lie), and Pillow decodes some of it wrongly without an error:
+Promise: a TIFF that would come out inverted, dark or garbled is refused, and the error describes it. TIFF leaves
+much open (what 0 is, how many bits, where the planes are), and Pillow decodes some of it wrongly without an error:
 what is let through here was compared with files written byte by byte (tests/unit/data/test_tiff.py).
 """
 
@@ -89,7 +89,7 @@ def meaning_of(raw: bytes) -> Meaning:
     """
     try:
         tags = _read(raw)
-    except Exception:  # on damaged tags Pillow's reader raises nearly anything; its decoder will say it
+    except Exception:  # on damaged tags Pillow's reader raises nearly anything; its decoder will report it
         return Meaning()
     why = next(_faults(tags), None)
     if why is not None:

@@ -1,7 +1,7 @@
 """Find the images that cannot be read, for `data.on_bad_image: skip`, before anything is drawn from the splits.
 
 Promise: every image of every split is tried, by its content: what was found sound once is not decoded again, wherever
-it lies and whatever it is called then. The findings below `$TLSCALE_CACHE/checked` only save time; none is relied on
+it is and whatever its name is then. The findings below `$TLSCALE_CACHE/checked` only save time; none is relied on
 for anything else, and a folder that cannot be written is no error.
 """
 
@@ -134,7 +134,7 @@ class _Checked:
             self._new.add(digest)
 
     def save(self) -> None:
-        """Write what is new to a file of its own, so that processes beside this one lose nothing."""
+        """Write what is new to a file of its own, so that other processes lose nothing."""
         if not self._new:
             return
         content = b"".join(sorted(self._new))

@@ -1,7 +1,7 @@
 """Fashion-MNIST by name: 60,000 + 10,000 grey images of 28 x 28 pixels, 10 classes (Zalando SE, MIT licence).
 
 Promise: what is read is Fashion-MNIST to the last bit, whatever place it came from; or the shipped sample of it, if the
-recipe allows that, and then every note says so.
+recipe allows that, with a note that reports it.
 
 Shape letters: N images.
 """
@@ -20,7 +20,7 @@ from tlscale.data.decode import decode_image
 from tlscale.data.sources.hub import read_hub_source
 from tlscale.data.sources.idx import find_idx, read_split
 from tlscale.data.sources.manifest import read_manifest_source
-from tlscale.data.sources.tables import ImageStore, Ints, Role, Source, SourceSplit
+from tlscale.data.sources.tables import Ints, RawStore, Role, Source, SourceSplit
 from tlscale.errors import DataError
 from tlscale.recipe.schema import DataSection
 from tlscale.storage.files import cache_root
@@ -140,7 +140,7 @@ def check_content(role: Role, split: SourceSplit, place: str) -> None:
         raise DataError(f"{place}: the {role} split holds other images or labels than Fashion-MNIST (sum {found})")
 
 
-def unordered_sum(store: ImageStore, labels_N: Ints) -> str:
+def unordered_sum(store: RawStore, labels_N: Ints) -> str:
     """Compute a checksum that the order does not change: the sum of 128 bits of SHA-256 of each (label, pixels)."""
     total = 0
     for row, label in enumerate(labels_N):

@@ -1,8 +1,8 @@
-"""A folder per class: `path/train/CLASS/IMAGE`, with validation and test beside train, or `path/CLASS/IMAGE`.
+"""Read a folder per class: `path/train/CLASS/IMAGE`, with validation and test next to train, or `path/CLASS/IMAGE`.
 
-Promise: every file below a class folder is either an image of the split or an error; nothing is left out in silence,
-save hidden files and what desktops leave behind. Symbolic links are followed. A class folder holds images only: with
-folders inside it, nobody can tell which level is the class, and a manifest says it better.
+Promise: every file below a class folder is either an image of the split or an error; nothing is skipped silently,
+except hidden files and what desktops leave behind. Symbolic links are followed. A class folder holds images only: with
+folders inside it, it is not clear which level is the class; use a manifest.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _LEFT_BY_DESKTOPS = frozenset(("Thumbs.db", "desktop.ini", "__MACOSX"))
 
 
 def is_folder_source(data: str) -> bool:
-    """Return whether `data` is a folder, of whatever; asked after the sources that know theirs by some file."""
+    """Return whether `data` is a folder, with anything in it; sources that know theirs by a file come first."""
     return Path(data).expanduser().is_dir()
 
 
@@ -61,7 +61,7 @@ def _pick(section: DataSection, root: Path) -> dict[Role, str] | None:
     named = [section.train_split, section.validation_split, section.test_split, *VALIDATION_NAMES]
     for name in filter(None, named):
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            raise DataError(f"split {name!r} lies outside {root}; a split is a folder inside data.path")
+            raise DataError(f"split {name!r} is outside {root}; a split is a folder inside data.path")
     top = [entry.name for entry in _visible(root) if entry.is_dir()]
     nested = [name for name in filter(None, named) if "/" in name and (root / name).is_dir()]
     wanted = [section.train_split]
@@ -82,7 +82,7 @@ def _pick(section: DataSection, root: Path) -> dict[Role, str] | None:
 
 def _available(root: Path, train: str, top: list[str], nested: list[str]) -> list[str]:
     """Return the folders that may be splits: at the top, those named in the recipe below it, those next to train."""
-    holders = {PurePosixPath(name).parts[0] for name in nested}  # their first part is no split by itself
+    holders = {PurePosixPath(name).parts[0] for name in nested}  # their first part alone is no split
     parent = PurePosixPath(train).parent
     beside = [] if parent.name == "" else [str(parent / e.name) for e in _visible(root / parent) if e.is_dir()]
     return list(dict.fromkeys([*(name for name in top if name not in holders or name == train), *nested, *beside]))

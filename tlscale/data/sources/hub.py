@@ -1,8 +1,8 @@
-"""Data sets of the Hugging Face hub, and those that `datasets` saved on disk.
+"""Read data sets of the Hugging Face hub, and those that `datasets` saved on disk.
 
 Promise: no code of a data set is ever run; images come as they are stored, for our own decoder; and the commit that was
-read is known. The hub is asked once, with a short time-out, before anything is loaded, because its client would try for
-half a minute; where it cannot be reached, what `datasets` prepared before is used, if it is the revision asked for.
+read is known. The hub is queried once, with a short time-out, before anything is loaded, because its client would try
+for half a minute; where it is not reached, what `datasets` prepared before is used, if it is the wanted revision.
 
 Shape letters: N rows.
 """
@@ -265,7 +265,7 @@ def _read_split(split: Dataset, name: str, image: str, label: str, where: str) -
 def _container(images: Dataset, column: str) -> bytes | None:
     table_column = images.data.column(column)
     if not _is_bytes(images.features[column]) and any(c.field("bytes").null_count for c in table_column.chunks):
-        return None  # some images lie elsewhere
+        return None  # some images are elsewhere
     files, looked_ns = [file["filename"] for file in images.cache_files], now_ns()
     stamps = [stamp_bytes(file_stamp(os.stat(file)), looked_ns) for file in files]
     if not stamps or any(stamp is None for stamp in stamps):

@@ -1,4 +1,4 @@
-"""IDX, the file format of MNIST: gzipped or plain, four files in a folder.
+"""Read IDX, the file format of MNIST: gzipped or plain, four files in a folder.
 
 Promise: magic number, dimensions and length are checked before anything is believed, and no more is unpacked than the
 header announces.

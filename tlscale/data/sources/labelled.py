@@ -1,4 +1,4 @@
-"""Labelled images that are only scored: a test split, or else every image with a label.
+"""Open labelled images that are only scored: a test split, or else every image with a label.
 
 Promise: nothing is held out and nothing is limited; labels are matched with the classes of the model by name, and one
 that the model does not know is an error. How many of the images a run was trained on is counted by content.

@@ -1,4 +1,4 @@
-"""A table of images and labels: CSV (`.csv`, or `.tsv` with tabs) or Parquet, with or without a column `split`.
+"""Read a table of images and labels: CSV (`.csv`, or `.tsv` with tabs) or Parquet, with or without a column `split`.
 
 Promise: the table stays in Arrow, and a file that the table names and that is not there is found before anything else
 happens, for all splits at once.
@@ -33,7 +33,7 @@ from tlscale.data.sources.quoting import first_few, quoted
 from tlscale.data.sources.same_files import identities_of, number_files
 from tlscale.data.sources.split_names import SPLIT_COLUMN, may_name_splits, pick_splits, split_values
 from tlscale.data.sources.stores import BytesStore, FileStore
-from tlscale.data.sources.tables import ImageStore, Role, Source, SourceSplit
+from tlscale.data.sources.tables import RawStore, Role, Source, SourceSplit
 from tlscale.errors import DataError, did_you_mean
 from tlscale.recipe.schema import DataSection
 
@@ -262,7 +262,7 @@ def _store(
     content: str,
     stats_N5: Stats | None,
     looked_ns: int,
-) -> ImageStore:
+) -> RawStore:
     if stats_N5 is not None:
         paths_N = column.take(rows_N).combine_chunks()
         return FileStore(str(file.parent), paths_N, content, stats_N5[rows_N], looked_ns)

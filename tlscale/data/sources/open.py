@@ -1,7 +1,7 @@
-"""Where the images come from: one function for all sources.
+"""Open the images of a recipe: one function for all sources.
 
 Promise: what `open_data` gives is complete. One class list holds for all splits, the files are there, and `identity`
-says what was used well enough to find out whether something else is used another time. No image has been decoded.
+describes what was used well enough to find out whether something else is used another time. No image has been decoded.
 
 The fingerprint is a SHA-256 over, for each whole split of the source (before limit and hold-out, which follow from the
 recipe and its seed): class names, labels by row, and the content. Content is the checksum where files are read whole
@@ -43,7 +43,7 @@ class SourceReader:
 
 
 # A new source is a file with these two functions, a row here, and a row of keys in `tlscale.recipe.sources`. The first
-# that recognises a place has it: what is told by a file comes before what takes any folder.
+# that recognises a place has it: sources that know theirs by a file come before the one that takes any folder.
 SOURCES: dict[str, SourceReader] = {
     "disk": SourceReader(read_disk_source, is_disk_source),
     "idx": SourceReader(read_idx_source, is_idx_source),
@@ -83,14 +83,14 @@ def open_data(
     Args:
         section: `data` of the recipe; relative paths start at the current folder.
         seed: of the recipe; decides which images a limit keeps and which are held out.
-        bad_images: those that the run skips, found when it began; None: find them, where the recipe says to skip them.
+        bad_images: those that the run skips, found when it began; None: find them, if the recipe skips them.
         tries_images: decode images to find those that are to be skipped; else all are taken as sound.
 
     Raises:
         DataError: missing or wrong, with the place and what to do.
     """
     source = read_source(section)
-    bad_images, said = _bad_images(section, source, bad_images, tries_images=tries_images)
+    bad_images, skip_notes = _bad_images(section, source, bad_images, tries_images=tries_images)
     early = {} if bad_images.is_late else bad_images.found
     chosen = choose_splits(section, source, seed, {role: [row for row, _ in rows] for role, rows in early.items()})
     splits = dict(chosen.splits)
@@ -102,7 +102,7 @@ def open_data(
         validation=splits.get("validation"),
         test=splits.get("test"),
         identity=_identity(section, source, chosen),
-        notes=(*source.notes, *said, *chosen.notes),
+        notes=(*source.notes, *skip_notes, *chosen.notes),
         is_sample=source.is_sample,
         bad_images=bad_images,
     )

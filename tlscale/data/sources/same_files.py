@@ -20,7 +20,7 @@ Identities = npt.NDArray[np.int64]
 
 
 def identities_of(stamps_N5: Ints) -> Identities:
-    """Return what tells files from others, whatever they are called: device, inode, size and time of the last write.
+    """Return what identifies files, whatever their names are: device, inode, size and time of the last write.
 
     Args:
         stamps_N5: `content.file_stamp` of each.
@@ -68,9 +68,9 @@ def check_files(
 
 
 def _two_labels(pair: list[tuple[LabelledTable, int]], classes: Sequence[str], count: int, place: str) -> str:
-    said = " and ".join(f"{table.where(row)} is {classes[table.labels_N[row]]!r}" for table, row in pair)
+    both = " and ".join(f"{table.where(row)} is {classes[table.labels_N[row]]!r}" for table, row in pair)
     return (
-        f"{place}: {count:,} file{'s have' if count > 1 else ' has'} two labels: {said}; keep the row (or the link) "
+        f"{place}: {count:,} file{'s have' if count > 1 else ' has'} two labels: {both}; keep the row (or the link) "
         "that is right"
     )
 

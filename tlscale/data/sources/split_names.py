@@ -1,7 +1,7 @@
 """Recognise names of splits, however they are spelt, and pick the splits that play a role.
 
-Promise: a split that the recipe does not use, but whose name says that it is test or validation data, is never passed
-over without a word: the readers ask here before they leave anything out.
+Promise: a split that the recipe does not use, but whose name means test or validation data, is never skipped silently:
+the readers check here before they skip anything.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tlscale.recipe.schema import DataSection
 Role = Literal["train", "validation", "test"]
 
 SPLIT_COLUMN = "split"
-"""Column of a table that says which split a row belongs to; found in any case, with or without spaces around it."""
+"""Column of a table with the split of each row; found in any case, with or without spaces around it."""
 
 VALIDATION_NAMES = ("validation", "valid", "val")
 """Names of a validation split that are found by default."""
@@ -122,7 +122,7 @@ def pick_splits(
         if twin is not None:
             raise DataError(f"{where}: split {name!r} would be both {role} and {twin}; each needs its own")
     if not picked:
-        _named_split(section.train_split, "train_split", available, where)  # which says what there is
+        _named_split(section.train_split, "train_split", available, where)  # which lists what there is
     unused = [name for name in available if name not in picked.values()]
     for name, role in lookalikes(unused, picked, any_word=any_word).items():
         raise DataError(

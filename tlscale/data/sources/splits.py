@@ -1,4 +1,4 @@
-"""From what a source holds to what a run uses: one class list, a stratified limit, a stratified hold-out.
+"""Choose what a run uses of a source: one class list, a stratified limit, a stratified hold-out.
 
 Promise: every choice is a pure function of (seed, labels): integer arithmetic on row numbers, no generator of a
 library. With one seed, a smaller `train_limit` gives a subset of a larger one.
@@ -49,7 +49,7 @@ def choose_splits(
         bad: rows of the source's splits that are skipped: to what is drawn they are not there.
 
     Raises:
-        DataError: labels outside the classes, fewer than two classes, a limit or hold-out that cannot be had.
+        DataError: labels outside the classes, fewer than two classes, a limit or hold-out that is not possible.
     """
     labelled, notes = _with_labels(source)
     classes = _class_list(section, source, labelled)
@@ -60,12 +60,12 @@ def choose_splits(
     good = {role: _good_rows(table, role, (bad or {}).get(role, ())) for role, table in tables.items()}
     files = {role: split.files_N for role, split in labelled.items()}
     notes += (*check_files(tables, files, classes, source.place), *_absences(classes, tables, good))
-    rows_N, held_N, said = _divide_train(section, tables, good["train"], classes, files["train"], seed)
+    rows_N, held_N, divided = _divide_train(section, tables, good["train"], classes, files["train"], seed)
     splits = {role: ImageSplit(role, table, good[role]) for role, table in tables.items()}
     splits["train"] = ImageSplit("train", tables["train"], rows_N)
     if held_N is not None:
         splits["validation"] = ImageSplit("validation", tables["train"], held_N)
-    return Chosen(classes, tables, splits, (*notes, *said))
+    return Chosen(classes, tables, splits, (*notes, *divided))
 
 
 def stratified_subset(labels_N: Ints, rows_N: Ints, count: int, seed: int, *, keep_all_classes: bool) -> Ints:
@@ -156,7 +156,7 @@ def _class_list(section: DataSection, source: Source, splits: Mapping[Role, Sour
     used = splits["train"].used_names()
     if len(used) < 2:
         raise DataError(
-            f"{source.place}: the training split has one class only, {used[0]!r}; there is nothing to tell apart"
+            f"{source.place}: the training split has one class only, {used[0]!r}; a classifier needs two or more"
         )
     return tuple(section.classes or source.declared_classes or sort_labels(used))
 

@@ -29,7 +29,7 @@ Raw = bytes | npt.NDArray[Any]
 NO_LABEL = -1
 
 
-class ImageStore(Protocol):
+class RawStore(Protocol):
     """Images by row."""
 
     @property
@@ -95,7 +95,7 @@ class ImageTable(Protocol):
 class LabelledTable:
     """An `ImageTable`: a store, and the class number of each of its rows."""
 
-    store: ImageStore
+    store: RawStore
     labels_N: Ints
 
     @cached_property
@@ -214,11 +214,11 @@ class ImageSplit:
 
 @dataclass(frozen=True, eq=False)
 class SourceSplit:
-    """One split as it lies, before anybody chose from it."""
+    """One split as it is stored, before anything is chosen from it."""
 
     name: str
     """Its name in the source."""
-    store: ImageStore
+    store: RawStore
     label_names: tuple[str, ...]
     """Label texts; not all of them need occur."""
     label_ids_N: Ints

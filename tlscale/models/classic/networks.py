@@ -1,4 +1,4 @@
-"""LeNet-5, AlexNet, ZFNet and GoogLeNet, which timm does not have, in timm's registry as if it had.
+"""Define LeNet-5, AlexNet, ZFNet and GoogLeNet, which timm does not have, in timm's registry.
 
 Promise: layers, shapes and parameter counts are those of the papers, or the docstring of the network says where and
 why they are not (tests hold the figures). `alexnet` and `googlenet` give the logits of torchvision's networks when
@@ -26,6 +26,9 @@ from torch.nn import functional as F
 from torchvision.models import AlexNet_Weights, GoogLeNet_Weights
 
 from tlscale.models.classic.staged import Stage, StagedNet
+
+# The text of these classes, docstrings included, is in the digests of codes (`partition.fingerprint`): after an edit,
+# codes of networks that are frozen in part are computed again.
 
 # Maps of S2 that each map of C3 sees: LeCun et al. (1998), table 1.
 C3_SEES = (

@@ -1,12 +1,12 @@
-"""A network that is a chain of stages, with all that timm's models have: the frame of the classic architectures.
+"""Build a network from a chain of stages, with the interface of timm's models: the frame of the classic networks.
 
-Promise: what timm and those who use it ask of a model is here once, and means what it means there: `forward_features`,
-`forward_head`, `forward_intermediates`, `prune_intermediate_layers`, `reset_classifier`, `feature_info`,
-`group_matcher` and `set_grad_checkpointing`.
+Promise: the interface that timm and its users expect of a model is here once, and means what it means there:
+`forward_features`, `forward_head`, `forward_intermediates`, `prune_intermediate_layers`, `reset_classifier`,
+`feature_info`, `group_matcher` and `set_grad_checkpointing`.
 
 The layers that a paper puts between its convolutions and its classifier are the neck, and belong to the features:
 without classifier (`num_classes=0`) a network gives the last of them, (B, head_hidden_size). With `global_pool=''`
-they are left out, and it gives the map of its last stage, (B, num_features, h, w).
+they are skipped, and it gives the map of its last stage, (B, num_features, h, w).
 
 Shapes: B images, C channels, H and W pixels, h and w pixels of a map, D features.
 """
@@ -107,7 +107,7 @@ class StagedNet(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Put in a new classifier of this width (0: none), and another kind of pooling where one is named.
 
-        A neck that was left out with `global_pool=''` does not come back: the classifier then sees the pooled map.
+        A neck that was dropped with `global_pool=''` does not come back: the classifier then sees the pooled map.
 
         Raises:
             ModelError: a classifier without pooling, or pooling of another width under a neck.
@@ -181,8 +181,8 @@ class StagedNet(nn.Module):
         Args:
             x: (B, C, H, W).
             indices: stages, in the order of `feature_info`; a number for that many of the last, None for all.
-            norm: timm's word for a norm layer after the last stage; there is none here.
-            stop_early: go no further than the last map that is asked for.
+            norm: of timm, for a norm layer after the last stage; there is none here.
+            stop_early: go no further than the last map that is wanted.
             output_fmt: NCHW, which is all there is.
             intermediates_only: without the last map.
 
@@ -205,7 +205,7 @@ class StagedNet(nn.Module):
         """Take off what the maps of `indices` (as in `forward_intermediates`) do not need.
 
         The neck and the classifier go with `prune_head`, and whenever a stage goes, since they were made for the last.
-        `prune_norm` is timm's word for a norm layer after the last stage; there is none here.
+        `prune_norm` is timm's, for a norm layer after the last stage; there is none here.
         """
         taken, last = _taken_stages(len(self._stages), indices)
         for names in self._stages[last + 1 :]:
@@ -225,7 +225,7 @@ class StagedNet(nn.Module):
         return {names[-1]: rf"^(?:{'|'.join(names)})\." for names in groups}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep only what lies between layers, and recompute what lies within them in the backward pass."""
+        """Store only activations between layers, and recompute those within them in the backward pass."""
         self.grad_checkpointing = enable
 
 

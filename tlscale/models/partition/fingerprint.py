@@ -22,12 +22,12 @@ from tlscale.models.partition.tracing import attribute_of, module_of
 from tlscale.storage.files import text_sha256
 
 _FORMAT = 1
-# Digests do not follow our modules when they move: these names are those under which codes were first kept.
+# Digests do not follow our modules when they move: these names are those under which codes were first cached.
 _FIRST_NAMES = {
     "tlscale.models.classic.networks": "tlscale.model.classic",
     "tlscale.models.classic.staged": "tlscale.model.staged",
 }
-# Settings that change nothing of what a frozen module computes, or that say where its weights came from.
+# Settings that change nothing of what a frozen module computes, or that note where its weights came from.
 _NO_MATTER = ("training", "grad_checkpointing", "pretrained_cfg", "default_cfg", "feature_info")
 _PLAIN = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.memory_format, slice, range)
 

@@ -162,7 +162,7 @@ def minimum_cut(analysis: Analysis, network: nn.Module) -> list[fx.Node]:
     ends = [node for node in nodes if (node, "in") in source_side and (node, "out") not in source_side]
     saved = [node for node in with_inputs(ends) if node not in free and is_heavy(node, network)]
     if not saved:
-        raise NoPartition("nothing that is frozen and costs time lies between the image and the trained part")
+        raise NoPartition("nothing that is frozen and costs time is between the image and the trained part")
     return ends
 
 

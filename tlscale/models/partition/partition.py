@@ -69,7 +69,7 @@ class Partition:
             network's own in the mode that the network gives them; `train()` and `eval()` of it do nothing. Call it
             under `no_grad`, with the network in either mode: what it runs is the same in both.
         suffix: `forward(*codes)`: what the network gives, with the network's own parameters and modules. Its `train()`
-            and `eval()` are the network's. It may overwrite the codes, as the network overwrites what lies between
+            and `eval()` are the network's. It may overwrite the codes, as the network overwrites what is between
             its layers (ReLU in place): give it tensors that are not needed again. To move it to a device or type moves
             only its part of the network: move the network, then find the partition again.
         values: what the prefix gives.
@@ -292,8 +292,7 @@ def _is_channels_last(code: Tensor) -> bool:
 
 
 class _FlopCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """By torch's own formulas, but without the hooks by which its counter tells modules apart: some networks trip on
-    them."""
+    """Counts by torch's own formulas, without its counter's hooks on modules, which break some networks."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

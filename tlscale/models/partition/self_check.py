@@ -39,14 +39,14 @@ def check_partition(network: nn.Module, images: Tensor, prefix: nn.Module, suffi
     # A size that is no multiple, and larger: rounded up or cut off, a batch size may look like a constant.
     more = torch.cat([images, 1 - images, 2 * images[:1]])
     _check_rows(images, more, prefix)
-    for mode, word in ((False, "evaluation"), (True, "training")):
+    for mode, name in ((False, "evaluation"), (True, "training")):
         suffix.train(mode)
         _check_calls(network, images)
         for batch in (images, more):
-            _check_one(network, batch, prefix, suffix, word)
+            _check_one(network, batch, prefix, suffix, name)
 
 
-def _check_one(network: nn.Module, images: Tensor, prefix: nn.Module, suffix: nn.Module, word: str) -> None:
+def _check_one(network: nn.Module, images: Tensor, prefix: nn.Module, suffix: nn.Module, mode: str) -> None:
     before = [buffer.clone() for buffer in suffix.buffers()]
     whole = _seeded(network, images.clone()), [buffer.clone() for buffer in suffix.buffers()]
     for buffer, value in zip(suffix.buffers(), before, strict=True):
@@ -54,19 +54,19 @@ def _check_one(network: nn.Module, images: Tensor, prefix: nn.Module, suffix: nn
     found = _seeded(suffix, *(code.clone() for code in prefix(images.clone()))), list(suffix.buffers())
     exact = images.device.type == "cpu"
     if not all(_agree(one, other, exact=exact) for one, other in zip(whole, found, strict=True)):
-        raise NoPartition(f"prefix and suffix do not give what the whole network gives in {word}")
+        raise NoPartition(f"prefix and suffix do not give what the whole network gives in {mode}")
 
 
 def _check_calls(network: nn.Module, images: Tensor) -> None:
     """Check that the network, called twice, gives the same, and keeps nothing of the calls but in buffers."""
     buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
     once = _seeded(network, images.clone())
-    kept = _plain_state(network)
+    first = _plain_state(network)
     for buffer, value in buffers:
         buffer.copy_(value)
     again = _seeded(network, images.clone())
     now = _plain_state(network)
-    changed = next((name for name in now if kept.get(name) != now[name]), None)
+    changed = next((name for name in now if first.get(name) != now[name]), None)
     if changed is not None:
         raise NoPartition(f"{OF_CALLS}: it changes its '{changed}'")
     if not _agree(once, again, exact=images.device.type == "cpu"):

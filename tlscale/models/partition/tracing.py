@@ -1,4 +1,4 @@
-"""Trace a network to a graph of calls, and tell of each call what is known without running it.
+"""Trace a network to a graph of calls, and find out of each call what is known without running it.
 
 Promise: tracing leaves the network as it was but for constants, which `find_partition` removes when it is done; what
 would be traced into something else than the network computes is refused (`NoPartition`), never guessed.
@@ -26,7 +26,7 @@ from torch import fx, nn
 
 RECOMPUTED = "recomputed"  # in the meta of a node: it was called under gradient checkpointing
 
-# What timm itself says cannot be traced through: functions, and kinds of modules.
+# What timm lists as not traceable: functions, and kinds of modules.
 _OPAQUE_FUNCTIONS: tuple[Callable[..., Any], ...] = tuple(get_notrace_functions())  # type: ignore[no-untyped-call]
 _OPAQUE_MODULES: tuple[type[nn.Module], ...] = tuple(get_notrace_modules())  # type: ignore[no-untyped-call]
 
@@ -160,7 +160,7 @@ def first_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _checkpoints_noted(tracer: _Tracer) -> Iterator[None]:
-    """Trace through gradient checkpointing as if it were off, and mark what lies in it."""
+    """Trace through gradient checkpointing as if it were off, and mark what is in it."""
 
     def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         outer, tracer.in_checkpoint = tracer.in_checkpoint, True
