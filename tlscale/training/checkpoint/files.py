@@ -220,7 +220,7 @@ def load_part(
         shards = {name: info for name, info in manifest["files"].items() if name.startswith(f"{SHARDS}/")}
         tensors: dict[str, Mapping[str, Tensor]] = {}
         state: Mapping[str, Any] = {}
-        for name in manifest["files"].keys() - shards.keys():
+        for name in (name for name in manifest["files"] if name not in shards):
             with CheckpointFile(folder, name, manifest["files"][name]) as file:
                 file.verify()
                 if name == _STATE:

@@ -61,11 +61,13 @@ class CheckpointFile:
     """
 
     def __init__(self, folder: Path, name: str, info: FileInfo) -> None:
-        path = folder / name
+        self.name, self._info, path = name, info, folder / name
         if not path.is_file():
             raise CorruptionError(f"{name} is missing")
-        self.name, self._info = name, info
-        self._file = path.open("rb")
+        try:
+            self._file = path.open("rb")
+        except OSError as error:
+            raise CorruptionError(f"{name} cannot be read ({error})") from error
         size = os.fstat(self._file.fileno()).st_size
         if size != info["bytes"]:
             self._file.close()
@@ -96,8 +98,11 @@ class CheckpointFile:
 
     def plain(self) -> Any:
         """Return the JSON value that the file is."""
-        self._file.seek(0)
-        return json.loads(self._file.read())
+        try:
+            self._file.seek(0)
+            return json.loads(self._file.read())
+        except (OSError, ValueError) as error:
+            raise CorruptionError(f"{self.name} cannot be read ({error})") from error
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors of a safetensors file, by name, as views of its content."""
@@ -113,7 +118,9 @@ class CheckpointFile:
             # By reading, as `verify`; and private, so that the file stays as it is whatever becomes of a tensor.
             self._file.seek(0)
             data_at = 8 + int.from_bytes(self._file.read(8), "little")
-            header = json.loads(self._file.read(data_at - 8)) if data_at <= self._info["bytes"] else {}
+            if data_at > self._info["bytes"]:
+                raise ValueError(f"it would have {data_at - 8} bytes")
+            header = json.loads(self._file.read(data_at - 8))
             content = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_COPY)
             offsets = json.loads(header.pop("__metadata__", {}).get(_SHARDS_OF, "{}"))
             return {
@@ -195,8 +202,10 @@ def _overlap(start: int, values: Tensor, mine: range) -> range:
 def _collect(name: str, shape: torch.Size, mine: range, found: Sequence[Mapping[str, tuple[int, Tensor]]]) -> Tensor:
     pieces = [rows[name] for rows in found if name in rows]
     collected = torch.empty((len(mine), *shape[1:]), dtype=pieces[0][1].dtype)
-    for start, values in pieces:
-        common = _overlap(start, values, mine)
+    commons = [_overlap(start, values, mine) for start, values in pieces]
+    if sum(map(len, commons)) != len(mine):
+        raise CorruptionError(f"rows of {name} are in none of its files, or in several")
+    for common, (start, values) in zip(commons, pieces, strict=True):
         collected[common.start - mine.start : common.stop - mine.start] = values[
             common.start - start : common.stop - start
         ]
