@@ -111,7 +111,7 @@ test-xla: ## the XLA (TPU) path on this machine's CPU, in an environment with to
 wheel: $(VENV)/.tlscale ## dist/tlscale-*.whl, with the recipes, the sample of images and the weights in it
 	rm -f dist/tlscale-*.whl
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
-	@for part in $(RECIPE:recipes/%=tlscale/_recipes/%) tlscale/data/sample/ tlscale/weights/resnet10t.safetensors; do \
+	@for part in $(RECIPE:recipes/%=tlscale/_recipes/%) tlscale/py.typed tlscale/data/sample/ tlscale/weights/resnet10t.safetensors; do \
 	  $(BIN)/python -m zipfile -l dist/tlscale-*.whl | grep "^$$part" >/dev/null || { echo "the wheel lacks $$part" >&2; exit 1; }; \
 	done
 	@ls dist/tlscale-*.whl

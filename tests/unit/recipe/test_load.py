@@ -169,6 +169,7 @@ VALUES = st.recursive(
 
 
 @given(st.dictionaries(TEXTS, VALUES, max_size=4))
+@settings(deadline=None)
 def test_written_yaml_reads_back(plain):
     got, mistakes = read(write_yaml(plain))
     assert mistakes == []
@@ -176,6 +177,7 @@ def test_written_yaml_reads_back(plain):
         assert repr(got) == repr(plain)  # repr: 1, 1.0 and true differ
 
 
+@settings(deadline=None)
 @given(st.text(max_size=200) | st.text("[]{}:,-&*!|>'\"\n #%@a1 \t", max_size=60))
 def test_no_text_makes_the_reader_fail(text):
     value, mistakes = read(text)
@@ -358,7 +360,7 @@ def test_overrides_make_sections_and_the_last_one_holds(recipe_file):
     st.text(max_size=40)
     | st.builds("{}={}".format, st.sampled_from(["freeze", "optim.lr", "name", "head", "optim"]), TEXTS)
 )
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 def test_an_override_is_right_or_a_recipe_error(recipe_file, override):
     file = recipe_file(GOOD)
     try:
