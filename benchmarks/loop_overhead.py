@@ -80,15 +80,15 @@ def tlscale_loop(recipe: Recipe, out: Path) -> tuple[dict[str, torch.Tensor], fl
     return load(out).model.state_dict(), result["images_per_s"]
 
 
-def make_recipe(*, backbone: str, steps: int, batch_size: int, image_size: int = 28) -> Recipe:
-    """Plain training on 6,000 real images (those that ship, where Fashion-MNIST is not at hand)."""
+def make_recipe(*, backbone: str, steps: int, batch_size: int, image_size: int = 28, train_limit: int = 6000) -> Recipe:
+    """Return plain training on real images (those that ship, where Fashion-MNIST is not available)."""
     return Recipe.model_validate(
         {
             "name": "overhead",
             "data": {
                 "source": "fashion_mnist",
                 "fallback": "sample",
-                "train_limit": 6000,
+                "train_limit": train_limit,
                 "image_size": image_size,
                 "validation_fraction": 0.0,
             },
@@ -101,7 +101,7 @@ def make_recipe(*, backbone: str, steps: int, batch_size: int, image_size: int =
 
 
 def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    """Over all tensors of two state dicts with the same names; 0 where they are bit-equal."""
+    """Return that of all tensors of two state dicts with the same names; 0 where they are bit-equal."""
     assert one.keys() == other.keys()
     return max(float((one[name].double() - other[name].double()).abs().max()) for name in one)
 

@@ -21,8 +21,8 @@ NETWORKS = {
     "inception_v3": (75, r"(Conv2d|Mixed_[56]).*", 1_000_000),
     "resnet18": (32, None, 11_000_000),
 }
-# Their fully connected layers take many seconds to hash, to save and to write; AlexNet's stand for all in `make test`.
-BIG = ("zfnet", "vgg11_bn")
+# Their fully connected layers take many seconds to hash, to save and to write.
+BIG = ("alexnet", "zfnet", "vgg11_bn")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.long) if n in BIG else n for n in NETWORKS])

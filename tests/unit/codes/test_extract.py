@@ -367,11 +367,18 @@ def test_each_value_is_looked_up_by_itself_and_row_by_row(tmp_path):
 
 # --- Bits ------------------------------------------------------------------------------------------------------------
 
+MORE_NETWORKS = ("test_efficientnet", "test_convnext", "test_mambaout", "test_nfnet")
+
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
-    "name", ["test_resnet", "test_vit", "test_efficientnet", "test_convnext", "test_mambaout", "test_nfnet"]
+    ("name", "precision"),
+    [
+        *(("test_resnet", precision) for precision in ("fp32", "bf16")),
+        *(("test_vit", precision) for precision in ("fp32", "bf16")),
+        *((name, "fp32") for name in MORE_NETWORKS),
+        *(pytest.param(name, "bf16", marks=pytest.mark.long) for name in MORE_NETWORKS),
+    ],
 )
 def test_bits_hang_on_neither_place_nor_neighbours_nor_threads(name, precision):
     """What the key leaves out: only the block, the kind of CPU and the versions are in it."""
