@@ -48,10 +48,10 @@ WRONG_RECIPES: list[tuple[str, str, list[str], list[str]]] = [
         [AT, "several 'stages' cannot be had beside 'compute.engine: fsdp2'"],
     ),
     (
-        "engine_rollback",
-        GOOD + "compute: {engine: fsdp2}\nnon_finite: {action: rollback}\n",
+        "rollback_is_retired",
+        GOOD + "non_finite: {action: rollback}\n",
         [],
-        [AT, "'non_finite.action: rollback' cannot be had beside 'compute.engine: fsdp2'"],
+        [f"{AT}:4: non_finite.action = 'rollback': retired. Write skip"],
     ),
     (
         "distill_no_teacher",

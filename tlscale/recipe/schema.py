@@ -379,12 +379,11 @@ class ComputeSection(Section):
 class NonFiniteSection(Section):
     """What happens when the loss or a gradient is NaN or infinite, on any process."""
 
-    action: Literal["raise", "skip", "rollback"] = "raise"
-    """`raise`: the run fails, and its checkpoints stay; `skip`: that step changes nothing, for which all processes look
-    at every step before its update; `rollback`: all go back to the last checkpoint and make its steps again without
-    that one, which costs nothing until it happens. The last two end in the same weights."""
+    action: Literal["raise", "skip"] = "raise"
+    """`raise`: the run fails, and its checkpoints stay; `skip`: that step changes nothing, for which all processes
+    check every step before its update."""
     most_steps: int = Field(10, ge=1)
-    """More steps than these are not left out: the run fails. For `skip` and `rollback`."""
+    """If more steps than these would be skipped, the run fails. For `skip`."""
 
     @model_validator(mode="after")
     def _belongs(self) -> NonFiniteSection:
@@ -551,11 +550,6 @@ class Recipe(Section):
             raise ValueError(
                 "several 'stages' cannot be had beside 'compute.engine: fsdp2': what is spread over the processes is "
                 "so to the end of the run. Take 'compute.engine: ddp', or a recipe for each stage"
-            )
-        if self.non_finite.action == "rollback":
-            raise ValueError(
-                "'non_finite.action: rollback' cannot be had beside 'compute.engine: fsdp2', whose network cannot be "
-                "begun again in the same process. Take 'skip', which ends in the same weights"
             )
 
     def to_plain(self) -> dict[str, Any]:
