@@ -47,7 +47,8 @@ from peers import BY_HAND, PEERS, Measured, Task, forward_s, missing
 
 import tlscale
 from tlscale.recipe.schema import Recipe
-from tlscale.training.setup import open_image_cache, set_up
+from tlscale.training.setup import set_up
+from tlscale.training.specs import open_image_cache
 
 MOST_PASSES, MOST_EXTRA_S, LEAST_RATIO, MOST_POINTS, MOST_AGAIN = 1.3, 10.0, 12.0, 0.3, 0.2
 """The claims: forward passes and seconds besides, times less than each peer, points of accuracy, share of a hit."""

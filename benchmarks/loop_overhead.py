@@ -27,7 +27,8 @@ import tlscale
 from tlscale.data.sampler import DataOrder
 from tlscale.models.export import load
 from tlscale.recipe.schema import Recipe
-from tlscale.training.setup import open_image_cache, set_up
+from tlscale.training.setup import set_up
+from tlscale.training.specs import open_image_cache
 
 
 def plain_loop(recipe: Recipe) -> tuple[dict[str, torch.Tensor], float]:

@@ -42,7 +42,8 @@ import tlscale
 from tlscale.data.decode import decode_image
 from tlscale.data.sources.fashion_mnist import read_fashion_mnist
 from tlscale.recipe.schema import DataSection, Recipe
-from tlscale.training.setup import RunSetup, open_image_cache, set_up
+from tlscale.training.setup import RunSetup, set_up
+from tlscale.training.specs import open_image_cache
 
 LEAST_RATIO, LEAST_SHARE, CLAIMED_PX = 1.7, 0.85, 160
 """The claim at 160 px: times faster than the plain loop, and share of what arithmetic allows."""

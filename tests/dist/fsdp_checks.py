@@ -27,7 +27,7 @@ from tlscale.distributed.processes import start_processes
 from tlscale.training.evaluate import evaluate
 from tlscale.training import loop as finetune
 from tlscale.models.freeze import is_norm
-from tlscale.training.loss import Objective
+from tlscale.training.loss import CrossEntropyLoss
 from tlscale.recipe.schema import ComputeSection, LossSection
 
 FSDP = {"engine": "fsdp2", "precision": "fp64"}
@@ -185,7 +185,7 @@ def passes_of_uneven_shares():
         batches,
         inputs=lambda batch: (batch.x_BD,),
         num_images=2 * sum(counts),
-        objective=Objective(LossSection(), None),
+        loss_fn=CrossEntropyLoss(LossSection(), None),
         classes=list("abcde"),
         processes=processes,
         lockstep=True,

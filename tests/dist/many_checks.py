@@ -99,27 +99,31 @@ def at_each_checkpoint(look, folder, name, place, **changes):
 
 @contextmanager
 def before_each_step(look):
-    """Within: `look(batches, parts)` is called before a step is made of the batches."""
-    train_step = finetune.train_step
+    """Within: `look(batches, state)` is called before a step is made of the batches."""
+    train_step, build, states = finetune.train_step, finetune.build_train_state, []
 
-    def spy(batches, parts, **options):
-        look(batches, parts)
-        return train_step(batches, parts, **options)
+    def keep(*args, **options):
+        states.append(build(*args, **options))
+        return states[-1]
 
-    finetune.train_step = spy
+    def spy(model, optimizer, loss_fn, inputs, batches, *args, **options):
+        look(batches, states[-1])
+        return train_step(model, optimizer, loss_fn, inputs, batches, *args, **options)
+
+    finetune.train_step, finetune.build_train_state = spy, keep
     try:
         yield
     finally:
-        finetune.train_step = train_step
+        finetune.train_step, finetune.build_train_state = train_step, build
 
 
 def begins_with_equal_weights(folder, name, data):
     """Whether all ranks have the same parameters and buffers when the first step is made."""
     seen = []
 
-    def look(batches, parts):
+    def look(batches, state):
         if not seen:
-            seen.append(equal_on_all_ranks([*parts.network.parameters(), *parts.network.buffers()]))
+            seen.append(equal_on_all_ranks([*state.network.parameters(), *state.network.buffers()]))
 
     with before_each_step(look):
         tlscale.run(recipe(folder, name, data, **EXACT), folder / name)
@@ -134,8 +138,8 @@ def dropout_masks(folder, name, data):
         if module.training:
             masks.append("".join(map(str, (output != 0).int().flatten().tolist())))
 
-    def look(batches, parts):
-        (dropout,) = (module for module in parts.network.head if isinstance(module, torch.nn.Dropout))
+    def look(batches, state):
+        (dropout,) = (module for module in state.network.head if isinstance(module, torch.nn.Dropout))
         if dropout not in watched:
             dropout.register_forward_hook(note)
             watched.add(dropout)
@@ -149,11 +153,11 @@ def come_apart(folder, name, data):
     """The error of a run in which the last rank's weights change by themselves before the sixth step."""
     steps = []
 
-    def look(batches, parts):
+    def look(batches, state):
         steps.append(batches)
-        if len(steps) == 6 and parts.processes.rank == parts.processes.world_size - 1:
+        if len(steps) == 6 and state.processes.rank == state.processes.world_size - 1:
             with torch.no_grad():
-                parts.network.get_parameter("backbone.blocks.3.mlp.fc1.weight")[1, 2] += 1e-3
+                state.network.get_parameter("backbone.blocks.3.mlp.fc1.weight")[1, 2] += 1e-3
 
     with before_each_step(look):
         return error_of(lambda: tlscale.run(recipe(folder, name, data, **APART), folder / name))

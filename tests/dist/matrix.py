@@ -20,7 +20,8 @@ from tlscale.training.evaluate import evaluate
 from tlscale.training.input_pipeline import ImagePipeline
 from tlscale.training import loop as finetune
 from tlscale.training import state as run_parts
-from tlscale.training.setup import make_objective, open_image_cache, set_up
+from tlscale.training.setup import set_up
+from tlscale.training.specs import make_loss, open_image_cache, pipeline_spec
 
 # 77 training images in batches of 16 (the last of an epoch: 13), two epochs: 10 steps.
 BATCH = 16
@@ -80,7 +81,7 @@ def train(folder, data, rank=0, world_size=1):
     facts = {}
     for name in RUNS:
         steps = []
-        with before_each_step(lambda batches, parts, steps=steps: steps.append([b.num_real for b in batches])):
+        with before_each_step(lambda batches, state, steps=steps: steps.append([b.num_real for b in batches])):
             run(folder, data, name, rank, world_size)
         facts[name] = steps
     return facts
@@ -102,7 +103,8 @@ def evaluations(folder, data, rank=0):
     processes = start_processes(recipe.compute)
     try:
         setup = set_up(recipe, world_size=processes.world_size)
-        feed = ImagePipeline(setup, processes, setup.classifier, open_image_cache(setup))
+        spec = pipeline_spec(setup, processes.device)
+        feed = ImagePipeline(spec, processes, setup.classifier, open_image_cache(setup))
         test = setup.data.test
         splits = [ImageSplit(f"first {count}", test.table, test.rows_N[:count]) for count in EVALUATED]
         return {
@@ -111,7 +113,7 @@ def evaluations(folder, data, rank=0):
                 feed.eval_batches(split),
                 inputs=feed.inputs,
                 num_images=len(split),
-                objective=make_objective(setup, processes.device),
+                loss_fn=make_loss(setup, processes.device),
                 classes=setup.data.classes,
                 processes=processes,
             )
@@ -128,9 +130,9 @@ def resume(folder, data, rank, world_size):
         seeds, agreed = [], []
         train_step, snapshot = finetune.train_step, run_parts.snapshot
 
-        def spy(batches, parts, *, seed, seeds=seeds, train_step=train_step, **options):
+        def spy(*args, seed, seeds=seeds, train_step=train_step, **options):
             seeds.append(seed)
-            return train_step(batches, parts, seed=seed, **options)
+            return train_step(*args, seed=seed, **options)
 
         def look(clock, network, optimizer, ema, *args, agreed=agreed, snapshot=snapshot, **options):
             agreed.append([clock.step, equal_on_all_ranks([*network.parameters(), *ema.averages.values()])])

@@ -13,7 +13,7 @@ from tests.dist.many_checks import before_each_step, equal_on_all_ranks, error_o
 from tests.jobs.test_non_finite import BASE
 from tests.small_runs import small_recipe
 
-POLICIES = ("raise", "skip", "rollback")
+POLICIES = ("raise", "skip")
 
 
 def changes_of(action):
@@ -24,9 +24,9 @@ def facts_of_run(folder, data, action, rank):
     """What this rank made of it: the error, the steps that were begun with the white image here, what is agreed on."""
     labels, agreed = [], []
 
-    def look(batches, parts):
+    def look(batches, state):
         # What every rank has when a step begins, whatever became of the one before.
-        agreed.append(equal_on_all_ranks([*parts.network.parameters(), *parts.ema.averages.values()]))
+        agreed.append(equal_on_all_ranks([*state.network.parameters(), *state.ema.averages.values()]))
         white = [batch.images_BCHW[: batch.num_real].flatten(1).float().std(1).eq(0).any().item() for batch in batches]
         labels.append(any(white))
 

@@ -21,7 +21,8 @@ from tests.small_runs import (
     tensors,
 )
 from tlscale.data.transforms import normalise
-from tlscale.training.setup import open_image_cache, set_up
+from tlscale.training.setup import set_up
+from tlscale.training.specs import open_image_cache
 from tlscale.recipe.seeds import derive_seed
 
 pytestmark = [pytest.mark.dist, pytest.mark.long, pytest.mark.timeout(1500)]

@@ -28,9 +28,9 @@ from tlscale.distributed.signals import StopRequest
 from tlscale.errors import ModelError, RecipeError, ResumeError, Stopped
 from tlscale.tracking.console import Console
 from tlscale.training import loop as finetune
-from tlscale.training.distillation.targets import ask_teacher
 from tlscale.training.input_pipeline import ImagePipeline
-from tlscale.training.setup import input_path, open_codes_cache, open_image_cache, set_up
+from tlscale.training.setup import set_up
+from tlscale.training.specs import ask_teacher, input_path, open_codes_cache, open_image_cache, pipeline_spec
 
 IMAGES = 96 + 37  # training, held out and test images
 MATCH = {"layer2": "blocks.2", "penultimate": ["blocks.2", "penultimate"]}
@@ -172,7 +172,8 @@ def test_the_teacher_is_asked_of_what_the_student_sees(name, idx, teacher, tmp_p
         setup = set_up(recipe, world_size=1)
         codes_cache = open_codes_cache(setup, processes, Console(enabled=False), stop)
         targets = ask_teacher(setup, processes, codes_cache)
-        feed = ImagePipeline(setup, processes, setup.classifier, codes_cache.images, targets, recipe.codes.views)
+        spec = pipeline_spec(setup, processes.device)
+        feed = ImagePipeline(spec, processes, setup.classifier, codes_cache.images, targets, recipe.codes.views)
         seen = [batch for batches in feed.steps(0, setup.total_steps) for batch in batches]
         asked = {}
         assert setup.teacher.spec.interpolation == "bilinear"
@@ -265,13 +266,12 @@ def test_what_is_trained_on_is_said_before(idx, teacher, tmp_path, monkeypatch):
     found = [line["loss"] for line in lines(tmp_path / "out", "train")]
     sums, step = [], finetune.train_step
 
-    def spy(batches, parts, **options):
-        parts.feed.module.train()
+    def spy(model, optimizer, loss_fn, inputs, batches, *args, **options):
+        model.train()
         with torch.no_grad():
-            network = parts.wrapped[0]
-            losses = [parts.objective.of_batch(network(*parts.feed.inputs(b)), b).sum() for b in batches]
+            losses = [loss_fn(model(*inputs.inputs(batch)), batch).sum() for batch in batches]
         sums.append(float(sum(losses)) / options["num_images"])
-        return step(batches, parts, **options)
+        return step(model, optimizer, loss_fn, inputs, batches, *args, **options)
 
     monkeypatch.setattr(finetune, "train_step", spy)
     tlscale.run(recipe, tmp_path / "again")

@@ -13,7 +13,8 @@ from tests.small_runs import lines, put_teacher, result, small_recipe, tensors
 from tlscale.commands.evaluate import evaluate_run
 from tlscale.data.loader import train_batches
 from tlscale.data.transforms import to_input
-from tlscale.training.setup import open_image_cache, set_up
+from tlscale.training.setup import set_up
+from tlscale.training.specs import open_image_cache
 
 LR = 0.5
 NAMES = {str(number): float(number + 1) ** 2 for number in range(10)}  # 1 to 100

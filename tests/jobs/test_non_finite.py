@@ -1,4 +1,4 @@
-"""A loss that is not finite: the run fails, leaves the step out, or goes back and leaves it out; and loses nothing."""
+"""A loss that is not finite: the run fails, or skips the step; and loses nothing."""
 
 import os
 import signal
@@ -64,29 +64,37 @@ def test_a_step_that_is_left_out_leaves_no_trace(skipped):
     assert all(tensor.isfinite().all() for tensor in exported(skipped).values())
 
 
-def test_going_back_ends_where_leaving_out_does(skipped, with_one_colour, tmp_path, capsys):
-    changes = {"non_finite": {"action": "rollback"}, "checkpoint": {"every": "4 steps"}, "log_every": "2 steps"}
-    run(tmp_path, "back", with_one_colour, **changes)
-    changes["non_finite"] = {"action": "skip"}
-    run(tmp_path, "skip", with_one_colour, **changes)
-    assert_same_runs(tmp_path / "skip", tmp_path / "back")
-    assert result(tmp_path / "back")["steps_left_out"] == result(skipped)["steps_left_out"]
-    assert_same_bits(exported(skipped), exported(tmp_path / "back"))
-    assert "back to the last checkpoint" in capsys.readouterr().out
+def test_a_run_that_was_to_roll_back_is_resumed_as_one_that_skips(skipped, with_one_colour, tmp_path, capsys):
+    """Of a version that had `rollback`, which ended in the same weights."""
+    step = result(skipped)["steps_left_out"][0]
+    stop = When(logged(tmp_path / "run", step, "left_out"), lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Stopped), stop:
+        run(tmp_path, "run", with_one_colour, non_finite={"action": "skip"})
+    stored = tmp_path / "run" / "recipe.yaml"
+    text = stored.read_text()
+    assert "action: skip" in text
+    stored.write_text(text.replace("action: skip", "action: rollback"))
+    run(tmp_path, "run", with_one_colour, resume=True, non_finite={"action": "skip"})
+    assert "non_finite.action = 'rollback', as the run began, is retired: read as 'skip'" in capsys.readouterr().out
+    assert_same_runs(skipped, tmp_path / "run")
+
+
+def test_to_roll_back_is_no_recipe(with_one_colour, tmp_path):
+    with pytest.raises(RecipeError, match="non_finite.action = 'rollback': retired. Write skip"):
+        small_recipe(tmp_path / "recipe.yaml", with_one_colour, non_finite={"action": "rollback"})
 
 
 def test_a_failed_run_goes_on_with_another_policy(skipped, with_one_colour, tmp_path):
-    with pytest.raises(NonFiniteLossError, match="non_finite.action=skip or rollback") as caught:
+    with pytest.raises(NonFiniteLossError, match="non_finite.action=skip skips single steps") as caught:
         run(tmp_path, "run", with_one_colour)
     assert caught.value.step == result(skipped)["steps_left_out"][0]
     run(tmp_path, "run", with_one_colour, resume=True, non_finite={"action": "skip"})
     assert_same_runs(skipped, tmp_path / "run")
 
 
-@pytest.mark.parametrize("action", ["skip", "rollback"])
-def test_too_many_steps_fail_the_run(skipped, with_one_colour, tmp_path, action):
-    with pytest.raises(NonFiniteLossError, match="3 steps were left out, and non_finite.most_steps is 2") as caught:
-        run(tmp_path, "run", with_one_colour, non_finite={"action": action, "most_steps": 2})
+def test_too_many_steps_fail_the_run(skipped, with_one_colour, tmp_path):
+    with pytest.raises(NonFiniteLossError, match="non_finite.most_steps is 2, and 3 steps were skipped") as caught:
+        run(tmp_path, "run", with_one_colour, non_finite={"action": "skip", "most_steps": 2})
     assert caught.value.step == result(skipped)["steps_left_out"][2]
     assert not (tmp_path / "run" / "result.json").exists()
 
@@ -101,7 +109,7 @@ def test_stopped_after_a_step_was_left_out_and_resumed(skipped, with_one_colour,
 
 
 def test_weights_that_overflow_by_themselves_end_the_run_all_the_same(with_one_colour, tmp_path):
-    """Losses and gradients are finite, the update is what is wrong: going back would go on for ever."""
+    """Losses and gradients are finite, the update is what is wrong: there is no step to skip."""
     optim = {"name": "sgd", "lr": 1e38, "weight_decay": 1e3}
     with pytest.raises(NonFiniteLossError):
         run(
@@ -110,7 +118,7 @@ def test_weights_that_overflow_by_themselves_end_the_run_all_the_same(with_one_c
             with_one_colour,
             optim=optim,
             schedule={"warmup": "0 steps"},
-            non_finite={"action": "rollback"},
+            non_finite={"action": "skip"},
         )
 
 

@@ -38,12 +38,12 @@ def fed(monkeypatch):
             (values,) = inputs
             steps[-1] += [hashlib.sha256(value.numpy().tobytes()).hexdigest() for value in values]
 
-    def spy(batches, parts, **options):
-        if parts.feed.module not in watched:
-            watched.add(parts.feed.module)
-            parts.feed.module.register_forward_pre_hook(note)
+    def spy(model, *args, **options):
+        if model not in watched:
+            watched.add(model)
+            model.register_forward_pre_hook(note)
         steps.append([])
-        return train_step(batches, parts, **options)
+        return train_step(model, *args, **options)
 
     train_step = finetune.train_step
     monkeypatch.setattr(finetune, "train_step", spy)

@@ -232,23 +232,24 @@ def test_the_end_of_a_stage_is_saved_whatever_the_interval(idx, tmp_path):
 
 def test_half_precision_goes_on_in_the_second_stage(idx, tmp_path, monkeypatch):
     """Accelerate marks what it has wrapped, and would wrap it no second time."""
-    seen = {}
+    seen, held = {}, []
     step = finetune.train_step
 
-    def spy(batches, parts, **options):
+    def spy(model, optimizer, loss_fn, inputs, batches, *args, **options):
         with torch.no_grad():
-            batch = parts.feed.inputs(batches[0].to("cpu"))
             hidden = []
-            layer = parts.network.head[0]
+            layer = model.head[0]
             handle = layer.register_forward_hook(lambda module, inputs, output: hidden.append(output.dtype))
-            parts.wrapped[0].eval()(*batch)
-            parts.wrapped[0].train()
+            model.eval()(*inputs.inputs(batches[0].to("cpu")))
+            model.train()
             handle.remove()
-        seen.setdefault(parts.stage.number, set()).update(hidden)
-        return step(batches, parts, **options)
+        # A stage has a pipeline of its own.
+        seen.setdefault(id(inputs), set()).update(hidden)
+        held.append(inputs)
+        return step(model, optimizer, loss_fn, inputs, batches, *args, **options)
 
     monkeypatch.setattr(finetune, "train_step", spy)
     stages = [{"duration": "2 steps"}, {"freeze": "patch_embed.*", "duration": "2 steps"}]
     changes = {"compute": {"precision": "bf16"}, "codes": {"keep": "never"}, "backbone": {"name": "test_vit"}}
     tlscale.run(staged(tmp_path / "recipe.yaml", idx, stages=stages, **changes), tmp_path / "run")
-    assert seen == {0: {torch.bfloat16}, 1: {torch.bfloat16}}
+    assert list(seen.values()) == [{torch.bfloat16}, {torch.bfloat16}]

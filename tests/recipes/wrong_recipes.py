@@ -58,13 +58,10 @@ WRONG_RECIPES: list[tuple[str, str, list[str], list[str]]] = [
         ],
     ),
     (
-        "engine_rollback",
-        GOOD + "compute: {engine: fsdp2}\nnon_finite: {action: rollback}\n",
+        "rollback_is_retired",
+        GOOD + "non_finite: {action: rollback}\n",
         [],
-        [
-            f"{AT}:5: non_finite.action: rollback is not supported with compute.engine=fsdp2,",
-            "whose network cannot be begun again in the same process. Write skip, which ends in the same weights.",
-        ],
+        [f"{AT}:4: non_finite.action = 'rollback': retired. Write skip"],
     ),
     (
         "distill_no_teacher",

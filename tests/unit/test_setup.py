@@ -289,7 +289,11 @@ def test_linux_only_packages_are_guarded():
 
 def test_git_ignores_nothing_that_the_wheel_needs():
     # hatchling leaves out what git ignores, without a word.
-    needed = [*(str(path.relative_to(REPO)) for path in MODULES), "tlscale/data/sample/train.parquet", "tlscale/py.typed"]
+    needed = [
+        *(str(path.relative_to(REPO)) for path in MODULES),
+        "tlscale/data/sample/train.parquet",
+        "tlscale/py.typed",
+    ]
     assert all((REPO / name).is_file() for name in needed)
     result = subprocess.run(
         ["git", "check-ignore", "--no-index", "--stdin"],

@@ -17,9 +17,9 @@ from tlscale.errors import ModelError, TlscaleError
 from tlscale.recipe.schema import Recipe
 from tlscale.tracking.console import Console, format_duration
 from tlscale.tracking.stopwatch import Stopwatch, describe_seconds
-from tlscale.training.distillation.targets import ask_teacher
-from tlscale.training.input_pipeline import agree_on_partition, refuse_codes_of_a_probe
-from tlscale.training.setup import RunSetup, open_codes_cache, set_up
+from tlscale.training.cache_decision import agree_on_partition, refuse_codes_of_a_probe
+from tlscale.training.setup import RunSetup, set_up
+from tlscale.training.specs import ask_teacher, cache_spec, open_codes_cache
 
 _GIB = 2**30
 
@@ -54,7 +54,7 @@ def compute_codes(recipe: Recipe, watch: Stopwatch | None = None) -> int:
             wanted = wanted_layers(recipe.codes)
             _show(codes_cache.layer_codes(setup.classifier.backbone, wanted, [data.train, *others]), console)
         elif (targets := ask_teacher(setup, processes, codes_cache)) is not None:
-            _show(targets.kept(), console)
+            _show(targets.codes(), console)
         else:
             _frozen_codes(setup, processes, codes_cache, others)
         console.say(f"{codes_cache.num_computed:,} images were computed; all codes are in '{codes_cache.store.root}'")
@@ -63,8 +63,9 @@ def compute_codes(recipe: Recipe, watch: Stopwatch | None = None) -> int:
 
 
 def _frozen_codes(setup: RunSetup, processes: Processes, codes_cache: CodesCache, others: list[ImageSplit]) -> None:
-    refuse_codes_of_a_probe(setup.recipe)
-    choice = agree_on_partition(setup.stages[0], setup, processes, codes_cache.store, force_cache=True)
+    refuse_codes_of_a_probe(setup.recipe.codes)
+    spec = cache_spec(setup, setup.stages[0], processes.device)
+    choice = agree_on_partition(setup.classifier, spec, processes, codes_cache.store, force_cache=True)
     if choice.partition is None:
         raise ModelError(
             f"codes: this recipe's training has none: {choice.why}. Freeze a part of the backbone, or name layers: "

@@ -33,7 +33,7 @@ from tlscale.tracking.console import Console, Pace, number, visible
 from tlscale.tracking.places import places_of, without_places
 from tlscale.tracking.stopwatch import Stopwatch, describe_seconds
 from tlscale.training.evaluate import evaluate
-from tlscale.training.loss import Objective
+from tlscale.training.loss import CrossEntropyLoss
 from tlscale.training.predictions import Predictions, write_predictions
 
 _SPLITS: tuple[Role, ...] = ("train", "validation", "test")
@@ -124,7 +124,7 @@ def _figures(
             eval_batches(store, processes.rank, processes.world_size, batch_size, workers),
             inputs=InputPath(trained.input_spec, dtype, processes.device, recipe.compute.channels_last),
             num_images=len(split),
-            objective=Objective(LossSection(), None),
+            loss_fn=CrossEntropyLoss(LossSection(), None),
             classes=trained.classes,
             processes=processes,
             predictions=predictions,

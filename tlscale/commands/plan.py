@@ -20,25 +20,21 @@ from tlscale.models.features import LayerCodes
 from tlscale.models.partition.partition import Partition
 from tlscale.recipe.schema import Recipe
 from tlscale.tracking.console import Console
-from tlscale.training.input_pipeline import (
-    choose_partition,
-    kept_bytes,
-    num_to_keep,
-    refuse_codes_of_a_probe,
-    sample_images,
-)
+from tlscale.training.cache_decision import choose_partition, refuse_codes_of_a_probe, row_bytes, sample_images
 from tlscale.training.optimizer import build_optimizer
 from tlscale.training.setup import RunSetup, set_up
-from tlscale.training.stages import Stage, enter
+from tlscale.training.specs import cache_spec, input_path
+from tlscale.training.stages import Stage, apply_freezing
 
 _SAMPLE_IMAGES = 2  # batch norm in train mode wants more than one
 _TIMED_IMAGES = 16
+_CPU = torch.device("cpu")
 
 
 def plan(recipe: Recipe, *, world_size: int) -> None:
     """Show what `run` would do with `world_size` processes; nothing is trained, and no codes are computed."""
     if recipe.probe is None:
-        refuse_codes_of_a_probe(recipe)
+        refuse_codes_of_a_probe(recipe.codes)
     setup = set_up(recipe, world_size=world_size, tries_images=False)
     console = Console()
     show_plan(setup, console, device=f"planned for {world_size} process{'es' if world_size > 1 else ''}")
@@ -47,7 +43,7 @@ def plan(recipe: Recipe, *, world_size: int) -> None:
         console.table("Codes", ("layer", "pool", "stride", "width", "MiB"), _layer_rows(setup))
     for stage in setup.stages:
         build_optimizer(stage.groups, stage.optim)
-        enter(setup.classifier, stage)
+        apply_freezing(setup.classifier, stage)
         of = f" of stage {stage.number + 1}" if len(setup.stages) > 1 else ""
         console.table(f"Frozen part{of}", ("what", "how"), _frozen_rows(stage, setup))
         console.table(f"Memory of a process{of}", ("what", "MiB"), _memory_rows(setup))
@@ -55,7 +51,7 @@ def plan(recipe: Recipe, *, world_size: int) -> None:
 
 def _layer_rows(setup: RunSetup) -> list[tuple[str, ...]]:
     """List what a probe computes of each image, by one pass of two images."""
-    images_BCHW = sample_images(setup, torch.device("cpu"), count=_SAMPLE_IMAGES)
+    images_BCHW = sample_images(input_path(setup, _CPU), count=_SAMPLE_IMAGES)
     data = setup.data
     num_images = sum(len(split) for split in (data.train, data.validation, data.test) if split is not None)
     return [
@@ -68,10 +64,11 @@ def _frozen_rows(stage: Stage, setup: RunSetup) -> list[tuple[str, str]]:
     """Show where the network is split, what is cached there, and what that saves."""
     half = setup.recipe.compute.precision in ("bf16", "fp16")
     autocast = partial(torch.autocast, "cpu", torch.bfloat16) if half else nullcontext
-    choice = choose_partition(stage, setup, torch.device("cpu"), autocast, CodesStore())
+    spec = cache_spec(setup, stage, _CPU)
+    choice = choose_partition(setup.classifier, spec, autocast, CodesStore())
     if choice.partition is None:
         return [("codes", f"computed in every step: {choice.why}")]
-    images, num_bytes = num_to_keep(stage, setup), kept_bytes(choice.partition, setup)
+    images, num_bytes = spec.num_rows, row_bytes(choice.partition, spec.section)
     mib = images * num_bytes / 2**20
     whole_s, rest_s = step_seconds(setup, choice.partition)
     return [
@@ -87,7 +84,7 @@ def _frozen_rows(stage: Stage, setup: RunSetup) -> list[tuple[str, str]]:
 
 def step_seconds(setup: RunSetup, partition: Partition) -> tuple[float, float]:
     """Measure seconds an image, forward and backward, through the whole network and through the suffix alone."""
-    images_BCHW = sample_images(setup, torch.device("cpu"), count=_TIMED_IMAGES)
+    images_BCHW = sample_images(input_path(setup, _CPU), count=_TIMED_IMAGES)
     with torch.no_grad():
         codes = partition.prefix(images_BCHW)
     return (

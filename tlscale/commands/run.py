@@ -108,10 +108,9 @@ def run(
         if resume:
             watch.add_earlier(processes.run_on_main(_spent_before, folder))
         processes.run_on_main(folder.stopped.unlink, missing_ok=True)
+        job = train if recipe.probe is None else probe
         with _marking_stop(folder, stop, watch, is_main=processes.is_main):
-            if recipe.probe is None:
-                return train(setup, folder, processes, stop, run_info, console)
-            result, how_to_load = probe(setup, folder, processes, stop, run_info, console)
+            result, how_to_load = job(setup, folder, processes, stop, run_info, console)
         show_result(result, console, folder=folder.path, how_to_load=how_to_load)
         return result
 

@@ -212,13 +212,6 @@ class Recipe(Section):
                 "Write compute.engine: ddp, or a recipe for each stage.",
                 keys=["stages", "compute.engine"],
             )
-        if self.non_finite.action == "rollback":
-            raise InvalidValueError(
-                "rollback is not supported with compute.engine=fsdp2, whose network cannot be begun again in the same "
-                "process",
-                "Write skip, which ends in the same weights.",
-                keys=["non_finite.action", "compute.engine"],
-            )
 
     def to_plain(self) -> dict[str, Any]:
         """Return the complete recipe as plain YAML values, in schema order."""

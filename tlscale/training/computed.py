@@ -1,4 +1,4 @@
-"""How a run was computed, start by start: on how many processes, in what passes, on codes or on images.
+"""Record how a run was computed, start by start: on how many processes, in what passes, on codes or on images.
 
 Promise: what changes only rounding, and what makes another training of the same recipe, is in `run.json` with the step
 from which on it holds; nobody has to guess it from logs. A choice of tlscale's own is kept when the run is resumed.
@@ -20,7 +20,7 @@ from tlscale.storage.run_folder import RunFolder
 from tlscale.tracking.console import Console
 from tlscale.training.loop_state import LoopState
 from tlscale.training.setup import RunSetup
-from tlscale.training.stages import enter
+from tlscale.training.stages import apply_freezing
 
 _WORDS = {
     "num_processes": "number of processes",
@@ -31,7 +31,7 @@ _WORDS = {
 
 @dataclass(frozen=True)
 class Computed:
-    """How the steps from one start on are computed; `run.json` holds a list of them under `computed`."""
+    """Describe how the steps from one start on are computed; `run.json` holds a list of them under `computed`."""
 
     from_step: int
     num_processes: int
@@ -39,7 +39,7 @@ class Computed:
     engine: str | None  # None: of an older version, which did not say
 
     def differs(self, other: Computed) -> list[str]:
-        """Names of what is not the same."""
+        """Return the names of what is not the same."""
         return [
             name
             for name in _WORDS
@@ -53,7 +53,7 @@ def of_start(setup: RunSetup, processes: Processes, step: int) -> Computed:
     return Computed(step, split.world_size, split.micro_batch_size, processes.engine.name)
 
 
-def what_hangs_on_passes(setup: RunSetup) -> list[str]:
+def depends_on_passes(setup: RunSetup) -> list[str]:
     """Find what makes another training of other passes over the same batch: `batch norm`, `dropout`.
 
     Batch norm takes its statistics over the images of a pass; dropout draws its masks by process and pass. Call it
@@ -61,13 +61,13 @@ def what_hangs_on_passes(setup: RunSetup) -> list[str]:
     """
     found = set()
     for stage in setup.stages:
-        enter(setup.classifier, stage)
+        apply_freezing(setup.classifier, stage)
         for module in setup.classifier.modules():
             if module.training and _takes_statistics(module):
                 found.add("batch norm")
             if module.training and _drops(module):
                 found.add("dropout")
-    enter(setup.classifier, setup.stages[0])
+    apply_freezing(setup.classifier, setup.stages[0])
     return sorted(found)
 
 
@@ -80,62 +80,67 @@ def _drops(module: nn.Module) -> bool:
     return "Drop" in type(module).__name__ and any(isinstance(rate, int | float) and rate > 0 for rate in rates)
 
 
-def keep_decisions(record: dict[str, Any] | None, clock: LoopState) -> None:
+def keep_decisions(run_info: dict[str, Any] | None, loop: LoopState) -> None:
     """Take from `run.json` what was decided for a stage and is in no checkpoint yet."""
-    clock.keeps_codes = {**(record or {}).get("keeps_codes", {}), **clock.keeps_codes}
+    loop.keeps_codes = {**(run_info or {}).get("keeps_codes", {}), **loop.keeps_codes}
 
 
 def note_start(
-    folder: RunFolder, record: dict[str, Any], start: Computed, clock: LoopState, hangs_on: list[str], console: Console
+    folder: RunFolder,
+    run_info: dict[str, Any],
+    start: Computed,
+    loop: LoopState,
+    depending: list[str],
+    console: Console,
 ) -> dict[str, Any]:
     """Write down how the run goes on; announce what is not as before.
 
     Steps that no checkpoint has are made again, so that what was noted of them is taken back.
 
     Args:
-        hangs_on: from `what_hangs_on_passes`.
+        depending: from `depends_on_passes`.
 
     Returns:
         What `run.json` holds.
     """
-    starts = [known for known in _starts(record) if known.from_step < start.from_step]
+    starts = [known for known in _starts(run_info) if known.from_step < start.from_step]
     differing = start.differs(starts[-1]) if starts else []
-    changes = [change for change in record.get("changes", []) if change["step"] < start.from_step]
+    changes = [change for change in run_info.get("changes", []) if change["step"] < start.from_step]
     for name in differing:
-        other = hangs_on if name != "engine" else []
+        other = depending if name != "engine" else []
         effect = f"another training ({', '.join(other)})" if other else "rounding"
         before, after = getattr(starts[-1], name), getattr(start, name)
         changes.append({"step": start.from_step, "what": name, "before": before, "after": after, "effect": effect})
         console.say(_announced(changes[-1], other), style="yellow" if other else None)
     if differing or not starts:
         starts.append(start)
-    new = {**record, "computed": [asdict(one) for one in starts], "changes": changes, "keeps_codes": clock.keeps_codes}
-    return _write_if_new(folder, record, new)
+    new = {**run_info, "computed": [asdict(one) for one in starts], "changes": changes, "keeps_codes": loop.keeps_codes}
+    return _write_if_new(folder, run_info, new)
 
 
-def note_decisions(folder: RunFolder, clock: LoopState) -> None:
+def note_decisions(folder: RunFolder, loop: LoopState) -> None:
     """Write down what was decided for a stage that has begun."""
-    record = json.loads(folder.run_json.read_text())
-    _write_if_new(folder, record, {**record, "keeps_codes": clock.keeps_codes})
+    run_info = json.loads(folder.run_json.read_text())
+    _write_if_new(folder, run_info, {**run_info, "keeps_codes": loop.keeps_codes})
 
 
-def _write_if_new(folder: RunFolder, record: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """Write `run.json` where something has changed; what it holds."""
-    if new != record:
+def _write_if_new(folder: RunFolder, run_info: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """Write `run.json` where something has changed; return what it holds."""
+    if new != run_info:
         with naming_disk_errors(folder.run_json):
             write_json(folder.run_json, new)
     return new
 
 
-def _announced(change: dict[str, Any], hangs_on: list[str]) -> str:
+def _announced(change: dict[str, Any], depending: list[str]) -> str:
     what = f"{_WORDS[change['what']]}: {change['before']} -> {change['after']}, from step {change['step']:,} on"
-    if not hangs_on:
+    if not depending:
         return f"{what}: the same training up to rounding"
-    return f"WARNING: {what}: with {' and '.join(hangs_on)} this is another training than the run began as"
+    return f"WARNING: {what}: with {' and '.join(depending)} this is another training than the run began as"
 
 
-def _starts(record: dict[str, Any]) -> list[Computed]:
-    if "computed" in record:
-        return [Computed(**start) for start in record["computed"]]
-    batch = re.search(r"x (\d+)$", record.get("batch") or "")  # of an older version
-    return [Computed(0, int(record["world_size"]), int(batch[1]), None)] if batch else []
+def _starts(run_info: dict[str, Any]) -> list[Computed]:
+    if "computed" in run_info:
+        return [Computed(**start) for start in run_info["computed"]]
+    batch = re.search(r"x (\d+)$", run_info.get("batch") or "")  # of an older version
+    return [Computed(0, int(run_info["world_size"]), int(batch[1]), None)] if batch else []

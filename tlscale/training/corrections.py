@@ -1,4 +1,4 @@
-"""Corrections: what an earlier version trained or chose wrongly, and which unfinished runs must not be resumed for it.
+"""List corrections: what an earlier version did wrongly, and which unfinished runs must not be resumed for it.
 
 Promise: a run that began before a correction, and that would go on as another training because of it, is refused on
 `--resume` with the correction's name. `run.json` lists under `corrections` the names of those in force when the run
@@ -31,12 +31,12 @@ from tlscale.storage.files import naming_disk_errors, write_json
 from tlscale.storage.run_folder import RunFolder
 from tlscale.training.checkpoint.files import list_checkpoints
 from tlscale.training.setup import RunSetup
-from tlscale.training.stages import enter
+from tlscale.training.stages import apply_freezing
 
 
 @dataclass(frozen=True)
 class Past:
-    """An unfinished run that is to be resumed.
+    """Hold an unfinished run that is to be resumed.
 
     Attributes:
         setup: the run as this version would go on with it.
@@ -51,13 +51,13 @@ class Past:
 
     @property
     def recipe(self) -> Recipe:
-        """The recipe, which is that of the run."""
+        """The recipe of the run."""
         return self.setup.recipe
 
 
 @dataclass(frozen=True)
 class Correction:
-    """One correction.
+    """Describe one correction.
 
     Attributes:
         name: as `run.json` has it.
@@ -84,7 +84,7 @@ def _loss_chooses(past: Past) -> bool:
 
 
 def _saw_fresh_views(past: Past) -> bool:
-    """Whether a stage that is not over trains on images, and its epochs come to a view that is seen again."""
+    """Return whether a stage that is not over trains on images, and its epochs come to a view that is seen again."""
     setup = past.setup
     if not setup.augment or setup.teacher is not None:
         return False
@@ -97,7 +97,7 @@ def _saw_fresh_views(past: Past) -> bool:
 
 
 def _was_a_layer_too_deep(past: Past) -> bool:
-    """Whether timm counts a part of the backbone to the layer of the classifier, and a stage ahead decays by layer."""
+    """Return whether timm counts a part of the backbone to the classifier's layer, and a stage ahead decays by it."""
     ahead = [stage for stage in past.setup.stages if stage.stop_step > past.clock["step"]]
     if all(stage.optim.layer_decay in (None, 1.0) for stage in ahead):
         return False
@@ -105,7 +105,7 @@ def _was_a_layer_too_deep(past: Past) -> bool:
 
 
 def _is_split_no_more(past: Past) -> bool:
-    """Whether a stage ahead trains on codes of a network that counts its calls, or computes with the batch size."""
+    """Return whether a stage ahead trains on codes of a network that counts calls, or computes with the batch size."""
     setup, decided = past.setup, past.clock.get("keeps_codes", {})
     spec, generator = setup.spec, torch.Generator().manual_seed(0)
     shape = (4, spec.in_chans, spec.image_size, spec.image_size)
@@ -113,14 +113,14 @@ def _is_split_no_more(past: Past) -> bool:
     for stage in setup.stages:
         if stage.stop_step <= past.clock["step"] or not decided.get(str(stage.number)):
             continue
-        enter(setup.classifier, stage)
+        apply_freezing(setup.classifier, stage)
         try:
             find_partition(setup.classifier, images_BCHW)
         except NoPartition as refused:
             if refused.reason.startswith((OF_BATCH_SIZE, OF_CALLS)):
                 return True
         finally:
-            enter(setup.classifier, setup.stages[0])
+            apply_freezing(setup.classifier, setup.stages[0])
     return False
 
 
@@ -194,7 +194,7 @@ def refuse_uncorrected(folder: RunFolder, setup: RunSetup, record: dict[str, Any
 
 
 def _newest_clock(folder: RunFolder) -> dict[str, Any] | None:
-    """The clock of the newest checkpoint that has one; whether that is sound is found when it is loaded."""
+    """Return the clock of the newest checkpoint that has one; whether that is valid is found when it is loaded."""
     for checkpoint in reversed(list_checkpoints(folder.checkpoints)):
         try:
             return dict(json.loads((checkpoint / "state.json").read_text())["clock"])

@@ -1,4 +1,4 @@
-"""Evaluation: every image once, whatever the number of processes, and the count is asserted.
+"""Evaluate: every image once, whatever the number of processes, and the count is asserted.
 
 Shapes: B images, C classes.
 """
@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from tlscale import faults
 from tlscale.distributed.processes import Processes
-from tlscale.training.loss import Batch, Objective, cross_entropy
+from tlscale.training.loss import Batch, Loss, cross_entropy
 from tlscale.training.metrics import Tally, error_of_mean, standard_error, summary
 from tlscale.training.predictions import Predictions
 
 
 class Placed(Batch, Protocol):
-    """A batch that knows its images' places in their split."""
+    """Tell of a batch the positions of its images in their split, too."""
 
     @property
     def rows_B(self) -> Tensor: ...  # noqa: N802
@@ -35,14 +35,14 @@ def evaluate(
     *,
     inputs: Callable[[B], tuple[Tensor, ...]],
     num_images: int,
-    objective: Objective,
+    loss_fn: Loss,
     classes: Sequence[str],
     processes: Processes,
     lockstep: bool = False,
     error_of: str | None = None,
     predictions: Predictions | None = None,
 ) -> dict[str, Any]:
-    """Figures of `network` on all images of a split, over all processes.
+    """Compute the figures of `network` on all images of a split, over all processes.
 
     Unless `lockstep`, the network is the bare one: a wrapped forward pass may talk to the other processes, and they do
     not have the same number of batches. It is left in the mode it came in.
@@ -52,67 +52,67 @@ def evaluate(
         batches: this process's share of the split.
         inputs: from a batch to what the network takes, on its device.
         num_images: of the split, over all processes.
-        objective: knows which outputs are logits, and what a teacher adds. The `loss` is plain cross-entropy whatever
+        loss_fn: knows which outputs are logits, and the auxiliary losses. The `loss` is plain cross-entropy whatever
             is trained on.
         classes: names of the C classes.
         processes: this process among all.
         lockstep: the network is one that is spread over the processes, and all of them have to call it equally often;
             one that has no more batches repeats its last one, which is not counted.
-        error_of: the figure whose standard error is wanted, too: top1, loss, macro_f1 or one of the `lessons`.
+        error_of: the figure whose standard error is wanted, too: top1, loss, macro_f1 or an auxiliary loss.
         predictions: takes this process's logits, image by image.
 
     Returns:
-        The dict of `metrics.summary`, the means of the objective's `lessons`, and `<error_of>_se`; the same on every
+        The dict of `metrics.summary`, the means of the auxiliary losses, and `<error_of>_se`; the same on every
         process.
     """
-    tally, lessons = Tally(len(classes), processes.device), _Sums(objective.lesson_names, processes.device)
+    tally, aux = Tally(len(classes), processes.device), _Sums(loss_fn.aux_names, processes.device)
     was_training = network.training
     network.eval()
     try:
         with processes.without_gradients(), processes.accelerator.autocast():
-            for batch, args in _in_step(batches, inputs, processes) if lockstep else _alone(batches, inputs):
+            for batch, args in _in_lockstep(batches, inputs, processes) if lockstep else _alone(batches, inputs):
                 processes.watchdog.beat()
                 faults.at("evaluate")
                 outputs_BO = network(*args)
                 if batch is None:
                     continue
-                logits_BC, labels_B = objective.logits(outputs_BO), batch.labels_B.to(outputs_BO.device)
+                logits_BC, labels_B = loss_fn.logits(outputs_BO), batch.labels_B.to(outputs_BO.device)
                 tally.update(logits_BC, labels_B, cross_entropy(logits_BC, labels_B))
-                lessons.add(objective.lessons(outputs_BO, batch))
+                aux.add(loss_fn.aux_losses(outputs_BO, batch))
                 if predictions is not None:
                     predictions.add(batch.rows_B, logits_BC)
                 processes.mark_step()
     finally:
         network.train(was_training)
-    figures = _over_all(tally, lessons, objective, classes, processes, error_of)
+    figures = _over_all(tally, aux, loss_fn, classes, processes, error_of)
     assert figures["num_images"] == num_images, f"evaluated {figures['num_images']} of {num_images} images"
     return figures
 
 
 def _over_all(
     tally: Tally,
-    lessons: _Sums,
-    objective: Objective,
+    aux: _Sums,
+    loss_fn: Loss,
     classes: Sequence[str],
     processes: Processes,
     error_of: str | None,
 ) -> dict[str, Any]:
-    """The figures of what all processes counted."""
+    """Compute the figures of what all processes counted."""
     counts, sums = (processes.sum(part) for part in tally.state())
     total = Tally(len(classes), "cpu")  # whose figures are read one by one
     total.load_state(counts, sums)
     figures = summary(total, classes)
     num_images = figures["num_images"]
-    figures |= lessons.means(num_images, processes)
+    figures |= aux.means(num_images, processes)
     if error_of is not None:
-        is_lesson = error_of in objective.lesson_names
-        error = lessons.error(error_of, num_images, processes) if is_lesson else standard_error(total, error_of)
+        is_aux = error_of in loss_fn.aux_names
+        error = aux.error(error_of, num_images, processes) if is_aux else standard_error(total, error_of)
         figures[f"{error_of}_se"] = error
     return figures
 
 
 class _Sums:
-    """Sums over images of what a teacher adds to their losses, by name; in float64."""
+    """Sum auxiliary losses over images, by name; in float64."""
 
     def __init__(self, names: Sequence[str], device: torch.device) -> None:
         device = torch.device("cpu") if device.type == "mps" else device  # which has no float64
@@ -126,12 +126,12 @@ class _Sums:
             self._squares[name] = self._squares[name] + losses_B.square().sum()
 
     def means(self, num_images: int, processes: Processes) -> dict[str, float | None]:
-        """Over all images of all processes; None where one is not finite."""
+        """Return the means over all images of all processes; None where one is not finite."""
         means = {name: float(processes.sum(total)) / num_images for name, total in self._sums.items()}
         return {name: mean if math.isfinite(mean) else None for name, mean in means.items()}
 
     def error(self, name: str, num_images: int, processes: Processes) -> float | None:
-        """The standard error of a mean."""
+        """Return the standard error of a mean."""
         total, squares = (float(processes.sum(parts[name])) for parts in (self._sums, self._squares))
         return error_of_mean(total, squares, num_images)
 
@@ -143,10 +143,10 @@ def _alone(batches: Iterable[B], inputs: Callable[[B], tuple[Tensor, ...]]) -> I
     return ((batch, inputs(batch)) for batch in batches)
 
 
-def _in_step(
+def _in_lockstep(
     batches: Iterable[B], inputs: Callable[[B], tuple[Tensor, ...]], processes: Processes
 ) -> Iterator[Pass[B]]:
-    """Equally many on every process; without a batch where it is for the others' sake."""
+    """Give equally many on every process; without a batch where it is for the others' sake."""
     own = iter(batches)
     batch = next(own, None)
     args = None if batch is None else inputs(batch)
@@ -161,7 +161,7 @@ def _in_step(
 
 
 def scalars(figures: dict[str, Any]) -> dict[str, float]:
-    """The plain numbers among some figures: what a curve can be drawn of."""
+    """Return the plain numbers among some figures: what a curve can be drawn of."""
     return {
         key: value for key, value in figures.items() if isinstance(value, int | float) and not isinstance(value, bool)
     }

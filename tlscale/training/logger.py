@@ -1,9 +1,11 @@
-"""What is written down of a run while it runs: `metrics.jsonl`, trackers and the screen."""
+"""Write down a run while it runs: to `metrics.jsonl`, trackers and the console."""
 
 from __future__ import annotations
 
 from types import TracebackType
 from typing import Any
+
+from torch import Tensor
 
 from tlscale import faults
 from tlscale.distributed.processes import Processes
@@ -22,34 +24,34 @@ _SHOWN = ("top1", "loss", "macro_f1", "distill_loss")  # of an evaluation; the l
 
 
 class RunLogger:
-    """What is written down of the loop: `metrics.jsonl`, trackers, the screen, and the time that training took."""
+    """Write lines of the loop to `metrics.jsonl`, trackers and the console, and measure the speed of training."""
 
     def __init__(
         self,
         setup: RunSetup,
         folder: RunFolder,
         processes: Processes,
-        clock: LoopState,
-        record: dict[str, Any],
-        progress: Console,
+        loop: LoopState,
+        run_info: dict[str, Any],
+        console: Console,
     ) -> None:
         recipe = setup.recipe
-        self._order, self._clock, self._progress = setup.order, clock, progress
+        self._order, self._loop, self._console = setup.order, loop, console
         self._watch, self._train_s, self._window_images = setup.watch, setup.watch.train_s(), 0
         self._metrics = MetricsFile(folder.metrics) if processes.is_main else None
-        seen = self._metrics.truncate_after(clock.step) if self._metrics is not None else {}
+        seen = self._metrics.truncate_after(loop.step) if self._metrics is not None else {}
         self.trackers: Trackers = open_trackers(
             recipe.track,
             wandb=recipe.wandb,
             run_name=recipe.name,
             run_dir=folder.path,
-            config=_config(recipe, record),
-            wandb_run_id=clock.wandb_run_id,
+            config=_config(recipe, run_info),
+            wandb_run_id=loop.wandb_run_id,
             is_main=processes.is_main,
             seen=seen,
-            say=progress.say,
+            say=console.say,
         )
-        clock.wandb_run_id = self.trackers.wandb_run_id
+        loop.wandb_run_id = self.trackers.wandb_run_id
 
     def __enter__(self) -> RunLogger:
         return self
@@ -62,23 +64,24 @@ class RunLogger:
             self._metrics.close()
 
     def trained(self, num_images: int) -> None:
-        """A step over so many images, on all processes together, is done."""
+        """Count a step over so many images, of all processes."""
         self._window_images += num_images
         faults.at("step")
 
-    def write_training(self, figures: dict[str, float]) -> None:
-        """A line on training since the last one, with its speed: waiting for data counts, evaluation does not."""
+    def write_training(self, loss: float, lr: float, grad_norm: Tensor | None) -> None:
+        """Write a line on training since the last one, with its speed: waiting for data counts, evaluation does not."""
         train_s = self._watch.train_s()
         speed = round(self._window_images / max(train_s - self._train_s, 1e-9), 1)
         self._train_s, self._window_images = train_s, 0
-        self._write("train", {**figures, "images_per_s": speed})
-        self._progress.update(
-            self._clock.step,
-            loss=figures["loss"],
-            lr=figures["lr"],
+        norm = {} if grad_norm is None else {"grad_norm": float(grad_norm)}
+        self._write("train", {"loss": loss, "lr": lr, **norm, "images_per_s": speed})
+        self._console.update(
+            self._loop.step,
+            loss=loss,
+            lr=lr,
             images_per_s=speed,
-            epoch=self._clock.step / self._order.steps_per_epoch,
-            best=self._clock.best[0][1] if self._clock.best else None,
+            epoch=self._loop.step / self._order.steps_per_epoch,
+            best=self._loop.best[0][1] if self._loop.best else None,
         )
 
     def write_evaluation(
@@ -93,22 +96,22 @@ class RunLogger:
         self._write("evaluate", {"split": split, **scalars(figures)})
         errors = {key: f" ± {number(figures[f'{key}_se'])}" for key in _SHOWN if key == error_of}
         shown = "  ".join(f"{key} {number(figures[key])}{errors.get(key, '')}" for key in _SHOWN if key in figures)
-        self._progress.say(f"{split} after step {self._clock.step}: {shown}{self._rank() if is_best else ''}")
+        self._console.say(f"{split} after step {self._loop.step}: {shown}{self._rank() if is_best else ''}")
         faults.at("evaluated")
 
     def _rank(self) -> str:
-        return "  (best so far)" if self._clock.chosen is None else "  (within one standard error of the best)"
+        return "  (best so far)" if self._loop.chosen is None else "  (within one standard error of the best)"
 
-    def write_left_out(self, count: int, most: int) -> None:
-        """A line on a step that changed nothing, because it was not finite."""
+    def write_skipped(self, count: int, most: int) -> None:
+        """Write a line on a step that changed nothing, because it was not finite."""
         self._write("left_out", {"count": count})
-        step = self._clock.step
-        self._progress.say(
-            f"WARNING: step {step} is not finite and left out ({count} of at most {most})", style="bold red"
+        step = self._loop.step
+        self._console.say(
+            f"WARNING: step {step} is not finite and skipped ({count} of at most {most})", style="bold red"
         )
 
     def write_probe(self, codes: str, setting: float, top1: float | None, loss: float | None) -> None:
-        """A line on one setting of a probe: what the held-out images say of it."""
+        """Write a line on one setting of a probe: its figures on the validation split."""
         self._write("probe", {"codes": codes, "setting": setting, "held_out_top1": top1, "held_out_loss": loss})
 
     def write_summary(self, result: dict[str, Any]) -> None:
@@ -117,7 +120,7 @@ class RunLogger:
         self.trackers.summary({**scalars(result), **parts})
 
     def _write(self, kind: str, figures: dict[str, Any]) -> None:
-        step = self._clock.step
+        step = self._loop.step
         where = {
             "epoch": round(step / self._order.steps_per_epoch, 4),
             "images_seen": self._order.images_seen(step),
@@ -128,10 +131,10 @@ class RunLogger:
         self.trackers.log({f"{kind}/{key}": value for key, value in scalars({**where, **figures}).items()}, step)
 
 
-def _config(recipe: Recipe, record: dict[str, Any]) -> dict[str, Any]:
-    """Return what trackers get of a run: its recipe and `run.json`, without places, and without who one is at W&B."""
+def _config(recipe: Recipe, run_info: dict[str, Any]) -> dict[str, Any]:
+    """Return what trackers get of a run: its recipe and `run.json`, without places and without the W&B entity."""
     plain = recipe.to_plain()
     if recipe.wandb is not None and recipe.wandb.entity is not None:
         plain["wandb"] = {**plain["wandb"], "entity": REDACTED}
-    config: dict[str, Any] = without_places({**plain, "run": record}, places_of(recipe))
+    config: dict[str, Any] = without_places({**plain, "run": run_info}, places_of(recipe))
     return config

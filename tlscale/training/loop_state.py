@@ -1,23 +1,27 @@
-"""Keep what a run remembers: the little that is not a function of the step."""
+"""What a run remembers: the little that is not a function of the step; and when what follows on a step.
+
+Names on disk (`clock` of a checkpoint's `state.json`) are those of the first version, whatever the fields are called.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from tlscale.distributed.fsdp import local
 from tlscale.distributed.processes import Processes
-from tlscale.models.classifier import Classifier
 from tlscale.recipe.schema import CheckpointSection, EvaluateSection
+
+_ON_DISK = {"skipped_steps": "left_out"}
+"""Fields of `LoopState` whose key in `state.json` has another name."""
 
 
 @dataclass
 class LoopState:
-    """The step, and what is kept beside it in a checkpoint's `state.json`."""
+    """Hold the step, and what is saved with it in a checkpoint's `state.json`."""
 
     step: int = 0
     spent_s: dict[str, float] = field(default_factory=dict)  # by part, over all starts, as of the last checkpoint
@@ -30,7 +34,23 @@ class LoopState:
     run_id: str | None = None  # of `run.json`
     wandb_run_id: str | None = None
     keeps_codes: dict[str, bool] = field(default_factory=dict)  # stage -> whether it trains on codes
-    left_out: list[int] = field(default_factory=list)  # steps that changed nothing, as something was not finite
+    skipped_steps: list[int] = field(default_factory=list)  # they changed nothing, as something was not finite
+
+    def to_plain(self) -> dict[str, Any]:
+        """Return the `clock` of `state.json`."""
+        return {_ON_DISK.get(name, name): value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_plain(cls, saved: Mapping[str, Any]) -> LoopState:
+        """Read the `clock` of a `state.json`, also of older versions."""
+        saved = dict(saved)
+        if "elapsed_s" in saved:  # older versions told only training from the rest
+            train_s = saved.pop("train_s")
+            saved["spent_s"] = {"start": max(saved.pop("elapsed_s") - train_s, 0.0), "train": train_s}
+        saved |= {name: saved.pop(key) for name, key in _ON_DISK.items() if key in saved}
+        best = [(int(step), float(figure)) for step, figure in saved["best"]]
+        chosen = saved.get("chosen")  # older versions chose the best always
+        return cls(**{**saved, "best": best, "chosen": None if chosen is None else tuple(chosen)})
 
     @property
     def chosen_step(self) -> int | None:
@@ -38,7 +58,7 @@ class LoopState:
         return self.chosen[0] if self.chosen else self.best[0][0] if self.best else None
 
     def kept_steps(self, keeping: CheckpointSection) -> list[int]:
-        """The steps whose checkpoints are kept whatever comes after: the chosen one, and the best."""
+        """Return the steps whose checkpoints are kept whatever comes after: the chosen one, and the best."""
         steps = [] if self.chosen_step is None else [self.chosen_step]
         return [*steps, *(step for step, _ in self.best if step not in steps)][: keeping.keep_best]
 
@@ -49,13 +69,15 @@ class LoopState:
         keeping: CheckpointSection,
         error: float | None = None,
     ) -> bool:
-        """Enter this step's validation figure; whether its checkpoint is one to keep.
+        """Enter this step's validation figure; return whether its checkpoint is one to keep.
 
         The earlier of two equal figures is the better one. The chosen step only ever moves to this one: it is the
         latest, so it is chosen where it is best, or within one standard error of the best.
 
         Args:
             figure: None (a loss that is not finite) is never among the best.
+            evaluation: the recipe's.
+            keeping: the recipe's.
             error: its standard error; None: as 0.
         """
         if figure is None:
@@ -71,7 +93,7 @@ class LoopState:
         return self.step in self.kept_steps(keeping)
 
     def choice(self, evaluation: EvaluateSection) -> dict[str, Any] | None:
-        """Which validation figure chose the weights, beside the best one, each with its standard error."""
+        """Return the validation figure that chose the weights and the best one, each with its standard error."""
         if not self.best:
             return None
         step, figure = self.best[0]
@@ -80,24 +102,51 @@ class LoopState:
         return {"select": evaluation.select, "choose": evaluation.choose, **chosen, "best": best}
 
 
+@dataclass(frozen=True)
+class Due:
+    """Tell what follows on a step (counted from 1); a function of the step, the same on every process.
+
+    Attributes:
+        last_step: of the run.
+        stage_ends: last steps of stages. What comes after one may take long, and must not be what a stop loses.
+        log_every, save_every: steps.
+        evaluate_every: steps; None: there is no validation split.
+    """
+
+    last_step: int
+    stage_ends: Sequence[int]
+    log_every: int
+    save_every: int
+    evaluate_every: int | None
+
+    def log(self, step: int) -> bool:
+        return step % self.log_every == 0 or step == self.last_step
+
+    def save(self, step: int) -> bool:
+        return step % self.save_every == 0 or step in self.stage_ends
+
+    def evaluate(self, step: int) -> bool:
+        return self.evaluate_every is not None and (step % self.evaluate_every == 0 or step == self.last_step)
+
+
 class LossMeter:
-    """Loss since the last log line, summed on the device so that no step waits for it.
+    """Sum the loss since the last log line, on the device so that no step waits for it.
 
     `settle` is where the host waits: it adds up over processes and finds the first step whose loss was not finite.
     """
 
-    def __init__(self, clock: LoopState, processes: Processes) -> None:
-        self._clock = clock
+    def __init__(self, loop: LoopState, processes: Processes) -> None:
+        self._loop = loop
         self._processes = processes
         self._sums: list[tuple[int, Tensor]] = []
 
     def add(self, loss_sum: Tensor, num_images: int, step: int) -> None:
         """Enter a step (counted from 1): the loss summed over this process's images, and the global count."""
         self._sums.append((step, loss_sum))
-        self._clock.window_images += num_images
+        self._loop.window_images += num_images
 
     def settle(self) -> int | None:
-        """Move what was added into the clock; the first step with a non-finite loss on any process, or None."""
+        """Move what was added into the loop state; return the first step with a non-finite loss anywhere, or None."""
         if not self._sums:
             return None
         steps = [step for step, _ in self._sums]
@@ -106,17 +155,11 @@ class LossMeter:
         for step, total in zip(steps, totals.tolist(), strict=True):
             if not math.isfinite(total):
                 return step
-            self._clock.window_loss += total
+            self._loop.window_loss += total
         return None
 
     def take_mean(self) -> float:
-        """Mean loss of an image since the last call."""
-        mean = self._clock.window_loss / max(self._clock.window_images, 1)
-        self._clock.window_loss, self._clock.window_images = 0.0, 0
+        """Return the mean loss of an image since the last call."""
+        mean = self._loop.window_loss / max(self._loop.window_images, 1)
+        self._loop.window_loss, self._loop.window_images = 0.0, 0
         return mean
-
-
-def are_finite(network: Classifier) -> bool:
-    """Whether all that is trained, as far as this process has it, is a number; what is not must never be saved."""
-    trained = [local(param.detach()) for param in network.parameters() if param.requires_grad]
-    return bool(torch.stack([param.isfinite().all() for param in trained]).all())

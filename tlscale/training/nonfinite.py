@@ -1,6 +1,6 @@
-"""A step that is looked at before it changes anything: `non_finite: skip`, and what follows on a rollback.
+"""Check a step before it changes anything (`non_finite.action: skip`).
 
-Promise: a step whose loss or gradient is NaN or infinite on any process is left out on all of them. It leaves no trace
+Promise: a step whose loss or gradient is NaN or infinite on any process is skipped on all of them. It leaves no trace
 in parameters, moments, averages or batch statistics; the next step is as if it had not been.
 """
 
@@ -15,26 +15,28 @@ from tlscale.distributed.fsdp import local
 from tlscale.distributed.processes import Processes
 
 
-class Vigil:
-    """Over one step: `begin` before its forward pass, `is_bad` before its update, `undo` where it is bad.
+class FiniteCheck:
+    """Check one step: `begin` before its forward pass, `is_finite` before its update, `undo` if it is not.
 
     Args:
         network: the bare one.
-        fixed: names in its state dict of what training cannot change.
-        scales_loss: whether a GradScaler is at work. It looks for infinite gradients itself, and some are usual then.
+        unchanging_keys: of its state dict; training cannot change what they name.
+        scales_loss: whether a GradScaler is at work. It checks gradients itself, and some are usually infinite then.
     """
 
-    def __init__(self, network: nn.Module, processes: Processes, fixed: Collection[str], *, scales_loss: bool) -> None:
+    def __init__(
+        self, network: nn.Module, processes: Processes, unchanging_keys: Collection[str], *, scales_loss: bool
+    ) -> None:
         self._network, self._processes, self._scales_loss = network, processes, scales_loss
-        self._buffers = [buffer for name, buffer in network.named_buffers() if name not in fixed]
+        self._buffers = [buffer for name, buffer in network.named_buffers() if name not in unchanging_keys]
         self._before: list[Tensor] = []
 
     def begin(self) -> None:
         """Remember what a forward pass changes: batch statistics, which one NaN would spoil for good."""
         self._before = [buffer.clone() for buffer in self._buffers]
 
-    def is_bad(self, loss_sum: Tensor) -> bool:
-        """Whether the loss of any process, or a gradient, is not finite; the same answer on all processes."""
+    def is_finite(self, loss_sum: Tensor) -> bool:
+        """Return whether loss and gradients of all processes are finite; the same answer on each of them."""
         numbers = [loss_sum.double().reshape(())]
         if not self._scales_loss:
             grads = [local(param.grad) for param in self._network.parameters() if param.grad is not None]
@@ -42,11 +44,17 @@ class Vigil:
             norms = torch._foreach_norm(grads, float("inf")) if grads else ()
             numbers += [norm.double().reshape(()) for norm in norms]
         finite = bool(torch.stack(numbers).isfinite().all())
-        return self._processes.any(not finite)
+        return not self._processes.any(not finite)
 
     @torch.no_grad()
     def undo(self) -> None:
-        """Batch statistics are what they were; gradients are gone."""
+        """Give batch statistics their values from before, and drop the gradients."""
         for buffer, before in zip(self._buffers, self._before, strict=True):
             buffer.copy_(before)
         self._network.zero_grad(set_to_none=True)
+
+
+def are_finite(network: nn.Module) -> bool:
+    """Return whether all trained parameters, as far as this process has them, are finite; others are never saved."""
+    trained = [local(param.detach()) for param in network.parameters() if param.requires_grad]
+    return bool(torch.stack([param.isfinite().all() for param in trained]).all())

@@ -37,11 +37,13 @@ from tlscale.tracking.places import places_of, without_places
 from tlscale.training.evaluate import scalars
 from tlscale.training.logger import RunLogger
 from tlscale.training.loop_state import LoopState
+from tlscale.training.loss import cross_entropy
 from tlscale.training.metrics import Tally, majority, summary
 from tlscale.training.predictions import Predictions, write_predictions
 from tlscale.training.run_info import begin_folder
 from tlscale.training.scores import fitted, score_of_probe
-from tlscale.training.setup import RunSetup, make_objective, open_codes_cache, strategy_of
+from tlscale.training.setup import RunSetup, strategy_of
+from tlscale.training.specs import open_codes_cache
 
 _BLOCK = 4096  # images whose logits are computed at once
 
@@ -224,13 +226,12 @@ def _export(setup: RunSetup, choice: Choice, layer_and_pool: tuple[str, str], fo
 @torch.no_grad()
 def _figures(setup: RunSetup, head: nn.Module, codes_ND: Tensor, predictions: Predictions) -> dict[str, Any]:
     """Compute all figures of the classifier on a split, and collect its predictions."""
-    objective = make_objective(setup, codes_ND.device)
     tally = Tally(len(setup.data.classes), codes_ND.device)
     labels_N = torch.from_numpy(predictions.split.labels_N).to(codes_ND.device)
     head = head.to(codes_ND.device)
     parts = (torch.split(part, _BLOCK) for part in (torch.arange(len(labels_N)), codes_ND, labels_N))
     for positions_B, codes_BD, labels_B in zip(*parts, strict=True):
         logits_BC = head(codes_BD.to(setup.dtype))
-        tally.update(logits_BC, labels_B, objective.losses(logits_BC, labels_B))
+        tally.update(logits_BC, labels_B, cross_entropy(logits_BC, labels_B))
         predictions.add(positions_B, logits_BC)
     return summary(tally, setup.data.classes)

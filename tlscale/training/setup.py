@@ -1,4 +1,4 @@
-"""From a recipe to everything that a run needs, with nothing trained yet: `run` and `plan` share this.
+"""Set a run up: from a recipe to everything that it needs, with nothing trained yet. `run` and `plan` share this.
 
 Promise: whatever is wrong with the recipe, the data or the model is found here, before the first step.
 """
@@ -11,15 +11,10 @@ from typing import Any
 
 import torch
 
-from tlscale.codes.cache import CodesCache, CodesSpec
-from tlscale.data.image_cache import ImageCache
-from tlscale.data.loader import ImageStore, default_workers
 from tlscale.data.sampler import BatchSplit, DataOrder, least_in_a_pass, split_batch_size
 from tlscale.data.sizes import median_side_px
 from tlscale.data.sources.open import BadImages, ImageData, open_data
-from tlscale.data.transforms import InputPath, InputSpec, resolve_input
-from tlscale.distributed.processes import Processes
-from tlscale.distributed.signals import StopRequest
+from tlscale.data.transforms import InputSpec, resolve_input
 from tlscale.errors import DataError, ModelError, RecipeError
 from tlscale.models.backbone import WeightsReport, build_backbone
 from tlscale.models.classifier import (
@@ -33,21 +28,21 @@ from tlscale.models.features import PENULTIMATE
 from tlscale.models.heads import build_head, is_single_linear
 from tlscale.recipe.duration import Duration
 from tlscale.recipe.field_types import augmentation_values
-from tlscale.recipe.schema import Recipe
+from tlscale.recipe.schema import BackboneSection, Recipe, StageSection
 from tlscale.recipe.seeds import derive_seed
-from tlscale.tracking.console import Console
 from tlscale.tracking.stopwatch import Stopwatch
 from tlscale.tracking.trackers import check_installed
+from tlscale.training.distillation.loss import labels_teach
 from tlscale.training.distillation.student import Student
 from tlscale.training.distillation.teacher import Teacher, open_teacher
-from tlscale.training.loss import DistillObjective, Objective, class_weights, labels_teach
+from tlscale.training.loss import loss_name, refuse_mixed_targets
 from tlscale.training.optimizer import check_optimizer
-from tlscale.training.stages import Stage, enter, plan_stages, to_steps
+from tlscale.training.stages import Stage, apply_freezing, plan_stages, to_steps
 
 
 @dataclass
 class RunSetup:
-    """A run about to begin."""
+    """Hold what a run begins with."""
 
     recipe: Recipe
     data: ImageData
@@ -71,7 +66,7 @@ class RunSetup:
         return self.stages[-1].stop_step if self.stages else 0  # a probe makes none
 
     def to_steps(self, duration: Duration) -> int:
-        """A duration of this run in steps, at least 1."""
+        """Convert a duration of this run to steps, at least 1."""
         return max(to_steps(duration, self.order, self.total_steps), 1)
 
     @property
@@ -81,9 +76,13 @@ class RunSetup:
         return {name: param for name, param in self.classifier.rule_names().items() if name in names}
 
     @property
-    def fixed(self) -> frozenset[str]:
-        """Names in the classifier's state dict of what no stage can change."""
-        return frozenset.intersection(*(stage.fixed for stage in self.stages))
+    def unchanging_keys(self) -> frozenset[str]:
+        """Keys of the classifier's state dict whose values no stage can change."""
+        return frozenset.intersection(*(stage.unchanging_keys for stage in self.stages))
+
+    @property
+    def seed(self) -> int:
+        return self.recipe.seed
 
     @property
     def trainable_params(self) -> int:
@@ -108,51 +107,19 @@ class RunSetup:
         seen = self.order.images_seen(self.total_steps) * (2 if {"mixup", "cutmix"} & set(self.augment) else 1)
         return not self.stages or seen >= len(self.data.train)
 
-    def workers(self, store: ImageStore, device: torch.device, *, augmented: bool, processes: int) -> int:
-        """Worker processes for `store`, when so many training processes share the machine."""
-        return default_workers(
-            self.recipe.data, cached=store.cached, augmented=augmented, device=device, processes=processes
-        )
-
     def image_views(self, stage: Stage) -> int | None:
-        """How many augmented views of each training image a stage sees; None: a new one in each epoch.
+        """Return the number of augmented views of each training image that a stage sees; None: a new one each epoch.
 
-        It hangs on the recipe alone, and not on whether codes are kept, for which there may be no room.
+        It depends on the recipe alone, and not on whether codes are cached, for which there may be no room.
         """
         codes = self.recipe.codes
         are_few = codes.views > 1 or (codes.keep == "always" and not stage.trains_all)
         return codes.views if are_few or self.teacher is not None else None
 
     @property
-    def eval_batch_size(self) -> int:
-        """Images per process and forward pass at evaluation."""
-        return self.recipe.evaluate.batch_size or self.split.micro_batch_size
-
-    @property
     def dtype(self) -> torch.dtype:
         """Of the weights and of the images as they enter the network."""
         return torch.float64 if self.recipe.compute.precision == "fp64" else torch.float32
-
-
-class Due:
-    """Which steps are followed by what; a function of the step (counted from 1)."""
-
-    def __init__(self, setup: RunSetup) -> None:
-        recipe, validates = setup.recipe, setup.data.validation is not None
-        self._last = setup.total_steps
-        # What comes after a stage may take long, and is no step: it must not be what a stop loses.
-        self._ends = {stage.stop_step for stage in setup.stages}
-        self._log, self._save = setup.to_steps(recipe.log_every), setup.to_steps(recipe.checkpoint.every)
-        self._evaluate = setup.to_steps(recipe.evaluate.every) if validates else None
-
-    def log(self, step: int) -> bool:
-        return step % self._log == 0 or step == self._last
-
-    def save(self, step: int) -> bool:
-        return step % self._save == 0 or step in self._ends
-
-    def evaluate(self, step: int) -> bool:
-        return self._evaluate is not None and (step % self._evaluate == 0 or step == self._last)
 
 
 def set_up(
@@ -177,13 +144,11 @@ def set_up(
     """
     check_installed(recipe.track)
     check_optimizer(recipe.optim)
+    refuse_mixed_targets(loss_name(recipe.distill), augmentation_values(recipe.data.augment))
     watch = watch or Stopwatch()
     with watch("scan"):
         data = open_data(recipe.data, recipe.seed, bad_images=bad_images, tries_images=tries_images)
-    if len(data.train) == 0:
-        raise DataError(f"all training images are bad, such as {next(iter(data.bad_images.reasons()))}")
-    if data.test is None and data.validation is None:
-        raise DataError("there is nothing to evaluate on: no test split, and data.validation_fraction is 0")
+    _refuse_no_images(data)
     backbone, weights = build_backbone(recipe.backbone, image_size=recipe.data.image_size, seed=recipe.seed)
     spec = _input_spec(recipe, data, backbone)
     teacher = _teacher(recipe, data, spec)
@@ -192,21 +157,34 @@ def set_up(
     # A probe takes no steps: its batches are of its own making.
     batch_size = recipe.batch_size if recipe.probe is None else world_size
     split = split_batch_size(batch_size, world_size, recipe.compute.micro_batch_size)
-    stages = plan_stages(recipe, classifier, order) if recipe.probe is None else []
-    if stages:
-        _refuse_idle_rates(recipe, stages)
-        _enable_checkpointing(recipe, classifier, stages, spec)
+    stages = _plan_stages(recipe, classifier, order, spec) if recipe.probe is None else []
     setup = RunSetup(recipe, data, spec, classifier, weights, code_width, order, split, stages, teacher, watch)
     if stages:
         _refuse_what_cannot_train(setup, world_size)
     return setup
 
 
-def _refuse_idle_rates(recipe: Recipe, stages: list[Stage]) -> None:
+def _refuse_no_images(data: ImageData) -> None:
+    if len(data.train) == 0:
+        raise DataError(f"all training images are bad, such as {next(iter(data.bad_images.reasons()))}")
+    if data.test is None and data.validation is None:
+        raise DataError("there is nothing to evaluate on: no test split, and data.validation_fraction is 0")
+
+
+def _plan_stages(recipe: Recipe, classifier: Classifier, order: DataOrder, spec: InputSpec) -> list[Stage]:
+    whole_run = StageSection(freeze=recipe.freeze, duration=recipe.duration)
+    stages = plan_stages(recipe.stages, whole_run, recipe.optim, recipe.schedule, classifier, order)
+    _refuse_idle_rates(recipe.backbone, stages)
+    if recipe.compute.gradient_checkpointing:
+        _enable_checkpointing(classifier, stages, spec)
+    return stages
+
+
+def _refuse_idle_rates(backbone: BackboneSection, stages: list[Stage]) -> None:
     if any(stage.trains_backbone for stage in stages):
         return
     for key in ("drop_rate", "drop_path_rate"):
-        if getattr(recipe.backbone, key) > 0:
+        if getattr(backbone, key) > 0:
             raise RecipeError(f"backbone.{key} has no effect: the whole backbone is frozen, and so in eval mode")
 
 
@@ -251,16 +229,15 @@ def _assemble(
     return classifier, width
 
 
-def _enable_checkpointing(recipe: Recipe, classifier: Classifier, stages: list[Stage], spec: InputSpec) -> None:
-    """Tried in the stage that trains most; it acts in each that trains a part of the backbone."""
-    if recipe.compute.gradient_checkpointing:
-        enter(classifier, max(stages, key=lambda stage: len(stage.trained)))
-        enable_gradient_checkpointing(classifier, in_chans=spec.in_chans, image_size=spec.image_size)
-        enter(classifier, stages[0])
+def _enable_checkpointing(classifier: Classifier, stages: list[Stage], spec: InputSpec) -> None:
+    """Try it in the stage that trains most; it acts in each that trains a part of the backbone."""
+    apply_freezing(classifier, max(stages, key=lambda stage: len(stage.trained)))
+    enable_gradient_checkpointing(classifier, in_chans=spec.in_chans, image_size=spec.image_size)
+    apply_freezing(classifier, stages[0])
 
 
 def _refuse_what_cannot_train(setup: RunSetup, world_size: int) -> None:
-    """What would fail in the middle of an epoch, or leave a process waiting, is found by a pass on trial."""
+    """Find by a pass on trial what would fail in the middle of an epoch, or leave a process waiting."""
     classifier, stages, trained = setup.classifier, setup.stages, setup.trained
     for name, param in classifier.rule_names().items():
         param.requires_grad_(name in trained)
@@ -270,7 +247,7 @@ def _refuse_what_cannot_train(setup: RunSetup, world_size: int) -> None:
     # Each process waits for the others' gradient of every trained parameter, and so each must get one.
     waits = world_size > 1 and any(stage.trains_backbone for stage in stages)
     unused = unused_parameters(classifier, **size) if waits and not alone else []
-    enter(classifier, stages[0])
+    apply_freezing(classifier, stages[0])
     if alone:
         raise RecipeError(_one_image(setup))
     if unused:
@@ -293,55 +270,8 @@ def _one_image(setup: RunSetup) -> str:
     return f"{split.describe()}: {what}, and batch norm cannot be trained on one image. To go on, {remedy}."
 
 
-def make_objective(setup: RunSetup, device: torch.device) -> Objective:
-    """The recipe's loss, its class weights on `device`."""
-    recipe, data = setup.recipe, setup.data
-    weights_C = class_weights(recipe.loss, data.train.labels_N, data.classes)
-    if weights_C is not None:
-        weights_C = weights_C.to(setup.dtype).to(device)
-    if recipe.distill is not None:
-        return DistillObjective(recipe.loss, weights_C, recipe.distill, len(data.classes))
-    return Objective(recipe.loss, weights_C)
-
-
-def input_path(setup: RunSetup, device: torch.device) -> InputPath:
-    """Return the way of this run's image batches to the network's input."""
-    return InputPath(setup.spec, setup.dtype, device, setup.recipe.compute.channels_last)
-
-
-def open_image_cache(setup: RunSetup) -> ImageCache:
-    """Return the cache of this run's decoded images; nothing is decoded yet."""
-    return ImageCache(
-        setup.data,
-        setup.recipe.data,
-        setup.spec,
-        crops="crop" in setup.augment,
-        sees_all_of_train=setup.needs_all_images,
-        watch=setup.watch,
-    )
-
-
-def open_codes_cache(
-    setup: RunSetup, processes: Processes, console: Console, stop: StopRequest, *, force_fp32: bool = False
-) -> CodesCache:
-    """Return the cache of this run's codes; nothing is computed yet.
-
-    Args:
-        force_fp32: compute in float32 where the run is in less.
-    """
-    precision = setup.recipe.compute.precision
-    spec = CodesSpec(
-        section=setup.recipe.codes,
-        inputs=input_path(setup, processes.device),
-        precision="fp32" if force_fp32 and precision != "fp64" else precision,
-        augment=setup.augment,
-        seed=setup.recipe.seed,
-    )
-    return CodesCache(spec, open_image_cache(setup), processes, console, stop, setup.watch)
-
-
 def strategy_of(setup: RunSetup) -> str:
-    """The strategy's name: codes, early_codes, mlp, head, finetune, stages, scratch (design.md, section 2), distill."""
+    """Return the strategy's name: codes, early_codes, mlp, head, finetune, stages, scratch or distill."""
     recipe = setup.recipe
     if recipe.distill is not None:
         return "distill"

@@ -1,70 +1,96 @@
-"""The objects of a training run, and what becomes of them from stage to stage and from start to start.
+"""Hold the objects of a training run, and take them from stage to stage.
 
 Promise: whoever wraps the network (Accelerate, FSDP2) is known here; checkpoints and export are of the bare one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from tlscale import faults
 from tlscale.codes.cache import CodesCache
 from tlscale.data.sources.open import ImageSplit
 from tlscale.distributed.consistency import check_replicas_agree
 from tlscale.distributed.fsdp import Fsdp2Engine, meta_copy, sharded_groups
 from tlscale.distributed.processes import Processes
 from tlscale.distributed.signals import StopRequest
-from tlscale.errors import NonFiniteLossError
 from tlscale.models.classifier import Classifier
 from tlscale.models.freeze import is_norm
+from tlscale.recipe.schema import CheckpointSection, ComputeSection, EvaluateSection, NonFiniteSection
 from tlscale.storage.run_folder import RunFolder
 from tlscale.tracking.console import Console
+from tlscale.training.checkpoint.optimizer_state import carry_moments
 from tlscale.training.checkpoint.run_state import snapshot, write_checkpoint
-from tlscale.training.distillation.targets import Targets, ask_teacher
+from tlscale.training.distillation.targets import TeacherTargets
 from tlscale.training.ema import Ema
 from tlscale.training.evaluate import evaluate
 from tlscale.training.input_pipeline import InputPipeline, open_pipeline
 from tlscale.training.logger import RunLogger
-from tlscale.training.loop_state import LoopState
-from tlscale.training.loss import Objective
+from tlscale.training.loop_state import Due, LoopState
+from tlscale.training.loss import Loss
+from tlscale.training.nonfinite import FiniteCheck
 from tlscale.training.optimizer import build_optimizer
 from tlscale.training.optimizer_trial import check_optimizer_shards
 from tlscale.training.predictions import Predictions
 from tlscale.training.replicas import replicated_tensors
-from tlscale.training.setup import RunSetup, make_objective, open_codes_cache
-from tlscale.training.stages import Stage, cross_boundary, enter
+from tlscale.training.setup import RunSetup
+from tlscale.training.specs import ask_teacher, cache_spec, make_due, make_loss, open_codes_cache, pipeline_spec
+from tlscale.training.stages import Stage, apply_freezing
 
 
 @dataclass
-class Parts:
-    """The objects of a run; `network` is the bare one, which checkpoints and export are of."""
+class TrainState:
+    """Hold what is trained and what trains it."""
 
     setup: RunSetup
     processes: Processes
-    network: Classifier
+    network: Classifier  # the bare one, which checkpoints and export are of
     ema: Ema | None
-    objective: Objective
+    loss_fn: Loss
     codes_cache: CodesCache
-    careful_until: int  # steps before this one are looked at before their update
+    due: Due
+    compute: ComputeSection
+    evaluation: EvaluateSection
+    keeping: CheckpointSection
+    non_finite: NonFiniteSection
     # Of the stage that the run is in:
     stage: Stage
     optimizer: torch.optim.Optimizer
-    feed: InputPipeline | None = None
-    targets: Targets | None = None  # of all stages, where there is a teacher
-    # What is called and stepped: what Accelerate, or FSDP2, made of the feed's module.
+    pipeline: InputPipeline | None = None  # None: no stage was entered
+    # What is called and stepped: what Accelerate, or FSDP2, made of the pipeline's module and the optimizer.
     wrapped: tuple[nn.Module, torch.optim.Optimizer] | None = None
-    hollow: Classifier | None = None  # where the network is spread over the processes: what is exported in its place
-    is_rehearsed: bool = True  # false before the first step of a start or a stage, where it matters
+    ddp_is_warm: bool = True  # false before the first step of a start or a stage, where it matters
+    # Of all stages:
+    teacher_targets: TeacherTargets | None = None
+    meta_copy: Classifier | None = None  # of a network that is sharded: it is exported in its place
 
-    def figures(
+    @property
+    def inputs(self) -> InputPipeline:
+        """The pipeline of the stage, which was entered."""
+        assert self.pipeline is not None
+        return self.pipeline
+
+    @property
+    def model(self) -> nn.Module:
+        """The module that is called in training."""
+        assert self.wrapped is not None
+        return self.wrapped[0]
+
+    @property
+    def stepped(self) -> torch.optim.Optimizer:
+        """The optimizer as it is stepped in training."""
+        assert self.wrapped is not None
+        return self.wrapped[1]
+
+    def evaluate(
         self,
         split: ImageSplit,
-        feed: InputPipeline,
+        inputs: InputPipeline,
         *,
         error_of: str | None = None,
         predictions: Predictions | None = None,
@@ -72,158 +98,182 @@ class Parts:
         """Evaluate the weights that a user would get: the averages, where averages are kept.
 
         Args:
-            error_of: the figure whose standard error is wanted, too.
-            predictions: takes them image by image, where they are wanted.
+            split: images.
+            inputs: the pipeline of the network, or of its trained part.
+            error_of: the figure whose standard error is computed, too.
+            predictions: takes them image by image, where they are to be written.
         """
+        # Batch statistics differ by rank; a figure has to be of one network.
         self.processes.broadcast_buffers(self.network)
         with self.averaged():
             return evaluate(
-                feed.module,
-                feed.eval_batches(split),
-                inputs=feed.inputs,
+                # Not the wrapped one: processes have batches in different numbers, and DDP would wait for the others.
+                inputs.module,
+                inputs.eval_batches(split),
+                inputs=inputs.inputs,
                 num_images=len(split),
-                objective=self.objective,
+                loss_fn=self.loss_fn,
                 classes=self.setup.data.classes,
                 processes=self.processes,
-                lockstep=self.hollow is not None,
+                lockstep=self.processes.engine.shards,
                 error_of=error_of,
                 predictions=predictions,
             )
 
     def averaged(self) -> AbstractContextManager[None]:
-        """Within: the network has its averaged weights, where averages are kept."""
+        """Give the network its averaged weights within the context, where averages are kept."""
         return nullcontext() if self.ema is None else self.ema.in_place()
 
 
-def make_parts(
-    setup: RunSetup, processes: Processes, stop: StopRequest, console: Console, stage: Stage, careful_until: int
-) -> Parts:
-    """What a run begins with, in `stage`; nothing is wrapped yet.
-
-    Args:
-        careful_until: steps before this one are looked at before their update.
-    """
-    recipe, device = setup.recipe, processes.device
+def build_train_state(
+    setup: RunSetup, processes: Processes, stop: StopRequest, console: Console, stage: Stage
+) -> TrainState:
+    """Build what a run begins with, in `stage`; nothing is wrapped yet."""
+    recipe = setup.recipe
     network = processes.to_device(setup.classifier)
-    enter(network, stage)
-    return Parts(
+    apply_freezing(network, stage)
+    return TrainState(
         setup,
         processes,
         network,
-        None if processes.engine.shards else _averages(setup),
-        make_objective(setup, device),
-        open_codes_cache(setup, processes, console, stop),
-        careful_until if recipe.non_finite.action != "skip" else setup.total_steps,
-        stage,
-        build_optimizer(stage.groups, stage.optim),
+        # Averages of shards are made of shards, which come into being when the stage is entered.
+        ema=None if processes.engine.shards else _averages(setup, stage),
+        loss_fn=make_loss(setup, processes.device),
+        codes_cache=open_codes_cache(setup, processes, console, stop),
+        due=make_due(setup),
+        compute=recipe.compute,
+        evaluation=recipe.evaluate,
+        keeping=recipe.checkpoint,
+        non_finite=recipe.non_finite,
+        stage=stage,
+        # After the move to the device: on some, a module's parameters are other objects then.
+        optimizer=build_optimizer(stage.groups, stage.optim),
     )
 
 
-def _averages(setup: RunSetup) -> Ema | None:
-    decay = setup.recipe.optim.ema_decay
+def _averages(setup: RunSetup, stage: Stage) -> Ema | None:
+    # Of all that any stage trains: a stage that thaws more must find averages that began with the run.
+    decay = stage.optim.ema_decay
     return Ema(setup.trained, decay) if decay is not None else None
 
 
-def begin_stage(parts: Parts, clock: LoopState, scaler_state: dict[str, Any] | None) -> None:
-    """Open the feed of the stage, which may compute codes, and have Accelerate wrap what is trained."""
-    setup, accelerator, key = parts.setup, parts.processes.accelerator, str(parts.stage.number)
-    decided = clock.keeps_codes.get(key)
-    parts.codes_cache.forget_loaded()
-    if parts.targets is None:
-        parts.targets = ask_teacher(setup, parts.processes, parts.codes_cache)
-    parts.feed, keeps = open_pipeline(
-        parts.stage, setup, parts.processes, parts.codes_cache, targets=parts.targets, decided=decided
+def enter_stage(state: TrainState, loop: LoopState, scaler_state: dict[str, Any] | None = None) -> None:
+    """Open the pipeline of the stage, which may compute codes, and wrap what is trained."""
+    setup, stage, processes = state.setup, state.stage, state.processes
+    engine, key = processes.engine, str(stage.number)
+    state.codes_cache.forget_loaded()
+    if state.teacher_targets is None:
+        state.teacher_targets = ask_teacher(setup, processes, state.codes_cache)
+    # Before the wrapping: a partition is found in the bare network, and its suffix is what is wrapped.
+    state.pipeline, loop.keeps_codes[key] = open_pipeline(
+        setup.classifier,
+        pipeline_spec(setup, processes.device),
+        cache_spec(setup, stage, processes.device),
+        processes,
+        state.codes_cache,
+        title=f"stage {stage.number + 1} of {len(setup.stages)}: " if len(setup.stages) > 1 else "",
+        image_views=setup.image_views(stage),
+        targets=state.teacher_targets,
+        # What an earlier start decided: room and speed are measured, and may have changed since.
+        decided=loop.keeps_codes.get(key),
     )
-    clock.keeps_codes[key] = keeps
-    if setup.recipe.compute.compile:
-        parts.feed.module.compile()
-    parts.feed.module.train()
-    engine = parts.processes.engine
+    if state.compute.compile:
+        state.pipeline.module.compile()  # before it is wrapped: DDP's hooks stay outside of the graph
+    state.pipeline.module.train()
     if isinstance(engine, Fsdp2Engine):
-        _shard(parts, parts.feed.module, engine)
-    parts.wrapped = engine.wrap(parts.feed.module, parts.optimizer)
-    parts.is_rehearsed = not engine.needs_warm_up(parts.wrapped[0])
-    parts.processes.mark_step()  # what was loaded; else the first step would be a program of its own
-    if scaler_state is not None and accelerator.scaler is not None:
-        accelerator.scaler.load_state_dict(scaler_state)
+        _shard(state, state.pipeline.module, engine)
+    state.wrapped = engine.wrap(state.pipeline.module, state.optimizer)
+    state.ddp_is_warm = not engine.needs_warm_up(state.wrapped[0])
+    processes.mark_step()  # what was loaded; else the first step would be a program of its own
+    # After the wrapping, which makes the scaler.
+    if scaler_state is not None and processes.accelerator.scaler is not None:
+        processes.accelerator.scaler.load_state_dict(scaler_state)
 
 
-def _shard(parts: Parts, module: nn.Module, engine: Fsdp2Engine) -> None:
+def _shard(state: TrainState, module: nn.Module, engine: Fsdp2Engine) -> None:
     """Shard what is trained over the processes; the optimizer and the averages are of each one's shards."""
-    setup, stage = parts.setup, parts.stage
-    check_optimizer_shards(stage.optim, engine.mesh, parts.processes)
-    parts.hollow = meta_copy(parts.network)
+    setup, stage = state.setup, state.stage
+    check_optimizer_shards(stage.optim, engine.mesh, state.processes)
+    # Before it is sharded: a module that was is FSDP's for good, and cannot be exported.
+    state.meta_copy = meta_copy(state.network)
     norms = [param for layer in module.modules() if is_norm(layer) for param in layer.parameters(recurse=False)]
-    num_blocks = engine.shard(module, parts.network, setup.recipe.compute.precision, keep_fp32=norms)
-    groups = sharded_groups(stage.groups, parts.network.rule_names())
-    parts.optimizer, parts.ema = build_optimizer(groups, stage.optim), _averages(setup)
-    parts.codes_cache.console.say(
+    num_blocks = engine.shard(module, state.network, state.compute.precision, keep_fp32=norms)
+    # The parameters are other objects now: the optimizer is built again, of shards.
+    groups = sharded_groups(stage.groups, state.network.rule_names())
+    state.optimizer, state.ema = build_optimizer(groups, stage.optim), _averages(setup, stage)
+    state.codes_cache.console.say(
         f"fsdp2: {setup.trainable_params:,} trained parameters sharded over {engine.mesh.size()} processes, "
         f"{num_blocks} blocks unsharded one after the other"
     )
 
 
-def next_stage(parts: Parts) -> None:
-    """Leave the stage that is over: unwrap, freeze, and build the optimizer again with the moments that go on."""
-    unwrap(parts)
-    # Batch statistics differ by rank until they are shared, and what is frozen now must be the same on all.
-    parts.processes.broadcast_buffers(parts.network)
-    parts.stage = parts.setup.stages[parts.stage.number + 1]
-    parts.optimizer = cross_boundary(parts.network, parts.optimizer, parts.ema, parts.stage)
+def advance_stage(state: TrainState, stage: Stage) -> None:
+    """Leave the stage that is over for the next one: unwrap, freeze, and build the optimizer again.
+
+    What is frozen from here on keeps its average; moments are carried over by parameter name.
+    """
+    # DDP registers its hooks when it wraps: a parameter that is thawed later would never be synchronised.
+    unwrap(state)
+    # Batch statistics differ by rank until they are broadcast, and what is frozen now must be the same on all.
+    state.processes.broadcast_buffers(state.network)
+    if state.ema is not None:
+        state.ema.settle([name for name in state.ema.averages if name not in stage.trained])
+    # While they are still trained: a frozen parameter's old gradient would go on to be clipped and stepped.
+    state.network.zero_grad(set_to_none=True)
+    apply_freezing(state.network, stage)
+    optimizer = build_optimizer(stage.groups, stage.optim)
+    carry_moments(state.optimizer, optimizer)
+    state.stage, state.optimizer = stage, optimizer
+    faults.at("stage")
 
 
-def unwrap(parts: Parts) -> None:
-    """Take off what Accelerate put around (and, for mixed precision, into) the module that was trained."""
-    if parts.feed is not None:
-        parts.processes.engine.unwrap(parts.feed.module)
-        parts.feed, parts.wrapped = None, None
+def unwrap(state: TrainState) -> None:
+    """Take off what was put around (and, for mixed precision, into) the module that was trained."""
+    if state.pipeline is not None:
+        state.processes.engine.unwrap(state.pipeline.module)
+        state.pipeline, state.wrapped = None, None
 
 
-@contextmanager
-def unwrapping(parts: Parts) -> Iterator[None]:
-    """Within: a loss that is not finite leaves the network bare, so that the run can begin again in this process."""
-    try:
-        yield
-    except NonFiniteLossError:
-        unwrap(parts)
-        raise
+def finite_check(state: TrainState) -> FiniteCheck:
+    """Return a check of the next pass, which can undo what the pass changed."""
+    scales_loss = state.processes.accelerator.scaler is not None
+    return FiniteCheck(state.network, state.processes, state.stage.unchanging_keys, scales_loss=scales_loss)
 
 
-def validate(parts: Parts, clock: LoopState, book: RunLogger) -> bool:
-    """Evaluate the validation images and rank the step; whether its checkpoint is one to keep."""
-    recipe, split = parts.setup.recipe, parts.setup.data.validation
+def validate(state: TrainState, loop: LoopState, logger: RunLogger) -> bool:
+    """Evaluate the validation split and rank the step; return whether its checkpoint is one to keep."""
+    split, select = state.setup.data.validation, state.evaluation.select
     assert split is not None
-    assert parts.feed is not None
-    select = recipe.evaluate.select
-    with parts.setup.watch("evaluate"):
-        figures = parts.figures(split, parts.feed, error_of=select)
-    is_kept = clock.rank_step(figures[select], recipe.evaluate, recipe.checkpoint, figures[f"{select}_se"])
-    book.write_evaluation("validation", figures, is_best=clock.chosen_step == clock.step, error_of=select)
+    with state.setup.watch("evaluate"):
+        figures = state.evaluate(split, state.inputs, error_of=select)
+    is_kept = loop.rank_step(figures[select], state.evaluation, state.keeping, figures[f"{select}_se"])
+    logger.write_evaluation("validation", figures, is_best=loop.chosen_step == loop.step, error_of=select)
     return is_kept
 
 
-def save(parts: Parts, clock: LoopState, folder: RunFolder) -> None:
+def save(state: TrainState, loop: LoopState, folder: RunFolder) -> None:
     """Make a checkpoint of the run, on all processes.
 
     Raises:
         DesyncError: the processes do not have the same weights any more.
         CheckpointError: the disk is full or cannot be written; the checkpoints before are untouched.
     """
-    with parts.setup.watch("save"):
-        _save(parts, clock, folder)
+    with state.setup.watch("save"):
+        _save(state, loop, folder)
 
 
-def _save(parts: Parts, clock: LoopState, folder: RunFolder) -> None:
-    processes, keeping = parts.processes, parts.setup.recipe.checkpoint
-    processes.broadcast_buffers(parts.network)
-    check_replicas_agree(replicated_tensors(parts.network, parts.ema), processes, clock.step)
+def _save(state: TrainState, loop: LoopState, folder: RunFolder) -> None:
+    processes = state.processes
+    # The main process saves for all: first its buffers are those of all, then the rest is compared.
+    processes.broadcast_buffers(state.network)
+    check_replicas_agree(replicated_tensors(state.network, state.ema), processes, loop.step)
     checkpoint = snapshot(
-        clock,
-        parts.network,
-        parts.optimizer,
-        parts.ema,
+        loop,
+        state.network,
+        state.optimizer,
+        state.ema,
         processes.accelerator,
-        spent_s=parts.setup.watch.spent(),
-        fixed=parts.setup.fixed,
+        spent_s=state.setup.watch.spent(),
+        fixed=state.setup.unchanging_keys,
     )
-    write_checkpoint(folder.checkpoints, checkpoint, clock, keeping, processes)
+    write_checkpoint(folder.checkpoints, checkpoint, loop, state.keeping, processes)

@@ -15,9 +15,10 @@ from tlscale.models.backbone import build_backbone
 from tlscale.models.classifier import Classifier
 from tlscale.models.heads import build_head
 from tlscale.recipe.schema import DistillSection, LossSection
+from tlscale.training.distillation.loss import DistillationLoss
 from tlscale.training.distillation.student import Student
 from tlscale.training.distillation.targets import _mean_and_deviation
-from tlscale.training.loss import DistillObjective, Objective
+from tlscale.training.loss import CrossEntropyLoss
 
 C, D, B = 5, 7, 6
 
@@ -36,7 +37,9 @@ def outputs(seed=1):
 def objective(**keys):
     whose = {"run": "r"} if keys.get("logits") else {"teacher": {"name": "t"}}
     match = {"match": {"a": ["b"]}} if keys.get("codes", 1.0) else {}
-    return DistillObjective(LossSection(), None, DistillSection.model_validate({**whose, **match, **keys}), C)
+    return DistillationLoss(
+        CrossEntropyLoss(LossSection(), None), DistillSection.model_validate({**whose, **match, **keys}), C
+    )
 
 
 @given(
@@ -45,7 +48,7 @@ def objective(**keys):
 def test_the_loss_is_the_formula(codes, logits, labels, temperature, seed):
     found = objective(codes=codes, logits=logits, labels=labels, temperature=temperature)
     taught, given_BO = batch(seed), outputs(seed + 100)
-    losses = found.of_batch(given_BO, taught)
+    losses = found(given_BO, taught)
     for row in range(B):
         own, teacher = given_BO[row, :C], taught.targets_BT[row, D:]
         p, q = (teacher / temperature).softmax(0), (own / temperature).softmax(0)
@@ -63,7 +66,7 @@ def test_the_size_of_the_gradient_does_not_depend_on_the_temperature():
     sizes = []
     for temperature in (100.0, 200.0):
         given_BO = outputs().requires_grad_()
-        objective(codes=0.0, logits=1.0, temperature=temperature).lessons(given_BO[:, :C], _logits_of(taught))[
+        objective(codes=0.0, logits=1.0, temperature=temperature).aux_losses(given_BO[:, :C], _logits_of(taught))[
             "logits_loss"
         ].sum().backward()
         sizes.append(given_BO.grad[:, :C].norm())
@@ -77,14 +80,14 @@ def _logits_of(taught):
 def test_figures_are_of_the_logits_alone():
     given_BO = outputs()
     assert torch.equal(objective().logits(given_BO), given_BO[:, :C])
-    assert set(objective().lessons(given_BO, batch(logits=False))) == {"codes_loss", "distill_loss"}
-    assert Objective(LossSection(), None).lessons(given_BO, batch()) == {}
+    assert set(objective().aux_losses(given_BO, batch(logits=False))) == {"codes_loss", "distill_loss"}
+    assert CrossEntropyLoss(LossSection(), None).aux_losses(given_BO, batch()) == {}
 
 
 def test_half_precision_is_compared_in_float32():
     given_BO = outputs().to(torch.bfloat16)
-    lessons = objective(logits=1.0).lessons(given_BO, SimpleNamespace(targets_BT=batch().targets_BT.float()))
-    assert {name: loss.dtype for name, loss in lessons.items()} == dict.fromkeys(lessons, torch.float32)
+    losses = objective(logits=1.0).aux_losses(given_BO, SimpleNamespace(targets_BT=batch().targets_BT.float()))
+    assert {name: loss.dtype for name, loss in losses.items()} == dict.fromkeys(losses, torch.float32)
 
 
 def student(labels_teach=True, matches=((["layer2"], 4), (["layer2", "penultimate"], 3)), seed=0):

@@ -18,7 +18,8 @@ from tlscale.models.freeze import fixed_names
 from tlscale.recipe.schema import CheckpointSection, ComputeSection, EvaluateSection
 from tlscale.training.checkpoint.files import Checkpoint
 from tlscale.training.checkpoint.run_state import restore_weights, saved_loop_state, snapshot
-from tlscale.training.loop_state import LoopState, LossMeter, are_finite
+from tlscale.training.loop_state import LoopState, LossMeter
+from tlscale.training.nonfinite import are_finite
 
 FIGURES = st.lists(st.none() | st.sampled_from([0.1, 0.2, 0.5, 0.9]), min_size=1, max_size=12)
 

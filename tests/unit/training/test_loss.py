@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tlscale.errors import RecipeError
 from tlscale.recipe.schema import LossSection
-from tlscale.training.loss import Objective, class_weights, cross_entropy
+from tlscale.training.loss import CrossEntropyLoss, class_weights, cross_entropy
 
 CLASSES = ("ant", "bee", "cat", "dog")
 
@@ -42,8 +42,8 @@ WEIGHTS = st.one_of(st.none(), st.lists(st.floats(0.0, 5.0), min_size=4, max_siz
 def test_losses_are_the_formula(seed, smoothing, weights):
     logits_BC, labels_B = draw(seed)
     weights_C = None if weights is None else torch.tensor(weights, dtype=torch.float64)
-    objective = Objective(LossSection(label_smoothing=smoothing), weights_C)
-    found_B = objective.losses(logits_BC, labels_B)
+    loss_fn = CrossEntropyLoss(LossSection(label_smoothing=smoothing), weights_C)
+    found_B = loss_fn.losses(logits_BC, labels_B)
     assert found_B.shape == (7,)
     torch.testing.assert_close(found_B, by_hand(logits_BC, labels_B, smoothing, weights))
     # What is reported has neither.
@@ -54,7 +54,7 @@ def test_smoothing_pulls_an_image_to_its_own_class_however_rare_another_is():
     """The gradient of a confused answer points to the label, at weights of 100 to 1; PyTorch's own weights do not."""
     logits_BC, labels_B = torch.zeros(1, 2, requires_grad=True), torch.tensor([0])
     weights_C = torch.tensor([0.02, 2.0])
-    Objective(LossSection(label_smoothing=0.1), weights_C).losses(logits_BC, labels_B).sum().backward()
+    CrossEntropyLoss(LossSection(label_smoothing=0.1), weights_C).losses(logits_BC, labels_B).sum().backward()
     assert logits_BC.grad[0, 0] < 0 < logits_BC.grad[0, 1]
     theirs_BC = torch.zeros(1, 2, requires_grad=True)
     F.cross_entropy(theirs_BC, labels_B, weight=weights_C, label_smoothing=0.1, reduction="sum").backward()
@@ -67,7 +67,7 @@ def test_sums_are_pytorchs(weighted):
     smoothing = 0.0
     logits_BC, labels_B = draw()
     weights_C = torch.tensor([0.5, 2.0, 1.0, 0.0], dtype=torch.float64) if weighted else None
-    found = Objective(LossSection(label_smoothing=smoothing), weights_C).losses(logits_BC, labels_B).sum()
+    found = CrossEntropyLoss(LossSection(label_smoothing=smoothing), weights_C).losses(logits_BC, labels_B).sum()
     theirs = F.cross_entropy(logits_BC, labels_B, weight=weights_C, label_smoothing=smoothing, reduction="sum")
     assert torch.equal(found, theirs)
     mean = F.cross_entropy(logits_BC, labels_B, weight=weights_C, label_smoothing=smoothing)
@@ -82,8 +82,8 @@ def test_mixed_losses_are_each_label_s_share_of_its_own_weighted_loss(seed, smoo
     _, partners_B = draw(seed + 1000)
     lam_B = torch.rand(7, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     weights_C = None if weights is None else torch.tensor(weights, dtype=torch.float64)
-    objective = Objective(LossSection(label_smoothing=smoothing), weights_C)
-    found_B = objective.mixed_losses(logits_BC, labels_B, partners_B, lam_B)
+    loss_fn = CrossEntropyLoss(LossSection(label_smoothing=smoothing), weights_C)
+    found_B = loss_fn.mixed_losses(logits_BC, labels_B, partners_B, lam_B)
     own_B, other_B = (by_hand(logits_BC, labels, smoothing, weights) for labels in (labels_B, partners_B))
     torch.testing.assert_close(found_B, lam_B * own_B + (1 - lam_B) * other_B)
     if weights_C is None:
@@ -95,22 +95,22 @@ def test_mixed_losses_are_each_label_s_share_of_its_own_weighted_loss(seed, smoo
 
 def test_all_of_one_label_is_no_mixing():
     logits_BC, labels_B = draw()
-    objective = Objective(LossSection(label_smoothing=0.1), None)
+    loss_fn = CrossEntropyLoss(LossSection(label_smoothing=0.1), None)
     _, partners_B = draw(1)
     for lam, labels in ((1.0, labels_B), (0.0, partners_B)):
-        found_B = objective.mixed_losses(logits_BC, labels_B, partners_B, torch.full((7,), lam))
-        assert torch.equal(found_B, objective.losses(logits_BC, labels))
+        found_B = loss_fn.mixed_losses(logits_BC, labels_B, partners_B, torch.full((7,), lam))
+        assert torch.equal(found_B, loss_fn.losses(logits_BC, labels))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_half_precision_logits_give_float32_losses(dtype):
     logits_BC, labels_B = draw(dtype=torch.float32)
     logits_BC = logits_BC.to(dtype)
-    objective = Objective(LossSection(), torch.ones(4, dtype=torch.float64))
+    loss_fn = CrossEntropyLoss(LossSection(), torch.ones(4, dtype=torch.float64))
     expected = torch.float64 if dtype == torch.float64 else torch.float32
     for found_B in (
-        objective.losses(logits_BC, labels_B),
-        objective.mixed_losses(logits_BC, labels_B, labels_B, torch.full((7,), 0.3)),
+        loss_fn.losses(logits_BC, labels_B),
+        loss_fn.mixed_losses(logits_BC, labels_B, labels_B, torch.full((7,), 0.3)),
     ):
         assert found_B.dtype == expected
         torch.testing.assert_close(found_B, F.cross_entropy(logits_BC.to(expected), labels_B, reduction="none"))
@@ -118,7 +118,7 @@ def test_half_precision_logits_give_float32_losses(dtype):
 
 def test_confident_half_precision_logits_lose_nothing():
     logits_BC = torch.tensor([[12.0, 0.0]], dtype=torch.bfloat16)
-    loss = Objective(LossSection(), None).losses(logits_BC, torch.tensor([0]))
+    loss = CrossEntropyLoss(LossSection(), None).losses(logits_BC, torch.tensor([0]))
     assert loss.item() == pytest.approx(np.log1p(np.exp(-12.0)), rel=0.02)
     assert F.cross_entropy(logits_BC, torch.tensor([0])).item() != pytest.approx(np.log1p(np.exp(-12.0)), rel=0.02)
 

@@ -106,12 +106,11 @@ class LossSection(Section):
 class NonFiniteSection(Section):
     """What happens when the loss or a gradient is NaN or infinite, on any process."""
 
-    action: Literal["raise", "skip", "rollback"] = "raise"
-    """`raise`: the run fails, and its checkpoints stay; `skip`: that step changes nothing, for which all processes look
-    at every step before its update; `rollback`: all go back to the last checkpoint and make its steps again without
-    that one, which costs nothing until it happens. The last two end in the same weights."""
+    action: Literal["raise", "skip"] = "raise"
+    """`raise`: the run fails, and its checkpoints stay; `skip`: that step changes nothing, for which all processes
+    check every step before its update."""
     most_steps: int = Field(10, ge=1)
-    """The run fails when more steps than these would be skipped. For `skip` and `rollback`."""
+    """If more steps than these would be skipped, the run fails. For `skip`."""
 
     @model_validator(mode="after")
     def _check(self) -> NonFiniteSection:

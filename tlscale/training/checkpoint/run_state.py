@@ -6,7 +6,6 @@ Promise: after `restore` the run is where `snapshot` found it, on any number of 
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -58,7 +57,7 @@ def snapshot(
     if ema is not None:
         groups["ema"] = ema.averages
     scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-    state = {"clock": {**asdict(loop), "spent_s": spent_s or {}}, "optimizer": plain, "scaler": scaler}
+    state = {"clock": {**loop.to_plain(), "spent_s": spent_s or {}}, "optimizer": plain, "scaler": scaler}
     return Checkpoint(loop.step, groups, state, loop.run_id)
 
 
@@ -88,13 +87,7 @@ def restore(
 
 def saved_loop_state(checkpoint: Checkpoint) -> LoopState:
     """Return what the run remembered when a checkpoint was saved."""
-    saved = dict(checkpoint.state["clock"])
-    if "elapsed_s" in saved:  # of an older version, which told no more apart
-        train_s = saved.pop("train_s")
-        saved["spent_s"] = {"start": max(saved.pop("elapsed_s") - train_s, 0.0), "train": train_s}
-    best = [(int(step), float(figure)) for step, figure in saved["best"]]
-    chosen = saved.get("chosen")  # checkpoints of older versions have none
-    return LoopState(**{**saved, "best": best, "chosen": None if chosen is None else tuple(chosen)})
+    return LoopState.from_plain(checkpoint.state["clock"])
 
 
 def restore_weights(checkpoint: Checkpoint, network: Classifier, ema: Ema | None, fixed: Collection[str] = ()) -> None:

@@ -1,14 +1,14 @@
-"""What a student learns of its teacher: kept codes, standardised, beside each batch of images.
+"""Give a student its teacher's targets: cached codes, standardised, next to each batch of images.
 
 Promise: the teacher sees each image (and, with augmentation, each view of it) once, in the pixels' own size for it but
-with the same cut, flip and colours as the student; codes that are there already are not computed again.
+with the same cut, flip and colours as the student; codes that are cached are not computed again.
 
 Shapes: B images of a batch, N of a split, D numbers of a code, T of all that is learned.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -22,49 +22,49 @@ from tlscale.codes.reader import Codes
 from tlscale.data.sampler import Ints, MicroBatch
 from tlscale.data.sources.open import ImageSplit
 from tlscale.data.transforms import ImageBatch
-from tlscale.distributed.processes import Processes
 from tlscale.training.distillation.teacher import LOGITS, Teacher
-from tlscale.training.setup import RunSetup, open_codes_cache
 
 _CHUNK = 4096
 
 
-class Targets:
-    """The teacher's answers on the images of a run.
+class TeacherTargets:
+    """Give the teacher's answers on the images of a run.
 
     Codes are standardised, each number by its mean and deviation over all views of the training images: every number
     counts alike, whatever layer it is of. Logits are as they are, in the order of the run's classes.
     """
 
-    def __init__(self, setup: RunSetup, teacher: Teacher, codes_cache: CodesCache) -> None:
-        """
+    def __init__(self, teacher: Teacher, codes_cache: CodesCache, views: Sequence[int], dtype: torch.dtype) -> None:
+        """Get or compute the codes of the training images.
+
         Args:
+            teacher: that is asked.
             codes_cache: of the teacher's codes.
+            views: of the training images, that the run sees.
+            dtype: of the targets.
 
         Raises:
             DataError: an image cannot be read.
             Stopped: the run was asked to stop; what was computed stays.
         """
-        self._teacher, self._keeper, self._dtype = teacher, codes_cache, setup.dtype
+        self._teacher, self._codes_cache, self._dtype = teacher, codes_cache, dtype
         self._parts = _parts(teacher)
-        last_epoch = setup.order.epoch(setup.total_steps - 1)
-        views = range(min(setup.recipe.codes.views, last_epoch + 1))
         self._train = codes_cache.train_views(teacher.module, self._parts, views)
         self._splits: dict[str, CodeViews] = {}
-        self._mean_D, self._std_D = _mean_and_deviation(self._codes(self._train))
+        self._mean_D, self._std_D = _mean_and_deviation(self._chunks(self._train))
 
-    def kept(self) -> dict[str, Codes]:
-        """What is there by now, by split and view."""
+    def codes(self) -> dict[str, Codes]:
+        """Return the codes that are open by now, by split and view."""
         return self._train.by_name("train") | {name: kept.views[0] for name, kept in self._splits.items()}
 
     def of_training(self, batch: ImageBatch, epoch: int) -> ImageBatch:
-        """A batch of the epoch with what the teacher says of it."""
+        """Return a batch of the epoch with its targets."""
         return self._taught(batch, self._train, epoch)
 
     def of_split(self, split: ImageSplit, batches: Iterable[ImageBatch]) -> Generator[ImageBatch, None, None]:
-        """Batches of a split as it is evaluated, with what the teacher says of them."""
+        """Give batches of a split, as it is evaluated, with their targets."""
         if split.name not in self._splits:
-            codes = self._keeper.codes(self._teacher.module, self._parts, split)
+            codes = self._codes_cache.codes(self._teacher.module, self._parts, split)
             self._splits[split.name] = CodeViews({0: codes}, split.labels_N)
         for batch in batches:
             yield self._taught(batch, self._splits[split.name], 0)
@@ -80,8 +80,8 @@ class Targets:
             parts.append(values[num_layers].to(self._dtype)[:, self._teacher.class_order_C])
         return replace(batch, targets_BT=torch.cat(parts, 1))
 
-    def _codes(self, kept: CodeViews) -> Iterator[Tensor]:
-        """All codes of all views, (at most `_CHUNK`, D) float64 at a time."""
+    def _chunks(self, kept: CodeViews) -> Iterator[Tensor]:
+        """Give all codes of all views, (at most `_CHUNK`, D) float64 at a time."""
         if not self._teacher.layers:
             return
         for codes in kept.views.values():
@@ -90,36 +90,8 @@ class Targets:
                 yield _joined(codes.take(positions_B)[: len(self._teacher.layers)])
 
 
-def ask_teacher(setup: RunSetup, processes: Processes, codes_cache: CodesCache) -> Targets | None:
-    """What the teacher says of a run's images, where the recipe has one: found, or computed now.
-
-    Args:
-        codes_cache: of the run, which counts what is computed.
-
-    Raises:
-        DataError: an image cannot be read.
-        Stopped: the run was asked to stop; what was computed stays.
-    """
-    teacher = setup.teacher
-    if teacher is None:
-        return None
-    as_it_sees = replace(setup, spec=teacher.spec)
-    # What is learned in every epoch is computed once: it is not rounded for the sake of speed.
-    asking = open_codes_cache(as_it_sees, processes, codes_cache.console, codes_cache.stop, force_fp32=True)
-    processes.to_device(teacher.module)
-    targets = Targets(setup, teacher, asking)
-    for split in (setup.data.validation, setup.data.test):
-        if split is not None:
-            list(targets.of_split(split, ()))  # now, and not in the middle of the run
-    if processes.device.type == "cuda":
-        teacher.module.cpu()  # it is not asked again: its memory is the student's
-    codes_cache.num_computed += asking.num_computed
-    codes_cache.cached_bytes |= {f"teacher, {name}": count for name, count in asking.cached_bytes.items()}
-    return targets
-
-
 def _parts(teacher: Teacher) -> list[Part]:
-    """Codes have the keys that a probe's have, and so may be there already."""
+    """Name the codes as a probe does, so that they may be cached already."""
     parts = layer_parts(teacher.backbone, [(layer, "avg") for layer in teacher.layers]) if teacher.layers else []
     return [*parts, *([Part(teacher.digest, (LOGITS,), ("as is",))] if teacher.asks_logits else [])]
 
@@ -129,7 +101,7 @@ def _joined(values: tuple[Tensor, ...]) -> Tensor:
 
 
 def _mean_and_deviation(chunks: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-    """Of each number, (D,) float64; a number that never changes has a deviation of 1, and so a target of 0."""
+    """Compute both of each number, (D,) float64; one that never changes has a deviation of 1, and so a target of 0."""
     kept = [(len(chunk_BD), chunk_BD.sum(0), chunk_BD.square().sum(0)) for chunk_BD in chunks]
     if not kept:
         return torch.zeros(0), torch.ones(0)
