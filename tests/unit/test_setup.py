@@ -291,7 +291,7 @@ def test_git_ignores_nothing_that_the_wheel_needs():
     # hatchling leaves out what git ignores, without a word.
     needed = [
         *(str(path.relative_to(REPO)) for path in MODULES),
-        "tlscale/data/sample/train.parquet",
+        "tlscale/data/sample/fashion_mnist.parquet",
         "tlscale/py.typed",
     ]
     assert all((REPO / name).is_file() for name in needed)

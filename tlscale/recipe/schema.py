@@ -21,10 +21,10 @@ from tlscale.recipe.field_types import (
     run_name,
 )
 from tlscale.recipe.mistakes import InvalidValueError
-from tlscale.recipe.sections.base import Section, check_no_share
 from tlscale.recipe.sections.data import DataSection
 from tlscale.recipe.sections.network import BackboneSection, CodesSection, DistillSection, ProbeSection
 from tlscale.recipe.sections.run import CheckpointSection, ComputeSection, EvaluateSection, WandbSection
+from tlscale.recipe.sections.section import Section, check_no_share
 from tlscale.recipe.sections.training import (
     LossSection,
     NonFiniteSection,

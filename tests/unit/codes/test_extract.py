@@ -134,7 +134,7 @@ class Screen(Console):
     """The real one, which also keeps what it says."""
 
     def __init__(self, said) -> None:
-        super().__init__(0)
+        super().__init__()
         self._said = said
 
     def say(self, text, style=None):

@@ -57,7 +57,7 @@ def test_folder_with_named_and_nested_splits(tmp_path):
     keys = {"train_split": "img/tr", "validation_split": "img/va", "test_split": "img/te"}
     data = open_source("folder", tmp_path, **keys)
     assert data.identity["num_images"] == {"train": 6, "validation": 1, "test": 2}
-    with pytest.raises(DataError, match=r"lies outside"):
+    with pytest.raises(DataError, match=r"is outside"):
         open_source("folder", tmp_path, train_split="../img")
     with pytest.raises(DataError, match=r"no split 'img/tx' .*Did you mean 'img/t"):
         open_source("folder", tmp_path, **{**keys, "test_split": "img/tx"})

@@ -126,7 +126,7 @@ def test_the_plan_counts_shares_and_what_is_whole_while_it_computes(tmp_path, ca
         rows[engine] = {
             name: float(line.split()[-1])
             for line in out.splitlines()
-            for name in ("weights ", "gradients", "whole while")
+            for name in ("weights ", "gradients", "unsharded")
             if line.strip().startswith(name)
         }
     network = classifier("test_vit", in_chans=1, num_classes=10)
@@ -136,5 +136,5 @@ def test_the_plan_counts_shares_and_what_is_whole_while_it_computes(tmp_path, ca
     assert rows["fsdp2"]["gradients"] == pytest.approx(num_bytes / 4 / 2**20, abs=0.06)
     assert rows["fsdp2"]["weights "] == pytest.approx(num_bytes / 4 / 2**20, abs=0.06)
     whole = num_bytes - sum(blocks) + max(blocks)
-    assert rows["fsdp2"]["whole while"] == pytest.approx(whole / 2**20, abs=0.06)
-    assert "whole while" not in rows["ddp"]
+    assert rows["fsdp2"]["unsharded"] == pytest.approx(whole / 2**20, abs=0.06)
+    assert "unsharded" not in rows["ddp"]

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from tlscale.recipe.field_types import Augment
 from tlscale.recipe.mistakes import InvalidValueError
-from tlscale.recipe.sections.base import Section
+from tlscale.recipe.sections.section import Section
 from tlscale.recipe.sources import SOURCE_KEYS, SOURCES, check_source_keys
 
 

@@ -8,7 +8,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from tlscale.recipe.field_types import Names, Pools, weights_place
 from tlscale.recipe.mistakes import InvalidValueError
-from tlscale.recipe.sections.base import Section
+from tlscale.recipe.sections.section import Section
 
 
 class BackboneSection(Section):

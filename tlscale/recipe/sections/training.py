@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from tlscale.recipe.duration import parse_duration
 from tlscale.recipe.field_types import AnyDuration, FreezeRules, NumberRules, PositiveDuration
 from tlscale.recipe.mistakes import InvalidValueError
-from tlscale.recipe.sections.base import Section, check_no_share
+from tlscale.recipe.sections.section import Section, check_no_share
 
 
 class OptimSection(Section):
