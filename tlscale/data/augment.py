@@ -67,8 +67,9 @@ class Augmenter:
         unknown = sorted(set(augment) - {*STEPS, *MIXES})
         if unknown:
             raise RecipeError(
-                f"data.augment: there is no '{unknown[0]}'.{did_you_mean(unknown[0], [*STEPS, *MIXES])} There are: "
-                f"{', '.join((*STEPS, *MIXES))}"
+                f"there is no '{unknown[0]}'.{did_you_mean(unknown[0], [*STEPS, *MIXES])} There are: "
+                f"{', '.join((*STEPS, *MIXES))}",
+                key="data.augment",
             )
         look = Look(image_size, interpolation, erase_color)
         self._mix_alphas = {name: augment[name] or 0.0 for name in MIXES if name in augment}

@@ -54,15 +54,15 @@ def scored_identity(data: ImageData, by: By | None = None) -> Identity:
 
 def result_identity(data: ImageData) -> dict[str, Any]:
     """Return both for `result.json`, that of the scored rows by content: they were all read, and reports compare it."""
-    return _facts(used_identity(data), scored_identity(data, "content"))
+    return _figures(used_identity(data), scored_identity(data, "content"))
 
 
-def identity_facts(data: ImageData) -> dict[str, Any]:
+def run_identity(data: ImageData) -> dict[str, Any]:
     """Return both for `run.json`."""
-    return _facts(used_identity(data), scored_identity(data))
+    return _figures(used_identity(data), scored_identity(data))
 
 
-def _facts(used: Identity, scored: Identity) -> dict[str, Any]:
+def _figures(used: Identity, scored: Identity) -> dict[str, Any]:
     return {
         "used_sha256": used.sha256,
         "used_by": used.by,

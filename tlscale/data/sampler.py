@@ -109,7 +109,8 @@ class DataOrder:
         if self.steps_per_epoch == 0:
             raise RecipeError(
                 f"drop_last: true leaves no step: batch_size is {self.batch_size}, but there are only "
-                f"{self.num_images:,} training images. Set batch_size to at most that, or take drop_last out."
+                f"{self.num_images:,} training images",
+                remedy="Set batch_size to at most that, or take drop_last out.",
             )
 
     @property
@@ -182,8 +183,8 @@ def split_batch_size(batch_size: int, world_size: int, limit: int | None) -> Bat
     if rest or not share:
         near = [size for size in (share * world_size, (share + 1) * world_size) if size]
         raise RecipeError(
-            f"batch_size: {batch_size} cannot be shared equally by {world_size} processes. "
-            f"Set batch_size to {' or '.join(map(str, near))}, or start another number of processes."
+            f"batch_size: {batch_size} cannot be shared equally by {world_size} processes",
+            remedy=f"Set batch_size to {' or '.join(map(str, near))}, or start another number of processes.",
         )
     most = share if limit is None else min(limit, share)
     micro_batch_size = next(size for size in range(most, 0, -1) if share % size == 0)

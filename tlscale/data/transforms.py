@@ -115,8 +115,8 @@ def _square(input_size: tuple[int, int, int]) -> int:
     _, height, width = input_size
     if height != width:
         raise RecipeError(
-            f"the backbone was pretrained on images of {height} x {width} pixels, and tlscale feeds square ones. "
-            f"Set data.image_size, such as {min(height, width)}, if the backbone can take it."
+            f"the backbone was pretrained on images of {height} x {width} pixels, and tlscale feeds square ones",
+            remedy=f"Set data.image_size, such as {min(height, width)}, if the backbone can take it.",
         )
     return height
 
@@ -129,7 +129,8 @@ def _interpolation(asked: str, pretrained: str) -> str:
     if pretrained not in _FILTERS:
         raise RecipeError(
             f"the backbone's configuration names the interpolation '{pretrained}', which is not one of "
-            f"{', '.join(_FILTERS)}. Set data.interpolation."
+            f"{', '.join(_FILTERS)}",
+            remedy="Set data.interpolation.",
         )
     return pretrained
 

@@ -97,8 +97,9 @@ def load_in_order(
         if not _LOST.match(f"{type(error).__name__}: {error}"):
             raise
         raise WorkerError(
-            f"data.workers: a process that reads images was killed ({error}), most likely for lack of memory. Set "
-            "fewer of them (data.workers=1; 0: none), and resume with --resume."
+            f"a process that reads images was killed ({error}), most likely for lack of memory",
+            remedy="Set fewer of them (data.workers=1; 0: none), and resume with --resume.",
+            key="data.workers",
         ) from error
     finally:
         del iterator  # ends the workers

@@ -108,7 +108,9 @@ def layer_depths(model: nn.Module) -> tuple[dict[str, int], int]:
 
     matcher = getattr(model, "group_matcher", None)
     if not callable(matcher):
-        raise ModelError(f"optim.layer_decay: timm does not group the layers of {type(model).__name__}; use lr_rules")
+        raise ModelError(
+            f"timm does not group the layers of {type(model).__name__}; use lr_rules", key="optim.layer_decay"
+        )
     cfg: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}
     named = cfg.get("classifier") or "head.fc"
     classifiers = [f"{name}.weight" for name in ((named,) if isinstance(named, str) else named)]
@@ -146,16 +148,18 @@ def _check_name(name: str) -> None:
     if not timm.is_model(architecture):
         known = timm.list_models()
         raise ModelError(
-            f"backbone.name: timm {timm.__version__} has no model '{name}'.{did_you_mean(architecture, known)} "
+            f"timm {timm.__version__} has no model '{name}'.{did_you_mean(architecture, known)} "
             f"It has {len(known)}; timm.list_models('*resnet*') lists those with 'resnet' in the name. Names of other "
-            "places begin with 'hf-hub:' or 'local-dir:'."
+            "places begin with 'hf-hub:' or 'local-dir:'.",
+            key="backbone.name",
         )
     tags = [full.partition(".")[2] for full in timm.list_pretrained(architecture)]
     tag = name.partition(".")[2]
     if tag and tag not in tags:
         raise ModelError(
-            f"backbone.name: '{architecture}' has no weights tagged '{tag}'.{did_you_mean(tag, tags)} "
-            f"There are: {', '.join(tags) or 'none'}"
+            f"'{architecture}' has no weights tagged '{tag}'.{did_you_mean(tag, tags)} "
+            f"There are: {', '.join(tags) or 'none'}",
+            key="backbone.name",
         )
 
 
@@ -170,16 +174,16 @@ def _create(section: BackboneSection, size: dict[str, Any], *, pretrained: bool)
                 section.name, pretrained=pretrained, num_classes=0, in_chans=section.in_chans, **size, **rates
             )
     except ModelError as error:
-        raise ModelError(f"backbone.name: {error}") from error
+        raise ModelError(f"{error}", key="backbone.name") from error
     except TypeError as error:
         if not rates:
             raise
-        raise ModelError(f"backbone: '{section.name}' does not take {' and '.join(rates)}: {error}") from error
+        raise ModelError(f"'{section.name}' does not take {' and '.join(rates)}: {error}", key="backbone") from error
     except Exception as error:
         # Hub, disk and network each raise their own; none of them tells the user what to do.
         if pretrained or section.name.startswith(_PREFIXES):
             raise ModelError(_no_weights(section, error)) from error
-        raise ModelError(f"backbone: timm cannot build '{section.name}': {error}") from error
+        raise ModelError(f"timm cannot build '{section.name}': {error}", key="backbone") from error
 
 
 def _check_settings(name: str) -> None:
@@ -246,8 +250,9 @@ def _load_bundled(model: nn.Module, section: BackboneSection) -> WeightsReport:
     weights = bundled(section.name)
     if (found := file_sha256(weights.path)) != weights.sha256:
         raise ModelError(
-            f"backbone.weights: '{weights.path}' is not the file that ships with tlscale: its SHA-256 is {found}, not "
-            f"{weights.sha256}. Install tlscale again"
+            f"'{weights.path}' is not the file that ships with tlscale: its SHA-256 is {found}, not {weights.sha256}",
+            remedy="Install tlscale again",
+            key="backbone.weights",
         )
     report = _load_file(model, section.model_copy(update={"weights": str(weights.path), "min_matched": 1.0}))
     model.pretrained_cfg = {**model.pretrained_cfg, **weights.pretrained_cfg}  # type: ignore[assignment, dict-item]
@@ -259,17 +264,21 @@ def _read_state(path: Path, section: BackboneSection) -> dict[str, Tensor]:
     """Read the tensors of a file without running anything that the file holds."""
     if not path.is_file():
         raise ModelError(
-            f"backbone.weights: there is no file '{path}'. Give 'pretrained', 'none' or the path of a .safetensors."
+            f"there is no file '{path}'",
+            remedy="Give 'pretrained', 'none' or the path of a .safetensors.",
+            key="backbone.weights",
         )
     if section.sha256 is not None and (found := file_sha256(path)) != section.sha256:
         raise ModelError(f"backbone.sha256: '{path}' has the SHA-256 {found}, not {section.sha256}; it is another file")
     pickled = is_pickle(path)
     if not pickled and path.suffix != ".safetensors":
-        raise ModelError(f"backbone.weights: '{path}' is not a .safetensors file (nor .pth, .pt, .bin)")
+        raise ModelError(f"'{path}' is not a .safetensors file (nor .pth, .pt, .bin)", key="backbone.weights")
     if pickled and not section.allow_pickle:
         raise ModelError(
-            f"backbone.weights: '{path}' is a pickle, which can run code when it is read. Convert it to "
-            "safetensors, or set backbone.allow_pickle=true to have torch's restricted unpickler read it."
+            f"'{path}' is a pickle, which can run code when it is read",
+            remedy="Convert it to "
+            "safetensors, or set backbone.allow_pickle=true to have torch's restricted unpickler read it.",
+            key="backbone.weights",
         )
     try:
         if not pickled:
@@ -277,14 +286,14 @@ def _read_state(path: Path, section: BackboneSection) -> dict[str, Tensor]:
         check_unpacked_size(path)
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except ModelError as error:
-        raise ModelError(f"backbone.weights: {error}") from error
+        raise ModelError(f"{error}", key="backbone.weights") from error
     except pickle.UnpicklingError as error:
         raise ModelError(
-            f"backbone.weights: '{path}' holds more than tensors, so it is not read: {_first_line(error)}"
+            f"'{path}' holds more than tensors, so it is not read: {_first_line(error)}", key="backbone.weights"
         ) from error
     except Exception as error:  # bytes that are no pickle break the unpickler in many ways
         raise ModelError(
-            f"backbone.weights: '{path}' cannot be read: {type(error).__name__}: {_first_line(error)}"
+            f"'{path}' cannot be read: {type(error).__name__}: {_first_line(error)}", key="backbone.weights"
         ) from error
     return _state_of(loaded, path)
 
@@ -296,12 +305,12 @@ def _state_of(loaded: object, path: Path) -> dict[str, Tensor]:
             loaded = loaded[key]
             break
     if not isinstance(loaded, dict) or not any(isinstance(value, Tensor) for value in loaded.values()):
-        raise ModelError(f"backbone.weights: '{path}' holds no state dict")
+        raise ModelError(f"'{path}' holds no state dict", key="backbone.weights")
     tensors = {name: value for name, value in loaded.items() if isinstance(value, Tensor)}
     try:
         check_tensors(tensors, path)
     except ModelError as error:
-        raise ModelError(f"backbone.weights: {error}") from error
+        raise ModelError(f"{error}", key="backbone.weights") from error
     return _without_wrappers(tensors)
 
 

@@ -40,9 +40,10 @@ def bundled(name: str) -> Bundled:
     names = bundled_names()
     if name not in names:
         raise ModelError(
-            f"backbone.weights: no weights of '{name}' ship with tlscale.{did_you_mean(name, names)} There are: "
-            f"{', '.join(names) or 'none'}. Take one of these as backbone.name, or other weights: pretrained, none, or "
-            "the path of a file"
+            f"no weights of '{name}' ship with tlscale.{did_you_mean(name, names)} There are: "
+            f"{', '.join(names) or 'none'}",
+            remedy="Take one of these as backbone.name, or other weights: pretrained, none, or the path of a file",
+            key="backbone.weights",
         )
     info = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
     return Bundled(FOLDER / f"{name}.safetensors", info["sha256"], info["pretrained_cfg"])

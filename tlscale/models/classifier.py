@@ -112,12 +112,14 @@ def feature_width(backbone: nn.Module, *, in_chans: int, image_size: int) -> int
             features = backbone(torch.zeros(1, in_chans, image_size, image_size))
     except Exception as error:  # each architecture complains in its own way about images too small for it
         raise ModelError(
-            f"backbone: {type(backbone).__name__} cannot take images of {image_size} x {image_size} pixels: "
-            f"{str(error).splitlines()[0]}. Set data.image_size to a size that it takes."
+            f"{type(backbone).__name__} cannot take images of {image_size} x {image_size} pixels: "
+            f"{str(error).splitlines()[0]}",
+            remedy="Set data.image_size to a size that it takes.",
+            key="backbone",
         ) from error
     if not isinstance(features, Tensor) or features.ndim != 2:
         shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
-        raise ModelError(f"backbone: {type(backbone).__name__} gives {shape}, not one vector an image")
+        raise ModelError(f"{type(backbone).__name__} gives {shape}, not one vector an image", key="backbone")
     return int(features.shape[1])
 
 
@@ -135,7 +137,8 @@ def enable_gradient_checkpointing(classifier: Classifier, *, in_chans: int, imag
     if not any(param.requires_grad for param in backbone.parameters()):
         raise ModelError(
             "compute.gradient_checkpointing has no effect: the whole backbone is frozen, so no activation of it "
-            "is stored. Take the key out."
+            "is stored",
+            remedy="Take the key out.",
         )
     set_reentrant_ckpt(False)
     _keep_statistics_when_recomputed(backbone)

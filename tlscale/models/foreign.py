@@ -70,14 +70,14 @@ def check_unpacked_size(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             parts = archive.infolist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise ModelError(f"'{path}' cannot be read: a damaged archive: {error}. Fetch it anew") from error
+        raise ModelError(f"'{path}' cannot be read: a damaged archive: {error}", remedy="Fetch it anew") from error
     packed = any(part.compress_type != zipfile.ZIP_STORED for part in parts)
     unpacked, size = sum(part.file_size for part in parts), path.stat().st_size
     if packed or unpacked > size:
         raise ModelError(
             f"'{path}' is {'compressed' if packed else 'made of overlapping parts'}: {size:,} bytes would unpack to "
-            f"{unpacked:,}, and torch packs nothing. It is not read. If you know where it is from, unpack it and save "
-            "it again with torch.save or as safetensors"
+            f"{unpacked:,}, and torch packs nothing. It is not read",
+            remedy="If you know where it is from, unpack it and save it again with torch.save or as safetensors",
         )
 
 
@@ -150,7 +150,8 @@ def check_model_args(architecture: Any, arguments: Any, where: str) -> None:  # 
         if name not in known:
             raise ModelError(
                 f"{where}: 'model_args' has '{name}', which is not passed to timm: it is not among the arguments "
-                f"that describe a network of the kind '{architecture}'. Take it out of 'model_args'"
+                f"that describe a network of the kind '{architecture}'",
+                remedy="Take it out of 'model_args'",
             )
         if not _is_plain(value, _MOST.get(name, _MOST_NUMBER)):
             raise ModelError(

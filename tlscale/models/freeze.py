@@ -82,7 +82,7 @@ def frozen_modules(root: nn.Module) -> list[nn.Module]:
     return [module for child in root.children() for module in frozen_modules(child)]
 
 
-def fixed_names(network: nn.Module) -> set[str]:
+def unchanging_keys(network: nn.Module) -> set[str]:
     """Return names in the state dict of what training does not change: frozen parameters, buffers of frozen modules."""
     names = {name for name, param in network.named_parameters() if not param.requires_grad}
     frozen = {id(module) for root in frozen_modules(network) for module in root.modules()}

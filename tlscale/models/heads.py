@@ -64,7 +64,9 @@ def build_head(layers: Sequence[HeadLayer], *, in_features: int, num_classes: in
             name, number = (item, None) if isinstance(item, str) else next(iter(item.items()))
             if name not in LAYERS:
                 known = ", ".join(LAYERS)
-                raise ModelError(f"head: there is no layer '{name}'.{did_you_mean(name, LAYERS)} There are: {known}")
+                raise ModelError(
+                    f"there is no layer '{name}'.{did_you_mean(name, LAYERS)} There are: {known}", key="head"
+                )
             layer = LAYERS[name](width, number, num_classes)
             head.append(layer)
             width = layer.out_features if isinstance(layer, nn.Linear) else width

@@ -44,10 +44,12 @@ class KnnHead(nn.Module):
         self.k, self.num_classes = k, num_classes
         for name in ("codes_ND", "labels_N", "mean_D", "std_D"):
             if name not in state:
-                raise ModelError(f"probe: the nearest neighbours lack their {name}")
+                raise ModelError(f"the nearest neighbours lack their {name}", key="probe")
             self.register_buffer(name, state[name])
         if not 1 <= k <= len(self.labels_N):
-            raise ModelError(f"probe: k = {k} nearest neighbours cannot be found among {len(self.labels_N)} codes")
+            raise ModelError(
+                f"k = {k} nearest neighbours cannot be found among {len(self.labels_N)} codes", key="probe"
+            )
 
     def state(self) -> dict[str, Tensor]:
         """Return the buffers themselves, by name."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from tlscale import __version__, faults
-from tlscale.data.identity import identity_facts
+from tlscale.data.identity import run_identity
 from tlscale.distributed.host import versions_of
 from tlscale.recipe.load import dump_recipe, recipe_digest
 from tlscale.storage.files import naming_disk_errors, write_json, write_text
@@ -46,7 +46,7 @@ def make_record(setup: RunSetup, *, world_size: int, device: str) -> dict[str, A
         "total_steps": setup.total_steps,
         "data": {
             **setup.data.identity,
-            **identity_facts(setup.data),
+            **run_identity(setup.data),
             "is_sample": setup.data.is_sample,
             "notes": list(setup.data.notes),
             "classes": list(setup.data.classes),

@@ -14,7 +14,7 @@ import torch
 from tlscale.data.sampler import DataOrder
 from tlscale.errors import RecipeError
 from tlscale.models.classifier import Classifier
-from tlscale.models.freeze import FreezeRow, check_trainable, fixed_names, freeze_parameters
+from tlscale.models.freeze import FreezeRow, check_trainable, freeze_parameters, unchanging_keys
 from tlscale.recipe.duration import Duration
 from tlscale.recipe.rules import Rule, match_rules
 from tlscale.recipe.schema import OptimSection, ScheduleSection, StageSection
@@ -125,7 +125,7 @@ def _plan_stage(
         stop_step=start + num_steps,
         freeze_rows=rows,
         trained=frozenset(params),
-        unchanging_keys=frozenset(fixed_names(classifier)),
+        unchanging_keys=frozenset(unchanging_keys(classifier)),
         groups=groups,
         optim=optim,
         schedule=schedule,

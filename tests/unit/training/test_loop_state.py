@@ -14,7 +14,7 @@ from tests.small_models import classifier
 from tlscale.distributed.processes import start_processes
 from tlscale.errors import CheckpointError
 from tlscale.models.classifier import Classifier
-from tlscale.models.freeze import fixed_names
+from tlscale.models.freeze import unchanging_keys
 from tlscale.recipe.schema import CheckpointSection, ComputeSection, EvaluateSection
 from tlscale.training.checkpoint.files import Checkpoint
 from tlscale.training.checkpoint.run_state import restore_weights, saved_loop_state, snapshot
@@ -128,7 +128,7 @@ def test_weights_that_are_no_numbers_are_found(bad):
 
 def test_what_cannot_change_is_not_kept_and_what_can_must_be_there():
     network = classifier(freeze=[r"(conv1|bn1|layer[12])\..*"])
-    fixed = fixed_names(network)
+    fixed = unchanging_keys(network)
     assert "backbone.layer1.0.bn1.running_mean" in fixed
     assert not any("layer3" in name or name.startswith("head") for name in fixed)
     optimizer = torch.optim.SGD(

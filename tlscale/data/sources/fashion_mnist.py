@@ -118,7 +118,8 @@ def _check_sum(folder: Path, name: str, sha256: str) -> None:
     if CHECKSUMS[standard] != sha256:
         raise DataError(
             f"{folder / name}: its content is not Fashion-MNIST's (SHA-256 {sha256} unpacked, expected "
-            f"{CHECKSUMS[standard]}); MNIST and others use the same file names. Replace it, or use source 'idx'"
+            f"{CHECKSUMS[standard]}); MNIST and others use the same file names",
+            remedy="Replace it, or use source 'idx'",
         )
 
 

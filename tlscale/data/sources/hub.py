@@ -126,7 +126,9 @@ def read_hub_source(section: DataSection) -> Source:
             raise DataError(f"data.revision has no effect: data.path {name!r} is a local folder")
         return _source(section, _load(name, section.config, None), name, {})
     if name.count("/") > 1 or name.startswith((".", "/", "~")):
-        raise DataError(f"data.path: {name!r} is neither a folder here nor a name on the hub such as 'user/dataset'")
+        raise DataError(
+            f"{name!r} is neither a folder here nor a name on the hub such as 'user/dataset'", key="data.path"
+        )
     commit = hub_commit(name, section.revision)
     if commit is not None:
         return _source(section, _load(name, section.config, commit), name, {"commit": commit})
@@ -151,7 +153,7 @@ def hub_commit(name: str, revision: str | None) -> str | None:
     try:
         return HfApi().dataset_info(name, revision=revision, timeout=TIMEOUT_S).sha
     except HFValidationError as error:
-        raise DataError(f"data.path: {name!r} is no name on the hub: {_line(error)}") from None
+        raise DataError(f"{name!r} is no name on the hub: {_line(error)}", key="data.path") from None
     except GatedRepoError:
         raise DataError(f"hub data set {name!r} asks for its terms to be accepted, on its page and logged in") from None
     except RevisionNotFoundError:
@@ -196,7 +198,8 @@ def _load_cached(name: str, config: str | None, revision: str | None) -> tuple[M
         what = "is not that commit" if _COMMIT.fullmatch(revision) else "may be another"
         raise DataError(
             f"the hub cannot be reached; data set {name!r} is in the cache {cache} at commit {commit}, which {what}: "
-            f"data.revision is {revision!r}. Give that commit as data.revision if it is the one you mean. {ways_out}"
+            f"data.revision is {revision!r}",
+            remedy=f"Give that commit as data.revision if it is the one you mean. {ways_out}",
         )
     return loaded, commit
 

@@ -58,7 +58,9 @@ def read_manifest_source(section: DataSection) -> Source:
     """
     file = local_path(section)
     if not file.is_file():
-        raise DataError(f"data.path: {file} {'is not a file' if file.exists() else 'does not exist'}{_hint(file)}")
+        raise DataError(
+            f"{file} {'is not a file' if file.exists() else 'does not exist'}{_hint(file)}", key="data.path"
+        )
     table, notes = _read_table(section, file)
     image, label = table.column_names[:2]
     if len(table) == 0:
@@ -90,7 +92,7 @@ def _read_table(section: DataSection, file: Path) -> tuple[pa.Table, tuple[str, 
                 return _read_parquet(section, file)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{file}: cannot be read as a table: {error}") from None
-    raise DataError(f"data.path: {file} has no ending of a table; a manifest ends in {', '.join(TABLE_ENDINGS)}")
+    raise DataError(f"{file} has no ending of a table; a manifest ends in {', '.join(TABLE_ENDINGS)}", key="data.path")
 
 
 def _columns(section: DataSection, columns: list[str], file: Path) -> list[str]:

@@ -132,7 +132,7 @@ def read_source(section: DataSection) -> Source:
         DataError: missing or wrong, with the place and what to do.
     """
     if section.source not in SOURCES:
-        raise DataError(f"data.source: there is no '{section.source}'. There are: {', '.join(SOURCES)}")
+        raise DataError(f"there is no '{section.source}'. There are: {', '.join(SOURCES)}", key="data.source")
     return SOURCES[section.source].read(section)
 
 

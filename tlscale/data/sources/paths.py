@@ -22,5 +22,5 @@ def local_folder(section: DataSection) -> Path:
     """
     folder = local_path(section)
     if not folder.is_dir():
-        raise DataError(f"data.path: {folder} {'is not a folder' if folder.exists() else 'does not exist'}")
+        raise DataError(f"{folder} {'is not a folder' if folder.exists() else 'does not exist'}", key="data.path")
     return folder

@@ -126,8 +126,9 @@ def pick_splits(
     unused = [name for name in available if name not in picked.values()]
     for name, role in lookalikes(unused, picked, any_word=any_word).items():
         raise DataError(
-            f"{where}: unknown split {name!r}. Did you mean {role!r}? Name it in the recipe (data.{role}_split: "
-            f"{name!r}), or rename it; one that is not to be used must not be called like a split"
+            f"{where}: unknown split {name!r}",
+            remedy=f"Did you mean {role!r}? Name it in the recipe (data.{role}_split: "
+            f"{name!r}), or rename it; one that is not to be used must not be called like a split",
         )
     return picked
 

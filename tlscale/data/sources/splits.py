@@ -232,7 +232,8 @@ def _divide_train(
     if "validation" in tables:
         if fraction not in (0.0, _DEFAULT_FRACTION):
             raise DataError(
-                f"data.validation_fraction: {fraction} has no effect, as the source has a validation split; take it out"
+                f"{fraction} has no effect, as the source has a validation split; take it out",
+                key="data.validation_fraction",
             )
         return rows_N, None, notes
     if fraction == 0.0:
@@ -240,8 +241,8 @@ def _divide_train(
     held = _holdout_by_file(labels_N, rows_N, files_N, fraction, derive_seed(seed, "data", "validation"))
     if not len(held):
         raise DataError(
-            "no validation split, and none can be held out: each class has one training image. Bring a validation "
-            "split, more images, or set data.validation_fraction: 0"
+            "no validation split, and none can be held out: each class has one training image",
+            remedy="Bring a validation split, more images, or set data.validation_fraction: 0",
         )
     held_N = rows_N[held]
     notes.append(f"validation: {len(held_N):,} images held out of train, stratified (data.validation_fraction)")
@@ -262,9 +263,13 @@ def _holdout_by_file(labels_N: Ints, rows_N: Ints, files_N: Ints | None, fractio
 def _check_limit(limit: int, labels_N: Ints) -> None:
     num_classes = len(np.unique(labels_N))
     if limit > len(labels_N):
-        raise DataError(f"data.train_limit: {limit:,} is more than the {len(labels_N):,} training images there are")
+        raise DataError(
+            f"{limit:,} is more than the {len(labels_N):,} training images there are", key="data.train_limit"
+        )
     if limit < num_classes:
-        raise DataError(f"data.train_limit: {limit:,} is less than one image for each of the {num_classes:,} classes")
+        raise DataError(
+            f"{limit:,} is less than one image for each of the {num_classes:,} classes", key="data.train_limit"
+        )
 
 
 def _single(labels_N: Ints, classes: tuple[str, ...]) -> list[str]:
