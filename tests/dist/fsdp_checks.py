@@ -24,11 +24,10 @@ from tests.dist.many_checks import EXACT, HALF_VIT, at_each_checkpoint, error_of
 from tests.small_models import TINY
 from tlscale.distributed.fsdp import Fsdp2Engine
 from tlscale.distributed.processes import start_processes
-from tlscale.training.evaluate import evaluate
-from tlscale.training import loop as finetune
 from tlscale.models.freeze import is_norm
-from tlscale.training.loss import CrossEntropyLoss
 from tlscale.recipe.schema import ComputeSection, LossSection
+from tlscale.training.evaluate import evaluate
+from tlscale.training.loss import CrossEntropyLoss
 
 FSDP = {"engine": "fsdp2", "precision": "fp64"}
 

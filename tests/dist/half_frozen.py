@@ -1,6 +1,6 @@
 """Half a network trained, with its activations recomputed, compiled, and both; test_half_frozen.py launches it.
 
-    half_frozen.py FOLDER DATA NAME...
+half_frozen.py FOLDER DATA NAME...
 """
 
 import json

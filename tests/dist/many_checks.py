@@ -18,9 +18,9 @@ from tests.small_runs import small_recipe
 from tlscale.data.sampler import DataOrder, micro_batches, split_batch_size
 from tlscale.distributed.processes import Processes, start_processes
 from tlscale.errors import CheckpointError, DataError, TlscaleError
+from tlscale.recipe.schema import ComputeSection
 from tlscale.training import loop as finetune
 from tlscale.training import state as run_parts
-from tlscale.recipe.schema import ComputeSection
 
 # Nothing divides: 77 training images in batches of 16, 19 validation images, 37 test images.
 EXACT = {

@@ -1,8 +1,8 @@
 """Runs whose outcome must not depend on the number of processes; test_matrix.py launches it, and calls it for one.
 
-    matrix.py FOLDER DATA train       all of RUNS, and the evaluations
-    matrix.py FOLDER DATA evaluate    the evaluations alone
-    matrix.py FOLDER DATA resume      goes on with every FOLDER/begun_*
+matrix.py FOLDER DATA train       all of RUNS, and the evaluations
+matrix.py FOLDER DATA evaluate    the evaluations alone
+matrix.py FOLDER DATA resume      goes on with every FOLDER/begun_*
 """
 
 import json
@@ -16,10 +16,10 @@ from tests.dist.many_checks import before_each_step, equal_on_all_ranks
 from tests.small_runs import put_teacher, small_recipe
 from tlscale.data.sources.open import ImageSplit
 from tlscale.distributed.processes import start_processes
-from tlscale.training.evaluate import evaluate
-from tlscale.training.input_pipeline import ImagePipeline
 from tlscale.training import loop as finetune
 from tlscale.training import state as run_parts
+from tlscale.training.evaluate import evaluate
+from tlscale.training.input_pipeline import ImagePipeline
 from tlscale.training.setup import set_up
 from tlscale.training.specs import make_loss, open_image_cache, pipeline_spec
 

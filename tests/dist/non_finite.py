@@ -1,6 +1,6 @@
 """An image that makes one process's loss NaN, under each policy; test_non_finite.py launches it.
 
-    non_finite.py FOLDER DATA
+non_finite.py FOLDER DATA
 """
 
 import json

@@ -15,9 +15,9 @@ import tlscale
 from tests.dist.fsdp_checks import FAMILIES, RUNS, SOME
 from tests.dist.launches import back_at_first_checkpoint, exit_code_of, facts_of, launch
 from tests.small_runs import (
-    assert_same_evaluation,
     REPO,
     assert_same_bits,
+    assert_same_evaluation,
     exported,
     largest_difference,
     last_checkpoint,
@@ -26,8 +26,8 @@ from tests.small_runs import (
     small_recipe,
     tensors,
 )
-from tlscale.training.checkpoint.files import SHARDS, corruption_of, load_checkpoint
 from tlscale.errors import EXIT_BAD_INPUT
+from tlscale.training.checkpoint.files import SHARDS, corruption_of, load_checkpoint
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(600)]  # a start of several takes most of it
 
@@ -261,7 +261,9 @@ def test_an_optimizer_that_cannot_work_on_shares_is_refused(several):
     _, facts = several
     for fact in facts:
         assert fact["wrong optimizer"]["kind"] == "RecipeError"
-        assert "optim.name: 'adafactor' is not supported with compute.engine: fsdp2" in fact["wrong optimizer"]["message"]
+        assert (
+            "optim.name: 'adafactor' is not supported with compute.engine: fsdp2" in fact["wrong optimizer"]["message"]
+        )
 
 
 def test_one_process_that_cannot_write_fails_all(several):

@@ -1,4 +1,4 @@
-"""1, 2 and 4 processes, 1, 2 and 4 forward passes a step: one and the same training, and one and the same evaluation."""
+"""1, 2 and 4 processes, 1, 2 and 4 forward passes a step: one and the same training, and the same evaluation."""
 
 import itertools
 import math
@@ -21,9 +21,9 @@ from tests.small_runs import (
     tensors,
 )
 from tlscale.data.transforms import normalise
+from tlscale.recipe.seeds import derive_seed
 from tlscale.training.setup import set_up
 from tlscale.training.specs import open_image_cache
-from tlscale.recipe.seeds import derive_seed
 
 pytestmark = [pytest.mark.dist, pytest.mark.long, pytest.mark.timeout(1500)]
 PROCESSES = (1, 2, 4)
@@ -145,9 +145,7 @@ def test_a_short_batch_in_short_windows_is_one_batch_of_a_plain_loop(trained, id
 
 @pytest.mark.parametrize("processes", PROCESSES)
 def test_mixed_and_smoothed_labels_and_class_weights(trained, processes):
-    assert_same_training(
-        (trained[1][0], "mixed"), (trained[processes][0], "mixed"), ["ema", "model", "optimizer"]
-    )
+    assert_same_training((trained[1][0], "mixed"), (trained[processes][0], "mixed"), ["ema", "model", "optimizer"])
 
 
 @pytest.mark.parametrize("processes", PROCESSES)
@@ -185,14 +183,14 @@ def test_evaluation_in_between_changes_nothing(trained, processes):
 
 @pytest.fixture(scope="module")
 def evaluated(trained, idx, tmp_path_factory):
-    """Number of processes -> what each rank got: 3 too, which none of the numbers of images is a multiple of but two."""
+    """Number of processes -> what each rank got: 3 too, of which only two of the numbers of images are multiples."""
     facts = {processes: [fact["evaluations"] for fact in by_rank] for processes, (_, by_rank) in trained.items()}
     three = facts_of(3, "matrix.py", tmp_path_factory.mktemp("by3"), idx, "evaluate")
     return {**facts, 3: [fact["evaluations"] for fact in three]}
 
 
 @pytest.mark.parametrize("num_images", matrix.EVALUATED)
-@pytest.mark.parametrize("processes", (2, 3, 4))
+@pytest.mark.parametrize("processes", [2, 3, 4])
 def test_evaluation_is_that_of_one_process(evaluated, processes, num_images):
     (expected,) = evaluated[1]
     expected = expected[str(num_images)]
@@ -203,7 +201,9 @@ def test_evaluation_is_that_of_one_process(evaluated, processes, num_images):
         found = by_rank[str(num_images)]
         assert found.keys() == expected.keys()
         for key, value in found.items():
-            assert value == (pytest.approx(expected[key], rel=1e-12, abs=1e-15) if key in rounded else expected[key]), key
+            assert value == (pytest.approx(expected[key], rel=1e-12, abs=1e-15) if key in rounded else expected[key]), (
+                key
+            )
 
 
 # --- Saved by N processes, resumed by M -------------------------------------------------------------------------------

@@ -44,7 +44,9 @@ def test_both_skip_the_same_steps_and_stay_equal(by_two, data, tmp_path):
     for fact in facts:
         assert fact["skip"]["error"] is None
         assert all(fact["skip"]["agreed"]), "a process went on from other weights than the other"
-    steps = [step for step, white in enumerate(zip(*(f["skip"]["has_white"] for f in facts), strict=True), 1) if any(white)]
+    steps = [
+        step for step, white in enumerate(zip(*(f["skip"]["has_white"] for f in facts), strict=True), 1) if any(white)
+    ]
     assert result(folder / "skip")["steps_left_out"] == steps
     # And they are those that one process skips.
     recipe = small_recipe(tmp_path / "recipe.yaml", data, **non_finite.changes_of("skip"))

@@ -14,9 +14,9 @@ from tests.dist.launches import back_at_first_checkpoint, exit_code_of, facts_of
 from tests.dist.many_checks import BATCH_NORM, EXACT, PROBE, SPLIT, STAGED
 from tests.recompute import assert_follows
 from tests.small_runs import (
-    assert_same_evaluation,
     REPO,
     assert_same_bits,
+    assert_same_evaluation,
     exported,
     largest_difference,
     lines,
