@@ -29,7 +29,7 @@ def make_record(setup: RunSetup, *, world_size: int, device: str) -> dict[str, A
     """Return the facts of a run that is about to begin; places on this machine are in its recipe alone."""
     record = {
         "tlscale": __version__,
-        "name": setup.recipe.name,
+        "name": setup.name,
         "id": secrets.token_hex(8),  # its checkpoints bear it
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "corrections": corrections.names(),  # in force when it began
