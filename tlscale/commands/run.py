@@ -29,7 +29,7 @@ from tlscale.tracking.stopwatch import Stopwatch
 from tlscale.training.corrections import refuse_uncorrected
 from tlscale.training.loop import train
 from tlscale.training.probe import probe
-from tlscale.training.run_info import read_record
+from tlscale.training.run_info import read_run_info
 from tlscale.training.setup import RunSetup, set_up
 
 # A resumed run may differ in these: they change nothing of what is learned, or only rounding. The exception is batch
@@ -89,7 +89,7 @@ def run(
         console = Console(enabled=processes.is_main)
         processes.run_on_main(_obey_earlier_stop, folder)
         processes.run_on_main(_forget_stop, folder, console)
-        run_info = None if overwrite else processes.run_on_main(read_record, folder)
+        run_info = None if overwrite else processes.run_on_main(read_run_info, folder)
         if run_info is not None:
             recipe = with_values(recipe, processes.run_on_main(_refuse_other_recipe, recipe, folder, console))
             if (done := processes.run_on_main(_earlier_result, folder)) is not None:

@@ -58,7 +58,7 @@ class CacheSpec:
 
 @dataclass(frozen=True)
 class Choice:
-    """Whether a stage trains on codes, and why, in one sentence for the console."""
+    """Hold whether a stage trains on codes, and why, in one sentence for the console."""
 
     partition: Partition | None
     why: str

@@ -40,13 +40,13 @@ class Past:
 
     Attributes:
         setup: the run as this version would go on with it.
-        record: its `run.json`.
+        run_info: its `run.json`.
         clock: of its newest checkpoint, as `LoopState` is saved: `step`, `best`, `keeps_codes` (stage -> whether
             it trains on codes) and so on; a key may be missing in one of an older version.
     """
 
     setup: RunSetup
-    record: dict[str, Any]
+    run_info: dict[str, Any]
     clock: dict[str, Any]
 
     @property
@@ -164,7 +164,7 @@ def names() -> list[str]:
     return [correction.name for correction in CORRECTIONS]
 
 
-def refuse_uncorrected(folder: RunFolder, setup: RunSetup, record: dict[str, Any]) -> dict[str, Any]:
+def refuse_uncorrected(folder: RunFolder, setup: RunSetup, run_info: dict[str, Any]) -> dict[str, Any]:
     """Let a run be resumed only where no correction makes it another training.
 
     Returns:
@@ -173,15 +173,15 @@ def refuse_uncorrected(folder: RunFolder, setup: RunSetup, record: dict[str, Any
     Raises:
         ResumeError: naming the corrections.
     """
-    if set(names()) <= set(record.get("corrections", [])):
-        return record  # none can apply, so no checkpoint need be opened for it
+    if set(names()) <= set(run_info.get("corrections", [])):
+        return run_info  # none can apply, so no checkpoint need be opened for it
     clock = _newest_clock(folder)
     if clock is None or not clock["step"]:
-        record = {**record, "corrections": names()}
+        run_info = {**run_info, "corrections": names()}
         with naming_disk_errors(folder.run_json):
-            write_json(folder.run_json, record)
-        return record
-    past, known = Past(setup, record, clock), record.get("corrections", [])
+            write_json(folder.run_json, run_info)
+        return run_info
+    past, known = Past(setup, run_info, clock), run_info.get("corrections", [])
     found = [correction for correction in CORRECTIONS if correction.name not in known and correction.applies(past)]
     if found:
         lines = "\n  ".join(f"{correction.name}: {correction.text}" for correction in found)
@@ -190,7 +190,7 @@ def refuse_uncorrected(folder: RunFolder, setup: RunSetup, record: dict[str, Any
             f"would go on from step {clock['step']} as another training:\n  {lines}\n  Finish it with the version that "
             "it began with, or begin it again: --overwrite, or --out DIR"
         )
-    return record
+    return run_info
 
 
 def _newest_clock(folder: RunFolder) -> dict[str, Any] | None:

@@ -108,10 +108,10 @@ def _result(state: TrainState, loop: LoopState, split: ImageSplit, *, best: Figu
     brief = {name: {"step": figures["step"], **scalars(figures)} for name, figures in (("best", best), ("last", last))}
     has_codes = any(loop.keeps_codes.values()) or state.teacher_targets is not None
     return {
-        "name": setup.recipe.name,
+        "name": setup.name,
         "strategy": strategy_of(setup),
         "split": split.name,
-        **score_of_training(setup, split),
+        **score_of_training(setup, split, has_chosen=(state.due.evaluate_every or 0) < setup.total_steps),
         "num_classes": len(setup.data.classes),
         **{key: value for key, value in best.items() if key not in ("step", "confusion", "per_class")},
         "weights": "best" if setup.data.validation is not None else "last",

@@ -93,6 +93,8 @@ def train(
         _write_run_info, run_info, folder, setup, processes, start, loop, depending, console
     )
     loop.run_id = run_info.get("id")
+    # The logger within the console, so that its last words are above the display; the watchdog within both, so that
+    # what is waited for at their end (trackers send the rest) is no hang.
     with (
         console.begin(setup.total_steps, loop.step),
         RunLogger(setup, folder, processes, loop, run_info, console) as logger,
@@ -137,6 +139,7 @@ def _train_stages(state: TrainState, loop: LoopState, logger: RunLogger, folder:
                     clip_grad_norm=stage.optim.clip_grad_norm,
                     check=finite_check(state) if state.non_finite.action == "skip" else None,
                 )
+                # Counted before anything is written: lines and checkpoints are of steps done, and the recipe's from 0.
                 loop.step += 1
                 _count_step(trained, num_images, state, loop, meter, logger, folder)
 
@@ -159,7 +162,7 @@ def _train_stages(state: TrainState, loop: LoopState, logger: RunLogger, folder:
 
 
 class Trained(NamedTuple):
-    """What a step was: the loss summed over this process's images, on the device, and the norm before clipping."""
+    """Hold what a step was: the loss summed over this process's images, on the device, and the norm before clipping."""
 
     loss_sum: Tensor
     grad_norm: Tensor | None  # None: it is not clipped
@@ -250,6 +253,7 @@ def _newest_checkpoint(
     """Return the newest valid checkpoint of the run, or None where it begins."""
     if run_info is None:
         return None
+    # Of all processes together: one that cannot read the newest must not begin from another than the rest.
     checkpoint, unusable = load_newest_on_all(folder.checkpoints, setup.trained, processes, run_info.get("id"))
     for why in unusable:
         console.say(f"WARNING: {why}", style="bold red")

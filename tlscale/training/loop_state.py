@@ -1,4 +1,4 @@
-"""What a run remembers: the little that is not a function of the step; and when what follows on a step.
+"""Remember the little of a run that is not a function of the step, and tell what follows on a step.
 
 Names on disk (`clock` of a checkpoint's `state.json`) are those of the first version, whatever the fields are called.
 """

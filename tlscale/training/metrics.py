@@ -27,7 +27,7 @@ _Z95 = 1.959963984540054  # 97.5% point of the normal distribution
 
 
 class Tally:
-    """Sums over images from which all figures follow.
+    """Hold the sums over images from which all figures follow.
 
     Args:
         num_classes: C, at least 2.
@@ -61,7 +61,7 @@ class Tally:
 
     @torch.no_grad()
     def update(self, logits_BC: Tensor, labels_B: Tensor, losses_B: Tensor, valid_B: Tensor | None = None) -> None:
-        """Adds a batch, without waiting for the device.
+        """Add a batch, without waiting for the device.
 
         Args:
             logits_BC: of any floating dtype; fp16 and bf16 are taken to float32 first.
@@ -114,12 +114,12 @@ class Tally:
         ]
 
     def state(self) -> tuple[Tensor, Tensor]:
-        """All counts (int64, on the device) and all sums (float64), flat copies, to be summed over processes."""
+        """Return all counts (int64, on the device) and all sums (float64), flat copies, to be summed over processes."""
         counts = torch.cat([tensor.reshape(-1) for tensor in self._counts()])
         return counts, torch.cat([torch.stack([self.loss, self.loss_squares]), self.bin_confidence_M])
 
     def load_state(self, counts: Tensor, sums: Tensor) -> None:
-        """Takes the place of what was counted so far; both as `state` gives them, on any device."""
+        """Replace what was counted so far; both as `state` gives them, on any device."""
         mine = self._counts()
         sizes = [tensor.numel() for tensor in mine]
         assert counts.dtype == torch.int64, f"counts are int64, not {counts.dtype}"
@@ -134,7 +134,7 @@ class Tally:
 
 
 def _rank_of_label(logits_BC: Tensor, labels_B: Tensor) -> Tensor:
-    """How many classes come before the true one; `topk` would not say which of several tied classes it takes."""
+    """Count the classes that come before the true one; `topk` would not say which of several tied classes it takes."""
     own_B1 = logits_BC.gather(1, labels_B[:, None])
     classes_C = torch.arange(logits_BC.shape[1], device=logits_BC.device)
     tied_before_BC = (logits_BC == own_B1) & (classes_C < labels_B[:, None])
@@ -142,10 +142,10 @@ def _rank_of_label(logits_BC: Tensor, labels_B: Tensor) -> Tensor:
 
 
 def summary(tally: Tally, class_names: Sequence[str]) -> dict[str, Any]:
-    """All figures as plain JSON values; fractions 0..1.
+    """Return all figures as plain JSON values; fractions 0..1.
 
     A figure that has no value (a mean over nothing, a loss that is not finite) is None. A class without images has
-    None for each of its figures and is left out of `macro_f1`; a class that was never the answer has no precision.
+    None for each of its figures and is not part of `macro_f1`; a class that was never the answer has no precision.
 
     Args:
         tally: the sums, over all processes.
@@ -207,7 +207,7 @@ def _ratio(part: float, whole: int) -> float | None:
 
 
 def wilson(hits: int, num_images: int) -> list[float] | None:
-    """The 95% score interval of a share (Wilson 1927); unlike the normal one it stays within 0..1."""
+    """Return the 95% score interval of a share (Wilson 1927); unlike the normal one it stays within 0..1."""
     if not num_images:
         return None
     share, z2 = hits / num_images, _Z95**2
@@ -220,7 +220,7 @@ def wilson(hits: int, num_images: int) -> list[float] | None:
 
 
 def _ece(tally: Tally) -> float | None:
-    """The mean over images of |share right - mean confidence| of their bin; a bin weighs as many as it holds."""
+    """Compute the mean over images of |share right - mean confidence| of their bin, weighed by its images."""
     columns = zip(tally.bin_hits_M.tolist(), tally.bin_confidence_M.tolist(), strict=True)
     return _ratio(math.fsum(abs(hits - confidence) for hits, confidence in columns), int(tally.bin_images_M.sum()))
 
@@ -264,7 +264,7 @@ def error_of_mean(total: float, total_squares: float, count: int) -> float | Non
 
 
 def _macro_f1_error(tally: Tally, num_images: int) -> float:
-    """The standard deviation of macro-F1 over draws of as many images, by kinds: (true class, answer)."""
+    """Compute the standard deviation of macro-F1 over draws of as many images, by kinds: (true class, answer)."""
     labels_K, answers_K, is_hit_K, counts_K = _kinds(tally)
     num_classes, found = tally.num_classes, []
     draws = np.random.default_rng(_RESAMPLING_SEED)

@@ -1,4 +1,4 @@
-"""Optimizers by timm's names, with parameter groups made from rules.
+"""Build optimizers by timm's names, with parameter groups made from rules.
 
 Promise: only trainable parameters, each in one group; a group keeps its own peak learning rate in `base_lr`, and
 the loop sets `lr = base_lr * lr_factor(step)`. No scheduler object exists.
@@ -33,7 +33,7 @@ def parameter_groups(
     """Trainable parameters grouped by (learning rate, weight decay), in order of first appearance.
 
     Args:
-        params: all parameters by name; the frozen ones are left out.
+        params: all parameters by name; the frozen ones are skipped.
         section: the recipe's optimizer.
         layer_depth: layers away from the head, by name (0 is the head), for `layer_decay`.
         never_decayed: names that the architecture wants without weight decay (position embeddings and the like).
@@ -61,7 +61,7 @@ def parameter_groups(
 
 
 def build_optimizer(groups: list[Group], section: OptimSection) -> torch.optim.Optimizer:
-    """timm's optimizer `section.name` over `groups`.
+    """Build timm's optimizer `section.name` over `groups`.
 
     Raises:
         RecipeError: no such optimizer here, or an option that it does not take.
@@ -88,10 +88,10 @@ def build_optimizer(groups: list[Group], section: OptimSection) -> torch.optim.O
 
 
 def _implementation(groups: list[Group], section: OptimSection) -> str | None:
-    """Which of torch's implementations to ask for; None for what it takes by itself, or where there are none.
+    """Return which of torch's implementations to use; None for its default, or where there are none.
 
-    Fused, which does all of an update in one pass over the parameters: by itself torch takes a loop over the tensors
-    (on a CPU), which benchmarks/optimizer_step.py compares. Of tensors that are spread over processes it knows that for
+    Fused, which does all of an update in one pass over the parameters: by default torch takes a loop over the tensors
+    (on a CPU), which benchmarks/optimizer_step.py compares. Of sharded tensors it knows that for
     Adam alone. The recipe's own choice wins.
     """
     optimizer_class = get_optimizer_info(_base_name(section.name)).opt_class
@@ -114,7 +114,7 @@ def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> float:
 
 
 def _base_name(name: str) -> str:
-    """timm's name without the prefix that wraps any optimizer in Lookahead."""
+    """Return timm's name without the prefix that wraps any optimizer in Lookahead."""
     return name.lower().removeprefix("lookahead_")
 
 

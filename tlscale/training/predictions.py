@@ -1,4 +1,4 @@
-"""The predictions on the scored split, one row an image: `predictions.parquet` of a run folder.
+"""Write the predictions on the scored split, one row an image: `predictions.parquet` of a run folder.
 
 Promise: the file has every image of the split once, in its order, whatever the number of processes, and it is there
 before `result.json`. The scored figures of `result.json` follow from it alone.
@@ -93,7 +93,7 @@ class Predictions:
         self._computed.clear()
 
     def tables(self) -> Iterator[pa.Table]:
-        """The rows of the images that this process has, in the order of the split, some at a time."""
+        """Give the rows of the images that this process has, in the order of the split, some at a time."""
         self._fetch()
         if not self._kept:
             return
@@ -128,7 +128,7 @@ def _lists(values: pa.Array, length: int) -> pa.ListArray:
 
 
 def _best_of(logits_BC: Tensor) -> Tensor:
-    """Classes of the highest logits, (B, K), the best first; of equal ones the first, as `metrics` counts them."""
+    """Return the classes of the highest logits, (B, K), best first; of equal ones the first, as `metrics` counts."""
     values_BK, labels_BK = logits_BC.topk(_TOP, dim=1)
     tied_B = (logits_BC >= values_BK[:, -1:]).sum(dim=1) > _TOP  # topk does not say which of them it takes
     labels_BK[tied_B] = logits_BC[tied_B].argsort(dim=1, descending=True, stable=True)[:, :_TOP]
@@ -137,7 +137,7 @@ def _best_of(logits_BC: Tensor) -> Tensor:
 
 
 def image_names(split: ImageSplit, positions_B: Ints) -> list[str]:
-    """Names of images by which a person finds them in the data, and that do not tell where the data are."""
+    """Return names of images by which a person finds them in the data, and that do not tell where the data are."""
     store = getattr(split.table, "store", None)
     if not isinstance(store, FileStore):
         return [_readable(os.path.basename(split.where(int(position)))) for position in positions_B]
@@ -146,7 +146,7 @@ def image_names(split: ImageSplit, positions_B: Ints) -> list[str]:
 
 
 def _below(store: FileStore, path: str) -> str:
-    """The path from the data's root on; `~/...` where a file elsewhere is in somebody's home."""
+    """Return the path from the data's root on; `~/...` where a file elsewhere is in somebody's home."""
     below = os.path.relpath(path, os.path.abspath(store.root)) if os.path.isabs(path) else path
     if below.split(os.sep)[0] != "..":
         return below
@@ -156,7 +156,7 @@ def _below(store: FileStore, path: str) -> str:
 
 
 def _readable(name: str) -> str:
-    """The name as UTF-8: bytes of a file name that are none are escaped."""
+    """Return the name as UTF-8: bytes of a file name that are none are escaped."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
@@ -210,7 +210,7 @@ def _write(path: Path, tables: Iterable[pa.Table], split: ImageSplit) -> None:
 
 
 def _from_all(tables: Iterator[pa.Table], processes: Processes) -> Iterator[pa.Table]:
-    """On the main process the tables of all, by rank, which is the order of the split; elsewhere none."""
+    """Give on the main process the tables of all, by rank, which is the order of the split; elsewhere none."""
     if processes.is_main:
         yield from tables
     for rank in range(1, processes.world_size):
@@ -223,5 +223,5 @@ def _from_all(tables: Iterator[pa.Table], processes: Processes) -> Iterator[pa.T
 
 
 def read_predictions(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """The predictions of a run, in the order of its scored split; `columns` of them, or all."""
+    """Read the predictions of a run, in the order of its scored split; `columns` of them, or all."""
     return pq.read_table(path, columns=None if columns is None else list(columns))

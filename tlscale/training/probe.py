@@ -176,7 +176,7 @@ class _Probe:
         backbone_params = sum(param.numel() for param in setup.classifier.backbone.parameters())
         brief = {"step": 0, **scalars(figures)}
         return {
-            "name": setup.recipe.name,
+            "name": setup.name,
             "strategy": strategy_of(setup),
             "split": self.split.name,
             **score_of_probe(setup, choice, self.split),

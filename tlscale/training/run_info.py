@@ -1,4 +1,4 @@
-"""`run.json`: what made a run, so that its figures can be traced and its inputs and checkpoints recognised."""
+"""Write and read `run.json`: what made a run, by which its figures are traced, and its inputs and checkpoints known."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from tlscale.training.setup import RunSetup, strategy_of
 _PACKAGES = ("torch", "torchvision", "timm", "accelerate", "datasets", "safetensors", "numpy", "pillow")
 
 
-def make_record(setup: RunSetup, *, world_size: int, device: str) -> dict[str, Any]:
+def make_run_info(setup: RunSetup, *, world_size: int, device: str) -> dict[str, Any]:
     """Return the facts of a run that is about to begin; places on this machine are in its recipe alone."""
-    record = {
+    run_info = {
         "tlscale": __version__,
-        "name": setup.recipe.name,
+        "name": setup.name,
         "id": secrets.token_hex(8),  # its checkpoints bear it
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "corrections": corrections.names(),  # in force when it began
@@ -63,7 +63,7 @@ def make_record(setup: RunSetup, *, world_size: int, device: str) -> dict[str, A
         "trainable_params": setup.trainable_params,
         "total_params": setup.total_params,
     }
-    plain: dict[str, Any] = without_places(record, places_of(setup.recipe))
+    plain: dict[str, Any] = without_places(run_info, places_of(setup.recipe))
     return plain
 
 
@@ -73,17 +73,17 @@ def begin_folder(folder: RunFolder, setup: RunSetup, *, world_size: int, device:
     Returns:
         What `run.json` holds.
     """
-    record = make_record(setup, world_size=world_size, device=device)
+    run_info = make_run_info(setup, world_size=world_size, device=device)
     with naming_disk_errors(folder.path):
         clear(folder)
-        write_json(folder.run_json, record)
+        write_json(folder.run_json, run_info)
         faults.at("record")
         write_text(folder.recipe, dump_recipe(setup.recipe))
-    return record
+    return run_info
 
 
-def read_record(folder: RunFolder) -> dict[str, Any] | None:
-    """`run.json` of a run that began earlier; None where there is none.
+def read_run_info(folder: RunFolder) -> dict[str, Any] | None:
+    """Read `run.json` of a run that began earlier; None where there is none.
 
     `recipe.yaml` is written after it, so a folder without that was killed before its first step: nothing began.
     """

@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the step: nothing to save, nothing to lose on resume."""
+"""Make the learning rate a pure function of the step: nothing to save, nothing to lose on resume."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tlscale.recipe.schema import ScheduleSection
 def make_lr_factor(
     section: ScheduleSection, *, total_steps: int, to_steps: Callable[[Duration], int]
 ) -> Callable[[int], float]:
-    """The factor on the peak learning rate for step 0, 1, ... `total_steps - 1`.
+    """Return the factor on the peak learning rate for step 0, 1, ... `total_steps - 1`.
 
     Warm-up of w steps takes step s to (s + 1) / w, so that no step is wasted at zero and step w - 1 is at the
     peak. Cosine: Loshchilov and Hutter 2017, one period, reaching `min_factor` after the last step.

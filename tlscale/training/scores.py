@@ -1,4 +1,4 @@
-"""What `result.json` says of a run's score: whose it is, and what the scored images have chosen.
+"""Tell in `result.json` what a run's score is of: whose it is, and what the scored images have chosen.
 
 - `scored_model`: `exported`, or `before_refit`: the score is of a probe's classifier that was fitted to the training
   images alone, and the exported one was fitted again, to the validation images too, and has no score of its own.
@@ -18,15 +18,19 @@ from tlscale.training.metrics import majority
 from tlscale.training.setup import RunSetup
 
 
-def score_of_training(setup: RunSetup, split: ImageSplit) -> dict[str, Any]:
-    """The four keys of a run that trained."""
-    # One evaluation, in the end, chooses nothing.
-    has_chosen = setup.to_steps(setup.recipe.evaluate.every) < setup.total_steps
+def score_of_training(setup: RunSetup, split: ImageSplit, *, has_chosen: bool) -> dict[str, Any]:
+    """Return the four keys of a run that trained.
+
+    Args:
+        setup: of the run.
+        split: that is scored.
+        has_chosen: whether the weights were chosen among several steps; one evaluation, in the end, chooses nothing.
+    """
     return _score(setup, split, has_chosen=has_chosen, refitted=False)
 
 
 def score_of_probe(setup: RunSetup, choice: Choice, split: ImageSplit) -> dict[str, Any]:
-    """The four keys of a probe."""
+    """Return the four keys of a probe."""
     has_chosen = sum(map(len, choice.table.values())) > 1
     return _score(setup, split, has_chosen=has_chosen, refitted=choice.probe.refitted)
 
@@ -42,6 +46,6 @@ def _score(setup: RunSetup, split: ImageSplit, *, has_chosen: bool, refitted: bo
 
 
 def fitted(setup: RunSetup, *, refitted: bool = False) -> dict[str, Any]:
-    """What the exported model's `config.json` says of itself."""
+    """Return the keys of the exported model's `config.json` that tell what it was fitted and scored on."""
     scored_on = "test" if setup.data.test is not None else None if refitted else "validation"
     return {"fitted_on": ["train", "validation"] if refitted else ["train"], "scored_on": scored_on}

@@ -81,6 +81,10 @@ class RunSetup:
         return frozenset.intersection(*(stage.unchanging_keys for stage in self.stages))
 
     @property
+    def name(self) -> str:
+        return self.recipe.name
+
+    @property
     def seed(self) -> int:
         return self.recipe.seed
 

@@ -130,6 +130,7 @@ def build_train_state(
 ) -> TrainState:
     """Build what a run begins with, in `stage`; nothing is wrapped yet."""
     recipe = setup.recipe
+    # Before the freezing and the optimizer: they are of the parameters on the device.
     network = processes.to_device(setup.classifier)
     apply_freezing(network, stage)
     return TrainState(
@@ -146,7 +147,7 @@ def build_train_state(
         keeping=recipe.checkpoint,
         non_finite=recipe.non_finite,
         stage=stage,
-        # After the move to the device: on some, a module's parameters are other objects then.
+        # Of what this stage trains alone: a frozen parameter in a group would decay.
         optimizer=build_optimizer(stage.groups, stage.optim),
     )
 
@@ -161,7 +162,9 @@ def enter_stage(state: TrainState, loop: LoopState, scaler_state: dict[str, Any]
     """Open the pipeline of the stage, which may compute codes, and wrap what is trained."""
     setup, stage, processes = state.setup, state.stage, state.processes
     engine, key = processes.engine, str(stage.number)
+    # Codes of the stage before are not read again: what they took of codes.memory_mib is free.
     state.codes_cache.forget_loaded()
+    # Once for all stages: a teacher is asked of each image once.
     if state.teacher_targets is None:
         state.teacher_targets = ask_teacher(setup, processes, state.codes_cache)
     # Before the wrapping: a partition is found in the bare network, and its suffix is what is wrapped.
@@ -193,6 +196,7 @@ def enter_stage(state: TrainState, loop: LoopState, scaler_state: dict[str, Any]
 def _shard(state: TrainState, module: nn.Module, engine: Fsdp2Engine) -> None:
     """Shard what is trained over the processes; the optimizer and the averages are of each one's shards."""
     setup, stage = state.setup, state.stage
+    # Tried, and not looked up in a list: some optimizers learn something else on shards without a word.
     check_optimizer_shards(stage.optim, engine.mesh, state.processes)
     # Before it is sharded: a module that was is FSDP's for good, and cannot be exported.
     state.meta_copy = meta_copy(state.network)
@@ -221,6 +225,7 @@ def advance_stage(state: TrainState, stage: Stage) -> None:
     # While they are still trained: a frozen parameter's old gradient would go on to be clipped and stepped.
     state.network.zero_grad(set_to_none=True)
     apply_freezing(state.network, stage)
+    # Another one: groups and rates are the stage's. Moments of what was trained before go on.
     optimizer = build_optimizer(stage.groups, stage.optim)
     carry_moments(state.optimizer, optimizer)
     state.stage, state.optimizer = stage, optimizer
@@ -244,6 +249,7 @@ def validate(state: TrainState, loop: LoopState, logger: RunLogger) -> bool:
     """Evaluate the validation split and rank the step; return whether its checkpoint is one to keep."""
     split, select = state.setup.data.validation, state.evaluation.select
     assert split is not None
+    # The same figure for all of a run, however it is trained: the averages, where they are kept.
     with state.setup.watch("evaluate"):
         figures = state.evaluate(split, state.inputs, error_of=select)
     is_kept = loop.rank_step(figures[select], state.evaluation, state.keeping, figures[f"{select}_se"])
@@ -267,6 +273,7 @@ def _save(state: TrainState, loop: LoopState, folder: RunFolder) -> None:
     # The main process saves for all: first its buffers are those of all, then the rest is compared.
     processes.broadcast_buffers(state.network)
     check_replicas_agree(replicated_tensors(state.network, state.ema), processes, loop.step)
+    # By name and in the bare objects: any number of processes, with any engine, can resume from it.
     checkpoint = snapshot(
         loop,
         state.network,

@@ -11,7 +11,7 @@ from tests.small_runs import environment
 from tlscale.errors import EXIT_BAD_INPUT, RunFolderError
 from tlscale.storage.files import write_json
 from tlscale.storage.run_folder import RunFolder, claim, clear
-from tlscale.training.run_info import read_record
+from tlscale.training.run_info import read_run_info
 
 HOLD = """
 import sys
@@ -95,7 +95,7 @@ def test_who_is_killed_while_a_run_is_removed_leaves_one_that_never_began(tmp_pa
 
     def look(remove):
         def spy(path, *args, **options):
-            seen.append((folder.recipe.exists() and len(seen) > 0, read_record(folder), folder.run_json.exists()))
+            seen.append((folder.recipe.exists() and len(seen) > 0, read_run_info(folder), folder.run_json.exists()))
             remove(path, *args, **options)
 
         return spy

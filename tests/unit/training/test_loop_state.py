@@ -144,3 +144,15 @@ def test_what_cannot_change_is_not_kept_and_what_can_must_be_there():
     assert torch.equal(other.head[0].weight, network.head[0].weight)
     with pytest.raises(CheckpointError, match="of step 1 lacks .* of the network's tensors"):
         restore_weights(checkpoint, other, None)
+
+
+def test_names_on_disk_are_those_of_the_first_version():
+    """A field may be renamed; what is in the checkpoints of users may not."""
+    loop = LoopState(step=7, best=[(4, 0.5)], chosen=(7, 0.4, 0.2), keeps_codes={"0": True}, skipped_steps=[2, 5])
+    saved = loop.to_plain()
+    assert list(saved) == [
+        "step", "spent_s", "window_loss", "window_images", "best", "best_error", "chosen", "run_id", "wandb_run_id",
+        "keeps_codes", "left_out",
+    ]  # fmt: skip
+    assert saved["left_out"] == [2, 5]
+    assert LoopState.from_plain(json.loads(json.dumps(saved))) == loop

@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 
 from tlscale.errors import RecipeError
 from tlscale.recipe.schema import LossSection
-from tlscale.training.loss import CrossEntropyLoss, class_weights, cross_entropy
+from tlscale.training import loss
+from tlscale.training.loss import (
+    LOSSES,
+    CrossEntropyLoss,
+    LossKind,
+    LossSpec,
+    class_weights,
+    cross_entropy,
+    refuse_mixed_targets,
+)
 
 CLASSES = ("ant", "bee", "cat", "dog")
 
@@ -186,3 +195,47 @@ def test_only_classes_with_images_count_for_nothing_to_learn():
     with pytest.raises(RecipeError, match="nothing to learn"):
         weigh(weights, (0, 1, 2))
     assert weigh(weights, (0, 1, 2, 3)).tolist() == [0, 0, 0, 4]
+
+
+# -- the table --------------------------------------------------------------------------------------------------------
+
+
+class SquaredError:
+    """The squared distance of softmax from the target: of its square, and so not linear in it."""
+
+    aux_names = ()
+
+    def logits(self, outputs_BO):
+        return outputs_BO
+
+    def of_target(self, logits_BC, target_BC):
+        return (logits_BC.softmax(1) - target_BC).square().sum(1)
+
+
+@pytest.fixture
+def squared_error(monkeypatch):
+    monkeypatch.setitem(loss.LOSSES, "squared_error", LossKind(lambda spec: SquaredError(), is_linear_in_target=False))
+
+
+@pytest.mark.parametrize("mixed", ["mixup", "cutmix"])
+def test_a_loss_that_is_not_linear_in_its_target_is_refused_with_mixed_images(squared_error, mixed):
+    refuse_mixed_targets("squared_error", {"flip": None})
+    with pytest.raises(RecipeError, match=f"data.augment: {mixed} cannot be used with the loss 'squared_error'"):
+        refuse_mixed_targets("squared_error", {"flip": None, mixed: 0.4})
+    for name in ("cross_entropy", "distillation"):
+        refuse_mixed_targets(name, {mixed: 0.4})
+
+
+def test_what_the_refusal_is_for():
+    """Of cross-entropy the loss of a mixed target is the mixture of two losses; of a squared error it is not."""
+    logits_BC, labels_B = draw()
+    partners_B = (labels_B + 1) % 4
+    lam_B = torch.full((len(labels_B),), 0.3, dtype=torch.float64)
+    one_BC, other_BC = (F.one_hot(labels_N, 4).double() for labels_N in (labels_B, partners_B))
+    target_BC = lam_B[:, None] * one_BC + (1 - lam_B[:, None]) * other_BC
+    built = LOSSES["cross_entropy"].build(LossSpec(LossSection(), None, None, 4))
+    mixed_B = built.mixed_losses(logits_BC, labels_B, partners_B, lam_B)
+    torch.testing.assert_close(mixed_B, -(target_BC * logits_BC.log_softmax(1)).sum(1))
+    squared = SquaredError()
+    mixture_B = lam_B * squared.of_target(logits_BC, one_BC) + (1 - lam_B) * squared.of_target(logits_BC, other_BC)
+    assert (squared.of_target(logits_BC, target_BC) - mixture_B).abs().min() > 0.1

@@ -1,4 +1,4 @@
-"""A classifier that also predicts a teacher's codes, from any of its layers.
+"""Build a classifier that also predicts a teacher's codes, from any of its layers.
 
 Promise: it is the same backbone and head, by the same parameter names, as without a teacher; what is there for the
 teacher's sake is below `projections`, and no exported model has it.
@@ -20,7 +20,7 @@ from tlscale.models.features import LayerCodes, features_and_codes
 
 
 class Student(Classifier):
-    """Images (B, in_chans, H, W) to logits and predicted codes, side by side: (B, C + D).
+    """Turn images (B, in_chans, H, W) into logits and predicted codes, side by side: (B, C + D).
 
     Args:
         backbone: a timm model without classifier.
@@ -76,7 +76,7 @@ class Student(Classifier):
 
 @contextmanager
 def _naming_the_key() -> Iterator[None]:
-    """Errors about layers name the key that these are from."""
+    """Have errors about layers name the key that these are from."""
     try:
         yield
     except ModelError as error:

@@ -1,4 +1,4 @@
-"""The teacher of a distillation: a network that is only asked, and what of its answers is learned.
+"""Open the teacher of a distillation: a network that is only asked, and what of its answers is learned.
 
 Promise: it is in eval mode and never trained; what it says of an image depends on its weights, its input and nothing
 else, and so is computed once.
@@ -31,7 +31,7 @@ LOGITS = "logits"
 
 @dataclass(frozen=True)
 class Teacher:
-    """A network that is asked, and what is asked of it."""
+    """Hold a network that is asked, and what is asked of it."""
 
     module: nn.Module
     """Images (B, in_chans, H, W) to a code (B, D) of each of `layers` and, where they are asked for, logits (B, C)."""
@@ -61,7 +61,7 @@ class Teacher:
 
 
 def open_teacher(section: DistillSection, seed: int, classes: Sequence[str], student: InputSpec) -> Teacher:
-    """The teacher that the recipe names.
+    """Open the teacher that the recipe names.
 
     Args:
         section: the recipe's `distill`.
@@ -125,7 +125,7 @@ def _asked(
 
 
 class _Answers(nn.Module):
-    """Codes of some layers, and logits, of each image; always in eval mode."""
+    """Compute codes of some layers, and logits, of each image; always in eval mode."""
 
     def __init__(self, codes: LayerCodes | None, whole: nn.Module | None) -> None:
         super().__init__()
@@ -156,7 +156,7 @@ def _of_the_teacher(error: ModelError) -> str:
 
 
 def _backbone(model: nn.Module) -> nn.Module:
-    """The backbone of an exported model, without its classifier."""
+    """Return the backbone of an exported model, without its classifier."""
     if isinstance(model, Classifier | CodesClassifier):
         return model.backbone
     backbone = copy.deepcopy(model)
