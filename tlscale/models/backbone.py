@@ -137,8 +137,8 @@ def function_digest(model: nn.Module) -> str:
     cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
     built = {"architecture": cfg.get("architecture"), "class": type(model).__name__, "modules": str(model)}
     args = {key: str(value) for key, value in getattr(model, "_model_args", {}).items()}
-    facts = json.dumps([built, args, state_digest(model.state_dict())], sort_keys=True)
-    return text_sha256(facts)
+    description = json.dumps([built, args, state_digest(model.state_dict())], sort_keys=True)
+    return text_sha256(description)
 
 
 def _check_name(name: str) -> None:

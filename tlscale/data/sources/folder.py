@@ -127,7 +127,7 @@ def _read_split(root: Path, name: str) -> tuple[SourceSplit, Identities, list[st
 def _collect(root: Path, name: str, classes: list[str]) -> tuple[SourceSplit, Identities]:
     order, looked_ns = sort_labels(classes), now_ns()
     chunks, counts, stats = [], [], []
-    facts: list[str | bytes] = []
+    parts: list[str | bytes] = []
     problems: list[str] = []
     for label in order:
         paths, stats_N5, wrong = _read_class(root, name, label)
@@ -137,14 +137,14 @@ def _collect(root: Path, name: str, classes: list[str]) -> tuple[SourceSplit, Id
         chunks.append(pa.array(paths, type=pa.large_string()))
         counts.append(len(paths))
         stats.append(stats_N5)
-        facts.extend(("\0".join(paths), stats_N5[:, 2:4].astype("<i8").tobytes()))  # sizes, times of the last write
+        parts.extend(("\0".join(paths), stats_N5[:, 2:4].astype("<i8").tobytes()))  # sizes, times of the last write
     if problems:
         rest = len(problems) - 5
         more = [f"and {rest:,} more of this kind"] if rest > 0 else []
         raise DataError("\n".join([*problems[:5], *more]))
     label_ids_N = np.repeat(np.arange(len(order), dtype=np.int64), counts)
     stats_N5 = np.concatenate(stats)
-    store = FileStore(str(root), pa.concat_arrays(chunks), digest_of_parts(facts), stats_N5, looked_ns)
+    store = FileStore(str(root), pa.concat_arrays(chunks), digest_of_parts(parts), stats_N5, looked_ns)
     return SourceSplit(name, store, order, label_ids_N), identities_of(stats_N5)
 
 

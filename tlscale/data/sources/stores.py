@@ -39,7 +39,7 @@ class FileStore:
         return [f"{size} {path}" for size, path in zip(self.stats_N5[rows_N, 2].tolist(), paths, strict=True)]
 
     def stamps(self, rows_N: Ints) -> list[bytes | None]:
-        return [stamp_bytes(facts, self.looked_ns) for facts in self.stats_N5[rows_N].tolist()]
+        return [stamp_bytes(stats, self.looked_ns) for stats in self.stats_N5[rows_N].tolist()]
 
     def where(self, row: int) -> str:
         return str(self.file_of(row))
