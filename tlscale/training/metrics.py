@@ -279,7 +279,7 @@ def _macro_f1_error(tally: Tally, num_images: int) -> float:
 
 
 def _kinds(tally: Tally) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """True class, answer (C where there is none), whether it is right, and number of images, of each pair that occurs.
+    """Give true class, answer (C: none), whether it is right, and number of images, of each pair that occurs.
 
     Where there is no confusion matrix, wrong answers are given to the images without a right one in the order of the
     classes: each class has its own numbers, and only which one is taken for which is made up.

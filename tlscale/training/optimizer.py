@@ -119,7 +119,8 @@ def _base_name(name: str) -> str:
 
 
 def check_optimizer(section: OptimSection) -> None:
-    """
+    """Check the name and the options of an optimizer.
+
     Raises:
         RecipeError: timm has no such optimizer, or it does not take an option.
     """

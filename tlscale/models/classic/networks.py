@@ -114,7 +114,7 @@ class LinkedConv(nn.Module):
         self.bias = nn.Parameter(torch.zeros(len(sees)))
 
     def fan_ins(self) -> Tensor:
-        """Inputs of the pixel that each link ends in: (L,)."""
+        """Count the inputs of the pixel that each link ends in: (L,)."""
         outs_L = self.links_L // self.shape_OI[1]
         return outs_L.bincount()[outs_L] * self.weight[0].numel()
 
