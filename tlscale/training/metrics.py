@@ -212,9 +212,9 @@ def wilson(hits: int, num_images: int) -> list[float] | None:
         return None
     share, z2 = hits / num_images, _Z95**2
     centre = share + z2 / (2 * num_images)
-    shard_tensor = _Z95 * math.sqrt(share * (1 - share) / num_images + z2 / (4 * num_images**2))
+    half_width = _Z95 * math.sqrt(share * (1 - share) / num_images + z2 / (4 * num_images**2))
     scale = 1 + z2 / num_images
-    low, high = (centre - shard_tensor) / scale, (centre + shard_tensor) / scale
+    low, high = (centre - half_width) / scale, (centre + half_width) / scale
     # At the ends the bounds are 0 and 1 exactly; computed, they miss them by a rounding.
     return [low if hits else 0.0, high if hits < num_images else 1.0]
 

@@ -115,8 +115,8 @@ def test_a_crop_takes_originals_of_any_size_and_keeps_at_least_its_share():
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     ramp = torch.stack([columns * 2, rows * 2, rows * 0]).to(torch.uint8)
     crops = augmenter([{"crop": least}], interpolation="nearest").augment([ramp] * 200, keys(range(200))).float()
-    shard_tensor = (crops.amax((2, 3)) - crops.amin((2, 3)))[:, :2] / 2 + 1
-    shares = shard_tensor.prod(1) / (height * width)
+    sides = (crops.amax((2, 3)) - crops.amin((2, 3)))[:, :2] / 2 + 1
+    shares = sides.prod(1) / (height * width)
     assert shares.min() > least - 0.12  # nearest neighbours of 20 samples may miss up to a twentieth on each side
     assert shares.max() > 0.8
     assert shares.std() > 0.05
