@@ -1,6 +1,6 @@
 """Steps of different lengths on each process, and a request to stop on one of them; test_stop_poll.py launches it.
 
-    stop_poll.py FOLDER
+stop_poll.py FOLDER
 """
 
 import json
