@@ -234,8 +234,8 @@ def test_another_teacher_cannot_go_on(idx, teacher, tmp_path):
 
 
 WRONG = {
-    "layer of the teacher": ({"match": {"layr2": "blocks.2"}}, ModelError, "distill.match, of the teacher: ResNet has"),
-    "layer of the student": ({"match": {"layer2": "block.2"}}, ModelError, "distill.match, of the student: VisionTr"),
+    "layer of the teacher": ({"match": {"layr2": "blocks.2"}}, ModelError, "distill.match: teacher: ResNet has"),
+    "layer of the student": ({"match": {"layer2": "block.2"}}, ModelError, "distill.match: student: VisionTr"),
 }
 
 

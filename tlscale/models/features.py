@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from tlscale.errors import ModelError, TlscaleError, did_you_mean
+from tlscale.errors import ModelError, TlscaleError, suggestion
 from tlscale.recipe.field_types import POOLS
 
 PENULTIMATE = "penultimate"
@@ -148,8 +148,8 @@ class LayerCodes(nn.Module):
             first = (str(error).splitlines() or [type(error).__name__])[0]
             raise ModelError(
                 f"{type(self.backbone).__name__} cannot take images of {size} pixels: {first}",
-                remedy="Set data.image_size to a size that it takes.",
-                key="backbone",
+                key="data.image_size",
+                remedy="Set it to a size that the backbone takes.",
             ) from error
         known = {layer.name: layer.stride for layer in layer_names(self.backbone)}
         return [
@@ -199,17 +199,16 @@ def _run_hooked(
     if missing := [layer for layer in hooked.pools if layer not in hooked.strides]:
         raise ModelError(
             f"{type(backbone).__name__} does not run its module '{missing[0]}' on its own, so it gives no codes",
-            remedy=f"Name a module around or in it, or a stage: {', '.join(stages(backbone))}",
             key="codes.layer",
+            remedy=f"Name a module around or in it, or a stage: {', '.join(stages(backbone))}.",
         )
     return hooked
 
 
 def _check_pool(pool: str) -> None:
     if pool not in POOLS:
-        raise ModelError(
-            f"there is no '{pool}'.{did_you_mean(pool, POOLS)} There are: {', '.join(POOLS)}", key="codes.pool"
-        )
+        remedy = f"{suggestion(pool, POOLS)} There are: {', '.join(POOLS)}."
+        raise ModelError(f"there is no '{pool}'", key="codes.pool", remedy=remedy)
 
 
 def _check_layer(backbone: nn.Module, layer: str) -> None:
@@ -219,19 +218,20 @@ def _check_layer(backbone: nn.Module, layer: str) -> None:
     kind = type(backbone).__name__
     if layer in modules and layer:
         inside = [f"'{layer}.{name}'" for name, _ in modules[layer].named_children()]
-        raise ModelError(f"'{layer}' of {kind} is a list of layers; name one of {', '.join(inside)}", key="codes.layer")
+        remedy = f"Name one of {', '.join(inside)}."
+        raise ModelError(f"'{layer}' of {kind} is a list of layers", key="codes.layer", remedy=remedy)
     owner, _, own = layer.rpartition(".")
     if owner in modules and hasattr(modules[owner], own) and owner:
-        raise ModelError(
-            f"'{layer}' of {kind} is a parameter or value, not a layer; name the module '{owner}'", key="codes.layer"
-        )
+        problem = f"'{layer}' of {kind} is a parameter or value, not a layer"
+        raise ModelError(problem, key="codes.layer", remedy=f"Name the module '{owner}'.")
     known = stages(backbone)
     siblings = [name for name in modules if name and name.rpartition(".")[0] == owner]
-    near = did_you_mean(layer, [*siblings, PENULTIMATE]) or did_you_mean(layer, known)
+    near = suggestion(layer, [*siblings, PENULTIMATE]) or suggestion(layer, known)
     raise ModelError(
-        f"{kind} has no layer '{layer}'.{near} Its stages: {', '.join(known)}; any module may be named, "
-        f"as in the parameters' names ({len(modules) - 1} of them)",
+        f"{kind} has no layer '{layer}'",
         key="codes.layer",
+        remedy=f"{near} Its stages: {', '.join(known)}; any module may be named, as in the parameters' names "
+        f"({len(modules) - 1} of them).",
     )
 
 
@@ -265,7 +265,8 @@ class _Positions:
             case "none":
                 return torch.cat([self.prefix_BKD, self.positions_BPD], 1).flatten(1)
         if self.prefix_BKD.shape[1] == 0:
-            raise ModelError(f"'{layer}' has no class token; use avg, max, avgmax or none", key="codes.pool")
+            remedy = "Use avg, max, avgmax or none."
+            raise ModelError(f"'{layer}' has no class token", key="codes.pool", remedy=remedy)
         return self.prefix_BKD[:, 0].clone()
 
 
@@ -289,16 +290,15 @@ class _Hooked:
     def take(self, layer: str, module: nn.Module, args: object, value: object) -> None:
         kind = type(self.backbone).__name__
         if layer in self.strides:
-            raise ModelError(
-                f"'{layer}' of {kind} runs more than once in a pass; name a module around it", key="codes.layer"
-            )
+            problem = f"'{layer}' of {kind} runs more than once in a pass"
+            raise ModelError(problem, key="codes.layer", remedy="Name a module around it.")
         tensors = [one for one in value if isinstance(one, Tensor)] if isinstance(value, tuple | list) else [value]
         if len(tensors) != 1 or not isinstance(tensors[0], Tensor):
             inside = ", ".join(f"'{layer}.{name}'" for name, _ in module.named_children())
             raise ModelError(
-                f"'{layer}' of {kind} gives a {type(value).__name__}, not one tensor; name a module "
-                f"{f'in it ({inside}), or ' if inside else ''}after it",
+                f"'{layer}' of {kind} gives a {type(value).__name__}, not one tensor",
                 key="codes.layer",
+                remedy=f"Name a module {f'in it ({inside}), or ' if inside else ''}after it.",
             )
         found = _in_positions(_at_least_float32(tensors[0]), layer, self.backbone, self.images_shape)
         self.strides[layer] = None if found.height is None else round(self.images_shape[2] / found.height)
@@ -323,10 +323,10 @@ def _at_least_float32(value: Tensor) -> Tensor:
 def _in_positions(value: Tensor, layer: str, backbone: nn.Module, images_shape: torch.Size) -> _Positions:
     if value.ndim not in (2, 3, 4) or value.shape[0] != images_shape[0]:
         raise ModelError(
-            f"'{layer}' of {type(backbone).__name__} gives {tuple(value.shape)} for {images_shape[0]} "
-            "images: neither a map (B, C, H, W) or (B, H, W, C), nor tokens (B, N, D), nor a vector (B, D) an image",
-            remedy=f"Name a module around it, or a stage: {', '.join(stages(backbone))}",
+            f"'{layer}' of {type(backbone).__name__} gives {tuple(value.shape)} for {images_shape[0]} images: neither "
+            "a map (B, C, H, W) or (B, H, W, C), nor tokens (B, N, D), nor a vector (B, D) an image",
             key="codes.layer",
+            remedy=f"Name a module around it, or a stage: {', '.join(stages(backbone))}.",
         )
     if value.ndim == 2:
         return _Positions(value.unsqueeze(1), value.new_zeros(len(value), 0, value.shape[1]), None)
@@ -354,11 +354,11 @@ def _num_prefix(value: Tensor, layer: str, backbone: nn.Module, images_shape: to
     if len(fitting) == 1:
         return fitting.pop()
     raise ModelError(
-        f"'{layer}' of {type(backbone).__name__} gives {tuple(value.shape)}; which of these are positions "
-        f"of the image {'is not clear' if fitting else 'is not known'} (timm speaks of {sorted(sizes)} positions and "
-        f"{declared} prefix tokens)",
-        remedy=f"Name a module around it, or a stage: {', '.join(stages(backbone))}",
+        f"'{layer}' of {type(backbone).__name__} gives {tuple(value.shape)}; which of these are positions of the image "
+        f"{'is not clear' if fitting else 'is not known'} (timm reports {sorted(sizes)} positions and {declared} "
+        "prefix tokens)",
         key="codes.layer",
+        remedy=f"Name a module around it, or a stage: {', '.join(stages(backbone))}.",
     )
 
 
@@ -376,10 +376,10 @@ def _channel_dim(value: Tensor, layer: str, backbone: nn.Module) -> int:
     if one == two != three:
         return 3
     raise ModelError(
-        f"'{layer}' of {type(backbone).__name__} gives {tuple(value.shape)}, and which side is the "
-        "channels' does not follow from that",
-        remedy=f"Set another data.image_size, or name a stage: {', '.join(stages(backbone))}",
+        f"'{layer}' of {type(backbone).__name__} gives {tuple(value.shape)}, which does not tell the axis of the "
+        "channels",
         key="codes.layer",
+        remedy=f"Set another data.image_size, or name a stage: {', '.join(stages(backbone))}.",
     )
 
 

@@ -2,8 +2,10 @@
 
 Promise: a tracker never ends a run and never prompts. A tracker whose package is missing is an error at the start; one
 that fails later (no network, a dead service) is switched off, said once, and training goes on. Trackers run on the
-main process only and keep their files inside the run folder. They get the recipe without secrets; no argv, no
-environment, no code, no git diff, no host or user name, no console output.
+main process only, and get the recipe without secrets. W&B, TensorBoard, MLflow and trackio keep their files inside the
+run folder; W&B and TensorBoard take no argv, environment, code, git diff, host or user name, or console output along.
+The others are passed through to Accelerate untested: where they write and what they take along is up to their own
+settings.
 """
 
 from __future__ import annotations
@@ -191,42 +193,26 @@ def _environment_defaults(values: Mapping[str, str]) -> Iterator[None]:
 
 def _accelerate_environment(name: str, folder: Path) -> dict[str, str]:
     """Keep files inside the run folder where the tracker reads the place from the environment."""
-    offline = {"comet_ml": "COMET_API_KEY", "swanlab": "SWANLAB_API_KEY"}.get(name, "") not in os.environ
     match name:
         case "mlflow":
             return {"MLFLOW_TRACKING_URI": f"sqlite:///{folder / 'mlflow.db'}"}
         case "trackio":
             return {"TRACKIO_DIR": str(folder)}
-        case "comet_ml":
-            start = {"COMET_START_ONLINE": "0"} if offline else {}
-            return {"COMET_OFFLINE_DIRECTORY": str(folder), **start}
-        case "swanlab":
-            return {"SWANLAB_MODE": "offline"} if offline else {}
-        case "clearml":
-            return {"CLEARML_CACHE_DIR": str(folder)}
     return {}
 
 
-def _accelerate_arguments(name: str, run_name: str, folder: Path) -> dict[str, Any]:
-    match name:
+def _accelerate_arguments(tracker: Any, run_name: str, folder: Path) -> dict[str, Any]:  # noqa: ANN401
+    """Return the arguments of one of Accelerate's classes; of one that no test has, those of `init_trackers`."""
+    match tracker.name:
         case "tensorboard":
             return {"run_name": folder.name, "logging_dir": folder.parent}
-        case "aim":
-            return {"run_name": run_name, "logging_dir": str(folder)}
         case "mlflow":
             artifacts = (folder / "artifacts").as_uri()
             return {"experiment_name": "tlscale", "logging_dir": artifacts, "run_name": run_name}
-        case "dvclive":
-            return {"dir": str(folder), "save_dvc_exp": False}
-        case "swanlab":
-            return {"run_name": "tlscale", "experiment_name": run_name, "logdir": str(folder)}
         case "trackio":
             return {"run_name": "tlscale", "name": run_name}
-        case "clearml":
-            # By itself it takes argv and the console along.
-            private = {"auto_connect_arg_parser": False, "auto_connect_streams": False}
-            return {"run_name": run_name, **private, "auto_connect_frameworks": False}
-    return {"run_name": "tlscale"}
+    place = {"logging_dir": str(folder)} if tracker.requires_logging_directory else {}
+    return {"run_name": "tlscale", **place}
 
 
 class _AccelerateTracker:
@@ -240,7 +226,8 @@ class _AccelerateTracker:
         self.name = name
         self._step = 0
         folder.mkdir(parents=True, exist_ok=True)
-        self._tracker = LOGGER_TYPE_TO_CLASS[name](**_accelerate_arguments(name, run_name, folder))
+        tracker = LOGGER_TYPE_TO_CLASS[name]
+        self._tracker = tracker(**_accelerate_arguments(tracker, run_name, folder))
         self._tracker.start()
         self._tracker.store_init_configuration(dict(_flat(config)))
 

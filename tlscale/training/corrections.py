@@ -117,7 +117,7 @@ def _is_split_no_more(past: Past) -> bool:
         try:
             find_partition(setup.classifier, images_BCHW)
         except NoPartition as refused:
-            if refused.reason.startswith((OF_BATCH_SIZE, OF_CALLS)):
+            if refused.kind in (OF_BATCH_SIZE, OF_CALLS):
                 return True
         finally:
             apply_freezing(setup.classifier, setup.stages[0])

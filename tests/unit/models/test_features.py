@@ -135,7 +135,7 @@ def test_prefix_tokens_are_counted_and_not_believed():
     network, images = backbone(name), images_for(name)
     avg, everything = codes_of(network, images, ("blocks.3", "avg"), ("blocks.3", "none"))
     torch.testing.assert_close(avg, everything.view(2, 16, 128).mean(1))
-    with pytest.raises(ModelError, match="'blocks.3' has no class token; use avg, max, avgmax or none"):
+    with pytest.raises(ModelError, match="'blocks.3' has no class token. Use avg, max, avgmax or none"):
         codes_of(network, images, ("blocks.3", "token"))
     vit = backbone("test_vit")
     assert LayerCodes(vit, [("patch_embed", "none")]).describe(noise(count=2, image_size=64))[0].width == 16 * 64
@@ -147,7 +147,7 @@ def test_a_class_token_of_maps_and_vectors():
         if layer == PENULTIMATE:  # its own pooling, whatever is asked for
             assert torch.equal(*codes_of(network, noise(), (layer, "token"), (layer, "avg")))
             continue
-        with pytest.raises(ModelError, match="codes.pool: 'layer2' has no class token; use avg"):
+        with pytest.raises(ModelError, match="codes.pool: 'layer2' has no class token. Use avg"):
             codes_of(network, noise(), (layer, "token"))
 
 
@@ -322,7 +322,7 @@ def test_gradients_are_the_callers_affair():
             "layer3.0.conv1.weight",
             r"'layer3.0.conv1.weight' of ResNet is a parameter or value.*module 'layer3.0.conv1'",
         ),
-        ("layer3.0.bn1.running_mean", "name the module 'layer3.0.bn1'"),
+        ("layer3.0.bn1.running_mean", "Name the module 'layer3.0.bn1'"),
     ],
 )
 def test_a_layer_that_is_not_there(layer, message):
@@ -337,7 +337,7 @@ def test_a_pool_that_is_not_there():
 
 def test_a_list_of_layers_is_not_a_layer():
     with pytest.raises(
-        ModelError, match="'serial_blocks1' of CoaT is a list of layers; name one of 'serial_blocks1.0'"
+        ModelError, match="'serial_blocks1' of CoaT is a list of layers. Name one of 'serial_blocks1.0'"
     ):
         LayerCodes(backbone("coat_lite_tiny"), [("serial_blocks1", "avg")])
 
@@ -370,9 +370,9 @@ class Pair(nn.Module):
 @pytest.mark.parametrize(
     ("layer", "message"),
     [
-        ("act", "'act' of Odd runs more than once in a pass; name a module around it"),
+        ("act", "'act' of Odd runs more than once in a pass. Name a module around it"),
         ("unused", "Odd does not run its module 'unused' on its own, so it gives no codes"),
-        ("pair", r"'pair' of Odd gives a tuple, not one tensor; name a module in it \('pair.inner'\), or after it"),
+        ("pair", r"'pair' of Odd gives a tuple, not one tensor. Name a module in it \('pair.inner'\), or after it"),
         ("deep", r"'deep' of Odd gives \(4, 2, 2, 30, 30\) for 4 images: neither a map"),
     ],
 )
@@ -389,7 +389,7 @@ def test_a_backbone_without_any_list_of_stages():
 
 
 def test_images_that_the_backbone_cannot_take():
-    with pytest.raises(ModelError, match=r"InceptionV3 cannot take images of 16 x 16 pixels: .* Set data.image_size"):
+    with pytest.raises(ModelError, match=r"InceptionV3 cannot take images of 16 x 16 pixels: .* Set it to a size"):
         LayerCodes(backbone("inception_v3"), [("Mixed_5d", "avg")]).describe(noise(image_size=16))
 
 

@@ -1,11 +1,13 @@
 """Trackers with the real libraries: what W&B and TensorBoard wrote is read back, and failures do not end a run."""
 
+import contextlib
 import http.server
 import json
 import math
 import os
 import pty
 import re
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -409,6 +411,40 @@ def test_tensorboard_holds_every_figure_and_no_secret(tmp_path):
     (hparams,) = (tmp_path / "tensorboard").rglob("hparams.yml")
     assert "optim.lr: 0.1" in hparams.read_text()
     assert_nothing_holds(tmp_path, CANARY)
+
+
+# What these write locally is a database in the run folder; the query gives its rows of figures.
+LOCAL = {
+    "mlflow": ("mlflow.db", "select key, value, step from metrics order by step, key"),
+    "trackio": ("tlscale.db", "select metrics, step from metrics order by step, id"),
+}
+LOGGED = {"train/loss": [(1.5, 1), (1.25, 2)], "final/top1": [(0.5, 2)]}
+
+
+@pytest.mark.parametrize("name", LOCAL)
+def test_mlflow_and_trackio_hold_every_figure_in_the_run_folder(name, tmp_path):
+    """With the packages of the extra `trackers`; a process of its own, as they keep state for the life of one."""
+    pytest.importorskip(name)
+    (tmp_path / "run").mkdir()
+    program = (
+        "import sys; from pathlib import Path; from tlscale.tracking.trackers import open_trackers\n"
+        "trackers = open_trackers([sys.argv[1]], wandb=None, run_name='resnet', run_dir=Path(sys.argv[2]),\n"
+        "    config={'optim': {'lr': 0.1}}, wandb_run_id=None, is_main=True)\n"
+        "trackers.log({'train/loss': 1.5}, 1); trackers.log({'train/loss': 1.25}, 2)\n"
+        "trackers.summary({'top1': 0.5}); trackers.close(0)\n"
+        "assert not trackers.notes, trackers.notes\n"
+    )
+    environment = {**os.environ, "HOME": str(tmp_path), "PYTHONPATH": str(REPO)}
+    command = [sys.executable, "-c", program, name, str(tmp_path / "run")]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr
+    file, query = LOCAL[name]
+    with contextlib.closing(sqlite3.connect(tmp_path / "run" / name / file)) as database:
+        rows = database.execute(query).fetchall()
+    if name == "trackio":  # one JSON object a row
+        rows = [(key, value, step) for text, step in rows for key, value in json.loads(text).items()]
+    held = {key: [(value, step) for found, value, step in rows if found == key] for key in LOGGED}
+    assert held == LOGGED
 
 
 @pytest.mark.usefixtures("partial_state")

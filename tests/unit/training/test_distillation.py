@@ -145,7 +145,7 @@ def test_without_codes_it_is_a_plain_classifier():
 
 
 def test_an_unknown_layer_names_the_key():
-    with pytest.raises(ModelError, match=r"distill\.match, of the student: .* has no layer 'layer9'"):
+    with pytest.raises(ModelError, match=r"distill\.match: student: .* has no layer 'layer9'"):
         student(matches=((["layer9"], 4),))
 
 

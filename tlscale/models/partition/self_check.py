@@ -68,9 +68,9 @@ def _check_calls(network: nn.Module, images: Tensor) -> None:
     now = _plain_state(network)
     changed = next((name for name in now if first.get(name) != now[name]), None)
     if changed is not None:
-        raise NoPartition(f"{OF_CALLS}: it changes its '{changed}'")
+        raise NoPartition(f"{OF_CALLS}: it changes its '{changed}'", OF_CALLS)
     if not _agree(once, again, exact=images.device.type == "cpu"):
-        raise NoPartition(f"{OF_CALLS}: it gives other values for the same images")
+        raise NoPartition(f"{OF_CALLS}: it gives other values for the same images", OF_CALLS)
 
 
 def _check_rows(images: Tensor, more: Tensor, prefix: nn.Module) -> None:
@@ -78,7 +78,7 @@ def _check_rows(images: Tensor, more: Tensor, prefix: nn.Module) -> None:
     buffers = [buffer.clone() for buffer in prefix.buffers()]
     codes = _seeded(prefix, images.clone())
     if not all(torch.equal(*pair) for pair in zip(prefix.buffers(), buffers, strict=True)):
-        raise NoPartition(f"{OF_CALLS}: its frozen part changes a buffer")
+        raise NoPartition(f"{OF_CALLS}: its frozen part changes a buffer", OF_CALLS)
     if not _agree(codes, _seeded(prefix, images.clone(), seed=_CHECK_SEED + 1), exact=True):
         raise NoPartition("the frozen part gives other values for the same images")
     among_others = torch.cat([1 - images[:1], images[1:]]).flip(0)
@@ -86,7 +86,7 @@ def _check_rows(images: Tensor, more: Tensor, prefix: nn.Module) -> None:
     if not _agree([code[1:] for code in codes], moved, exact=False):
         raise NoPartition("what the frozen part gives for an image depends on the other images of the batch")
     if not _agree(codes, [code[: len(images)] for code in _seeded(prefix, more.clone())], exact=False):
-        raise NoPartition(OF_BATCH_SIZE)
+        raise NoPartition(OF_BATCH_SIZE, OF_BATCH_SIZE)
 
 
 def _seeded(module: nn.Module, *inputs: Tensor, seed: int = _CHECK_SEED) -> list[Tensor]:

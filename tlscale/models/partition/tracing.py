@@ -55,11 +55,13 @@ class NoPartition(Exception):  # noqa: N818 (nothing has failed: the whole netwo
 
     Attributes:
         reason: one sentence for the user.
+        kind: of the reason, where somebody needs to tell it from others.
     """
 
-    def __init__(self, reason: str) -> None:
+    def __init__(self, reason: str, kind: str | None = None) -> None:
         super().__init__(reason)
         self.reason = reason
+        self.kind = kind
 
 
 class _Proxy(fx.Proxy):

@@ -76,8 +76,10 @@ class Student(Classifier):
 
 @contextmanager
 def _naming_the_key() -> Iterator[None]:
-    """Have errors about layers name the key that these are from."""
+    """Name the key that the layers are from in errors about them."""
     try:
         yield
     except ModelError as error:
-        raise ModelError(str(error).replace("codes.layer:", "distill.match, of the student:")) from error
+        if error.key != "codes.layer":
+            raise
+        raise ModelError(f"student: {error.problem}", key="distill.match", remedy=error.remedy) from error

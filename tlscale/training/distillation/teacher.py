@@ -111,7 +111,7 @@ def _asked(
             with torch.no_grad():
                 whole(images_BCHW)
     except ModelError as error:
-        raise ModelError(_of_the_teacher(error)) from error
+        raise _of_the_teacher(error) from error
     except Exception as error:  # each architecture complains in its own way about images too small for it
         raise ModelError(
             f"distill.image_size: the teacher cannot take images of {spec.image_size} pixels: "
@@ -144,15 +144,13 @@ def _codes(backbone: nn.Module, layers: Sequence[str]) -> LayerCodes | None:
     try:
         return LayerCodes(backbone, [(layer, "avg") for layer in layers]) if layers else None
     except ModelError as error:
-        raise ModelError(_of_the_teacher(error)) from error
+        raise _of_the_teacher(error) from error
 
 
-def _of_the_teacher(error: ModelError) -> str:
-    return (
-        str(error)
-        .replace("codes.layer:", "distill.match, of the teacher:")
-        .replace("Set data.image_size", "Set distill.image_size")
-    )
+def _of_the_teacher(error: ModelError) -> ModelError:
+    """Return the error with the key that means the same of the teacher."""
+    keys = {"codes.layer": "distill.match", "data.image_size": "distill.image_size"}
+    return ModelError(f"teacher: {error.problem}", key=keys.get(error.key or "", error.key), remedy=error.remedy)
 
 
 def _backbone(model: nn.Module) -> nn.Module:
