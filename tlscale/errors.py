@@ -25,6 +25,11 @@ def render(problem: str, key: str | None = None, remedy: str | None = None) -> s
     return about if not remedy else f"{about}. {remedy}"
 
 
+def sentences(*parts: str) -> str:
+    """Join sentences by a blank; empty ones are skipped."""
+    return " ".join(part for part in parts if part)
+
+
 class TlscaleError(Exception):
     """Raised when a run fails for a reason that we can name.
 

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from tlscale.errors import ModelError, TlscaleError, suggestion
+from tlscale.errors import ModelError, TlscaleError, sentences, suggestion
 from tlscale.recipe.field_types import POOLS
 
 PENULTIMATE = "penultimate"
@@ -207,7 +207,7 @@ def _run_hooked(
 
 def _check_pool(pool: str) -> None:
     if pool not in POOLS:
-        remedy = f"{suggestion(pool, POOLS)} There are: {', '.join(POOLS)}."
+        remedy = sentences(suggestion(pool, POOLS), f"There are: {', '.join(POOLS)}.")
         raise ModelError(f"there is no '{pool}'", key="codes.pool", remedy=remedy)
 
 
@@ -230,8 +230,11 @@ def _check_layer(backbone: nn.Module, layer: str) -> None:
     raise ModelError(
         f"{kind} has no layer '{layer}'",
         key="codes.layer",
-        remedy=f"{near} Its stages: {', '.join(known)}; any module may be named, as in the parameters' names "
-        f"({len(modules) - 1} of them).",
+        remedy=sentences(
+            near,
+            f"Its stages: {', '.join(known)}; any module may be named, as in the parameters' names "
+            f"({len(modules) - 1} of them).",
+        ),
     )
 
 
@@ -376,8 +379,8 @@ def _channel_dim(value: Tensor, layer: str, backbone: nn.Module) -> int:
     if one == two != three:
         return 3
     raise ModelError(
-        f"'{layer}' of {type(backbone).__name__} gives {tuple(value.shape)}, which does not tell the axis of the "
-        "channels",
+        f"'{layer}' of {type(backbone).__name__} gives {tuple(value.shape)}, and which side is the channels' does "
+        "not follow from that",
         key="codes.layer",
         remedy=f"Set another data.image_size, or name a stage: {', '.join(stages(backbone))}.",
     )

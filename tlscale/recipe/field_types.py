@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, PlainSerializer, WithJsonSchema
 
-from tlscale.errors import suggestion
+from tlscale.errors import sentences, suggestion
 from tlscale.recipe.duration import Duration, parse_duration
 from tlscale.recipe.mistakes import InvalidValueError
 from tlscale.recipe.rules import Rule, parse_rule
@@ -143,7 +143,7 @@ def _named_number(item: object, what: str) -> tuple[str, Any]:
 def _check_name(what: str, name: str, known: Collection[str]) -> None:
     if name not in known:
         listed = f"There are: {', '.join(known)}."
-        remedy = " ".join(part for part in (suggestion(name, known), listed) if part)
+        remedy = sentences(suggestion(name, known), listed)
         raise InvalidValueError(f"unknown {what} '{name}'", remedy)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from tlscale.errors import RecipeError, suggestion
+from tlscale.errors import RecipeError, sentences, suggestion
 from tlscale.recipe.mistakes import InvalidValueError
 
 V = TypeVar("V", bool, float)
@@ -91,10 +91,9 @@ def _no_effect(rule: Rule[V], names: list[str], where: str) -> RecipeError:
     # Near names: those of the modules, which is what people misspell, rather than of single tensors.
     modules = {".".join(name.split(".")[:depth]) for name in names for depth in (1, 2)}
     plain = re.sub(r"\\\..*|[\\^$.*+?()\[\]{}|].*", "", rule.pattern)
-    remedies = [
+    remedy = sentences(
         suggestion(plain or rule.pattern, modules),
         "The new head is never frozen." if where.endswith("freeze") else "",
         f"The top-level names are: {', '.join(sorted({name.split('.')[0] for name in names}))}.",
-    ]
-    remedy = " ".join(part for part in remedies if part)
+    )
     return RecipeError(f"the rule '{rule.pattern}' matches no parameter", key=where, remedy=remedy)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tlscale.errors import RecipeError, suggestion
+from tlscale.errors import RecipeError, sentences, suggestion
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 
@@ -54,7 +54,7 @@ def copy_recipe(name: str, target: str | Path, package: Path = _PACKAGE) -> Path
     name = name.removesuffix(".yaml")
     if name not in known:
         listed = ", ".join(known) or "none"
-        remedy = " ".join(part for part in (suggestion(name, known), f"There are: {listed}.") if part)
+        remedy = sentences(suggestion(name, known), f"There are: {listed}.")
         raise RecipeError(f"no shipped recipe is called '{name}'", remedy=remedy)
     target = Path(target).expanduser()
     if target.is_dir():

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
 
-from tlscale.errors import RecipeError, suggestion
+from tlscale.errors import RecipeError, sentences, suggestion
 from tlscale.recipe.duration import Duration, parse_duration
 from tlscale.recipe.rules import Rule
 from tlscale.recipe.schema import NO_EFFECT_BESIDE, Recipe
@@ -59,7 +59,7 @@ def derive(
     """
     if strategy not in STRATEGIES:
         there_are = f"There are: {', '.join(STRATEGIES)}."
-        remedy = " ".join(part for part in (suggestion(strategy, STRATEGIES), there_are) if part)
+        remedy = sentences(suggestion(strategy, STRATEGIES), there_are)
         raise RecipeError(f"there is no strategy '{strategy}'", remedy=remedy)
     if strategy != "scratch" and recipe.backbone.weights == "none":
         raise RecipeError(
