@@ -5,7 +5,7 @@ import pytest
 from tests.dist.launches import facts_of
 from tests.small_runs import assert_same_runs
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.timeout(600)]
 
 OURS = {"model.safetensors", "optimizer.safetensors", "ema.safetensors", "state.json"}
 SHARDS = [f"shards/shard-0000{number}-model-00001-of-00001.safetensors" for number in (1, 2)]
@@ -15,7 +15,7 @@ STEPS = [f"step_{step:08}" for step in (2, 4, 6, 8)]
 @pytest.fixture(scope="module")
 def by_two(idx, tmp_path_factory):
     folder = tmp_path_factory.mktemp("reads")
-    return folder, facts_of(2, "reads.py", folder, idx)
+    return folder, facts_of(2, "reads.py", folder, idx, timeout_s=500)
 
 
 def size_of_header(path):
