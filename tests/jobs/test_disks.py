@@ -7,7 +7,8 @@ import pytest
 
 import tlscale
 from tests.checkpoints import newest_valid
-from tests.small_runs import When, assert_same_runs, lines, small_recipe
+from tests.small_runs import assert_same_runs, lines, small_recipe
+from tlscale import faults
 from tlscale.errors import EXIT_BAD_INPUT, EXIT_FAILED, RunFolderError, TlscaleError
 from tlscale.training.checkpoint.files import list_checkpoints
 
@@ -84,15 +85,23 @@ def test_a_run_whose_folder_was_made_read_only_is_not_resumed_and_not_harmed(who
     assert {path: path.read_bytes() for path in before} == before
 
 
-def test_checkpoints_that_turn_read_only_in_the_middle(whole, idx, tmp_path):
+def test_checkpoints_that_turn_read_only_in_the_middle(whole, idx, tmp_path, monkeypatch):
     recipe = small_recipe(tmp_path / "recipe.yaml", idx, **CHANGES)
     out = tmp_path / "run"
     checkpoints = out / "checkpoints"
     with contextlib.ExitStack() as mounts:
-        turn = When(lambda: list_checkpoints(checkpoints), lambda: mounts.enter_context(read_only(checkpoints)))
-        with turn, pytest.raises(TlscaleError, match="Read-only file system.*--resume") as caught:
+        plain_at, turned = faults.at, []
+
+        def at(point: str) -> None:
+            """Mount the folder read-only at the first step after a checkpoint: a thread could come too late."""
+            plain_at(point)
+            if point == "step" and not turned and list_checkpoints(checkpoints):
+                turned.append(mounts.enter_context(read_only(checkpoints)))
+
+        monkeypatch.setattr(faults, "at", at)
+        with pytest.raises(TlscaleError, match="Read-only file system.*--resume") as caught:
             tlscale.run(recipe, out)
-        assert turn.acted
+        assert turned
         assert caught.value.exit_code == EXIT_FAILED
         reached = max(record["step"] for record in lines(out))
         assert reached < 12
