@@ -212,7 +212,9 @@ def test_codes_are_those_of_one_process(several, alone):
     assert set(ours) <= set(theirs)
     for digest, entry in ours.items():
         assert entry.complete
-        files = {path.name: path.read_bytes() for path in entry.path.iterdir() if path.suffix in (".npy", ".json")}
+        files = {
+            path.name: path.read_bytes() for path in entry.path.iterdir() if path.suffix in (".safetensors", ".json")
+        }
         assert files == {name: (theirs[digest].path / name).read_bytes() for name in files}
     for key in ("top1", "confusion", "probe"):
         assert result(folder / "probed")[key] == result(alone / "probed")[key]

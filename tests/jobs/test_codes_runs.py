@@ -242,7 +242,7 @@ def test_damaged_codes_are_computed_again(idx, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TLSCALE_CACHE", str(tmp_path / "cache"))
     recipe = small_recipe(tmp_path / "recipe.yaml", idx, **PARTS["half a resnet"], codes=ALWAYS)
     tlscale.run(recipe, tmp_path / "one")
-    for file in (tmp_path / "cache" / "codes").rglob("*.npy"):
+    for file in (tmp_path / "cache" / "codes").rglob("*.safetensors"):
         raw = bytearray(file.read_bytes())
         raw[-1] ^= 1
         file.write_bytes(raw)

@@ -204,7 +204,7 @@ def test_codes_are_computed_ahead_and_looked_after(data, tmp_path, cache):
     digest = CodesStore().entries()[0].digest
     assert digest[:12] in listed
     assert "every byte is as it was written" in cli("codes", "verify").output
-    file = next(cache.rglob("*.npy"))
+    file = next(cache.rglob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:-1] + b"?")
     damaged = cli("codes", "verify")
     assert damaged.exit_code == EXIT_FAILED

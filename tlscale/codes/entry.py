@@ -21,6 +21,7 @@ import numpy as np
 
 from tlscale.codes.key import CodesKey
 from tlscale.codes.shards import (
+    SUFFIX,
     CorruptError,
     Ints,
     Shard,
@@ -208,12 +209,12 @@ def _is_orphan(path: Path, counting: set[str], is_idle: Callable[[str], bool]) -
     first, *rest = path.name.lstrip(".").split(".")
     if not path.name.startswith("."):
         return first not in counting
-    return is_idle(first) if rest[-1:] == ["npy"] else True  # records are written under the lock
+    return is_idle(first) if path.suffix == SUFFIX else True  # records are written under the lock
 
 
 def is_older(folder: Path) -> bool:
     """Report whether an entry is of an older format."""
-    return (folder / OLDER_MANIFEST).exists() or next(folder.glob("*.rows.npy"), None) is not None
+    return (folder / OLDER_MANIFEST).exists() or next(folder.glob("*.npy"), None) is not None
 
 
 def problems_in(folder: Path) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from tlscale.storage.files import text_sha256
 
-FORMAT = 2
+FORMAT = 3
 DTYPES = ("auto", "float32", "float16", "bfloat16", "float64")
 """What codes may be stored in; `auto`: as the network gives them."""
 

@@ -4,8 +4,9 @@ Promise: a shard counts once its small JSON file is there, its record, which nam
 SHA-256 and is written last. Nothing is ever written into a file that has its place: a reader may have it mapped. The
 time of the record is that of the last use.
 
-Files of a shard, NAME being a hash of its images: `NAME.ids.npy` (32 bytes an image, its address), `NAME.0.npy` (the
-first value), ..., `NAME.json`. While WRITER writes them they are called `.WRITER.NAME....`.
+Files of a shard, NAME being a hash of its images: `NAME.ids.safetensors` (32 bytes an image, its address),
+`NAME.0.safetensors` (the first value), ..., `NAME.json`. Each holds one tensor, called `ids` or `0`. While WRITER
+writes them they are called `.WRITER.NAME....`.
 
 Shape letters: R rows of a shard, B images of a batch, C channels, H height, W width.
 """
@@ -14,7 +15,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import io
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import safetensors.torch
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tlscale import faults
@@ -40,6 +42,7 @@ BLOCK = 64
 SHARD_BYTES = 32 * 2**20
 _MOST_ROWS = 4096
 _CHECKSUM = "sha256"
+SUFFIX = ".safetensors"
 # NumPy has no bfloat16; its bits are kept as uint16.
 _NUMPY: dict[torch.dtype, np.dtype[Any]] = {
     torch.float64: np.dtype("<f8"),
@@ -112,7 +115,7 @@ class Shard:
         return {"name": self.name, "num_rows": self.num_rows, "files": self.files}
 
     def path(self, folder: Path, part: str) -> Path:
-        return folder / f"{self.name}.{part}.npy"
+        return folder / f"{self.name}.{part}{SUFFIX}"
 
 
 def shard_from_plain(plain: Mapping[str, Any]) -> Shard:
@@ -139,6 +142,12 @@ def as_array(values: Tensor) -> Array:
     return array
 
 
+def _as_tensor(ids_R: Digests) -> Tensor:
+    """View addresses as bytes (R, 32)."""
+    ids_R = np.ascontiguousarray(ids_R, DIGEST)
+    return torch.from_numpy(ids_R.view(np.uint8).reshape(len(ids_R), DIGEST.itemsize).copy())
+
+
 def write_shard(folder: Path, ids_R: Digests, values: Sequence[Tensor], writer: str) -> Shard:
     """Write the files of a shard under names of the writer's own; `place_shard` makes it count.
 
@@ -151,18 +160,18 @@ def write_shard(folder: Path, ids_R: Digests, values: Sequence[Tensor], writer: 
         TlscaleError: the disk is full or cannot be written; nothing of the shard is left.
     """
     name = name_of(ids_R)
-    parts = {"ids": ids_R.astype(DIGEST), **{str(i): as_array(value) for i, value in enumerate(values)}}
+    parts = {"ids": _as_tensor(ids_R), **{str(i): value for i, value in enumerate(values)}}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         files = {}
-        for part, array in parts.items():
+        for part, tensor in parts.items():
             path = _draft(folder, writer, name, part)
             path.unlink(missing_ok=True)  # of the same writer, killed
-            files[part] = _write_array(path, array)
+            files[part] = _write_tensor(path, part, tensor)
     except OSError as error:
         for part in parts:
             _draft(folder, writer, name, part).unlink(missing_ok=True)
-        raise write_error(folder, sum(array.nbytes for array in parts.values()), error) from error
+        raise write_error(folder, sum(tensor.nbytes for tensor in parts.values()), error) from error
     return Shard(name, len(ids_R), files)
 
 
@@ -201,7 +210,7 @@ def _is_there(folder: Path, key: Mapping[str, Any], shard: Shard, specs: Sequenc
 
 
 def _draft(folder: Path, writer: str, name: str, part: str) -> Path:
-    return folder / f".{writer}.{name}.{part}.npy"
+    return folder / f".{writer}.{name}.{part}{SUFFIX}"
 
 
 def write_record(folder: Path, key: Mapping[str, Any], shard: Shard, specs: Sequence[ValueSpec]) -> None:
@@ -222,25 +231,20 @@ def write_error(path: Path, num_bytes: int, error: OSError) -> TlscaleError:
     )
 
 
-def _write_array(path: Path, array: Array) -> dict[str, Any]:
-    header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
-    # Not np.save, which reports a full disk without its error number.
-    pieces = (header.getbuffer(), array.reshape(-1).view(np.uint8).data)
-    total = hashlib.sha256()
+def _write_tensor(path: Path, name: str, tensor: Tensor) -> dict[str, Any]:
+    # Not save_file, which neither flushes nor reports a full disk with its error number.
+    content = safetensors.torch.save({name: tensor})
     with path.open("xb") as file:
-        for piece in pieces:
-            total.update(piece)
-            file.write(piece)
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    return {"bytes": sum(map(len, pieces)), "sha256": total.hexdigest()}
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
 def remove_shard(folder: Path, name: str) -> None:
     """Remove all files of this shard's name, first the one that makes it count."""
     (folder / f"{name}.json").unlink(missing_ok=True)
-    for path in folder.glob(f"{name}.*.npy"):
+    for path in folder.glob(f"{name}.*{SUFFIX}"):
         path.unlink(missing_ok=True)
 
 
@@ -298,8 +302,9 @@ def read_ids(folder: Path, shard: Shard) -> Digests:
         raise CorruptError(f"{path.name}: {error.strerror or error}") from None
     if hashlib.sha256(content).hexdigest() != shard.files["ids"]["sha256"]:
         raise CorruptError(f"{path.name} has changed since it was written")
-    ids_R: Digests = np.load(io.BytesIO(content), allow_pickle=False)
-    if ids_R.dtype != DIGEST or len(ids_R) != shard.num_rows or name_of(ids_R) != shard.name:
+    # The bytes are those that were written, so they are a file of ours.
+    ids_R: Digests = safetensors.torch.load(content)["ids"].numpy().view(DIGEST).reshape(-1)
+    if len(ids_R) != shard.num_rows or name_of(ids_R) != shard.name:
         raise CorruptError(f"{path.name} holds the addresses of another shard")
     return ids_R
 
@@ -328,22 +333,17 @@ def map_values(folder: Path, shard: Shard, specs: Sequence[ValueSpec]) -> list[A
     Raises:
         CorruptError: a file is missing, or holds another array.
     """
-    return [_map_value(shard.path(folder, str(i)), shard.num_rows, spec) for i, spec in enumerate(specs)]
+    return [_map_value(shard.path(folder, str(i)), str(i), shard.num_rows, spec) for i, spec in enumerate(specs)]
 
 
-def _map_value(path: Path, num_rows: int, spec: ValueSpec) -> Array:
+def _map_value(path: Path, name: str, num_rows: int, spec: ValueSpec) -> Array:
     try:
-        with path.open("rb") as file:
-            np.lib.format.read_magic(file)
-            shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-            start, size = file.tell(), os.fstat(file.fileno()).st_size
-        expected = ((num_rows, *spec.shape), False, spec.numpy_dtype)
-        if (shape, fortran, dtype) != expected or size != start + num_rows * spec.row_bytes:
-            raise CorruptError(f"{path.name} holds another array than {spec.describe()}")
-        # A NumPy map keeps its file open, and thousands of shards would run into the limit of open files. The map is
+        # It maps the file and closes it: thousands of shards would run into the limit of open files. The map is
         # private: whoever wrote into it by mistake would not change the file.
-        content = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).numpy()
-    except (OSError, ValueError, RuntimeError) as error:
+        with safe_open(path, "pt") as file:
+            tensor = file.get_tensor(name)
+    except (OSError, SafetensorError, RuntimeError) as error:
         raise CorruptError(f"{path.name} cannot be mapped: {error}") from None
-    mapped: Array = content[start:].view(spec.numpy_dtype).reshape(expected[0])
-    return mapped
+    if tensor.shape != (num_rows, *spec.shape) or tensor.dtype != spec.torch_dtype:
+        raise CorruptError(f"{path.name} holds another tensor than {spec.describe()}")
+    return as_array(tensor)

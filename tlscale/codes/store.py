@@ -5,7 +5,7 @@ read agrees with its record to the last bit, or counts as missing. A writer that
 half written that is read, and what it finished is used by the next one. The least recently used shards are evicted
 first, never those of an entry that another run writes to.
 
-    ROOT/<digest of the key>/<shard>.json, <shard>.*.npy    see `tlscale.codes.shards`
+    ROOT/<digest of the key>/<shard>.json, <shard>.*.safetensors    see `tlscale.codes.shards`
     ROOT/locks/<digest>                                     held for moments: by who gives a shard its place, or removes
     ROOT/locks/<digest>.<request>                           held by who computes this request; dies with the process
 

@@ -253,7 +253,7 @@ def test_the_layout_of_shards_changes_no_code(tmp_path):
     for number, shard_bytes in enumerate((1, 10**5, 10**9)):
         run = Run(tmp_path / str(number), shard_bytes=shard_bytes)
         assert_equal(run(range(200)), range(200))
-        assert len(list(run.store.folder(KEY).glob("*.0.npy"))) == (4, 4, 1)[number]
+        assert len(list(run.store.folder(KEY).glob("*.0.safetensors"))) == (4, 4, 1)[number]
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
@@ -271,7 +271,7 @@ def test_damaged_codes_are_computed_again_and_it_is_said_once(tmp_path):
     Run(tmp_path)(range(300))
     run = Run(tmp_path)
     sound = contents(run.store.folder(KEY))
-    flip(next(run.store.folder(KEY).glob("*.0.npy")))
+    flip(next(run.store.folder(KEY).glob("*.0.safetensors")))
     codes = run(range(300))
     assert 0 < codes.num_computed <= 2 * BLOCK
     assert len([line for line in run.said if "are corrupt, and not used" in line]) == 1
@@ -315,7 +315,7 @@ def test_equal_images_are_computed_and_kept_once(tmp_path, unknown):
 def test_damage_in_what_turns_out_to_be_there_is_computed_again(tmp_path, is_unknown):
     Run(tmp_path)(range(300))
     run = Run(tmp_path, unknown=range(300) if is_unknown else ())
-    flip(next(run.store.folder(KEY).glob("*.1.npy")))
+    flip(next(run.store.folder(KEY).glob("*.1.safetensors")))
     codes = run(range(300))
     assert 0 < codes.num_computed <= 2 * BLOCK
     assert_equal(codes, range(300))

@@ -306,7 +306,7 @@ def test_damage_of_any_file_is_found_and_never_read(tmp_path, damage):
 
 def test_damage_in_a_shard_costs_only_its_rows(store):
     put(store, range(30))
-    damaged = next(path for path in store.folder(KEY).glob("*.0.npy"))
+    damaged = next(path for path in store.folder(KEY).glob("*.0.safetensors"))
     flip(damaged)
     lost = missing(store, range(30))
     assert len(lost) == 10
@@ -319,7 +319,7 @@ def test_damage_in_a_shard_costs_only_its_rows(store):
 
 def test_without_verification_sizes_are_looked_at(store):
     put(store, range(30))
-    path = next(store.folder(KEY).glob("*.0.npy"))
+    path = next(store.folder(KEY).glob("*.0.safetensors"))
     flip(path)
     assert opened(store, range(30), KEY, verify=False) is not None
     truncate(path)
@@ -333,7 +333,7 @@ def swap(one: Path, other: Path):
     aside.rename(other)
 
 
-@pytest.mark.parametrize("suffix", [".0.npy", ".1.npy", ".ids.npy", ".json"])
+@pytest.mark.parametrize("suffix", [".0.safetensors", ".1.safetensors", ".ids.safetensors", ".json"])
 def test_files_of_two_shards_that_were_swapped(store, suffix):
     put(store, range(30))
     names = sorted(store.folder(KEY).glob(f"*{suffix}"))
@@ -375,8 +375,8 @@ def test_a_shard_of_another_entry_is_not_taken_over(store):
 def test_what_killed_writers_left_is_removed_and_what_they_finished_is_used(store):
     for rows in (range(10), range(20, 30)):
         shard_of(store, rows)
-    draft = f".{REQUEST}.0123.0.npy"
-    for name in ("0123.0.npy", draft, ".0123.json.77", ".ffff.0123.0.npy"):
+    draft = f".{REQUEST}.0123.0.safetensors"
+    for name in ("0123.0.safetensors", draft, ".0123.json.77", ".ffff.0123.0.safetensors"):
         (store.folder(KEY) / name).write_bytes(b"half")
     held = store.try_lock([KEY], "ffff")  # another is at work on other images
     assert_right(opened(store, range(10)), range(10))
@@ -385,7 +385,7 @@ def test_what_killed_writers_left_is_removed_and_what_they_finished_is_used(stor
     assert (entry.complete, entry.num_rows, entry.key) == (True, 20, KEY.to_plain())
     assert put(store, range(30)) == list(range(10, 20))
     assert_right(opened(store, range(30)), range(30))
-    assert [path.name for path in store.folder(KEY).glob(".*")] == [".ffff.0123.0.npy"]
+    assert [path.name for path in store.folder(KEY).glob(".*")] == [".ffff.0123.0.safetensors"]
     store.release(held)
     assert put(store, range(30)) == []
     clean = CodesStore(store.root.parent / "clean")
@@ -558,10 +558,10 @@ def test_a_folder_that_cannot_be_made(tmp_path):
 
 
 def put_older(store, digest="a" * 64, *, has_manifest=True) -> Path:
-    """As the first format had it."""
+    """As the first format had it; without a manifest as the second had it."""
     folder = store.root / digest
     folder.mkdir(parents=True)
-    (folder / "0123.rows.npy").write_bytes(bytes(100))
+    (folder / ("0123.rows.npy" if has_manifest else "0123.ids.npy")).write_bytes(bytes(100))
     (folder / "0123.json").write_text(json.dumps({"key": {"data": "x"}, "shard": {"name": "0123", "num_rows": 7}}))
     if has_manifest:
         (folder / "manifest.json").write_text(json.dumps({"key": {"data": "x"}, "shards": [{"num_rows": 7}]}))
