@@ -62,7 +62,8 @@ def test_width_is_measured():
 
 def test_images_that_the_backbone_cannot_take():
     backbone, _ = build_backbone(section("inception_v3"), image_size=None, seed=0)
-    with pytest.raises(ModelError, match=r"InceptionV3 cannot take images of 32 x 32 pixels: .* Set it to a size"):
+    wrong = r"InceptionV3 cannot take images of 32 x 32 pixels: .*Set data.image_size to a size"
+    with pytest.raises(ModelError, match=wrong):
         feature_width(backbone, in_chans=3, image_size=32)
 
 
