@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from tlscale import faults
 from tlscale.data.identity import result_identity
 from tlscale.data.sources.open import ImageSplit
 from tlscale.models.export import export_model
-from tlscale.storage.files import naming_disk_errors, write_json
+from tlscale.storage.files import naming_disk_errors
 from tlscale.storage.run_folder import RunFolder
-from tlscale.tracking.places import places_of, without_places
 from tlscale.training.checkpoint.files import checkpoint_folder
 from tlscale.training.checkpoint.run_state import restore_weights
 from tlscale.training.checkpoint.sharded import load_on_all
@@ -19,6 +17,7 @@ from tlscale.training.input_pipeline import ImagePipeline, InputPipeline
 from tlscale.training.logger import RunLogger
 from tlscale.training.loop_state import LoopState
 from tlscale.training.predictions import Predictions, write_predictions
+from tlscale.training.result import about_data, write_result
 from tlscale.training.scores import fitted, score_of_training
 from tlscale.training.setup import strategy_of
 from tlscale.training.specs import pipeline_spec
@@ -52,7 +51,7 @@ def finish(
     result = _result(state, loop, split, best=best, last=last)
     result["changes"] = run_info["changes"]  # of how it was computed, from start to start
     result |= processes.run_on_main(result_identity, setup.data)
-    processes.run_on_main(_write_result, result, folder)
+    processes.run_on_main(write_result, result, folder)
     logger.write_summary(result)
     return result, how_to_load
 
@@ -96,12 +95,6 @@ def _export(state: TrainState, folder: RunFolder) -> str:
         )
 
 
-def _write_result(result: dict[str, Any], folder: RunFolder) -> None:
-    faults.at("result")
-    with naming_disk_errors(folder.result):
-        write_json(folder.result, result)
-
-
 def _result(state: TrainState, loop: LoopState, split: ImageSplit, *, best: Figures, last: Figures) -> dict[str, Any]:
     """Return the final figures; those at the top are of the exported weights."""
     setup, order = state.setup, state.setup.order
@@ -125,10 +118,7 @@ def _result(state: TrainState, loop: LoopState, split: ImageSplit, *, best: Figu
         "codes": state.codes_cache.stats() if has_codes else None,
         "trainable_params": setup.trainable_params,
         "total_params": setup.total_params,
-        "is_sample": setup.data.is_sample,
-        "notes": without_places(list(setup.data.notes), places_of(setup.recipe)),
-        "num_bad_images": len(setup.bad_images),
-        "skipped_images": setup.bad_images.counts,
+        **about_data(setup),
         "per_class": best["per_class"],
         "confusion": best["confusion"],
     }

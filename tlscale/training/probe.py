@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tlscale import faults
 from tlscale.codes.parts import layer_name, wanted_layers
 from tlscale.codes.probes.kinds import kind_of
 from tlscale.codes.probes.select import Choice, PathRow, choose, given_values, refuse_wrong_probe
@@ -30,16 +29,16 @@ from tlscale.models.classifier import CodesClassifier
 from tlscale.models.export import export_model
 from tlscale.models.features import LayerCodes
 from tlscale.recipe.schema import ProbeSection
-from tlscale.storage.files import naming_disk_errors, write_json
+from tlscale.storage.files import naming_disk_errors
 from tlscale.storage.run_folder import RunFolder
 from tlscale.tracking.console import Console, number
-from tlscale.tracking.places import places_of, without_places
 from tlscale.training.evaluate import scalars
 from tlscale.training.logger import RunLogger
 from tlscale.training.loop_state import LoopState
 from tlscale.training.loss import cross_entropy
 from tlscale.training.metrics import Tally, majority, summary
 from tlscale.training.predictions import Predictions, write_predictions
+from tlscale.training.result import about_data, write_result
 from tlscale.training.run_info import begin_folder
 from tlscale.training.scores import fitted, score_of_probe
 from tlscale.training.setup import RunSetup, strategy_of
@@ -127,9 +126,7 @@ class _Probe:
             how_to_load = _export(setup, choice, chosen, folder)
             write_predictions(folder.predictions, predictions)
         result = self._result(choice, chosen, figures) | result_identity(data)
-        faults.at("result")
-        with naming_disk_errors(folder.result):
-            write_json(folder.result, result)
+        write_result(result, folder)
         return result, how_to_load
 
     def _choose(self) -> Choice:
@@ -202,10 +199,7 @@ class _Probe:
             "codes": self.cache_stats,
             "trainable_params": num_params,
             "total_params": backbone_params + num_params,
-            "is_sample": setup.data.is_sample,
-            "notes": without_places(list(setup.data.notes), places_of(setup.recipe)),
-            "num_bad_images": len(setup.bad_images),
-            "skipped_images": setup.bad_images.counts,
+            **about_data(setup),
             "per_class": figures["per_class"],
             "confusion": figures["confusion"],
         }
