@@ -48,6 +48,19 @@ def spare_resnet(pretrained=False, **keys) -> nn.Module:
     return build_model_with_cfg(SpareResNet, "spare_resnet", pretrained, **_SHAPE, **keys)
 
 
+class WrittenNetwork(nn.Module):
+    """A small network whose forward pass a test writes."""
+
+    def __init__(self, forward, **parts) -> None:
+        super().__init__()
+        for name, part in parts.items():
+            setattr(self, name, part)
+        self._forward = forward
+
+    def forward(self, images):
+        return self._forward(self, images)
+
+
 def section(name="test_resnet", weights="none", **keys) -> BackboneSection:
     return BackboneSection(name=name, weights=weights, **keys)
 

@@ -17,7 +17,7 @@ from tlscale.errors import ModelError, TlscaleError
 from tlscale.recipe.schema import Recipe
 from tlscale.tracking.console import Console, format_duration
 from tlscale.tracking.stopwatch import Stopwatch, describe_seconds
-from tlscale.training.cache_decision import agree_on_partition, refuse_codes_of_a_probe
+from tlscale.training.cache_decision import agree_on_partition
 from tlscale.training.setup import RunSetup, set_up
 from tlscale.training.specs import ask_teacher, cache_spec, open_codes_cache
 
@@ -63,7 +63,6 @@ def compute_codes(recipe: Recipe, watch: Stopwatch | None = None) -> int:
 
 
 def _frozen_codes(setup: RunSetup, processes: Processes, codes_cache: CodesCache, others: list[ImageSplit]) -> None:
-    refuse_codes_of_a_probe(setup.recipe.codes)
     spec = cache_spec(setup, setup.stages[0], processes.device)
     choice = agree_on_partition(setup.classifier, spec, processes, codes_cache.store, force_cache=True)
     if choice.partition is None:

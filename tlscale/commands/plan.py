@@ -18,7 +18,7 @@ from tlscale.commands.tables import show_plan
 from tlscale.distributed.fsdp import unsharded_bytes
 from tlscale.models.features import LayerCodes
 from tlscale.models.partition.partition import Partition
-from tlscale.recipe.schema import Recipe
+from tlscale.recipe.schema import ComputeSection, Recipe
 from tlscale.tracking.console import Console
 from tlscale.training.cache_decision import choose_partition, refuse_codes_of_a_probe, row_bytes, sample_images
 from tlscale.training.optimizer import build_optimizer
@@ -45,8 +45,8 @@ def plan(recipe: Recipe, *, world_size: int) -> None:
         build_optimizer(stage.groups, stage.optim)
         apply_freezing(setup.classifier, stage)
         of = f" of stage {stage.number + 1}" if len(setup.stages) > 1 else ""
-        console.table(f"Frozen part{of}", ("what", "how"), _frozen_rows(stage, setup))
-        console.table(f"Memory of a process{of}", ("what", "MiB"), _memory_rows(setup))
+        console.table(f"Frozen part{of}", ("what", "how"), _frozen_rows(stage, setup, recipe.compute))
+        console.table(f"Memory of a process{of}", ("what", "MiB"), _memory_rows(setup, recipe.compute))
 
 
 def _layer_rows(setup: RunSetup) -> list[tuple[str, ...]]:
@@ -60,9 +60,9 @@ def _layer_rows(setup: RunSetup) -> list[tuple[str, ...]]:
     ]
 
 
-def _frozen_rows(stage: Stage, setup: RunSetup) -> list[tuple[str, str]]:
+def _frozen_rows(stage: Stage, setup: RunSetup, compute: ComputeSection) -> list[tuple[str, str]]:
     """Show where the network is split, what is cached there, and what that saves."""
-    half = setup.recipe.compute.precision in ("bf16", "fp16")
+    half = compute.precision in ("bf16", "fp16")
     autocast = partial(torch.autocast, "cpu", torch.bfloat16) if half else nullcontext
     spec = cache_spec(setup, stage, _CPU)
     choice = choose_partition(setup.classifier, spec, autocast, CodesStore())
@@ -108,11 +108,11 @@ def _median_step_s(module: nn.Module, inputs: Callable[[], tuple[Tensor, ...]]) 
     return statistics.median(seconds[1:]) / _TIMED_IMAGES  # the first one warms up
 
 
-def _memory_rows(setup: RunSetup) -> list[tuple[str, str]]:
+def _memory_rows(setup: RunSetup, compute: ComputeSection) -> list[tuple[str, str]]:
     network = setup.classifier
     trained = sum(param.numel() * param.element_size() for param in network.parameters() if param.requires_grad)
     frozen = sum(param.numel() * param.element_size() for param in network.parameters()) - trained
-    is_spread = setup.recipe.compute.engine == "fsdp2"
+    is_spread = compute.engine == "fsdp2"
     gradients = trained / (setup.split.world_size if is_spread else 1)
     micro = setup.split.micro_batch_size
     activations = activation_bytes(setup) * micro

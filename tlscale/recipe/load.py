@@ -23,7 +23,7 @@ from tlscale.recipe.schema import BackboneSection, Recipe
 from tlscale.recipe.schema_keys import all_keys
 from tlscale.recipe.shipped import shipped_recipes
 from tlscale.recipe.sources import SOURCES
-from tlscale.recipe.validation import check_recipe
+from tlscale.recipe.validation import check_recipe, is_same_value
 from tlscale.recipe.yaml_reader import MAX_BYTES, Node, read_yaml
 from tlscale.recipe.yaml_writer import write_yaml
 
@@ -148,7 +148,7 @@ def diff_recipes(old: Recipe, new: Recipe) -> list[tuple[str, object, object]]:
     return [
         (key, before.get(key), after.get(key))
         for key in dict.fromkeys([*before, *after])
-        if not _same(before.get(key), after.get(key))
+        if not is_same_value(before.get(key), after.get(key))
     ]
 
 
@@ -157,10 +157,6 @@ def _flat(plain: dict[str, Any], prefix: str = "") -> dict[str, object]:
     for key, value in plain.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
-
-
-def _same(one: object, other: object) -> bool:
-    return one == other and isinstance(one, bool) == isinstance(other, bool)
 
 
 def _in_order(mistakes: list[Mistake], path: str) -> list[Mistake]:

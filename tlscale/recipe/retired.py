@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tlscale.recipe.mistakes import Findings
-from tlscale.recipe.validation import show_value
+from tlscale.recipe.validation import is_same_value, show_value
 from tlscale.recipe.yaml_reader import Node
 
 
@@ -93,7 +93,7 @@ def _replace(
         entries[name] = _replace(entries[name], tuple(below), row, findings, notes)
     elif isinstance(row, RetiredKey):
         _tell(entries.pop(name), row, row.default, findings, notes)
-    elif _is(entries[name].plain(), row.value):
+    elif is_same_value(entries[name].plain(), row.value):
         _tell(entries[name], row, None, findings, notes)
         entries[name] = Node(row.successor, entries[name].origin)
     return Node(entries, node.origin)
@@ -104,7 +104,7 @@ def _tell(
 ) -> None:
     """Report a retired value: as a note of a run folder, else as a mistake; nothing of a `silent` one."""
     value = node.plain()
-    if _is(value, silent):
+    if is_same_value(value, silent):
         return
     shown = show_value((row.key,), value)
     if notes is None:
@@ -114,8 +114,3 @@ def _tell(
         notes.append(f"{row.key} = {shown}, as the run began, is retired: read as {successor}")
     else:
         notes.append(f"{row.key} = {shown}, as the run began, is retired: it has no effect")
-
-
-def _is(one: object, other: object) -> bool:
-    """Return whether two plain values are the same; true is not 1."""
-    return one == other and isinstance(one, bool) == isinstance(other, bool)

@@ -171,6 +171,11 @@ def _where_to_add(place: Path) -> str:
     return f"Add '{place[-1]}: ...' {below}; it takes {key.takes}."
 
 
+def is_same_value(one: object, other: object) -> bool:
+    """Return whether two plain values are the same; true is not 1."""
+    return one == other and isinstance(one, bool) == isinstance(other, bool)
+
+
 def show_value(place: Path, value: object) -> str:
     """Return the value as in a recipe, on one line and short; never what looks like a secret."""
     if place and SECRET.search(str(place[-1])):

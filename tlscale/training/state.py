@@ -281,6 +281,6 @@ def _save(state: TrainState, loop: LoopState, folder: RunFolder) -> None:
         state.ema,
         processes.accelerator,
         spent_s=state.setup.watch.spent(),
-        fixed=state.setup.unchanging_keys,
+        unchanging_keys=state.setup.unchanging_keys,
     )
     write_checkpoint(folder.checkpoints, checkpoint, loop, state.keeping, processes)

@@ -8,7 +8,7 @@ import timm
 import torch
 from torch import nn
 
-from tests.small_models import classifier, loss_of, noise, recipe_rules
+from tests.small_models import WrittenNetwork, classifier, loss_of, noise, recipe_rules
 from tlscale.models.classifier import Classifier, enable_gradient_checkpointing
 from tlscale.models.freeze import freeze_parameters
 from tlscale.models.heads import build_head
@@ -283,17 +283,8 @@ def test_gradient_checkpointing_goes_on(name, rule, layer):
 # -- what is cheapest to keep -------------------------------------------------------------------------------------
 
 
-class Parts(nn.Module):
-    """A small network whose forward pass a test writes."""
-
-    def __init__(self, forward, **parts):
-        super().__init__()
-        for name, part in parts.items():
-            setattr(self, name, part)
-        self._forward = forward
-
-    def forward(self, images):
-        return self._forward(self, images)
+class Parts(WrittenNetwork):
+    """One whose frozen parts stay in eval mode."""
 
     def train(self, mode=True):
         super().train(mode)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from timm.layers import BatchNormAct2d, BlurPool2d, DropPath, PatchDropout, SelectAdaptivePool2d
 from torch import nn
 
-from tests.small_models import classifier
+from tests.small_models import WrittenNetwork, classifier
 from tlscale.models.partition.tracing import (
     RECOMPUTED,
     NoPartition,
@@ -21,19 +21,13 @@ from tlscale.models.partition.tracing import (
 )
 
 
-class Parts(nn.Module):
-    """A network whose forward pass a test writes."""
+class Parts(WrittenNetwork):
+    """One that is looked into, and has a trained and a frozen parameter of its own."""
 
     def __init__(self, forward, **parts):
-        super().__init__()
-        for name, part in parts.items():
-            setattr(self, name, part)
-        self._forward = forward
+        super().__init__(forward, **parts)
         self.own = nn.Parameter(torch.zeros(4))  # so that the network is looked into
         self.still = nn.Parameter(torch.zeros(4), requires_grad=False)
-
-    def forward(self, images):
-        return self._forward(self, images)
 
 
 class Masked(nn.Module):

@@ -135,7 +135,7 @@ def test_what_cannot_change_is_not_kept_and_what_can_must_be_there():
         [{"params": list(network.head.parameters()), "names": ["head.0.weight", "head.0.bias"]}]
     )
     made = Accelerator(cpu=True)
-    checkpoint = snapshot(LoopState(step=1), network, optimizer, None, made, fixed=fixed)
+    checkpoint = snapshot(LoopState(step=1), network, optimizer, None, made, unchanging_keys=fixed)
     assert set(checkpoint.tensors["model"]) == set(network.state_dict()) - fixed
     other = classifier(freeze=[r"(conv1|bn1|layer[12])\..*"])
     with torch.no_grad():

@@ -26,6 +26,7 @@ import safetensors.torch
 from torch import Tensor
 
 from tlscale import faults
+from tlscale.data.content import file_stamp
 from tlscale.errors import CheckpointError
 from tlscale.storage.files import flush, flush_and_hash, remove_left_overs, write_text
 from tlscale.training.checkpoint.tensor_file import (
@@ -371,6 +372,4 @@ def _is_verified(folder: Path, run_id: str | None) -> bool:
 
 
 def _states_of(folder: Path) -> list[tuple[object, ...]]:
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    states = [(path, path.stat()) for path in paths]
-    return [(path, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for path, stat in states]
+    return [(path, *file_stamp(path.stat())) for path in sorted(folder.rglob("*")) if path.is_file()]

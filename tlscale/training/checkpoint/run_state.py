@@ -37,7 +37,7 @@ def snapshot(
     accelerator: Accelerator,
     *,
     spent_s: dict[str, float] | None = None,
-    fixed: Collection[str] = (),
+    unchanging_keys: Collection[str] = (),
 ) -> Checkpoint:
     """Make a checkpoint of all that a run is.
 
@@ -48,11 +48,11 @@ def snapshot(
         ema: averages, where they are kept.
         accelerator: whose scaler is saved, where there is one.
         spent_s: seconds of each part of the run so far.
-        fixed: names in the network's state dict of what the run cannot change. They are skipped: the weights that the
-            run began with, whose identity is in `run.json`, have them.
+        unchanging_keys: names in the network's state dict of what the run cannot change. They are skipped: the
+            weights that the run began with, whose identity is in `run.json`, have them.
     """
     tensors, plain = pack_optimizer(optimizer)
-    weights = {name: tensor for name, tensor in network.state_dict().items() if name not in fixed}
+    weights = {name: tensor for name, tensor in network.state_dict().items() if name not in unchanging_keys}
     groups: dict[str, dict[str, Tensor]] = {"model": weights, "optimizer": tensors}
     if ema is not None:
         groups["ema"] = ema.averages
@@ -66,7 +66,7 @@ def restore(
     network: Classifier,
     optimizer: torch.optim.Optimizer,
     ema: Ema | None,
-    fixed: Collection[str] = (),
+    unchanging_keys: Collection[str] = (),
 ) -> None:
     """Put a checkpoint back into the objects of a run; what it remembers is `saved_loop_state`.
 
@@ -75,12 +75,12 @@ def restore(
         network: the bare one.
         optimizer: of the stage that the checkpoint was saved in.
         ema: averages, where they are kept.
-        fixed: as `snapshot` was given it; the network has the weights that the run began with.
+        unchanging_keys: as `snapshot` was given it; the network has the weights that the run began with.
 
     Raises:
         CheckpointError: it is of another network.
     """
-    restore_weights(checkpoint, network, ema, fixed)
+    restore_weights(checkpoint, network, ema, unchanging_keys)
     unpack_optimizer(optimizer, checkpoint.tensors["optimizer"], checkpoint.state["optimizer"])
     faults.at("restored")
 
@@ -90,15 +90,17 @@ def saved_loop_state(checkpoint: Checkpoint) -> LoopState:
     return LoopState.from_plain(checkpoint.state["clock"])
 
 
-def restore_weights(checkpoint: Checkpoint, network: Classifier, ema: Ema | None, fixed: Collection[str] = ()) -> None:
+def restore_weights(
+    checkpoint: Checkpoint, network: Classifier, ema: Ema | None, unchanging_keys: Collection[str] = ()
+) -> None:
     """Put the weights, and their averages, of a checkpoint of any stage back; arguments and errors as `restore`."""
     weights = dict(checkpoint.tensors["model"])
-    lacking = [name for name in network.state_dict() if name not in weights and name not in fixed]
+    lacking = [name for name in network.state_dict() if name not in weights and name not in unchanging_keys]
     if lacking:
         raise CheckpointError(
             f"the checkpoint of step {checkpoint.step} lacks {len(lacking)} of the network's tensors: {lacking[0]} ..."
         )
-    network.load_state_dict(weights, strict=not fixed)
+    network.load_state_dict(weights, strict=not unchanging_keys)
     if ema is not None:
         ema.load(checkpoint.tensors["ema"])
 
