@@ -8,6 +8,7 @@ else that escapes is a bug of ours.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Self
 
@@ -18,11 +19,35 @@ EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: saved, run the same line again with --resume
 
+# What a terminal obeys instead of showing it: C0 and C1 controls but for the tab (escape sequences begin with them),
+# line breaks of Unicode, what turns the direction of text; and surrogates, which stand for bytes that are no UTF-8.
+_OBEYED = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_OWN_BREAK = re.compile(r"\n(?=  )")  # lines of ours after the first are indented, and no other line is ours
+
 
 def render(problem: str, key: str | None = None, remedy: str | None = None) -> str:
     """Return `key: problem. remedy`, without the parts that are not there."""
     about = problem if key is None else f"{key}: {problem}"
     return about if not remedy else f"{about}. {remedy}"
+
+
+def one_line(text: object) -> str:
+    """Return text of others (names, paths) as one line, with what a terminal would obey spelt out (`\\x1b`, `\\n`)."""
+    return _OBEYED.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), str(text))
+
+
+def is_unicode(text: str) -> bool:
+    """Return whether text has a form in UTF-8: names of files may hold bytes that have not."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def own_lines(text: object) -> str:
+    """Return a message of ours as `one_line`, but for the breaks before its indented lines."""
+    return "\n".join(map(one_line, _OWN_BREAK.split(str(text))))
 
 
 def sentences(*parts: str) -> str:
@@ -51,7 +76,7 @@ class TlscaleError(Exception):
         self.remedy = remedy
 
     def __str__(self) -> str:
-        return render(self.problem, self.key, self.remedy)
+        return own_lines(render(self.problem, self.key, self.remedy))
 
 
 class RecipeError(TlscaleError):

@@ -125,7 +125,8 @@ def _outcome(run: Run, variant: Variant, console: Console, *, resume: bool, is_m
     except _ENDS_IT_ALL:
         raise
     except TlscaleError as error:
-        console.say(f"{recipe.name} failed: {error}", style="bold red")
+        said = str(error).replace("\n", "\n  ")  # the breaks that are left are of several mistakes
+        console.say(f"{recipe.name} failed: {said}", style="bold red")
         return Outcome(variant.label, size or 0, recipe.seed, str(variant.folder), digest, error=str(error))
     if not is_main:  # its disk need not have the folder
         return Outcome(variant.label, size or 0, recipe.seed, str(variant.folder), digest)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,11 @@ from tlscale.data.identity import scored_identity, used_identity
 from tlscale.data.sources.open import BadImages
 from tlscale.distributed.processes import start_processes
 from tlscale.distributed.signals import StopRequest
-from tlscale.errors import ResumeError, Stopped
+from tlscale.errors import ResumeError, RunFolderError, Stopped
 from tlscale.recipe.load import diff_recipes, load_stored_recipe, with_values
 from tlscale.recipe.schema import Recipe
 from tlscale.storage.files import naming_disk_errors, write_json
-from tlscale.storage.run_folder import Mode, RunFolder, claim
+from tlscale.storage.run_folder import Mode, RunFolder, claim, forget_stop
 from tlscale.tracking.console import Console
 from tlscale.tracking.stopwatch import Stopwatch
 from tlscale.training.corrections import refuse_uncorrected
@@ -127,9 +127,8 @@ def _obey_earlier_stop(folder: RunFolder) -> None:
 
 def _forget_stop(folder: RunFolder, console: Console) -> None:
     """Remove a request to stop that was made before this start: it was to another run."""
-    if folder.stop.exists():
+    if forget_stop(folder):
         console.say(f"'{folder.stop}' is from before this start, so it is removed")
-        folder.stop.unlink()
 
 
 def _spent_before(folder: RunFolder) -> dict[str, float]:
@@ -152,7 +151,8 @@ def _marking_stop(folder: RunFolder, stop: StopRequest, watch: Stopwatch, *, is_
             by = stop.by or "a signal to another process"
             with naming_disk_errors(folder.stopped):
                 write_json(folder.stopped, {"by": by, "message": str(stopped), "spent_s": watch.spent()})
-            folder.stop.unlink(missing_ok=True)
+            with suppress(RunFolderError):  # the run is saved, and the next start says what is wrong with it
+                forget_stop(folder)
         raise
 
 

@@ -38,20 +38,26 @@ import numpy.typing as npt
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from tlscale.data.formats.jpeg import DamagedError, load_jpeg
+from tlscale.data.formats.others import HEAD_BYTES, other_kind
 from tlscale.data.formats.png import fault_of, scaled_key
 from tlscale.data.formats.tiff import Meaning, UnreadTiffError, describe, is_tiff, meaning_of
 from tlscale.data.formats.webp import has_hole
-from tlscale.errors import DataError
+from tlscale.errors import DataError, render
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 """Pillow's names of the formats that are read; MPO (phone cameras) comes in as JPEG."""
+_NO_IMAGE = f"not an image of the formats {', '.join(FORMATS)}"
 EXTENSIONS = frozenset(
     (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".bmp")
     + (".tif", ".tiff", ".gif", ".ppm", ".pgm", ".pbm", ".pnm")
 )
 """File name endings, in small letters, of those formats."""
 
+LEAVE_OUT = "data.on_bad_image: skip leaves out what cannot be read"
+"""What to do about a bad image."""
+
 Pixels = npt.NDArray[np.uint8]
+_MOST_ASPECT = 10_000  # the shorter side of a resized image has some 256 pixels, and its longer side so many times more
 _ORIENTATION_TAG = 0x0112
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -89,9 +95,10 @@ def decode_image(raw: bytes | npt.NDArray[Any], *, in_chans: int, max_pixels: in
         image = _from_array(raw, max_pixels) if isinstance(raw, np.ndarray) else _from_bytes(raw, max_pixels)
         return _channels(image, in_chans)
     except _BadError as error:
-        raise BadImageError(f"{where}: {error}") from None
+        raise BadImageError(f"{where}: {error}", remedy=LEAVE_OUT) from None
     except Exception as error:  # on hostile bytes Pillow's decoders raise nearly anything
-        raise BadImageError(f"{where}: the image is damaged or cut short ({type(error).__name__}: {error})") from error
+        problem = f"{where}: the image is damaged or cut short ({type(error).__name__}: {error})"
+        raise BadImageError(problem, remedy=LEAVE_OUT) from error
 
 
 def header_hw(file: BinaryIO, where: str) -> tuple[int, int]:
@@ -100,13 +107,22 @@ def header_hw(file: BinaryIO, where: str) -> tuple[int, int]:
     Raises:
         BadImageError: it has no header that can be read.
     """
+    head = file.read(HEAD_BYTES)
+    file.seek(0)
     try:
+        _refuse_others(head)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of sizes, which are checked when the image is decoded
             image = Image.open(file, formats=FORMATS)
         return image.height, image.width
+    except UnidentifiedImageError:
+        raise BadImageError(f"{where}: {_NO_IMAGE}", remedy=LEAVE_OUT) from None
+    except _BadError as error:
+        raise BadImageError(f"{where}: {error}", remedy=LEAVE_OUT) from None
     except Exception as error:  # on hostile bytes Pillow's readers raise nearly anything
-        raise BadImageError(f"{where}: the header cannot be read ({type(error).__name__}: {error})") from error
+        raise BadImageError(
+            f"{where}: the header cannot be read ({type(error).__name__}: {error})", remedy=LEAVE_OUT
+        ) from error
 
 
 class _BadError(Exception):
@@ -125,18 +141,26 @@ def _from_array(pixels: npt.NDArray[Any], max_pixels: int) -> Image.Image:
 
 
 def _from_bytes(raw: bytes, max_pixels: int) -> Image.Image:
+    _refuse_others(raw[:HEAD_BYTES])
     meaning = _tiff_meaning(raw)
     try:
         image = Image.open(io.BytesIO(raw), formats=FORMATS)
     except UnidentifiedImageError:
         if is_tiff(raw):
             raise _BadError(describe(raw)) from None
-        raise _BadError(f"not an image of the formats {', '.join(FORMATS)}{_looks_like(raw)}") from None
+        raise _BadError(_NO_IMAGE) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _BadError(f"too many pixels: {error}") from None
     _check_size(image.width, image.height, max_pixels)
     _load(image, raw)
     return _upright(_eight_bits(image, meaning))
+
+
+def _refuse_others(head: bytes) -> None:
+    """Refuse what its first bytes tell to be of a format that is not read, whatever its name ends in."""
+    kind, remedy = other_kind(head)
+    if kind:
+        raise _BadError(render(f"{_NO_IMAGE}; it is {kind}", remedy=remedy))
 
 
 def _tiff_meaning(raw: bytes) -> Meaning:
@@ -168,22 +192,11 @@ def _load(image: ImageFile.ImageFile, raw: bytes) -> None:
         )
 
 
-def _looks_like(raw: bytes) -> str:
-    known = (
-        (b"%!PS", "PostScript"),
-        (b"\xc5\xd0\xd3\xc6", "PostScript"),
-        (b"%PDF", "PDF"),
-        (b"<", "HTML, XML or SVG"),
-        (b"version https://git-lfs", "a pointer of Git LFS; 'git lfs pull' fetches the file"),
-    )
-    if not raw:
-        return "; it is empty"
-    return next((f"; it looks like {name}" for start, name in known if raw.lstrip()[:32].startswith(start)), "")
-
-
 def _check_size(width: int, height: int, max_pixels: int) -> None:
     if width < 1 or height < 1:
         raise _BadError(f"{width} x {height} pixels: nothing to see")
+    if max(width, height) > _MOST_ASPECT * min(width, height):
+        raise _BadError(f"{width} x {height} pixels: a line more than {_MOST_ASPECT:,} times as long as it is wide")
     if width * height > max_pixels:
         raise _BadError(
             f"{width} x {height} pixels, {width * height / 1e6:.1f} megapixels, more than the "

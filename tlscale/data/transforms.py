@@ -42,6 +42,8 @@ _FILTERS = {
     "hamming": Image.Resampling.HAMMING,
     "box": Image.Resampling.BOX,
 }
+MOST_RESIZED_PIXELS = 1 << 25
+"""Larger results of a resize are cropped piece by piece."""
 _CROP_MODES = ("center", "squash", "border")
 
 
@@ -152,10 +154,12 @@ def eval_transform(image_HWC: Pixels, spec: InputSpec) -> Pixels:
     """
     height, width = image_HWC.shape[:2]
     target_hw = _resized_hw(height, width, spec)
-    if (height, width) != target_hw:
+    if target_hw[0] * target_hw[1] > MOST_RESIZED_PIXELS:
+        image_HWC = _resize_strip(image_HWC, target_hw, spec)
+    elif (height, width) != target_hw:
         image_HWC = _resize(image_HWC, target_hw, spec)
     if image_HWC.shape[:2] != (spec.image_size, spec.image_size):
-        image_HWC = _center_crop(_pad(image_HWC, spec), spec.image_size)
+        image_HWC = _center_crop(_pad(image_HWC, spec), (spec.image_size, spec.image_size))
     return image_HWC
 
 
@@ -176,6 +180,21 @@ def _resize(image_HWC: Pixels, target_hw: tuple[int, int], spec: InputSpec) -> P
     return resized[:, :, None] if spec.in_chans == 1 else resized
 
 
+def _resize_strip(image_HWC: Pixels, target_hw: tuple[int, int], spec: InputSpec) -> Pixels:
+    """Resize an image of 1 x 8000 pixels, say, of which the crop sees a small part, without the memory for all of it.
+
+    Returns:
+        The centre of what `_resize` gives, by the same pixels: Pillow resizes the rows first and then the columns,
+        each line for itself, and so it can be done in pieces that are cropped at once.
+    """
+    size = spec.image_size
+    image_HWC = _center_crop(_resize(image_HWC, (image_HWC.shape[0], target_hw[1]), spec), (image_HWC.shape[0], size))
+    columns = max(1, MOST_RESIZED_PIXELS // (2 * target_hw[0]))
+    pieces = [image_HWC[:, start : start + columns] for start in range(0, size, columns)]
+    resized = (_resize(np.ascontiguousarray(piece), (target_hw[0], piece.shape[1]), spec) for piece in pieces)
+    return np.concatenate([_center_crop(piece, (size, piece.shape[1])) for piece in resized], axis=1)
+
+
 def _pad(image_HWC: Pixels, spec: InputSpec) -> Pixels:
     """Pad an image that is smaller than the crop with the mean color (`border` only)."""
     missing_h, missing_w = (max(0, spec.image_size - side) for side in image_HWC.shape[:2])
@@ -189,10 +208,10 @@ def _pad(image_HWC: Pixels, spec: InputSpec) -> Pixels:
     return padded
 
 
-def _center_crop(image_HWC: Pixels, size: int) -> Pixels:
+def _center_crop(image_HWC: Pixels, size_hw: tuple[int, int]) -> Pixels:
     # Python's rounding to even of half a pixel, because torchvision's crop, and so timm's, has it.
-    top, left = (round((side - size) / 2.0) for side in image_HWC.shape[:2])
-    return np.ascontiguousarray(image_HWC[top : top + size, left : left + size])
+    top, left = (round((side - size) / 2.0) for side, size in zip(image_HWC.shape[:2], size_hw, strict=True))
+    return np.ascontiguousarray(image_HWC[top : top + size_hw[0], left : left + size_hw[1]])
 
 
 @dataclass(slots=True)

@@ -57,7 +57,7 @@ class StopRequest:
     @property
     def requested(self) -> bool:
         """Tell whether the process was asked to stop."""
-        if not self._requested and self._file is not None and self._file.exists():
+        if not self._requested and self._file is not None and os.path.lexists(self._file):
             self._requested, self.by = True, f"the file '{self._file}'"
         return self._requested
 

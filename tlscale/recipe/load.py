@@ -15,7 +15,7 @@ from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tlscale.errors import RecipeError
+from tlscale.errors import RecipeError, is_unicode
 from tlscale.recipe.mistakes import Findings, Mistake, Origin
 from tlscale.recipe.overrides import Override, read_override
 from tlscale.recipe.retired import ADDED, replace_retired
@@ -347,4 +347,8 @@ def _with_absolute_weights(backbone: BackboneSection) -> BackboneSection:
 
 
 def _absolute(path: str) -> str:
-    return os.path.abspath(os.path.expanduser(path))
+    whole = os.path.abspath(os.path.expanduser(path))
+    if not is_unicode(whole):
+        problem = f"'{path}' leads to {os.fsencode(whole)!r}, which is not UTF-8"
+        raise RecipeError(problem, remedy="Rename the folders on the way, such as with convmv")
+    return whole

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from types import UnionType
 from typing import Union, get_args, get_origin
 
+from tlscale.errors import is_unicode
 from tlscale.recipe.mistakes import Findings, Origin
 from tlscale.recipe.retired import is_retired_key
 from tlscale.recipe.schema_keys import SECRET, Key, all_keys, key_of, unknown_key
@@ -36,6 +37,9 @@ def read_override(text: str, findings: Findings, prefix: str = "command line: ")
     key_text, equals, value_text = text.partition("=")
     key_text, value_text = key_text.strip(), value_text.strip()
     origin = Origin(f"{prefix}{key_text}=..." if SECRET.search(text) else f"{prefix}{text}")
+    if not is_unicode(text):
+        findings.add(origin, "not UTF-8 text", "Rename the file or folder that it names, such as with convmv.")
+        return None
     if not equals or not key_text:
         findings.add(origin, "not an override", "Write key.path=value, such as optim.lr=1e-3.")
         return None

@@ -7,6 +7,7 @@ nothing is deleted that tlscale did not make.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -88,6 +89,28 @@ def clear(folder: RunFolder) -> None:
     faults.at("clear")
     for entry in sorted(_entries(folder), key=lambda entry: entry == folder.run_json):
         shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+
+
+def forget_stop(folder: RunFolder) -> bool:
+    """Remove a request to stop: a file, a link (not what it leads to), or an empty folder.
+
+    Returns:
+        Whether there was one.
+
+    Raises:
+        RunFolderError: it is a folder that holds something, or cannot be removed.
+    """
+    if not os.path.lexists(folder.stop):
+        return False
+    is_folder = folder.stop.is_dir() and not folder.stop.is_symlink()
+    try:
+        folder.stop.rmdir() if is_folder else folder.stop.unlink(missing_ok=True)
+    except OSError as error:
+        raise RunFolderError(
+            f"'{folder.stop}' asks each run here to stop, and cannot be removed: {error.strerror or error}",
+            remedy="Remove it, or give another folder: --out DIR",
+        ) from None
+    return True
 
 
 @contextmanager

@@ -28,18 +28,20 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from tlscale.errors import one_line, own_lines
+
 REFRESHES_PER_S = 5.0
 _RATE_WINDOW = 32  # intervals between updates over which the rate for the ETA is the median
 _BAR_WIDTH = 40
 
-# C0 and C1 controls but for newline and tab (escape sequences begin with them), and what turns the text direction.
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
+def visible(text: object, encoding: str = "utf-8", spell: Callable[[object], str] = own_lines) -> str:
+    """Spell out what a terminal would obey in `text`, and what `encoding` lacks (`\\x1b`).
 
-def visible(text: object, encoding: str = "utf-8") -> str:
-    """Spell out the control characters of `text`, and what `encoding` lacks (`\\x1b`)."""
-    shown = _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), str(text))
-    return shown.encode(encoding, "backslashreplace").decode(encoding)
+    Args:
+        spell: `own_lines` for messages, which may have several lines; `one_line` for names.
+    """
+    return spell(text).encode(encoding, "backslashreplace").decode(encoding)
 
 
 def format_duration(seconds: float) -> str:
@@ -222,11 +224,12 @@ class Console:
         """Print a table (above the display); columns of numbers are aligned to the right, and cells are never cut."""
         if not self._enabled:
             return
-        cells = [[visible(cell, self._console.encoding) for cell in row] for row in rows]
-        table = Table(title=Text(visible(title, self._console.encoding)), title_justify="left", box=box.SIMPLE_HEAD)
+        cells = [[visible(cell, self._console.encoding, one_line) for cell in row] for row in rows]
+        caption = Text(visible(title, self._console.encoding, one_line))
+        table = Table(title=caption, title_justify="left", box=box.SIMPLE_HEAD)
         for i, name in enumerate(columns):
             numbers = all(_is_number(row[i]) for row in cells)
-            heading = Text(visible(name, self._console.encoding))
+            heading = Text(visible(name, self._console.encoding, one_line))
             table.add_column(heading, justify="right" if numbers else "left", overflow="fold")
         for row in cells:
             table.add_row(*(Text(cell) for cell in row))

@@ -8,9 +8,10 @@ import sys
 import pytest
 
 from tests.small_runs import environment
+from tlscale.distributed.signals import StopRequest
 from tlscale.errors import EXIT_BAD_INPUT, RunFolderError
 from tlscale.storage.files import write_json
-from tlscale.storage.run_folder import RunFolder, claim, clear
+from tlscale.storage.run_folder import RunFolder, claim, clear, forget_stop
 from tlscale.training.run_info import read_run_info
 
 HOLD = """
@@ -177,3 +178,32 @@ def test_places_that_cannot_be_written(tmp_path):
     for place in places:
         with pytest.raises(RunFolderError, match="cannot write to the run folder"), claim(place, "fresh"):
             pass
+
+
+@pytest.mark.parametrize("what", ["file", "link", "dangling link", "folder"])
+def test_a_request_to_stop_is_heard_and_removed_whatever_it_is(tmp_path, what):
+    folder = RunFolder(tmp_path)
+    (tmp_path / "kept").write_text("kept")
+    put = {
+        "file": folder.stop.touch,
+        "link": lambda: folder.stop.symlink_to("kept"),
+        "dangling link": lambda: folder.stop.symlink_to("gone"),
+        "folder": folder.stop.mkdir,
+    }
+    assert not StopRequest(folder.stop).requested
+    put[what]()
+    assert StopRequest(folder.stop).requested
+    assert forget_stop(folder)
+    assert not StopRequest(folder.stop).requested
+    assert not forget_stop(folder)
+    assert (tmp_path / "kept").read_text() == "kept"
+
+
+def test_a_request_to_stop_that_holds_something_is_not_removed(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.stop.mkdir()
+    (folder.stop / "mine").write_text("mine")
+    with pytest.raises(RunFolderError, match="cannot be removed") as caught:
+        forget_stop(folder)
+    assert caught.value.exit_code == EXIT_BAD_INPUT
+    assert (folder.stop / "mine").read_text() == "mine"

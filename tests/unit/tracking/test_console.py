@@ -177,10 +177,24 @@ def test_text_is_shown_as_it_is(make):
     assert "\x9b" not in shown
 
 
+def test_a_name_cannot_fake_a_line():
+    console = plain()
+    shown = Console(console=console)
+    shown.say("class 'a\ntop1 1.0000' is empty")
+    shown.say("cannot be resumed:\n  optim.lr: 1 -> 2")
+    shown.table("Hardest classes", ["class\nx", "n"], [["cat\n  top1 1.0000", 1], ["\u2028dog", 2]])
+    lines = [line.strip() for line in text_of(console).splitlines()]
+    assert not [line for line in lines if line.startswith("top1")]
+    assert r"class 'a\ntop1 1.0000' is empty" in lines
+    assert "optim.lr: 1 -> 2" in lines
+    assert r"\u2028dog" in text_of(console)
+
+
 @given(st.text())
 def test_visible_text_has_no_control_characters_and_keeps_the_rest(text):
     shown = visible(text)
     assert not any(ord(c) < 32 and c not in "\n\t" or 127 <= ord(c) < 160 for c in shown)
+    assert all(line.startswith("  ") for line in shown.split("\n")[1:])
     if text.isprintable():
         assert shown == text.encode("utf-8", "backslashreplace").decode()
     visible(text, "ascii").encode("ascii")

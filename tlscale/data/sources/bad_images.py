@@ -25,7 +25,7 @@ from tlscale.recipe.schema import DataSection
 from tlscale.storage.files import cache_root, text_sha256
 
 _BLOCK = 256  # images that a thread takes at once
-_RULES = 1  # raise it when `decode_image` comes to refuse what it took before
+_RULES = 2  # raise it when `decode_image` comes to refuse what it took before
 _DIGEST_BYTES = 32
 
 
@@ -100,7 +100,7 @@ def find_bad_images(
             if known is not None and digest is not None:
                 known.add(digest)
         except DataError as error:
-            return row, str(error)
+            return row, error.problem
         return None
 
     rows = range(len(images)) if rows is None else rows

@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
+from stat import S_ISDIR, S_ISREG
 
 import numpy as np
 import pyarrow as pa
@@ -21,10 +22,17 @@ from tlscale.data.sources.labels import sort_labels
 from tlscale.data.sources.paths import local_folder
 from tlscale.data.sources.quoting import first_few, quoted
 from tlscale.data.sources.same_files import Identities, identities_of, number_files
-from tlscale.data.sources.split_names import VALIDATION_NAMES, ScoredSection, are_splits, pick_splits, role_of
-from tlscale.data.sources.stores import FileStore
+from tlscale.data.sources.split_names import (
+    VALIDATION_NAMES,
+    ScoredSection,
+    are_splits,
+    pick_splits,
+    role_of,
+    role_within,
+)
+from tlscale.data.sources.stores import FileStore, kind_of_file
 from tlscale.data.sources.tables import Ints, Role, Source, SourceSplit
-from tlscale.errors import DataError, did_you_mean
+from tlscale.errors import DataError, did_you_mean, is_unicode, one_line
 from tlscale.recipe.schema import DataSection
 
 _LEFT_BY_DESKTOPS = frozenset(("Thumbs.db", "desktop.ini", "__MACOSX"))
@@ -62,7 +70,9 @@ def _pick(section: DataSection, root: Path) -> dict[Role, str] | None:
     for name in filter(None, named):
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise DataError(f"split {name!r} is outside {root}; a split is a folder inside data.path")
-    top = [entry.name for entry in _visible(root) if entry.is_dir()]
+    visible = _visible(root)
+    _refuse_lost_links(entry for entry in visible if role_within(entry.name) is not None)
+    top = [entry.name for entry in visible if _is_dir(entry)]
     nested = [name for name in filter(None, named) if "/" in name and (root / name).is_dir()]
     wanted = [section.train_split]
     if isinstance(section, ScoredSection):
@@ -84,7 +94,7 @@ def _available(root: Path, train: str, top: list[str], nested: list[str]) -> lis
     """Return the folders that may be splits: at the top, those named in the recipe below it, those next to train."""
     holders = {PurePosixPath(name).parts[0] for name in nested}  # their first part alone is no split
     parent = PurePosixPath(train).parent
-    beside = [] if parent.name == "" else [str(parent / e.name) for e in _visible(root / parent) if e.is_dir()]
+    beside = [] if parent.name == "" else [str(parent / e.name) for e in _visible(root / parent) if _is_dir(e)]
     return list(dict.fromkeys([*(name for name in top if name not in holders or name == train), *nested, *beside]))
 
 
@@ -95,7 +105,7 @@ def _tells(name: str) -> bool:
 
 def _unused(root: Path, picked: Iterable[str]) -> Iterator[str]:
     used = {PurePosixPath(name).parts[0] for name in picked}
-    rest = [entry.name for entry in _visible(root) if entry.is_dir() and entry.name not in used]
+    rest = [entry.name for entry in _visible(root) if _is_dir(entry) and entry.name not in used]
     if rest:
         yield f"{root}: not used, as no split has their name: {first_few(quoted(rest))}"
 
@@ -113,18 +123,38 @@ def _read_split(root: Path, name: str) -> tuple[SourceSplit, Identities, list[st
     """Read a split, what identifies its files, and notes on files that are in no class folder."""
     folder = root / name
     entries = _visible(folder)
-    classes = [entry.name for entry in entries if entry.is_dir()]
-    beside = [entry.name for entry in entries if not entry.is_dir()]
+    _refuse_lost_links(entries)
+    classes = [entry.name for entry in entries if _is_dir(entry)]
+    beside = [entry.name for entry in entries if entry.name not in classes]
     lost = [file for file in beside if _is_image_name(file)]
     if lost:
         raise DataError(f"{folder}: images that lie in no class folder: {first_few(lost)}; move them into their class")
     if not classes:
         raise DataError(f"{folder} has no class folders; expected {folder}/CLASS/IMAGE for each class")
     notes = [f"{folder}: not used, as they are no images: {first_few(beside)}"] if beside else []
-    return *_collect(root, name, classes), notes
+    return *_collect(root, name, classes), [*notes, *_hidden_classes(folder)]
+
+
+def _hidden_classes(folder: Path) -> list[str]:
+    """Return a note on folders that hold images and are taken for no class, as their names begin with a dot."""
+    hidden = sorted(entry.name for entry in os.scandir(folder) if entry.name.startswith(".") and _is_dir(entry))
+    with_images = [name for name in hidden if _holds_images(folder / name)]
+    if not with_images:
+        return []
+    shown = first_few(quoted(with_images))
+    return [f"SKIPPED: {one_line(folder)}: hidden folders are no classes, though they hold images: {shown}"]
+
+
+def _holds_images(folder: Path) -> bool:
+    try:
+        return any(_is_image_name(name) for name in os.listdir(folder))
+    except OSError:
+        return False
 
 
 def _collect(root: Path, name: str, classes: list[str]) -> tuple[SourceSplit, Identities]:
+    if strange := [label for label in classes if not is_unicode(label)]:
+        raise DataError(_not_utf8(root / name, strange[0]))
     order, looked_ns = sort_labels(classes), now_ns()
     chunks, counts, stats = [], [], []
     parts: list[str | bytes] = []
@@ -133,7 +163,7 @@ def _collect(root: Path, name: str, classes: list[str]) -> tuple[SourceSplit, Id
         paths, stats_N5, wrong = _read_class(root, name, label)
         problems.extend(wrong)
         if not paths and not wrong:
-            problems.append(f"{root / name / label} is empty: a class needs at least one image")
+            problems.append(f"{one_line(root / name / label)} is empty: a class needs at least one image")
         chunks.append(pa.array(paths, type=pa.large_string()))
         counts.append(len(paths))
         stats.append(stats_N5)
@@ -141,7 +171,7 @@ def _collect(root: Path, name: str, classes: list[str]) -> tuple[SourceSplit, Id
     if problems:
         rest = len(problems) - 5
         more = [f"and {rest:,} more of this kind"] if rest > 0 else []
-        raise DataError("\n".join([*problems[:5], *more]))
+        raise DataError("\n  ".join([*problems[:5], *more]))
     label_ids_N = np.repeat(np.arange(len(order), dtype=np.int64), counts)
     stats_N5 = np.concatenate(stats)
     store = FileStore(str(root), pa.concat_arrays(chunks), digest_of_parts(parts), stats_N5, looked_ns)
@@ -156,19 +186,45 @@ def _read_class(root: Path, name: str, label: str) -> tuple[list[str], Ints, lis
     stats: list[tuple[int, ...]] = []
     wrong: list[str] = []
     for entry in _visible(folder):
+        shown = one_line(entry.path)
         try:
             stat = entry.stat()
         except OSError as error:
-            wrong.append(f"{entry.path}: {error.strerror or error} (a link to nowhere?)")
+            wrong.append(f"{shown}: {error.strerror or error} (a link to nowhere?)")
             continue
-        if entry.is_dir():
-            wrong.append(f"{entry.path} is a folder inside a class folder; use source 'manifest' for nested folders")
+        if S_ISDIR(stat.st_mode):
+            wrong.append(f"{shown} is a folder inside a class folder; use source 'manifest' for nested folders")
         elif not _is_image_name(entry.name):
-            wrong.append(f"{entry.path} has no ending of an image ({_endings()}); take it out of the class folder")
+            wrong.append(f"{shown} has no ending of an image ({_endings()}); take it out of the class folder")
+        elif not S_ISREG(stat.st_mode):
+            wrong.append(f"{shown} is {kind_of_file(stat.st_mode)}, no regular file; take it out of the class folder")
+        elif not is_unicode(entry.name):
+            wrong.append(_not_utf8(folder, entry.name))
         else:
             paths.append(f"{prefix}{label}/{entry.name}")
             stats.append(file_stamp(stat))
     return paths, np.array(stats, dtype=np.int64).reshape(-1, 5), wrong
+
+
+def _is_dir(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # links that go round in a circle
+        return False
+
+
+def _refuse_lost_links(entries: Iterable[os.DirEntry[str]]) -> None:
+    """Refuse links to what is not there, such as a disk that is not mounted: each may be a class, or a split."""
+    lost = [one_line(entry.path) for entry in entries if entry.is_symlink() and not os.path.exists(entry.path)]
+    if lost:
+        raise DataError(f"links to what is not there: {first_few(lost)}", remedy="Bring it back, or take the links out")
+
+
+def _not_utf8(folder: Path, name: str) -> str:
+    return (
+        f"{one_line(folder)}: the name {os.fsencode(name)!r} is not UTF-8; rename it, or all of them: "
+        f"convmv -r -f latin1 -t utf8 --notest {one_line(folder)}"
+    )
 
 
 def _is_image_name(name: str) -> bool:

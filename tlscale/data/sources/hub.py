@@ -27,6 +27,7 @@ from tlscale.data.sources.labels import encode_labels
 from tlscale.data.sources.paths import local_folder
 from tlscale.data.sources.quoting import first_few, quoted
 from tlscale.data.sources.split_names import may_name_splits, pick_splits, split_values
+from tlscale.data.sources.stores import read_image_file
 from tlscale.data.sources.tables import NO_LABEL, Ints, Role, Source, SourceSplit
 from tlscale.errors import DataError
 from tlscale.recipe.schema import DataSection
@@ -76,10 +77,7 @@ class HubStore:
             return bytes(raw)
         if path is None:
             raise DataError(f"{self.where(row)}: there is no image")
-        try:
-            return Path(path).read_bytes()
-        except OSError as error:
-            raise DataError(f"{self.where(row)}: {path} cannot be read: {error.strerror or error}") from None
+        return read_image_file(Path(path), f"{self.where(row)}: {path}")
 
 
 def is_disk_source(data: str) -> bool:

@@ -8,6 +8,7 @@ Shape letters: N rows, C label texts.
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterable
 
 import numpy as np
@@ -18,7 +19,10 @@ from tlscale.data.sources.quoting import first_few, quoted
 from tlscale.data.sources.tables import Ints
 from tlscale.errors import DataError
 
-_INTEGER = re.compile(r"-?(0|[1-9][0-9]*)")
+_INTEGER = re.compile(r"0|-?[1-9][0-9]{0,999}")
+_WHOLE = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.0+)?")
+_MISSING = frozenset(("nan", "na", "<na>", "n/a", "none", "null"))
+_VARIATION_SELECTORS = "\ufe0e\ufe0f"
 
 
 def is_integer(text: str) -> bool:
@@ -30,6 +34,34 @@ def sort_labels(names: Iterable[str]) -> tuple[str, ...]:
     """Sort names, each once: by number where all of them are integers, else by code point."""
     distinct = set(names)
     return tuple(sorted(distinct, key=int) if all(map(is_integer, distinct)) else sorted(distinct))
+
+
+def check_alike(names: Iterable[str], place: str) -> None:
+    """Check that no two names look alike: they would be one class to whoever wrote them, and two to us.
+
+    Raises:
+        DataError: two differ in nothing but their Unicode form, in characters that are not seen, or as `1` and `1.0`.
+    """
+    by_look: dict[str, str] = {}
+    for name in names:
+        other = by_look.setdefault(_look(name), name)
+        if other != name:
+            are_numbers = _WHOLE.fullmatch(name) is not None
+            raise DataError(
+                f"{place}: the labels {ascii(other)} and {ascii(name)} are "
+                f"{'one number' if are_numbers else 'the same to the eye'}, but two classes",
+                remedy="Write them alike (in Unicode's form NFC, without invisible characters), or name them apart",
+            )
+
+
+def _look(name: str) -> str:
+    """Return what is seen of a name, the same for names that look alike."""
+    if name.isascii() and name.isprintable():
+        return str(int(float(name))) if _WHOLE.fullmatch(name) and len(name) < 16 else name
+    seen = (
+        sign for sign in name if unicodedata.category(sign) not in ("Cf", "Cc") and sign not in _VARIATION_SELECTORS
+    )
+    return " ".join(unicodedata.normalize("NFC", "".join(seen)).split())
 
 
 def is_text(kind: pa.DataType) -> bool:
@@ -51,6 +83,10 @@ def encode_labels(labels_N: pa.ChunkedArray, where: str) -> tuple[tuple[str, ...
     if pa.types.is_dictionary(labels_N.type):
         labels_N = labels_N.cast(labels_N.type.value_type)
     kind = labels_N.type
+    try:
+        labels_N.validate(full=True)
+    except pa.ArrowInvalid as error:
+        raise DataError(f"{where}: labels are not readable as text: {error}") from None
     if not (is_text(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind)):
         raise DataError(f"{where}: labels are of type {kind}; expected text or whole numbers")
     text_N = labels_N.cast(pa.large_string()).combine_chunks()
@@ -63,6 +99,17 @@ def encode_labels(labels_N: pa.ChunkedArray, where: str) -> tuple[tuple[str, ...
     if spaced:
         raise DataError(f"{where}: labels with spaces around them: {first_few(quoted(spaced))}; take the spaces out")
     names = sort_labels(texts)
+    _refuse_missing(names, where)
     place = {name: i for i, name in enumerate(names)}
     sorted_C = np.array([place[text] for text in texts], dtype=np.int64)
     return names, sorted_C[encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64)]
+
+
+def _refuse_missing(names: tuple[str, ...], where: str) -> None:
+    """Refuse what programs write for a missing number, where all other labels are numbers."""
+    missing = [name for name in names if name.lower() in _MISSING]
+    if missing and len(missing) < len(names) and all(_WHOLE.fullmatch(name) for name in names if name not in missing):
+        raise DataError(
+            f"{where}: rows have the label {missing[0]!r} among numbers, as if it were missing; fill it in, "
+            "or take the rows out"
+        )

@@ -32,7 +32,7 @@ from tlscale.data.sources.paths import local_path
 from tlscale.data.sources.quoting import first_few, quoted
 from tlscale.data.sources.same_files import identities_of, number_files
 from tlscale.data.sources.split_names import SPLIT_COLUMN, may_name_splits, pick_splits, split_values
-from tlscale.data.sources.stores import BytesStore, FileStore
+from tlscale.data.sources.stores import BytesStore, FileStore, kind_of_file
 from tlscale.data.sources.tables import RawStore, Role, Source, SourceSplit
 from tlscale.errors import DataError, did_you_mean
 from tlscale.recipe.schema import DataSection
@@ -84,14 +84,14 @@ def _hint(file: Path) -> str:
 
 def _read_table(section: DataSection, file: Path) -> tuple[pa.Table, tuple[str, ...]]:
     """Read the columns image, label and, where there is one, split, in this order; and notes on other columns."""
-    try:
-        match file.suffix.lower():
-            case ".csv" | ".tsv":
-                return _read_csv(section, file)
-            case ".parquet" | ".pq":
-                return _read_parquet(section, file)
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{file}: cannot be read as a table: {error}") from None
+    read = {".csv": _read_csv, ".tsv": _read_csv, ".parquet": _read_parquet, ".pq": _read_parquet}
+    if file.suffix.lower() in read:
+        try:
+            table, notes = read[file.suffix.lower()](section, file)
+            table.validate(full=True)  # that text is UTF-8, which Parquet does not promise
+        except (pa.ArrowException, OSError, UnicodeError) as error:
+            raise DataError(f"{file}: cannot be read as a table: {error}") from None
+        return table, notes
     raise DataError(f"{file} has no ending of a table; a manifest ends in {', '.join(TABLE_ENDINGS)}", key="data.path")
 
 
@@ -220,6 +220,7 @@ def _stats(file: Path, column: pa.ChunkedArray) -> Stats | None:
         return None
     root = str(file.parent)
     missing: list[str] = []
+    strange: list[str] = []
     stats_N5 = np.zeros((len(column), 5), dtype=np.int64)
     for row, path in enumerate(_paths(column)):
         _check_inside(file, row, path)
@@ -229,13 +230,15 @@ def _stats(file: Path, column: pa.ChunkedArray) -> Stats | None:
             missing.append(path)
             continue
         if not stat.S_ISREG(found.st_mode):
-            missing.append(path)
+            strange.append(f"{path!r} is {kind_of_file(found.st_mode)}")
         stats_N5[row] = file_stamp(found)
     if missing:
         raise DataError(
             f"{file}: {len(missing):,} of {len(column):,} files are not there: {first_few(quoted(missing))}; "
             f"paths are relative to {root}"
         )
+    if strange:
+        raise DataError(f"{file}: {len(strange):,} of {len(column):,} are no regular files: {first_few(strange)}")
     return stats_N5
 
 

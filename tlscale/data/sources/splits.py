@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from tlscale.data.sources.labels import is_integer, sort_labels
+from tlscale.data.sources.labels import check_alike, is_integer, sort_labels
 from tlscale.data.sources.quoting import first_few, quoted
 from tlscale.data.sources.same_files import check_files
 from tlscale.data.sources.tables import NO_LABEL, ImageSplit, Ints, LabelledTable, Role, Source, SourceSplit
@@ -177,8 +177,9 @@ def number_labels(split: SourceSplit, classes: tuple[str, ...], role: Role, plac
     """Give the labels of a split numbers by their place in `classes`.
 
     Raises:
-        DataError: labels that are no class.
+        DataError: labels that are no class, or alike.
     """
+    check_alike([*classes, *split.used_names()], place)
     number = {name: i for i, name in enumerate(classes)}
     outside = [name for name in split.used_names() if name not in number]
     if outside:

@@ -7,6 +7,7 @@ Shape letters: N rows, H height, W width, 5 the numbers of a `file_stamp`.
 
 from __future__ import annotations
 
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,38 @@ import pyarrow as pa
 
 from tlscale.data.content import stamp_bytes
 from tlscale.data.sources.tables import Ints
-from tlscale.errors import DataError
+from tlscale.errors import DataError, one_line
+
+MOST_FILE_BYTES = 2 << 30
+"""A larger file is no image of a size that is read, and reading it would fill the memory."""
+
+
+def read_image_file(path: Path, where: str) -> bytes:
+    """Read a regular file.
+
+    Args:
+        where: its place, for messages.
+
+    Raises:
+        DataError: it is not there, no regular file (reading a pipe waits for ever), or too large for an image.
+    """
+    try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise DataError(f"{where} is {kind_of_file(found.st_mode)}, no regular file")
+        if found.st_size > MOST_FILE_BYTES:
+            raise DataError(
+                f"{where}: a file of {found.st_size / 2**30:,.1f} GiB is no image; the most is {MOST_FILE_BYTES >> 30}"
+            )
+        return path.read_bytes()
+    except (OSError, ValueError) as error:  # a name with a zero in it
+        raise DataError(f"{where}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+
+
+def kind_of_file(mode: int) -> str:
+    """Return what `st_mode` says a file is, in words."""
+    kinds = ((stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"), (stat.S_ISDIR, "a folder"))
+    return next((words for is_kind, words in kinds if is_kind(mode)), "a device")
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,16 +74,13 @@ class FileStore:
         return [stamp_bytes(stats, self.looked_ns) for stats in self.stats_N5[rows_N].tolist()]
 
     def where(self, row: int) -> str:
-        return str(self.file_of(row))
+        return one_line(self.file_of(row))
 
     def file_of(self, row: int) -> Path:
         return Path(self.root, self.paths_N[row].as_py())
 
     def read(self, row: int) -> bytes:
-        try:
-            return self.file_of(row).read_bytes()
-        except OSError as error:
-            raise DataError(f"{self.where(row)}: cannot be read: {error.strerror or error}") from None
+        return read_image_file(self.file_of(row), self.where(row))
 
 
 @dataclass(frozen=True, eq=False)
