@@ -28,8 +28,8 @@ from tlscale.codes.parts import Part, layer_parts
 from tlscale.codes.reader import Codes
 from tlscale.codes.shards import BLOCK
 from tlscale.codes.store import CodesStore
+from tlscale.data.augment import Augmenter
 from tlscale.data.image_cache import ImageCache
-from tlscale.data.loader import make_augmenter
 from tlscale.data.sources.open import ImageSplit
 from tlscale.data.transforms import ImageBatch, InputPath
 from tlscale.distributed.host import versions_of
@@ -99,7 +99,7 @@ class CodesCache:
         spec, split = self.spec, self.images.data.train
         if not spec.augment:
             return CodeViews({0: self.codes(module, parts, split)}, split.labels_N)
-        augmenter = make_augmenter(spec.inputs.spec, spec.augment)
+        augmenter = Augmenter(spec.augment, spec.inputs.spec)
         uncached = self.images.uncached(split, crops="crop" in spec.augment)
         open_cached = partial(self.images.train, every=True)
         codes = {}

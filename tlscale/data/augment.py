@@ -19,19 +19,10 @@ import torch
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
-from tlscale.errors import RecipeError, did_you_mean
+from tlscale.data.transforms import InputSpec
 
 _RANDAUGMENT_OPERATIONS = 2
 Box = tuple[int, int, int, int]
-
-
-@dataclass(frozen=True, slots=True)
-class Look:
-    """What augmented images look like: size in pixels, how a crop is resized, and the color of what is erased."""
-
-    image_size: int
-    interpolation: str
-    erase_color: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,35 +37,16 @@ class Mixes:
 class Augmenter:
     """The augmentations of a recipe."""
 
-    def __init__(
-        self,
-        augment: Mapping[str, float | None],
-        *,
-        image_size: int,
-        interpolation: str,
-        erase_color: tuple[int, ...],
-    ) -> None:
+    def __init__(self, augment: Mapping[str, float | None], spec: InputSpec) -> None:
         """
         Args:
             augment: names with their numbers, as `augmentation_values` gives them; their order has no effect.
-            image_size: S, in pixels.
-            interpolation: of a crop's resize; `hamming` and `box`, which tensors do not have, become bilinear.
-            erase_color: one number of 0..255 for each channel.
-
-        Raises:
-            RecipeError: there is no such augmentation.
+            spec: of the images.
         """
-        unknown = sorted(set(augment) - {*STEPS, *MIXES})
-        if unknown:
-            raise RecipeError(
-                f"there is no '{unknown[0]}'.{did_you_mean(unknown[0], [*STEPS, *MIXES])} There are: "
-                f"{', '.join((*STEPS, *MIXES))}",
-                key="data.augment",
-            )
-        look = Look(image_size, interpolation, erase_color)
+        assert set(augment) <= {*STEPS, *MIXES}, f"the schema takes no others than {[*STEPS, *MIXES]}"
         self._mix_alphas = {name: augment[name] or 0.0 for name in MIXES if name in augment}
-        self._image_size = image_size
-        self._steps = [build(augment[name] or 0.0, look) for name, build in STEPS.items() if name in augment]
+        self._image_size = spec.image_size
+        self._steps = [build(augment[name] or 0.0, spec) for name, build in STEPS.items() if name in augment]
 
     @property
     def mixes(self) -> bool:
@@ -93,15 +65,15 @@ class Augmenter:
         """
         if not self._steps:
             return images if isinstance(images, Tensor) else torch.stack(list(images))
+        augmented = []
         with _own_randomness() as generator:
-            return torch.stack([self._one(image, key, generator) for image, key in zip(images, keys_B, strict=True)])
-
-    def _one(self, image_CHW: Tensor, key: np.uint64, generator: torch.Generator) -> Tensor:
-        # torch's CPU generator takes the low 32 bits of a seed: some images share their draws, which does no harm.
-        generator.manual_seed(int(key))
-        for step in self._steps:
-            image_CHW = step(image_CHW)
-        return image_CHW
+            for image_CHW, key in zip(images, keys_B, strict=True):
+                # torch's CPU generator takes the low 32 bits of a seed: some images share their draws; no harm.
+                generator.manual_seed(int(key))
+                for step in self._steps:
+                    image_CHW = step(image_CHW)
+                augmented.append(image_CHW)
+        return torch.stack(augmented)
 
     def draw_mixes(self, keys_B: npt.NDArray[np.uint64], num_images: int) -> Mixes:
         """Draw a partner for each image among all `num_images` of the split, so that the batch has no part in it."""
@@ -119,57 +91,38 @@ class Augmenter:
         return int(partner * num_images), *MIXES[name](lam, y, x, self._image_size)
 
 
-def _cut_box(lam: float, y: float, x: float, size: int) -> Box:
-    """Return a square of area 1 - lam around a point anywhere in the image; y and x are in 0..1."""
+def _cutmix(lam: float, y: float, x: float, size: int) -> tuple[float, Box]:
+    """Return the share and place of a square of area 1 - lam around a point anywhere in the image."""
     side = int(size * (1.0 - lam) ** 0.5)
     top, left = int(y * size) - side // 2, int(x * size) - side // 2
-    return max(0, top), min(size, top + side), max(0, left), min(size, left + side)
-
-
-def _mixup(lam: float, y: float, x: float, size: int) -> tuple[float, Box]:
-    return lam, (0, 0, 0, 0)
-
-
-def _cutmix(lam: float, y: float, x: float, size: int) -> tuple[float, Box]:
-    box = _cut_box(lam, y, x, size)
+    box = max(0, top), min(size, top + side), max(0, left), min(size, left + side)
     # The box is cut off at the edges and has whole pixels, so its area is what counts (Yun et al. 2019, CutMix).
     return 1.0 - (box[1] - box[0]) * (box[3] - box[2]) / size**2, box
 
 
-MIXES: dict[str, Callable[[float, float, float, int], tuple[float, Box]]] = {"mixup": _mixup, "cutmix": _cutmix}
+MIXES: dict[str, Callable[[float, float, float, int], tuple[float, Box]]] = {
+    "mixup": lambda lam, y, x, size: (lam, (0, 0, 0, 0)),
+    "cutmix": _cutmix,
+}
 """By name, a function from (share of the image itself as drawn, place of the box down and across in 0..1, image size)
 to the share of the image itself and the box. Where both are named, the order decides which of them a draw takes."""
 
 
-def _crop(number: float, look: Look) -> v2.Transform:
-    mode = InterpolationMode("bilinear" if look.interpolation in ("hamming", "box") else look.interpolation)
-    return v2.RandomResizedCrop(look.image_size, scale=(number, 1.0), interpolation=mode, antialias=True)
+def _crop(number: float, spec: InputSpec) -> v2.Transform:
+    # Tensors have no `hamming` and `box`.
+    mode = InterpolationMode("bilinear" if spec.interpolation in ("hamming", "box") else spec.interpolation)
+    return v2.RandomResizedCrop(spec.image_size, scale=(number, 1.0), interpolation=mode, antialias=True)
 
 
-def _flip(number: float, look: Look) -> v2.Transform:
-    return v2.RandomHorizontalFlip(number)
-
-
-def _trivialaugment(number: float, look: Look) -> v2.Transform:
-    return v2.TrivialAugmentWide(interpolation=InterpolationMode.BILINEAR)
-
-
-def _randaugment(number: float, look: Look) -> v2.Transform:
-    return v2.RandAugment(_RANDAUGMENT_OPERATIONS, round(number), interpolation=InterpolationMode.BILINEAR)
-
-
-def _erasing(number: float, look: Look) -> v2.Transform:
-    return v2.RandomErasing(number, value=[float(value) for value in look.erase_color])
-
-
-STEPS: dict[str, Callable[[float, Look], v2.Transform]] = {
+_BILINEAR = InterpolationMode.BILINEAR
+STEPS: dict[str, Callable[[float, InputSpec], v2.Transform]] = {
     "crop": _crop,
-    "flip": _flip,
-    "trivialaugment": _trivialaugment,
-    "randaugment": _randaugment,
-    "erasing": _erasing,
+    "flip": lambda number, spec: v2.RandomHorizontalFlip(number),
+    "trivialaugment": lambda number, spec: v2.TrivialAugmentWide(interpolation=_BILINEAR),
+    "randaugment": lambda number, spec: v2.RandAugment(_RANDAUGMENT_OPERATIONS, round(number), interpolation=_BILINEAR),
+    "erasing": lambda number, spec: v2.RandomErasing(number, value=[float(value) for value in spec.mean_color]),
 }
-"""By name, a function from (number, 0 for those that take none; what images look like) to what is done to each image;
+"""By name, a function from (number, 0 for those that take none; the spec of the images) to what is done to each image;
 in the order in which they are applied, the usual one: crop, flip, policy, and what is erased last of all.
 
 A new augmentation is a row here (or in `MIXES`) and a row in `tlscale.recipe.field_types.AUGMENTATIONS`."""

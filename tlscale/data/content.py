@@ -12,9 +12,8 @@ from __future__ import annotations
 import hashlib
 import os
 import sqlite3
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -87,12 +86,7 @@ class ContentIndex:
     """Digests of files that were read before, in one small database; where it cannot be used, files are read again."""
 
     def __init__(self, path: Path | None = None) -> None:
-        """
-        Args:
-            path: by default `$TLSCALE_CACHE/contents.sqlite`.
-        """
-        cache = cache_root()
-        self.path = path if path is not None else cache / "contents.sqlite"
+        self.path = path if path is not None else cache_root() / "contents.sqlite"
 
     def look_up(self, stamps: Iterable[bytes]) -> dict[bytes, bytes]:
         """Return the digests of those of the stamps that are known."""
@@ -100,7 +94,7 @@ class ContentIndex:
         wanted = list(stamps)
         if not wanted or not self.path.exists():
             return found
-        with suppress(sqlite3.Error, OSError), self._opened() as database:
+        with suppress(sqlite3.Error, OSError), closing(sqlite3.connect(self.path, timeout=_BUSY_S)) as database:
             for start in range(0, len(wanted), 500):
                 some = wanted[start : start + 500]
                 query = f"SELECT stamp, digest, seal FROM contents WHERE stamp IN ({','.join('?' * len(some))})"
@@ -115,14 +109,9 @@ class ContentIndex:
         rows = [(stamp, digest, _seal(stamp, digest)) for stamp, digest in digests.items()]
         with suppress(sqlite3.Error, OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self._opened() as database, database:
+            with closing(sqlite3.connect(self.path, timeout=_BUSY_S)) as database, database:
                 database.execute(_TABLE)
                 database.executemany("INSERT OR REPLACE INTO contents VALUES (?, ?, ?)", rows)
-
-    @contextmanager
-    def _opened(self) -> Iterator[sqlite3.Connection]:
-        with closing(sqlite3.connect(self.path, timeout=_BUSY_S)) as database:
-            yield database
 
 
 def _seal(stamp: bytes, digest: bytes) -> bytes:
@@ -171,8 +160,3 @@ class Contents:
         digests = digest_bytes(self.digests_N[rows_N])
         index.add({stamp: digest for stamp, digest in zip(stamps_N, digests, strict=True) if stamp is not None})
         self.saved_N[rows_N] = True
-
-
-def now_ns() -> int:
-    """Return the time that files' times compare with."""
-    return time.time_ns()

@@ -142,9 +142,11 @@ def _from_array(pixels: npt.NDArray[Any], max_pixels: int) -> Image.Image:
 
 def _from_bytes(raw: bytes, max_pixels: int) -> Image.Image:
     _refuse_others(raw[:HEAD_BYTES])
-    meaning = _tiff_meaning(raw)
     try:
+        meaning = meaning_of(raw) if is_tiff(raw) else Meaning()
         image = Image.open(io.BytesIO(raw), formats=FORMATS)
+    except UnreadTiffError as error:
+        raise _BadError(str(error)) from None
     except UnidentifiedImageError:
         if is_tiff(raw):
             raise _BadError(describe(raw)) from None
@@ -161,13 +163,6 @@ def _refuse_others(head: bytes) -> None:
     kind, remedy = other_kind(head)
     if kind:
         raise _BadError(render(f"{_NO_IMAGE}; it is {kind}", remedy=remedy))
-
-
-def _tiff_meaning(raw: bytes) -> Meaning:
-    try:
-        return meaning_of(raw) if is_tiff(raw) else Meaning()
-    except UnreadTiffError as error:
-        raise _BadError(str(error)) from None
 
 
 def _load(image: ImageFile.ImageFile, raw: bytes) -> None:
@@ -218,17 +213,13 @@ def _channels(image: Image.Image, in_chans: int) -> Pixels:
         grey_HW, alpha_HW = np.moveaxis(np.asarray(image).astype(np.int64), 2, 0)
         image = Image.fromarray(np.minimum(grey_HW + 255 - alpha_HW, 255).astype(np.uint8))
     if image.mode in _WITH_ALPHA or "transparency" in image.info:
-        image = _over_white(image)
+        rgba = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     if image.mode not in ("L", "RGB"):
         image = image.convert("L" if image.mode == "1" else "RGB")
     mode = "L" if in_chans == 1 else "RGB"
     pixels_HWC = np.array(image if image.mode == mode else image.convert(mode), dtype=np.uint8)
     return pixels_HWC[:, :, None] if in_chans == 1 else pixels_HWC
-
-
-def _over_white(image: Image.Image) -> Image.Image:
-    rgba = image if image.mode == "RGBA" else image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
 
 
 def _eight_bits(image: Image.Image, meaning: Meaning) -> Image.Image:

@@ -9,7 +9,7 @@ Shape letters: N images of a split.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -33,7 +33,6 @@ def used_identity(data: ImageData, by: By | None = None) -> Identity:
     """Return the identity of the rows that a run trains on and chooses by.
 
     Args:
-        data: of the run.
         by: what stands for an image; `content` reads what is not known. None: content where it is known of all.
 
     Raises:
@@ -78,9 +77,5 @@ def _identity(classes: Sequence[str], splits: Sequence[ImageSplit], by: By | Non
     for split in splits:
         split.table.remember()  # what the run has read by now
         parts += [split.name, str(len(split)), split.labels_N.astype("<i8").tobytes()]
-        parts += _images(split, by)
+        parts += [split.digests().tobytes()] if by == "content" else split.places()
     return Identity(digest_of_parts(parts), by)
-
-
-def _images(split: ImageSplit, by: By) -> Iterable[bytes | str]:
-    return [split.digests().tobytes()] if by == "content" else split.places()

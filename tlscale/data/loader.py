@@ -138,7 +138,12 @@ class ImageStore:
 
     def _decode(self, row: int, raws: Mapping[int, Raw] | None = None) -> Pixels:
         raw = raws.get(row) if raws is not None else None
-        return _decoded(self.split, row, self.spec.in_chans, round(self._section.max_megapixels * 1e6), raw)
+        return decode_image(
+            self.split.read(row) if raw is None else raw,
+            in_chans=self.spec.in_chans,
+            max_pixels=round(self._section.max_megapixels * 1e6),
+            where=self.split.where(row),
+        )
 
     def _prepare(self, row: int, raws: Mapping[int, Raw] | None = None) -> Pixels:
         return eval_transform(self._decode(row, raws), self.spec)
@@ -159,7 +164,9 @@ class ImageStore:
 
     def _keep_originals(self, on_images: Callable[[int], None]) -> _Originals | None:
         budget = self._section.cache_mib * _MIB
-        expected = self._expected_bytes()
+        sampled = np.unique(np.linspace(0, len(self) - 1, min(_SAMPLE, len(self))).astype(np.int64)).tolist()
+        sizes = [image.size for image in map_in_threads(self._decode, sampled)]
+        expected = round(sum(sizes) / len(sizes) * len(self))
         if expected > budget:
             return None
         pixels = np.empty(expected, np.uint8)
@@ -177,11 +184,6 @@ class ImageStore:
             on_images(len(images))
         pixels.resize(end, refcheck=False)
         return _Originals(pixels, starts_N, shapes_N3)
-
-    def _expected_bytes(self) -> int:
-        rows = np.unique(np.linspace(0, len(self) - 1, min(_SAMPLE, len(self))).astype(np.int64)).tolist()
-        sizes = [image.size for image in map_in_threads(self._decode, rows)]
-        return round(sum(sizes) / len(sizes) * len(self))
 
 
 @dataclass(frozen=True)
@@ -252,7 +254,7 @@ def train_batches(
     """
     assert store.crops == ("crop" in augment)
     assert len(store) == order.num_images
-    augmenter = make_augmenter(store.spec, augment)
+    augmenter = Augmenter(augment, store.spec)
     steps = range(start_step, stop_step)
     wanted = (
         replace(micro_batch, epoch=micro_batch.epoch % views) if views is not None else micro_batch
@@ -288,11 +290,6 @@ def eval_batch(store: ImageStore | HeldImages, rows_B: Ints) -> ImageBatch:
     return ImageBatch(images_BCHW, store.labels(rows_B), torch.from_numpy(rows_B), len(rows_B))
 
 
-def make_augmenter(spec: InputSpec, augment: Mapping[str, float | None]) -> Augmenter:
-    """Make the augmenter for images of this input; `augment` as `augmentation_values` gives it."""
-    return Augmenter(augment, image_size=spec.image_size, interpolation=spec.interpolation, erase_color=spec.mean_color)
-
-
 def train_batch(store: ImageStore | HeldImages, augmenter: Augmenter, seed: int, micro_batch: MicroBatch) -> ImageBatch:
     """Make a micro-batch as training sees it in its epoch: augmented, and with the partners of mixup."""
     rows_B = micro_batch.rows_B
@@ -309,11 +306,6 @@ def train_batch(store: ImageStore | HeldImages, augmenter: Augmenter, seed: int,
         batch.partner_labels_B = store.labels(mixes.partners_B)
         batch.lam_B, batch.boxes_B4 = torch.from_numpy(mixes.lam_B), torch.from_numpy(mixes.boxes_B4)
     return batch
-
-
-def _decoded(split: ImageSplit, row: int, in_chans: int, max_pixels: int, raw: Raw | None = None) -> Pixels:
-    raw = split.read(row) if raw is None else raw
-    return decode_image(raw, in_chans=in_chans, max_pixels=max_pixels, where=split.where(row))
 
 
 def _blocks(count: int) -> list[range]:

@@ -12,13 +12,13 @@ import statistics
 import numpy as np
 
 from tlscale.data.decode import BadImageError, header_hw
-from tlscale.data.sources.tables import ImageTable
+from tlscale.data.sources.tables import LabelledTable
 from tlscale.errors import DataError
 
 MOST_HEADERS = 256
 
 
-def median_side_px(table: ImageTable) -> int:
+def median_side_px(table: LabelledTable) -> int:
     """Return the median of the shorter sides of at most `MOST_HEADERS` images, evenly spaced over the table.
 
     An image whose header cannot be read does not count: it is for those who decode it to find it bad.
@@ -39,7 +39,7 @@ def median_side_px(table: ImageTable) -> int:
     return statistics.median_low(sides)
 
 
-def _shorter_side(table: ImageTable, row: int) -> int:
+def _shorter_side(table: LabelledTable, row: int) -> int:
     where, path = table.where(row), table.file_of(row)
     if path is not None:
         try:

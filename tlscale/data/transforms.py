@@ -66,10 +66,7 @@ class InputSpec:
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> InputSpec:
         """Read what `to_plain` gave, also after a trip through JSON."""
-        values: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value for key, value in plain.items()
-        }
-        return cls(**values)
+        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in plain.items()})
 
     @property
     def mean_color(self) -> tuple[int, ...]:
@@ -238,11 +235,10 @@ class ImageBatch:
         return self._each(lambda tensor: tensor.pin_memory())
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> ImageBatch:
-        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        for name, value in values.items():
-            if isinstance(value, Tensor):
-                values[name] = change(value)
-        return ImageBatch(**values)
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return ImageBatch(
+            **{key: change(value) if isinstance(value, Tensor) else value for key, value in values.items()}
+        )
 
 
 def normalise(images_BCHW: Tensor, spec: InputSpec, dtype: torch.dtype) -> Tensor:
@@ -257,7 +253,7 @@ def to_input(batch: ImageBatch, spec: InputSpec, dtype: torch.dtype) -> Tensor:
     Returns:
         (B, C, H, W) of `dtype`. Computed in float32, or float64 for float64.
     """
-    work_dtype = _work_dtype(dtype)
+    work_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     images_BCHW = normalise(batch.images_BCHW, spec, work_dtype)
     if batch.partners_BCHW is None or batch.lam_B is None or batch.boxes_B4 is None:
         return images_BCHW.to(dtype)
@@ -286,10 +282,6 @@ class InputPath:
     def __call__(self, batch: ImageBatch) -> tuple[Tensor]:
         images_BCHW = to_input(batch.to(self.device, non_blocking=True), self.spec, self.dtype)
         return (images_BCHW.contiguous(memory_format=torch.channels_last) if self.channels_last else images_BCHW,)
-
-
-def _work_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @functools.lru_cache(maxsize=32)

@@ -19,7 +19,8 @@ from tlscale.codes.extract import extract_codes
 from tlscale.codes.shards import BLOCK
 from tlscale.codes.store import CodesStore
 from tlscale.data import content
-from tlscale.data.loader import ImageStore, make_augmenter, train_batch
+from tlscale.data.augment import Augmenter
+from tlscale.data.loader import ImageStore, train_batch
 from tlscale.data.sampler import MicroBatch
 from tlscale.data.sources.open import open_data
 from tlscale.data.sources.stores import FileStore
@@ -195,7 +196,7 @@ def test_a_view_belongs_to_contents_and_draws(tmp_path, monkeypatch, names, cach
     def codes(view: int):
         split = data.opened().train
         kept, bare = ImageStore(split, section, SPEC, crops=crops), ImageStore(split, bare_section, SPEC, crops=crops)
-        augmenter = make_augmenter(SPEC, augment)
+        augmenter = Augmenter(augment, SPEC)
         pictures = ViewImages(split, view, 5, augmenter, bare, lambda: kept, mixed)
         found = codes_of(tmp_path / "codes", pictures)
         rows_N = np.arange(len(split))

@@ -8,21 +8,20 @@ for anything else, and a folder that cannot be written is no error.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import PIL
 
 from tlscale.data.content import content_digest
 from tlscale.data.decode import decode_image
-from tlscale.data.sources.tables import Raw, Role, SourceSplit
+from tlscale.data.sources.tables import ImageSplit, RawStore, Role, SourceSplit
 from tlscale.data.workers import map_in_threads
 from tlscale.errors import DataError
 from tlscale.recipe.schema import DataSection
-from tlscale.storage.files import cache_root, text_sha256
+from tlscale.storage.files import cache_root, replacing, text_sha256
 
 _BLOCK = 256  # images that a thread takes at once
 _RULES = 2  # raise it when `decode_image` comes to refuse what it took before
@@ -72,16 +71,8 @@ def find_bad(section: DataSection, splits: Mapping[Role, SourceSplit]) -> BadIma
     return BadImages({role: rows for role, rows in found.items() if rows})
 
 
-class _Images(Protocol):
-    def __len__(self) -> int: ...
-
-    def read(self, row: int, /) -> Raw: ...
-
-    def where(self, row: int, /) -> str: ...
-
-
 def find_bad_images(
-    images: _Images, *, max_pixels: int, rows: Sequence[int] | None = None, known: _Checked | None = None
+    images: RawStore | ImageSplit, *, max_pixels: int, rows: Sequence[int] | None = None, known: _Checked | None = None
 ) -> list[tuple[int, str]]:
     """Return the images that cannot be read, each with the reason.
 
@@ -113,9 +104,8 @@ class _Checked:
     """Digests of images that were decoded and found sound, by these rules and this Pillow."""
 
     def __init__(self, max_pixels: int) -> None:
-        root = cache_root()
         rules = f"{_RULES} {PIL.__version__} {max_pixels}"
-        self._folder = root / "checked" / text_sha256(rules)[:16]
+        self._folder = cache_root() / "checked" / text_sha256(rules)[:16]
         self._known: set[bytes] = set()
         self._new: set[bytes] = set()
         for path in self._folder.glob("*.sha256"):
@@ -138,12 +128,7 @@ class _Checked:
         if not self._new:
             return
         content = b"".join(sorted(self._new))
-        path = self._folder / f"{hashlib.sha256(content).hexdigest()[:32]}.sha256"
-        aside = path.with_suffix(f".{os.getpid()}.tmp")
-        try:
+        with suppress(OSError):
             self._folder.mkdir(parents=True, exist_ok=True)
-            aside.write_bytes(content)
-            aside.replace(path)
-        except OSError:
-            with suppress(OSError):
-                aside.unlink(missing_ok=True)
+            with replacing(self._folder / f"{hashlib.sha256(content).hexdigest()[:32]}.sha256") as aside:
+                aside.write_bytes(content)

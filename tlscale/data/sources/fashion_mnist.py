@@ -54,8 +54,12 @@ def read_fashion_mnist(section: DataSection) -> Source:
     Raises:
         DataError: a place has files of other content; or no place has any and the recipe allows no sample.
     """
-    _check_section(section)
-    places = _places()
+    for key, default in (("train_split", "train"), ("validation_split", None), ("test_split", "test")):
+        if getattr(section, key) != default:
+            raise DataError(f"data.{key} has no effect with source 'fashion_mnist': its splits are train and test")
+    named = os.environ.get("TLSCALE_DATA")
+    below_named = [Path(named) / "fashion-mnist", Path(named)] if named else []
+    places = [*below_named, cache_root() / "data" / "fashion-mnist", DEBIAN_FOLDER]
     for folder in places:
         if any(find_idx(folder, prefix, kind) for prefix in _PREFIXES.values() for kind in ("images", "labels")):
             return _read_folder(folder)
@@ -64,7 +68,7 @@ def read_fashion_mnist(section: DataSection) -> Source:
     except DataError as error:
         if section.fallback == "sample":
             return read_sample()
-        looked = "\n".join(f"  {place}: no such files" for place in map(str, places))
+        looked = "\n".join(f"  {place}: no such files" for place in places)
         raise DataError(
             "Fashion-MNIST was not found. Looked for train-images-idx3-ubyte.gz and its three companions in\n"
             f"{looked}\n"
@@ -72,13 +76,15 @@ def read_fashion_mnist(section: DataSection) -> Source:
             "Ways out: install Debian's package dataset-fashion-mnist; or set TLSCALE_DATA to a folder with the four "
             "files; or write 'fallback: sample' under 'data' to run on the 7,000 images that ship with tlscale"
         ) from None
-    return _checked(source)
+    for role, split in source.splits.items():
+        check_content(role, split, source.place)
+    splits = {role: replace(split, label_names=CLASSES) for role, split in source.splits.items()}
+    return replace(source, splits=splits, declared_classes=CLASSES)
 
 
 def read_sample() -> Source:
     """Read the shipped sample: 6,000 + 1,000 of the real images."""
-    section = DataSection.model_validate({"source": "manifest", "path": str(SAMPLE)})
-    source = read_manifest_source(section)
+    source = read_manifest_source(DataSection.model_validate({"source": "manifest", "path": str(SAMPLE)}))
     total = sum(len(split.label_ids_N) for split in source.splits.values())
     note = (
         f"FALLBACK SAMPLE: Fashion-MNIST was not found; this run uses {total:,} of its 70,000 images, shipped with "
@@ -88,50 +94,26 @@ def read_sample() -> Source:
     return replace(source, splits=splits, declared_classes=CLASSES, notes=(note,), is_sample=True)
 
 
-def _check_section(section: DataSection) -> None:
-    for key, default in (("train_split", "train"), ("validation_split", None), ("test_split", "test")):
-        if getattr(section, key) != default:
-            raise DataError(f"data.{key} has no effect with source 'fashion_mnist': its splits are train and test")
-
-
-def _places() -> list[Path]:
-    named = os.environ.get("TLSCALE_DATA")
-    cache = cache_root()
-    below_named = [Path(named) / "fashion-mnist", Path(named)] if named else []
-    return [*below_named, cache / "data" / "fashion-mnist", DEBIAN_FOLDER]
-
-
 def _read_folder(folder: Path) -> Source:
     splits: dict[Role, SourceSplit] = {}
     checksums: dict[str, str] = {}
     for role, prefix in _PREFIXES.items():
         split, sums = read_split(folder, role, prefix)
         for name, sha256 in sums.items():
-            _check_sum(folder, name, sha256)
+            standard = CHECKSUMS[name.replace(".idx", "-idx")]
+            if standard != sha256:
+                raise DataError(
+                    f"{folder / name}: its content is not Fashion-MNIST's (SHA-256 {sha256} unpacked, expected "
+                    f"{standard}); MNIST and others use the same file names",
+                    remedy="Replace it, or use source 'idx'",
+                )
         splits[role] = _with_names(split)
         checksums |= sums
     return Source(str(folder), splits, CLASSES, {"checksums": checksums})
 
 
-def _check_sum(folder: Path, name: str, sha256: str) -> None:
-    standard = name.replace(".idx", "-idx")
-    if CHECKSUMS[standard] != sha256:
-        raise DataError(
-            f"{folder / name}: its content is not Fashion-MNIST's (SHA-256 {sha256} unpacked, expected "
-            f"{CHECKSUMS[standard]}); MNIST and others use the same file names",
-            remedy="Replace it, or use source 'idx'",
-        )
-
-
 def _with_names(split: SourceSplit) -> SourceSplit:
     return replace(split, label_names=tuple(CLASSES[int(name)] for name in split.label_names))
-
-
-def _checked(source: Source) -> Source:
-    for role, split in source.splits.items():
-        check_content(role, split, source.place)
-    splits = {role: replace(split, label_names=CLASSES) for role, split in source.splits.items()}
-    return replace(source, splits=splits, declared_classes=CLASSES)
 
 
 def check_content(role: Role, split: SourceSplit, place: str) -> None:

@@ -8,7 +8,8 @@ folders inside it, it is not clear which level is the class; use a manifest.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from stat import S_ISDIR, S_ISREG
@@ -16,12 +17,12 @@ from stat import S_ISDIR, S_ISREG
 import numpy as np
 import pyarrow as pa
 
-from tlscale.data.content import digest_of_parts, file_stamp, now_ns
+from tlscale.data.content import digest_of_parts, file_stamp
 from tlscale.data.decode import EXTENSIONS
 from tlscale.data.sources.labels import sort_labels
 from tlscale.data.sources.paths import local_folder
 from tlscale.data.sources.quoting import first_few, quoted
-from tlscale.data.sources.same_files import Identities, identities_of, number_files
+from tlscale.data.sources.same_files import number_files
 from tlscale.data.sources.split_names import (
     VALIDATION_NAMES,
     ScoredSection,
@@ -51,14 +52,18 @@ def read_folder_source(section: DataSection) -> Source:
     """
     root = local_folder(section)
     picked = _pick(section, root)
-    notes = list(_unused(root, picked.values())) if picked else []
+    notes = []
+    if picked:
+        used = {PurePosixPath(name).parts[0] for name in picked.values()}
+        rest = [entry.name for entry in _visible(root) if _is_dir(entry) and entry.name not in used]
+        notes = [f"{root}: not used, as no split has their name: {first_few(quoted(rest))}"] if rest else []
     splits: dict[Role, SourceSplit] = {}
-    identities: list[Identities] = []
+    stamps: list[Ints] = []
     for role, name in (picked or {"train": "."}).items():
-        splits[role], found_N4, strangers = _read_split(root, name)
-        identities.append(found_N4)
+        splits[role], stats_N5, strangers = _read_split(root, name)
+        stamps.append(stats_N5)
         notes.extend(strangers)
-    numbers = number_files(identities)
+    numbers = number_files(stamps)
     if numbers is not None:
         splits = {role: replace(splits[role], files_N=files_N) for role, files_N in zip(splits, numbers, strict=True)}
     return Source(str(root), splits, notes=tuple(notes))
@@ -79,7 +84,9 @@ def _pick(section: DataSection, root: Path) -> dict[Role, str] | None:
         wanted += [section.test_split, section.validation_split or "", *VALIDATION_NAMES]
     if any(name in (*top, *nested) for name in wanted):
         return pick_splits(section, _available(root, section.train_split, top, nested), str(root), any_word=True)
-    telling = top if are_splits(top) else [name for name in top if _tells(name)]
+    # A folder can hardly be a class: 'Test' and 'val' are no classes, but 'trains' may be.
+    certain = [name for name in top if role_of(name) in ("validation", "test") or name.lower() in ("train", "training")]
+    telling = top if are_splits(top) else certain
     if isinstance(section, ScoredSection) and not telling:
         return None
     if telling or section.train_split != "train" or section.validation_split or section.test_split != "test":
@@ -98,18 +105,6 @@ def _available(root: Path, train: str, top: list[str], nested: list[str]) -> lis
     return list(dict.fromkeys([*(name for name in top if name not in holders or name == train), *nested, *beside]))
 
 
-def _tells(name: str) -> bool:
-    """Return whether a folder can hardly be a class: 'Test' and 'val' are no classes, but 'trains' may be."""
-    return role_of(name) in ("validation", "test") or name.lower() in ("train", "training")
-
-
-def _unused(root: Path, picked: Iterable[str]) -> Iterator[str]:
-    used = {PurePosixPath(name).parts[0] for name in picked}
-    rest = [entry.name for entry in _visible(root) if _is_dir(entry) and entry.name not in used]
-    if rest:
-        yield f"{root}: not used, as no split has their name: {first_few(quoted(rest))}"
-
-
 def _visible(folder: Path) -> list[os.DirEntry[str]]:
     try:
         with os.scandir(folder) as entries:
@@ -119,8 +114,8 @@ def _visible(folder: Path) -> list[os.DirEntry[str]]:
     return sorted(kept, key=lambda entry: entry.name)
 
 
-def _read_split(root: Path, name: str) -> tuple[SourceSplit, Identities, list[str]]:
-    """Read a split, what identifies its files, and notes on files that are in no class folder."""
+def _read_split(root: Path, name: str) -> tuple[SourceSplit, Ints, list[str]]:
+    """Read a split, the `file_stamp` of each of its images, and notes on files that are in no class folder."""
     folder = root / name
     entries = _visible(folder)
     _refuse_lost_links(entries)
@@ -152,10 +147,10 @@ def _holds_images(folder: Path) -> bool:
         return False
 
 
-def _collect(root: Path, name: str, classes: list[str]) -> tuple[SourceSplit, Identities]:
+def _collect(root: Path, name: str, classes: list[str]) -> tuple[SourceSplit, Ints]:
     if strange := [label for label in classes if not is_unicode(label)]:
         raise DataError(_not_utf8(root / name, strange[0]))
-    order, looked_ns = sort_labels(classes), now_ns()
+    order, looked_ns = sort_labels(classes), time.time_ns()
     chunks, counts, stats = [], [], []
     parts: list[str | bytes] = []
     problems: list[str] = []
@@ -175,7 +170,7 @@ def _collect(root: Path, name: str, classes: list[str]) -> tuple[SourceSplit, Id
     label_ids_N = np.repeat(np.arange(len(order), dtype=np.int64), counts)
     stats_N5 = np.concatenate(stats)
     store = FileStore(str(root), pa.concat_arrays(chunks), digest_of_parts(parts), stats_N5, looked_ns)
-    return SourceSplit(name, store, order, label_ids_N), identities_of(stats_N5)
+    return SourceSplit(name, store, order, label_ids_N), stats_N5
 
 
 def _read_class(root: Path, name: str, label: str) -> tuple[list[str], Ints, list[str]]:
@@ -195,7 +190,8 @@ def _read_class(root: Path, name: str, label: str) -> tuple[list[str], Ints, lis
         if S_ISDIR(stat.st_mode):
             wrong.append(f"{shown} is a folder inside a class folder; use source 'manifest' for nested folders")
         elif not _is_image_name(entry.name):
-            wrong.append(f"{shown} has no ending of an image ({_endings()}); take it out of the class folder")
+            endings = " ".join(sorted(EXTENSIONS))
+            wrong.append(f"{shown} has no ending of an image ({endings}); take it out of the class folder")
         elif not S_ISREG(stat.st_mode):
             wrong.append(f"{shown} is {kind_of_file(stat.st_mode)}, no regular file; take it out of the class folder")
         elif not is_unicode(entry.name):
@@ -229,7 +225,3 @@ def _not_utf8(folder: Path, name: str) -> str:
 
 def _is_image_name(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in EXTENSIONS
-
-
-def _endings() -> str:
-    return " ".join(sorted(EXTENSIONS))

@@ -13,7 +13,8 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow.compute as pc
 
-from tlscale.data.content import digest_of_parts, file_stamp, now_ns, stamp_bytes
+from tlscale.data.content import digest_of_parts, file_stamp, stamp_bytes
 from tlscale.data.sources.columns import LABEL_COLUMNS, column_note, pick_column
 from tlscale.data.sources.labels import encode_labels
 from tlscale.data.sources.paths import local_folder
@@ -170,8 +171,7 @@ def _load(name: str, config: str | None, commit: str | None) -> Mapping[str, Dat
         loaded = datasets.load_dataset(name, config, revision=commit)
     except Exception as error:  # the library's errors for wrong configurations and broken files share no type
         raise DataError(f"data set {name!r} cannot be loaded: {_line(error)}") from None
-    splits: Mapping[str, Dataset] = loaded
-    return splits
+    return loaded  # type: ignore[no-any-return]
 
 
 def _load_cached(name: str, config: str | None, revision: str | None) -> tuple[Mapping[str, Dataset], str]:
@@ -203,9 +203,12 @@ def _load_cached(name: str, config: str | None, revision: str | None) -> tuple[M
 
 
 def _source(section: DataSection, loaded: Mapping[str, Dataset], place: str, identity: Mapping[str, object]) -> Source:
+    import datasets
+
     picked = pick_splits(section, list(loaded), place)
     train = loaded[next(iter(picked.values()))]  # the training split; where there is none, another
-    image, label = _image_column(section, train, place), _label_column(section, train, place)
+    image = _column(datasets.Image, section.image_column, IMAGE_COLUMNS, train, "image_column", place)
+    label = _column(datasets.ClassLabel, section.label_column, LABEL_COLUMNS, train, "label_column", place)
     splits: dict[Role, SourceSplit] = {}
     for role, name in picked.items():
         splits[role] = _read_split(loaded[name], name, image, label, f"{place}, split {name!r}")
@@ -213,7 +216,9 @@ def _source(section: DataSection, loaded: Mapping[str, Dataset], place: str, ide
     notes = [f"{place}: splits that are not used: {first_few(quoted(unused))}"] if unused else []
     for name in picked.values():
         notes.extend(_unread_columns(loaded[name], (image, label), f"{place}, split {name!r}"))
-    return Source(place, splits, _declared(train, label), identity, tuple(notes))
+    feature = train.features[label]
+    declared = tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else None
+    return Source(place, splits, declared, identity, tuple(notes))
 
 
 def _unread_columns(split: Dataset, read: tuple[str, str], where: str) -> list[str]:
@@ -267,7 +272,7 @@ def _container(images: Dataset, column: str) -> bytes | None:
     table_column = images.data.column(column)
     if not _is_bytes(images.features[column]) and any(c.field("bytes").null_count for c in table_column.chunks):
         return None  # some images are elsewhere
-    files, looked_ns = [file["filename"] for file in images.cache_files], now_ns()
+    files, looked_ns = [file["filename"] for file in images.cache_files], time.time_ns()
     stamps = [stamp_bytes(file_stamp(os.stat(file)), looked_ns) for file in files]
     if not stamps or any(stamp is None for stamp in stamps):
         return None
@@ -294,29 +299,12 @@ def _labels(split: Dataset, label: str, where: str) -> tuple[tuple[str, ...], In
     return tuple(feature.names), label_ids_N
 
 
-def _declared(split: Dataset, label: str) -> tuple[str, ...] | None:
-    import datasets
-
-    feature = split.features[label]
-    return tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else None
-
-
-def _image_column(section: DataSection, split: Dataset, place: str) -> str:
-    import datasets
-
-    typed = [name for name, feature in split.features.items() if isinstance(feature, datasets.Image)]
-    if section.image_column is None and len(typed) == 1:
+def _column(kind: type, given: str | None, usual: Sequence[str], split: Dataset, key: str, place: str) -> str:
+    """Pick the one column of this type where the recipe names none, else by name."""
+    typed = [name for name, feature in split.features.items() if isinstance(feature, kind)]
+    if given is None and len(typed) == 1:
         return str(typed[0])
-    return pick_column(section.image_column, IMAGE_COLUMNS, split.column_names, "image_column", place)
-
-
-def _label_column(section: DataSection, split: Dataset, place: str) -> str:
-    import datasets
-
-    typed = [name for name, feature in split.features.items() if isinstance(feature, datasets.ClassLabel)]
-    if section.label_column is None and len(typed) == 1:
-        return str(typed[0])
-    return pick_column(section.label_column, LABEL_COLUMNS, split.column_names, "label_column", place)
+    return pick_column(given, usual, split.column_names, key, place)
 
 
 def _line(error: BaseException) -> str:

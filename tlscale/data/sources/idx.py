@@ -80,7 +80,10 @@ def _read_open(path: Path, file: BinaryIO, dims: int) -> IdxFile:
         )
     shape = struct.unpack(f">{dims}I", header[4:])
     size = int(np.prod(shape, dtype=object))
-    _check_plain_length(path, size, len(header))
+    # A gzipped file packs at most about 1:1032, so this also stops a header that announces more than can follow.
+    most = path.stat().st_size * (1032 if path.suffix == ".gz" else 1)
+    if size > most + len(header):
+        raise DataError(f"{path}: the header announces {size:,} bytes, but the file has {path.stat().st_size:,}")
     body = file.read(size)
     if len(body) < size or file.read(1):
         found = f"only {len(body):,}" if len(body) < size else "more"
@@ -89,13 +92,6 @@ def _read_open(path: Path, file: BinaryIO, dims: int) -> IdxFile:
     sha256 = hashlib.sha256(header)
     sha256.update(body)
     return IdxFile(path, numbers, sha256.hexdigest())
-
-
-def _check_plain_length(path: Path, size: int, header: int) -> None:
-    # A gzipped file packs at most about 1:1032, so this also stops a header that announces more than can follow.
-    most = path.stat().st_size * (1032 if path.suffix == ".gz" else 1)
-    if size > most + header:
-        raise DataError(f"{path}: the header announces {size:,} bytes, but the file has {path.stat().st_size:,}")
 
 
 def read_split(folder: Path, name: str, prefix: str) -> tuple[SourceSplit, dict[str, str]]:
@@ -138,7 +134,9 @@ def read_idx_source(section: DataSection) -> Source:
             f"{folder} has no IDX files such as {section.train_split}-images-idx3-ubyte.gz; "
             f"it has {first_few(names) or 'no files'}"
         )
-    picked = pick_splits(section, [*prefixes, *_strangers(folder, prefixes)], str(folder))
+    starts = {path.name.partition("-images")[0] for path in folder.glob(_IMAGE_FILES)}
+    strangers = sorted(starts - {*prefixes, *prefixes.values()})
+    picked = pick_splits(section, [*prefixes, *strangers], str(folder))
     read = {role: read_split(folder, name, prefixes[name]) for role, name in picked.items()}
     checksums = {file: sha256 for _, sums in read.values() for file, sha256 in sums.items()}
     return Source(str(folder), {role: split for role, (split, _) in read.items()}, identity={"checksums": checksums})
@@ -152,9 +150,3 @@ def _prefixes(section: DataSection, folder: Path) -> dict[str, str]:
     if section.test_split == "test" and "test" not in there and find_idx(folder, "t10k", "images"):
         there["test"] = "t10k"
     return there
-
-
-def _strangers(folder: Path, prefixes: dict[str, str]) -> list[str]:
-    """Return how the names of other files of images in the folder start."""
-    found = {path.name.partition("-images")[0] for path in folder.glob(_IMAGE_FILES)}
-    return sorted(found - {*prefixes, *prefixes.values()})

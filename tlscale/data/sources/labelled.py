@@ -8,14 +8,13 @@ Shape letters: N images of a split.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
-from tlscale.data.content import DIGEST, Digests, content_digest
+from tlscale.data.content import content_digest, digest_of_parts
 from tlscale.data.sources.labels import is_integer
 from tlscale.data.sources.open import ImageData, read_source
 from tlscale.data.sources.split_names import ScoredSection
@@ -23,10 +22,10 @@ from tlscale.data.sources.splits import name_labels, number_labels
 from tlscale.data.sources.tables import (
     NO_LABEL,
     ImageSplit,
-    ImageTable,
     Ints,
     LabelledTable,
     Raw,
+    RawStore,
     Role,
     Source,
     SourceSplit,
@@ -34,8 +33,6 @@ from tlscale.data.sources.tables import (
 from tlscale.data.workers import map_in_threads
 from tlscale.errors import DataError
 from tlscale.recipe.schema import DataSection
-
-_Ask = Callable[[LabelledTable, Ints], tuple[Digests, npt.NDArray[np.bool_]]]
 
 
 @dataclass(frozen=True)
@@ -75,8 +72,11 @@ def open_labelled(
     wanted = _wanted(labelled, name, source.place)
     named_splits = name_labels({role: labelled[role] for role in wanted}, tuple(classes))
     tables = [number_labels(split, tuple(classes), role, source.place) for role, split in named_splits.items()]
-    split = _joined(wanted, tables, [labelled[role] for role in wanted])
-    notes = [*source.notes, *notes, *_numbers_note(labelled, wanted, classes)]
+    split = _joined(wanted[0], tables, [labelled[role] for role in wanted])
+    notes = [*source.notes, *notes]
+    used = {name for role in wanted for name in labelled[role].used_names()}
+    if all(map(is_integer, used)) and not used & set(classes):
+        notes.append(f"labels are numbers, and taken as places in the model's list of classes: 0 is {classes[0]!r}")
     return Labelled(split, wanted[0] if name or wanted == ["test"] else "all", source.place, tuple(notes))
 
 
@@ -106,30 +106,22 @@ def _wanted(labelled: dict[Role, SourceSplit], name: Role | None, place: str) ->
     return ["test"] if "test" in labelled else list(labelled)
 
 
-def _numbers_note(labelled: dict[Role, SourceSplit], wanted: list[Role], classes: Sequence[str]) -> list[str]:
-    used = {name for role in wanted for name in labelled[role].used_names()}
-    if not all(map(is_integer, used)) or used & set(classes):
-        return []
-    return [f"labels are numbers, and taken as places in the model's list of classes: 0 is {classes[0]!r}"]
-
-
 @dataclass(frozen=True, eq=False)
-class _JoinedTable:
-    """An `ImageTable` of several, one behind the other."""
+class _JoinedStore:
+    """The stores of several splits of a source, one behind the other."""
 
-    parts: Sequence[LabelledTable]
-    labels_N: Ints
+    parts: Sequence[RawStore]
+
+    @property
+    def content(self) -> str:
+        return digest_of_parts(part.content for part in self.parts)
 
     def __len__(self) -> int:
-        return len(self.labels_N)
+        return sum(map(len, self.parts))
 
     def read(self, row: int) -> Raw:
         part, at = self._at(row)
         return part.read(at)
-
-    def read_hashed(self, row: int) -> tuple[Raw, bytes]:
-        part, at = self._at(row)
-        return part.read_hashed(at)
 
     def where(self, row: int) -> str:
         part, at = self._at(row)
@@ -142,36 +134,12 @@ class _JoinedTable:
     def places(self, rows_N: Ints) -> list[str]:
         return [place for part, at in map(self._at, rows_N.tolist()) for place in part.places(np.array([at]))]
 
-    def known_digests(self, rows_N: Ints) -> tuple[Digests, npt.NDArray[np.bool_]]:
-        return self._of_parts(rows_N, LabelledTable.known_digests)
+    def stamps(self, rows_N: Ints) -> list[bytes | None] | None:
+        found = [part.stamps(np.array([at])) for part, at in map(self._at, rows_N.tolist())]
+        known = [stamps[0] for stamps in found if stamps is not None]
+        return known if len(known) == len(found) else None
 
-    def noted_digests(self, rows_N: Ints) -> tuple[Digests, npt.NDArray[np.bool_]]:
-        return self._of_parts(rows_N, LabelledTable.noted_digests)
-
-    def take_digests(self, rows_N: Ints, digests_N: Digests) -> None:
-        for part, at_N, places_N in self._divided(rows_N):
-            part.take_digests(at_N, digests_N[places_N])
-
-    def remember(self) -> None:
-        for part in self.parts:
-            part.remember()
-
-    def _of_parts(self, rows_N: Ints, ask: _Ask) -> tuple[Digests, npt.NDArray[np.bool_]]:
-        digests_N, known_N = np.zeros(len(rows_N), DIGEST), np.zeros(len(rows_N), np.bool_)
-        for part, at_N, places_N in self._divided(rows_N):
-            digests_N[places_N], known_N[places_N] = ask(part, at_N)
-        return digests_N, known_N
-
-    def _divided(self, rows_N: Ints) -> Iterator[tuple[LabelledTable, Ints, Ints]]:
-        """Yield each part that has some of the rows, with its own rows and their places in `rows_N`."""
-        start = 0
-        for part in self.parts:
-            places_N = np.flatnonzero((rows_N >= start) & (rows_N < start + len(part)))
-            if len(places_N):
-                yield part, rows_N[places_N] - start, places_N
-            start += len(part)
-
-    def _at(self, row: int) -> tuple[LabelledTable, int]:
+    def _at(self, row: int) -> tuple[RawStore, int]:
         for part in self.parts:
             if row < len(part):
                 return part, row
@@ -179,12 +147,12 @@ class _JoinedTable:
         raise IndexError(row)
 
 
-def _joined(wanted: Sequence[Role], tables: Sequence[LabelledTable], splits: Sequence[SourceSplit]) -> ImageSplit:
+def _joined(name: Role, tables: Sequence[LabelledTable], splits: Sequence[SourceSplit]) -> ImageSplit:
     """Make one split of the labelled rows of all tables."""
     labels_N = np.concatenate([table.labels_N for table in tables])
     label_ids_N = np.concatenate([split.label_ids_N for split in splits])
-    table: ImageTable = tables[0] if len(tables) == 1 else _JoinedTable(tables, labels_N)
-    return ImageSplit(wanted[0], table, np.flatnonzero(label_ids_N != NO_LABEL).astype(np.int64))
+    table = LabelledTable(_JoinedStore([split.store for split in splits]), labels_N)
+    return ImageSplit(name, table, np.flatnonzero(label_ids_N != NO_LABEL).astype(np.int64))
 
 
 def count_shared(scored: ImageSplit, other: ImageSplit) -> int:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import itertools
 import os
 import stat
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -25,12 +26,12 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from tlscale.data.content import digest_of_parts, file_stamp, now_ns
+from tlscale.data.content import digest_of_parts, file_stamp
 from tlscale.data.sources.columns import LABEL_COLUMNS, column_note, pick_column
 from tlscale.data.sources.labels import encode_labels, is_text
 from tlscale.data.sources.paths import local_path
 from tlscale.data.sources.quoting import first_few, quoted
-from tlscale.data.sources.same_files import identities_of, number_files
+from tlscale.data.sources.same_files import number_files
 from tlscale.data.sources.split_names import SPLIT_COLUMN, may_name_splits, pick_splits, split_values
 from tlscale.data.sources.stores import BytesStore, FileStore, kind_of_file
 from tlscale.data.sources.tables import RawStore, Role, Source, SourceSplit
@@ -58,28 +59,28 @@ def read_manifest_source(section: DataSection) -> Source:
     """
     file = local_path(section)
     if not file.is_file():
-        raise DataError(
-            f"{file} {'is not a file' if file.exists() else 'does not exist'}{_hint(file)}", key="data.path"
-        )
+        hint = "; for a folder of Parquet files use source 'hub' with the folder as 'path'" if file.is_dir() else ""
+        raise DataError(f"{file} {'is not a file' if file.exists() else 'does not exist'}{hint}", key="data.path")
     table, notes = _read_table(section, file)
     image, label = table.column_names[:2]
     if len(table) == 0:
         raise DataError(f"{file} has no rows")
     rows = _rows_of_splits(section, file, table)
     column = _image_column(table[image], f"{file}, column {image!r}")
-    looked_ns, stats_N5 = now_ns(), _stats(file, column)
+    looked_ns, stats_N5 = time.time_ns(), _stats(file, column)
     content = _content(file, column, stats_N5)
-    numbers = None if stats_N5 is None else number_files([identities_of(stats_N5)])
+    numbers = None if stats_N5 is None else number_files([stats_N5])
     splits: dict[Role, SourceSplit] = {}
+    store: RawStore
     for role, (name, rows_N) in rows.items():
         names, label_ids_N = encode_labels(table[label].take(rows_N), f"{file}, column {label!r}, split {name!r}")
-        store = _store(file, column, rows_N, content, stats_N5, looked_ns)
+        if stats_N5 is None:
+            store = BytesStore(file.name, column, rows_N, content)
+        else:
+            paths_N = column.take(rows_N).combine_chunks()
+            store = FileStore(str(file.parent), paths_N, content, stats_N5[rows_N], looked_ns)
         splits[role] = SourceSplit(name, store, names, label_ids_N, None if numbers is None else numbers[0][rows_N])
     return Source(str(file), splits, notes=notes)
-
-
-def _hint(file: Path) -> str:
-    return "; for a folder of Parquet files use source 'hub' with the folder as 'path'" if file.is_dir() else ""
 
 
 def _read_table(section: DataSection, file: Path) -> tuple[pa.Table, tuple[str, ...]]:
@@ -258,17 +259,3 @@ def _check_inside(file: Path, row: int, path: str) -> None:
             f"{file} row {row}: {path!r} leaves the manifest's folder {file.parent}; "
             "give an absolute path if that is meant"
         )
-
-
-def _store(
-    file: Path,
-    column: pa.ChunkedArray,
-    rows_N: npt.NDArray[np.int64],
-    content: str,
-    stats_N5: Stats | None,
-    looked_ns: int,
-) -> RawStore:
-    if stats_N5 is not None:
-        paths_N = column.take(rows_N).combine_chunks()
-        return FileStore(str(file.parent), paths_N, content, stats_N5[rows_N], looked_ns)
-    return BytesStore(file.name, column, rows_N, content)

@@ -25,11 +25,11 @@ from tlscale.data.sources.hub import is_disk_source, is_hub_source, read_disk_so
 from tlscale.data.sources.idx import is_idx_source, read_idx_source
 from tlscale.data.sources.manifest import is_manifest_source, read_manifest_source
 from tlscale.data.sources.splits import Chosen, choose_splits
-from tlscale.data.sources.tables import ImageSplit, ImageTable, LabelledTable, Role, Source
+from tlscale.data.sources.tables import ImageSplit, Role, Source
 from tlscale.errors import DataError
 from tlscale.recipe.schema import DataSection
 
-__all__ = ["BadImages", "ImageData", "ImageSplit", "ImageTable", "open_data"]
+__all__ = ["BadImages", "ImageData", "ImageSplit", "open_data"]
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def open_data(
     """Find the images of a recipe.
 
     Args:
-        section: `data` of the recipe; relative paths start at the current folder.
+        section: relative paths start at the current folder.
         seed: of the recipe; decides which images a limit keeps and which are held out.
         bad_images: those that the run skips, found when it began; None: find them, if the recipe skips them.
         tries_images: decode images to find those that are to be skipped; else all are taken as sound.
@@ -126,11 +126,7 @@ def _bad_images(
 
 
 def read_source(section: DataSection) -> Source:
-    """Read all splits of a source, as they are stored.
-
-    Raises:
-        DataError: missing or wrong, with the place and what to do.
-    """
+    """Read all splits of a source, as they are stored; what is missing or wrong is a `DataError`."""
     if section.source not in SOURCES:
         raise DataError(f"there is no '{section.source}'. There are: {', '.join(SOURCES)}", key="data.source")
     return SOURCES[section.source].read(section)
@@ -158,9 +154,6 @@ def _identity(section: DataSection, source: Source, chosen: Chosen) -> dict[str,
 def _sha256(chosen: Chosen, contents: Mapping[str, str]) -> str:
     parts: list[bytes | str] = [str(len(chosen.classes)), *chosen.classes]
     for role, table in sorted(chosen.tables.items()):
-        parts.extend((role, _label_sum(table), contents[role]))
+        labels_sha256 = hashlib.sha256(table.labels_N.astype("<i8").tobytes()).hexdigest()
+        parts.extend((role, labels_sha256, contents[role]))
     return digest_of_parts(parts)
-
-
-def _label_sum(table: LabelledTable) -> str:
-    return hashlib.sha256(table.labels_N.astype("<i8").tobytes()).hexdigest()

@@ -11,37 +11,26 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations
 
 import numpy as np
-import numpy.typing as npt
 
 from tlscale.data.sources.tables import Ints, LabelledTable, Role
 from tlscale.errors import DataError
 
-Identities = npt.NDArray[np.int64]
 
-
-def identities_of(stamps_N5: Ints) -> Identities:
-    """Return what identifies files, whatever their names are: device, inode, size and time of the last write.
-
-    Args:
-        stamps_N5: `content.file_stamp` of each.
-    """
-    return stamps_N5[:, :4]
-
-
-def number_files(identities: Sequence[Identities]) -> list[Ints] | None:
+def number_files(stamps: Sequence[Ints]) -> list[Ints] | None:
     """Return for each split the number of the file of each row, equal for equal files over all splits.
 
     Args:
-        identities: (N, 4) for each split, as `identities_of` gives them.
+        stamps: (N, 5) for each split, the `content.file_stamp` of each row.
 
     Returns:
         None where the file system numbers no files.
     """
-    all_M4 = np.concatenate(identities)
+    # Device, inode, size and time of the last write identify a file, whatever its name is.
+    all_M4 = np.concatenate(stamps)[:, :4]
     if not len(all_M4) or (all_M4[:, 1] == 0).any():
         return None
     _, numbers_M = np.unique(all_M4, axis=0, return_inverse=True)
-    return np.split(numbers_M.reshape(-1).astype(np.int64), np.cumsum([len(part) for part in identities])[:-1])
+    return np.split(numbers_M.reshape(-1).astype(np.int64), np.cumsum([len(part) for part in stamps])[:-1])
 
 
 def check_files(
@@ -63,19 +52,18 @@ def check_files(
     if len(clash):
         rows = [(role, row) for role in numbered for row in range(len(numbered[role]))]
         pair = [rows[order_M[clash[0] + step]] for step in (0, 1)]
-        raise DataError(_two_labels([(tables[role], row) for role, row in pair], classes, len(clash), place))
-    return [*_repeated(numbered), *_leaks(tables, numbered)]
+        both = " and ".join(
+            f"{tables[role].where(row)} is {classes[tables[role].labels_N[row]]!r}" for role, row in pair
+        )
+        raise DataError(
+            f"{place}: {len(clash):,} file{'s have' if len(clash) > 1 else ' has'} two labels: {both}; keep the row "
+            "(or the link) that is right"
+        )
+    return _notes(tables, numbered)
 
 
-def _two_labels(pair: list[tuple[LabelledTable, int]], classes: Sequence[str], count: int, place: str) -> str:
-    both = " and ".join(f"{table.where(row)} is {classes[table.labels_N[row]]!r}" for table, row in pair)
-    return (
-        f"{place}: {count:,} file{'s have' if count > 1 else ' has'} two labels: {both}; keep the row (or the link) "
-        "that is right"
-    )
-
-
-def _repeated(numbered: Mapping[Role, Ints]) -> list[str]:
+def _notes(tables: Mapping[Role, LabelledTable], numbered: Mapping[Role, Ints]) -> list[str]:
+    """Return notes on files that several rows of a split name, and on those that two splits share."""
     notes = []
     for role, files_N in numbered.items():
         count = len(files_N) - len(np.unique(files_N))
@@ -83,11 +71,6 @@ def _repeated(numbered: Mapping[Role, Ints]) -> list[str]:
             notes.append(
                 f"{role}: {count:,} rows name a file that another row names too; rows of one file are never divided"
             )
-    return notes
-
-
-def _leaks(tables: Mapping[Role, LabelledTable], numbered: Mapping[Role, Ints]) -> list[str]:
-    notes = []
     for one, other in combinations(numbered, 2):
         shared = np.intersect1d(numbered[one], numbered[other])
         if len(shared):

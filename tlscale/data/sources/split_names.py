@@ -7,7 +7,7 @@ the readers check here before they skip anything.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from tlscale.data.sources.quoting import quoted_list
@@ -35,8 +35,7 @@ _ENDS = ("s", "set", "sets", "split", "data", "images", "imgs")
 
 def role_of(name: str) -> Role | None:
     """Return the role that a name as a whole stands for: 'Test', ' testing', 'val2', 'TestSet'; None: none."""
-    plain = re.sub(r"[^a-z]", "", name.lower())
-    return _role_of_word(plain)
+    return _role_of_word(re.sub(r"[^a-z]", "", name.lower()))
 
 
 def role_within(name: str) -> Role | None:
@@ -53,18 +52,6 @@ def _role_of_word(word: str) -> Role | None:
         return _WORDS[word]
     stems = (word.removesuffix(end) for end in _ENDS if word.endswith(end))
     return next((_WORDS[stem] for stem in stems if stem in _WORDS), None)
-
-
-def lookalikes(unused: Iterable[str], roles: Collection[str], *, any_word: bool) -> dict[str, Role]:
-    """Return the unused names that look like a split whose role nothing plays.
-
-    Args:
-        unused: names of splits (or folders) that the recipe does not use.
-        roles: the roles that are played.
-        any_word: one word of a name is enough ('test_images').
-    """
-    found = {name: role_within(name) if any_word else role_of(name) for name in unused}
-    return {name: role for name, role in found.items() if role is not None and role not in roles}
 
 
 def are_splits(names: Sequence[str]) -> bool:
@@ -124,12 +111,14 @@ def pick_splits(
     if not picked:
         _named_split(section.train_split, "train_split", available, where)  # which lists what there is
     unused = [name for name in available if name not in picked.values()]
-    for name, role in lookalikes(unused, picked, any_word=any_word).items():
-        raise DataError(
-            f"{where}: unknown split {name!r}",
-            remedy=f"Did you mean {role!r}? Name it in the recipe (data.{role}_split: "
-            f"{name!r}), or rename it; one that is not to be used must not be called like a split",
-        )
+    for name in unused:
+        looks_like = role_within(name) if any_word else role_of(name)
+        if looks_like is not None and looks_like not in picked:
+            raise DataError(
+                f"{where}: unknown split {name!r}",
+                remedy=f"Did you mean {looks_like!r}? Name it in the recipe (data.{looks_like}_split: "
+                f"{name!r}), or rename it; one that is not to be used must not be called like a split",
+            )
     return picked
 
 

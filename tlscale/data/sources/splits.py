@@ -52,7 +52,12 @@ def choose_splits(
         DataError: labels outside the classes, fewer than two classes, a limit or hold-out that is not possible.
     """
     labelled, notes = _with_labels(source)
-    classes = _class_list(section, source, labelled)
+    used = labelled["train"].used_names()
+    if len(used) < 2:
+        raise DataError(
+            f"{source.place}: the training split has one class only, {used[0]!r}; a classifier needs two or more"
+        )
+    classes = tuple(section.classes or source.declared_classes or sort_labels(used))
     tables = {
         role: number_labels(split, classes, role, source.place)
         for role, split in name_labels(labelled, classes).items()
@@ -83,11 +88,7 @@ def stratified_subset(labels_N: Ints, rows_N: Ints, count: int, seed: int, *, ke
     """
     assert 0 <= count <= len(labels_N)
     places_N, lots_N = _places_in_line(labels_N, rows_N, seed)
-    if keep_all_classes:
-        first_N = places_N.ranks == 1
-        line_N = np.where(first_N, 0.0, places_N.shares)
-    else:
-        line_N = places_N.shares
+    line_N = np.where(places_N.ranks == 1, 0.0, places_N.shares) if keep_all_classes else places_N.shares
     return np.sort(np.lexsort((rows_N, lots_N, line_N))[:count]).astype(np.int64)
 
 
@@ -150,15 +151,6 @@ def _with_labels(source: Source) -> tuple[dict[Role, SourceSplit], tuple[str, ..
             )
         kept[role] = split
     return kept, notes
-
-
-def _class_list(section: DataSection, source: Source, splits: Mapping[Role, SourceSplit]) -> tuple[str, ...]:
-    used = splits["train"].used_names()
-    if len(used) < 2:
-        raise DataError(
-            f"{source.place}: the training split has one class only, {used[0]!r}; a classifier needs two or more"
-        )
-    return tuple(section.classes or source.declared_classes or sort_labels(used))
 
 
 def name_labels(splits: Mapping[Role, SourceSplit], classes: tuple[str, ...]) -> dict[Role, SourceSplit]:
@@ -247,7 +239,9 @@ def _divide_train(
         )
     held_N = rows_N[held]
     notes.append(f"validation: {len(held_N):,} images held out of train, stratified (data.validation_fraction)")
-    notes.extend(_single(labels_N[rows_N], classes))
+    single = [classes[i] for i in np.flatnonzero(np.bincount(labels_N[rows_N], minlength=len(classes)) == 1)]
+    if single:
+        notes.append(f"validation: none of {first_few(quoted(single))}, whose only training image stays in train")
     return np.delete(rows_N, held), held_N, notes
 
 
@@ -271,9 +265,3 @@ def _check_limit(limit: int, labels_N: Ints) -> None:
         raise DataError(
             f"{limit:,} is less than one image for each of the {num_classes:,} classes", key="data.train_limit"
         )
-
-
-def _single(labels_N: Ints, classes: tuple[str, ...]) -> list[str]:
-    single = [classes[i] for i in np.flatnonzero(np.bincount(labels_N, minlength=len(classes)) == 1)]
-    shown = first_few(quoted(single))
-    return [f"validation: none of {shown}, whose only training image stays in train"] if single else []

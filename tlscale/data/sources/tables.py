@@ -54,49 +54,13 @@ class RawStore(Protocol):
         """Return what the index of contents knows each image by; None where all images are in memory anyway."""
 
 
-class ImageTable(Protocol):
-    """A whole split as the source holds it, with class numbers."""
-
-    @property
-    def labels_N(self) -> Ints:  # noqa: N802
-        """Class numbers by row."""
-
-    def __len__(self) -> int: ...
-
-    def read(self, row: int) -> Raw:
-        """Return encoded bytes, or decoded uint8 pixels; raise `DataError` where there is nothing to be read."""
-
-    def read_hashed(self, row: int) -> tuple[Raw, bytes]:
-        """Return what `read` gives, and its digest."""
-
-    def where(self, row: int) -> str:
-        """Return the place of the image, for messages."""
-
-    def file_of(self, row: int) -> Path | None:
-        """Return the file that holds this image and nothing else; None where there is none."""
-
-    def places(self, rows_N: Ints) -> list[str]:
-        """Return what stands for each image while its content is not known: its name, and its size if known."""
-
-    def noted_digests(self, rows_N: Ints) -> tuple[Digests, npt.NDArray[np.bool_]]:
-        """Return the digests of images as far as they are known here, and which are."""
-
-    def known_digests(self, rows_N: Ints) -> tuple[Digests, npt.NDArray[np.bool_]]:
-        """Return the digests of images that were read, now or by an earlier run, and which of them are known."""
-
-    def take_digests(self, rows_N: Ints, digests_N: Digests) -> None:
-        """Take digests that another process read."""
-
-    def remember(self) -> None:
-        """Give the index of contents what was read."""
-
-
 @dataclass(frozen=True, eq=False)
 class LabelledTable:
-    """An `ImageTable`: a store, and the class number of each of its rows."""
+    """A whole split as the source holds it, with class numbers."""
 
     store: RawStore
     labels_N: Ints
+    """Class numbers by row."""
 
     @cached_property
     def _contents(self) -> Contents:
@@ -106,12 +70,14 @@ class LabelledTable:
         return len(self.labels_N)
 
     def read(self, row: int) -> Raw:
+        """Return encoded bytes, or decoded uint8 pixels; raise `DataError` where there is nothing to be read."""
         raw = self.store.read(row)
         if not self._contents.read_N[row]:
             self._contents.note(row, raw)
         return raw
 
     def read_hashed(self, row: int) -> tuple[Raw, bytes]:
+        """Return what `read` gives, and its digest."""
         raw = self.store.read(row)
         return raw, self._contents.note(row, raw)
 
@@ -119,6 +85,7 @@ class LabelledTable:
         return self.store.places(rows_N)
 
     def known_digests(self, rows_N: Ints) -> tuple[Digests, npt.NDArray[np.bool_]]:
+        """Return the digests of images that were read, now or by an earlier run, and which of them are known."""
         contents = self._contents
         unknown = rows_N[~contents.known_N[rows_N]]
         if len(unknown):
@@ -131,12 +98,15 @@ class LabelledTable:
         return self.noted_digests(rows_N)
 
     def noted_digests(self, rows_N: Ints) -> tuple[Digests, npt.NDArray[np.bool_]]:
+        """Return the digests of images as far as they are known here, and which are."""
         return self._contents.digests_N[rows_N], self._contents.known_N[rows_N]
 
     def take_digests(self, rows_N: Ints, digests_N: Digests) -> None:
+        """Take digests that another process read."""
         self._contents.take(rows_N, digests_N)
 
     def remember(self) -> None:
+        """Give the index of contents what was read."""
         rows = self._contents.unsaved()
         stamps = self.store.stamps(rows) if len(rows) else None
         if stamps is not None:
@@ -154,7 +124,7 @@ class ImageSplit:
     """The rows of a table that belong to one split; `i` below is a position, 0 <= i < len(split)."""
 
     name: Role
-    table: ImageTable
+    table: LabelledTable
     rows_N: Ints
     """Rows of the table, ascending."""
 
