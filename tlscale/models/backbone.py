@@ -13,7 +13,7 @@ import os
 import pickle
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,6 @@ def build_backbone(section: BackboneSection, *, image_size: int | None, seed: in
     """Build a backbone that gives pooled features, (B, C, H, W) to (B, D).
 
     Args:
-        section: the recipe's backbone.
         image_size: pixels; matters to architectures that are built for one size (most vision transformers).
         seed: of the initial weights where they are random; the global generator is left as it was.
 
@@ -70,7 +69,12 @@ def build_backbone(section: BackboneSection, *, image_size: int | None, seed: in
     if section.weights == "bundled":
         return model, _load_bundled(model, section)
     if not section.from_file:
-        origin = "random weights, by seed" if section.weights == "none" else _pretrained_origin(model)
+        origin = "random weights, by seed"
+        if section.weights == "pretrained":
+            cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+            place = cfg.get("hf_hub_id") or cfg.get("url") or cfg.get("file") or "timm"
+            tag = f".{cfg['tag']}" if cfg.get("tag") else ""
+            origin = f"pretrained {cfg.get('architecture', type(model).__name__)}{tag} from {place}"
         return model, WeightsReport(origin, 0, 0, state_digest(model.state_dict()))
     return model, _load_file(model, section)
 
@@ -137,8 +141,7 @@ def function_digest(model: nn.Module) -> str:
     cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
     built = {"architecture": cfg.get("architecture"), "class": type(model).__name__, "modules": str(model)}
     args = {key: str(value) for key, value in getattr(model, "_model_args", {}).items()}
-    description = json.dumps([built, args, state_digest(model.state_dict())], sort_keys=True)
-    return text_sha256(description)
+    return text_sha256(json.dumps([built, args, state_digest(model.state_dict())], sort_keys=True))
 
 
 def _check_name(name: str) -> None:
@@ -187,11 +190,7 @@ def _create(section: BackboneSection, size: dict[str, Any], *, pretrained: bool)
 
 
 def _check_settings(name: str) -> None:
-    """Check what a model's folder, here or on the hub, has timm build.
-
-    Raises:
-        ModelError: it is not only a network.
-    """
+    """Check that what a model's folder, here or on the hub, has timm build is only a network."""
     source, _, place = name.partition(":")
     if source == "local-dir":
         check_model_folder(Path(place))
@@ -226,13 +225,6 @@ def _first_line(error: Exception) -> str:
     return lines[0].split(". ")[0][:200] if lines else "no message"
 
 
-def _pretrained_origin(model: nn.Module) -> str:
-    cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
-    place = cfg.get("hf_hub_id") or cfg.get("url") or cfg.get("file") or "timm"
-    tag = f".{cfg['tag']}" if cfg.get("tag") else ""
-    return f"pretrained {cfg.get('architecture', type(model).__name__)}{tag} from {place}"
-
-
 def _load_file(model: nn.Module, section: BackboneSection) -> WeightsReport:
     path = Path(section.weights)
     state = _best_fit(_read_state(path, section), model)
@@ -242,7 +234,7 @@ def _load_file(model: nn.Module, section: BackboneSection) -> WeightsReport:
     if len(matched) < section.min_matched * len(own):
         raise ModelError(_mismatch(report, section, state, own))
     model.load_state_dict(matched, strict=False)
-    return WeightsReport(report.origin, report.num_matched, report.num_tensors, state_digest(model.state_dict()))
+    return replace(report, sha256=state_digest(model.state_dict()))
 
 
 def _load_bundled(model: nn.Module, section: BackboneSection) -> WeightsReport:
@@ -256,8 +248,7 @@ def _load_bundled(model: nn.Module, section: BackboneSection) -> WeightsReport:
         )
     report = _load_file(model, section.model_copy(update={"weights": str(weights.path), "min_matched": 1.0}))
     model.pretrained_cfg = {**model.pretrained_cfg, **weights.pretrained_cfg}  # type: ignore[assignment, dict-item]
-    origin = f"bundled {section.name} (tlscale/weights/{weights.path.name})"
-    return WeightsReport(origin, report.num_matched, report.num_tensors, report.sha256)
+    return replace(report, origin=f"bundled {section.name} (tlscale/weights/{weights.path.name})")
 
 
 def _read_state(path: Path, section: BackboneSection) -> dict[str, Tensor]:

@@ -26,18 +26,9 @@ class Bundled:
     """What timm would have in the model's own: mean, std, input size and so on."""
 
 
-def bundled_names() -> list[str]:
-    """Return the timm models whose weights ship."""
-    return sorted(path.stem for path in FOLDER.glob("*.safetensors"))
-
-
 def bundled(name: str) -> Bundled:
-    """Return the bundled weights of a timm model.
-
-    Raises:
-        ModelError: none ship for it.
-    """
-    names = bundled_names()
+    """Return the bundled weights of a timm model; that none ship for it is a `ModelError`."""
+    names = sorted(path.stem for path in FOLDER.glob("*.safetensors"))
     if name not in names:
         raise ModelError(
             f"no weights of '{name}' ship with tlscale.{did_you_mean(name, names)} There are: "

@@ -56,11 +56,7 @@ class Classifier(nn.Module):
         return params
 
     def layer_depth(self) -> dict[str, int]:
-        """Count the layers away from the output by rule name, as timm counts them: the head is one of them.
-
-        Raises:
-            ModelError: timm does not group the layers of this architecture.
-        """
+        """Count the layers away from the output by rule name, as timm counts them: the head is one of them."""
         depths, of_head = layer_depths(self.backbone)
         return {name: depths.get(name, of_head) for name in self.rule_names()}
 
@@ -101,11 +97,7 @@ class CodesClassifier(nn.Module):
 
 
 def feature_width(backbone: nn.Module, *, in_chans: int, image_size: int) -> int:
-    """Measure D by one forward pass: the widths that timm notes of its models are not always what they give.
-
-    Raises:
-        ModelError: the backbone cannot take such images, or does not give one vector an image.
-    """
+    """Measure D by one forward pass: the widths that timm notes of its models are not always what they give."""
     backbone.eval()
     try:
         with torch.no_grad():

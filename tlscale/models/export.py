@@ -88,7 +88,11 @@ def export_model(
     (folder / _HEAD_FILE).unlink(missing_ok=True)
     if not whole:
         _write_tensors(plain.head.state_dict(), folder / _HEAD_FILE)
-    _write_checksums(folder)
+    # A checksum shows corruption of the files of tensors that no format would.
+    config = json.loads((folder / "config.json").read_text())
+    files = (file for file in (_MODEL_FILE, _HEAD_FILE) if (folder / file).is_file())
+    config["tlscale"]["sha256"] = {file: file_sha256(folder / file) for file in files}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     difference = _difference(plain, load(folder).model, spec)
     if not difference <= LOGITS_TOLERANCE:
         raise ModelError(f"the exported model in {folder} gives other logits than the run (by {difference:.2g})")
@@ -127,21 +131,8 @@ def _write_tensors(state: Mapping[str, Tensor], path: Path) -> None:
     path.chmod((path.parent / "config.json").stat().st_mode)
 
 
-def _write_checksums(folder: Path) -> None:
-    """Note in `config.json` the SHA-256 of the files of tensors, which shows corruption that no format would."""
-    path = folder / "config.json"
-    config = json.loads(path.read_text())
-    files = (file for file in (_MODEL_FILE, _HEAD_FILE) if (folder / file).is_file())
-    config["tlscale"]["sha256"] = {file: file_sha256(folder / file) for file in files}
-    path.write_text(json.dumps(config, indent=2) + "\n")
-
-
 def _check_checksums(folder: Path, ours: Mapping[str, Any]) -> None:
-    """Compare the files of tensors with their checksums.
-
-    Raises:
-        RunFolderError: a file of tensors is not the one that was exported. Exports of before have no checksums.
-    """
+    """Check that the files of tensors are those that were exported. Exports of before have no checksums."""
     for file, expected in ours.get("sha256", {}).items():
         path = folder / Path(file).name
         if not path.is_file():
@@ -155,14 +146,9 @@ def _check_checksums(folder: Path, ours: Mapping[str, Any]) -> None:
 
 
 def _write_config(model: nn.Module, folder: Path, ours: Mapping[str, Any], spec: InputSpec) -> None:
-    transform = {
-        "input_size": [spec.in_chans, spec.image_size, spec.image_size],
-        "mean": list(spec.mean),
-        "std": list(spec.std),
-        "interpolation": spec.interpolation,
-        "crop_pct": spec.crop_pct,
-        "crop_mode": spec.crop_mode,
-    }
+    keys = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
+    transform: dict[str, Any] = {"input_size": [spec.in_chans, spec.image_size, spec.image_size]}
+    transform |= {key: spec.to_plain()[key] for key in keys}
     path = folder / "config.json"
     # Private, as timm's public `save_for_hf` writes the tensors too, and those that share memory not at all.
     save_config_for_hf(

@@ -50,12 +50,13 @@ def layer_names(backbone: nn.Module) -> list[Layer]:
     They are those that timm lists; where it lists none that can be named, the parts that the backbone is made of.
     Any other module may be named as well.
     """
-    modules = dict(backbone.named_modules())
-    known = [
-        Layer(_last_inside(modules, info["module"]), int(info["reduction"]), int(info["num_chs"]))
-        for info in _feature_info(backbone)
-        if info["module"] and info["module"] in modules
-    ]
+    modules, known = dict(backbone.named_modules()), []
+    for info in _feature_info(backbone):
+        name = info["module"]
+        if name and name in modules:
+            while _is_list(modules[name]) and (inside := [key for key, _ in modules[name].named_children()]):
+                name = f"{name}.{inside[-1]}"  # the last of a list of modules
+            known.append(Layer(name, int(info["reduction"]), int(info["num_chs"])))
     return known if len(known) > 1 else [Layer(name, None, None) for name in _parts(backbone)]
 
 
@@ -72,13 +73,6 @@ def _feature_info(backbone: nn.Module) -> list[dict[str, Any]]:
 def _is_list(module: nn.Module) -> bool:
     """Return whether this only holds modules, and is never called itself."""
     return type(module).forward is nn.Module.forward
-
-
-def _last_inside(modules: dict[str, nn.Module], name: str) -> str:
-    """Return the module itself, or the last of a list of modules."""
-    while _is_list(modules[name]) and (inside := [key for key, _ in modules[name].named_children()]):
-        name = f"{name}.{inside[-1]}"
-    return name
 
 
 def _parts(module: nn.Module, prefix: str = "") -> list[str]:
@@ -112,7 +106,9 @@ class LayerCodes(nn.Module):
         assert wanted, "no layer is wanted"
         for layer, pool in wanted:
             _check_layer(backbone, layer)
-            _check_pool(pool)
+            if pool not in POOLS:
+                remedy = sentences(suggestion(pool, POOLS), f"There are: {', '.join(POOLS)}.")
+                raise ModelError(f"there is no '{pool}'", key="codes.pool", remedy=remedy)
         self.backbone = backbone
         self.wanted = tuple((layer, pool) for layer, pool in wanted)
         self._ran_to_the_end = False
@@ -123,21 +119,13 @@ class LayerCodes(nn.Module):
         return super().train(False)
 
     def forward(self, images_BCHW: Tensor) -> tuple[Tensor, ...]:
-        """Compute the codes of each (layer, pool).
-
-        Raises:
-            ModelError: a layer does not give one vector an image, or not clearly.
-        """
+        """Compute the codes of each (layer, pool); a `ModelError` where a layer gives no one vector an image."""
         hooked = self._pass(images_BCHW, to_the_end=not self._ran_to_the_end)
         self._ran_to_the_end = True
         return tuple(hooked.codes[pair] for pair in self.wanted)
 
     def describe(self, images_BCHW: Tensor) -> list[CodesRow]:
-        """Describe what each (layer, pool) gives, by one pass of `images_BCHW` (two are enough).
-
-        Raises:
-            ModelError: as `forward`; or the backbone cannot take such images.
-        """
+        """Describe what each (layer, pool) gives, by one pass of `images_BCHW` (two are enough)."""
         try:
             with torch.no_grad():
                 hooked = self._pass(images_BCHW, to_the_end=True)
@@ -168,13 +156,7 @@ def features_and_codes(
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Compute what the backbone gives, and the codes of each (layer, pool), by one pass in the mode that it is in.
 
-    Gradients flow through both.
-
-    Args:
-        wanted: as `LayerCodes` checked them.
-
-    Raises:
-        ModelError: a layer does not give one vector an image, or not clearly.
+    Gradients flow through both. `wanted` is as `LayerCodes` checked it.
     """
     hooked = _run_hooked(backbone, wanted, images_BCHW, to_the_end=True)
     assert hooked.features is not None
@@ -203,12 +185,6 @@ def _run_hooked(
             remedy=f"Name a module around or in it, or a stage: {', '.join(stages(backbone))}.",
         )
     return hooked
-
-
-def _check_pool(pool: str) -> None:
-    if pool not in POOLS:
-        remedy = sentences(suggestion(pool, POOLS), f"There are: {', '.join(POOLS)}.")
-        raise ModelError(f"there is no '{pool}'", key="codes.pool", remedy=remedy)
 
 
 def _check_layer(backbone: nn.Module, layer: str) -> None:
@@ -374,7 +350,8 @@ def _channel_dim(value: Tensor, layer: str, backbone: nn.Module) -> int:
     if by_width:  # both fit: then it is as the architecture declares, or as timm's do unless they declare it
         return 3 if getattr(backbone, "output_fmt", None) == "NHWC" else 1
     _, one, two, three = value.shape
-    if two == three and (one != two or not _works_on_the_last_axis(backbone)):
+    wants_last = any(isinstance(module, nn.Linear | nn.LayerNorm) for module in backbone.modules())
+    if two == three and (one != two or not wants_last):
         return 1
     if one == two != three:
         return 3
@@ -384,8 +361,3 @@ def _channel_dim(value: Tensor, layer: str, backbone: nn.Module) -> int:
         key="codes.layer",
         remedy=f"Set another data.image_size, or name a stage: {', '.join(stages(backbone))}.",
     )
-
-
-def _works_on_the_last_axis(backbone: nn.Module) -> bool:
-    """Return whether anything in the backbone could want its channels last."""
-    return any(isinstance(module, nn.Linear | nn.LayerNorm) for module in backbone.modules())

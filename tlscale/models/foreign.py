@@ -30,18 +30,8 @@ _LOADING = frozenset(
         *("args", "kwargs", "self", "model_name", "variant", "model_cls", "model_cfg", "cache_dir", "checkpoint_path"),
         *("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_model_args", "pretrained_strict"),
         *("pretrained_filter_fn", "pretrained_custom_load", "kwargs_filter", "features_only", "feature_cfg"),
-        *(
-            "out_indices",
-            "feature_cls",
-            "scriptable",
-            "exportable",
-            "no_jit",
-            "device",
-            "dtype",
-            "state_dict",
-            "url",
-            "fn",
-        ),
+        *("out_indices", "feature_cls", "scriptable", "exportable", "no_jit", "device", "dtype", "state_dict", "url"),
+        *("fn",),
     )
 )
 _COMMON = frozenset(("num_classes", "in_chans", "global_pool", "drop_rate", "drop_path_rate", "img_size"))
@@ -132,11 +122,6 @@ def _arguments_of(architecture: str) -> frozenset[str]:
 
 def check_model_args(architecture: Any, arguments: Any, where: str) -> None:  # noqa: ANN401 (of foreign JSON)
     """Check `model_args` of a model's settings.
-
-    Args:
-        architecture: the name of a network of timm, which takes the arguments.
-        arguments: names to values.
-        where: for messages.
 
     Raises:
         ModelError: a name that does not describe a network, or a value that is not plain.

@@ -93,11 +93,7 @@ def unchanging_keys(network: nn.Module) -> set[str]:
 
 
 def check_trainable(params: Iterable[nn.Parameter], rules: Sequence[Rule[bool]], where: str = "freeze") -> None:
-    """Check that something is left to train.
-
-    Raises:
-        ModelError: nothing is left to train.
-    """
+    """Check that something is left to train; a `ModelError` else."""
     if not any(param.requires_grad for param in params):
         raise ModelError(
             f"{where}: the rules {', '.join(repr(rule.pattern) for rule in rules)} leave nothing to train; "

@@ -14,29 +14,21 @@ from tlscale.errors import ModelError, did_you_mean
 from tlscale.recipe.field_types import HeadLayer
 
 
-def _linear(width: int, number: float | None, num_classes: int) -> nn.Module:
-    return nn.Linear(width, num_classes if number is None else int(number))
-
-
 def _dropout(width: int, number: float | None, num_classes: int) -> nn.Module:
     assert number is not None, "the schema requires it"
     return nn.Dropout(number)
 
 
-def _without_arguments(layer: type[nn.Module]) -> Callable[[int, float | None, int], nn.Module]:
-    return lambda width, number, num_classes: layer()
-
-
 LAYERS: dict[str, Callable[[int, float | None, int], nn.Module]] = {
-    "linear": _linear,
+    "linear": lambda width, number, num_classes: nn.Linear(width, num_classes if number is None else int(number)),
     "dropout": _dropout,
-    "relu": _without_arguments(nn.ReLU),
-    "gelu": _without_arguments(nn.GELU),
-    "silu": _without_arguments(nn.SiLU),
-    "tanh": _without_arguments(nn.Tanh),
-    "leaky_relu": _without_arguments(nn.LeakyReLU),
-    "hardswish": _without_arguments(nn.Hardswish),
-    "elu": _without_arguments(nn.ELU),
+    "relu": lambda *_: nn.ReLU(),
+    "gelu": lambda *_: nn.GELU(),
+    "silu": lambda *_: nn.SiLU(),
+    "tanh": lambda *_: nn.Tanh(),
+    "leaky_relu": lambda *_: nn.LeakyReLU(),
+    "hardswish": lambda *_: nn.Hardswish(),
+    "elu": lambda *_: nn.ELU(),
     "layernorm": lambda width, number, num_classes: nn.LayerNorm(width),
     "batchnorm": lambda width, number, num_classes: nn.BatchNorm1d(width),
 }
@@ -45,12 +37,10 @@ recipe may write of each is in `tlscale.recipe.field_types.HEAD_LAYERS`."""
 
 
 def build_head(layers: Sequence[HeadLayer], *, in_features: int, num_classes: int, seed: int) -> nn.Sequential:
-    """Build the head of a recipe: (B, `in_features`) to (B, `num_classes`).
+    """Build the head of a recipe, from the backbone's pooled features (B, `in_features`) to (B, `num_classes`).
 
     Args:
         layers: the recipe's `head`, checked by the schema; the last `linear` has no width.
-        in_features: D, what the backbone gives after pooling.
-        num_classes: C.
         seed: of the initial weights (PyTorch's default for each layer); the global generator is left as it was.
 
     Raises:

@@ -18,6 +18,7 @@ import timm
 import torch
 from torch import Tensor, fx, nn
 
+from tlscale.models.partition.self_check import TORCHS_OWN
 from tlscale.models.partition.tracing import attribute_of, module_of
 from tlscale.storage.files import text_sha256
 
@@ -69,19 +70,16 @@ class Fingerprints:
         if id(module) not in self._modules:
             kind: Any = type(module)
             own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+            kept = vars(module).items()
+            settings = {key: value for key, value in kept if key not in TORCHS_OWN and key not in _NO_MATTER}
             self._modules[id(module)] = _sha(
                 digest_name(kind),
                 _source(kind),
-                _plain(_settings(module), {}),
+                _plain(settings, {}),
                 _plain(dict(own), {}),
                 *(f"{name}={self._module(child)}" for name, child in module.named_children()),
             )
         return self._modules[id(module)]
-
-
-def _settings(module: nn.Module) -> dict[str, Any]:
-    inner = vars(nn.Module())
-    return {key: value for key, value in vars(module).items() if key not in inner and key not in _NO_MATTER}
 
 
 def _plain(value: Any, prints: Mapping[fx.Node, str]) -> str:

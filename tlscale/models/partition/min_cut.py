@@ -47,11 +47,7 @@ class Analysis:
 
 
 def analyse(network: nn.Module, images_BCHW: Tensor) -> Analysis:
-    """Trace the network in the mode that it is in, mark what is frozen of it, and measure that.
-
-    Raises:
-        NoPartition: it cannot be traced.
-    """
+    """Trace the network in the mode that it is in, mark what is frozen of it, and measure that."""
     graph = trace(network)
     info = _measure(graph, mark(graph, network), network, images_BCHW)
     _read_results(graph, info, network)
@@ -145,12 +141,14 @@ def _read_results(graph: fx.Graph, info: dict[fx.Node, NodeInfo], network: nn.Mo
 
 
 def minimum_cut(analysis: Analysis, network: nn.Module) -> list[fx.Node]:
-    """Find the values to cache, in the order of the graph.
-
-    Raises:
-        NoPartition: nothing is worth caching.
-    """
-    free = _free(analysis)
+    """Find the values to cache, in the order of the graph; `NoPartition` where nothing is worth it."""
+    # What the suffix has without any code: constants, sizes, and what comes of these alone.
+    free: set[fx.Node] = set()
+    for node in analysis.graph.nodes:
+        if node not in analysis.steady or node.op == "placeholder":
+            continue
+        if analysis.info[node].is_known or free.issuperset(node.all_input_nodes):
+            free.add(node)
     nodes = [node for node in analysis.graph.nodes if node in analysis.steady and node not in free]
     flow = _flow_network(nodes, analysis, network)
     try:
@@ -164,17 +162,6 @@ def minimum_cut(analysis: Analysis, network: nn.Module) -> list[fx.Node]:
     if not saved:
         raise NoPartition("nothing that is frozen and costs time is between the image and the trained part")
     return ends
-
-
-def _free(analysis: Analysis) -> set[fx.Node]:
-    """Return steady nodes that the suffix has without any code: constants, sizes, and what comes of these alone."""
-    free: set[fx.Node] = set()
-    for node in analysis.graph.nodes:
-        if node in analysis.steady and node.op != "placeholder":
-            known = analysis.info[node].is_known
-            if known or free.issuperset(node.all_input_nodes):
-                free.add(node)
-    return free
 
 
 def _flow_network(nodes: Sequence[fx.Node], analysis: Analysis, network: nn.Module) -> networkx.DiGraph:

@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from tlscale.models.partition.fingerprint import Fingerprints
-from tlscale.models.partition.min_cut import Analysis, NodeInfo, analyse, goals, minimum_cut, output, with_inputs
+from tlscale.models.partition.min_cut import Analysis, analyse, goals, minimum_cut, output, with_inputs
 from tlscale.models.partition.self_check import TORCHS_OWN, check_partition
 from tlscale.models.partition.tracing import RECOMPUTED, NoPartition, Recomputed, first_line, module_of
 
@@ -115,7 +115,8 @@ def find_partition(network: nn.Module, images: Tensor) -> Partition:
     if all(param.requires_grad for param in network.parameters()):
         raise NoPartition("nothing is frozen")
     try:
-        with _left_as_found(network), torch.no_grad(), _own_random_numbers():
+        generators = torch.random.fork_rng(devices=range(torch.cuda.device_count()))
+        with _left_as_found(network), torch.no_grad(), generators:
             partition = _partition(network, images)
     except NoPartition:
         raise
@@ -144,7 +145,7 @@ def _partition(network: nn.Module, images: Tensor) -> Partition:
     return Partition(
         prefix=prefix,
         suffix=suffix,
-        values=_values(images, prefix, [_name(node) for node in ends]),
+        values=tuple(_value(node, code) for node, code in zip(ends, prefix(images.clone()), strict=True)),
         digest=prints.of_all(marks[node][0] for node in ends),
         prefix_flops=_flops(prefix, images.clone()),
         suffix_flops=_flops(suffix, *(code.clone() for code in prefix(images.clone()))),
@@ -174,12 +175,6 @@ def _left_as_found(network: nn.Module) -> Iterator[None]:
             vars(module)[name] = value
         for name in set(vars(network)) - names:  # constants that the tracer hung there
             delattr(network, name)
-
-
-@contextlib.contextmanager
-def _own_random_numbers() -> Iterator[None]:
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        yield
 
 
 # -- build --------------------------------------------------------------------------------------------------------
@@ -247,7 +242,10 @@ def _copy_between(
     wanted = goals(analysis, network) if ends is None else ends
     for node in with_inputs(wanted, stop=[*codes, *known]):
         if node in known:
-            made[node] = _known_value(graph, known[node], next(iter(codes.values())))
+            made[node] = known[node].plain
+            if known[node].counts_images:
+                num_images = graph.call_method("size", (next(iter(codes.values())), 0))
+                made[node] = graph.call_function(operator.mul, (num_images, known[node].plain))
         elif node.op == "placeholder" and node not in made and begins is not None:
             raise NoPartition("the trained part uses the image itself in evaluation")
         elif node not in made and node.op != "output":
@@ -256,13 +254,6 @@ def _copy_between(
     graph.output(fx.map_arg(result, made.__getitem__))
     graph.lint()
     return fx.GraphModule(network, graph)
-
-
-def _known_value(graph: fx.Graph, info: NodeInfo, code: fx.Node) -> Any:
-    if not info.counts_images:
-        return info.plain
-    num_images = graph.call_method("size", (code, 0))
-    return graph.call_function(operator.mul, (num_images, info.plain))
 
 
 def _recompute_as_before(part: fx.GraphModule) -> fx.GraphModule:
@@ -279,16 +270,11 @@ def _recompute_as_before(part: fx.GraphModule) -> fx.GraphModule:
 # -- describe -------------------------------------------------------------------------------------------------------
 
 
-def _values(images: Tensor, prefix: _Prefix, names: Sequence[str]) -> tuple[PartitionValue, ...]:
-    codes = prefix(images.clone())
-    return tuple(
-        PartitionValue(name, tuple(code.shape[1:]), code.dtype, _is_channels_last(code))
-        for name, code in zip(names, codes, strict=True)
-    )
-
-
-def _is_channels_last(code: Tensor) -> bool:
-    return code.ndim == 4 and not code.is_contiguous() and code.is_contiguous(memory_format=torch.channels_last)
+def _value(node: fx.Node, code: Tensor) -> PartitionValue:
+    around = [path for path, _ in node.meta.get("nn_module_stack", {}).values() if path]
+    name = str(node.target) if node.op == "call_module" else ".".join([*around[-1:], node.name])
+    is_last = code.ndim == 4 and not code.is_contiguous() and code.is_contiguous(memory_format=torch.channels_last)
+    return PartitionValue(name, tuple(code.shape[1:]), code.dtype, is_last)
 
 
 class _FlopCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -309,10 +295,3 @@ def _flops(module: nn.Module, *inputs: Tensor) -> int:
     with _FlopCounter() as counter:
         module(*inputs)
     return int(counter.total) // len(inputs[0])
-
-
-def _name(node: fx.Node) -> str:
-    if node.op == "call_module":
-        return str(node.target)
-    around = [path for path, _ in node.meta.get("nn_module_stack", {}).values() if path]
-    return ".".join([*around[-1:], node.name])

@@ -109,19 +109,14 @@ def _agree(ones: Sequence[Tensor], others: Sequence[Tensor], *, exact: bool) -> 
         return False
     if exact or not all(one.is_floating_point() for one, _ in pairs):
         return all(torch.equal(one.nan_to_num(), other.nan_to_num()) for one, other in pairs)
-    return all(_difference(one, other) <= _tolerance(one) for one, other in pairs)
+    return all(_is_near(one, other) for one, other in pairs)
 
 
-def _difference(one: Tensor, other: Tensor) -> float:
-    """Return the largest difference as a share of the largest value."""
-    scale = one.abs().max().clamp(min=torch.finfo(one.dtype).tiny)
-    return float((one - other).abs().max() / scale)
-
-
-def _tolerance(tensor: Tensor) -> float:
+def _is_near(one: Tensor, other: Tensor) -> bool:
     """Allow for another order of summation; on an accelerator also for products in reduced precision (TF32)."""
-    rounding = 8 * torch.finfo(tensor.dtype).eps
-    return max(1e-5, rounding) if tensor.device.type == "cpu" else max(5e-3, rounding)
+    kind = torch.finfo(one.dtype)
+    difference = float((one - other).abs().max() / one.abs().max().clamp(min=kind.tiny))
+    return difference <= max(1e-5 if one.device.type == "cpu" else 5e-3, 8 * kind.eps)
 
 
 def _plain_state(network: nn.Module) -> dict[str, str]:

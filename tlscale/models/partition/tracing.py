@@ -36,17 +36,8 @@ _RANDOM = re.compile(
     r"|(uniform|exponential|geometric|cauchy|log_normal)_"
 )
 _IN_PLACE_OPERATORS = (
-    "iadd",
-    "isub",
-    "imul",
-    "imatmul",
-    "itruediv",
-    "ifloordiv",
-    "imod",
-    "ipow",
-    "iand",
-    "ior",
-    "ixor",
+    *("iadd", "isub", "imul", "imatmul", "itruediv", "ifloordiv"),
+    *("imod", "ipow", "iand", "ior", "ixor"),
 )
 
 
@@ -151,7 +142,10 @@ def trace(network: nn.Module) -> fx.Graph:
         raise NoPartition("the network draws random numbers outside of tensor operations, which a trace would fix")
     if [node.op for node in graph.nodes].count("placeholder") != 1:
         raise NoPartition(f"{type(network).__name__} takes more than images")
-    _drop_assertions(graph)
+    # Checks of shapes hold for all images of a size, and tie the graph to values that nobody needs.
+    for node in reversed(graph.nodes):
+        if node.op == "call_function" and call_name(node) in ("_assert", "_assert_async"):
+            graph.erase_node(node)
     return graph
 
 
@@ -180,13 +174,6 @@ def _checkpoints_noted(tracer: _Tracer) -> Iterator[None]:
         torch.utils.checkpoint.checkpoint = original
 
 
-def _drop_assertions(graph: fx.Graph) -> None:
-    """Drop checks of shapes: they hold for all images of a size, and tie the graph to values that nobody needs."""
-    for node in reversed(graph.nodes):
-        if node.op == "call_function" and call_name(node) in ("_assert", "_assert_async"):
-            graph.erase_node(node)
-
-
 # -- what a node does ---------------------------------------------------------------------------------------------
 
 
@@ -209,17 +196,12 @@ def is_steady(node: fx.Node, network: nn.Module) -> bool:
     """Return whether equal inputs give equal results in every step: nothing trained or random, no moving buffer."""
     module = module_of(node, network)
     if module is not None:
-        return _is_steady_module(module)
+        is_trained = any(param.requires_grad for param in module.parameters())
+        return not is_trained and not any(_changes_with_time(part) for part in module.modules())
     if node.op == "get_attr":
         value = attribute_of(node, network)
         return not (isinstance(value, torch.Tensor) and value.requires_grad)
     return node.op == "placeholder" or (node.op in ("call_function", "call_method") and not _is_random(node))
-
-
-def _is_steady_module(module: nn.Module) -> bool:
-    if any(param.requires_grad for param in module.parameters()):
-        return False
-    return not any(_changes_with_time(part) for part in module.modules())
 
 
 def _changes_with_time(part: nn.Module) -> bool:
