@@ -184,3 +184,18 @@ def did_you_mean(word: str, known: Iterable[str], limit: int = 3) -> str:
     """Return a `suggestion` to append to a sentence: with a blank before it, or empty."""
     meant = suggestion(word, known, limit)
     return f" {meant}" if meant else ""
+
+
+def first_few(items: Sequence[str], limit: int = 5) -> str:
+    """Return `a, b, c and 7 more`: no more names in a message than anybody reads."""
+    rest = len(items) - limit
+    return ", ".join(items[:limit]) + (f" and {rest:,} more" if rest > 0 else "")
+
+
+def quoted(names: Iterable[str]) -> list[str]:
+    """Return names as a message shows them: in quotes, with unprintable characters escaped."""
+    return [repr(name) for name in names]
+
+
+def quoted_list(names: Sequence[str], limit: int = 20) -> str:
+    return first_few(quoted(names), limit) if names else "none"

@@ -14,7 +14,7 @@ from tests.recipes.wrong_recipes import AT, WRONG_RECIPES
 from tlscale import __version__
 from tlscale.cli import main
 from tlscale.recipe.shipped import shipped_recipes
-from tlscale.recipe.yaml_writer import write_yaml
+from tlscale.recipe.yaml_text import write_yaml
 
 BASE = {"name": "wrong", "backbone": {"name": "test_resnet", "weights": "none"}, "duration": "1 steps"}
 

@@ -33,8 +33,7 @@ from tlscale.commands.paired_tests import paired_tests
 from tlscale.distributed.processes import start_processes
 from tlscale.errors import LaunchError, RecipeError, ResumeError, RunFolderError, Stopped, TlscaleError
 from tlscale.recipe.load import diff_recipes, load_recipe, recipe_digest
-from tlscale.recipe.schema import Recipe
-from tlscale.recipe.strategies import NO_EFFECT_BESIDE_PROBE
+from tlscale.recipe.schema import NO_EFFECT_BESIDE, Recipe
 from tlscale.storage.run_folder import RunFolder
 from tlscale.tracking.console import Console
 from tlscale.tracking.stopwatch import Stopwatch
@@ -194,7 +193,7 @@ def _differences(old: Recipe, new: Recipe) -> list[tuple[str, str, str]]:
     rows = [(key, _shown(before), _shown(after)) for key, before, after in diff_recipes(old, new) if key != "name"]
     if new.probe is None or old.probe is not None:
         return rows
-    idle = [row for row in rows if row[0].startswith(NO_EFFECT_BESIDE_PROBE)]
+    idle = [row for row in rows if row[0].startswith(NO_EFFECT_BESIDE["probe"])]
     others = [row for row in rows if row not in idle]
     return [*others, (", ".join(row[0] for row in idle), "", "a probe trains nothing")] if idle else others
 

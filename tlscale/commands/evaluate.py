@@ -30,7 +30,7 @@ from tlscale.recipe.load import load_stored_recipe
 from tlscale.recipe.schema import LossSection, Recipe
 from tlscale.storage.files import write_json
 from tlscale.tracking.console import Console, Pace, number, visible
-from tlscale.tracking.places import places_of, without_places
+from tlscale.tracking.redact import places_of, without_places
 from tlscale.tracking.stopwatch import Stopwatch, describe_seconds
 from tlscale.training.evaluate import evaluate
 from tlscale.training.loss import CrossEntropyLoss

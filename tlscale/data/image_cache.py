@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
 
 from tlscale.data.loader import ImageStore
@@ -13,32 +14,23 @@ from tlscale.tracking.console import Pace
 from tlscale.tracking.stopwatch import Stopwatch
 
 
+@dataclass
 class ImageCache:
     """Open the image stores of a run's splits when they are first asked for, and keep them open."""
 
-    def __init__(
-        self,
-        data: ImageData,
-        section: DataSection,
-        spec: InputSpec,
-        *,
-        crops: bool,
-        sees_all_of_train: bool,
-        watch: Stopwatch,
-    ) -> None:
-        """Open nothing yet.
-
-        Args:
-            crops: training cuts its images at random, and so needs them in their own size.
-            sees_all_of_train: the run's steps see as many training images as there are; else decoding all of them
-                beforehand would be for nothing.
-            watch: measures decoding.
-        """
-        self.data = data
-        self._section, self._spec, self._crops = section, spec, crops
-        self._sees_all_of_train, self._watch = sees_all_of_train, watch
-        self._stores: dict[str, ImageStore] = {}
-        self.say: Callable[[str], None] = lambda text: None  # reports the progress of decoding
+    data: ImageData
+    section: DataSection
+    spec: InputSpec
+    _: KW_ONLY
+    crops: bool
+    """Training cuts its images at random, and so needs them in their own size."""
+    sees_all_of_train: bool
+    """The steps see as many images as there are; else decoding all of them would be for nothing."""
+    watch: Stopwatch
+    """Measures decoding."""
+    say: Callable[[str], None] = lambda text: None
+    """Reports the progress of decoding."""
+    _stores: dict[str, ImageStore] = field(default_factory=dict)
 
     def train(self, *, every: bool = False) -> ImageStore:
         """Return the training images as training wants them.
@@ -49,8 +41,8 @@ class ImageCache:
         Raises:
             DataError: an image cannot be read.
         """
-        split, keep = self.data.train, every or self._sees_all_of_train
-        return self._store("train" if keep else "few of train", split, crops=self._crops, keep=keep)
+        split, keep = self.data.train, every or self.sees_all_of_train
+        return self._store("train" if keep else "few of train", split, crops=self.crops, keep=keep)
 
     def of(self, split: ImageSplit) -> ImageStore:
         """Return the images of a split as evaluation wants them.
@@ -62,13 +54,13 @@ class ImageCache:
 
     def uncached(self, split: ImageSplit, *, crops: bool = False) -> ImageStore:
         """Return a split's images as evaluation (with `crops`, training) wants them, for one pass: none is cached."""
-        return ImageStore(split, self._section.model_copy(update={"cache_mib": 0}), self._spec, crops=crops)
+        return ImageStore(split, self.section.model_copy(update={"cache_mib": 0}), self.spec, crops=crops)
 
     def _store(self, name: str, split: ImageSplit, *, crops: bool = False, keep: bool = True) -> ImageStore:
         if name not in self._stores:
             # Looked up when it is called: `say` changes with the console.
             pace = Pace(len(split), lambda text: self.say(text), f"decoding {split.name}")
-            make = partial(ImageStore, split, self._section, self._spec, crops=crops, keep=keep, on_images=pace.add)
-            with self._watch("decode"):
+            make = partial(ImageStore, split, self.section, self.spec, crops=crops, keep=keep, on_images=pace.add)
+            with self.watch("decode"):
                 self._stores[name] = make()
         return self._stores[name]

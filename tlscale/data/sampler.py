@@ -73,7 +73,7 @@ def permute(positions_P: Ints, *, num_images: int, seed: int, epoch: int) -> Int
     half_bits = max(_LEAST_HALF_BITS, -(-(num_images - 1).bit_length() // 2))
     round_keys = _mix_in(_epoch_key(seed, epoch), np.arange(-_ROUNDS, 0))
     values_P = _feistel(np.asarray(positions_P, dtype=np.int64).astype(np.uint64), half_bits, round_keys)
-    # Cycle walking: who fell out of the range goes on until it comes back in; a bijection stays one.
+    # Cycle walking: a value outside the range is mapped again until it is inside; a bijection stays one.
     outside = np.flatnonzero(values_P >= np.uint64(num_images))
     while outside.size:
         values_P[outside] = _feistel(values_P[outside], half_bits, round_keys)

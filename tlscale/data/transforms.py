@@ -66,7 +66,8 @@ class InputSpec:
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> InputSpec:
         """Read what `to_plain` gave, also after a trip through JSON."""
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in plain.items()})
+        lists: dict[str, Any] = {key: tuple(value) for key, value in plain.items() if isinstance(value, list)}
+        return cls(**{**plain, **lists})
 
     @property
     def mean_color(self) -> tuple[int, ...]:
@@ -235,10 +236,11 @@ class ImageBatch:
         return self._each(lambda tensor: tensor.pin_memory())
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> ImageBatch:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return ImageBatch(
-            **{key: change(value) if isinstance(value, Tensor) else value for key, value in values.items()}
-        )
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                values[name] = change(value)
+        return ImageBatch(**values)
 
 
 def normalise(images_BCHW: Tensor, spec: InputSpec, dtype: torch.dtype) -> Tensor:

@@ -76,11 +76,7 @@ class Duration:
 
 
 def parse_duration(value: object) -> Duration:
-    """Read a `Duration` from recipe text.
-
-    Raises:
-        InvalidValueError: it is none; zero is allowed (`0 steps` of warm-up), negative numbers are not.
-    """
+    """Read a `Duration` from recipe text; zero is allowed (`0 steps` of warm-up), negative numbers are not."""
     if isinstance(value, Duration):
         return value
     if not isinstance(value, str):

@@ -7,7 +7,7 @@ YAML values back. `schema` assigns them to keys.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -24,24 +24,15 @@ Augmentation = str | dict[str, float]
 
 @dataclass(frozen=True)
 class Number:
-    """Describe the number that a head layer or an augmentation takes.
-
-    Attributes:
-        meaning: in words.
-        lowest: that is allowed.
-        highest: that is allowed; with `is_below`, the first that is not.
-        default: for an augmentation that is named without its number.
-        is_whole: no fractions.
-        is_required: the name alone means nothing.
-    """
+    """Describe the number that a head layer or an augmentation takes."""
 
     meaning: str
-    lowest: float
-    highest: float
-    default: float | None = None
+    lowest: float  # allowed
+    highest: float  # allowed too, but not with `is_below`
+    default: float | None = None  # of an augmentation that is named without its number
     is_below: bool = False
     is_whole: bool = False
-    is_required: bool = False
+    is_required: bool = False  # the name alone means nothing
 
     def takes(self, number: float) -> bool:
         """Return whether a number is allowed."""
@@ -89,10 +80,6 @@ POOLS = ("avg", "max", "avgmax", "token", "none")
 TRACKERS = ("wandb", "tensorboard", "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "trackio")
 
 
-def _duration(value: object) -> Duration:
-    return parse_duration(value)
-
-
 def _freeze_rules(value: object) -> tuple[Rule[bool], ...]:
     """Read one regex, a list of them, or a list of `{regex: true | false}`, in order."""
     rules: list[Rule[bool]] = []
@@ -125,10 +112,6 @@ def _number_rules(value: object) -> tuple[Rule[float], ...]:
     return tuple(rules)
 
 
-def _plain_rules(rules: tuple[Rule[Any], ...]) -> list[dict[str, Any]]:
-    return [{rule.pattern: rule.value} for rule in rules]
-
-
 def _named_number(item: object, what: str) -> tuple[str, Any]:
     """Return `name` or `{name: number}` as (name, number or None)."""
     if isinstance(item, str):
@@ -140,14 +123,13 @@ def _named_number(item: object, what: str) -> tuple[str, Any]:
     raise InvalidValueError(f"{what} is a name or one '{{name: number}}', not {item!r}")
 
 
-def _check_name(what: str, name: str, known: Collection[str]) -> None:
+def _named(what: str, item: object, known: Mapping[str, Number | None]) -> tuple[str, int | float | None]:
+    """Return the name and number of a head layer or an augmentation, checked."""
+    name, number = _named_number(item, f"{'an' if what[0] == 'a' else 'a'} {what}")
     if name not in known:
-        listed = f"There are: {', '.join(known)}."
-        remedy = sentences(suggestion(name, known), listed)
+        remedy = sentences(suggestion(name, known), f"There are: {', '.join(known)}.")
         raise InvalidValueError(f"unknown {what} '{name}'", remedy)
-
-
-def _check_number(name: str, number: float | None, wanted: Number | None) -> None:
+    wanted = known[name]
     if wanted is None:
         if number is not None:
             raise InvalidValueError(f"'{name}' takes no number", f"Write {name}.")
@@ -156,12 +138,11 @@ def _check_number(name: str, number: float | None, wanted: Number | None) -> Non
             raise InvalidValueError(f"'{name}' takes {wanted}", f"Write {{{name}: NUMBER}}.")
     elif not wanted.takes(number):
         raise InvalidValueError(f"'{name}' takes {wanted}, not {number!r}")
+    return name, number
 
 
 def _head_layer(item: object) -> HeadLayer:
-    name, number = _named_number(item, "a head layer")
-    _check_name("head layer", name, HEAD_LAYERS)
-    _check_number(name, number, HEAD_LAYERS[name].number)
+    name, number = _named("head layer", item, {name: kind.number for name, kind in HEAD_LAYERS.items()})
     return name if number is None else {name: number}
 
 
@@ -176,29 +157,18 @@ def _head(layers: list[HeadLayer]) -> list[HeadLayer]:
 
 
 def _augmentation(item: object) -> Augmentation:
-    name, number = _named_number(item, "an augmentation")
-    _check_name("augmentation", name, AUGMENTATIONS)
-    _check_number(name, number, AUGMENTATIONS[name])
+    name, number = _named("augmentation", item, AUGMENTATIONS)
     return name if number is None else {name: float(number)}
 
 
 def augmentation_values(augment: list[Augmentation]) -> dict[str, float | None]:
-    """Return `[flip, {mixup: 0.3}]` as `{'flip': 0.5, 'mixup': 0.3}`, with defaults; None for those without a number.
-
-    Args:
-        augment: as `data.augment` has it, checked.
-    """
+    """Return `[flip, {mixup: 0.3}]` as `{'flip': 0.5, 'mixup': 0.3}`, with defaults; None where there is no number."""
     values: dict[str, float | None] = {}
     for item in augment:
         name, number = _named_number(item, "an augmentation")
         wanted = AUGMENTATIONS[name]
         values[name] = wanted.default if number is None and wanted is not None else number
     return values
-
-
-def _augment(value: object) -> object:
-    """Read `none` as the empty list."""
-    return [] if value == "none" or value is None else value
 
 
 def _augment_set(items: list[Augmentation]) -> list[Augmentation]:
@@ -245,26 +215,21 @@ def _positive(duration: Duration) -> Duration:
 
 _DURATION_JSON = WithJsonSchema({"type": "string", "examples": ["10 epochs", "500 steps", "64000 images", "5%"]})
 _plain_duration = PlainSerializer(str, return_type=str)
-AnyDuration = Annotated[Duration, BeforeValidator(_duration), _plain_duration, _DURATION_JSON]
-PositiveDuration = Annotated[
-    Duration, BeforeValidator(_duration), AfterValidator(_positive), _plain_duration, _DURATION_JSON
-]
+AnyDuration = Annotated[Duration, BeforeValidator(parse_duration), _plain_duration, _DURATION_JSON]
+PositiveDuration = Annotated[AnyDuration, AfterValidator(_positive)]
 Pools = Annotated[
     list[Literal[POOLS]],  # type: ignore[valid-type]
     BeforeValidator(one_or_more),
     AfterValidator(different),
 ]
 Names = Annotated[list[str], BeforeValidator(one_or_more), AfterValidator(different)]
+_plain_rules = PlainSerializer(lambda rules: [{rule.pattern: rule.value} for rule in rules])
 _RULES_JSON = WithJsonSchema({"type": "array", "items": {"type": "object"}})
-FreezeRules = Annotated[
-    tuple[Rule[bool], ...], BeforeValidator(_freeze_rules), PlainSerializer(_plain_rules), _RULES_JSON
-]
-NumberRules = Annotated[
-    tuple[Rule[float], ...], BeforeValidator(_number_rules), PlainSerializer(_plain_rules), _RULES_JSON
-]
+FreezeRules = Annotated[tuple[Rule[bool], ...], BeforeValidator(_freeze_rules), _plain_rules, _RULES_JSON]
+NumberRules = Annotated[tuple[Rule[float], ...], BeforeValidator(_number_rules), _plain_rules, _RULES_JSON]
 Head = Annotated[list[Annotated[HeadLayer, BeforeValidator(_head_layer)]], AfterValidator(_head)]
 Augment = Annotated[
     list[Annotated[Augmentation, BeforeValidator(_augmentation)]],
-    BeforeValidator(_augment),
+    BeforeValidator(lambda value: [] if value == "none" or value is None else value),
     AfterValidator(_augment_set),
 ]

@@ -15,7 +15,7 @@ from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tlscale.errors import RecipeError, is_unicode
+from tlscale.errors import RecipeError, is_unicode, sentences
 from tlscale.recipe.mistakes import Findings, Mistake, Origin
 from tlscale.recipe.overrides import Override, read_override
 from tlscale.recipe.retired import ADDED, replace_retired
@@ -24,8 +24,7 @@ from tlscale.recipe.schema_keys import all_keys
 from tlscale.recipe.shipped import shipped_recipes
 from tlscale.recipe.sources import SOURCES
 from tlscale.recipe.validation import check_recipe, is_same_value
-from tlscale.recipe.yaml_reader import MAX_BYTES, Node, read_yaml
-from tlscale.recipe.yaml_writer import write_yaml
+from tlscale.recipe.yaml_text import MAX_BYTES, Node, read_yaml, write_yaml
 
 MAX_EXTENDS = 5
 
@@ -63,15 +62,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def load_stored_recipe(path: str | Path, overrides: Sequence[str] = ()) -> StoredRecipe:
-    """Read the recipe of a run folder as the run had it.
-
-    Args:
-        path: its `recipe.yaml`.
-        overrides: as of `load_recipe`.
-
-    Raises:
-        RecipeError: as `load_recipe`, but not for what is retired in the file.
-    """
+    """Read the `recipe.yaml` of a run folder as the run had it: as `load_recipe`, but what is retired is no error."""
     recipe, notes = _load(path, overrides, stored=True)
     older = {
         section: {key: value for key, value in keys.items() if key not in getattr(recipe, section).model_fields_set}
@@ -91,11 +82,7 @@ def _load(path: str | Path, overrides: Sequence[str], *, stored: bool) -> tuple[
 
 
 def _checked(tree: Node | None, changes: list[Override], findings: Findings, name: str) -> Recipe:
-    """Return the recipe in `tree` with the overrides in it.
-
-    Raises:
-        RecipeError: for all that is in `findings` by then.
-    """
+    """Return the recipe in `tree` with the overrides in it; raise all that is in `findings` by then."""
     recipe = None
     if tree is not None:
         for change in changes:
@@ -107,16 +94,11 @@ def _checked(tree: Node | None, changes: list[Override], findings: Findings, nam
 
 
 def override_recipe(recipe: Recipe, overrides: Sequence[str], *, name: str, prefix: str) -> Recipe:
-    """Apply overrides to a recipe, by the grammar of `load_recipe`, and check all of it.
+    """Apply overrides to a complete recipe, by the grammar of `load_recipe`, and check all of it.
 
     Args:
-        recipe: complete.
-        overrides: `key.path=value`.
         name: what mistakes call the recipe, which has no file.
         prefix: what stands before an override where a mistake in it is reported.
-
-    Raises:
-        RecipeError: as `load_recipe`.
     """
     findings = Findings()
     tree = read_yaml(dump_recipe(recipe), lambda _line: Origin(name), findings)
@@ -235,7 +217,9 @@ def _read_file(path: str, named_in: Origin, findings: Findings) -> Node | None:
     """Read the mapping in one file; `named_in` is where the file was asked for."""
     try:
         if Path(path).is_dir():
-            findings.add(named_in, f"'{path}' is a folder", f"Name a recipe file{_files_in(path)}.")
+            names = [file.name for file in sorted(Path(path).glob("*.y*ml"))][:5]
+            such_as = f", such as {', '.join(names)}" if names else ""
+            findings.add(named_in, f"'{path}' is a folder", f"Name a recipe file{such_as}.")
             return None
         with open(path, "rb") as file:
             data = file.read(MAX_BYTES + 1)
@@ -282,14 +266,10 @@ def _near_files(path: str) -> str:
     near = difflib.get_close_matches(path, beside, n=3, cutoff=0.6)
     if not near and (name := difflib.get_close_matches(wanted.stem, shipped, n=1, cutoff=0.6)):
         near = [os.path.relpath(shipped[name[0]])]
-    meant = [f"Did you mean {' or '.join(repr(name) for name in near)}?"] if near else []
-    listed = [f"The shipped recipes are: {', '.join(shipped)}."] if shipped else []
-    return " ".join([*meant, *listed])
-
-
-def _files_in(folder: str) -> str:
-    names = [file.name for file in sorted(Path(folder).glob("*.y*ml"))][:5]
-    return f", such as {', '.join(names)}" if names else ""
+    return sentences(
+        f"Did you mean {' or '.join(repr(name) for name in near)}?" if near else "",
+        f"The shipped recipes are: {', '.join(shipped)}." if shipped else "",
+    )
 
 
 def _merge(parent: Node, child: Node, prefix: tuple[str, ...] = ()) -> Node:

@@ -15,7 +15,7 @@ from tlscale.errors import is_unicode
 from tlscale.recipe.mistakes import Findings, Origin
 from tlscale.recipe.retired import is_retired_key
 from tlscale.recipe.schema_keys import SECRET, Key, all_keys, key_of, unknown_key
-from tlscale.recipe.yaml_reader import Node, Scalar, read_yaml
+from tlscale.recipe.yaml_text import Node, Scalar, read_yaml
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,11 +27,9 @@ class Override:
 
 
 def read_override(text: str, findings: Findings, prefix: str = "command line: ") -> Override | None:
-    """Read one override; return None when it is wrong, which `findings` then has.
+    """Read one override, `key.path=value`; return None when it is wrong, which `findings` then has.
 
     Args:
-        text: `key.path=value`.
-        findings: gets every mistake.
         prefix: what stands before `text` where a mistake in it is reported.
     """
     key_text, equals, value_text = text.partition("=")
@@ -85,16 +83,12 @@ def _path(key_text: str, origin: Origin, findings: Findings) -> tuple[str, ...] 
 def _value(path: Sequence[str], text: str, origin: Origin, findings: Findings) -> Node | None:
     key = key_of(path)
     assert key is not None, "checked by _path"
-    if _is_text(key):
+    kind: object = key.field.annotation
+    if kind is str or (get_origin(kind) in (Union, UnionType) and str in get_args(kind)):
         return Node(_text_value(key, text, origin), origin)
     if key.path == ("freeze",) and not text.startswith(("{", "[{")):
         return _regex_value(text, origin)
     return read_yaml(text, lambda _line: origin, findings)
-
-
-def _is_text(key: Key) -> bool:
-    kind: object = key.field.annotation
-    return kind is str or (get_origin(kind) in (Union, UnionType) and str in get_args(kind))
 
 
 def _text_value(key: Key, text: str, origin: Origin) -> Scalar:

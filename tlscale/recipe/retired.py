@@ -12,7 +12,7 @@ from typing import Any
 
 from tlscale.recipe.mistakes import Findings
 from tlscale.recipe.validation import is_same_value, show_value
-from tlscale.recipe.yaml_reader import Node
+from tlscale.recipe.yaml_text import Node
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +63,9 @@ def is_retired_key(dotted: str) -> bool:
 
 
 def replace_retired(tree: Node, findings: Findings, *, stored: bool) -> tuple[Node, list[str]]:
-    """Take retired keys out of a recipe, and put the successors of retired values in.
+    """Take retired keys out of a recipe as it was read, and put the successors of retired values in.
 
     Args:
-        tree: the recipe as it was read.
         findings: gets a mistake for each value that is refused; nothing where `stored`.
         stored: the recipe is that of a run folder.
 

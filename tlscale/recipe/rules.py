@@ -30,11 +30,7 @@ class Rule(Generic[V]):
 
 
 def parse_rule(pattern: object, value: V) -> Rule[V]:
-    """Return a rule with a checked regex.
-
-    Raises:
-        InvalidValueError: the pattern is not a regular expression.
-    """
+    """Return a rule whose pattern was checked to be a regular expression."""
     if not isinstance(pattern, str) or not pattern:
         remedy = "Write one in single quotes, such as 'layer[12]\\..*'."
         raise InvalidValueError("a rule's pattern is a regular expression on parameter names", remedy)
@@ -60,12 +56,8 @@ def match_rules(rules: Sequence[Rule[V]], names: Iterable[str], where: str) -> d
         RecipeError: a rule matches no name at all, or earlier rules take all of its names; names near it are shown.
     """
     names = list(names)
-    chosen: dict[str, Rule[V]] = {}
-    for name in names:
-        for rule in rules:
-            if rule.matches(name):
-                chosen[name] = rule
-                break
+    first = {name: next((rule for rule in rules if rule.matches(name)), None) for name in names}
+    chosen = {name: rule for name, rule in first.items() if rule is not None}
     in_effect = set(map(id, chosen.values()))
     for rule in rules:
         if id(rule) not in in_effect:

@@ -129,7 +129,13 @@ class Recipe(Section):
         self._check_strategy()
         self._check_codes()
         self._check_distill()
-        self._check_engine()
+        if self.compute.engine == "fsdp2" and len(self.stages or ()) > 1:
+            raise InvalidValueError(
+                "several stages are not supported with compute.engine=fsdp2, where parameters stay sharded to the end "
+                "of the run",
+                "Write compute.engine: ddp, or a recipe for each stage.",
+                keys=["stages", "compute.engine"],
+            )
         if len(set(self.track)) != len(self.track):
             raise InvalidValueError("names a tracker twice", "Name each once.", keys=["track"])
         if self.compute.micro_batch_size is not None and self.compute.micro_batch_size > self.batch_size:
@@ -201,17 +207,6 @@ class Recipe(Section):
         if self.codes.keep != "auto":
             problem = "has no effect with 'distill', where the teacher's codes are cached in any case"
             raise InvalidValueError(problem, "Remove it.", keys=["codes.keep", "distill"])
-
-    def _check_engine(self) -> None:
-        if self.compute.engine != "fsdp2":
-            return
-        if len(self.stages or ()) > 1:
-            raise InvalidValueError(
-                "several stages are not supported with compute.engine=fsdp2, where parameters stay sharded to the end "
-                "of the run",
-                "Write compute.engine: ddp, or a recipe for each stage.",
-                keys=["stages", "compute.engine"],
-            )
 
     def to_plain(self) -> dict[str, Any]:
         """Return the complete recipe as plain YAML values, in schema order."""

@@ -181,25 +181,16 @@ def describe(annotation: Any, metadata: Sequence[Any] = ()) -> str:  # noqa: ANN
     if origin is Literal:
         return f"one of {', '.join(map(str, args))}" if len(args) > 1 else f"'{args[0]}'"
     if origin is tuple:
-        return _describe_rules(args[0])
+        regex = "a regular expression, a list of them, or a list of {'regex': true | false}"
+        return regex if args[0] == Rule[bool] else "a list of {'regex': number}"
     if origin is list and any(getattr(item, "func", None) is one_or_more for item in metadata):
         return f"{describe(args[0])}, or a list of such"
     if origin is list:
-        return f"a list, each item {describe(args[0])}{_least_length(metadata)}"
+        least = next((item.min_length for item in metadata if hasattr(item, "min_length")), None)
+        return f"a list, each item {describe(args[0])}" + (f", at least {least} of them" if least else "")
     if origin is dict:
         return f"a mapping from names to {describe(args[1])}"
     return _describe_simple(annotation, metadata)
-
-
-def _describe_rules(rule: Any) -> str:  # noqa: ANN401 - a parametrised Rule
-    if rule == Rule[bool]:
-        return "a regular expression, a list of them, or a list of {'regex': true | false}"
-    return "a list of {'regex': number}"
-
-
-def _least_length(metadata: Sequence[Any]) -> str:
-    least = next((item.min_length for item in metadata if hasattr(item, "min_length")), None)
-    return f", at least {least} of them" if least else ""
 
 
 def _describe_simple(annotation: Any, metadata: Sequence[Any]) -> str:  # noqa: ANN401 - annotations
@@ -221,15 +212,10 @@ def _describe_simple(annotation: Any, metadata: Sequence[Any]) -> str:  # noqa: 
 def _bounds(metadata: Sequence[Any]) -> str:
     """Describe bounds as ` from 0 to below 1`, ` of at least 1`, ` above 0`, or nothing."""
     found = {name: getattr(item, name) for item in metadata for name in ("ge", "gt", "le", "lt") if hasattr(item, name)}
-    low = f"from {_number(found['ge'])}" if "ge" in found else f"above {_number(found['gt'])}" if "gt" in found else ""
-    high = (
-        f"to {_number(found['le'])}" if "le" in found else f"to below {_number(found['lt'])}" if "lt" in found else ""
-    )
-    if low and high:
-        return f" {low.replace('above', 'from above')} {high}"
-    if "ge" in found:
-        return f" of at least {_number(found['ge'])}"
-    return f" {low or high}" if low or high else ""
+    words = {"ge": "from", "gt": "from above", "le": "to", "lt": "to below"}
+    if found.keys() <= {"ge"} or found.keys() <= {"gt"}:
+        words = {"ge": "of at least", "gt": "above"}
+    return "".join(f" {word} {_number(found[name])}" for name, word in words.items() if name in found)
 
 
 def _number(value: float) -> str:
@@ -242,16 +228,13 @@ def unknown_key(path: Sequence[str]) -> tuple[str, str]:
     if SECRET.search(name):
         return "keys and passwords never belong in a recipe", "Log in as the service documents it, and take this out."
     siblings = _siblings(path)
-    meant = suggestion(name, siblings) or _elsewhere(name) or suggestion(name, all_keys())
-    place = f"section '{'.'.join(path[:-1])}'" if path[1:] else "the top level"
-    return "unknown key", meant or f"The keys of {place} are: {', '.join(siblings)}."
-
-
-def _elsewhere(name: str) -> str:
     places = [key.dotted for key in all_keys().values() if key.path[-1] == name and not key.in_list]
     if name.lower() in SYNONYMS:
         places.insert(0, SYNONYMS[name.lower()])
-    return f"Did you mean {' or '.join(repr(place) for place in places[:3])}?" if places else ""
+    elsewhere = f"Did you mean {' or '.join(repr(place) for place in places[:3])}?" if places else ""
+    meant = suggestion(name, siblings) or elsewhere or suggestion(name, all_keys())
+    place = f"section '{'.'.join(path[:-1])}'" if path[1:] else "the top level"
+    return "unknown key", meant or f"The keys of {place} are: {', '.join(siblings)}."
 
 
 def near_siblings(path: Sequence[str]) -> list[str]:

@@ -14,11 +14,7 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 
 
 def shipped_recipes(package: Path = _PACKAGE) -> dict[str, Path]:
-    """Return name (without `.yaml`) -> file, sorted by name; empty where no recipes came with the package.
-
-    Args:
-        package: the folder of the tlscale package.
-    """
+    """Return name (without `.yaml`) -> file, sorted by name; empty where no recipes came with the package."""
     inside = package / "_recipes"
     # Not the other way round: next to an installed package, `recipes/` would be somebody else's.
     folder = inside if inside.is_dir() else package.parent / "recipes"
@@ -41,11 +37,7 @@ def copy_recipe(name: str, target: str | Path, package: Path = _PACKAGE) -> Path
 
     Args:
         name: with or without `.yaml`.
-        target: the new file, or a folder that is there, which then gets `<name>.yaml`.
-        package: the folder of the tlscale package.
-
-    Returns:
-        The new file.
+        target: the new file, which is returned, or a folder that is there, which then gets `<name>.yaml`.
 
     Raises:
         RecipeError: there is no such recipe, the target exists, or it cannot be written.

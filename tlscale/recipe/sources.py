@@ -49,15 +49,7 @@ SOURCE_KEYS: tuple[str, ...] = ("path", *sorted({key for source in SOURCES.value
 
 
 def check_source_keys(source: str, given: Collection[str]) -> None:
-    """Check that the keys that are given belong to the source.
-
-    Args:
-        source: a name of `SOURCES`.
-        given: those of `SOURCE_KEYS` that have a value.
-
-    Raises:
-        InvalidValueError: the path is missing, or a key has no effect.
-    """
+    """Check that the source has its path, and takes those of `SOURCE_KEYS` that have a value."""
     if SOURCES[source].path != "none" and "path" not in given:
         raise InvalidValueError(f"missing for source '{source}'", "Write where it is.", keys=["path", "source"])
     for key in SOURCE_KEYS:

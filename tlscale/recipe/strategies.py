@@ -19,8 +19,6 @@ from tlscale.recipe.schema import NO_EFFECT_BESIDE, Recipe
 
 STRATEGIES = ("codes", "early_codes", "mlp", "head", "finetune", "scratch")
 """In the order of the design: least of the network trained first."""
-PROBES = ("codes", "early_codes")
-NO_EFFECT_BESIDE_PROBE = NO_EFFECT_BESIDE["probe"]
 
 # New layers on fixed codes want other rates than a whole network. Of 7 settings each, these were the best or within 0.2
 # points of it at 90, 900 and 2,700 images (codes of EfficientNet-Lite0 at 64 px, Fashion-MNIST, 200 steps of 64 images,
@@ -192,7 +190,7 @@ def _untaught(plain: dict[str, Any]) -> None:
 
 
 def _probe(plain: dict[str, Any], layers: list[str]) -> None:
-    _reset(plain, *NO_EFFECT_BESIDE_PROBE, "stages")
+    _reset(plain, *NO_EFFECT_BESIDE["probe"], "stages")
     plain["probe"] = plain["probe"] or {"kind": "logistic"}
     plain["codes"]["layer"] = layers
     if set(layers) == {"penultimate"}:
@@ -219,11 +217,8 @@ def _finetune(recipe: Recipe, plain: dict[str, Any], names: Sequence[str]) -> No
 def _train(recipe: Recipe, plain: dict[str, Any]) -> None:
     """Train in one stage, as long as all stages of the recipe together."""
     _reset(plain, "probe", "stages", *_OF_PROBES)
-    if recipe.stages:
-        plain["duration"] = str(_sum(recipe))
-
-
-def _sum(recipe: Recipe) -> Duration:
+    if not recipe.stages:
+        return
     durations = _durations(recipe)
     units = dict.fromkeys(duration.unit for duration in durations)
     if len(units) > 1:
@@ -233,7 +228,7 @@ def _sum(recipe: Recipe) -> Duration:
             key="stages.duration",
             remedy="Give all of them in one unit.",
         )
-    return Duration(sum((duration.amount for duration in durations), Fraction(0)), durations[0].unit)
+    plain["duration"] = str(Duration(sum((duration.amount for duration in durations), Fraction(0)), durations[0].unit))
 
 
 def _freezes_all(rules: Sequence[Rule[bool]], names: Sequence[str]) -> bool:

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import ValidationError
 
 from tlscale.errors import suggestion
-from tlscale.recipe.mistakes import Findings, InvalidValueError, Origin
+from tlscale.recipe.mistakes import Findings, InvalidValueError
 from tlscale.recipe.schema import Recipe
 from tlscale.recipe.schema_keys import (
     SECRET,
@@ -29,11 +29,11 @@ from tlscale.recipe.schema_keys import (
     type_at,
     unknown_key,
 )
-from tlscale.recipe.yaml_reader import Node
+from tlscale.recipe.yaml_text import Node
 
 Path = tuple[str | int, ...]
 
-# Values that pass by themselves, for required keys whose own value is missing or wrong.
+# Values that are valid on their own, for required keys whose own value is missing or wrong.
 STAND_INS: dict[str, Any] = {
     "name": "stand-in",
     "data": {"source": "fashion_mnist"},
@@ -88,18 +88,15 @@ def _by_place(error: ValidationError, tree: Node) -> dict[Path, list[Any]]:
 def _place(loc: Sequence[str | int], kind: str, tree: Node) -> Path:
     """Return `loc` without the names that pydantic puts in for the members of a union."""
     place: list[str | int] = []
-    node: Node | None = tree
+    node = tree
     for part in loc:
-        inner = _child(node, part)
-        if inner is not None:
+        if (inner := _child(node, part)) is not None:
             place.append(part)
             node = inner
     return (*place, loc[-1]) if kind == "missing" else tuple(place)
 
 
-def _child(node: Node | None, part: str | int) -> Node | None:
-    if node is None:
-        return None
+def _child(node: Node, part: str | int) -> Node | None:
     if isinstance(node.value, dict):
         return node.value.get(str(part))
     if isinstance(node.value, list) and isinstance(part, int) and part < len(node.value):
@@ -113,21 +110,21 @@ def _is_section(place: Path, mistakes: list[Any]) -> bool:
     return mistakes[0]["type"] == "value_error" and (not place or (key is not None and key.section is not None))
 
 
-def _origin(place: Path, tree: Node) -> Origin:
-    """Return where the value at `place`, or the nearest that holds it, was written."""
+def _at(place: Path, tree: Node) -> tuple[Node, bool]:
+    """Return the value at `place` and True, or the nearest that holds it and False."""
     node = tree
     for part in place:
         inner = _child(node, part)
         if inner is None:
-            break
+            return node, False
         node = inner
-    return node.origin
+    return node, True
 
 
 def _report_field(place: Path, mistakes: list[Any], tree: Node, set_aside: set[str], findings: Findings) -> None:
     kinds = {mistake["type"] for mistake in mistakes}
     dotted = _dotted(place)
-    origin = _origin(place, tree)
+    origin = _at(place, tree)[0].origin
     if "missing" in kinds:
         if not findings.incomplete and str(place[-1]) not in set_aside and not _is_misspelt(place, tree):
             findings.add(origin, "missing", _where_to_add(place), key=dotted)
@@ -135,7 +132,7 @@ def _report_field(place: Path, mistakes: list[Any], tree: Node, set_aside: set[s
         findings.add(origin, *unknown_key(names_on(place)), key=dotted)
         set_aside.update(near_siblings(names_on(place)))
     else:
-        value = _node_at(place, tree).plain()
+        value = _at(place, tree)[0].plain()
         findings.add(origin, *_wrong_value(place, mistakes[0], value), key=dotted, value=show_value(place, value))
 
 
@@ -144,17 +141,9 @@ def _dotted(place: Path) -> str:
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).removeprefix(".")
 
 
-def _node_at(place: Path, tree: Node) -> Node:
-    node: Node | None = tree
-    for part in place:
-        node = _child(node, part)
-    assert node is not None, f"{place} came from this tree"
-    return node
-
-
 def _is_misspelt(place: Path, tree: Node) -> bool:
     """Return whether an unknown key next to it is near to it, and is reported already."""
-    siblings = _node_at(place[:-1], tree).value
+    siblings = _at(place[:-1], tree)[0].value
     assert isinstance(siblings, dict), "pydantic found a key missing in it"
     prefix = names_on(place[:-1])
     unknown = [name for name in siblings if ".".join([*prefix, name]) not in all_keys()]
@@ -227,18 +216,11 @@ def _report_section(place: Path, mistake: Any, tree: Node, set_aside: set[str], 
     error = mistake["ctx"]["error"]
     assert isinstance(error, InvalidValueError), f"a check of a section that names no keys: {error!r}"
     named = [(*place, *key.split(".")) for key in error.keys]
-    told_by = next((path for path in named if _holds(path, tree)), place)
+    told_by = next((path for path in named if _at(path, tree)[1]), place)
     known = not {path[-1] for path in named}.isdisjoint(set_aside)
     if not known and not findings.incomplete:
-        findings.add(_origin(told_by, tree), error.problem, error.remedy, key=_dotted(named[0]))
+        findings.add(_at(told_by, tree)[0].origin, error.problem, error.remedy, key=_dotted(named[0]))
     return told_by
-
-
-def _holds(path: Path, tree: Node) -> bool:
-    node: Node | None = tree
-    for part in path:
-        node = _child(node, part)
-    return node is not None
 
 
 def _set_aside(place: Path, plain: dict[str, Any], set_aside: set[str]) -> None:

@@ -21,9 +21,6 @@ def cache_root() -> Path:
     return Path(os.environ.get("TLSCALE_CACHE") or Path.home() / ".cache" / "tlscale")
 
 
-# -- hash -----------------------------------------------------------------------------------------------------------
-
-
 def file_sha256(path: Path) -> str:
     """Hash a file's bytes: 64 hex digits."""
     with path.open("rb") as file:
@@ -35,16 +32,9 @@ def text_sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-# -- write ----------------------------------------------------------------------------------------------------------
-
-
 @contextmanager
 def naming_disk_errors(path: Path) -> Iterator[None]:
-    """Turn what a full or failing disk raises within into an error that names `path` and how to resume the run.
-
-    Raises:
-        TlscaleError: in place of what the disk, or safetensors for it, raised.
-    """
+    """Turn what a full or failing disk raises within into an error that names `path` and how to resume the run."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -67,16 +57,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def write_text(path: Path, text: str) -> None:
     """Write `path` whole or not at all, and to the disk before it gets its name."""
-    aside = _aside(path)
-    try:
-        with aside.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+    with replacing(path) as aside:
+        aside.write_text(text, encoding="utf-8")
         faults.at("file.rename")
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
@@ -98,9 +81,6 @@ def flush_and_hash(path: Path) -> tuple[int, str]:
     with path.open("rb") as file:
         os.fsync(file.fileno())
         return os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
-
-
-# -- what killed writers leave ----------------------------------------------------------------------------------------
 
 
 def _aside(path: Path) -> Path:

@@ -11,7 +11,6 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -24,58 +23,25 @@ from tlscale.storage.files import left_overs, remove_left_overs
 Mode = Literal["fresh", "resume", "overwrite"]
 
 
-@dataclass(frozen=True)
 class RunFolder:
     """Name the paths of one run; docs/run_folder.md lists what each holds."""
 
-    path: Path
-
-    @property
-    def recipe(self) -> Path:
-        return self.path / "recipe.yaml"
-
-    @property
-    def run_json(self) -> Path:
-        return self.path / "run.json"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def result(self) -> Path:
-        return self.path / "result.json"
-
-    @property
-    def predictions(self) -> Path:
-        return self.path / "predictions.parquet"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def model(self) -> Path:
-        return self.path / "model"
-
-    @property
-    def lock(self) -> Path:
-        return self.path / ".lock"
-
-    @property
-    def stop(self) -> Path:
-        """Return the control file that whoever wants the run to stop puts there."""
-        return self.path / "STOP"
-
-    @property
-    def stopped(self) -> Path:
-        """Return the file that reports that the run stopped because it was asked to, and is resumed with --resume."""
-        return self.path / "STOPPED"
-
-    @property
-    def written_whole(self) -> tuple[Path, ...]:
-        """List the files that `write_text` and `replacing` write there."""
-        return self.run_json, self.recipe, self.result, self.stopped, self.predictions
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.recipe = path / "recipe.yaml"
+        self.run_json = path / "run.json"
+        self.metrics = path / "metrics.jsonl"
+        self.result = path / "result.json"
+        self.predictions = path / "predictions.parquet"
+        self.checkpoints = path / "checkpoints"
+        self.model = path / "model"
+        self.lock = path / ".lock"
+        self.stop = path / "STOP"
+        """The control file that whoever wants the run to stop puts there."""
+        self.stopped = path / "STOPPED"
+        """Reports that the run stopped because it was asked to, and is resumed with --resume."""
+        self.written_whole = self.run_json, self.recipe, self.result, self.stopped, self.predictions
+        """The files that `write_text` and `replacing` write there."""
 
 
 def clear(folder: RunFolder) -> None:
@@ -138,22 +104,18 @@ def claim(path: Path, mode: Mode) -> Iterator[RunFolder]:
     except OSError as error:
         raise RunFolderError(f"cannot write to the run folder '{path}': {error.strerror or error}") from error
     try:
-        _make_ready(folder, mode)
+        _refuse_foreign(folder)
+        for written in folder.written_whole:
+            remove_left_overs(written)
+        if mode == "fresh" and _entries(folder):
+            raise RunFolderError(
+                f"'{path}' already holds a run. --resume resumes it, --overwrite replaces it, --out DIR writes "
+                "elsewhere"
+            )
         faults.at("claimed")
         yield folder
     finally:
         lock.release()
-
-
-def _make_ready(folder: RunFolder, mode: Mode) -> None:
-    _refuse_foreign(folder)
-    for path in folder.written_whole:
-        remove_left_overs(path)
-    if mode == "fresh" and _entries(folder):
-        raise RunFolderError(
-            f"'{folder.path}' already holds a run. --resume resumes it, --overwrite replaces it, --out DIR "
-            "writes elsewhere"
-        )
 
 
 def _entries(folder: RunFolder) -> list[Path]:

@@ -33,6 +33,7 @@ from tlscale.errors import one_line, own_lines
 REFRESHES_PER_S = 5.0
 _RATE_WINDOW = 32  # intervals between updates over which the rate for the ETA is the median
 _BAR_WIDTH = 40
+_NUMBER = re.compile(r"[-+]?[0-9][0-9.,_]*(e[-+]?[0-9]+)?\s?%?|-|")
 
 
 def visible(text: object, encoding: str = "utf-8", spell: Callable[[object], str] = own_lines) -> str:
@@ -104,13 +105,7 @@ class Pace:
         every_s: float = 5.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """
-        Args:
-            total: images.
-            say: takes a line.
-            what: the work, for the line.
-            every_s: least seconds before a line and between two.
-        """
+        """Begin to count `total` images of the work `what`; `every_s`: least seconds before a line and between two."""
         self._total, self._say, self._what, self._every_s, self._clock = total, say, what, every_s, clock
         self._done = 0
         self._began_s = self._said_s = clock()
@@ -165,12 +160,7 @@ class Console:
 
     @contextmanager
     def begin(self, total_steps: int, step: int = 0) -> Iterator[Self]:
-        """Begin to show progress, until the end of the `with` block.
-
-        Args:
-            total_steps: steps of the whole run.
-            step: steps that were done before (a resumed run).
-        """
+        """Begin to show progress, until the end of the `with` block; `step` of the steps were done before."""
         self._total_steps, self._figures, self._drawn_at = total_steps, None, -math.inf
         if self._enabled and self._console.is_terminal and not self._console.is_dumb_terminal:
             # No refresh thread: `update` draws, so a fork never finds rich's locks taken.
@@ -197,9 +187,7 @@ class Console:
         """Show new figures: redraw the display, or print a line where there is no terminal (so call it at log points).
 
         Args:
-            step: steps done.
             loss: of the last log interval.
-            lr: learning rate.
             images_per_s: over all processes.
             epoch: epochs done, a fraction.
             best: best validation figure so far.
@@ -228,14 +216,11 @@ class Console:
         caption = Text(visible(title, self._console.encoding, one_line))
         table = Table(title=caption, title_justify="left", box=box.SIMPLE_HEAD)
         for i, name in enumerate(columns):
-            numbers = all(_is_number(row[i]) for row in cells)
+            numbers = all(_NUMBER.fullmatch(row[i]) for row in cells)
             heading = Text(visible(name, self._console.encoding, one_line))
             table.add_column(heading, justify="right" if numbers else "left", overflow="fold")
         for row in cells:
             table.add_row(*(Text(cell) for cell in row))
-        self._print_table(table)
-
-    def _print_table(self, table: Table) -> None:
         if self._console.is_terminal:
             self._console.print(table)
             return
@@ -274,7 +259,3 @@ class Console:
             Text(f"{math.floor(100 * share)}%"),
         )
         return Group(bar, Text("  ".join(self._figure_texts(figures)), no_wrap=True, overflow="ellipsis"))
-
-
-def _is_number(cell: str) -> bool:
-    return re.fullmatch(r"[-+]?[0-9][0-9.,_]*(e[-+]?[0-9]+)?\s?%?|-|", cell) is not None

@@ -46,7 +46,12 @@ def git_state() -> dict[str, Any] | None:
 
 
 def _is_changed(commit: str, top: str, index: Path, objects: Path) -> bool:
-    switches = _switches()
+    # The plain switches of the checkout's configuration (and the user's) whose values are known.
+    switches: dict[str, str] = {}
+    for entry in _git(["config", "--list", "-z"], {}).split("\0"):
+        key, _, value = entry.partition("\n")
+        if value.lower() in _SWITCHES.get(key.lower(), ()):
+            switches[key.lower()] = value.lower()
     with tempfile.TemporaryDirectory(prefix="tlscale-git-") as folder:
         lent = Path(folder)
         (lent / "refs").mkdir()
@@ -67,17 +72,7 @@ def _is_changed(commit: str, top: str, index: Path, objects: Path) -> bool:
             "GIT_ATTR_NOSYSTEM": "1",
         }
         words = ["status", "--porcelain", "--untracked-files=no", "--ignore-submodules=all"]
-        return bool(_git(words, environment, switches, folder=top))
-
-
-def _switches() -> list[str]:
-    """Return the plain switches of the checkout's configuration (and the user's) whose values are known."""
-    found: dict[str, str] = {}
-    for entry in _git(["config", "--list", "-z"], {}).split("\0"):
-        key, _, value = entry.partition("\n")
-        if value.lower() in _SWITCHES.get(key.lower(), ()):
-            found[key.lower()] = value.lower()
-    return [f"{key}={value}" for key, value in found.items()]
+        return bool(_git(words, environment, [f"{key}={value}" for key, value in switches.items()], folder=top))
 
 
 def _git(words: list[str], environment: dict[str, str], switches: list[str] | None = None, folder: str = ".") -> str:

@@ -1,7 +1,7 @@
 """`metrics.jsonl`: the log of a run, one JSON object a line, and the truth that trackers have a copy of.
 
-Promise: a record that was written is there after the writer was killed; a resumed run goes on where its checkpoint
-was, so that no step is in the file twice.
+Promise: a record that was written is there after the writer was killed; a resumed run continues from its
+checkpoint, so that no step is in the file twice.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from tlscale import faults
 from tlscale.errors import TlscaleError
@@ -83,14 +82,6 @@ class MetricsFile:
         # All that was written was flushed; what is left failed in `write`, and was said there.
         with contextlib.suppress(OSError):
             self._file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -1,19 +1,29 @@
-"""What may leave the machine: plain values without secrets.
+"""What may leave the machine: plain values without secrets, and without places, which often hold the name of a user.
 
-Promise: what goes to a tracker, or into a note about one, went through here.
+Promise: what goes to a tracker, or into a note about one, went through here. Paths below the data are relative to them,
+other known places are their last part, and of any other absolute path in a message only its last part is left. What is
+needed to run again is in `recipe.yaml` of the run folder.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from tlscale.recipe.schema import Recipe
+from tlscale.recipe.sources import SOURCES
 
 _URL_USER = re.compile(r"(?<=://)[^/\s@]+@")
 _URL_SECRET = re.compile(r"(?i)([?&][^=&\s]*(?:token|key|sig|secret|passw|credential)[^=&\s]*=)[^&\s]+")
 _PLAIN_SECRET = re.compile(r"(?i)(?<!\S)([\w.-]*(?:api_?key|token|secret|passw|credential)[\w.-]*=)[^&\s]+")
 _SECRET_KEY = re.compile(r"(?i)api_?key|token|secret|passw|credential")
 REDACTED = "[redacted]"
+# Not within a URL or a relative path: what comes before the first slash is neither a name nor another slash.
+_ABSOLUTE = re.compile(r"(?<![\w:/.~\-\])])/(?:[^/\s:;,'\"()]+/)+")
+_NAMES = frozenset(("classes", "class_weights"))  # keys whose texts are labels, whatever they look like
 
 
 def redact(value: Any) -> Any:  # noqa: ANN401 (plain YAML values)
@@ -43,3 +53,33 @@ def reason(error: Exception) -> str:
     first_line = (str(error).splitlines() or [""])[0]
     text = f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__
     return str(redact(text))[:200]
+
+
+def places_of(recipe: Recipe) -> tuple[str, ...]:
+    """Return the places that a recipe names, and those that messages are about: the home and the working folder."""
+    named = [recipe.backbone.weights if recipe.backbone.from_file else None, recipe.data.path]
+    if recipe.distill is not None:
+        teacher = recipe.distill.teacher
+        named += [recipe.distill.run, teacher.weights if teacher is not None and teacher.from_file else None]
+    if SOURCES[recipe.data.source].path == "file":  # a table, whose paths begin in its folder
+        named.append(os.path.dirname(recipe.data.path or ""))
+    with contextlib.suppress(OSError):  # the working folder was removed
+        named.append(os.getcwd())
+    found = {place for place in (*named, os.path.expanduser("~")) if place and os.path.isabs(place)}
+    links = {os.path.realpath(place) for place in found}
+    return tuple(sorted((found | links) - {os.sep}, key=len, reverse=True))
+
+
+def without_places(value: Any, places: Sequence[str]) -> Any:  # noqa: ANN401 (plain YAML values)
+    """Return plain values whose texts name no place: `PLACE/a/b` becomes `a/b`, and `PLACE` its last part."""
+    if isinstance(value, Mapping):
+        return {key: item if key in _NAMES else without_places(item, places) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_places(item, places) for item in value]
+    if not isinstance(value, str):
+        return value
+    for place in places:
+        value = re.sub(rf"{re.escape(place)}/(?=[^\s'\"])", "", value)
+        last_part = "~" if place == os.path.expanduser("~") else os.path.basename(place)
+        value = re.sub(rf"{re.escape(place)}/?(?![\w.\-/])", last_part, value)
+    return _ABSOLUTE.sub("", value)

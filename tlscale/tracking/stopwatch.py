@@ -21,11 +21,7 @@ class Stopwatch:
     """Measures the parts of a run; `with watch("decode"): ...` counts what is within as decoding."""
 
     def __init__(self, began_s: float | None = None, clock: Callable[[], float] = time.monotonic) -> None:
-        """
-        Args:
-            began_s: what `clock` showed when the run began; by default it begins now.
-            clock: seconds.
-        """
+        """Begin now, or at what `clock` showed when the run began."""
         self._clock = clock
         self._since_s = clock() if began_s is None else began_s
         self._current = ["start"]

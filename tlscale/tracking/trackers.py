@@ -1,7 +1,7 @@
 """Trackers (W&B, TensorBoard, ...): they get a copy of the log of a run, whose truth is `metrics.jsonl`.
 
 Promise: a tracker never ends a run and never prompts. A tracker whose package is missing is an error at the start; one
-that fails later (no network, a dead service) is switched off, said once, and training goes on. Trackers run on the
+that fails later (no network, a dead service) is switched off with one note, and training continues. Trackers run on the
 main process only, and get the recipe without secrets. W&B, TensorBoard, MLflow and trackio keep their files inside the
 run folder; W&B and TensorBoard take no argv, environment, code, git diff, host or user name, or console output along.
 The others are passed through to Accelerate untested: where they write and what they take along is up to their own
@@ -128,13 +128,10 @@ def open_trackers(
     """Start the trackers `names`, on the main process; on others the same object that does nothing.
 
     Args:
-        names: of `tlscale.recipe.schema.TRACKERS`.
         wandb: the recipe's section; None: its defaults.
-        run_name: how the run is called there.
         run_dir: the run folder; each tracker has a folder in it.
         config: plain values (the resolved recipe, git sha, versions, world size); redacted here.
         wandb_run_id: that of the run that is resumed; None: a new one.
-        is_main: False on all processes but one.
         seen: on resume, kind -> the last step that was logged before (`MetricsFile.truncate_after` gives it).
         say: shows a note as soon as there is one; they are in `notes` as well.
 

@@ -14,6 +14,7 @@ import signal
 import string
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -44,36 +45,41 @@ def environment(folder: Path) -> dict[str, str]:
     }
 
 
+@contextmanager
+def _own_settings() -> Iterator[None]:
+    """Hide the settings in the working folder from W&B; that folder is left for no longer than it has to be."""
+    with outside_working_folder() if wandb_files() else nullcontext():
+        yield
+
+
+@dataclass
 class WandbSession:
     """Record one segment of a W&B run: from `start` to `close`."""
 
-    name = "W&B"
-
-    def __init__(
-        self,
-        section: WandbSection,
-        run_name: str,
-        run_dir: Path,
-        config: Mapping[str, Any],
-        run_id: str,
-        note: Callable[[str], None],
-    ) -> None:
-        self._section = section
-        self._run_name = run_name
-        self._run_dir = run_dir
-        self._config = config
-        self._run_id = run_id
-        self._note = note
-        self._run: Any = None
+    section: WandbSection
+    run_name: str
+    run_dir: Path
+    config: Mapping[str, Any]
+    run_id: str
+    note: Callable[[str], None]
+    name: str = "W&B"
+    _run: Any = None
 
     def start(self) -> Self | None:
         """Start online if asked for, or if left open and somebody is logged in, else offline; None when disabled."""
         import wandb
 
-        self._say_what_is_not_read()
-        mode, why = _mode(self._section)
+        if files := wandb_files():
+            asked = wandb_settings()
+            keys = f" ({', '.join(sorted(asked))})" if asked else ""
+            self.note(
+                f"W&B: not read, as they lie in the working folder, which may be anybody's: "
+                f"{', '.join(map(str, files))}{keys}. What is yours belongs into ~/.config/wandb/settings or the "
+                "environment (WANDB_BASE_URL, ...)"
+            )
+        mode, why = _mode(self.section)
         if mode == "disabled":
-            self._note(f"W&B: off ({why})")
+            self.note(f"W&B: off ({why})")
             return None
         try:
             self._run = self._init(mode)
@@ -87,40 +93,27 @@ class WandbSession:
         self._run.define_metric("*", step_metric=STEP_KEY)
         if mode == "offline":
             folder = shlex.quote(str(self._run.settings.sync_dir))
-            self._note(f"W&B: offline ({why}); to upload later: wandb sync {folder}")
+            self.note(f"W&B: offline ({why}); to upload later: wandb sync {folder}")
         else:
-            self._note(f"W&B: {self._run.url}")
+            self.note(f"W&B: {self._run.url}")
         return self
 
-    def _say_what_is_not_read(self) -> None:
-        files, asked = wandb_files(), wandb_settings()
-        if files:
-            keys = f" ({', '.join(sorted(asked))})" if asked else ""
-            self._note(
-                f"W&B: not read, as they lie in the working folder, which may be anybody's: "
-                f"{', '.join(map(str, files))}{keys}. What is yours belongs into ~/.config/wandb/settings or the "
-                "environment (WANDB_BASE_URL, ...)"
-            )
-
+    @_own_settings()
     def _init(self, mode: Literal["online", "offline"]) -> Any:  # noqa: ANN401 (wandb is not typed)
-        with _own_settings():
-            return self._init_here(mode)
-
-    def _init_here(self, mode: Literal["online", "offline"]) -> Any:  # noqa: ANN401
         import wandb
 
         return wandb.init(
-            project=redact(self._section.project),
-            entity=redact(self._section.entity),
-            name=redact(self._run_name),
-            tags=redact(self._section.tags),
-            id=self._run_id,
+            project=redact(self.section.project),
+            entity=redact(self.section.entity),
+            name=redact(self.run_name),
+            tags=redact(self.section.tags),
+            id=self.run_id,
             resume="allow",
-            config=dict(self._config),
+            config=dict(self.config),
             allow_val_change=True,
             settings=wandb.Settings(
                 mode=mode,
-                root_dir=str(self._run_dir),
+                root_dir=str(self.run_dir),
                 reinit="create_new",  # in a notebook the user may have a run of their own
                 init_timeout=float(os.environ.get("WANDB_INIT_TIMEOUT", _INIT_TIMEOUT_S)),
                 finish_timeout=float(os.environ.get("WANDB_FINISH_TIMEOUT", _FINISH_TIMEOUT_S)),
@@ -182,13 +175,6 @@ def _mode(section: WandbSection) -> tuple[Literal["online", "offline", "disabled
     except Exception as error:  # a broken key, or another version of wandb
         return "offline", f"the log-in cannot be used, {reason(error)}"
     return ("online", who) if logged_in else ("offline", "nobody is logged in")
-
-
-@contextmanager
-def _own_settings() -> Iterator[None]:
-    """Hide the settings in the working folder from W&B; that folder is left for no longer than it has to be."""
-    with outside_working_folder() if wandb_files() else nullcontext():
-        yield
 
 
 def _load_settings() -> Any:  # noqa: ANN401

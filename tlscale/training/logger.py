@@ -13,8 +13,7 @@ from tlscale.errors import EXIT_FAILED
 from tlscale.recipe.schema import Recipe
 from tlscale.storage.run_folder import RunFolder
 from tlscale.tracking.console import Console, number
-from tlscale.tracking.places import places_of, without_places
-from tlscale.tracking.redact import REDACTED
+from tlscale.tracking.redact import REDACTED, places_of, without_places
 from tlscale.tracking.trackers import MetricsFile, Trackers, open_trackers
 from tlscale.training.evaluate import scalars
 from tlscale.training.loop_state import LoopState

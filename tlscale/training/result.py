@@ -7,7 +7,7 @@ from typing import Any
 from tlscale import faults
 from tlscale.storage.files import naming_disk_errors, write_json
 from tlscale.storage.run_folder import RunFolder
-from tlscale.tracking.places import places_of, without_places
+from tlscale.tracking.redact import places_of, without_places
 from tlscale.training.setup import RunSetup
 
 

@@ -18,7 +18,7 @@ from tlscale.recipe.load import dump_recipe, recipe_digest
 from tlscale.storage.files import naming_disk_errors, write_json, write_text
 from tlscale.storage.run_folder import RunFolder, clear
 from tlscale.tracking.git_state import git_state
-from tlscale.tracking.places import places_of, without_places
+from tlscale.tracking.redact import places_of, without_places
 from tlscale.training import corrections
 from tlscale.training.setup import RunSetup, strategy_of
 

@@ -18,8 +18,7 @@ from tlscale.recipe.mistakes import Findings, Origin
 from tlscale.recipe.schema import Recipe
 from tlscale.recipe.schema_keys import all_keys
 from tlscale.recipe.shipped import copy_recipe, recipe_summary, shipped_recipes
-from tlscale.recipe.yaml_reader import read_yaml
-from tlscale.recipe.yaml_writer import write_yaml
+from tlscale.recipe.yaml_text import read_yaml, write_yaml
 
 GOOD = "name: a\ndata: {source: fashion_mnist}\nbackbone: {name: resnet18}\n"
 ROOT = Path(__file__).resolve().parents[3]

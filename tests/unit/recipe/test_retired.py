@@ -10,7 +10,7 @@ from tlscale.recipe.load import load_recipe, load_stored_recipe
 from tlscale.recipe.mistakes import Findings, Origin
 from tlscale.recipe.retired import RETIRED, RetiredKey, RetiredValue, replace_retired
 from tlscale.recipe.schema_keys import all_keys
-from tlscale.recipe.yaml_reader import read_yaml
+from tlscale.recipe.yaml_text import read_yaml
 
 TABLE = (
     RetiredKey("codes.squash", False, "Take it out: codes are not squashed any more."),

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tlscale.errors import RecipeError
 from tlscale.recipe.load import diff_recipes
 from tlscale.recipe.schema import Recipe
-from tlscale.recipe.strategies import MLP_HEAD, PROBES, STRATEGIES, at_size, derive, fit_to_size, with_seed
+from tlscale.recipe.strategies import MLP_HEAD, STRATEGIES, at_size, derive, fit_to_size, with_seed
 
 EARLY = ("layer1", "layer2")
 PARAMETERS = ("conv1.weight", "layer1.0.weight", "layer2.0.weight")
@@ -60,10 +60,10 @@ def test_a_variant_is_valid_and_about_the_same_images(strategy):
     made = variant(strategy)
     assert Recipe.model_validate(made.to_plain()) == made
     assert made.name == f"full_{strategy}"
-    keys = SAME if strategy in PROBES else (*SAME, *OF_TRAINING)
+    keys = SAME if strategy in ("codes", "early_codes") else (*SAME, *OF_TRAINING)
     assert {key: get(made, key) for key in keys} == {key: get(recipe(), key) for key in keys}
     kept = ("track", "wandb", "compute.threads", "codes.memory_mib")
-    kept += () if strategy in PROBES else ("log_every", "evaluate.batch_size", "codes.disk_gib")
+    kept += () if strategy in ("codes", "early_codes") else ("log_every", "evaluate.batch_size", "codes.disk_gib")
     assert {key: get(made, key) for key in kept} == {key: get(recipe(), key) for key in kept}
 
 

@@ -11,7 +11,7 @@ import tlscale
 from tests.small_runs import put_small_folder, put_teacher, small_recipe
 from tests.wandb_records import offline_runs
 from tlscale.recipe.load import load_recipe
-from tlscale.tracking.places import without_places
+from tlscale.tracking.redact import without_places
 
 PLACES = ("/home/jane doe/photos", "/home/jane doe", "/data/w.safetensors")
 

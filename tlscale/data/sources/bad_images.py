@@ -72,14 +72,9 @@ def find_bad(section: DataSection, splits: Mapping[Role, SourceSplit]) -> BadIma
 
 
 def find_bad_images(
-    images: RawStore | ImageSplit, *, max_pixels: int, rows: Sequence[int] | None = None, known: _Checked | None = None
+    images: RawStore | ImageSplit, *, max_pixels: int, known: _Checked | None = None
 ) -> list[tuple[int, str]]:
-    """Return the images that cannot be read, each with the reason.
-
-    Args:
-        rows: which to try; None: all.
-        known: what was found sound before; what is found now is added.
-    """
+    """Return the images that cannot be read, each with the reason; `known` gets those that are found sound."""
 
     def reason(row: int) -> tuple[int, str] | None:
         try:
@@ -94,7 +89,7 @@ def find_bad_images(
             return row, error.problem
         return None
 
-    rows = range(len(images)) if rows is None else rows
+    rows = range(len(images))
     blocks = [rows[start : start + _BLOCK] for start in range(0, len(rows), _BLOCK)]
     found = map_in_threads(lambda block: [reason(row) for row in block], blocks)
     return [bad for block in found for bad in block if bad is not None]

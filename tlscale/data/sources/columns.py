@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from tlscale.data.sources.quoting import first_few, quoted, quoted_list
 from tlscale.data.sources.split_names import role_of
-from tlscale.errors import DataError, did_you_mean
+from tlscale.errors import DataError, did_you_mean, first_few, quoted, quoted_list
 
 LABEL_COLUMNS = ("label", "labels", "class", "class_name", "target")
 """Usual names of the column of labels."""

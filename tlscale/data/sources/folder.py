@@ -21,7 +21,6 @@ from tlscale.data.content import digest_of_parts, file_stamp
 from tlscale.data.decode import EXTENSIONS
 from tlscale.data.sources.labels import sort_labels
 from tlscale.data.sources.paths import local_folder
-from tlscale.data.sources.quoting import first_few, quoted
 from tlscale.data.sources.same_files import number_files
 from tlscale.data.sources.split_names import (
     VALIDATION_NAMES,
@@ -33,7 +32,7 @@ from tlscale.data.sources.split_names import (
 )
 from tlscale.data.sources.stores import FileStore, kind_of_file
 from tlscale.data.sources.tables import Ints, Role, Source, SourceSplit
-from tlscale.errors import DataError, did_you_mean, is_unicode, one_line
+from tlscale.errors import DataError, did_you_mean, first_few, is_unicode, one_line, quoted
 from tlscale.recipe.schema import DataSection
 
 _LEFT_BY_DESKTOPS = frozenset(("Thumbs.db", "desktop.ini", "__MACOSX"))

@@ -26,11 +26,10 @@ from tlscale.data.content import digest_of_parts, file_stamp, stamp_bytes
 from tlscale.data.sources.columns import LABEL_COLUMNS, column_note, pick_column
 from tlscale.data.sources.labels import encode_labels
 from tlscale.data.sources.paths import local_folder
-from tlscale.data.sources.quoting import first_few, quoted
 from tlscale.data.sources.split_names import may_name_splits, pick_splits, split_values
 from tlscale.data.sources.stores import read_image_file
 from tlscale.data.sources.tables import NO_LABEL, Ints, Role, Source, SourceSplit
-from tlscale.errors import DataError
+from tlscale.errors import DataError, first_few, quoted
 from tlscale.recipe.schema import DataSection
 
 if TYPE_CHECKING:  # importing datasets takes a second; only these sources pay it

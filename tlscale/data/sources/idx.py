@@ -27,11 +27,10 @@ import pyarrow as pa
 
 from tlscale.data.sources.labels import encode_labels
 from tlscale.data.sources.paths import local_folder
-from tlscale.data.sources.quoting import first_few
 from tlscale.data.sources.split_names import VALIDATION_NAMES, pick_splits
 from tlscale.data.sources.stores import ArrayStore
 from tlscale.data.sources.tables import Source, SourceSplit
-from tlscale.errors import DataError
+from tlscale.errors import DataError, first_few
 from tlscale.recipe.schema import DataSection
 
 _KINDS = {"images": 3, "labels": 1}

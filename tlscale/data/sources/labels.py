@@ -15,9 +15,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tlscale.data.sources.quoting import first_few, quoted
 from tlscale.data.sources.tables import Ints
-from tlscale.errors import DataError
+from tlscale.errors import DataError, first_few, quoted
 
 _INTEGER = re.compile(r"0|-?[1-9][0-9]{0,999}")
 _WHOLE = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.0+)?")

@@ -30,12 +30,11 @@ from tlscale.data.content import digest_of_parts, file_stamp
 from tlscale.data.sources.columns import LABEL_COLUMNS, column_note, pick_column
 from tlscale.data.sources.labels import encode_labels, is_text
 from tlscale.data.sources.paths import local_path
-from tlscale.data.sources.quoting import first_few, quoted
 from tlscale.data.sources.same_files import number_files
 from tlscale.data.sources.split_names import SPLIT_COLUMN, may_name_splits, pick_splits, split_values
 from tlscale.data.sources.stores import BytesStore, FileStore, kind_of_file
 from tlscale.data.sources.tables import RawStore, Role, Source, SourceSplit
-from tlscale.errors import DataError, did_you_mean
+from tlscale.errors import DataError, did_you_mean, first_few, quoted
 from tlscale.recipe.schema import DataSection
 
 Stats = npt.NDArray[np.int64]

@@ -10,8 +10,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
-from tlscale.data.sources.quoting import quoted_list
-from tlscale.errors import DataError, did_you_mean
+from tlscale.errors import DataError, did_you_mean, quoted_list
 from tlscale.recipe.schema import DataSection
 
 Role = Literal["train", "validation", "test"]

@@ -19,10 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from tlscale.data.sources.labels import check_alike, is_integer, sort_labels
-from tlscale.data.sources.quoting import first_few, quoted
 from tlscale.data.sources.same_files import check_files
 from tlscale.data.sources.tables import NO_LABEL, ImageSplit, Ints, LabelledTable, Role, Source, SourceSplit
-from tlscale.errors import DataError, did_you_mean
+from tlscale.errors import DataError, did_you_mean, first_few, quoted
 from tlscale.recipe.schema import DataSection
 from tlscale.recipe.seeds import derive_seed
 

@@ -83,8 +83,18 @@ class FileStore:
         return read_image_file(self.file_of(row), self.where(row))
 
 
+class _InMemory:
+    """What is in memory already: no image is a file of its own, and an index could save nothing."""
+
+    def stamps(self, rows_N: Ints) -> None:
+        return None
+
+    def file_of(self, row: int) -> None:
+        return None
+
+
 @dataclass(frozen=True, eq=False)
-class BytesStore:
+class BytesStore(_InMemory):
     """Encoded images in some of the rows of an Arrow column of binary (whole, so that splits share it)."""
 
     file: str
@@ -99,14 +109,8 @@ class BytesStore:
     def places(self, rows_N: Ints) -> list[str]:
         return [str(row) for row in self.rows_N[rows_N].tolist()]
 
-    def stamps(self, rows_N: Ints) -> None:
-        return None
-
     def where(self, row: int) -> str:
         return f"{self.file} row {self.rows_N[row]}"
-
-    def file_of(self, row: int) -> None:
-        return None
 
     def read(self, row: int) -> bytes:
         raw: bytes = self.images[int(self.rows_N[row])].as_py()
@@ -114,7 +118,7 @@ class BytesStore:
 
 
 @dataclass(frozen=True, eq=False)
-class ArrayStore:
+class ArrayStore(_InMemory):
     """Decoded grey images of one size, as in an IDX file."""
 
     file: str
@@ -127,14 +131,8 @@ class ArrayStore:
     def places(self, rows_N: Ints) -> list[str]:
         return [str(row) for row in rows_N.tolist()]
 
-    def stamps(self, rows_N: Ints) -> None:
-        return None
-
     def where(self, row: int) -> str:
         return f"{self.file} image {row}"
-
-    def file_of(self, row: int) -> None:
-        return None
 
     def read(self, row: int) -> npt.NDArray[np.uint8]:
         pixels: npt.NDArray[np.uint8] = self.images_NHW[row]

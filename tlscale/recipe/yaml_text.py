@@ -1,4 +1,4 @@
-"""Recipe text: a strict subset of YAML, read with the line of every value.
+"""Recipe text: a strict subset of YAML, read with the line of every value, and written so that it reads back.
 
 Promise: what looks like a number is one (`1e-3`, `1E5`, `.5`), only `true` and `false` are booleans, only `null`, `~`
 and nothing at all are null, and everything else is text (`no`, `on`, `1:30`, `2024-01-01`, `0x1F`). What people
@@ -195,14 +195,11 @@ class _Loader(yaml.SafeLoader):
 
 
 def _scalar_value(tag: str, text: str) -> Scalar:
-    """Return the value of one scalar.
+    """Return the value of one scalar, unless it has two readings, is out of range, or is not Unicode text.
 
     Args:
         tag: of the first of `KINDS` that matches; that of text where it is quoted, or none does.
         text: as the YAML parser gives it, without quotes.
-
-    Raises:
-        InvalidValueError: it has two readings, is out of range, or is not Unicode text.
     """
     try:
         text.encode()
@@ -214,25 +211,17 @@ def _scalar_value(tag: str, text: str) -> Scalar:
         case "null":
             return None
         case "int":
-            return _whole(text)
+            if len(text) > 1000:
+                raise InvalidValueError(f"a number of {len(text)} digits")
+            return int(text)
         case "float":
-            return _finite(text)
+            number = float(text) if len(text) <= 1000 else math.inf
+            if not math.isfinite(number):
+                raise InvalidValueError(f"'{text[:40]}' is too large; numbers in recipes are finite")
+            return number
         case "refused":
             raise _two_readings(text)
     return text
-
-
-def _whole(text: str) -> int:
-    if len(text) > 1000:
-        raise InvalidValueError(f"a number of {len(text)} digits")
-    return int(text)
-
-
-def _finite(text: str) -> float:
-    number = float(text) if len(text) <= 1000 else math.inf
-    if not math.isfinite(number):
-        raise InvalidValueError(f"'{text[:40]}' is too large; numbers in recipes are finite")
-    return number
 
 
 def _two_readings(text: str) -> InvalidValueError:
@@ -258,3 +247,39 @@ def _remedy(error: yaml.MarkedYAMLError) -> str:
     if "while parsing a" in str(error.context) or "cannot start any token" in problem:
         return "Close every bracket, and put regular expressions and other signs in single quotes."
     return "Check quotes and indentation."
+
+
+# -- write ----------------------------------------------------------------------------------------------------------
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quote all text that the reader would not take for that text."""
+
+    yaml_implicit_resolvers: dict[Any, Any] = {None: KINDS}  # noqa: RUF012 - PyYAML's way to configure it
+
+    def ignore_aliases(self, data: object) -> bool:
+        return True
+
+
+class _Block(dict[str, Any]):
+    """Hold a mapping that is written with one key a line."""
+
+
+def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    # PyYAML writes the line breaks of Unicode as they are, and reads them back as blanks; escaped they survive.
+    return dumper.represent_scalar(TEXT_TAG, text, style=None if text.isprintable() else '"')
+
+
+_Dumper.add_representer(str, _represent_text)
+_Dumper.add_representer(
+    _Block, lambda dumper, data: dumper.represent_mapping("tag:yaml.org,2002:map", data.items(), flow_style=False)
+)
+
+
+def write_yaml(plain: dict[str, Any]) -> str:
+    """Write plain values as text that reads back: two levels of one key a line, what is below in one line."""
+    blocks = {key: _Block(value) if isinstance(value, dict) and value else value for key, value in plain.items()}
+    text = yaml.dump(
+        _Block(blocks), Dumper=_Dumper, default_flow_style=True, sort_keys=False, allow_unicode=True, width=110
+    )
+    return str(text)
