@@ -213,7 +213,6 @@ def default_workers(
 
     Args:
         cached: the images are in memory.
-        augmented: they are augmented.
         device: where the network runs; on the CPU it has all cores at work, and workers would take them from it.
         processes: training processes that share this machine's cores.
     """

@@ -173,7 +173,6 @@ def split_batch_size(batch_size: int, world_size: int, limit: int | None) -> Bat
     """Find the split with the fewest forward passes.
 
     Args:
-        batch_size: images in a step over all processes.
         limit: most images of one process in one forward pass; None: its whole share.
 
     Raises:

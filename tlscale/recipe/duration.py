@@ -52,7 +52,6 @@ class Duration:
         """Return the number of optimizer steps, rounded up, so that at least this much is done.
 
         Args:
-            num_images: images in one epoch.
             batch_size: images in one full step, over all processes.
             total_steps: what 100% is; only a share of a run needs it.
 

@@ -49,7 +49,6 @@ def match_rules(rules: Sequence[Rule[V]], names: Iterable[str], where: str) -> d
 
     Args:
         rules: in order; the first that matches a name wins.
-        names: parameter names.
         where: the recipe key that the rules came from, for the message.
 
     Raises:

@@ -48,7 +48,6 @@ def derive(
 
     Args:
         recipe: to start from, whatever its own strategy is.
-        strategy: one of `STRATEGIES`.
         early_layers: names of the backbone's stages, for `early_codes`.
         parameter_names: of the backbone; they tell whether `freeze` takes all of it.
 

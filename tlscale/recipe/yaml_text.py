@@ -57,7 +57,6 @@ def read_yaml(text: str, origin_of: Callable[[int], Origin], findings: Findings)
     """Read the one document in `text`.
 
     Args:
-        text: decoded YAML.
         origin_of: a line number from 1 as an `Origin`.
         findings: gets every mistake; a value that is refused is not in the result.
 

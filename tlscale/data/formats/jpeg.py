@@ -121,7 +121,9 @@ class _Feed:
 def _decode(feed: _Feed, raw: bytes, start: int, layout: _Layout) -> None:
     for number, end in enumerate(layout.ends, start=1):
         of = f" (stretch {number:,} of {len(layout.ends):,})" if len(layout.ends) > 1 else ""
-        early = _before(raw, start, end - _MOST_LEFT_OVER)
+        early = end - _MOST_LEFT_OVER
+        while early > start and 0xFF in raw[early - 1 : early + 1]:  # it must divide no pair of bytes
+            early -= 1
         if early > start:
             is_idle = feed.give(raw[start:early])
             # At the end of a block all may be consumed too; but one byte more is then kept for the next block.
@@ -134,13 +136,6 @@ def _decode(feed: _Feed, raw: bytes, start: int, layout: _Layout) -> None:
     feed.give(raw[start:])
     if not feed.is_done:
         raise DamagedError("there is no end marker")
-
-
-def _before(raw: bytes, start: int, end: int) -> int:
-    """Return the last place up to `end` that divides no pair of bytes."""
-    while end > start and 0xFF in raw[end - 1 : end + 1]:
-        end -= 1
-    return end
 
 
 def _layout(raw: bytes) -> _Layout | None:

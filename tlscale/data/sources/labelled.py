@@ -54,7 +54,6 @@ def open_labelled(
 
     Args:
         section: where they are; its limit, hold-out and classes have no effect.
-        classes: the model's, in the order of its logits.
         name: the split; None: the test split where there is one, else all labelled images.
         named: splits that the user named, which have to be there.
 

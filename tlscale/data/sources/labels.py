@@ -74,7 +74,6 @@ def encode_labels(labels_N: pa.ChunkedArray, where: str) -> tuple[tuple[str, ...
 
     Args:
         labels_N: a column of text, whole numbers, booleans, or a dictionary of such.
-        where: the column, for messages.
 
     Raises:
         DataError: another type, or rows with an empty label.

@@ -79,7 +79,6 @@ def stratified_subset(labels_N: Ints, rows_N: Ints, count: int, seed: int, *, ke
         labels_N: class numbers of all candidates.
         rows_N: their row numbers, which decide (with the seed) who of a class is taken first.
         count: at most `len(labels_N)`, and at least the number of classes with `keep_all_classes`.
-        seed: another seed, another choice.
         keep_all_classes: the first image of each class goes before all others.
 
     Returns:
