@@ -5,7 +5,7 @@ format lets anybody find out, never a part of one. Only the formats below are tr
 EPS that calls itself .jpg), and the size in the header is checked before a pixel is decoded.
 
 What is found of data that are cut off, lost or overwritten:
-- PNG: everything, by its checksums.
+- PNG: everything, by its checksums and the number of its rows.
 - JPEG: whatever leaves data over or lacks some, scans and restart markers that are missing (`jpeg`). Not found: damage
   after which the numbers of blocks and of bytes still agree, as after some flipped bits and some short stretches of
   other data; that between restart markers less than 1 KiB apart; and any but a cut where arithmetic coding was used.
@@ -39,7 +39,7 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 
 from tlscale.data.formats.jpeg import DamagedError, load_jpeg
 from tlscale.data.formats.others import HEAD_BYTES, other_kind
-from tlscale.data.formats.png import fault_of, scaled_key
+from tlscale.data.formats.png import fault_of, lacks_rows, scaled_key
 from tlscale.data.formats.tiff import Meaning, UnreadTiffError, describe, is_tiff, meaning_of
 from tlscale.data.formats.webp import has_hole
 from tlscale.errors import DataError, render
@@ -177,6 +177,8 @@ def _load(image: ImageFile.ImageFile, raw: bytes) -> None:
     except DamagedError as error:
         raise _BadError(f"the image is damaged or cut short: {error}") from None
     image.load()
+    if image.format == "PNG" and lacks_rows(raw, image):
+        raise _BadError("the image is damaged: it has fewer rows than its header says")
     if image.format == "WEBP" and has_hole(raw):
         raise _BadError("the image is damaged: bytes are equal where data should be")
     if image.format == "PNG" and image.mode == "L" and isinstance(image.info.get("transparency"), int):

@@ -193,3 +193,37 @@ def test_the_transparent_grey_of_a_png_of_few_bits(bits):
         raw = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"tRNS", key.to_bytes(2))
         raw += chunk(b"IDAT", data) + chunk(b"IEND", b"")
         assert decode(raw)[0, :, 0].tolist() == [expected[value] for value in (0, most, 1, most)]
+
+
+ROWS = np.random.default_rng(0).integers(1, 256, (13, 11, 3), dtype=np.uint8)
+
+
+def png_of(rows_HWC: np.ndarray, height: int, colour_type: int, *, interlaced: bool) -> bytes:
+    """Checksums and packing sound; as many rows as are given, whatever the header says."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return len(data).to_bytes(4) + kind + data + zlib.crc32(kind + data).to_bytes(4)
+
+    passes = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1))
+    data = b""
+    for row, column, down, across in passes if interlaced else ((0, 0, 1, 1),):
+        some_HWC = rows_HWC[row::down, column::across]
+        data += b"".join(b"\0" + pixels_WC.tobytes() for pixels_WC in some_HWC) if some_HWC.size else b""
+    header = rows_HWC.shape[1].to_bytes(4) + height.to_bytes(4) + bytes((8, colour_type, 0, 0, int(interlaced)))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("interlaced", [False, True])
+@pytest.mark.parametrize("colour_type", [0, 2])
+def test_a_png_with_fewer_rows_than_its_header_says_is_bad(colour_type, interlaced):
+    """Its writer was cut off, and packed what there was: Pillow leaves the rest black."""
+    rows_HWC = ROWS if colour_type == 2 else ROWS[:, :, :1]
+    for height in range(2, 14):
+        for num_rows in range(1, height):
+            raw = png_of(rows_HWC[:num_rows], height, colour_type, interlaced=interlaced)
+            with pytest.raises(BadImageError, match=r"^x: the image is damaged"):
+                decode(raw)
+    for height in range(1, 14):
+        for rows in (rows_HWC[:height], rows_HWC[:height] * 0, rows_HWC[:height, :1], rows_HWC[:height, :1] * 0):
+            raw = png_of(rows, height, colour_type, interlaced=interlaced)
+            assert np.array_equal(decode(raw), np.broadcast_to(rows, (*rows.shape[:2], 3)))
