@@ -27,7 +27,7 @@ def put_rows(folder: Path, column: str, values: list[str]) -> dict[str, list[str
 
 
 def put_csv(folder: Path, columns: dict[str, list[str]]) -> Path:
-    lines = [",".join(columns), *map(",".join, zip(*columns.values(), strict=True))]
+    lines = [",".join(columns), *(",".join(map(str, row)) for row in zip(*columns.values(), strict=True))]
     (folder / "list.csv").write_text("\n".join(lines) + "\n")
     return folder / "list.csv"
 
@@ -76,6 +76,23 @@ def test_a_column_that_names_splits_and_is_not_read_is_noted(tmp_path, column, p
     (note,) = [note for note in data.notes if note.startswith("SPLITS IGNORED")]
     assert f"column {column!r} is not used" in note
     assert "'VAL', 'test'" in note
+
+
+@pytest.mark.parametrize("put", [put_csv, put_parquet])
+@pytest.mark.parametrize(
+    ("column", "values"),
+    [
+        ("set", ["train", "test", "extra", "extra"]),
+        ("phase", ["unlabeled", "val", "train", "test"]),
+        ("is_test", [True, False, False, True]),
+        ("is_training_image", [1, 1, 0, 0]),
+        ("inVal", ["no", "yes", "no", "yes"]),
+    ],
+)
+def test_flags_and_columns_with_other_values_too_are_noted(tmp_path, column, values, put):
+    data = open_source("manifest", put(tmp_path, put_rows(tmp_path, column, values)))
+    (note,) = [note for note in data.notes if note.startswith("SPLITS IGNORED")]
+    assert f"column {column!r} is not used" in note
 
 
 @pytest.mark.parametrize("values", [["train"] * 4, ["0", "1", "2", "test"], ["left", "right"] * 2])

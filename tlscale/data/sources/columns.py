@@ -34,8 +34,7 @@ def pick_column(given: str | None, usual: Sequence[str], columns: Sequence[str],
 def column_note(column: str, values: Collection[str], where: str, remedy: str) -> str:
     """Return the note on a column that names splits, and that nothing reads."""
     shown = first_few(quoted(list(values)))
-    held = " and ".join(sorted({str(role_of(value)) for value in values} - {"train"}))
-    return (
-        f"SPLITS IGNORED: {where}, column {column!r} is not used: it has the values {shown}, but rows of {held} are "
-        f"treated like all others. {remedy}"
-    )
+    roles = {role for role in map(role_of, values) if role is not None}
+    held = " and ".join(sorted(roles - {"train"}))
+    treated = f"rows of {held} are treated like all others" if roles else "all rows are treated alike"
+    return f"SPLITS IGNORED: {where}, column {column!r} is not used: it has the values {shown}, but {treated}. {remedy}"

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from tlscale.data.content import digest_of_parts, file_stamp, stamp_bytes
@@ -38,6 +39,7 @@ if TYPE_CHECKING:  # importing datasets takes a second; only these sources pay i
 IMAGE_COLUMNS = ("image", "img")
 TIMEOUT_S = 10.0
 _FIRST_ROWS = 1024
+_SHORT = ("string", "large_string", "bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _log = logging.getLogger(__name__)
 
@@ -224,7 +226,7 @@ def _unread_columns(split: Dataset, read: tuple[str, str], where: str) -> list[s
     """Return notes on columns that name splits and are not read: here splits are those of the data set."""
     notes = []
     for name in (column for column in split.column_names if column not in read):
-        values = split_values(_few_texts(split, name))
+        values = split_values(name, _few_texts(split, name))
         if values:
             notes.append(column_note(name, values, where, "Divide the data set by it first, or use source 'manifest'"))
     return notes
@@ -237,16 +239,20 @@ def _few_texts(split: Dataset, column: str) -> list[str | None]:
     feature = split.features[column]
     if isinstance(feature, datasets.ClassLabel):
         names: list[str | None] = list(feature.names)
-        if not may_name_splits(names):
+        if not may_name_splits(column, names):
             return []
         numbers = split.select_columns([column]).with_format("arrow")[:][column]
         return [names[number] for number in pc.unique(numbers).drop_null().to_pylist() if number >= 0]
-    if not (isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string")):
+    if not (isinstance(feature, datasets.Value) and feature.dtype in _SHORT):
         return []
-    texts = split.select_columns([column]).with_format("arrow")
-    if not may_name_splits(pc.unique(texts[:_FIRST_ROWS][column]).to_pylist()):
+    held = split.select_columns([column]).with_format("arrow")
+    if not may_name_splits(column, _distinct(held[:_FIRST_ROWS][column])):
         return []
-    return list(pc.unique(texts[:][column]).to_pylist())
+    return _distinct(held[:][column])
+
+
+def _distinct(column: pa.ChunkedArray) -> list[str | None]:
+    return list(pc.unique(column.cast(pa.large_string())).to_pylist())
 
 
 def _read_split(split: Dataset, name: str, image: str, label: str, where: str) -> SourceSplit:

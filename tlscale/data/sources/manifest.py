@@ -120,7 +120,7 @@ def _notes(unread: pa.Table, file: Path) -> tuple[str, ...]:
     remedy = f"Call the column {SPLIT_COLUMN!r}, and its values train, validation and test, to have it read"
     notes = []
     for name in unread.column_names:
-        values = split_values(pc.unique(unread[name].cast(pa.large_string())).to_pylist())
+        values = split_values(name, pc.unique(unread[name].cast(pa.large_string())).to_pylist())
         if values:
             notes.append(column_note(name, values, str(file), remedy))
     return tuple(notes)
@@ -141,13 +141,17 @@ def _read_csv(section: DataSection, file: Path) -> tuple[pa.Table, tuple[str, ..
 
 
 def _may_name_splits(batches: Iterable[pa.RecordBatch]) -> list[str]:
-    """Return the columns of text whose first values name splits."""
+    """Return the columns whose first values may name splits."""
     first = next(iter(batches), None)
     if first is None:
         return []
-    texts = {name: first[name] for name in first.schema.names if is_text(first[name].type)}
-    distinct = {name: pc.unique(column.cast(pa.large_string())).to_pylist() for name, column in texts.items()}
-    return [name for name, values in distinct.items() if may_name_splits(values)]
+    few = {field.name: first[field.name] for field in first.schema if _is_short(field)}
+    distinct = {name: pc.unique(column.cast(pa.large_string())).to_pylist() for name, column in few.items()}
+    return [name for name, values in distinct.items() if may_name_splits(name, values)]
+
+
+def _is_short(field: pa.Field) -> bool:
+    return is_text(field.type) or pa.types.is_boolean(field.type) or pa.types.is_integer(field.type)
 
 
 def _read_parquet(section: DataSection, file: Path) -> tuple[pa.Table, tuple[str, ...]]:
@@ -166,8 +170,8 @@ def _read_parquet(section: DataSection, file: Path) -> tuple[pa.Table, tuple[str
                 f"{file}: {size / 2**30:.1f} GiB of images in the table, more than the {MOST_EMBEDDED_BYTES >> 30} GiB "
                 f"that are kept in memory; 'source: hub' with 'path: {file.parent}' maps them from disk"
             )
-        texts = [field.name for field in parquet.schema_arrow if is_text(field.type) and field.name not in columns]
-        others = _may_name_splits(parquet.iter_batches(_FIRST_ROWS, columns=texts)) if texts else []
+        few = [field.name for field in parquet.schema_arrow if _is_short(field) and field.name not in columns]
+        others = _may_name_splits(parquet.iter_batches(_FIRST_ROWS, columns=few)) if few else []
         return parquet.read(columns=columns).select(columns), _notes(parquet.read(columns=others), file)
 
 

@@ -29,6 +29,8 @@ _WORDS: dict[str, Role] = {
     **dict.fromkeys(("test", "testing", "tst", "holdout", "heldout"), "test"),
 }
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")
+_YES_AND_NO = frozenset(("0", "1", "false", "true", "f", "t", "no", "yes", "n", "y"))
+_MOST_SPLITS = 20  # different values; a column of more is none of splits
 _ENDS = ("s", "set", "sets", "split", "data", "images", "imgs")
 
 
@@ -59,17 +61,31 @@ def are_splits(names: Sequence[str]) -> bool:
     return None not in roles and len(set(roles)) > 1
 
 
-def split_values(values: Iterable[str | None]) -> list[str]:
-    """Return the values of a column if each that is not empty names a split, and not all name the training split."""
-    held = [value for value in values if value is not None and value.strip()]
-    roles = {role_of(value) for value in held}
-    return sorted(held) if roles and None not in roles and roles != {"train"} else []
+def split_values(column: str, values: Iterable[str | None]) -> list[str]:
+    """Return the values of a column if it tells splits apart, else none.
+
+    It does where all of them name a split, and not all the training split; where most of them do, of two roles or more
+    ('train', 'test', 'extra'); and where its own name does and its values are yes and no ('is_test').
+    """
+    held = _held(values)
+    roles = [role_of(value) for value in held]
+    num_others, named = roles.count(None), set(roles) - {None}
+    told = len(named) > 1 and num_others < len(held) / 2 if num_others else bool(named - {"train"})
+    return held if told or (len(held) > 1 and _is_flag(column, held)) else []
 
 
-def may_name_splits(values: Iterable[str | None]) -> bool:
+def may_name_splits(column: str, values: Iterable[str | None]) -> bool:
     """Return whether the column that begins with these values may be one of `split_values`."""
-    held = [value for value in values if value is not None and value.strip()]
-    return bool(held) and all(map(role_of, held))
+    held = _held(values)
+    return len(held) <= _MOST_SPLITS and (any(map(role_of, held)) or _is_flag(column, held))
+
+
+def _held(values: Iterable[str | None]) -> list[str]:
+    return sorted({value for value in values if value is not None and value.strip()})
+
+
+def _is_flag(column: str, held: Iterable[str]) -> bool:
+    return role_within(column) is not None and {value.strip().lower() for value in held} <= _YES_AND_NO
 
 
 class ScoredSection(DataSection):
