@@ -117,7 +117,7 @@ def plain_loop(recipe, clip):
     """Plain PyTorch: each step one batch, the mean over its images, however many they are."""
     setup = set_up(recipe, world_size=1)
     (stage,) = setup.stages
-    images = open_image_cache(setup).train(every=True).images(torch.arange(len(setup.data.train)).numpy())
+    images = open_image_cache(setup).train().images(torch.arange(len(setup.data.train)).numpy())
     labels, network = torch.from_numpy(setup.data.train.labels_N), setup.classifier.train()
     groups = [{key: group[key] for key in ("params", "lr", "weight_decay")} for group in stage.groups]
     optimizer = torch.optim.SGD(groups, momentum=0.9) if clip else torch.optim.AdamW(groups)

@@ -23,7 +23,7 @@ NAMES = {str(number): float(number + 1) ** 2 for number in range(10)}  # 1 to 10
 def by_hand(recipe, weights, smoothing):
     """The head after one plain step of gradient descent, and the mean loss of labels before it: in numpy."""
     setup = set_up(recipe, world_size=1)
-    store, backbone = open_image_cache(setup).train(every=True), setup.classifier.backbone.eval()
+    store, backbone = open_image_cache(setup).train(), setup.classifier.backbone.eval()
     [step] = train_batches(
         store, setup.order, setup.split, 0,
         seed=recipe.seed, augment=setup.augment, start_step=0, stop_step=1,

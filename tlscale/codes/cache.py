@@ -13,7 +13,6 @@ import platform
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -101,7 +100,7 @@ class CodesCache:
             return CodeViews({0: self.codes(module, parts, split)}, split.labels_N)
         augmenter = Augmenter(spec.augment, spec.inputs.spec)
         uncached = self.images.uncached(split, crops="crop" in spec.augment)
-        open_cached = partial(self.images.train, every=True)
+        open_cached = self.images.train
         codes = {}
         for view in views:
             images = ViewImages(split, view, spec.seed, augmenter, uncached, open_cached, self._to_inputs)

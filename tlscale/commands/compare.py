@@ -148,10 +148,12 @@ def _conclude(
 ) -> dict[str, Any]:
     """Compare the runs, and write and show the table and the picture."""
     refuse_other_images(outcomes)
-    pairs = paired_tests(to_rows(outcomes))
-    times = watch.figures(parts=("start", "runs"))
-    remarks = [*remarks, _of_time(times)]
-    figures = write_comparison(root, title, outcomes, remarks, pairs, times=times)
+    with watch("report"):
+        pairs = paired_tests(to_rows(outcomes))
+        remarks = [*remarks, _of_time(watch.spent()["start"])]
+        figures = write_comparison(
+            root, title, outcomes, remarks, pairs, times=lambda: watch.figures(parts=("start", "runs", "report"))
+        )
     console.table(title, COLUMNS, table(outcomes, pairs))
     for line in figures["notes"]:
         console.say(line)
@@ -202,10 +204,10 @@ def _shown(value: object) -> str:
     return "-" if value is None or value == [] else str(value)
 
 
-def _of_time(times: dict[str, Any]) -> str:
+def _of_time(start_s: float) -> str:
     return (
         "Seconds: of each run from its own start until its result.json: data, codes, training, evaluation and export. "
-        f"They are without the start of the comparison, once for all runs: {times['seconds']['start']:.1f} s."
+        f"They are without the start of the comparison, once for all runs: {start_s:.1f} s."
     )
 
 

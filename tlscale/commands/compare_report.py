@@ -7,7 +7,7 @@ those that a paired test on these images does not tell from it. Nothing here run
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -365,12 +365,12 @@ def write_comparison(
     extra: Sequence[str] = (),
     pairs: Sequence[Pair] = (),
     *,
-    times: Mapping[str, Any] | None = None,
+    times: Callable[[], Mapping[str, Any]] = dict,
 ) -> dict[str, Any]:
     """Write `compare.json`, `compare.md`, `compare.png` and `compare.svg` to the folder `out`.
 
     Args:
-        times: `wall_s` and `seconds` of the comparison itself.
+        times: gives `wall_s` and `seconds` of the comparison itself; called when all but `compare.json` is written.
 
     Returns:
         What `compare.json` holds.
@@ -378,9 +378,13 @@ def write_comparison(
     Raises:
         TlscaleError: they cannot be written.
     """
+    with naming_disk_errors(out):
+        write_text(out / "compare.md", markdown(title, outcomes, extra, pairs))
+        if rows := to_rows(outcomes):
+            draw(rows, [out / "compare.png", out / "compare.svg"])
     figures = {
         "name": title,
-        **(times or {}),
+        **times(),
         "notes": [*notes(outcomes, pairs), *extra],
         "runs": [asdict(outcome) for outcome in outcomes],
         "pairs": [pair.to_plain() for pair in pairs],
@@ -388,7 +392,4 @@ def write_comparison(
     text = json.dumps(figures, indent=2, allow_nan=False) + "\n"
     with naming_disk_errors(out):
         write_text(out / "compare.json", text)
-        write_text(out / "compare.md", markdown(title, outcomes, extra, pairs))
-        if rows := to_rows(outcomes):
-            draw(rows, [out / "compare.png", out / "compare.svg"])
     return dict(json.loads(text))

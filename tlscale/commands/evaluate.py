@@ -93,7 +93,7 @@ def evaluate_run(
         figures = _figures(recipe, finished.trained, scored, predictions, processes, watch)
         figures["notes"] = without_places(scored.notes, places_of(recipe))
         target = target or folder / "evaluations" / (name or _default_name(folder, figures))
-        notes = [*scored.notes, _write(target, figures, predictions, processes, asked_for=out is not None)]
+        notes = [*scored.notes, _write(target, figures, predictions, processes, watch, asked_for=out is not None)]
         if processes.is_main:
             _show(figures, notes, as_json=as_json)
     return figures
@@ -129,8 +129,7 @@ def _figures(
             processes=processes,
             predictions=predictions,
         )
-    seconds = watch.figures(parts=("start", "scan", "decode", "evaluate"))
-    return {**scored.figures, "majority": scored.majority(trained.classes), **figures, **seconds}
+    return {**scored.figures, "majority": scored.majority(trained.classes), **figures}
 
 
 # --- What becomes of the figures --------------------------------------------------------------------------------------
@@ -171,9 +170,15 @@ def _checked_out(out: Path) -> Path:
 
 
 def _write(
-    target: Path, figures: dict[str, Any], predictions: Predictions, processes: Processes, *, asked_for: bool
+    target: Path,
+    figures: dict[str, Any],
+    predictions: Predictions,
+    processes: Processes,
+    watch: Stopwatch,
+    *,
+    asked_for: bool,
 ) -> str:
-    """Write the figures and the predictions; called on all processes.
+    """Add the seconds to the figures, and write these and the predictions; called on all processes.
 
     Returns:
         A note for the user: where they are, or why they could not be written, as they are shown all the same.
@@ -187,6 +192,7 @@ def _write(
             write_predictions(target / "predictions.parquet", predictions, processes)
         except TlscaleError as raised:
             why = str(raised)
+    figures |= watch.figures(parts=("start", "scan", "decode", "evaluate"))  # all but writing this last, small file
     if why is None:
         why = processes.run_on_main(_write_figures, target / _FILE, figures)
     if why is None:

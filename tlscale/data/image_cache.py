@@ -24,24 +24,26 @@ class ImageCache:
     _: KW_ONLY
     crops: bool
     """Training cuts its images at random, and so needs them in their own size."""
-    sees_all_of_train: bool
-    """The steps see as many images as there are; else decoding all of them would be for nothing."""
     watch: Stopwatch
     """Measures decoding."""
     say: Callable[[str], None] = lambda text: None
     """Reports the progress of decoding."""
+    _num_seen: int = 0
     _stores: dict[str, ImageStore] = field(default_factory=dict)
 
-    def train(self, *, every: bool = False) -> ImageStore:
+    def train(self, num_seen: int | None = None) -> ImageStore:
         """Return the training images as training wants them.
 
         Args:
-            every: all of them will be used, however few the steps of the run see.
+            num_seen: how many will be used, an image that is used again counted again. As long as that is less than
+                there are, decoding all of them beforehand would be for nothing. None: all of them.
 
         Raises:
             DataError: an image cannot be read.
         """
-        split, keep = self.data.train, every or self.sees_all_of_train
+        split = self.data.train
+        self._num_seen += len(split) if num_seen is None else num_seen  # stage by stage, so that few do not add up
+        keep = self._num_seen >= len(split)
         return self._store("train" if keep else "few of train", split, crops=self.crops, keep=keep)
 
     def of(self, split: ImageSplit) -> ImageStore:

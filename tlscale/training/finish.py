@@ -51,7 +51,7 @@ def finish(
     result = _result(state, loop, split, best=best, last=last)
     result["changes"] = run_info["changes"]  # of how it was computed, from start to start
     result |= processes.run_on_main(result_identity, setup.data)
-    processes.run_on_main(write_result, result, folder)
+    result = processes.run_on_main(write_result, result, folder, setup.watch)
     logger.write_summary(result)
     return result, how_to_load
 
@@ -79,6 +79,7 @@ def _take_chosen_weights(state: TrainState, loop: LoopState, folder: RunFolder) 
         state.network,
         state.codes_cache.images,
         state.teacher_targets,
+        num_seen=0,
     )
 
 
@@ -114,7 +115,6 @@ def _result(state: TrainState, loop: LoopState, split: ImageSplit, *, best: Figu
         "steps": loop.step,
         "images_seen": order.images_seen(loop.step),
         "steps_left_out": loop.skipped_steps,
-        **setup.watch.figures(order.images_seen(loop.step)),
         "codes": state.codes_cache.stats() if has_codes else None,
         "trainable_params": setup.trainable_params,
         "total_params": setup.total_params,

@@ -72,22 +72,24 @@ class ImagePipeline:
         images: ImageCache,
         targets: TeacherTargets | None = None,
         views: int | None = None,
+        num_seen: int | None = None,
     ) -> None:
         """Open the training and the validation split.
 
         Args:
             views: the augmented views of each training image; None: a new one in each epoch.
+            num_seen: as `ImageCache.train` takes it.
         """
         self.module = network
         self._spec, self._processes, self._images, self._targets = spec, processes, images, targets
         self._views = views
         # Opened now, on all processes or on none: a bad image must not leave a half-begun run.
-        processes.run_on_all(images.train)
+        self._train = processes.run_on_all(images.train, num_seen)
         if spec.data.validation is not None:
             processes.run_on_all(images.of, spec.data.validation)
 
     def steps(self, start: int, stop: int) -> Generator[list[ImageBatch], None, None]:
-        spec, processes, store = self._spec, self._processes, self._images.train()
+        spec, processes, store = self._spec, self._processes, self._train
         batches = train_batches(
             store,
             spec.order,
@@ -194,6 +196,7 @@ def open_pipeline(
     *,
     title: str = "",
     image_views: int | None,
+    num_seen: int,
     targets: TeacherTargets | None = None,
     decided: bool | None,
 ) -> tuple[InputPipeline, bool]:
@@ -207,6 +210,7 @@ def open_pipeline(
         codes_cache: of the run.
         title: of the stage, before its line on the console.
         image_views: the augmented views of each training image, where it is fed with images; None: one an epoch.
+        num_seen: the training images that it sees then, and those after it.
         targets: of the teacher, where there is one.
         decided: what an earlier start of this run decided for this stage; it is resumed in the same way.
 
@@ -218,6 +222,7 @@ def open_pipeline(
         choice = agree_on_partition(network, caching, processes, codes_cache.store, force_cache=bool(decided))
     if choice.partition is None:
         codes_cache.console.say(f"{title}images through the whole network: {choice.why}")
-        return ImagePipeline(spec, processes, network, codes_cache.images, targets, image_views), False
+        pipeline = ImagePipeline(spec, processes, network, codes_cache.images, targets, image_views, num_seen)
+        return pipeline, False
     codes_cache.console.say(f"{title}{choice.partition.describe()}; {choice.why}")
     return CodePipeline(spec, processes, network, choice.partition, codes_cache, caching.views), True

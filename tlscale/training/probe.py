@@ -126,8 +126,7 @@ class _Probe:
             how_to_load = _export(setup, choice, chosen, folder)
             write_predictions(folder.predictions, predictions)
         result = self._result(choice, chosen, figures) | result_identity(data)
-        write_result(result, folder)
-        return result, how_to_load
+        return write_result(result, folder, setup.watch), how_to_load
 
     def _choose(self) -> Choice:
         data = self.setup.data
@@ -195,7 +194,6 @@ class _Probe:
             "epochs": 0,
             "steps": 0,
             "images_seen": fit.num_images,
-            **setup.watch.figures(fit.num_images),
             "codes": self.cache_stats,
             "trainable_params": num_params,
             "total_params": backbone_params + num_params,

@@ -8,6 +8,7 @@ from tlscale import faults
 from tlscale.storage.files import naming_disk_errors, write_json
 from tlscale.storage.run_folder import RunFolder
 from tlscale.tracking.redact import places_of, without_places
+from tlscale.tracking.stopwatch import Stopwatch
 from tlscale.training.setup import RunSetup
 
 
@@ -21,12 +22,20 @@ def about_data(setup: RunSetup) -> dict[str, Any]:
     }
 
 
-def write_result(result: dict[str, Any], folder: RunFolder) -> None:
+def write_result(result: dict[str, Any], folder: RunFolder, watch: Stopwatch) -> dict[str, Any]:
     """Write the last file of a run: where it is there, the run is complete.
+
+    Args:
+        watch: of the run. It is read here, last of all, so that its seconds are all that there were until this file.
+
+    Returns:
+        What was written: `result`, and the seconds.
 
     Raises:
         TlscaleError: the disk is full or cannot be written.
     """
     faults.at("result")
     with naming_disk_errors(folder.result):
+        result |= watch.figures(result["images_seen"])
         write_json(folder.result, result)
+    return result

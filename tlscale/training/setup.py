@@ -105,11 +105,15 @@ class RunSetup:
     def augment(self) -> dict[str, float | None]:
         return augmentation_values(self.recipe.data.augment)
 
-    @property
-    def needs_all_images(self) -> bool:
-        """Whether the steps of the run see as many training images as there are, partners of mixup included."""
-        seen = self.order.images_seen(self.total_steps) * (2 if {"mixup", "cutmix"} & set(self.augment) else 1)
-        return not self.stages or seen >= len(self.data.train)
+    def num_seen(self, stage: Stage, step: int) -> int:
+        """Return how many training images a stage sees from `step` on, partners of mixup included.
+
+        Stages after it count where they cannot be trained on codes, which are not decoded for them.
+        """
+        later = [one for one in self.stages[stage.number + 1 :] if one.trains_all or self.recipe.codes.keep == "never"]
+        spans = [(step, stage.stop_step), *((one.start_step, one.stop_step) for one in later)]
+        seen = sum(self.order.images_seen(stop) - self.order.images_seen(start) for start, stop in spans)
+        return seen * (2 if {"mixup", "cutmix"} & set(self.augment) else 1)
 
     def image_views(self, stage: Stage) -> int | None:
         """Return the number of augmented views of each training image that a stage sees; None: a new one each epoch.

@@ -88,7 +88,6 @@ def open_image_cache(setup: RunSetup) -> ImageCache:
         setup.recipe.data,
         setup.spec,
         crops="crop" in setup.augment,
-        sees_all_of_train=setup.needs_all_images,
         watch=setup.watch,
     )
 

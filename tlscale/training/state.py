@@ -176,6 +176,7 @@ def enter_stage(state: TrainState, loop: LoopState, scaler_state: dict[str, Any]
         state.codes_cache,
         title=f"stage {stage.number + 1} of {len(setup.stages)}: " if len(setup.stages) > 1 else "",
         image_views=setup.image_views(stage),
+        num_seen=setup.num_seen(stage, loop.step),
         targets=state.teacher_targets,
         # What an earlier start decided: room and speed are measured, and may have changed since.
         decided=loop.keeps_codes.get(key),
