@@ -12,6 +12,8 @@ from tests.coins import chance, put_coins
 from tests.recompute import assert_follows
 from tests.small_runs import put_teacher, small_recipe
 from tlscale.commands.compare import compare
+from tlscale.commands.evaluate import evaluate_run
+from tlscale.errors import DataError
 from tlscale.recipe.strategies import STRATEGIES
 
 WITH_TEST = {"train": 80, "validation": 40, "test": 120}
@@ -52,6 +54,24 @@ def assert_chance(figures: dict, split: str, num_classes: int = 2, num_tables: i
         assert result["majority"]["top1"] == pytest.approx(1 / num_classes, abs=0.02)
 
 
+def assert_chance_again(figures: dict, tmp_path: Path, num_classes: int = 2) -> None:
+    """So says `evaluate`, of the run's own split and of other labels, drawn anew; or that it has nothing to score."""
+    classes = ("heads", "tails", "edge")[:num_classes]
+    other = put_coins(tmp_path / "other.parquet", {"train": 90}, seed=9, classes=classes)
+    looks = len(figures["runs"])
+    for run in figures["runs"]:
+        if run["scored_model"] == "before_refit":
+            with pytest.raises(DataError, match=r"its own data have no image left to score it on"):
+                evaluate_run(run["folder"])
+        else:
+            again = evaluate_run(run["folder"])
+            assert (again["top1"], again["selected_on"]) == (run["top1"], run["selected_on"])
+        found = evaluate_run(run["folder"], data=str(other))
+        low, high = chance(90, 1 / num_classes, looks)
+        assert found["num_images"] == 90
+        assert low <= found["top1"] <= high, run["variant"]
+
+
 def test_with_a_test_split_by_a_column(weights, tmp_path):
     manifest = put_coins(tmp_path / "coins.parquet", WITH_TEST)
     figures = compared(tmp_path, manifest, weights)
@@ -61,6 +81,7 @@ def test_with_a_test_split_by_a_column(weights, tmp_path):
     assert len(figures["pairs"]) == len(STRATEGIES) * (len(STRATEGIES) - 1) // 2
     assert not any(pair["distinguishable"] for pair in figures["pairs"])
     assert all(run["selected_on"] is None and run["scored_model"] == "exported" for run in figures["runs"])
+    assert_chance_again(figures, tmp_path)
 
 
 def test_without_a_test_split(weights, tmp_path):
@@ -75,16 +96,19 @@ def test_without_a_test_split(weights, tmp_path):
     assert {name for name, run in by_name.items() if run["selected_on"] is None} == {"codes"}
     for name, run in by_name.items():
         assert run["scored_model"] == ("before_refit" if name in ("codes", "early_codes") else "exported")
+    assert_chance_again(figures, tmp_path)
     assert any("codes top1 is that of the classifier before it was fitted again" in note for note in figures["notes"])
 
 
 @pytest.mark.parametrize("kind", ["ridge", "knn", "sklearn"])
 def test_every_kind_of_probe_without_a_test_split(kind, weights, tmp_path):
-    """The logistic one is that of the strategies; with three classes."""
-    manifest = put_coins(tmp_path / "coins.parquet", {"train": 240}, classes=("a", "b", "c"))
+    """The logistic one is that of the strategies; with three classes, and over seeds."""
+    manifest = put_coins(tmp_path / "coins.parquet", {"train": 240}, classes=("heads", "tails", "edge"))
     data = {"validation_fraction": 0.5}
-    figures = compared(tmp_path, manifest, weights, {"kind": kind}, data=data, strategies=["codes"])
+    figures = compared(tmp_path, manifest, weights, {"kind": kind}, data=data, strategies=["codes"], seeds=[0, 1])
+    assert [run["seed"] for run in figures["runs"]] == [0, 1]
     assert_chance(figures, "validation", num_classes=3)
+    assert_chance_again(figures, tmp_path, num_classes=3)
 
 
 def test_folds_by_a_split_column(weights, tmp_path):
@@ -92,7 +116,9 @@ def test_folds_by_a_split_column(weights, tmp_path):
     for number in range(2):
         train, validation, test = (f"fold{(number + place) % 3}" for place in range(3))
         data = {"train_split": train, "validation_split": validation, "test_split": test}
-        figures = compared(tmp_path / test, manifest, weights, data=data, strategies=["codes", "head"])
+        strategies = STRATEGIES if number == 0 else ["codes", "head"]
+        figures = compared(tmp_path / test, manifest, weights, data=data, strategies=strategies)
+        assert {run["variant"] for run in figures["runs"]} == set(strategies)
         assert_chance(figures, "test", num_tables=2)
 
 

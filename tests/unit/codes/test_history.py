@@ -32,6 +32,7 @@ from tlscale.recipe.schema import ComputeSection, DataSection
 SIZE, TICK_S = 8, 0.02
 SPEC = InputSpec(image_size=SIZE, in_chans=1, crop_pct=1.0, interpolation="bilinear", mean=(0.5,), std=(0.5,))
 OPERATIONS = ("add", "drop", "rename", "replace", "move", "copy", "copy with times", "relabel", "double")
+OPERATIONS += ("swap", "touch", "set back")
 
 
 def pixels_of(number: int) -> np.ndarray:
@@ -106,6 +107,14 @@ class History:
                 self.rows[name][2] = "train" if self.rows[name][2] == "test" else "test"
             case "relabel":
                 self.rows[name][1] = 1 - self.rows[name][1]
+            case "touch" | "set back":  # times of a copy that is being made, and of an archive
+                times = (time.time(),) * 2 if operation == "touch" else (pick, pick)
+                os.utime(self.root / name, times)
+            case "swap":  # two files of one size: each name has the other's content, size and, often, times
+                other = free[(pick + 1) % len(free)]
+                for source, target in ((name, "aside"), (other, name), ("aside", other)):
+                    (self.root / source).rename(self.root / target)
+                self.rows[name][0], self.rows[other][0] = self.rows[other][0], self.rows[name][0]
             case "double":
                 shutil.copyfile(self.root / name, self.root / new)
                 self.rows[new] = [self.rows[name][0], *self.rows[name][1:]]
