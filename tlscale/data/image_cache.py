@@ -28,22 +28,20 @@ class ImageCache:
     """Measures decoding."""
     say: Callable[[str], None] = lambda text: None
     """Reports the progress of decoding."""
-    _num_seen: int = 0
     _stores: dict[str, ImageStore] = field(default_factory=dict)
 
     def train(self, num_seen: int | None = None) -> ImageStore:
         """Return the training images as training wants them.
 
         Args:
-            num_seen: how many will be used, an image that is used again counted again. As long as that is less than
-                there are, decoding all of them beforehand would be for nothing. None: all of them.
+            num_seen: how many will be used, an image that is used again counted again. Where that is less than there
+                are, decoding all of them beforehand would be for nothing. None: all of them.
 
         Raises:
             DataError: an image cannot be read.
         """
         split = self.data.train
-        self._num_seen += len(split) if num_seen is None else num_seen  # stage by stage, so that few do not add up
-        keep = self._num_seen >= len(split)
+        keep = num_seen is None or num_seen >= len(split) or "train" in self._stores
         return self._store("train" if keep else "few of train", split, crops=self.crops, keep=keep)
 
     def of(self, split: ImageSplit) -> ImageStore:
