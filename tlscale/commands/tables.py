@@ -28,6 +28,8 @@ def show_plan(setup: RunSetup, console: Console, *, device: str) -> None:
         console.say(f"skipped, {reason}", style="yellow")
     if setup.frozen_params and recipe.backbone.weights == "none":
         console.say("the frozen layers are random: backbone.weights is none", style="yellow")
+    for note in setup.weights.notes:
+        console.say(f"backbone.weights: {note}", style="bold yellow")
     console.table("Plan", ("what", "how"), _plan_rows(setup, device))
     for stage in setup.stages:
         _show_stage(stage, setup, console)

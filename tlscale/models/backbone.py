@@ -6,49 +6,27 @@ file that fits only in part.
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
 import os
-import pickle
-import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import timm
 import torch
-from timm.models import adapt_input_conv, load_model_config_from_hf
-from torch import Tensor, nn
+from timm.models import load_model_config_from_hf
+from torch import nn
 
 import tlscale.models.classic  # noqa: F401 (registers its architectures with timm)
 from tlscale.errors import ModelError, did_you_mean
 from tlscale.models.bundled import bundled
-from tlscale.models.foreign import check_model_args, check_model_folder, check_tensors, check_unpacked_size, is_pickle
-from tlscale.models.hub import cache_only_when_unreachable
+from tlscale.models.foreign import check_model_args, check_model_folder, weights_in
+from tlscale.models.hub import cache_only_when_unreachable, hub_weights
+from tlscale.models.weights import WeightsReport, first_line, load_file, state_digest
 from tlscale.recipe.schema import BackboneSection
 from tlscale.recipe.seeds import derive_seed
 from tlscale.storage.files import file_sha256, text_sha256
-
-_PREFIXES = ("hf-hub:", "local-dir:")
-
-
-@dataclass(frozen=True)
-class WeightsReport:
-    """Where the weights came from, for `run.json` and the screen."""
-
-    origin: str
-    num_matched: int
-    num_tensors: int
-    sha256: str
-
-    def __str__(self) -> str:
-        if self.num_tensors == 0:
-            return self.origin
-        share = self.num_matched / self.num_tensors
-        return f"{self.origin}: {self.num_matched} of {self.num_tensors} tensors matched ({share:.1%})"
 
 
 def build_backbone(section: BackboneSection, *, image_size: int | None, seed: int) -> tuple[nn.Module, WeightsReport]:
@@ -61,27 +39,26 @@ def build_backbone(section: BackboneSection, *, image_size: int | None, seed: in
     Raises:
         ModelError: unknown name, weights that are not available, or weights of another network.
     """
-    _check_name(section.name)
+    if not section.elsewhere:
+        _check_name(section.name)
     with torch.random.fork_rng(devices=[]):
         size = {"img_size": image_size} if image_size is not None and _is_built_for_one_size(section) else {}
         torch.manual_seed(derive_seed(seed, "backbone"))
-        model = _create(section, size, pretrained=section.weights == "pretrained")
+        # What others put into a folder or on the hub is loaded as a file is, and reported so.
+        model = _create(section, size, pretrained=section.weights == "pretrained" and not section.elsewhere)
     if section.weights == "bundled":
         return model, _load_bundled(model, section)
+    if section.weights == "pretrained" and section.elsewhere:
+        return model, _load_from_elsewhere(model, section)
     if not section.from_file:
-        origin = "random weights, by seed"
-        if section.weights == "pretrained":
-            cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
-            place = cfg.get("hf_hub_id") or cfg.get("url") or cfg.get("file") or "timm"
-            tag = f".{cfg['tag']}" if cfg.get("tag") else ""
-            origin = f"pretrained {cfg.get('architecture', type(model).__name__)}{tag} from {place}"
+        origin = "random weights, by seed" if section.weights == "none" else _pretrained_origin(model)
         return model, WeightsReport(origin, 0, 0, state_digest(model.state_dict()))
-    return model, _load_file(model, section)
+    return model, load_file(model, section)
 
 
 def _is_built_for_one_size(section: BackboneSection) -> bool:
     """Return whether the architecture takes `img_size`; the others refuse the argument."""
-    if section.name.startswith(_PREFIXES):  # only building it tells
+    if section.elsewhere:  # only building it tells
         model = _create(section, {}, pretrained=False)
         return bool(model.pretrained_cfg.get("fixed_input_size", False))  # type: ignore[union-attr, operator]
     cfg = timm.get_pretrained_cfg(section.name)
@@ -126,16 +103,6 @@ def layer_depths(model: nn.Module) -> tuple[dict[str, int], int]:
     return {name: depths[name] for name, _ in model.named_parameters()}, of_classifier
 
 
-def state_digest(state: Mapping[str, Tensor]) -> str:
-    """Compute SHA-256 over names, types, shapes and bytes: networks with the same digest have the same state."""
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        tensor = state[name].detach().cpu().contiguous()
-        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 def function_digest(model: nn.Module) -> str:
     """Compute SHA-256 of what a timm model is in eval mode: architecture, how it was built, and tensors."""
     cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
@@ -145,8 +112,6 @@ def function_digest(model: nn.Module) -> str:
 
 
 def _check_name(name: str) -> None:
-    if name.startswith(_PREFIXES):
-        return
     architecture = name.split(".")[0]
     if not timm.is_model(architecture):
         known = timm.list_models()
@@ -184,7 +149,7 @@ def _create(section: BackboneSection, size: dict[str, Any], *, pretrained: bool)
         raise ModelError(f"'{section.name}' does not take {' and '.join(rates)}: {error}", key="backbone") from error
     except Exception as error:
         # Hub, disk and network each raise their own; none of them tells the user what to do.
-        if pretrained or section.name.startswith(_PREFIXES):
+        if pretrained or section.elsewhere:
             raise ModelError(_no_weights(section, error)) from error
         raise ModelError(f"timm cannot build '{section.name}': {error}", key="backbone") from error
 
@@ -203,8 +168,8 @@ def _no_weights(section: BackboneSection, error: Exception) -> str:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     if section.name.startswith("local-dir:"):
-        return f"backbone.name: '{section.name}' cannot be opened: {type(error).__name__}: {_first_line(error)}"
-    cfg = timm.get_pretrained_cfg(section.name) if not section.name.startswith(_PREFIXES) else None
+        return f"backbone.name: '{section.name}' cannot be opened: {type(error).__name__}: {first_line(error)}"
+    cfg = timm.get_pretrained_cfg(section.name) if not section.elsewhere else None
     if cfg is not None and not cfg.has_weights:
         tagged = timm.list_pretrained(section.name.split(".")[0])
         return (
@@ -214,27 +179,35 @@ def _no_weights(section: BackboneSection, error: Exception) -> str:
     offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
     return (
         f"backbone.weights: the pretrained weights of '{section.name}' are not in the cache {HF_HUB_CACHE} and cannot "
-        f"be fetched from the hub{offline}: {type(error).__name__}: {_first_line(error)}\n"
+        f"be fetched from the hub{offline}: {type(error).__name__}: {first_line(error)}\n"
         "  Ways out: run once where the hub can be reached and copy that folder here (HF_HOME is its place); give "
         "a file, backbone.weights=PATH.safetensors; or train from scratch, backbone.weights=none."
     )
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].split(". ")[0][:200] if lines else "no message"
+def _pretrained_origin(model: nn.Module) -> str:
+    cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+    place = cfg.get("hf_hub_id") or cfg.get("url") or cfg.get("file") or "timm"
+    tag = f".{cfg['tag']}" if cfg.get("tag") else ""
+    return f"pretrained {cfg.get('architecture', type(model).__name__)}{tag} from {place}"
 
 
-def _load_file(model: nn.Module, section: BackboneSection) -> WeightsReport:
-    path = Path(section.weights)
-    state = _best_fit(_read_state(path, section), model)
-    own = model.state_dict()
-    matched = {name: tensor for name, tensor in state.items() if name in own and tensor.shape == own[name].shape}
-    report = WeightsReport(str(path), len(matched), len(own), "")
-    if len(matched) < section.min_matched * len(own):
-        raise ModelError(_mismatch(report, section, state, own))
-    model.load_state_dict(matched, strict=False)
-    return replace(report, sha256=state_digest(model.state_dict()))
+def _load_from_elsewhere(model: nn.Module, section: BackboneSection) -> WeightsReport:
+    """Load the weights of a folder, or of the hub, whose settings the model was built from."""
+    cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+    source, _, place = section.name.partition(":")
+    try:
+        with cache_only_when_unreachable():
+            path = weights_in(Path(place)) if source == "local-dir" else hub_weights(place, cfg.get("hf_hub_filename"))
+        if cfg.get("custom_load") and path.suffix == ".npz":  # of JAX: arrays only, and timm alone knows their names
+            model.load_pretrained(str(path))  # type: ignore[operator]
+            return WeightsReport(_pretrained_origin(model), 0, 0, state_digest(model.state_dict()))
+    except ModelError as error:
+        raise ModelError(f"{error}", key="backbone.name") from error
+    except Exception as error:
+        raise ModelError(_no_weights(section, error)) from error
+    report = load_file(model, section.model_copy(update={"weights": str(path)}))
+    return replace(report, origin=_pretrained_origin(model))
 
 
 def _load_bundled(model: nn.Module, section: BackboneSection) -> WeightsReport:
@@ -246,116 +219,6 @@ def _load_bundled(model: nn.Module, section: BackboneSection) -> WeightsReport:
             remedy="Install tlscale again",
             key="backbone.weights",
         )
-    report = _load_file(model, section.model_copy(update={"weights": str(weights.path), "min_matched": 1.0}))
+    report = load_file(model, section.model_copy(update={"weights": str(weights.path), "min_matched": 1.0}))
     model.pretrained_cfg = {**model.pretrained_cfg, **weights.pretrained_cfg}  # type: ignore[assignment, dict-item]
     return replace(report, origin=f"bundled {section.name} (tlscale/weights/{weights.path.name})")
-
-
-def _read_state(path: Path, section: BackboneSection) -> dict[str, Tensor]:
-    """Read the tensors of a file without running anything that the file holds."""
-    if not path.is_file():
-        raise ModelError(
-            f"there is no file '{path}'",
-            remedy="Give 'pretrained', 'none' or the path of a .safetensors.",
-            key="backbone.weights",
-        )
-    if section.sha256 is not None and (found := file_sha256(path)) != section.sha256:
-        raise ModelError(f"backbone.sha256: '{path}' has the SHA-256 {found}, not {section.sha256}; it is another file")
-    pickled = is_pickle(path)
-    if not pickled and path.suffix != ".safetensors":
-        raise ModelError(f"'{path}' is not a .safetensors file (nor .pth, .pt, .bin)", key="backbone.weights")
-    if pickled and not section.allow_pickle:
-        raise ModelError(
-            f"'{path}' is a pickle, which can run code when it is read",
-            remedy="Convert it to "
-            "safetensors, or set backbone.allow_pickle=true to have torch's restricted unpickler read it.",
-            key="backbone.weights",
-        )
-    try:
-        if not pickled:
-            return _without_wrappers(safetensors.torch.load_file(path))
-        check_unpacked_size(path)
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except ModelError as error:
-        raise ModelError(f"{error}", key="backbone.weights") from error
-    except pickle.UnpicklingError as error:
-        raise ModelError(
-            f"'{path}' holds more than tensors, so it is not read: {_first_line(error)}", key="backbone.weights"
-        ) from error
-    except Exception as error:  # bytes that are no pickle break the unpickler in many ways
-        raise ModelError(
-            f"'{path}' cannot be read: {type(error).__name__}: {_first_line(error)}", key="backbone.weights"
-        ) from error
-    return _state_of(loaded, path)
-
-
-def _state_of(loaded: object, path: Path) -> dict[str, Tensor]:
-    """Find the state dict, bare or under the keys that training scripts use."""
-    for key in ("state_dict_ema", "model_ema", "state_dict", "model", "module"):
-        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
-            loaded = loaded[key]
-            break
-    if not isinstance(loaded, dict) or not any(isinstance(value, Tensor) for value in loaded.values()):
-        raise ModelError(f"'{path}' holds no state dict", key="backbone.weights")
-    tensors = {name: value for name, value in loaded.items() if isinstance(value, Tensor)}
-    try:
-        check_tensors(tensors, path)
-    except ModelError as error:
-        raise ModelError(f"{error}", key="backbone.weights") from error
-    return _without_wrappers(tensors)
-
-
-def _without_wrappers(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Remove the prefixes of DDP and torch.compile, whichever was around the other."""
-    for prefix in ("_orig_mod.", "module.", "_orig_mod."):
-        if all(name.startswith(prefix) for name in state):
-            state = {name.removeprefix(prefix): value for name, value in state.items()}
-    return state
-
-
-def _best_fit(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Choose `state` as it is, or as the architecture's own filter makes it from a checkpoint of its authors."""
-    own = model.state_dict()
-
-    def fit(candidate: Mapping[str, Tensor]) -> int:
-        return sum(1 for name, tensor in candidate.items() if name in own and tensor.shape == own[name].shape)
-
-    candidates = [_fit_channels(dict(state), model)]
-    if fit(candidates[0]) < len(own):
-        filter_fn = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-        if callable(filter_fn):
-            # A file of another architecture breaks its filter somehow; the share that matches tells the user.
-            with contextlib.suppress(Exception):
-                candidates.append(_fit_channels(dict(filter_fn(dict(state), model)), model))
-    return max(candidates, key=fit)
-
-
-def _fit_channels(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Turn first filters made for 3 channels into filters for the model's channels (summed for 1)."""
-    first = model.pretrained_cfg.get("first_conv")  # type: ignore[union-attr, operator]
-    for name in (first,) if isinstance(first, str) else first or ():
-        key, own = f"{name}.weight", model.state_dict().get(f"{name}.weight")
-        if key in state and own is not None and state[key].ndim == 4 and state[key].shape != own.shape:
-            state[key] = adapt_input_conv(own.shape[1], state[key], base_chans=state[key].shape[1])
-    return state
-
-
-def _mismatch(
-    report: WeightsReport, section: BackboneSection, state: Mapping[str, Tensor], own: Mapping[str, Tensor]
-) -> str:
-    missing = [name for name in own if name not in state]
-    shapes = [
-        f"{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
-        for name in own
-        if name in state and state[name].shape != own[name].shape
-    ]
-    lines = [
-        f"backbone.weights: {report} for '{section.name}'; at least {section.min_matched:.0%} must "
-        "(backbone.min_matched). Is it a file of another architecture?"
-    ]
-    if missing:
-        lines.append(f"  missing: {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''} ({len(missing)})")
-    if shapes:
-        lines.append(f"  of another shape: {', '.join(shapes[:3])}{' ...' if len(shapes) > 3 else ''} ({len(shapes)})")
-    lines.append(f"  the file has: {', '.join(list(state)[:3])} ... ({len(state)} tensors)")
-    return "\n".join(lines)

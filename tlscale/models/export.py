@@ -1,4 +1,4 @@
-"""Export the trained model to files, and load it back.
+"""Export the trained model to files, which `model_folder` loads back.
 
 Promise: what `export_model` writes gives the same logits after `load`, and after timm's `create_model` where the head
 is a single linear layer on what the backbone itself gives; both are checked before the folder counts as done.
@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,29 +22,18 @@ from torch import Tensor, nn
 
 from tlscale import faults
 from tlscale.data.transforms import InputSpec
-from tlscale.errors import ModelError, RunFolderError
-from tlscale.models.classifier import Classifier, CodesClassifier, feature_width
+from tlscale.errors import ModelError
+from tlscale.models.classifier import Classifier, CodesClassifier
 from tlscale.models.features import PENULTIMATE, LayerCodes
-from tlscale.models.foreign import check_model_folder
-from tlscale.models.heads import build_head, is_single_linear
+from tlscale.models.heads import is_single_linear
 from tlscale.models.knn import KnnHead
+from tlscale.models.model_folder import FORMAT, HEAD_FILE, MODEL_FILE, config_digest
+from tlscale.models.model_folder import TrainedModel as TrainedModel  # what is exported is found where it is exported
+from tlscale.models.model_folder import load as load
 from tlscale.recipe.field_types import HeadLayer
 from tlscale.storage.files import file_sha256
 
-# 1: layers on what the backbone gives, and written for these still. 2: other codes, or nearest neighbours.
-FORMAT = 2
 LOGITS_TOLERANCE = 1e-5
-_MODEL_FILE = "model.safetensors"
-_HEAD_FILE = "head.safetensors"
-
-
-@dataclass(frozen=True)
-class TrainedModel:
-    """A model read from a run: `model(images)` gives logits for images prepared by `input_spec`."""
-
-    model: nn.Module
-    classes: tuple[str, ...]
-    input_spec: InputSpec
 
 
 def export_model(
@@ -84,14 +72,15 @@ def export_model(
     ours |= fitted or {}
     _write_config(body, folder, ours, spec)
     faults.at("export")
-    _write_tensors(body.state_dict(), folder / _MODEL_FILE)
-    (folder / _HEAD_FILE).unlink(missing_ok=True)
+    _write_tensors(body.state_dict(), folder / MODEL_FILE)
+    (folder / HEAD_FILE).unlink(missing_ok=True)
     if not whole:
-        _write_tensors(plain.head.state_dict(), folder / _HEAD_FILE)
-    # A checksum shows corruption of the files of tensors that no format would.
+        _write_tensors(plain.head.state_dict(), folder / HEAD_FILE)
+    # Checksums show corruption that no format would: of the files of tensors, and of these settings themselves.
     config = json.loads((folder / "config.json").read_text())
-    files = (file for file in (_MODEL_FILE, _HEAD_FILE) if (folder / file).is_file())
+    files = (file for file in (MODEL_FILE, HEAD_FILE) if (folder / file).is_file())
     config["tlscale"]["sha256"] = {file: file_sha256(folder / file) for file in files}
+    config["tlscale"]["config_sha256"] = config_digest(config)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     difference = _difference(plain, load(folder).model, spec)
     if not difference <= LOGITS_TOLERANCE:
@@ -129,20 +118,6 @@ def _write_tensors(state: Mapping[str, Tensor], path: Path) -> None:
     safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
     # safetensors lets nobody else read its files; they are for whoever may read the configuration next to them.
     path.chmod((path.parent / "config.json").stat().st_mode)
-
-
-def _check_checksums(folder: Path, ours: Mapping[str, Any]) -> None:
-    """Check that the files of tensors are those that were exported. Exports of before have no checksums."""
-    for file, expected in ours.get("sha256", {}).items():
-        path = folder / Path(file).name
-        if not path.is_file():
-            raise RunFolderError(f"the model in '{folder}' cannot be loaded: there is no '{path}'; copy it again")
-        if (found := file_sha256(path)) != expected:
-            raise RunFolderError(
-                f"the model in '{folder}' cannot be loaded: '{path}' is not the file that was exported (its SHA-256 is "
-                f"{found}, not {expected}). It is damaged, or was changed: copy it again from where it is whole, or "
-                "run the recipe again with --overwrite"
-            )
 
 
 def _write_config(model: nn.Module, folder: Path, ours: Mapping[str, Any], spec: InputSpec) -> None:
@@ -214,71 +189,3 @@ def _difference(ours: nn.Module, other: nn.Module, spec: InputSpec) -> float:
 
 def _first(value: Tensor | tuple[Tensor, ...]) -> Tensor:
     return value if isinstance(value, Tensor) else value[0]
-
-
-def load(run: str | Path) -> TrainedModel:
-    """Load the model of a run folder (or of its `model/` folder), in eval mode on the CPU.
-
-    Raises:
-        RunFolderError: there is no model there, a damaged one, or one of a newer format.
-    """
-    folder = Path(run)
-    folder = folder / "model" if (folder / "model" / "config.json").is_file() else folder
-    path = folder / "config.json"
-    if not path.is_file():
-        raise RunFolderError(
-            f"'{run}' holds no model: there is no '{path}'. Has the run ended? (tlscale run ... --resume)"
-        )
-    ours = _read_own_config(path)
-    _check_checksums(folder, ours)
-    try:
-        check_model_folder(folder)
-        with torch.random.fork_rng(devices=[]):
-            model = timm.create_model(f"local-dir:{folder}", pretrained=True)
-            if not ours["whole"]:
-                model = _with_head(model, folder, ours)
-    except (ModelError, OSError, RuntimeError, ValueError, safetensors.SafetensorError) as error:
-        raise RunFolderError(f"the model in '{folder}' cannot be loaded: {error}") from error
-    return TrainedModel(model.eval(), tuple(ours["classes"]), InputSpec.from_plain(ours["input"]))
-
-
-def _read_own_config(path: Path) -> dict[str, Any]:
-    """Read what `export_model` noted in `config.json`."""
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise RunFolderError(f"'{path}' is damaged: {error}") from error
-    ours = config.get("tlscale") if isinstance(config, dict) else None
-    if not isinstance(ours, dict):
-        raise RunFolderError(
-            f"'{path}' was not written by tlscale; load it with "
-            f"timm.create_model('local-dir:{path.parent}', pretrained=True)"
-        )
-    if ours["format"] > FORMAT:
-        raise RunFolderError(f"'{path}' has format {ours['format']}, this tlscale reads up to {FORMAT}; update tlscale")
-    return ours
-
-
-def _with_head(backbone: nn.Module, folder: Path, ours: Mapping[str, Any]) -> Classifier | CodesClassifier:
-    state = safetensors.torch.load_file(folder / _HEAD_FILE)
-    spec = InputSpec.from_plain(ours["input"])
-    num_classes = len(ours["classes"])
-    if "layer" not in ours:
-        width = feature_width(backbone, in_chans=spec.in_chans, image_size=spec.image_size)
-        return Classifier(backbone, _layers(ours["head"], width, num_classes, state))
-    codes = LayerCodes(backbone, [(ours["layer"], ours["pool"])])
-    (row,) = codes.describe(torch.zeros(2, spec.in_chans, spec.image_size, spec.image_size))
-    if isinstance(ours["head"], dict):
-        head = KnnHead(state, ours["head"]["knn"]["k"], num_classes)
-        if len(head.mean_D) != row.width:
-            raise ModelError(
-                f"'{row.layer}' gives {row.width} features, its nearest neighbours have {len(head.mean_D)}"
-            )
-        return CodesClassifier(codes, head)
-    return CodesClassifier(codes, _layers(ours["head"], row.width, num_classes, state))
-
-
-def _layers(head: Sequence[HeadLayer], width: int, num_classes: int, state: Mapping[str, Tensor]) -> nn.Sequential:
-    built = build_head(head, in_features=width, num_classes=num_classes, seed=0)
-    built.load_state_dict(state)
-    return built

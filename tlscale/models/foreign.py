@@ -87,24 +87,40 @@ def check_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 
 def check_model_folder(folder: Path) -> None:
-    """Check what timm would take from a folder: the arguments in `config.json`, and weights that are pickled.
+    """Check what timm would build from a folder: the arguments in its `config.json`.
 
     Raises:
-        ModelError: an argument that does not describe a network, or a pickle that unpacks to more than it is.
+        ModelError: an argument that does not describe a network.
     """
     try:
         config = json.loads((folder / "config.json").read_text())
     except FileNotFoundError:
         return  # which timm reports
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"'{folder / 'config.json'}' cannot be read: {error}") from error
     if not isinstance(config, dict):
         raise ModelError(f"'{folder / 'config.json'}' holds no settings of a model")
     check_model_args(config.get("architecture"), config.get("model_args", {}), str(folder / "config.json"))
-    if not (folder / "model.safetensors").is_file():
-        for path in sorted(folder.iterdir()):
-            if is_pickle(path) and path.is_file():
-                check_unpacked_size(path)
+
+
+# As timm prefers them, but safetensors first.
+_IN_FOLDERS = (
+    *("model.safetensors", "open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "*.safetensors"),
+    *("pytorch_model.bin", "pytorch_model.pth", "model.pth", "open_clip_pytorch_model.bin", "*.pth", "*.pt", "*.bin"),
+)
+
+
+def weights_in(folder: Path) -> Path:
+    """Find the file of weights of a model's folder; a pickle only where there are no safetensors.
+
+    Raises:
+        ModelError: there is none.
+    """
+    found = (path for pattern in _IN_FOLDERS for path in sorted(folder.glob(pattern)) if path.is_file())
+    path = next(found, None)
+    if path is None:
+        raise ModelError(f"'{folder}' holds no weights: neither model.safetensors nor another file of that kind")
+    return path
 
 
 def _arguments_of(architecture: str) -> frozenset[str]:

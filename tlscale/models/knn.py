@@ -46,10 +46,24 @@ class KnnHead(nn.Module):
             if name not in state:
                 raise ModelError(f"the nearest neighbours lack their {name}", key="probe")
             self.register_buffer(name, state[name])
+        self._check(num_classes)
         if not 1 <= k <= len(self.labels_N):
             raise ModelError(
                 f"k = {k} nearest neighbours cannot be found among {len(self.labels_N)} codes", key="probe"
             )
+
+    def _check(self, num_classes: int) -> None:
+        """Check that shapes and labels go together.
+
+        Raises:
+            ModelError: they do not.
+        """
+        labels, width = self.labels_N, self.mean_D.shape
+        whole = self.codes_ND.ndim == 2 and labels.dtype == torch.int64 and self.codes_ND.is_floating_point()
+        if not whole or self.codes_ND.shape != (*labels.shape, *width) or self.std_D.shape != width:
+            raise ModelError("codes, labels, mean and std of the nearest neighbours do not go together", key="probe")
+        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
+            raise ModelError(f"the nearest neighbours have labels beyond the {num_classes} classes", key="probe")
 
     def state(self) -> dict[str, Tensor]:
         """Return the buffers themselves, by name."""

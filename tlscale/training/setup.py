@@ -16,7 +16,7 @@ from tlscale.data.sizes import median_side_px
 from tlscale.data.sources.open import BadImages, ImageData, open_data
 from tlscale.data.transforms import InputSpec, resolve_input
 from tlscale.errors import DataError, ModelError, RecipeError
-from tlscale.models.backbone import WeightsReport, build_backbone
+from tlscale.models.backbone import build_backbone
 from tlscale.models.classifier import (
     Classifier,
     enable_gradient_checkpointing,
@@ -26,9 +26,11 @@ from tlscale.models.classifier import (
 )
 from tlscale.models.features import PENULTIMATE
 from tlscale.models.heads import build_head, is_single_linear
+from tlscale.models.weights import WeightsReport, named
 from tlscale.recipe.duration import Duration
 from tlscale.recipe.field_types import augmentation_values
 from tlscale.recipe.schema import BackboneSection, Recipe, StageSection
+from tlscale.recipe.sections.network import MIN_MATCHED
 from tlscale.recipe.seeds import derive_seed
 from tlscale.tracking.stopwatch import Stopwatch
 from tlscale.tracking.trackers import check_installed
@@ -167,9 +169,25 @@ def set_up(
     split = split_batch_size(batch_size, world_size, recipe.compute.micro_batch_size)
     stages = _plan_stages(recipe, classifier, order, spec) if recipe.probe is None else []
     setup = RunSetup(recipe, data, spec, classifier, weights, code_width, order, split, stages, teacher, watch)
+    if bad_images is None:  # a run that began earlier goes on as it began
+        _refuse_random_frozen(setup)
     if stages:
         _refuse_what_cannot_train(setup, world_size)
     return setup
+
+
+def _refuse_random_frozen(setup: RunSetup) -> None:
+    """Refuse a file of weights without layers that nothing trains, unless the recipe asks for less than by default."""
+    section = setup.recipe.backbone
+    frozen = [name for name in setup.weights.missing if not setup.stages or f"backbone.{name}" in setup.unchanging_keys]
+    if frozen and section.min_matched >= MIN_MATCHED:
+        raise ModelError(
+            f"'{section.weights}' lacks tensors, or has them in another shape, that are frozen, and would stay random: "
+            f"{named(frozen)}",
+            remedy="Give a file of the whole network, or have these trained (freeze); backbone.min_matched below "
+            f"{MIN_MATCHED} takes them as they are",
+            key="backbone.weights",
+        )
 
 
 def _refuse_no_images(data: ImageData) -> None:

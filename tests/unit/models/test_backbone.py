@@ -14,7 +14,8 @@ from timm.optim import param_groups_layer_decay
 
 from tests.small_models import TINY, noise, section
 from tlscale.errors import ModelError
-from tlscale.models.backbone import build_backbone, layer_depths, no_weight_decay, state_digest
+from tlscale.models.backbone import build_backbone, layer_depths, no_weight_decay
+from tlscale.models.weights import state_digest
 
 
 def build(backbone_section, image_size=None, seed=0):

@@ -158,3 +158,98 @@ def test_exports_of_before_have_no_checksums_and_load(exported):
     (exported / "config.json").write_text(json.dumps(config))
     again = load(exported).model.state_dict()
     assert all(torch.equal(before[name], again[name]) for name in before)
+
+
+# -- nothing but safetensors, and all of it ----------------------------------------------------------------------------
+
+
+def without_checksums(folder):
+    """As whoever writes the folder can make it."""
+    config = json.loads((folder / "config.json").read_text())
+    del config["tlscale"]["sha256"]
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def rewrite(folder, change):
+    state = safetensors.torch.load_file(folder / "model.safetensors")
+    change(state)
+    safetensors.torch.save_file(state, folder / "model.safetensors")
+    without_checksums(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.pop("fc.weight"), r"lacks fc\.weight \(1\)"),
+        (lambda state: state.update(extra=torch.zeros(3)), r"has what the network has no place for: extra \(1\)"),
+        (lambda state: state.update({"fc.bias": torch.zeros(4)}), r"has fc\.bias of shape \(4,\), not \(3,\)"),
+        (lambda state: state.update({"fc.bias": torch.zeros(3).int()}), r"has fc\.bias of type torch\.int32"),
+        (lambda state: state.update({"fc.bias": torch.full((3,), torch.nan)}), r"NaN or infinite numbers in fc\.bias"),
+    ],
+)
+def test_the_tensors_of_a_model_are_exactly_those_of_the_network(exported, change, message):
+    rewrite(exported, change)
+    with pytest.raises(RunFolderError, match=f"the model in '.*' cannot be loaded: .*{message}"):
+        load(exported)
+
+
+def test_a_pickle_next_to_a_model_is_not_read(exported):
+    state = safetensors.torch.load_file(exported / "model.safetensors")
+    for name in ("pytorch_model.bin", "model.pth"):
+        torch.save({key: tensor + 1 for key, tensor in state.items()}, exported / name)
+    found = load(exported).model.state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
+    (exported / "model.safetensors").unlink()
+    without_checksums(exported)
+    with pytest.raises(RunFolderError, match=r"there is no '.*model\.safetensors'"):
+        load(exported)
+
+
+def test_settings_that_describe_a_network_larger_than_its_file_take_no_memory(exported):
+    """66 GB, if it were built."""
+    change(exported, channels=[65_536] * 4, layers=[3, 3, 3, 3])
+    without_checksums(exported)
+    with pytest.raises(RunFolderError, match=r"cannot be loaded: .*lacks layer1"):
+        load(exported)
+
+
+@pytest.mark.parametrize("place", ["local-dir", "hf-hub"])
+def test_a_pickle_of_another_is_read_only_where_it_is_allowed(exported, place, monkeypatch, tmp_path):
+    state = safetensors.torch.load_file(exported / "model.safetensors")
+    (exported / "model.safetensors").unlink()
+    torch.save(state, exported / "pytorch_model.bin")
+    name = f"local-dir:{exported}" if place == "local-dir" else in_cache(exported, tmp_path / "hub", monkeypatch)
+    with pytest.raises(ModelError, match=r"pytorch_model\.bin' is a pickle.*backbone\.allow_pickle=true"):
+        build_backbone(BackboneSection(name=name), image_size=None, seed=0)
+    backbone, report = build_backbone(BackboneSection(name=name, allow_pickle=True), image_size=None, seed=0)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in backbone.state_dict().items())
+    assert str(report).startswith("pretrained test_resnet")
+
+
+def in_cache(folder, cache, monkeypatch):
+    """The files as a repository in the cache of the hub."""
+    import huggingface_hub.constants
+
+    snapshot = cache / "models--someone--model" / "snapshots" / ("0" * 40)
+    snapshot.parent.mkdir(parents=True)
+    folder.rename(snapshot)
+    (cache / "models--someone--model" / "refs").mkdir()
+    (cache / "models--someone--model" / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    return "hf-hub:someone/model"
+
+
+@pytest.mark.parametrize("place", ["local-dir", "hf-hub"])
+def test_of_safetensors_and_pickles_of_another_the_safetensors_are_read(exported, place, monkeypatch, tmp_path):
+    state = safetensors.torch.load_file(exported / "model.safetensors")
+    torch.save({key: tensor + 1 for key, tensor in state.items()}, exported / "pytorch_model.bin")
+    name = f"local-dir:{exported}" if place == "local-dir" else in_cache(exported, tmp_path / "hub", monkeypatch)
+    backbone, _ = build_backbone(BackboneSection(name=name), image_size=None, seed=0)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in backbone.state_dict().items())
+
+
+def test_what_a_model_of_another_lacks_is_named(exported):
+    rewrite(exported, lambda state: state.pop("layer4.0.conv1.weight"))
+    _, report = build_backbone(BackboneSection(name=f"local-dir:{exported}"), image_size=None, seed=0)
+    assert report.missing == ("layer4.0.conv1.weight",)
+    assert "layer4.0.conv1.weight" in report.notes[0]

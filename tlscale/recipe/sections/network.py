@@ -10,6 +10,8 @@ from tlscale.recipe.field_types import Names, Pools, weights_place
 from tlscale.recipe.mistakes import InvalidValueError
 from tlscale.recipe.sections.section import Section
 
+MIN_MATCHED = 0.9
+
 
 class BackboneSection(Section):
     """The network that transfer starts from."""
@@ -22,9 +24,11 @@ class BackboneSection(Section):
     sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")
     """Refuse the file of weights unless it has this SHA-256."""
     allow_pickle: bool = False
-    """Allow a `.pth`, `.pt` or `.bin` file, read by torch's restricted unpickler (`weights_only`)."""
-    min_matched: float = Field(0.9, ge=0.0, le=1.0)
-    """Least share of the backbone's tensors that the file of weights must hold, by name and shape."""
+    """Allow a `.pth`, `.pt` or `.bin` file, read by torch's restricted unpickler (`weights_only`); also one of a
+    `local-dir:` or `hf-hub:` model that has no safetensors."""
+    min_matched: float = Field(MIN_MATCHED, ge=0.0, le=1.0)
+    """Least share of the backbone's tensors that the file of weights must hold, by name and shape. What it lacks is
+    trained from random values, and must not be frozen unless this is below 0.9."""
     in_chans: Literal[1, 3] = 3
     """Channels of the input; 1 reads images as grey, and sums pretrained first filters over their channels."""
     drop_rate: float = Field(0.0, ge=0.0, lt=1.0)
@@ -37,10 +41,16 @@ class BackboneSection(Section):
         """Return whether `weights` is the path of a file."""
         return self.weights not in ("pretrained", "bundled", "none")
 
+    @property
+    def elsewhere(self) -> bool:
+        """Return whether `name` is a folder, or a repository of the hub, and no architecture of timm."""
+        return self.name.startswith(("hf-hub:", "local-dir:"))
+
     @model_validator(mode="after")
     def _check(self) -> BackboneSection:
-        for key, unset in (("sha256", None), ("allow_pickle", False), ("min_matched", 0.9)):
-            if not self.from_file and getattr(self, key) != unset:
+        reads_file = self.from_file or (self.weights == "pretrained" and self.elsewhere)
+        for key, unset in (("sha256", None), ("allow_pickle", False), ("min_matched", MIN_MATCHED)):
+            if not reads_file and getattr(self, key) != unset:
                 raise InvalidValueError(
                     f"has no effect with weights={self.weights}, which is not the path of a file",
                     "Remove it, or name a file.",

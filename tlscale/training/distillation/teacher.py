@@ -18,11 +18,13 @@ from torch import Tensor, nn
 
 from tlscale.data.transforms import InputSpec, resolve_input
 from tlscale.errors import ModelError, RecipeError
-from tlscale.models.backbone import build_backbone, function_digest, state_digest
+from tlscale.models.backbone import build_backbone, function_digest
 from tlscale.models.classifier import Classifier, CodesClassifier
 from tlscale.models.export import load
 from tlscale.models.features import LayerCodes
+from tlscale.models.weights import named, state_digest
 from tlscale.recipe.schema import DataSection, DistillSection
+from tlscale.recipe.sections.network import MIN_MATCHED
 from tlscale.storage.files import text_sha256
 
 LOGITS = "logits"
@@ -77,6 +79,12 @@ def open_teacher(section: DistillSection, seed: int, classes: Sequence[str], stu
     if section.run is None:
         assert section.teacher is not None
         backbone, report = build_backbone(section.teacher, image_size=section.image_size, seed=seed)
+        if report.missing and section.teacher.min_matched >= MIN_MATCHED:
+            raise ModelError(
+                f"the teacher's file lacks tensors, or has them in another shape: {named(report.missing)}",
+                remedy="Give a file of the whole network",
+                key="distill.teacher.weights",
+            )
         cfg: dict[str, Any] = backbone.pretrained_cfg  # type: ignore[assignment]
         # Of these only the size and the crop are read; the mean and so on are the teacher's own.
         data = DataSection(source="fashion_mnist", image_size=section.image_size, crop_pct=student.crop_pct)
