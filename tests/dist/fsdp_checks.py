@@ -187,7 +187,6 @@ def passes_of_uneven_shares():
         loss_fn=CrossEntropyLoss(LossSection(), None),
         classes=list("abcde"),
         processes=processes,
-        lockstep=True,
     )
     processes.close()
     return {"passes": passes, "num_images": figures["num_images"], "most": max(counts), "all": 2 * sum(counts)}

@@ -35,7 +35,7 @@ def test_when_the_launcher_is_ended_the_run_saves_itself_and_can_be_resumed(tmp_
     launcher.terminate()  # the launcher does not hand it on
     launcher.wait(30)
     end = time.monotonic() + 60
-    while "--resume goes on" not in log.read_text():
+    while "--resume resumes it" not in log.read_text():
         assert time.monotonic() < end, log.read_text()[-2000:]
         time.sleep(0.05)
     stopped_at = int(last_checkpoint(out).name.removeprefix("step_"))

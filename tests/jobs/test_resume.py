@@ -76,7 +76,7 @@ def test_stopped_and_resumed_equals_not_stopped(name, idx, tmp_path):
         assert when.acted
         assert caught.value.exit_code == EXIT_STOPPED
         assert "stopped by SIGTERM after step" in str(caught.value)
-        assert "--resume goes on" in str(caught.value)
+        assert "--resume resumes it" in str(caught.value)
         assert not (tmp_path / "parts" / "result.json").exists()
     tlscale.run(recipe, tmp_path / "parts", resume=True)
     assert_same_runs(tmp_path / "whole", tmp_path / "parts")
@@ -211,7 +211,7 @@ def test_a_signal_from_outside(outside, idx, name):
     by = "SIGINT" if name == "ctrl-c" else "SIGTERM"
     last = next(line for line in output.splitlines() if line.startswith("tlscale: "))
     assert f"stopped by {by} after step" in last
-    assert "The same line with --resume goes on." in last
+    assert "The same line with --resume resumes it." in last
     assert "Traceback" not in output
     step = int(last.split("after step ")[1].split()[0])
     assert step < SLOW_STEPS

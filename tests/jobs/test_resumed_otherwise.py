@@ -180,7 +180,7 @@ def test_an_older_run_that_a_correction_would_change_is_refused_by_its_name(idx,
     out = as_after(3, whole, tmp_path / "run")
     rewrite(out, corrections=None)
     before = {path: path.read_bytes() for path in out.rglob("*.json*")}
-    with pytest.raises(ResumeError, match=f"would go on from step 3 as another training:\n  {name}: "):
+    with pytest.raises(ResumeError, match=f"would be another training from step 3 on:\n  {name}: "):
         tlscale.run(recipe, out, resume=True)
     assert {path: path.read_bytes() for path in out.rglob("*.json*")} == before, "nothing is touched"
     if name == "weights-beside-smoothing":

@@ -32,7 +32,7 @@ Bools = npt.NDArray[np.bool_]
 
 @dataclass
 class SplitImages:
-    """Give the images of a split as evaluation sees them; the address is the content."""
+    """Give the images of a split as evaluation sees them, as `AddressedImages`; the address is the content."""
 
     split: ImageSplit
     store: ImageStore
@@ -40,37 +40,31 @@ class SplitImages:
     to_inputs: Callable[[ImageBatch], Any]
 
     def known(self) -> tuple[Digests, Bools]:
-        """See `AddressedImages`."""
         return self.split.known_digests()
 
     def name(self) -> str:
-        """See `AddressedImages`."""
         return digest_of_parts([self.split.where(0), *self.split.places()])
 
     def read(self, positions_B: Ints, *, are_new: bool) -> list[tuple[bytes, Any]]:
-        """See `AddressedImages`."""
         positions = positions_B.tolist()
         read = list(map_in_threads(self.split.read_hashed, positions))
         return [(address, (position, raw)) for position, (raw, address) in zip(positions, read, strict=True)]
 
     def found(self, ids_N: Digests) -> None:
-        """See `AddressedImages`."""
         self.split.table.remember()
         self.split.table.take_digests(self.split.rows_N, ids_N)
 
     def inputs(self, read: Sequence[tuple[int, Raw]]) -> Any:
-        """See `AddressedImages`."""
         positions_B = np.array([position for position, _ in read])
         return self.to_inputs(eval_batch(HeldImages(self.store, dict(read)), positions_B))
 
     def where(self, position: int) -> str:
-        """See `AddressedImages`."""
         return self.split.where(position)
 
 
 @dataclass
 class ViewImages:
-    """Give a view of the training images, as training sees them in its epoch."""
+    """Give a view of the training images, as training sees them in its epoch, as `AddressedImages`."""
 
     split: ImageSplit
     view: int
@@ -84,31 +78,26 @@ class ViewImages:
     _is_open: bool = field(default=False, init=False)
 
     def known(self) -> tuple[Digests, Bools]:
-        """See `AddressedImages`."""
         return self._addresses(np.arange(len(self.split)), *self.split.known_digests())
 
     def name(self) -> str:
-        """See `AddressedImages`."""
         return digest_of_parts([str(self.view), str(self.seed), self.split.where(0), *self.split.places()])
 
     def read(self, positions_B: Ints, *, are_new: bool) -> list[tuple[bytes, Any]]:
-        """See `AddressedImages`."""
         if are_new and not self._is_open:
             self.open_cached()  # each view needs each image: it is decoded once for all of them, where that fits
             self._is_open = True
         _, noted_N = self.split.noted_digests()
-        wanted = np.unique(np.concatenate([positions_B, self._draws.partners_N[positions_B]]))
+        wanted = np.unique(np.concatenate([positions_B, self._draws[0][positions_B]]))
         unread = wanted[~noted_N[wanted]].tolist()
         raws = {at: raw for at, (raw, _) in zip(unread, map_in_threads(self.split.read_hashed, unread), strict=True)}
         ids_B, _ = self._addresses(positions_B, *self.split.noted_digests())
         return [(address, (at, raws)) for address, at in zip(digest_bytes(ids_B), positions_B.tolist(), strict=True)]
 
     def found(self, ids_N: Digests) -> None:
-        """See `AddressedImages`."""
         self.split.table.remember()
 
     def inputs(self, read: Sequence[tuple[int, Mapping[int, Raw]]]) -> Any:
-        """See `AddressedImages`."""
         positions_B = np.array([position for position, _ in read])
         raws = {at: raw for _, some in read for at, raw in some.items()}
         store = HeldImages(self.store, raws) if raws else self.open_cached()
@@ -116,40 +105,28 @@ class ViewImages:
         return self.to_inputs(train_batch(store, self.augmenter, self.seed, batch))
 
     def where(self, position: int) -> str:
-        """See `AddressedImages`."""
         return self.split.where(position)
 
     @cached_property
-    def _draws(self) -> _Draws:
-        return _draws(self.seed, self.view, len(self.split), self.augmenter)
+    def _draws(self) -> tuple[Ints, list[bytes]]:
+        """The image that is mixed into each, itself where none is; and all random numbers that its view is made of."""
+        seed, view, rows_N = self.seed, self.view, np.arange(len(self.split))
+        own = _rows_of_bytes(image_keys(seed, view, rows_N, Stream.OWN))
+        if not self.augmenter.mixes:
+            return rows_N, own
+        mixes = self.augmenter.draw_mixes(image_keys(seed, view, rows_N, Stream.MIX), len(rows_N))
+        others: list[npt.NDArray[Any]] = [image_keys(seed, view, rows_N, Stream.PARTNER), mixes.lam_B, mixes.boxes_B4]
+        mixed = zip(own, *map(_rows_of_bytes, others), strict=True)
+        return mixes.partners_B, [b"".join(some) for some in mixed]
 
     def _addresses(self, positions_B: Ints, digests_N: Digests, known_N: Bools) -> tuple[Digests, Bools]:
-        draws, contents = self._draws, digest_bytes(digests_N)
+        (partners_N, bits), contents = self._draws, digest_bytes(digests_N)
         ids = []
         for at in positions_B.tolist():
-            other = contents[int(draws.partners_N[at])] if self.augmenter.mixes else b""
-            ids.append(hashlib.sha256(b"tlscale view " + contents[at] + other + draws.bits[at]).digest())
-        known_B = known_N[positions_B] & known_N[draws.partners_N[positions_B]]
+            other = contents[int(partners_N[at])] if self.augmenter.mixes else b""
+            ids.append(hashlib.sha256(b"tlscale view " + contents[at] + other + bits[at]).digest())
+        known_B = known_N[positions_B] & known_N[partners_N[positions_B]]
         return digest_array(ids), known_B
-
-
-@dataclass(frozen=True, eq=False)
-class _Draws:
-    partners_N: Ints
-    """The image that is mixed into each; itself where none is."""
-    bits: list[bytes]
-    """All random numbers that an image's view is made of."""
-
-
-def _draws(seed: int, view: int, num_images: int, augmenter: Augmenter) -> _Draws:
-    rows_N = np.arange(num_images)
-    own = _rows_of_bytes(image_keys(seed, view, rows_N, Stream.OWN))
-    if not augmenter.mixes:
-        return _Draws(rows_N, own)
-    mixes = augmenter.draw_mixes(image_keys(seed, view, rows_N, Stream.MIX), num_images)
-    others: list[npt.NDArray[Any]] = [image_keys(seed, view, rows_N, Stream.PARTNER), mixes.lam_B, mixes.boxes_B4]
-    mixed = zip(own, *map(_rows_of_bytes, others), strict=True)
-    return _Draws(mixes.partners_B, [b"".join(some) for some in mixed])
 
 
 def _rows_of_bytes(array: npt.NDArray[Any]) -> list[bytes]:

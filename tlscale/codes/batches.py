@@ -8,8 +8,8 @@ Shape letters: B images of a batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass
 from itertools import islice
 
 import torch
@@ -27,11 +27,12 @@ from tlscale.data.sampler import (
     image_keys,
     micro_batches,
 )
+from tlscale.data.transforms import TensorBatch
 from tlscale.data.workers import load_in_order
 
 
 @dataclass(slots=True)
-class CodeBatch:
+class CodeBatch(TensorBatch):
     """Carry codes to the device; rows from `num_real` on are padding and weigh nothing."""
 
     codes: tuple[Tensor, ...]  # each (B, ...)
@@ -41,21 +42,6 @@ class CodeBatch:
     # Of the images that mixup or cutmix put in, before the codes were computed; both or none.
     partner_labels_B: Tensor | None = None
     lam_B: Tensor | None = None
-
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> CodeBatch:
-        """Return the batch on `device`."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> CodeBatch:
-        """Return the batch in page-locked memory."""
-        return self._each(lambda tensor: tensor.pin_memory())
-
-    def _each(self, change: Callable[[Tensor], Tensor]) -> CodeBatch:
-        labels_B, rows_B = change(self.labels_B), change(self.rows_B)
-        changed = replace(self, codes=tuple(map(change, self.codes)), labels_B=labels_B, rows_B=rows_B)
-        if self.partner_labels_B is not None and self.lam_B is not None:
-            changed.partner_labels_B, changed.lam_B = change(self.partner_labels_B), change(self.lam_B)
-        return changed
 
 
 @dataclass(frozen=True)

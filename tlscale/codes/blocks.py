@@ -82,12 +82,10 @@ class Extraction:
 
     @property
     def specs(self) -> tuple[ValueSpec, ...]:
-        """Return the values of all keys."""
         return tuple(spec for specs in self.values for spec in specs)
 
     @property
     def row_bytes(self) -> int:
-        """Return the bytes of one image."""
         return sum(spec.row_bytes for spec in self.specs)
 
     def todo(self) -> Ints:

@@ -132,7 +132,7 @@ class CodesCache:
         def compute(images_BCHW: Tensor) -> tuple[Tensor, ...]:
             with self.processes.accelerator.autocast() if autocasts else nullcontext():
                 codes: tuple[Tensor, ...] = module(images_BCHW)
-            self.processes.mark_step()
+            self.processes.local.mark_step()
             return codes
 
         with self.watch("codes"):
@@ -157,10 +157,7 @@ class CodesCache:
         packages = ("torch", "timm", "pillow", *(("torchvision", "numpy") if augment else ()))
         return CodesKey(
             weights=part.weights,
-            transform={
-                "input": spec.inputs.spec.to_plain(),
-                **({"augment": augment} if augment is not None else {}),
-            },
+            transform={"input": spec.inputs.spec.to_plain(), **({} if augment is None else {"augment": augment})},
             layers=part.layers,
             pools=part.pools,
             dtype=spec.section.dtype,

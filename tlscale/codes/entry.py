@@ -182,11 +182,7 @@ def are_among(ids_N: Digests, sorted_M: Digests) -> Any:
 
 
 def checked_ids(ids_N: Digests) -> Digests:
-    """Return the addresses as an array.
-
-    Raises:
-        DataError: there are none.
-    """
+    """Return the addresses as an array; raise `DataError` where there are none."""
     ids_N = np.asarray(ids_N, dtype=DIGEST)
     if not len(ids_N):
         raise DataError("codes were requested of no image")
@@ -194,11 +190,7 @@ def checked_ids(ids_N: Digests) -> Digests:
 
 
 def remove_orphans(folder: Path, is_idle: Callable[[str], bool]) -> None:
-    """Remove files of no shard that counts.
-
-    Args:
-        is_idle: reports whether a writer of this name is gone, so that its drafts are removed.
-    """
+    """Remove files of no shard that counts; drafts where the writer of this name is idle: it is gone."""
     counting = set(record_names(folder))
     for path in folder.glob("*"):
         if path.name not in (OLDER_MANIFEST, _OLDER_USED) and _is_orphan(path, counting, is_idle):
@@ -213,7 +205,6 @@ def _is_orphan(path: Path, counting: set[str], is_idle: Callable[[str], bool]) -
 
 
 def is_older(folder: Path) -> bool:
-    """Report whether an entry is of an older format."""
     return (folder / OLDER_MANIFEST).exists() or next(folder.glob("*.npy"), None) is not None
 
 

@@ -29,7 +29,7 @@ from tlscale.codes.store import CodesStore
 from tlscale.data.content import Digests, digest_bytes
 from tlscale.distributed.processes import Processes
 from tlscale.errors import Stopped, TlscaleError
-from tlscale.tracking.console import Console, format_duration
+from tlscale.tracking.console import Console, Pace, format_duration
 
 _WAIT_S = 0.5
 _REPORT_EVERY_S = 10.0
@@ -49,11 +49,9 @@ def extract_codes(
 ) -> Codes:
     """Get the codes of some images, under each of the keys; those that the store lacks are computed and stored.
 
-    To be called on every process. An error on one of them reaches all.
+    To be called on every process, with a store in one folder. An error on one of them reaches all.
 
     Args:
-        store: the same folder for all processes.
-        images: the images, by address.
         module: gives the values that the keys' layers name, in this order; the first dimension of each is the images.
             It is called without gradients, in the mode that it is in, and must not talk to the other processes.
         title: what the images are, for messages.
@@ -205,15 +203,33 @@ def _compute(work: Extraction, processes: Processes, say: Callable[[str], None],
             (num_missing if may_be_there else num_wanted) * work.row_bytes, num_missing * work.row_bytes
         )
     )
-    pace = _Pace(len(todo_P), processes, say, title)
-    pace.begin(work, may_be_there=may_be_there)
+    say(f"codes of {title}: {_announced(work, len(todo_P), may_be_there=may_be_there)}")
+    began_s, pace = time.monotonic(), Pace(len(todo_P), say, f"codes of {title}", every_s=_REPORT_EVERY_S)
+
+    def on_block(num_images: int) -> None:
+        processes.watchdog.beat()
+        pace.add(num_images * processes.world_size)  # all processes have about equal shares
+
     inventories = zip(work.keys, work.inventories, strict=True)
     spared = {(key.digest(), name) for key, inventory in inventories for name in inventory.used}
     shards = plan_shards(todo_P, rows_per_shard(work.row_bytes, store.shard_bytes))
     for positions_P in shards_of(shards, processes.rank, processes.world_size):
-        spared |= _round(work, positions_P, spared, processes, say, pace)
-    pace.end(len(work.done))
-    return len(work.done)
+        spared |= _round(work, positions_P, spared, processes, say, on_block)
+    if num_computed := len(work.done):
+        took_s = max(time.monotonic() - began_s, 1e-9)
+        speed = f"{num_computed / took_s:.0f} images/s"
+        say(f"codes of {title}: {num_computed:,} images computed in {format_duration(took_s)}, {speed}")
+    return num_computed
+
+
+def _announced(work: Extraction, num_images: int, *, may_be_there: bool) -> str:
+    names = ", ".join(spec.describe() for spec in work.specs[:3]) + (" ..." if len(work.specs) > 3 else "")
+    if may_be_there:
+        return f"reading {num_images:,} images, and computing the new ones ({names})"
+    place = work.store.folder(work.keys[0]) if len(work.keys) == 1 else work.store.root
+    of = f" of {len(work.ids_N):,}" if num_images < len(work.ids_N) else ""
+    size = num_images * work.row_bytes / 2**20
+    return f"computing {num_images:,}{of} images ({names}), {size:.1f} MiB in '{place}'"
 
 
 def _round(
@@ -222,10 +238,10 @@ def _round(
     spared: set[tuple[str, str]],
     processes: Processes,
     say: Callable[[str], None],
-    pace: _Pace,
+    on_block: Callable[[int], None],
 ) -> set[tuple[str, str]]:
     """Compute and write one shard on each process; return the shards that were written."""
-    ids_P, new_R, values = processes.run_on_all(work.chunk, positions_P, pace.add)
+    ids_P, new_R, values = processes.run_on_all(work.chunk, positions_P, on_block)
     before: set[bytes] = set()
     for rank, (positions, ids, new) in enumerate(processes.gather((positions_P, ids_P, new_R))):
         work.ids_N[positions] = ids
@@ -239,49 +255,3 @@ def _round(
     written = processes.run_on_all(lambda: work.write(new_R, values) if len(new_R) else [])
     work.done |= before
     return {shard for some in processes.gather(written) for shard in some}
-
-
-class _Pace:
-    """Report how far the computation is; all processes have about equal shares."""
-
-    def __init__(self, total: int, processes: Processes, say: Callable[[str], None], title: str) -> None:
-        self._total, self._world_size, self._say, self._title = total, processes.world_size, say, title
-        self._watchdog = processes.watchdog
-        self._done = 0
-        self._began_s = self._reported_s = time.monotonic()
-
-    def begin(self, work: Extraction, *, may_be_there: bool) -> None:
-        """Report what is computed, and where it is stored."""
-        names = ", ".join(spec.describe() for spec in work.specs[:3]) + (" ..." if len(work.specs) > 3 else "")
-        place = work.store.folder(work.keys[0]) if len(work.keys) == 1 else work.store.root
-        if may_be_there:
-            self._say(f"codes of {self._title}: reading {self._total:,} images, and computing the new ones ({names})")
-            return
-        of = f" of {len(work.ids_N):,}" if self._total < len(work.ids_N) else ""
-        size = self._total * work.row_bytes / 2**20
-        self._say(
-            f"codes of {self._title}: computing {self._total:,}{of} images ({names}), {size:.1f} MiB in '{place}'"
-        )
-
-    def add(self, num_images: int) -> None:
-        """Count so many more as done, on this process."""
-        self._watchdog.beat()
-        self._done += num_images
-        now_s = time.monotonic()
-        if now_s - self._reported_s >= _REPORT_EVERY_S:
-            self._reported_s = now_s
-            done = min(self._done * self._world_size, self._total)
-            rate = done / (now_s - self._began_s)
-            self._say(
-                f"codes of {self._title}: {done:,} of {self._total:,} images, {rate:.0f} images/s, "
-                f"eta {format_duration((self._total - done) / rate)}"
-            )
-
-    def end(self, num_computed: int) -> None:
-        """Report how long it took."""
-        if num_computed:
-            took_s = max(time.monotonic() - self._began_s, 1e-9)
-            self._say(
-                f"codes of {self._title}: {num_computed:,} images computed in {format_duration(took_s)}, "
-                f"{num_computed / took_s:.0f} images/s"
-            )

@@ -56,14 +56,9 @@ class Column:
 
 
 class Codes:
-    """Hold the codes of some images, in the order of the request."""
+    """Hold the codes of some images, in the order of the request, from `path` (of several folders the first)."""
 
     def __init__(self, path: Path, num_images: int, columns: Sequence[Column]) -> None:
-        """
-        Args:
-            path: the folder that they are from; of several, the first.
-            columns: one for each value.
-        """
         self.path, self._num_images, self._columns = path, num_images, tuple(columns)
         self.values = tuple(column.spec for column in columns)
         self.num_computed = 0
@@ -74,25 +69,16 @@ class Codes:
 
     @property
     def row_bytes(self) -> int:
-        """Return the bytes of one image."""
         return sum(spec.row_bytes for spec in self.values)
 
     @property
     def num_bytes(self) -> int:
-        """Return the bytes of these images."""
         return len(self) * self.row_bytes
 
     def take(self, positions_B: Ints | Tensor) -> tuple[Tensor, ...]:
-        """Return the values of some images, in tensors of their own that the caller may overwrite.
+        """Return for each of `values` a tensor (B, *shape) on the CPU, which the caller may overwrite.
 
-        Args:
-            positions_B: 0 <= position < len(codes), in any order, also several times.
-
-        Returns:
-            For each of `values` a tensor (B, *shape) on the CPU.
-
-        Raises:
-            IndexError: there is no such position.
+        Positions come in any order, also several times; an `IndexError` is raised where there is none such.
         """
         at_B = np.asarray(positions_B, dtype=np.int64)
         if at_B.size and not 0 <= at_B.min() <= at_B.max() < len(self):

@@ -16,9 +16,10 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,20 +44,11 @@ SHARD_BYTES = 32 * 2**20
 _MOST_ROWS = 4096
 _CHECKSUM = "sha256"
 SUFFIX = ".safetensors"
-# NumPy has no bfloat16; its bits are kept as uint16.
-_NUMPY: dict[torch.dtype, np.dtype[Any]] = {
-    torch.float64: np.dtype("<f8"),
-    torch.float32: np.dtype("<f4"),
-    torch.float16: np.dtype("<f2"),
-    torch.bfloat16: np.dtype("<u2"),
-    torch.int64: np.dtype("<i8"),
-    torch.int32: np.dtype("<i4"),
-    torch.int16: np.dtype("<i2"),
-    torch.int8: np.dtype("i1"),
-    torch.uint8: np.dtype("u1"),
-    torch.bool: np.dtype("?"),
-}
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _NUMPY}
+_DTYPES = (
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+)
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _DTYPES}
 
 
 class CorruptError(Exception):
@@ -80,26 +72,12 @@ class ValueSpec:
         return DTYPES[self.dtype]
 
     @property
-    def numpy_dtype(self) -> np.dtype[Any]:
-        return _NUMPY[self.torch_dtype]
-
-    @property
     def row_bytes(self) -> int:
-        """Return the bytes of one image."""
-        return int(np.prod(self.shape, dtype=np.int64)) * self.numpy_dtype.itemsize
+        return math.prod(self.shape) * self.torch_dtype.itemsize
 
     def describe(self) -> str:
         """Return a line such as `layer3 256 x 8 x 8 float32`."""
         return " ".join([self.name, " x ".join(map(str, self.shape)) or "1", self.dtype])
-
-    def to_plain(self) -> dict[str, Any]:
-        plain = {"name": self.name, "shape": list(self.shape), "dtype": self.dtype}
-        return {**plain, "channels_last": self.channels_last}
-
-
-def specs_from_plain(plain: Sequence[Mapping[str, Any]]) -> tuple[ValueSpec, ...]:
-    """Restore what `ValueSpec.to_plain` gave."""
-    return tuple(ValueSpec(v["name"], tuple(v["shape"]), v["dtype"], v["channels_last"]) for v in plain)
 
 
 @dataclass(frozen=True)
@@ -111,16 +89,8 @@ class Shard:
     files: Mapping[str, Mapping[str, Any]]
     """By `ids`, `0`, `1`, ...: bytes and sha256."""
 
-    def to_plain(self) -> dict[str, Any]:
-        return {"name": self.name, "num_rows": self.num_rows, "files": self.files}
-
     def path(self, folder: Path, part: str) -> Path:
         return folder / f"{self.name}.{part}{SUFFIX}"
-
-
-def shard_from_plain(plain: Mapping[str, Any]) -> Shard:
-    """Restore what `Shard.to_plain` gave."""
-    return Shard(plain["name"], plain["num_rows"], plain["files"])
 
 
 def rows_per_shard(row_bytes: int, shard_bytes: int = SHARD_BYTES) -> int:
@@ -137,7 +107,7 @@ def name_of(ids_R: Digests) -> str:
 
 
 def as_array(values: Tensor) -> Array:
-    """View the same memory as a NumPy array; bfloat16 as its bits."""
+    """View the same memory as a NumPy array; bfloat16, which NumPy has not, as its bits."""
     array: Array = (values.view(torch.uint16) if values.dtype == torch.bfloat16 else values).numpy()
     return array
 
@@ -151,10 +121,8 @@ def _as_tensor(ids_R: Digests) -> Tensor:
 def write_shard(folder: Path, ids_R: Digests, values: Sequence[Tensor], writer: str) -> Shard:
     """Write the files of a shard under names of the writer's own; `place_shard` makes it count.
 
-    Args:
-        ids_R: the addresses of the images, each once.
-        values: on the CPU and contiguous, each (R, *shape).
-        writer: who writes; no two at once have one name.
+    Each address is there once; values are on the CPU and contiguous, each (R, *shape). No two writers at once have one
+    name.
 
     Raises:
         TlscaleError: the disk is full or cannot be written; nothing of the shard is left.
@@ -178,8 +146,7 @@ def write_shard(folder: Path, ids_R: Digests, values: Sequence[Tensor], writer: 
 def place_shard(folder: Path, key: Mapping[str, Any], shard: Shard, specs: Sequence[ValueSpec], writer: str) -> None:
     """Make a shard count that was written; what has its name is replaced, unless it is the same. Under the lock.
 
-    Raises:
-        TlscaleError: the disk is full or cannot be written.
+    Errors as `write_shard`.
     """
     if _is_there(folder, key, shard, specs):  # another run was faster
         for part in shard.files:
@@ -192,7 +159,8 @@ def place_shard(folder: Path, key: Mapping[str, Any], shard: Shard, specs: Seque
             _draft(folder, writer, shard.name, part).rename(shard.path(folder, part))
         flush(folder)
         faults.at("codes.shard")
-        write_record(folder, key, shard, specs)
+        plain = {"format": FORMAT, "key": key, "values": [asdict(spec) for spec in specs], "shard": asdict(shard)}
+        write_text(folder / f"{shard.name}.json", with_checksum(plain))  # from here on it counts
         flush(folder)
     except OSError as error:
         remove_shard(folder, shard.name)
@@ -211,13 +179,6 @@ def _is_there(folder: Path, key: Mapping[str, Any], shard: Shard, specs: Sequenc
 
 def _draft(folder: Path, writer: str, name: str, part: str) -> Path:
     return folder / f".{writer}.{name}.{part}{SUFFIX}"
-
-
-def write_record(folder: Path, key: Mapping[str, Any], shard: Shard, specs: Sequence[ValueSpec]) -> None:
-    """Write the small file that makes a shard count."""
-    values = [spec.to_plain() for spec in specs]
-    plain = {"format": FORMAT, "key": key, "values": values, "shard": shard.to_plain()}
-    write_text(folder / f"{shard.name}.json", with_checksum(plain))
 
 
 def write_error(path: Path, num_bytes: int, error: OSError) -> TlscaleError:
@@ -286,15 +247,12 @@ def read_record(folder: Path, name: str, key: Mapping[str, Any] | None) -> tuple
     is_ours = key is not None or json_digest({"format": FORMAT, **ours}) == folder.name
     if not is_ours or plain["key"] != ours or plain["shard"]["name"] != name or plain.get("format") != FORMAT:
         raise CorruptError(f"{name}.json belongs to other codes")
-    return shard_from_plain(plain["shard"]), specs_from_plain(plain["values"])
+    values = tuple(ValueSpec(**{**value, "shape": tuple(value["shape"])}) for value in plain["values"])
+    return Shard(**plain["shard"]), values
 
 
 def read_ids(folder: Path, shard: Shard) -> Digests:
-    """Read the addresses of the images of a shard.
-
-    Raises:
-        CorruptError: the file is not as it was written.
-    """
+    """Read the addresses of the images of a shard; raise `CorruptError` where they are not as they were written."""
     path = shard.path(folder, "ids")
     try:
         content = path.read_bytes()
@@ -310,11 +268,7 @@ def read_ids(folder: Path, shard: Shard) -> Digests:
 
 
 def check_values(folder: Path, shard: Shard, *, verify: bool) -> None:
-    """Compare the files of the values with the record: their sizes and, with `verify`, every byte.
-
-    Raises:
-        CorruptError: one of them is missing or not as it was written.
-    """
+    """Raise `CorruptError` where the values' sizes or, with `verify`, any byte are not those of the record."""
     for part, file_info in shard.files.items():
         path = shard.path(folder, part)
         try:

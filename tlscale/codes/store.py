@@ -49,8 +49,7 @@ from tlscale.codes.entry import (
     size_of,
 )
 from tlscale.codes.key import CodesKey
-from tlscale.codes.reader import Codes as Codes  # callers find it here, with the store
-from tlscale.codes.reader import Column
+from tlscale.codes.reader import Codes, Column
 from tlscale.codes.shards import (
     SHARD_BYTES,
     CorruptError,
@@ -75,11 +74,6 @@ def _silent(text: str) -> None:
     pass
 
 
-def codes_root() -> Path:
-    """Return the folder of codes: `$TLSCALE_CACHE/codes`."""
-    return cache_root() / "codes"
-
-
 @dataclass(frozen=True)
 class Inventory:
     """List what an entry has."""
@@ -92,24 +86,20 @@ class Inventory:
     """Names of the shards that have requested images."""
 
     def has(self, ids_N: Digests) -> Bools:
-        """Report which of the images are there."""
         found: Bools = are_among(ids_N, self.there_M)
         return found
 
 
 class CodesStore:
-    """Store codes below one folder; see the head of this file.
+    """Store codes below one folder, by default `$TLSCALE_CACHE/codes`; see the head of this file.
 
-    Args:
-        root: by default `codes_root()`.
-        limit_bytes: most bytes of all entries; None: no limit.
-        shard_bytes: about the size of a shard.
+    All entries together have at most `limit_bytes`, where there is a limit; a shard has about `shard_bytes`.
     """
 
     def __init__(
         self, root: Path | None = None, limit_bytes: int | None = None, *, shard_bytes: int = SHARD_BYTES
     ) -> None:
-        self.root = codes_root() if root is None else root
+        self.root = cache_root() / "codes" if root is None else root
         self.limit_bytes, self.shard_bytes = limit_bytes, shard_bytes
 
     def folder(self, key: CodesKey) -> Path:
@@ -121,10 +111,8 @@ class CodesStore:
     def open(self, key: CodesKey, ids_N: Digests, *, verify: bool = True, say: Say = _silent) -> Codes | None:
         """Open the codes of these images, where every one is there and as it was written; else return None.
 
-        Args:
-            ids_N: their addresses, in any order, also several times.
-            verify: compare every byte of the shards that are used with their records, not only the sizes.
-            say: gets a line for each corruption that is found.
+        The addresses come in any order, also several times. `verify` compares every byte of the shards that are used
+        with their records, not only the sizes; `say` gets a line for each corruption that is found.
 
         Raises:
             DataError: no image is requested.
@@ -154,8 +142,7 @@ class CodesStore:
     def try_lock(self, keys: Sequence[CodesKey], request: str) -> list[FileLock] | None:
         """Take the locks of a request in the entries of its keys; return None where another process holds one of them.
 
-        Args:
-            request: which images are requested, in hex; a request for others does not wait.
+        `request` tells which images are requested, in hex; a request for others does not wait.
 
         Raises:
             TlscaleError: the folder cannot be written.
@@ -171,7 +158,6 @@ class CodesStore:
         return held
 
     def release(self, locks: Sequence[FileLock]) -> None:
-        """Release the locks of a request."""
         for lock in locks:
             path = Path(lock.lock_file)
             with self._entry_lock(path.name.split(".")[0]):  # nobody takes it meanwhile
@@ -216,9 +202,7 @@ class CodesStore:
     def take_inventory(self, key: CodesKey, ids_N: Digests, request: str, say: Say = _silent) -> Inventory:
         """List what is there; remove corrupt shards that are needed, and report them, and what killed writers left.
 
-        Args:
-            ids_N: addresses of the requested images, as far as they are known.
-            request: its lock is held.
+        The lock of the request is held; `ids_N` are the addresses of its images, as far as they are known.
         """
         digest, folder = key.digest(), self.folder(key)
         with self._entry_lock(digest):
@@ -234,25 +218,14 @@ class CodesStore:
     def write_shard(
         self, key: CodesKey, ids_R: Digests, values: Sequence[Tensor], specs: Sequence[ValueSpec], request: str
     ) -> str:
-        """Write the codes of these images, each once; they are there for all from now on.
-
-        Returns:
-            The shard's name.
-
-        Raises:
-            TlscaleError: the disk is full or cannot be written.
-        """
+        """Write codes as `shards.write_shard` does, so that they are there for all; return the shard's name."""
         shard = write_shard(self.folder(key), ids_R, values, request)
         with self._entry_lock(key.digest()):
             place_shard(self.folder(key), key.to_plain(), shard, specs, request)
         return shard.name
 
     def check_room(self, num_wanted: int, num_new: int) -> None:
-        """Refuse codes that can never be stored.
-
-        Args:
-            num_wanted: bytes of all requested codes.
-            num_new: bytes of those that are certainly not there.
+        """Refuse codes that can never be stored, by the bytes of all and of those that are certainly not there.
 
         Raises:
             TlscaleError: they alone exceed the limit, or the disk has no room for them.
@@ -272,11 +245,9 @@ class CodesStore:
     def make_room(
         self, num_bytes: int, sparing: Collection[tuple[str, str]], request: str = "", say: Say = _silent
     ) -> None:
-        """Evict least recently used shards until so many bytes more are allowed.
+        """Evict least recently used shards until so many bytes more are allowed, but for what the `request` works on.
 
-        Args:
-            sparing: shards that stay, each by the digest of its entry and its name.
-            request: what this process works on itself.
+        Those to be spared are named by the digest of their entry and their name.
         """
         if self.limit_bytes is not None:
             self._evict(self.limit_bytes - num_bytes, sparing, request, say)
@@ -289,10 +260,7 @@ class CodesStore:
         return sorted((entry for entry in found if entry), key=lambda entry: (-entry.last_used_s, entry.digest))
 
     def verify(self, digest: str | None = None) -> list[str]:
-        """Read every file of an entry, or of all, and return what is wrong; leftovers of a killed writer are not.
-
-        Args:
-            digest: or its first digits.
+        """Read every file of an entry (by its digest, or first digits), or of all; return what is wrong.
 
         Raises:
             TlscaleError: there is no such entry.
@@ -301,14 +269,9 @@ class CodesStore:
         return [f"{self.root / name}: {fault}" for name in digests for fault in problems_in(self.root / name)]
 
     def prune(self, what: int | Literal["all"] | Collection[str], say: Say = _silent) -> int:
-        """Remove codes, none of an entry that is being written to.
+        """Remove codes, none of an entry that is being written to; return the bytes that were freed.
 
-        Args:
-            what: the bytes that may stay (of the most recently used), `all`, or entries by digests or their first
-                digits.
-
-        Returns:
-            Bytes that were freed.
+        `what`: the bytes that may stay (of the most recently used), `all`, or entries by digests or their first digits.
 
         Raises:
             TlscaleError: there is no such entry.

@@ -28,14 +28,8 @@ def compute_codes(recipe: Recipe, watch: Stopwatch | None = None) -> int:
     """Compute and cache the codes of all images of the recipe's data; what is cached is not computed again.
 
     They are those of `codes.layer`, or what a probe takes by default; and for a recipe that trains, those that its
-    (first stage's) frozen part gives, or its teacher.
-
-    Args:
-        recipe: from `load_recipe`.
-        watch: measures it; by default from this call.
-
-    Returns:
-        How many images went through the network, over all processes.
+    (first stage's) frozen part gives, or its teacher. Return how many images went through the network, over all
+    processes.
 
     Raises:
         TlscaleError: wrong input, codes that cannot be cached, or `Stopped` after a signal.
@@ -66,10 +60,8 @@ def _frozen_codes(setup: RunSetup, processes: Processes, codes_cache: CodesCache
     spec = cache_spec(setup, setup.stages[0], processes.device)
     choice = agree_on_partition(setup.classifier, spec, processes, codes_cache.store, force_cache=True)
     if choice.partition is None:
-        raise ModelError(
-            f"codes: this recipe's training has none: {choice.why}. Freeze a part of the backbone, or name layers: "
-            "codes.layer=penultimate"
-        )
+        remedy = "Freeze a part of the backbone, or name layers: codes.layer=penultimate"
+        raise ModelError(f"this recipe's training has none: {choice.why}", key="codes", remedy=remedy)
     codes_cache.console.say(f"{choice.partition.describe()}; {choice.why}")
     parts = partition_parts(choice.partition, setup.classifier.backbone, codes_cache.spec.precision)
     shown = codes_cache.train_views(choice.partition.prefix, parts, range(codes_cache.spec.section.views)).by_name(
@@ -88,16 +80,12 @@ def _show(codes: dict[str, Codes], console: Console) -> None:
             "x".join(map(str, spec.shape)),
             spec.dtype,
             f"{len(cached):,}",
-            f"{_mib(cached, spec.row_bytes)}",
+            f"{len(cached) * spec.row_bytes / 2**20:,.1f}",
         )
         for name, cached in codes.items()
         for spec in cached.values
     ]
     console.table("Codes", ("split", "layer", "shape", "dtype", "images", "MiB"), rows)
-
-
-def _mib(codes: Codes, row_bytes: int) -> str:
-    return f"{len(codes) * row_bytes / 2**20:,.1f}"
 
 
 def list_codes() -> None:
@@ -135,10 +123,8 @@ def verify_codes(digest: str | None) -> None:
     for problem in problems:
         console.say(problem, style="bold red")
     if problems:
-        raise TlscaleError(
-            f"{len(problems)} problems in '{store.root}'. Damaged codes are never read: a run computes them again, or "
-            "remove them: tlscale codes prune DIGEST"
-        )
+        remedy = "Damaged codes are never read: a run computes them again, or remove them: tlscale codes prune DIGEST"
+        raise TlscaleError(f"{len(problems)} problems in '{store.root}'", remedy=remedy)
     entries = store.entries()
     num_older = sum(entry.is_older for entry in entries)
     console.say(f"{len(entries) - num_older} in '{store.root}': every byte is as it was written")
@@ -147,12 +133,7 @@ def verify_codes(digest: str | None) -> None:
 
 
 def prune_codes(digests: tuple[str, ...], *, keep_gib: float | None, everything: bool) -> None:
-    """Remove codes.
-
-    Args:
-        digests: entries, by their first digits.
-        keep_gib: evict least recently used codes until the cache is at most so large.
-        everything: remove all.
+    """Remove the entries of these digests (or their first digits), or all, or the least recently used beyond a size.
 
     Raises:
         TlscaleError: there is no such entry.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,14 +62,9 @@ def compare(
     Args:
         recipes: recipe files. One: its strategies are derived from it. Several: each is run as it is.
         run: runs one recipe, as `tlscale.run` does: `run(recipe, folder, resume=resume)`.
-        strategies: some of `STRATEGIES`; by default all of them. With one recipe only.
-        sizes: numbers of labelled training images, held-out ones included; None: all. By default the recipe's own.
-        seeds: by default the recipe's own.
-        changes: `strategy.key.path=value` (or `recipe_name.key...`), for that variant only.
-        min_steps: training at `sizes` takes at least so many steps; by default `MIN_STEPS`.
+        strategies, sizes, seeds, changes, min_steps: see `Plan`.
         out: a folder, with a run folder for each; by default `runs/compare_<recipe name>`.
         resume: keep the complete runs that are there, and resume the others.
-        watch: measures the comparison; by default from this call. Each run has a measure of its own.
 
     Returns:
         What `compare.json` holds.
@@ -87,10 +83,15 @@ def compare(
     labelled = labelled_recipes(plan)
     variants = list(list_variants(plan, labelled, root))
     refuse_other_data(variants)
-    if is_main and not resume:
-        _refuse_used(root)
+    if is_main and not resume and root.is_dir() and any(root.iterdir()):
+        remedy = "--resume resumes a comparison there; --out DIR is another folder"
+        raise RunFolderError(f"'{root}' is not empty", remedy=remedy)
     _show_variants(plan.bases, labelled, variants, console)
-    outcomes = _run_all(run, variants, console, watch, resume=resume, is_main=is_main)
+    outcomes = []
+    for position, variant in enumerate(variants, start=1):
+        console.say(f"run {position} of {len(variants)}: {variant.recipe.name}, in '{variant.folder}'", style="bold")
+        with watch("runs"):
+            outcomes.append(_outcome(run, variant, console, resume=resume, is_main=is_main))
     # The other processes wait for the table and the picture.
     title = f"Comparison of {', '.join(names)}"
     with closing(start_processes(plan.bases[0].compute.without_engine())) as processes:
@@ -99,26 +100,11 @@ def compare(
     return figures
 
 
-def _refuse_used(root: Path) -> None:
-    if root.is_dir() and any(root.iterdir()):
-        raise RunFolderError(f"'{root}' is not empty. --resume resumes a comparison there; --out DIR is another folder")
-
-
-def _run_all(
-    run: Run, variants: Sequence[Variant], console: Console, watch: Stopwatch, *, resume: bool, is_main: bool
-) -> list[Outcome]:
-    """Run one variant after the other; one that fails leaves the others."""
-    outcomes = []
-    for position, variant in enumerate(variants, start=1):
-        console.say(f"run {position} of {len(variants)}: {variant.recipe.name}, in '{variant.folder}'", style="bold")
-        with watch("runs"):
-            outcomes.append(_outcome(run, variant, console, resume=resume, is_main=is_main))
-    return outcomes
-
-
 def _outcome(run: Run, variant: Variant, console: Console, *, resume: bool, is_main: bool) -> Outcome:
+    """Run a variant; one that fails leaves the others."""
     recipe = variant.recipe
-    size, digest = recipe.data.train_limit, recipe_digest(recipe)
+    size = recipe.data.train_limit
+    outcome = Outcome(variant.label, size or 0, recipe.seed, str(variant.folder), recipe_digest(recipe))
     try:
         result = run(recipe, variant.folder, resume=resume)
     except _ENDS_IT_ALL:
@@ -126,10 +112,9 @@ def _outcome(run: Run, variant: Variant, console: Console, *, resume: bool, is_m
     except TlscaleError as error:
         said = str(error).replace("\n", "\n  ")  # the breaks that are left are of several mistakes
         console.say(f"{recipe.name} failed: {said}", style="bold red")
-        return Outcome(variant.label, size or 0, recipe.seed, str(variant.folder), digest, error=str(error))
-    if not is_main:  # its disk need not have the folder
-        return Outcome(variant.label, size or 0, recipe.seed, str(variant.folder), digest)
-    return finished(variant.label, size, recipe.seed, RunFolder(variant.folder), result)
+        return replace(outcome, error=str(error))
+    # On another process than the main one the disk need not have the folder.
+    return finished(variant.label, size, recipe.seed, RunFolder(variant.folder), result) if is_main else outcome
 
 
 def _refuse_failures(outcomes: Sequence[Outcome], root: Path) -> None:

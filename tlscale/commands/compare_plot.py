@@ -32,12 +32,7 @@ _MAJORITY: Any = {"color": "#555555", "linestyle": "--", "linewidth": 1.0, "labe
 
 
 def draw(rows: Sequence[Row], paths: Sequence[Path]) -> None:
-    """Draw accuracy by training-set size and by time; with one size only, a line of dots for each.
-
-    Args:
-        rows: at least one.
-        paths: files; their endings name the formats.
-    """
+    """Draw accuracy by training-set size and by time to files; with one size only, a line of dots for each."""
     sizes = sorted({row.size for row in rows})
     with rc_context():
         rcdefaults()  # the working folder may hold a `matplotlibrc` of anybody's, which can have it run LaTeX

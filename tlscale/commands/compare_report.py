@@ -81,16 +81,12 @@ class Row:
         return fmean(values) if values else None
 
     @property
+    def tops(self) -> list[float]:
+        return [run.top1 for run in self.runs if run.top1 is not None]
+
+    @property
     def top1(self) -> float:
-        return fmean(run.top1 for run in self.runs if run.top1 is not None)
-
-    @property
-    def least(self) -> float:
-        return min(run.top1 for run in self.runs if run.top1 is not None)
-
-    @property
-    def most(self) -> float:
-        return max(run.top1 for run in self.runs if run.top1 is not None)
+        return fmean(self.tops)
 
     @property
     def majority_top1(self) -> float | None:
@@ -103,20 +99,15 @@ class Row:
 
     @property
     def low(self) -> float:
-        return min(self.least, fmean(run.interval95[0] for run in self.runs if run.interval95 is not None))
+        return min(*self.tops, fmean(run.interval95[0] for run in self.runs if run.interval95 is not None))
 
     @property
     def high(self) -> float:
-        return max(self.most, fmean(run.interval95[1] for run in self.runs if run.interval95 is not None))
+        return max(*self.tops, fmean(run.interval95[1] for run in self.runs if run.interval95 is not None))
 
 
 def finished(variant: str, size: int | None, seed: int, folder: RunFolder, result: dict[str, Any]) -> Outcome:
-    """Read the outcome of a complete run.
-
-    Args:
-        size: None: as many training and held-out images as `run.json` counts.
-        result: what its `result.json` holds.
-    """
+    """Read the outcome of a complete run; `size` None: as many training and held-out images as `run.json` counts."""
     record = json.loads(folder.run_json.read_text())
     counts, codes = record["data"]["num_images"], result.get("codes")
     whole_is_frozen = result["strategy"] not in ("finetune", "stages", "scratch")
@@ -183,11 +174,7 @@ def _layer(result: dict[str, Any]) -> str | None:
 
 
 def refuse_other_images(outcomes: Sequence[Outcome]) -> None:
-    """Refuse figures of different images, which do not compare.
-
-    Raises:
-        DataError: which runs were evaluated on what.
-    """
+    """Refuse figures of different images, which do not compare; the `DataError` tells which runs are of what."""
     done = [outcome for outcome in outcomes if outcome.error is None]
     by_content = all(outcome.scored_sha256 is not None for outcome in done)
     expected: dict[tuple[object, ...], str | None] = {}
@@ -267,7 +254,7 @@ def _filled(*cells: str) -> tuple[str, ...]:
 
 def _cells(row: Row, verdict: str) -> tuple[str, ...]:
     layers = dict.fromkeys(run.layer for run in row.runs if run.layer is not None)
-    over_seeds = f" ({row.least:.4f} to {row.most:.4f})" if len(row.runs) > 1 else ""
+    over_seeds = f" ({min(row.tops):.4f} to {max(row.tops):.4f})" if len(row.runs) > 1 else ""
     return (
         row.variant,
         f"{row.size:,}",
@@ -367,13 +354,9 @@ def write_comparison(
     *,
     times: Callable[[], Mapping[str, Any]] = dict,
 ) -> dict[str, Any]:
-    """Write `compare.json`, `compare.md`, `compare.png` and `compare.svg` to the folder `out`.
+    """Write `compare.json`, `compare.md`, `compare.png` and `compare.svg`; return what the first one holds.
 
-    Args:
-        times: gives `wall_s` and `seconds` of the comparison itself; called when all but `compare.json` is written.
-
-    Returns:
-        What `compare.json` holds.
+    `times` gives `wall_s` and `seconds` of the comparison itself, when all but `compare.json` is written.
 
     Raises:
         TlscaleError: they cannot be written.

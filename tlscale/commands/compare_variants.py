@@ -43,19 +43,18 @@ class Plan:
     bases: Sequence[Recipe]
     """One: its strategies are compared. Several: they are, as they are."""
     strategies: Sequence[str]
-    """Empty: all."""
+    """Some of `STRATEGIES`, of one recipe only. Empty: all."""
     sizes: Sequence[int | None]
     """Labelled training images, held-out ones included; None: all. Empty: the recipe's own."""
     seeds: Sequence[int]
     """Empty: the recipe's own."""
     changes: Sequence[str]
-    """`strategy.key.path=value`, or `recipe_name.key...`."""
+    """`strategy.key.path=value`, or `recipe_name.key...`, for that variant only."""
     min_steps: int | None
-    """None: `MIN_STEPS`."""
+    """Least steps of training at `sizes`; None: `MIN_STEPS`."""
 
     @property
     def least_steps(self) -> int:
-        """Return the least steps of a training run at a size."""
         return MIN_STEPS if self.min_steps is None else self.min_steps
 
 
@@ -67,19 +66,23 @@ def check_choice(plan: Plan) -> None:
     """
     names = [base.name for base in plan.bases]
     if not names:
-        raise RecipeError("RECIPE: there is none. Name one to compare its strategies, or several recipes")
+        remedy = "Name one to compare its strategies, or several recipes"
+        raise RecipeError("there is none", key="RECIPE", remedy=remedy)
     if len(names) > 1 and plan.strategies:
-        raise RecipeError("--strategies: it derives them from one recipe, and several are compared as they are")
+        problem = "it derives them from one recipe, and several are compared as they are"
+        raise RecipeError(problem, key="--strategies")
     if len(set(names)) != len(names):
-        raise RecipeError(f"name: recipes of one name cannot be told apart in a table: {', '.join(names)}. Rename one")
+        problem = f"recipes of one name cannot be told apart in a table: {', '.join(names)}"
+        raise RecipeError(problem, key="name", remedy="Rename one")
     if len(set(plan.strategies)) != len(plan.strategies):
-        raise RecipeError(f"--strategies: it names one twice: {', '.join(plan.strategies)}")
+        raise RecipeError(f"it names one twice: {', '.join(plan.strategies)}", key="--strategies")
     for option, least, numbers in (("--sizes", 1, plan.sizes), ("--seeds", 0, plan.seeds)):
         wrong = [number for number in numbers if number is not None and number < least]
         if wrong:
-            raise RecipeError(f"{option}: {wrong[0]} is not a whole number of at least {least}")
+            raise RecipeError(f"{wrong[0]} is not a whole number of at least {least}", key=option)
     if plan.min_steps is not None and not plan.sizes:
-        raise RecipeError("--min-steps: it lengthens runs at the sizes of --sizes, and there are none. Take it out")
+        problem = "it lengthens runs at the sizes of --sizes, and there are none"
+        raise RecipeError(problem, key="--min-steps", remedy="Take it out")
 
 
 def labelled_recipes(plan: Plan) -> dict[str, Recipe]:
@@ -159,11 +162,7 @@ def _changed(recipe: Recipe, label: str, overrides: Sequence[str]) -> Recipe:
 
 
 def refuse_other_data(variants: Sequence[Variant]) -> None:
-    """Refuse recipes of different images; those that name other data may yet have the same ones, such as a copy.
-
-    Raises:
-        DataError: which differ.
-    """
+    """Refuse by a `DataError` recipes of different images; those that name other data may have the same, as a copy."""
     keys = [key.removeprefix("data.") for key in _SAME_FOR_ALL if key.startswith("data.")]
     distinct: dict[str, Variant] = {}
     for variant in variants:

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -55,14 +55,12 @@ def evaluate_run(
     """Score the run's exported model.
 
     Args:
-        run: a run folder.
-        overrides: changes to its recipe that have an effect on an evaluation, such as `data.path=DIR`.
+        overrides: changes to the run's recipe that have an effect on an evaluation, such as `data.path=DIR`.
         data: other data, a folder or a table; short for `data.source` and `data.path`.
         split_name: the split; by default test, else the validation of the run's own data, or all of other data.
         name: of the evaluation's folder below `RUN/evaluations`; by default the data's.
         out: a folder for the figures, in place of that one.
         as_json: print the figures as JSON rather than as tables.
-        watch: measures it; by default from this call.
 
     Returns:
         The figures, which are also written to `figures.json` in the folder of the evaluation, next to
@@ -79,7 +77,9 @@ def evaluate_run(
     changes, is_other = changes_for_evaluation(own, overrides, data)
     recipe = load_stored_recipe(folder / "recipe.yaml", changes).recipe
     target = None if out is None else _checked_out(Path(out))
-    _check_name(name)
+    if name is not None and not _NAME.fullmatch(name):
+        remedy = "Write letters, digits, '.', '_' and '-'"
+        raise RecipeError(f"'{name}' is not the name of a folder", key="--name", remedy=remedy)
     finished = FinishedRun(folder, own, load(folder))
     with closing(start_processes(recipe.compute.without_engine())) as processes:
         with watch("scan"):
@@ -145,11 +145,6 @@ def _default_name(folder: Path, figures: dict[str, Any]) -> str:
     return name if there in (None, figures["data"]) else f"{name}-{figures['data']['id']}"
 
 
-def _check_name(name: str | None) -> None:
-    if name is not None and not _NAME.fullmatch(name):
-        raise RecipeError(f"--name: '{name}' is not the name of a folder. Write letters, digits, '.', '_' and '-'")
-
-
 def _checked_out(out: Path) -> Path:
     """Make the folder of `--out`, and check that it can be written, before any work.
 
@@ -157,15 +152,14 @@ def _checked_out(out: Path) -> Path:
         RunFolderError: it is a run's folder, holds another file of that name, or cannot be written.
     """
     if (out / "run.json").exists():
-        raise RunFolderError(f"--out: '{out}' is a run folder. Give a folder of the evaluation's own")
+        remedy = "Give a folder of the evaluation's own"
+        raise RunFolderError(f"'{out}' is a run folder", key="--out", remedy=remedy)
     if (out / _FILE).exists() and "num_images" not in read_json(out / _FILE):
-        raise RunFolderError(f"--out: '{out / _FILE}' is not from an evaluation, so it is not replaced")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunFolderError(f"--out: '{out}' cannot be made: {error.strerror or error}") from error
+        raise RunFolderError(f"'{out / _FILE}' is not from an evaluation, so it is not replaced", key="--out")
+    if why := _disk_error(lambda: out.mkdir(parents=True, exist_ok=True)):
+        raise RunFolderError(f"'{out}' cannot be made: {why}", key="--out")
     if not os.access(out, os.W_OK | os.X_OK):
-        raise RunFolderError(f"--out: '{out}' cannot be written to: permission denied")
+        raise RunFolderError(f"'{out}' cannot be written to: permission denied", key="--out")
     return out
 
 
@@ -180,13 +174,12 @@ def _write(
 ) -> str:
     """Add the seconds to the figures, and write these and the predictions; called on all processes.
 
-    Returns:
-        A note for the user: where they are, or why they could not be written, as they are shown all the same.
+    Return a note for the user: where they are, or why they could not be written, as they are shown all the same.
 
     Raises:
         TlscaleError: they cannot be written to the folder that was `asked_for`.
     """
-    why = processes.run_on_main(_make_folder, target)
+    why = processes.run_on_main(_disk_error, lambda: target.mkdir(parents=True, exist_ok=True))
     if why is None:
         try:
             write_predictions(target / "predictions.parquet", predictions, processes)
@@ -194,27 +187,20 @@ def _write(
             why = str(raised)
     figures |= watch.figures(parts=("start", "scan", "decode", "evaluate"))  # all but writing this last, small file
     if why is None:
-        why = processes.run_on_main(_write_figures, target / _FILE, figures)
+        why = processes.run_on_main(_disk_error, lambda: write_json(target / _FILE, figures))
     if why is None:
         return f"figures: {target / _FILE}   predictions: {target / 'predictions.parquet'}"
     if asked_for:
-        error = TlscaleError(f"--out: the figures cannot be written to '{target}': {why}")
+        error = TlscaleError(f"the figures cannot be written to '{target}': {why}", key="--out")
         error.reported_by_main = True
         raise error
     return f"the figures could not be written to '{target}' ({why}); --out DIR writes them elsewhere"
 
 
-def _make_folder(target: Path) -> str | None:
+def _disk_error(write: Callable[[], None]) -> str | None:
+    """Write; return why the disk did not take it, or None."""
     try:
-        target.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        return error.strerror or str(error)
-    return None
-
-
-def _write_figures(path: Path, figures: dict[str, Any]) -> str | None:
-    try:
-        write_json(path, figures)
+        write()
     except OSError as error:
         return error.strerror or str(error)
     return None

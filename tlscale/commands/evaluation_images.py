@@ -93,7 +93,8 @@ def own_split(run: FinishedRun, name: Role | None) -> Scored:
     splits = {split.name: split for split in (data.test, data.validation, data.train) if split is not None}
     name = name or next(iter(splits))
     if name not in splits:
-        raise DataError(f"--split: the data of '{folder}' have no split '{name}'. Name one of: {', '.join(splits)}")
+        remedy = f"Name one of: {', '.join(splits)}"
+        raise DataError(f"the data of '{folder}' have no split '{name}'", key="--split", remedy=remedy)
     if name == "validation" and run.refitted:
         raise DataError(
             f"'{folder}': its probe was fitted once more on training and validation images together (probe.refit), so "
@@ -124,36 +125,18 @@ def other_images(
 ) -> Scored:
     """Find images of other data, and count those that the run was trained on.
 
-    Args:
-        section: the other data.
-        name: the split; None: the test split where there is one, else all labelled images.
-        named: splits that the user named, which have to be there.
+    `name` is the split; None: the test split where there is one, else all labelled images. The user `named` splits that
+    have to be there.
     """
     with processes.main_first():
         found = open_labelled(section, run.trained.classes, name=name, named=named)
-    counted = processes.run_on_main(_trained_on, run, found.split)
-    figures = {
-        "split": found.of,
-        "source": section.source,
-        "data": data_name(section),
-        "own": False,
-        "num_trained_on": counted.num,
-        **({"num_selected_on": counted.num_selected_on} if counted.num_selected_on else {}),
-    }
-    return without_bad(Scored(found.split, figures, counted.majority_label, [*found.notes, counted.note]), section)
+    counts, label, note = processes.run_on_main(_trained_on, run, found.split)
+    about = {"split": found.of, "source": section.source, "data": data_name(section), "own": False}
+    return without_bad(Scored(found.split, {**about, **counts}, label, [*found.notes, note]), section)
 
 
-@dataclass(frozen=True)
-class _Counted:
-    num: int | None
-    """Images that the run was trained on; None where it is not known."""
-    num_selected_on: int
-    majority_label: str | None
-    note: str
-
-
-def _trained_on(run: FinishedRun, scored: ImageSplit) -> _Counted:
-    """Count the images that the run was trained on, by content."""
+def _trained_on(run: FinishedRun, scored: ImageSplit) -> tuple[dict[str, int | None], str | None, str]:
+    """Count by content the images that the run was trained on; with its most frequent class, and a note."""
     data, refitted = None, run.refitted
     try:
         data = run.open_data()
@@ -164,11 +147,12 @@ def _trained_on(run: FinishedRun, scored: ImageSplit) -> _Counted:
     except DataError as error:
         first = str(error).splitlines()[0]
         note = f"whether the run was trained on any of these images cannot be told: {first}"
-        return _Counted(None, 0, run.majority_label(data), note)
+        return {"num_trained_on": None}, run.majority_label(data), note
     note = f"the run was trained on {num:,} of these {len(scored):,} images"
     if chose:
         note += f", and {chose:,} of them chose its weights or settings"
-    return _Counted(num, chose, run.majority_label(data), note + (": the figures are too good by those" if num else ""))
+    counts: dict[str, int | None] = {"num_trained_on": num, **({"num_selected_on": chose} if chose else {})}
+    return counts, run.majority_label(data), note + (": the figures are too good by those" if num else "")
 
 
 def without_bad(scored: Scored, section: DataSection) -> Scored:

@@ -35,7 +35,8 @@ def changes_for_evaluation(own: Recipe, overrides: Sequence[str], data: str | No
     """
     given = {text.partition("=")[0].strip(): text.partition("=")[2].strip() for text in overrides}
     if data is not None and "data.path" in given:
-        raise RecipeError("--data, data.path: both name the place of the images. Give one of them")
+        problem = "both name the place of the images"
+        raise RecipeError(problem, key="--data, data.path", remedy="Give one of them")
     place = [] if data is None else _as_overrides(data, given.get("data.source"))
     keys = [text.partition("=")[0] for text in place] + list(given)
     is_other = any(key.removeprefix("data.") in _PLACE for key in keys if key.startswith("data."))
@@ -77,11 +78,7 @@ def _is_known(key: str) -> bool:
 
 
 def _as_overrides(data: str, source: str | None) -> list[str]:
-    """Expand `--data DATA` to overrides.
-
-    Raises:
-        DataError: it is not there, or nothing that is known as data.
-    """
+    """Expand `--data DATA` to overrides; raise `DataError` where it is not there, or not known as data."""
     path = f"data.path={json.dumps(data)}"  # in quotes, as a path may look like anything
     if source is not None:
         return [path]
@@ -89,7 +86,6 @@ def _as_overrides(data: str, source: str | None) -> list[str]:
     if found is not None:
         return [f"data.source={found}", *([] if SOURCES[found].path == "none" else [path])]
     wrong = "is neither a folder nor a table of images" if Path(data).expanduser().exists() else "does not exist"
-    raise DataError(
-        f"--data: '{data}' {wrong}. It takes a folder, a table ({', '.join(TABLE_ENDINGS)}) or fashion_mnist; for a "
-        "data set of the hub add data.source=hub"
-    )
+    kinds = f"a folder, a table ({', '.join(TABLE_ENDINGS)}) or fashion_mnist"
+    remedy = f"It takes {kinds}; for a data set of the hub add data.source=hub"
+    raise DataError(f"'{data}' {wrong}", key="--data", remedy=remedy)

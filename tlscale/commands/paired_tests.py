@@ -73,15 +73,13 @@ class Pair:
         return {self.first, self.second} == {first, second}
 
     def to_plain(self) -> dict[str, Any]:
-        """Return plain JSON values."""
         return {**vars(self), "distinguishable": self.is_distinguishable}
 
 
 def read_scored(folder: Path, content: str | None = None) -> Scored | None:
     """Read a run's `predictions.parquet`; None where there is none: an older tlscale made the run.
 
-    Args:
-        content: `scored_sha256` of the run, where it noted that.
+    `content` is `scored_sha256` of the run, where it noted that.
     """
     path = folder / "predictions.parquet"
     if not path.is_file():
@@ -115,13 +113,9 @@ def paired_tests(rows: Sequence[Row]) -> list[Pair]:
 
 
 def paired_test(size: int, first: str, second: str, runs: Sequence[tuple[Scored, Scored]]) -> Pair | None:
-    """Test two variants exactly; `p_corrected` is not corrected yet.
+    """Test two variants exactly, by the two runs of each seed; `p_corrected` is not corrected yet.
 
-    Args:
-        runs: of each seed, the two runs.
-
-    Returns:
-        None where no seed is there, or a seed's two runs were scored on different images.
+    Return None where no seed is there, or a seed's two runs were scored on different images.
     """
     if not runs or not all(one.has_images_of(other) for one, other in runs):
         return None

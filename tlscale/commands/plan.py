@@ -15,7 +15,7 @@ from tlscale.codes.parts import wanted_layers
 from tlscale.codes.probes.select import refuse_wrong_probe
 from tlscale.codes.store import CodesStore
 from tlscale.commands.tables import show_plan
-from tlscale.distributed.fsdp import unsharded_bytes
+from tlscale.distributed.fsdp import trained_bytes, unsharded_bytes
 from tlscale.models.features import LayerCodes
 from tlscale.models.partition.partition import Partition
 from tlscale.recipe.schema import ComputeSection, Recipe
@@ -110,7 +110,7 @@ def _median_step_s(module: nn.Module, inputs: Callable[[], tuple[Tensor, ...]]) 
 
 def _memory_rows(setup: RunSetup, compute: ComputeSection) -> list[tuple[str, str]]:
     network = setup.classifier
-    trained = sum(param.numel() * param.element_size() for param in network.parameters() if param.requires_grad)
+    trained = trained_bytes(network)
     frozen = sum(param.numel() * param.element_size() for param in network.parameters()) - trained
     is_spread = compute.engine == "fsdp2"
     gradients = trained / (setup.split.world_size if is_spread else 1)

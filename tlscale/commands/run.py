@@ -29,6 +29,7 @@ from tlscale.tracking.stopwatch import Stopwatch
 from tlscale.training.corrections import refuse_uncorrected
 from tlscale.training.loop import train
 from tlscale.training.probe import probe
+from tlscale.training.result import read_result
 from tlscale.training.run_info import read_run_info
 from tlscale.training.setup import RunSetup, set_up
 
@@ -62,17 +63,12 @@ def run(
     overwrite: bool = False,
     watch: Stopwatch | None = None,
 ) -> dict[str, Any]:
-    """Train, or fit a probe, as the recipe says.
+    """Train, or fit a probe, as the recipe says; return what `result.json` holds.
 
     Args:
-        recipe: from `load_recipe`.
         out: the run folder; by default `runs/<recipe name>`.
         resume: resume from the newest valid checkpoint there, or start if there is none.
         overwrite: replace a run that is there.
-        watch: measures the run; by default from this call.
-
-    Returns:
-        What `result.json` holds.
 
     Raises:
         TlscaleError: wrong input, a run that failed, or `Stopped` after a signal, when all is saved.
@@ -87,12 +83,11 @@ def run(
     stop = StopRequest(folder.stop if processes.is_main else None)
     with closing(processes), stop, processes.main_holds(lambda: claim(folder.path, mode)):
         console = Console(enabled=processes.is_main)
-        processes.run_on_main(_obey_earlier_stop, folder)
-        processes.run_on_main(_forget_stop, folder, console)
+        processes.run_on_main(_settle_earlier_stop, folder, console)
         run_info = None if overwrite else processes.run_on_main(read_run_info, folder)
         if run_info is not None:
             recipe = with_values(recipe, processes.run_on_main(_refuse_other_recipe, recipe, folder, console))
-            if (done := processes.run_on_main(_earlier_result, folder)) is not None:
+            if (done := processes.run_on_main(read_result, folder)) is not None:
                 console.say(f"'{folder.path}' is complete already; its figures are in {folder.result}")
                 return done
 
@@ -115,18 +110,14 @@ def run(
         return result
 
 
-def _obey_earlier_stop(folder: RunFolder) -> None:
-    """Do nothing in torchrun's restart: it takes a stop for a failure, and starts the stopped processes again.
+def _settle_earlier_stop(folder: RunFolder, console: Console) -> None:
+    """Remove a request to stop that was made before this start: it was to another run.
 
     Raises:
-        Stopped: this is such a start.
+        Stopped: this is torchrun's restart, which takes a stop for a failure and starts the stopped processes again.
     """
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and folder.stopped.exists():
         raise Stopped(f"'{folder.path}' was stopped, and this is only torchrun's restart: nothing was done")
-
-
-def _forget_stop(folder: RunFolder, console: Console) -> None:
-    """Remove a request to stop that was made before this start: it was to another run."""
     if forget_stop(folder):
         console.say(f"'{folder.stop}' is from before this start, so it is removed")
 
@@ -156,32 +147,22 @@ def _marking_stop(folder: RunFolder, stop: StopRequest, watch: Stopwatch, *, is_
         raise
 
 
-def _earlier_result(folder: RunFolder) -> dict[str, Any] | None:
-    """Read `result.json`; None where the run is not complete."""
-    return dict(json.loads(folder.result.read_text())) if folder.result.exists() else None
-
-
 def _checked_run_info(run_info: dict[str, Any], setup: RunSetup, folder: RunFolder, console: Console) -> dict[str, Any]:
-    """Check that a run can be resumed with these inputs.
-
-    Returns:
-        What `run.json` holds from now on.
+    """Check that a run can be resumed with these inputs; return what `run.json` holds from now on.
 
     Raises:
         ResumeError: its weights, data, transform or version are not those that it was started with.
     """
-    _refuse_other_inputs(run_info, setup, folder)
+    _refuse_another("weights", run_info["weights"]["sha256"], setup.weights.sha256, folder)
+    if setup.teacher is not None:
+        _refuse_another("teacher's weights", run_info["teacher"]["sha256"], setup.teacher.digest, folder)
     run_info = _compare_data(run_info, setup, folder, console)
     _refuse_other_transform(run_info, setup, folder)
     return refuse_uncorrected(folder, setup, run_info)
 
 
 def _refuse_other_recipe(recipe: Recipe, folder: RunFolder, console: Console) -> dict[str, dict[str, object]]:
-    """Compare the recipe with that of the run.
-
-    Returns:
-        By section the keys that are newer than the run, with the values that mean what it did without them.
-    """
+    """Compare the recipe with that of the run; return, by section, what keys newer than the run are to be for it."""
     stored, older, notes = load_stored_recipe(folder.recipe)
     for note in notes:
         console.say(note)
@@ -208,14 +189,6 @@ def _sees_other_views(stored: Recipe, recipe: Recipe) -> bool:
     return is_one and (stored.codes.keep == "always") != (recipe.codes.keep == "always")
 
 
-def _refuse_other_inputs(run_info: dict[str, Any], setup: RunSetup, folder: RunFolder) -> None:
-    now, then = {"weights": setup.weights.sha256}, {"weights": run_info["weights"]["sha256"]}
-    if setup.teacher is not None:
-        now["teacher's weights"], then["teacher's weights"] = setup.teacher.digest, run_info["teacher"]["sha256"]
-    for what, digest in then.items():
-        _refuse_another(what, digest, now[what], folder)
-
-
 def _refuse_other_transform(run_info: dict[str, Any], setup: RunSetup, folder: RunFolder) -> None:
     """Refuse a run of an older version, which took the size of the first training image for that of all."""
     then, now = run_info["input"], setup.spec.to_plain()
@@ -230,14 +203,7 @@ def _refuse_other_transform(run_info: dict[str, Any], setup: RunSetup, folder: R
 
 
 def _compare_data(run_info: dict[str, Any], setup: RunSetup, folder: RunFolder, console: Console) -> dict[str, Any]:
-    """Refuse other training or validation images; announce and record another test split.
-
-    Returns:
-        What `run.json` holds from now on.
-
-    Raises:
-        ResumeError: the run would resume with other data.
-    """
+    """Refuse other training or validation images; announce and record another test split, as `_checked_run_info`."""
     data, then = setup.data, run_info["data"]
     if "used_sha256" not in then:
         console.say(f"'{folder.path}' is of an older tlscale: its data were compared by the older identity")
@@ -266,5 +232,6 @@ def _refuse_another(what: str, then: str, now: str, folder: RunFolder) -> None:
     if then != now:
         raise ResumeError(
             f"'{folder.path}' cannot be resumed: its {what} are not those that it was started with "
-            f"({then[:12]} then, {now[:12]} now). Bring them back, or start another: --out DIR"
+            f"({then[:12]} then, {now[:12]} now)",
+            remedy="Bring them back, or start another: --out DIR",
         )

@@ -12,7 +12,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -212,8 +212,31 @@ def _center_crop(image_HWC: Pixels, size_hw: tuple[int, int]) -> Pixels:
     return np.ascontiguousarray(image_HWC[top : top + size_hw[0], left : left + size_hw[1]])
 
 
+class TensorBatch:
+    """Move the tensors of a dataclass, and those in its tuples, as one."""
+
+    __slots__ = ()
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
+        """Copy the batch to `device`."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Self:
+        """Copy the batch to page-locked memory; torch's loader calls this by its name."""
+        return self._each(lambda tensor: tensor.pin_memory())
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                values[name] = change(value)
+            elif isinstance(value, tuple):
+                values[name] = tuple(map(change, value))
+        return type(self)(**values)
+
+
 @dataclass(slots=True)
-class ImageBatch:
+class ImageBatch(TensorBatch):
     """Images on their way to the device; rows from `num_real` on are padding and weigh nothing."""
 
     images_BCHW: Tensor  # uint8
@@ -226,21 +249,6 @@ class ImageBatch:
     lam_B: Tensor | None = None  # float32: share of the image itself, in pixels and in the target
     boxes_B4: Tensor | None = None  # int64, y0 y1 x0 x1: pasted from the partner; without area it is mixup
     targets_BT: Tensor | None = None  # outputs of a teacher for each image
-
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> ImageBatch:
-        """Copy the batch to `device`."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> ImageBatch:
-        """Copy the batch to page-locked memory; torch's loader calls this by its name."""
-        return self._each(lambda tensor: tensor.pin_memory())
-
-    def _each(self, change: Callable[[Tensor], Tensor]) -> ImageBatch:
-        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        for name, value in values.items():
-            if isinstance(value, Tensor):
-                values[name] = change(value)
-        return ImageBatch(**values)
 
 
 def normalise(images_BCHW: Tensor, spec: InputSpec, dtype: torch.dtype) -> Tensor:

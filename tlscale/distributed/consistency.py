@@ -39,12 +39,7 @@ def checksum(tensor: Tensor) -> Tensor:
 
 
 def check_replicas_agree(tensors: Mapping[str, Tensor], processes: Processes, step: int) -> None:
-    """Compare tensors that every process should have in the same bits.
-
-    Args:
-        tensors: of this process, by names that are the same on all of them.
-        processes: of the run.
-        step: that was made last, for the message.
+    """Compare tensors, by names that are the same on all processes, that all should have in the same bits.
 
     Raises:
         DesyncError: on every process, where not all have the same bits.
@@ -64,12 +59,7 @@ def check_replicas_agree(tensors: Mapping[str, Tensor], processes: Processes, st
 
 
 def difference(names: Sequence[str], sums_by_rank: Sequence[Sequence[int]]) -> str:
-    """Say which process differs from most of them (from the main one where there is no most), and in what.
-
-    Args:
-        names: of the T tensors.
-        sums_by_rank: T checksums of each process, which are not all equal.
-    """
+    """Say which process differs from most of them (from the main one where there is no most), and in which tensors."""
     usual, _ = Counter(map(tuple, sums_by_rank)).most_common(1)[0]  # of equally many, the first
     others = [rank for rank, sums in enumerate(sums_by_rank) if tuple(sums) != usual]
     rank, standard = others[0], [tuple(sums) for sums in sums_by_rank].index(usual)

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Collection, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from tlscale.distributed.engine import Engine, Wrapped
+from tlscale.distributed.engine import Engine, T, Wrapped
 from tlscale.errors import ModelError, RecipeError
 
 M = TypeVar("M", bound=nn.Module)
@@ -32,16 +32,34 @@ _ROWS = [Shard(0)]
 class Fsdp2Engine(Engine):
     """Train a network whose trained parameters are sharded over the processes of `mesh`."""
 
-    name = "fsdp2"
     shards = True
+    mesh: DeviceMesh
 
     def __init__(self, accelerator: Accelerator) -> None:
         super().__init__(accelerator)
-        self.mesh: DeviceMesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+        self.name = "fsdp2"
+        self.mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+        self._empty: nn.Module | None = None  # the network's `meta_copy`, which is filled and exported in its place
 
-    def shard(self, module: nn.Module, network: nn.Module, precision: str, keep_fp32: Collection[nn.Parameter]) -> int:
-        """Shard what is trained; see `shard`."""
-        return shard(module, network, self.mesh, precision, keep_fp32)
+    def if_whole(self, make: Callable[[], T]) -> T | None:
+        return None
+
+    @contextmanager
+    def restoring(self, restore: Callable[[], None]) -> Iterator[None]:
+        yield
+        restore()  # into shards, which came into being when the stage was entered
+
+    def shard(
+        self,
+        module: nn.Module,
+        network: nn.Module,
+        precision: str,
+        keep_fp32: Collection[nn.Parameter],
+        rebuild: Callable[[int], None],
+    ) -> None:
+        # Before it is sharded: a module that was is FSDP's for good, and cannot be exported.
+        self._empty = meta_copy(network)
+        rebuild(shard(module, network, self.mesh, precision, keep_fp32))
 
     def wrap(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> Wrapped:
         # Autocast alone: Accelerate would put DDP around it.
@@ -59,9 +77,9 @@ class Fsdp2Engine(Engine):
     def needs_warm_up(self, model: nn.Module) -> bool:
         return False
 
-    def gather(self, network: M, copy: M | None, *, keep: bool) -> M:
-        assert copy is not None
-        return gather_into(copy, network, keep=keep)
+    def gather(self, network: M, *, keep: bool) -> M:
+        assert self._empty is not None, "it was sharded"
+        return gather_into(cast(M, self._empty), network, keep=keep)  # torch gave the sharded one another class
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -82,13 +100,8 @@ def shard(
 ) -> int:
     """Shard the trained parameters of `module` over the processes of `mesh`.
 
-    `network` gets the same ones wherever it holds them, though `module` may be a part of it that is called otherwise.
-
-    Args:
-        module: what is called; all that is trained is in it.
-        network: the run's own, which checkpoints are of.
-        precision: the recipe's.
-        keep_fp32: parameters that are exchanged in float32 where the others are in bfloat16.
+    `network` gets the same ones wherever it holds them, though `module`, in which all that is trained is, may be a part
+    of it that is called otherwise. `keep_fp32` are exchanged in float32 where the others are in bfloat16.
 
     Returns:
         The number of its blocks, which are unsharded one after the other in place of all at once.
@@ -163,14 +176,15 @@ def _num_trained(module: nn.Module) -> int:
     return sum(param.numel() for param in module.parameters() if param.requires_grad)
 
 
+def trained_bytes(module: nn.Module) -> int:
+    """Count the bytes of what is trained."""
+    return sum(param.numel() * param.element_size() for param in module.parameters() if param.requires_grad)
+
+
 def unsharded_bytes(network: nn.Module) -> int:
     """Count the bytes that are unsharded while the largest block computes: that block, and what is in no block."""
-
-    def num_bytes(module: nn.Module) -> int:
-        return sum(param.numel() * param.element_size() for param in module.parameters() if param.requires_grad)
-
-    blocks = [num_bytes(block) for block in repeated_blocks(network)]
-    return num_bytes(network) - sum(blocks) + max(blocks, default=0)
+    blocks = [trained_bytes(block) for block in repeated_blocks(network)]
+    return trained_bytes(network) - sum(blocks) + max(blocks, default=0)
 
 
 def _refuse_scalars(network: nn.Module) -> None:
@@ -220,10 +234,7 @@ def meta_copy(network: M) -> M:
 def gather_into(empty: M, network: nn.Module, *, keep: bool) -> M:
     """Give `empty`, a `meta_copy`, the unsharded values of the trained parameters; all processes have to call it.
 
-    Args:
-        empty: the copy that was made of `network` before it was sharded.
-        network: the one that was trained.
-        keep: whether this process wants them; another one gives its shards and keeps no memory for the rest.
+    A process that does not `keep` them gives its shards and has no memory for the rest.
     """
     shards = dict(network.named_parameters())
     for path, owner in empty.named_modules():

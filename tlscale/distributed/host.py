@@ -1,10 +1,14 @@
-"""Describe the machine that this process runs on: its cores, and the packages that are installed."""
+"""Describe the machine that this process runs on: its cores, the packages that are installed, and its devices."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from tlscale.distributed.device import Device
 
 
 def num_cores() -> int:
@@ -22,3 +26,12 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "none"
+
+
+def device_for(device: torch.device) -> Device:
+    """Return the object for this kind of device."""
+    if device.type != "xla":
+        return Device(device)
+    from tlscale.distributed.xla import XlaDevice
+
+    return XlaDevice(device)

@@ -19,34 +19,29 @@ from accelerate.state import AcceleratorState, GradientState, is_initialized
 from accelerate.utils import InitProcessGroupKwargs
 
 from tlscale.distributed import launch
-from tlscale.distributed.device import Device, device_for
-from tlscale.distributed.engine import DdpEngine
+from tlscale.distributed.device import Device
+from tlscale.distributed.engine import Engine
 from tlscale.distributed.fsdp import Fsdp2Engine
+from tlscale.distributed.host import device_for
 from tlscale.distributed.watchdog import Watchdog
 from tlscale.errors import LaunchError, TlscaleError
 from tlscale.recipe.schema import ComputeSection
 
 P = ParamSpec("P")
 T = TypeVar("T")
-M = TypeVar("M", bound=torch.nn.Module)
 
 
 @dataclass(frozen=True)
 class Processes:
-    """Know this process among all of the run, and let them agree.
-
-    Attributes:
-        control: the group of all processes over the CPU; None where there is one.
-        engine: how they train together.
-    """
+    """Know this process among all of the run, and let them agree."""
 
     accelerator: Accelerator
     rank: int
     world_size: int
     watchdog: Watchdog
-    control: torch_dist.ProcessGroup | None
-    engine: DdpEngine | Fsdp2Engine
-    _torch_device: Device
+    control: torch_dist.ProcessGroup | None  # of all processes over the CPU; None where there is one
+    engine: Engine  # how they train together
+    local: Device  # this process's
     _is_guest: bool  # in a program that had an Accelerator of its own
 
     @property
@@ -55,29 +50,11 @@ class Processes:
 
     @property
     def device(self) -> torch.device:
-        return self._torch_device.device
-
-    # -- this process's device ----------------------------------------------------------------------------------------
-
-    def seed(self, seed: int) -> None:
-        """Seed what the network draws from on this process's device, and the CPU's generator."""
-        self._torch_device.seed(seed)
-
-    def to_device(self, module: M) -> M:
-        """Move a module to this process's device; its parameters stay the objects that others know."""
-        return self._torch_device.to_device(module)
-
-    def to_cpu(self, scalars: list[torch.Tensor]) -> torch.Tensor:
-        """Return computed scalars of one dtype as one tensor on the CPU: (len(scalars),). The host waits once."""
-        return self._torch_device.to_cpu(scalars)
-
-    def mark_step(self) -> None:
-        """End a step, or a batch without gradients; XLA runs then what it has recorded."""
-        self._torch_device.mark_step()
+        return self.local.device
 
     def without_gradients(self) -> torch.inference_mode | torch.no_grad:
         """Return the context of an evaluation; what FSDP2 makes in inference mode it could not use in training."""
-        return torch.no_grad() if self.engine.shards else self._torch_device.without_gradients()
+        return torch.no_grad() if self.engine.shards else self.local.without_gradients()
 
     # -- agreement ----------------------------------------------------------------------------------------------------
 
@@ -105,11 +82,7 @@ class Processes:
         return values
 
     def to_main(self, value: T, source: int) -> T:
-        """Hand `value` of the process `source` to the main one; to be called by these two alone.
-
-        Returns:
-            What the other handed over, on the main process; elsewhere `value`.
-        """
+        """Hand `value` of the process `source` to the main one, which returns it; to be called by these two alone."""
         box: list[Any] = [value]
         if self.rank == source != 0:
             torch_dist.send_object_list(box, dst=0, group=self.control)
@@ -118,11 +91,7 @@ class Processes:
         return box[0]  # type: ignore[no-any-return]
 
     def run_on_main(self, job: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call `job` on the main process only; its result, or its error, reaches every process.
-
-        Raises:
-            TlscaleError: the error of the main process, so that no process waits for one that has left.
-        """
+        """Call `job` on the main process only; its result, or its error, reaches every process, so that none waits."""
         if self.control is None:
             return job(*args, **kwargs)
         outcome: list[Any] = [None, None]
@@ -140,11 +109,7 @@ class Processes:
         return outcome[0]  # type: ignore[no-any-return]
 
     def run_on_all(self, job: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call `job` on every process; if it fails on one, it fails on all, and the first of them alone reports why.
-
-        Raises:
-            TlscaleError: the error of the first process that failed.
-        """
+        """Call `job` on every process; if it fails on one, the first error is raised on all, and reported once."""
         if self.control is None:
             return job(*args, **kwargs)
         outcome, error = None, None
@@ -162,11 +127,7 @@ class Processes:
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
-        """Let the main process do what is within before the others, which then find its downloads on disk.
-
-        Raises:
-            TlscaleError: the error of the main process, on every process.
-        """
+        """Let the main process do what is within before the others, which then find its downloads, or get its error."""
         if self.control is None:
             yield
             return
@@ -186,11 +147,7 @@ class Processes:
 
     @contextmanager
     def main_holds(self, make: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
-        """Keep the main process within the context; if it cannot enter, no process continues.
-
-        Raises:
-            TlscaleError: the error of the main process on entering.
-        """
+        """Keep the main process within the context; its error on entering is raised on every process."""
         with ExitStack() as stack:
             self.run_on_main(lambda: stack.enter_context(make()) and None)
             yield
@@ -241,12 +198,7 @@ def _echo(error: TlscaleError) -> TlscaleError:
 
 
 def start_processes(compute: ComputeSection) -> Processes:
-    """Join the processes that the launcher started.
-
-    Raises:
-        LaunchError: Accelerate did not join the launcher's processes, their number is not the recipe's, or precision or
-            engine are not supported here.
-    """
+    """Join the processes that the launcher started; raise `LaunchError` as `check_launcher` and `check_joined` do."""
     is_guest = is_initialized()
     try:
         return _join(compute, is_guest)
@@ -273,8 +225,8 @@ def _join(compute: ComputeSection, is_guest: bool) -> Processes:
         world_size=accelerator.num_processes,
         watchdog=Watchdog(compute.hang_timeout_s),
         control=torch_dist.new_group(backend="gloo", timeout=timeout) if several else None,  # type: ignore[arg-type]
-        engine=Fsdp2Engine(accelerator) if compute.engine == "fsdp2" else DdpEngine(accelerator),
-        _torch_device=device_for(accelerator.device),
+        engine=Fsdp2Engine(accelerator) if compute.engine == "fsdp2" else Engine(accelerator),
+        local=device_for(accelerator.device),
         _is_guest=is_guest,
     )
 

@@ -16,8 +16,6 @@ from types import FrameType, TracebackType
 from typing import Any
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
@@ -38,18 +36,13 @@ def signal_when_parent_dies(number: signal.Signals) -> None:
 
 
 class StopRequest:
-    """Set `requested`, within this context, when the process is asked to stop.
+    """Set `requested`, within this context, when the process is asked to stop: by a signal, or by `file` being there.
 
-    Args:
-        file: a control file that asks for it by being there. It is looked for on every call, so only one process of a
-            run should be given it.
-
-    Attributes:
-        by: the signal or the file that asked.
+    The file is looked for on every call, so only one process of a run should be given it.
     """
 
     def __init__(self, file: Path | None = None) -> None:
-        self.by = ""
+        self.by = ""  # the signal or the file that asked
         self._file = file
         self._requested = False
         self._before: dict[signal.Signals, Any] = {}

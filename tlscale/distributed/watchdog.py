@@ -17,11 +17,7 @@ _LEAST_S = 1.0  # between two settings of the timer: a step may take a milliseco
 
 
 class Watchdog:
-    """Run a timer of the interpreter's own (a thread of C, which needs no lock of Python's), set back by each `beat`.
-
-    Args:
-        timeout_s: seconds without a sign of life.
-    """
+    """Run a timer of the interpreter's own (a C thread, which needs no lock of Python's), set back by each `beat`."""
 
     def __init__(self, timeout_s: float) -> None:
         self._timeout_s = timeout_s

@@ -16,26 +16,20 @@ import torch_xla
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from tlscale.distributed.device import Device
+
 M = TypeVar("M", bound=nn.Module)
 
 
-class XlaDevice:
-    """Do it on a device that records before it computes; the methods are those of `device.Device`."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+class XlaDevice(Device):
+    """Compute on a device that records before it computes."""
 
     def seed(self, number: int) -> None:
-        """Seed what is drawn on the device from here on, and the CPU's generator."""
         torch.default_generator.manual_seed(number)
         torch_xla.manual_seed(number, self.device)
 
     def to_device(self, module: M) -> M:
-        """Move a module to the device, its parameters as the objects that they are.
-
-        Moving to XLA makes new parameters, unless torch is told otherwise; an optimizer's groups would keep the old
-        ones.
-        """
+        # Moving to XLA makes new parameters, unless torch is told otherwise; an optimizer's groups would keep the old.
         before = torch.__future__.get_swap_module_params_on_conversion()
         torch.__future__.set_swap_module_params_on_conversion(True)
         try:
@@ -44,23 +38,17 @@ class XlaDevice:
             torch.__future__.set_swap_module_params_on_conversion(before)
 
     def to_cpu(self, scalars: list[Tensor]) -> Tensor:
-        """Copy computed scalars to the CPU by one transfer and no program.
-
-        A stack on the device would be another program for each number of scalars.
-        """
+        # By one transfer: a stack on the device would be another program for each number of scalars.
         return torch.stack(torch_xla._XLAC._xla_get_cpu_tensors(list(scalars)))
 
     def mark_step(self) -> None:
-        """Have the device run what was recorded."""
         torch_xla.sync()
 
     def wait(self) -> None:
-        """Run what was recorded, and wait until it is done."""
         torch_xla.sync(wait=True)
 
     def without_gradients(self) -> torch.no_grad:
-        """Return the context of an evaluation; in inference mode XLA cannot view what was there before."""
-        return torch.no_grad()
+        return torch.no_grad()  # in inference mode XLA cannot view what was there before
 
 
 def set_up_accelerator(accelerator: Accelerator) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from tlscale.codes.store import CodesStore, nearest_folder
 from tlscale.data.transforms import InputPath
-from tlscale.distributed.device import device_for
+from tlscale.distributed.host import device_for
 from tlscale.distributed.processes import Processes
 from tlscale.errors import RecipeError
 from tlscale.models.classifier import Classifier
@@ -86,12 +86,7 @@ def choose_partition(
 ) -> Choice:
     """Choose where to partition the network of a stage that was entered, or tell why not to.
 
-    Args:
-        network: of the run, in that stage.
-        spec: of the stage.
-        autocast: the context that the network runs in.
-        store: where codes are cached, on the disk that is measured.
-        force_cache: partition wherever it is possible, whatever it costs.
+    `store` is on the disk that is measured; `force_cache` partitions wherever it is possible, whatever it costs.
     """
     if spec.has_teacher:
         return Choice(None, "what is cached are the codes of its teacher")
@@ -195,32 +190,23 @@ def disk_bytes_per_s(root: Path, num_bytes: int = 32 * 2**20) -> float | None:
     """Measure the disk below `root`, reading what is not in memory; None where nothing can be written there."""
     try:
         root.mkdir(parents=True, exist_ok=True)
-        return _read_speed(root, num_bytes)
+        with tempfile.NamedTemporaryFile(dir=root, prefix=".speed-") as file:
+            file.write(bytes(num_bytes))
+            file.flush()
+            os.fsync(file.fileno())
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            began = time.perf_counter()
+            with open(file.name, "rb", buffering=0) as reader:
+                while reader.read(2**20):
+                    pass
+            return num_bytes / (time.perf_counter() - began)
     except OSError:
         return None
 
 
-def _read_speed(root: Path, num_bytes: int) -> float:
-    """Measure with a file that is removed again."""
-    with tempfile.NamedTemporaryFile(dir=root, prefix=".speed-") as file:
-        file.write(bytes(num_bytes))
-        file.flush()
-        os.fsync(file.fileno())
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        began = time.perf_counter()
-        with open(file.name, "rb", buffering=0) as reader:
-            while reader.read(2**20):
-                pass
-        return num_bytes / (time.perf_counter() - began)
-
-
 def refuse_codes_of_a_probe(codes: CodesSection) -> None:
-    """Refuse the key that only a probe, or `tlscale codes`, has a use for.
-
-    Raises:
-        RecipeError: it is set.
-    """
+    """Refuse the key that only a probe, or `tlscale codes`, has a use for; raise `RecipeError` where it is set."""
     if codes.layer is not None:
         raise RecipeError(
             "codes.layer has no effect in training, which caches the last values that nothing trainable has a part in, "

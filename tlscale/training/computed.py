@@ -14,7 +14,6 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from tlscale.distributed.processes import Processes
 from tlscale.storage.files import naming_disk_errors, write_json
 from tlscale.storage.run_folder import RunFolder
 from tlscale.tracking.console import Console
@@ -33,7 +32,7 @@ _WORDS = {
 class Computed:
     """Describe how the steps from one start on are computed; `run.json` holds a list of them under `computed`."""
 
-    from_step: int
+    from_step: int  # of those done
     num_processes: int
     micro_batch_size: int
     engine: str | None  # None: of an older version, which did not say
@@ -47,12 +46,6 @@ class Computed:
         ]
 
 
-def of_start(setup: RunSetup, processes: Processes, step: int) -> Computed:
-    """Describe a start of the run that makes its steps from `step` (of those done) on."""
-    split = setup.split
-    return Computed(step, split.world_size, split.micro_batch_size, processes.engine.name)
-
-
 def depends_on_passes(setup: RunSetup) -> list[str]:
     """Find what makes another training of other passes over the same batch: `batch norm`, `dropout`.
 
@@ -63,7 +56,8 @@ def depends_on_passes(setup: RunSetup) -> list[str]:
     for stage in setup.stages:
         apply_freezing(setup.classifier, stage)
         for module in setup.classifier.modules():
-            if module.training and _takes_statistics(module):
+            has_statistics = getattr(module, "running_var", None) is not None
+            if module.training and has_statistics and not isinstance(module, _InstanceNorm):
                 found.add("batch norm")
             if module.training and _drops(module):
                 found.add("dropout")
@@ -71,18 +65,9 @@ def depends_on_passes(setup: RunSetup) -> list[str]:
     return sorted(found)
 
 
-def _takes_statistics(module: nn.Module) -> bool:
-    return getattr(module, "running_var", None) is not None and not isinstance(module, _InstanceNorm)
-
-
 def _drops(module: nn.Module) -> bool:
     rates = [getattr(module, name, 0.0) or 0.0 for name in ("p", "prob", "drop_prob", "rate")]
     return "Drop" in type(module).__name__ and any(isinstance(rate, int | float) and rate > 0 for rate in rates)
-
-
-def keep_decisions(run_info: dict[str, Any] | None, loop: LoopState) -> None:
-    """Take from `run.json` what was decided for a stage and is in no checkpoint yet."""
-    loop.keeps_codes = {**(run_info or {}).get("keeps_codes", {}), **loop.keeps_codes}
 
 
 def note_start(
@@ -93,15 +78,10 @@ def note_start(
     depending: list[str],
     console: Console,
 ) -> dict[str, Any]:
-    """Write down how the run goes on; announce what is not as before.
+    """Write down how the run is computed from here on; announce what is not as before.
 
-    Steps that no checkpoint has are made again, so that what was noted of them is taken back.
-
-    Args:
-        depending: from `depends_on_passes`.
-
-    Returns:
-        What `run.json` holds.
+    Steps that no checkpoint has are made again, so that what was noted of them is taken back. `depending` is from
+    `depends_on_passes`. Return what `run.json` holds.
     """
     starts = [known for known in _starts(run_info) if known.from_step < start.from_step]
     differing = start.differs(starts[-1]) if starts else []

@@ -1,16 +1,16 @@
 """List corrections: what an earlier version did wrongly, and which unfinished runs must not be resumed for it.
 
-Promise: a run that began before a correction, and that would go on as another training because of it, is refused on
-`--resume` with the correction's name. `run.json` lists under `corrections` the names of those in force when the run
+Promise: a run that began before a correction, and that would be another training from here on because of it, is refused
+on `--resume` with the correction's name. `run.json` lists under `corrections` the names of those in force when the run
 began; runs of versions that knew of none have no such key. A run that has made no step yet begins anew with all of
 them.
 
 To add one, write one more entry of `CORRECTIONS`:
 
-    Correction("its-name", "what was wrong, and what is right now", lambda past: past.recipe.loss.label_smoothing > 0),
+    Correction("its-name", "what was wrong, and what is right now", lambda past: past.recipe.drop_last),
 
 The predicate is asked for unfinished training runs that lack the name, have a checkpoint and have passed all other
-checks of `--resume`; it says whether this run would go on in another way than it began. Names are for ever.
+checks of `--resume`; it says whether this run would be computed in another way than it began. Names are for ever.
 """
 
 from __future__ import annotations
@@ -38,36 +38,26 @@ from tlscale.training.stages import apply_freezing
 class Past:
     """Hold an unfinished run that is to be resumed.
 
-    Attributes:
-        setup: the run as this version would go on with it.
-        run_info: its `run.json`.
-        clock: of its newest checkpoint, as `LoopState` is saved: `step`, `best`, `keeps_codes` (stage -> whether
-            it trains on codes) and so on; a key may be missing in one of an older version.
+    `clock` is of its newest checkpoint, as `LoopState` is saved: `step`, `best`, `keeps_codes` (stage -> whether it
+    trains on codes) and so on; a key may be missing in one of an older version.
     """
 
     setup: RunSetup
-    run_info: dict[str, Any]
+    run_info: dict[str, Any]  # its `run.json`
     clock: dict[str, Any]
 
     @property
     def recipe(self) -> Recipe:
-        """The recipe of the run."""
         return self.setup.recipe
 
 
 @dataclass(frozen=True)
 class Correction:
-    """Describe one correction.
+    """Describe one correction."""
 
-    Attributes:
-        name: as `run.json` has it.
-        text: what was wrong and what is right now, for the message.
-        applies: whether a run that began without it would go on as another training.
-    """
-
-    name: str
-    text: str
-    applies: Callable[[Past], bool]
+    name: str  # as `run.json` has it
+    text: str  # what was wrong and what is right now, for the message
+    applies: Callable[[Past], bool]  # whether a run that began without it would be resumed as another training
 
 
 def _is_weighted(past: Past) -> bool:
@@ -127,7 +117,7 @@ def _is_split_no_more(past: Past) -> bool:
 CORRECTIONS: tuple[Correction, ...] = (
     Correction(
         "weights-beside-smoothing",
-        "loss.class_weights beside loss.label_smoothing weighed every class of the smoothed target by its own weight, "
+        "loss.class_weights with loss.label_smoothing weighed every class of the smoothed target by its own weight, "
         "so that a rare class was the answer for everything; an image has the weight of its own label now",
         lambda past: _is_weighted(past) and _is_smoothed(past),
     ),
@@ -187,8 +177,8 @@ def refuse_uncorrected(folder: RunFolder, setup: RunSetup, run_info: dict[str, A
         lines = "\n  ".join(f"{correction.name}: {correction.text}" for correction in found)
         raise ResumeError(
             f"'{folder.path}' cannot be resumed: it began with a version of tlscale in which something was wrong, and "
-            f"would go on from step {clock['step']} as another training:\n  {lines}\n  Finish it with the version that "
-            "it began with, or begin it again: --overwrite, or --out DIR"
+            f"would be another training from step {clock['step']} on:\n  {lines}\n  Finish it with the version that it "
+            "began with, or begin it again: --overwrite, or --out DIR"
         )
     return run_info
 

@@ -16,10 +16,6 @@ class Ema:
     """After step s the average has moved towards the parameters by 1 - min(decay, (1 + s) / (10 + s)).
 
     The smaller decay at the beginning forgets the initial weights sooner, as TensorFlow's and timm's averages do.
-
-    Args:
-        params: those that the run trains, by name.
-        decay: of the average, once it is warm.
     """
 
     def __init__(self, params: Mapping[str, nn.Parameter], decay: float) -> None:

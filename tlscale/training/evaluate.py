@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,15 +18,7 @@ from tlscale.training.loss import Batch, Loss, cross_entropy
 from tlscale.training.metrics import Tally, error_of_mean, standard_error, summary
 from tlscale.training.predictions import Predictions
 
-
-class Placed(Batch, Protocol):
-    """Tell of a batch the positions of its images in their split, too."""
-
-    @property
-    def rows_B(self) -> Tensor: ...  # noqa: N802
-
-
-B = TypeVar("B", bound=Placed)
+B = TypeVar("B", bound=Batch)
 
 
 def evaluate(
@@ -38,14 +30,14 @@ def evaluate(
     loss_fn: Loss,
     classes: Sequence[str],
     processes: Processes,
-    lockstep: bool = False,
     error_of: str | None = None,
     predictions: Predictions | None = None,
 ) -> dict[str, Any]:
     """Compute the figures of `network` on all images of a split, over all processes.
 
-    Unless `lockstep`, the network is the bare one: a wrapped forward pass may talk to the other processes, and they do
-    not have the same number of batches. It is left in the mode it came in.
+    The network is the bare one, as a wrapped forward pass may talk to the other processes, and they do not have the
+    same number of batches. One that is sharded over them they have to call equally often: a process that has no more
+    batches repeats its last one, which is not counted. It is left in the mode it came in.
 
     Args:
         network: inputs to logits (B, C).
@@ -54,10 +46,6 @@ def evaluate(
         num_images: of the split, over all processes.
         loss_fn: knows which outputs are logits, and the auxiliary losses. The `loss` is plain cross-entropy whatever
             is trained on.
-        classes: names of the C classes.
-        processes: this process among all.
-        lockstep: the network is one that is spread over the processes, and all of them have to call it equally often;
-            one that has no more batches repeats its last one, which is not counted.
         error_of: the figure whose standard error is wanted, too: top1, loss, macro_f1 or an auxiliary loss.
         predictions: takes this process's logits, image by image.
 
@@ -70,7 +58,7 @@ def evaluate(
     network.eval()
     try:
         with processes.without_gradients(), processes.accelerator.autocast():
-            for batch, args in _in_lockstep(batches, inputs, processes) if lockstep else _alone(batches, inputs):
+            for batch, args in _passes(batches, inputs, processes):
                 processes.watchdog.beat()
                 faults.at("evaluate")
                 outputs_BO = network(*args)
@@ -81,7 +69,7 @@ def evaluate(
                 aux.add(loss_fn.aux_losses(outputs_BO, batch))
                 if predictions is not None:
                     predictions.add(batch.rows_B, logits_BC)
-                processes.mark_step()
+                processes.local.mark_step()
     finally:
         network.train(was_training)
     figures = _over_all(tally, aux, loss_fn, classes, processes, error_of)
@@ -139,14 +127,11 @@ class _Sums:
 Pass = tuple[B | None, tuple[Tensor, ...]]  # a batch, and what the network takes for it
 
 
-def _alone(batches: Iterable[B], inputs: Callable[[B], tuple[Tensor, ...]]) -> Iterator[Pass[B]]:
-    return ((batch, inputs(batch)) for batch in batches)
-
-
-def _in_lockstep(
-    batches: Iterable[B], inputs: Callable[[B], tuple[Tensor, ...]], processes: Processes
-) -> Iterator[Pass[B]]:
-    """Give equally many on every process; without a batch where it is for the others' sake."""
+def _passes(batches: Iterable[B], inputs: Callable[[B], tuple[Tensor, ...]], processes: Processes) -> Iterator[Pass[B]]:
+    """Give one for each batch; of a sharded network equally many on every process, without a batch for the others'."""
+    if not processes.engine.shards:
+        yield from ((batch, inputs(batch)) for batch in batches)
+        return
     own = iter(batches)
     batch = next(own, None)
     args = None if batch is None else inputs(batch)

@@ -17,9 +17,7 @@ from tlscale.training.input_pipeline import ImagePipeline, InputPipeline
 from tlscale.training.logger import RunLogger
 from tlscale.training.loop_state import LoopState
 from tlscale.training.predictions import Predictions, write_predictions
-from tlscale.training.result import about_data, write_result
-from tlscale.training.scores import fitted, score_of_training
-from tlscale.training.setup import strategy_of
+from tlscale.training.result import about_score, fitted, make_result, write_result
 from tlscale.training.specs import pipeline_spec
 from tlscale.training.state import TrainState, unwrap
 
@@ -29,11 +27,7 @@ Figures = dict[str, Any]
 def finish(
     state: TrainState, loop: LoopState, logger: RunLogger, folder: RunFolder, run_info: dict[str, Any]
 ) -> tuple[dict[str, Any], str]:
-    """Score the last and the chosen weights on the split that chose nothing, and export the chosen ones.
-
-    Returns:
-        What `result.json` holds, and how to load the exported model.
-    """
+    """Score the last and the chosen weights on the split that chose nothing; export the chosen ones, as for `train`."""
     setup, processes = state.setup, state.processes
     split = setup.data.test or setup.data.validation
     assert split is not None, "set_up refuses data that nothing can be evaluated on"
@@ -44,7 +38,7 @@ def finish(
         best, predictions = _score(state, inputs, split, loop.chosen_step)
     unwrap(state)  # the exported model has to give its logits without what mixed precision does to them
     with state.averaged():
-        state.network = processes.engine.gather(state.network, state.meta_copy, keep=processes.is_main)
+        state.network = processes.engine.gather(state.network, keep=processes.is_main)
         how_to_load = processes.run_on_main(_export, state, folder)
     # Before the result, which says that all is there.
     write_predictions(folder.predictions, predictions, processes)
@@ -101,13 +95,9 @@ def _result(state: TrainState, loop: LoopState, split: ImageSplit, *, best: Figu
     setup, order = state.setup, state.setup.order
     brief = {name: {"step": figures["step"], **scalars(figures)} for name, figures in (("best", best), ("last", last))}
     has_codes = any(loop.keeps_codes.values()) or state.teacher_targets is not None
-    return {
-        "name": setup.name,
-        "strategy": strategy_of(setup),
-        "split": split.name,
-        **score_of_training(setup, split, has_chosen=(state.due.evaluate_every or 0) < setup.total_steps),
-        "num_classes": len(setup.data.classes),
-        **{key: value for key, value in best.items() if key not in ("step", "confusion", "per_class")},
+    # One evaluation, in the end, chooses nothing.
+    score = about_score(setup, split, has_chosen=(state.due.evaluate_every or 0) < setup.total_steps)
+    own = {
         "weights": "best" if setup.data.validation is not None else "last",
         "choice": loop.choice(state.evaluation),
         **brief,
@@ -118,7 +108,5 @@ def _result(state: TrainState, loop: LoopState, split: ImageSplit, *, best: Figu
         "codes": state.codes_cache.stats() if has_codes else None,
         "trainable_params": setup.trainable_params,
         "total_params": setup.total_params,
-        **about_data(setup),
-        "per_class": best["per_class"],
-        "confusion": best["confusion"],
     }
+    return make_result(setup, split, best, score, own)

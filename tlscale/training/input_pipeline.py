@@ -76,9 +76,8 @@ class ImagePipeline:
     ) -> None:
         """Open the training and the validation split.
 
-        Args:
-            views: the augmented views of each training image; None: a new one in each epoch.
-            num_seen: as `ImageCache.train` takes it.
+        `views` are the augmented views of each training image, None: a new one in each epoch; `num_seen` is as
+        `ImageCache.train` takes it.
         """
         self.module = network
         self._spec, self._processes, self._images, self._targets = spec, processes, images, targets
@@ -145,11 +144,7 @@ class CodePipeline:
         codes_cache: CodesCache,
         views: Sequence[int],
     ) -> None:
-        """Get or compute the codes of the training and the validation split.
-
-        Args:
-            views: of the training images, that the stage sees.
-        """
+        """Get or compute the codes of the training images, as the stage sees them, and of the validation split."""
         self.module = partition.suffix
         self._spec, self._processes = spec, processes
         self._partition, self._codes_cache = partition, codes_cache
@@ -173,7 +168,7 @@ class CodePipeline:
 
     def inputs(self, batch: CodeBatch) -> tuple[Tensor, ...]:
         codes = batch.to(self._processes.device, non_blocking=True).codes
-        # What was cached in fewer bits goes on in the dtype that the network computes in.
+        # What was cached in fewer bits is converted to the dtype that the network computes in.
         return tuple(code.to(value.dtype) for code, value in zip(codes, self._partition.values, strict=True))
 
     def eval_batches(self, split: ImageSplit) -> Iterable[CodeBatch]:
@@ -203,15 +198,10 @@ def open_pipeline(
     """Open the pipeline of a stage that was entered; return it, and whether it is one of codes.
 
     Args:
-        network: of the run, in that stage.
-        spec: of the run.
         caching: of the stage.
-        processes: of the run.
-        codes_cache: of the run.
         title: of the stage, before its line on the console.
         image_views: the augmented views of each training image, where it is fed with images; None: one an epoch.
         num_seen: the training images that it sees then, and those after it.
-        targets: of the teacher, where there is one.
         decided: what an earlier start of this run decided for this stage; it is resumed in the same way.
 
     Raises:

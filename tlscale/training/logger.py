@@ -86,20 +86,13 @@ class RunLogger:
     def write_evaluation(
         self, split: str, figures: dict[str, Any], *, is_best: bool, error_of: str | None = None
     ) -> None:
-        """Write a line on an evaluation.
-
-        Args:
-            is_best: its weights are those that would be exported now.
-            error_of: the figure that is shown with its standard error.
-        """
+        """Write a line on an evaluation; `error_of` is shown with its standard error, `is_best` is what is exported."""
         self._write("evaluate", {"split": split, **scalars(figures)})
         errors = {key: f" ± {number(figures[f'{key}_se'])}" for key in _SHOWN if key == error_of}
         shown = "  ".join(f"{key} {number(figures[key])}{errors.get(key, '')}" for key in _SHOWN if key in figures)
-        self._console.say(f"{split} after step {self._loop.step}: {shown}{self._rank() if is_best else ''}")
+        rank = "best so far" if self._loop.chosen is None else "within one standard error of the best"
+        self._console.say(f"{split} after step {self._loop.step}: {shown}{f'  ({rank})' if is_best else ''}")
         faults.at("evaluated")
-
-    def _rank(self) -> str:
-        return "  (best so far)" if self._loop.chosen is None else "  (within one standard error of the best)"
 
     def write_skipped(self, count: int, most: int) -> None:
         """Write a line on a step that changed nothing, because it was not finite."""

@@ -24,10 +24,9 @@ from tlscale.storage.run_folder import RunFolder
 from tlscale.tracking.console import Console
 from tlscale.training import computed
 from tlscale.training.cache_decision import refuse_codes_of_a_probe
-from tlscale.training.checkpoint.files import Checkpoint, checkpoint_folder
+from tlscale.training.checkpoint.files import Checkpoint, checkpoint_folder, pointed_to
 from tlscale.training.checkpoint.run_state import point_to, restore, saved_loop_state
 from tlscale.training.checkpoint.sharded import load_newest_on_all
-from tlscale.training.endings import non_finite, stopped
 from tlscale.training.finish import finish
 from tlscale.training.input_pipeline import InputPipeline
 from tlscale.training.logger import RunLogger
@@ -58,10 +57,7 @@ def train(
     run_info: dict[str, Any] | None,
     console: Console,
 ) -> tuple[dict[str, Any], str]:
-    """Train, evaluate and export as the recipe asks.
-
-    Args:
-        run_info: contents of `run.json` when resuming, else None.
+    """Train, evaluate and export as the recipe asks; `run_info` are the contents of `run.json` when resuming.
 
     Returns:
         What `result.json` holds, and how to load the exported model.
@@ -74,7 +70,8 @@ def train(
     # -- resume -------------------------------------------------------------------------------------------------------
     checkpoint = _newest_checkpoint(setup, folder, processes, run_info, console)
     loop = saved_loop_state(checkpoint) if checkpoint is not None else LoopState()
-    computed.keep_decisions(run_info, loop)
+    # What was decided for a stage, and is in no checkpoint yet.
+    loop.keeps_codes = {**(run_info or {}).get("keeps_codes", {}), **loop.keeps_codes}
     depending = computed.depends_on_passes(setup)
     # The stage of the last step made, and not of the next: a checkpoint at a boundary has the optimizer before it.
     state = build_train_state(setup, processes, stop, console, stage_at(setup.stages, loop.step - 1))
@@ -88,10 +85,11 @@ def train(
 
     # -- the loop -----------------------------------------------------------------------------------------------------
     # The first file is written now, when all images are open: bad ones must not leave a half-begun run.
-    start = computed.of_start(setup, processes, loop.step)
-    run_info = processes.run_on_main(
-        _write_run_info, run_info, folder, setup, processes, start, loop, depending, console
-    )
+    if run_info is None:
+        run_info = processes.run_on_main(begin_folder, folder, setup, processes.world_size, str(processes.device))
+    split, engine = setup.split, processes.engine
+    start = computed.Computed(loop.step, split.world_size, split.micro_batch_size, engine.name)
+    run_info = processes.run_on_main(computed.note_start, folder, run_info, start, loop, depending, console)
     loop.run_id = run_info.get("id")
     # The logger within the console, so that its last words are above the display; the watchdog within both, so that
     # what is waited for at their end (trackers send the rest) is no hang.
@@ -158,7 +156,7 @@ def _train_stages(state: TrainState, loop: LoopState, logger: RunLogger, folder:
                 if is_kept or due.save(loop.step) or stopping:
                     save(state, loop, folder)
                 if stopping and loop.step < setup.total_steps:
-                    raise Stopped(stopped(stop, loop, setup, folder))
+                    raise Stopped(_stopped(stop, loop, setup, folder))
 
 
 class Trained(NamedTuple):
@@ -187,12 +185,8 @@ def train_step(
     batches too, where a mean of means is not.
 
     Args:
-        model: what Accelerate, or FSDP2, made of the module that is trained.
-        optimizer: of its parameters, prepared as the model was.
-        loss_fn: from outputs and a batch to the loss of each image.
-        inputs: makes of a batch what the model takes, on its device.
+        model, optimizer: as the engine wrapped them.
         micro_batches: of this process; the same number on each.
-        processes: this process among all.
         num_images: in the step, over all processes.
         seed: of the step: dropout and stochastic depth.
         clip_grad_norm: the largest norm of the gradient; None: any.
@@ -206,7 +200,7 @@ def train_step(
     loss_sums = []
     for number, batch in enumerate(micro_batches):
         # Dropout and stochastic depth differ between processes and micro-batches, and are the same after a resume.
-        processes.seed(derive_seed(seed, processes.rank, number))
+        processes.local.seed(derive_seed(seed, processes.rank, number))
         batch = batch.to(processes.device, non_blocking=True)
         # Gradients are summed over the processes in the last backward pass alone: one exchange a step.
         with processes.engine.micro_batch(model, is_last=number == len(micro_batches) - 1):
@@ -240,7 +234,7 @@ def warm_up_ddp(state: TrainState, batch: Any) -> None:  # noqa: ANN401 (of the 
     check = finite_check(state)
     check.begin()
     batch = batch.to(processes.device)
-    processes.seed(derive_seed(state.setup.seed, "settle", processes.rank))
+    processes.local.seed(derive_seed(state.setup.seed, "settle", processes.rank))
     losses_B = state.loss_fn(state.model(*state.inputs.inputs(batch)), batch)
     processes.accelerator.backward(losses_B[: batch.num_real].sum())
     check.undo()  # no trace is left but in DDP
@@ -262,33 +256,18 @@ def _newest_checkpoint(
 
 def _begin(state: TrainState, loop: LoopState, checkpoint: Checkpoint | None) -> None:
     """Enter the stage of the next step, with what the checkpoint holds."""
-    engine, unchanging_keys = state.processes.engine, state.setup.unchanging_keys
-    # Into the bare objects of the stage that was saved, before they are wrapped and before the stage is left.
-    if checkpoint is not None and not engine.shards:
-        restore(checkpoint, state.network, state.optimizer, state.ema, unchanging_keys)
-    stage = stage_at(state.setup.stages, loop.step)
-    if stage is not state.stage:
-        advance_stage(state, stage)
-    enter_stage(state, loop, checkpoint.state["scaler"] if checkpoint is not None else None)
-    # Shards come into being when the stage is entered, and take theirs of the checkpoint after that.
-    if checkpoint is not None and engine.shards:
-        restore(checkpoint, state.network, state.optimizer, state.ema, unchanging_keys)
 
+    def put_back() -> None:
+        if checkpoint is not None:
+            restore(checkpoint, state.network, state.optimizer, state.ema, state.setup.unchanging_keys)
 
-def _write_run_info(
-    run_info: dict[str, Any] | None,
-    folder: RunFolder,
-    setup: RunSetup,
-    processes: Processes,
-    start: computed.Computed,
-    loop: LoopState,
-    depending: list[str],
-    console: Console,
-) -> dict[str, Any]:
-    """Write `run.json` of a run that begins, or note in it how a resumed one is computed from here on."""
-    if run_info is None:
-        run_info = begin_folder(folder, setup, world_size=processes.world_size, device=str(processes.device))
-    return computed.note_start(folder, run_info, start, loop, depending, console)
+    # Into the bare objects of the stage that was saved, before they are wrapped and before the stage is left; or, where
+    # the engine shards, into the shards that come into being when the stage is entered.
+    with state.processes.engine.restoring(put_back):
+        stage = stage_at(state.setup.stages, loop.step)
+        if stage is not state.stage:
+            advance_stage(state, stage)
+        enter_stage(state, loop, checkpoint.state["scaler"] if checkpoint is not None else None)
 
 
 def _count_step(
@@ -309,23 +288,19 @@ def _count_step(
             state.ema.update(loop.step)
         meter.add(trained.loss_sum, num_images, loop.step)
     # XLA runs now what was recorded, so that each step is the same program.
-    state.processes.mark_step()
+    state.processes.local.mark_step()
     logger.trained(num_images)
 
 
 def _skip_step(state: TrainState, loop: LoopState, logger: RunLogger, folder: RunFolder) -> None:
-    """Write down that the step changed nothing.
-
-    Raises:
-        NonFiniteLossError: too many steps were skipped.
-    """
+    """Write down that the step changed nothing; raise `NonFiniteLossError` where too many were skipped."""
     most = state.non_finite.most_steps
     loop.skipped_steps.append(loop.step)
     count = len(loop.skipped_steps)
     logger.write_skipped(count, most)
     if count > most:
         why = f"non_finite.most_steps is {most}, and {count} steps were skipped: "
-        raise NonFiniteLossError(why + non_finite(loop.step, folder), loop.step)
+        raise NonFiniteLossError(why + _non_finite(loop.step, folder), loop.step)
 
 
 def _refuse_non_finite(
@@ -335,4 +310,23 @@ def _refuse_non_finite(
     if bad_step is None and may_save and state.processes.any(not are_finite(state.network)):
         bad_step = loop.step
     if bad_step is not None:
-        raise NonFiniteLossError(non_finite(bad_step, folder), bad_step)
+        raise NonFiniteLossError(_non_finite(bad_step, folder), bad_step)
+
+
+def _non_finite(bad_step: int, folder: RunFolder) -> str:
+    """Tell that the loss or the weights are not finite, what is saved, and what to do."""
+    newest = pointed_to(folder.checkpoints, "LATEST")
+    return (
+        f"the loss or the weights became NaN or infinite at step {bad_step}; up to step {bad_step - 1} all was finite. "
+        f"{f'The last checkpoint is {newest}' if newest else 'There is no checkpoint yet'}; nothing was saved after. "
+        "Lower optim.lr, lengthen schedule.warmup, set optim.clip_grad_norm=1.0, or use compute.precision=fp32; "
+        "non_finite.action=skip skips single steps."
+    )
+
+
+def _stopped(stop: StopRequest, loop: LoopState, setup: RunSetup, folder: RunFolder) -> str:
+    """Tell that the run was stopped, and by what."""
+    return (
+        f"stopped by {stop.by or 'a signal to another process'} after step {loop.step} of {setup.total_steps}; all "
+        f"is saved in '{folder.path}'. The same line with --resume resumes it."
+    )

@@ -69,16 +69,11 @@ class LoopState:
         keeping: CheckpointSection,
         error: float | None = None,
     ) -> bool:
-        """Enter this step's validation figure; return whether its checkpoint is one to keep.
+        """Enter this step's validation figure and its standard `error`; return whether its checkpoint is one to keep.
 
-        The earlier of two equal figures is the better one. The chosen step only ever moves to this one: it is the
-        latest, so it is chosen where it is best, or within one standard error of the best.
-
-        Args:
-            figure: None (a loss that is not finite) is never among the best.
-            evaluation: the recipe's.
-            keeping: the recipe's.
-            error: its standard error; None: as 0.
+        The earlier of two equal figures is the better one; None (a loss that is not finite) is never among the best.
+        The chosen step only ever moves to this one: it is the latest, so it is chosen where it is best, or within one
+        standard error of the best.
         """
         if figure is None:
             return False
@@ -104,20 +99,13 @@ class LoopState:
 
 @dataclass(frozen=True)
 class Due:
-    """Tell what follows on a step (counted from 1); a function of the step, the same on every process.
-
-    Attributes:
-        last_step: of the run.
-        stage_ends: last steps of stages. What comes after one may take long, and must not be what a stop loses.
-        log_every, save_every: steps.
-        evaluate_every: steps; None: there is no validation split.
-    """
+    """Tell what follows on a step (counted from 1); a function of the step, the same on every process."""
 
     last_step: int
-    stage_ends: Sequence[int]
+    stage_ends: Sequence[int]  # their last steps: what comes after one may take long, and a stop must not lose it
     log_every: int
     save_every: int
-    evaluate_every: int | None
+    evaluate_every: int | None  # None: there is no validation split
 
     def log(self, step: int) -> bool:
         return step % self.log_every == 0 or step == self.last_step
@@ -150,7 +138,7 @@ class LossMeter:
         if not self._sums:
             return None
         steps = [step for step, _ in self._sums]
-        totals = self._processes.sum(self._processes.to_cpu([loss for _, loss in self._sums]).double())
+        totals = self._processes.sum(self._processes.local.to_cpu([loss for _, loss in self._sums]).double())
         self._sums.clear()
         for step, total in zip(steps, totals.tolist(), strict=True):
             if not math.isfinite(total):

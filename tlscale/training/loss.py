@@ -26,10 +26,12 @@ from tlscale.training.distillation.loss import DistillationLoss
 
 
 class Batch(Protocol):
-    """Tell of a batch, of images or of codes, what the loss needs."""
+    """Tell of a batch, of images or of codes, what the loss needs, and which images of their split it has."""
 
     @property
     def labels_B(self) -> Tensor: ...  # noqa: N802
+    @property
+    def rows_B(self) -> Tensor: ...  # noqa: N802
     @property
     def partner_labels_B(self) -> Tensor | None: ...  # noqa: N802
     @property
@@ -67,12 +69,7 @@ def _at_least_float32(logits_BC: Tensor) -> Tensor:
 
 
 class CrossEntropyLoss:
-    """Compute cross-entropy with label smoothing, class weights and mixed labels.
-
-    Args:
-        section: the recipe's loss.
-        class_weights_C: from `class_weights`, or None.
-    """
+    """Compute cross-entropy with label smoothing, class weights and mixed labels."""
 
     aux_names: tuple[str, ...] = ()
 
@@ -133,10 +130,8 @@ class LossSpec:
 class LossKind:
     """One kind of loss.
 
-    Attributes:
-        build: makes it.
-        is_linear_in_target: the loss of a mixed target is the mixture of the losses of its labels. A loss that is not
-            would be another one with mixup and cutmix, which mix two labels, and is refused with them.
+    `is_linear_in_target`: the loss of a mixed target is the mixture of the losses of its labels. A loss that is not
+    would be another one with mixup and cutmix, which mix two labels, and is refused with them.
     """
 
     build: Callable[[LossSpec], Loss]
@@ -164,14 +159,10 @@ def loss_name(distill: DistillSection | None) -> str:
 
 
 def refuse_mixed_targets(name: str, augment: Collection[str]) -> None:
-    """Refuse a loss that would be wrong for images with two labels.
-
-    Args:
-        name: of the row of `LOSSES`.
-        augment: names of the recipe's augmentations.
+    """Refuse the loss of this row of `LOSSES` where it would be wrong for images with two labels.
 
     Raises:
-        RecipeError: it is not linear in its target, and images are mixed.
+        RecipeError: it is not linear in its target, and one of the augmentations mixes images.
     """
     mixed = [kind for kind in ("mixup", "cutmix") if kind in augment]
     if mixed and not LOSSES[name].is_linear_in_target:
@@ -185,11 +176,6 @@ def refuse_mixed_targets(name: str, augment: Collection[str]) -> None:
 def class_weights(section: LossSection, labels_N: np.ndarray, classes: Sequence[str]) -> Tensor | None:
     """Return the weight of each class, shape (C,) float64, scaled to a mean of 1 over the training images.
 
-    Args:
-        section: the recipe's loss.
-        labels_N: class numbers of the N training images.
-        classes: names of the C classes.
-
     Raises:
         RecipeError: weights for classes that are not there, or classes without one.
     """
@@ -202,20 +188,20 @@ def class_weights(section: LossSection, labels_N: np.ndarray, classes: Sequence[
         weights_C = _weights_by_name(section.class_weights, classes)
     mean = float((weights_C * counts_C).sum() / counts_C.sum())
     if mean <= 0:
-        raise RecipeError("loss.class_weights: all weights of the training images are 0; there is nothing to learn")
+        problem = "all weights of the training images are 0; there is nothing to learn"
+        raise RecipeError(problem, key="loss.class_weights")
     return torch.from_numpy(weights_C / mean)
 
 
 def _weights_by_name(weights: dict[str, float], classes: Sequence[str]) -> np.ndarray:
     for name, weight in weights.items():
         if name not in classes:
-            raise RecipeError(
-                f"loss.class_weights: there is no class '{name}'.{did_you_mean(name, classes)} "
-                f"The classes are: {', '.join(classes)}"
-            )
+            problem = f"there is no class '{name}'.{did_you_mean(name, classes)} The classes are: {', '.join(classes)}"
+            raise RecipeError(problem, key="loss.class_weights")
         if weight < 0:
-            raise RecipeError(f"loss.class_weights: the weight of '{name}' is {weight}; it must be at least 0")
+            raise RecipeError(f"the weight of '{name}' is {weight}; it must be at least 0", key="loss.class_weights")
     missing = [name for name in classes if name not in weights]
     if missing:
-        raise RecipeError(f"loss.class_weights: no weight for {', '.join(missing)}; give one for every class")
+        problem = f"no weight for {', '.join(missing)}; give one for every class"
+        raise RecipeError(problem, key="loss.class_weights")
     return np.array([weights[name] for name in classes], dtype=np.float64)

@@ -1,7 +1,7 @@
 """Exact classification figures from counts that add up over batches and processes.
 
 Promise: `Tally` keeps only sums (int64 counts, float64 sums), so the figures do not depend on how the images were
-spread over batches or processes: sum the two tensors of `state()` over all processes, `load_state` the result, and
+split into batches or over processes: sum the two tensors of `state()` over all processes, `load_state` the result, and
 `summary` says what one process would have said. Nothing waits for the device before `state`.
 
 What a NaN or a tie means is fixed here. A row of logits that holds a NaN is no answer: it is counted as an image,
@@ -60,24 +60,22 @@ class Tally:
         self.bin_confidence_M = torch.zeros(num_bins, dtype=torch.float64, device=self._float_device)
 
     @torch.no_grad()
-    def update(self, logits_BC: Tensor, labels_B: Tensor, losses_B: Tensor, valid_B: Tensor | None = None) -> None:
+    def update(self, logits_BC: Tensor, labels_B: Tensor, losses_B: Tensor) -> None:
         """Add a batch, without waiting for the device.
 
         Args:
             logits_BC: of any floating dtype; fp16 and bf16 are taken to float32 first.
             labels_B: true classes, int64, 0..C-1.
             losses_B: the loss of each image, not averaged.
-            valid_B: bool; images where it is False (padding) are not counted. None: all count.
         """
         logits_BC = logits_BC if logits_BC.dtype == torch.float64 else logits_BC.float()
-        valid_B = torch.ones_like(labels_B, dtype=torch.bool) if valid_B is None else valid_B
-        answered_B = valid_B & ~logits_BC.isnan().any(dim=1)
+        answered_B = ~logits_BC.isnan().any(dim=1)
         # From here on only finite numbers: an infinite logit would make the softmax NaN.
         logits_BC = torch.nan_to_num(logits_BC)
         answers_B, rank_B = logits_BC.argmax(dim=1), _rank_of_label(logits_BC, labels_B)
         hits_B = answered_B & (answers_B == labels_B)
 
-        self.images_C.index_add_(0, labels_B, valid_B.long())
+        self.images_C.index_add_(0, labels_B, torch.ones_like(labels_B))
         self.answers_C.index_add_(0, answers_B, answered_B.long())
         self.hits_C.index_add_(0, labels_B, hits_B.long())
         self.top5 += (answered_B & (rank_B < 5)).sum()
@@ -86,7 +84,6 @@ class Tally:
             self.confusion_CC.view(-1).index_add_(0, cells_B, answered_B.long())
         self._update_bins(logits_BC, answered_B, hits_B)
         losses_B = losses_B.detach().to(self._float_device).double()
-        losses_B = torch.where(valid_B.to(self._float_device), losses_B, 0.0)
         self.loss += losses_B.sum()
         self.loss_squares += losses_B.square().sum()
 
@@ -146,10 +143,6 @@ def summary(tally: Tally, class_names: Sequence[str]) -> dict[str, Any]:
 
     A figure that has no value (a mean over nothing, a loss that is not finite) is None. A class without images has
     None for each of its figures and is not part of `macro_f1`; a class that was never the answer has no precision.
-
-    Args:
-        tally: the sums, over all processes.
-        class_names: C different names, in the order of the labels.
 
     Returns:
         `num_images`; `top1`; `top1_interval95` (Wilson 1927, [low, high]); `top5` (None with five classes or fewer,
@@ -235,14 +228,8 @@ def standard_error(tally: Tally, figure: str) -> float | None:
     """Return the standard error of a figure of `summary`: how far it moves from one draw of such images to another.
 
     That of `top1` is binomial, that of `loss` the standard error of a mean, and that of `macro_f1` a bootstrap over
-    images with a fixed seed, so that a resumed run finds what an unbroken one does.
-
-    Args:
-        tally: the sums, over all processes.
-        figure: top1, loss or macro_f1.
-
-    Returns:
-        None where there is none: of no image, or of a loss that is not finite.
+    images with a fixed seed, so that a resumed run finds what an unbroken one does. None of no image, or of a loss that
+    is not finite.
     """
     num_images = tally.num_images
     if not num_images:

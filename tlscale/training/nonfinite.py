@@ -18,10 +18,7 @@ from tlscale.distributed.processes import Processes
 class FiniteCheck:
     """Check one step: `begin` before its forward pass, `is_finite` before its update, `undo` if it is not.
 
-    Args:
-        network: the bare one.
-        unchanging_keys: of its state dict; training cannot change what they name.
-        scales_loss: whether a GradScaler is at work. It checks gradients itself, and some are usually infinite then.
+    `scales_loss`: a GradScaler is at work. It checks gradients itself, and some are usually infinite then.
     """
 
     def __init__(

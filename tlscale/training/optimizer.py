@@ -30,11 +30,10 @@ def parameter_groups(
     never_decayed: frozenset[str],
     where: str = "",
 ) -> list[Group]:
-    """Trainable parameters grouped by (learning rate, weight decay), in order of first appearance.
+    """Group trainable parameters by (learning rate, weight decay), in order of first appearance.
 
     Args:
         params: all parameters by name; the frozen ones are skipped.
-        section: the recipe's optimizer.
         layer_depth: layers away from the head, by name (0 is the head), for `layer_decay`.
         never_decayed: names that the architecture wants without weight decay (position embeddings and the like).
         where: the stage whose `lr_rules` these are, for messages; empty where they are the recipe's.
@@ -68,10 +67,8 @@ def build_optimizer(groups: list[Group], section: OptimSection) -> torch.optim.O
     """
     check_optimizer(section)
     if get_optimizer_info(_base_name(section.name)).second_order:
-        raise RecipeError(
-            f"optim.name: '{section.name}' needs second derivatives, which the training loop does not compute. "
-            "Use another, such as adamw, lamb, or muon"
-        )
+        problem = f"'{section.name}' needs second derivatives, which the training loop does not compute"
+        raise RecipeError(problem, key="optim.name", remedy="Use another, such as adamw, lamb, or muon")
     options: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value for key, value in section.options.items()
     }
@@ -83,7 +80,7 @@ def build_optimizer(groups: list[Group], section: OptimSection) -> torch.optim.O
         optimizer = create_optimizer_v2(groups, opt=section.name, lr=section.lr, weight_decay=0.0, **options)
     except Exception as error:  # optimizers raise whatever they like about their arguments
         given = f" with {dict(section.options)}" if section.options else ""
-        raise RecipeError(f"optim: '{section.name}' cannot be made{given}: {error}") from error
+        raise RecipeError(f"'{section.name}' cannot be made{given}: {error}", key="optim") from error
     return optimizer
 
 
@@ -91,8 +88,8 @@ def _implementation(groups: list[Group], section: OptimSection) -> str | None:
     """Return which of torch's implementations to use; None for its default, or where there are none.
 
     Fused, which does all of an update in one pass over the parameters: by default torch takes a loop over the tensors
-    (on a CPU), which benchmarks/optimizer_step.py compares. Of sharded tensors it knows that for
-    Adam alone. The recipe's own choice wins.
+    (on a CPU), which benchmarks/optimizer_step.py compares. Of sharded tensors it knows that for Adam alone. The
+    recipe's own choice wins.
     """
     optimizer_class = get_optimizer_info(_base_name(section.name)).opt_class
     if isinstance(optimizer_class, str) or not optimizer_class.__module__.startswith("torch.optim"):
@@ -124,27 +121,16 @@ def check_optimizer(section: OptimSection) -> None:
     Raises:
         RecipeError: timm has no such optimizer, or it does not take an option.
     """
-    _check_name(section.name)
-    _check_options(section)
-
-
-def _check_name(name: str) -> None:
-    known = [str(known_name) for known_name in list_optimizers()]
-    base = _base_name(name)
-    if base not in known:
-        raise RecipeError(
-            f"optim.name: timm has no optimizer '{name}'.{did_you_mean(base, known)} There are: {', '.join(known)}"
-        )
-
-
-def _check_options(section: OptimSection) -> None:
-    optimizer_class = get_optimizer_info(_base_name(section.name)).opt_class
+    names, base = [str(name) for name in list_optimizers()], _base_name(section.name)
+    if base not in names:
+        problem = f"timm has no optimizer '{section.name}'.{did_you_mean(base, names)} There are: {', '.join(names)}"
+        raise RecipeError(problem, key="optim.name")
+    optimizer_class = get_optimizer_info(base).opt_class
     if isinstance(optimizer_class, str):
         return  # of another package; it checks its own arguments
     known = set(inspect.signature(optimizer_class.__init__).parameters) - {"self", "params", "lr", "weight_decay"}
     for key in section.options:
         if key not in known:
-            raise RecipeError(
-                f"optim.options: '{section.name}' takes no '{key}'.{did_you_mean(key, known)} "
-                f"It takes: {', '.join(sorted(known))}"
-            )
+            takes = f"It takes: {', '.join(sorted(known))}"
+            problem = f"'{section.name}' takes no '{key}'.{did_you_mean(key, known)} {takes}"
+            raise RecipeError(problem, key="optim.options")

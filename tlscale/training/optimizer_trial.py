@@ -22,12 +22,14 @@ _SHAPES = ((34, 18), (19,), (1, 20, 18), (18, 17, 3, 3))
 _STEPS = 3
 
 
-def check_optimizer_shards(section: OptimSection, mesh: DeviceMesh, processes: Processes) -> None:
-    """Refuse an optimizer that would learn something else on shards.
+def check_optimizer_shards(section: OptimSection, mesh: DeviceMesh | None, processes: Processes) -> None:
+    """Refuse an optimizer that would learn something else on shards; `mesh` None: nothing is sharded.
 
     Raises:
         RecipeError: on every process, where it does not work on one.
     """
+    if mesh is None:
+        return
     why_not = next(filter(None, processes.gather(_objection(section, mesh))), None)
     if why_not is not None:
         raise RecipeError(
@@ -52,12 +54,7 @@ def _objection(section: OptimSection, mesh: DeviceMesh) -> str | None:
 
 
 def _after_steps(section: OptimSection, mesh: DeviceMesh | None) -> list[Tensor]:
-    """Return the parameters, and what the optimizer keeps of them, after a few steps.
-
-    Args:
-        section: the recipe's optimizer.
-        mesh: shard them over it; None: on whole tensors.
-    """
+    """Return the parameters, and what the optimizer keeps of them, after a few steps; `mesh` None: on whole tensors."""
     generator = torch.Generator().manual_seed(0)
 
     def numbers(shape: tuple[int, ...]) -> Tensor:

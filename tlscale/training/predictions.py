@@ -50,12 +50,7 @@ _HOME = re.compile(r"^/(home|Users)/[^/]+/")
 
 
 class Predictions:
-    """Collect this process's predictions on a split, on the CPU; with many classes only the best of each image.
-
-    Args:
-        split: the images that are scored.
-        classes: names of the C classes.
-    """
+    """Collect this process's predictions on a split, on the CPU; with many classes only the best of each image."""
 
     def __init__(self, split: ImageSplit, classes: Sequence[str]) -> None:
         self.split, self.classes = split, tuple(classes)
@@ -66,9 +61,7 @@ class Predictions:
     def add(self, positions_B: Tensor, logits_BC: Tensor) -> None:
         """Take a batch, without waiting for the device: it is moved to the CPU when the next one comes.
 
-        Args:
-            positions_B: of the images in the split.
-            logits_BC: of any floating dtype; fp16 and bf16 are taken to float32, as `metrics.Tally` does.
+        Positions are those in the split; logits in fp16 and bf16 are taken to float32, as `metrics.Tally` does.
         """
         self._fetch()
         logits_BC = logits_BC if logits_BC.dtype == torch.float64 else logits_BC.float()
@@ -161,12 +154,9 @@ def _readable(name: str) -> str:
 
 
 def write_predictions(path: Path, predictions: Predictions, processes: Processes | None = None) -> None:
-    """Write all predictions to `path`, whole or not at all.
+    """Write all predictions to the main process's `path`, whole or not at all.
 
-    Args:
-        path: of the main process; others may have no such folder.
-        predictions: this process's.
-        processes: to be called on all of them; None: this one has all images.
+    To be called on all processes, each with its own predictions; `processes` None: this one has all images.
 
     Raises:
         TlscaleError: on every process, where the disk is full or fails.
@@ -181,15 +171,15 @@ def write_predictions(path: Path, predictions: Predictions, processes: Processes
         error = raised
     for _ in tables:  # what the others hand over, also to a main process that failed
         pass
+
+    def end() -> None:
+        if error is not None:
+            raise error
+
     if processes is None:
-        _raise(error)
+        end()
     else:
-        processes.run_on_main(_raise, error)
-
-
-def _raise(error: Exception | None) -> None:
-    if error is not None:
-        raise error
+        processes.run_on_main(end)
 
 
 def _write(path: Path, tables: Iterable[pa.Table], split: ImageSplit) -> None:

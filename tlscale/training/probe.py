@@ -38,10 +38,9 @@ from tlscale.training.loop_state import LoopState
 from tlscale.training.loss import cross_entropy
 from tlscale.training.metrics import Tally, majority, summary
 from tlscale.training.predictions import Predictions, write_predictions
-from tlscale.training.result import about_data, write_result
+from tlscale.training.result import about_score, fitted, make_result, write_result
 from tlscale.training.run_info import begin_folder
-from tlscale.training.scores import fitted, score_of_probe
-from tlscale.training.setup import RunSetup, strategy_of
+from tlscale.training.setup import RunSetup
 from tlscale.training.specs import open_codes_cache
 
 _BLOCK = 4096  # images whose logits are computed at once
@@ -55,13 +54,9 @@ def probe(
     run_info: dict[str, Any] | None,
     console: Console,
 ) -> tuple[dict[str, Any], str]:
-    """Fit the recipe's probe, evaluate it and export its model.
+    """Fit the recipe's probe, evaluate it and export its model; return what `training.loop.train` does.
 
-    Args:
-        run_info: contents of `run.json` when a probe that was stopped begins again, else None; it is written anew.
-
-    Returns:
-        What `result.json` holds, and how to load the exported model.
+    `run_info` is of a probe that was stopped and begins again, else None; it is written anew.
     """
     data, section = setup.data, setup.recipe.probe
     assert section is not None
@@ -75,7 +70,7 @@ def probe(
     assert split is not None, "set_up refuses data that nothing can be evaluated on"
     codes |= {} if split.name in codes else codes_cache.layer_codes(backbone, wanted, [split])
     device = processes.device
-    run_info = processes.run_on_main(begin_folder, folder, setup, world_size=processes.world_size, device=str(device))
+    run_info = processes.run_on_main(begin_folder, folder, setup, processes.world_size, str(device))
     with RunLogger(setup, folder, processes, LoopState(), run_info, console) as logger:
         # The other processes wait for what the main one finds.
         job = _Probe(setup, section, wanted, codes, split, device, codes_cache.stats())
@@ -171,13 +166,9 @@ class _Probe:
         num_params = sum(param.numel() for param in fit.head.parameters())
         backbone_params = sum(param.numel() for param in setup.classifier.backbone.parameters())
         brief = {"step": 0, **scalars(figures)}
-        return {
-            "name": setup.name,
-            "strategy": strategy_of(setup),
-            "split": self.split.name,
-            **score_of_probe(setup, choice, self.split),
-            "num_classes": len(setup.data.classes),
-            **{key: value for key, value in figures.items() if key not in ("confusion", "per_class")},
+        has_chosen = sum(map(len, choice.table.values())) > 1
+        score = about_score(setup, self.split, has_chosen=has_chosen, refitted=fit.refitted)
+        own = {
             "weights": "last",
             "best": brief,
             "last": brief,
@@ -197,10 +188,8 @@ class _Probe:
             "codes": self.cache_stats,
             "trainable_params": num_params,
             "total_params": backbone_params + num_params,
-            **about_data(setup),
-            "per_class": figures["per_class"],
-            "confusion": figures["confusion"],
         }
+        return make_result(setup, self.split, figures, score, own)
 
 
 def _plain(row: PathRow) -> dict[str, Any]:

@@ -1,41 +1,83 @@
-"""Write `result.json`, and what it tells of the data: the same for training and for a probe."""
+"""Write and read `result.json`, and tell in it what a run's score is of: the same for training and for a probe.
+
+- `scored_model`: `exported`, or `before_refit`: the score is of a probe's classifier that was fitted to the training
+  images alone, and the exported one was fitted again, to the validation images too, and has no score of its own.
+- `exported_model`: `fitted_on_train`, or `refitted_on_train_and_validation`.
+- `selected_on`: `validation` where there is no test split and the scored images have chosen the step, layer, pooling
+  or strength, so that the score is likely somewhat too high; else null.
+- `majority`: `label`, the most frequent class of the training images, and `top1`, its share of the scored images.
+"""
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from tlscale import faults
+from tlscale.data.sources.open import ImageSplit
 from tlscale.storage.files import naming_disk_errors, write_json
 from tlscale.storage.run_folder import RunFolder
 from tlscale.tracking.redact import places_of, without_places
 from tlscale.tracking.stopwatch import Stopwatch
-from tlscale.training.setup import RunSetup
+from tlscale.training.metrics import majority
+from tlscale.training.setup import RunSetup, strategy_of
 
 
-def about_data(setup: RunSetup) -> dict[str, Any]:
-    """Return the keys that tell of the data what a reader of the figures has to know."""
+def about_score(setup: RunSetup, split: ImageSplit, *, has_chosen: bool, refitted: bool = False) -> dict[str, Any]:
+    """Return the four keys of above.
+
+    `has_chosen`: the exported weights were chosen among several steps, layers or strengths. `refitted`: a probe's
+    classifier was fitted again, to the validation images too.
+    """
+    data = setup.data
     return {
+        "scored_model": "before_refit" if refitted and data.test is None else "exported",
+        "exported_model": "refitted_on_train_and_validation" if refitted else "fitted_on_train",
+        "selected_on": split.name if split.name == "validation" and has_chosen else None,
+        "majority": majority(data.train.labels_N, split.labels_N, data.classes),
+    }
+
+
+def fitted(setup: RunSetup, *, refitted: bool = False) -> dict[str, Any]:
+    """Return the keys of the exported model's `config.json` that tell what it was fitted and scored on."""
+    scored_on = "test" if setup.data.test is not None else None if refitted else "validation"
+    return {"fitted_on": ["train", "validation"] if refitted else ["train"], "scored_on": scored_on}
+
+
+def make_result(
+    setup: RunSetup, split: ImageSplit, figures: dict[str, Any], score: dict[str, Any], own: dict[str, Any]
+) -> dict[str, Any]:
+    """Return what `result.json` holds: the figures on the scored split, and what a kind of job tells of its own."""
+    return {
+        "name": setup.name,
+        "strategy": strategy_of(setup),
+        "split": split.name,
+        **score,
+        "num_classes": len(setup.data.classes),
+        **{key: value for key, value in figures.items() if key not in ("step", "confusion", "per_class")},
+        **own,
         "is_sample": setup.data.is_sample,
         "notes": without_places(list(setup.data.notes), places_of(setup.recipe)),
         "num_bad_images": len(setup.bad_images),
         "skipped_images": setup.bad_images.counts,
+        "per_class": figures["per_class"],
+        "confusion": figures["confusion"],
     }
 
 
 def write_result(result: dict[str, Any], folder: RunFolder, watch: Stopwatch) -> dict[str, Any]:
-    """Write the last file of a run: where it is there, the run is complete.
+    """Write the last file of a run, and return it; where it is there, the run is complete.
 
-    Args:
-        watch: of the run. It is read here, last of all, so that its seconds are all that there were until this file.
-
-    Returns:
-        What was written: `result`, and the seconds.
-
-    Raises:
-        TlscaleError: the disk is full or cannot be written.
+    The watch is read here, last of all, so that its seconds are all that there were until this file. A full disk is a
+    `TlscaleError`.
     """
     faults.at("result")
     with naming_disk_errors(folder.result):
         result |= watch.figures(result["images_seen"])
         write_json(folder.result, result)
     return result
+
+
+def read_result(folder: RunFolder) -> dict[str, Any] | None:
+    """Read `result.json`; None where the run is not complete."""
+    return dict(json.loads(folder.result.read_text())) if folder.result.exists() else None

@@ -67,12 +67,8 @@ def make_run_info(setup: RunSetup, *, world_size: int, device: str) -> dict[str,
     return plain
 
 
-def begin_folder(folder: RunFolder, setup: RunSetup, *, world_size: int, device: str) -> dict[str, Any]:
-    """Write what a run begins with; what an earlier run left in the folder is removed.
-
-    Returns:
-        What `run.json` holds.
-    """
+def begin_folder(folder: RunFolder, setup: RunSetup, world_size: int, device: str) -> dict[str, Any]:
+    """Write what a run begins with, and return `run.json`; what an earlier run left in the folder is removed."""
     run_info = make_run_info(setup, world_size=world_size, device=device)
     with naming_disk_errors(folder.path):
         clear(folder)

@@ -60,7 +60,6 @@ class RunSetup:
 
     @property
     def bad_images(self) -> BadImages:
-        """Images that are skipped."""
         return self.data.bad_images
 
     @property
@@ -143,11 +142,8 @@ def set_up(
     """Open the data, build the model, match the rules, do the arithmetic.
 
     Args:
-        recipe: the recipe.
-        world_size: number of processes.
         bad_images: those that an earlier start of this run found; None: find them, where the recipe says to skip them.
         tries_images: decode images to find those; else all are taken as sound.
-        watch: measures the run.
 
     Raises:
         TlscaleError: whatever is wrong, of the kind that says where.
@@ -202,7 +198,10 @@ def _plan_stages(recipe: Recipe, classifier: Classifier, order: DataOrder, spec:
     stages = plan_stages(recipe.stages, whole_run, recipe.optim, recipe.schedule, classifier, order)
     _refuse_idle_rates(recipe.backbone, stages)
     if recipe.compute.gradient_checkpointing:
-        _enable_checkpointing(classifier, stages, spec)
+        # Tried in the stage that trains most; it acts in each that trains a part of the backbone.
+        apply_freezing(classifier, max(stages, key=lambda stage: len(stage.trained)))
+        enable_gradient_checkpointing(classifier, in_chans=spec.in_chans, image_size=spec.image_size)
+        apply_freezing(classifier, stages[0])
     return stages
 
 
@@ -255,13 +254,6 @@ def _assemble(
     return classifier, width
 
 
-def _enable_checkpointing(classifier: Classifier, stages: list[Stage], spec: InputSpec) -> None:
-    """Try it in the stage that trains most; it acts in each that trains a part of the backbone."""
-    apply_freezing(classifier, max(stages, key=lambda stage: len(stage.trained)))
-    enable_gradient_checkpointing(classifier, in_chans=spec.in_chans, image_size=spec.image_size)
-    apply_freezing(classifier, stages[0])
-
-
 def _refuse_what_cannot_train(setup: RunSetup, world_size: int) -> None:
     """Find by a pass on trial what would fail in the middle of an epoch, or leave a process waiting."""
     classifier, stages, trained = setup.classifier, setup.stages, setup.trained
@@ -293,7 +285,7 @@ def _one_image(setup: RunSetup) -> str:
     else:
         what = f"the last batch of an epoch ({rest} of {order.batch_size} images) leaves a process with one image"
         remedy = "set drop_last: true, or another batch_size"
-    return f"{split.describe()}: {what}, and batch norm cannot be trained on one image. To go on, {remedy}."
+    return f"{split.describe()}: {what}, and batch norm cannot be trained on one image. To train, {remedy}."
 
 
 def strategy_of(setup: RunSetup) -> str:

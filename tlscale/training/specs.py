@@ -95,11 +95,7 @@ def open_image_cache(setup: RunSetup) -> ImageCache:
 def open_codes_cache(
     setup: RunSetup, processes: Processes, console: Console, stop: StopRequest, *, force_fp32: bool = False
 ) -> CodesCache:
-    """Return the cache of this run's codes; nothing is computed yet.
-
-    Args:
-        force_fp32: compute in float32 where the run is in less.
-    """
+    """Return the cache of this run's codes; nothing is computed yet. `force_fp32`: where the run is in less."""
     recipe = setup.recipe
     precision = recipe.compute.precision
     spec = CodesSpec(
@@ -115,8 +111,7 @@ def open_codes_cache(
 def ask_teacher(setup: RunSetup, processes: Processes, codes_cache: CodesCache) -> TeacherTargets | None:
     """Get the teacher's targets for all images of a run, where the recipe has a teacher: cached, or computed now.
 
-    Args:
-        codes_cache: of the run, which counts what is computed.
+    The run's `codes_cache` counts what is computed.
 
     Raises:
         DataError: an image cannot be read.
@@ -128,7 +123,7 @@ def ask_teacher(setup: RunSetup, processes: Processes, codes_cache: CodesCache) 
     # What is learned in every epoch is computed once: it is not rounded for the sake of speed.
     as_it_sees = replace(setup, spec=teacher.spec)
     cache = open_codes_cache(as_it_sees, processes, codes_cache.console, codes_cache.stop, force_fp32=True)
-    processes.to_device(teacher.module)
+    processes.local.to_device(teacher.module)
     num_epochs = setup.order.epoch(setup.total_steps - 1) + 1
     targets = TeacherTargets(teacher, cache, range(min(cache.spec.section.views, num_epochs)), setup.dtype)
     for split in (setup.data.validation, setup.data.test):

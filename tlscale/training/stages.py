@@ -6,6 +6,7 @@ same way whether the run came there or is resumed there.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -19,7 +20,6 @@ from tlscale.recipe.duration import Duration
 from tlscale.recipe.rules import Rule, match_rules
 from tlscale.recipe.schema import OptimSection, ScheduleSection, StageSection
 from tlscale.training.optimizer import Group, parameter_groups
-from tlscale.training.schedule import make_lr_factor
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,7 @@ def plan_stages(
 ) -> list[Stage]:
     """Plan the stages of a run, in order; leave the classifier as the first one wants it.
 
-    Args:
-        sections: the recipe's `stages`.
-        whole_run: the only stage of a recipe without them.
-        optim: the recipe's, which a stage may change.
-        schedule: the recipe's, which a stage may replace.
-        classifier: of the run.
-        order: of the training images.
+    A recipe without `stages` has one, `whole_run`. A stage may change the recipe's `optim` and replace its `schedule`.
 
     Raises:
         RecipeError: a rule without effect, a warm-up longer than its stage.
@@ -187,3 +181,33 @@ def _refuse_long_warmup(
             f"{whose}schedule.warmup = {schedule.warmup} is {warmup_steps} steps, and {where}duration = "
             f"{section.duration} is {num_steps}: the learning rate would never reach its peak. Shorten the warm-up"
         )
+
+
+def make_lr_factor(
+    section: ScheduleSection, *, total_steps: int, to_steps: Callable[[Duration], int]
+) -> Callable[[int], float]:
+    """Return the factor on the peak learning rate for step 0, 1, ... `total_steps - 1`.
+
+    Warm-up of w steps takes step s to (s + 1) / w, so that no step is wasted at zero and step w - 1 is at the
+    peak. Cosine: Loshchilov and Hutter 2017, one period, reaching `min_factor` after the last step.
+    """
+    warmup_steps = to_steps(section.warmup)
+    stair_steps = to_steps(section.step_every) if section.step_every is not None else 0
+    decay_steps = max(total_steps - warmup_steps, 1)
+
+    def lr_factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
+        share = min((step - warmup_steps) / decay_steps, 1.0)
+        match section.decay:
+            case "cosine":
+                return section.min_factor + (1 - section.min_factor) * (1 + math.cos(math.pi * share)) / 2
+            case "linear":
+                return section.min_factor + (1 - section.min_factor) * (1 - share)
+            case "step":
+                assert section.step_factor is not None
+                return float(section.step_factor ** ((step - warmup_steps) // stair_steps))
+            case "constant":
+                return 1.0
+
+    return lr_factor

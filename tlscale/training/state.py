@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from tlscale import faults
 from tlscale.codes.cache import CodesCache
 from tlscale.data.sources.open import ImageSplit
 from tlscale.distributed.consistency import check_replicas_agree
-from tlscale.distributed.fsdp import Fsdp2Engine, meta_copy, sharded_groups
+from tlscale.distributed.fsdp import sharded_groups
 from tlscale.distributed.processes import Processes
 from tlscale.distributed.signals import StopRequest
 from tlscale.models.classifier import Classifier
@@ -37,7 +38,6 @@ from tlscale.training.nonfinite import FiniteCheck
 from tlscale.training.optimizer import build_optimizer
 from tlscale.training.optimizer_trial import check_optimizer_shards
 from tlscale.training.predictions import Predictions
-from tlscale.training.replicas import replicated_tensors
 from tlscale.training.setup import RunSetup
 from tlscale.training.specs import ask_teacher, cache_spec, make_due, make_loss, open_codes_cache, pipeline_spec
 from tlscale.training.stages import Stage, apply_freezing
@@ -67,7 +67,6 @@ class TrainState:
     ddp_is_warm: bool = True  # false before the first step of a start or a stage, where it matters
     # Of all stages:
     teacher_targets: TeacherTargets | None = None
-    meta_copy: Classifier | None = None  # of a network that is sharded: it is exported in its place
 
     @property
     def inputs(self) -> InputPipeline:
@@ -97,11 +96,7 @@ class TrainState:
     ) -> dict[str, Any]:
         """Evaluate the weights that a user would get: the averages, where averages are kept.
 
-        Args:
-            split: images.
-            inputs: the pipeline of the network, or of its trained part.
-            error_of: the figure whose standard error is computed, too.
-            predictions: takes them image by image, where they are to be written.
+        `inputs` is the pipeline of the network, or of its trained part; the rest is as `evaluate.evaluate` takes it.
         """
         # Batch statistics differ by rank; a figure has to be of one network.
         self.processes.broadcast_buffers(self.network)
@@ -115,7 +110,6 @@ class TrainState:
                 loss_fn=self.loss_fn,
                 classes=self.setup.data.classes,
                 processes=self.processes,
-                lockstep=self.processes.engine.shards,
                 error_of=error_of,
                 predictions=predictions,
             )
@@ -131,14 +125,13 @@ def build_train_state(
     """Build what a run begins with, in `stage`; nothing is wrapped yet."""
     recipe = setup.recipe
     # Before the freezing and the optimizer: they are of the parameters on the device.
-    network = processes.to_device(setup.classifier)
+    network = processes.local.to_device(setup.classifier)
     apply_freezing(network, stage)
     return TrainState(
         setup,
         processes,
         network,
-        # Averages of shards are made of shards, which come into being when the stage is entered.
-        ema=None if processes.engine.shards else _averages(setup, stage),
+        ema=processes.engine.if_whole(lambda: _averages(setup, stage)),
         loss_fn=make_loss(setup, processes.device),
         codes_cache=open_codes_cache(setup, processes, console, stop),
         due=make_due(setup),
@@ -184,32 +177,32 @@ def enter_stage(state: TrainState, loop: LoopState, scaler_state: dict[str, Any]
     if state.compute.compile:
         state.pipeline.module.compile()  # before it is wrapped: DDP's hooks stay outside of the graph
     state.pipeline.module.train()
-    if isinstance(engine, Fsdp2Engine):
-        _shard(state, state.pipeline.module, engine)
+    _shard(state, state.pipeline.module)
     state.wrapped = engine.wrap(state.pipeline.module, state.optimizer)
     state.ddp_is_warm = not engine.needs_warm_up(state.wrapped[0])
-    processes.mark_step()  # what was loaded; else the first step would be a program of its own
+    processes.local.mark_step()  # what was loaded; else the first step would be a program of its own
     # After the wrapping, which makes the scaler.
     if scaler_state is not None and processes.accelerator.scaler is not None:
         processes.accelerator.scaler.load_state_dict(scaler_state)
 
 
-def _shard(state: TrainState, module: nn.Module, engine: Fsdp2Engine) -> None:
-    """Shard what is trained over the processes; the optimizer and the averages are of each one's shards."""
-    setup, stage = state.setup, state.stage
+def _shard(state: TrainState, module: nn.Module) -> None:
+    """Let the engine shard what is trained; then the optimizer and the averages are of each process's shards."""
+    setup, stage, processes = state.setup, state.stage, state.processes
+
+    def rebuild(num_blocks: int) -> None:
+        # The parameters are other objects now: the optimizer is built again, of shards.
+        groups = sharded_groups(stage.groups, state.network.rule_names())
+        state.optimizer, state.ema = build_optimizer(groups, stage.optim), _averages(setup, stage)
+        state.codes_cache.console.say(
+            f"fsdp2: {setup.trainable_params:,} trained parameters sharded over {processes.world_size} processes, "
+            f"{num_blocks} blocks unsharded one after the other"
+        )
+
     # Tried, and not looked up in a list: some optimizers learn something else on shards without a word.
-    check_optimizer_shards(stage.optim, engine.mesh, state.processes)
-    # Before it is sharded: a module that was is FSDP's for good, and cannot be exported.
-    state.meta_copy = meta_copy(state.network)
+    check_optimizer_shards(stage.optim, processes.engine.mesh, processes)
     norms = [param for layer in module.modules() if is_norm(layer) for param in layer.parameters(recurse=False)]
-    num_blocks = engine.shard(module, state.network, state.compute.precision, keep_fp32=norms)
-    # The parameters are other objects now: the optimizer is built again, of shards.
-    groups = sharded_groups(stage.groups, state.network.rule_names())
-    state.optimizer, state.ema = build_optimizer(groups, stage.optim), _averages(setup, stage)
-    state.codes_cache.console.say(
-        f"fsdp2: {setup.trainable_params:,} trained parameters sharded over {engine.mesh.size()} processes, "
-        f"{num_blocks} blocks unsharded one after the other"
-    )
+    processes.engine.shard(module, state.network, state.compute.precision, norms, rebuild)
 
 
 def advance_stage(state: TrainState, stage: Stage) -> None:
@@ -223,10 +216,10 @@ def advance_stage(state: TrainState, stage: Stage) -> None:
     state.processes.broadcast_buffers(state.network)
     if state.ema is not None:
         state.ema.settle([name for name in state.ema.averages if name not in stage.trained])
-    # While they are still trained: a frozen parameter's old gradient would go on to be clipped and stepped.
+    # While they are still trained: a frozen parameter's old gradient would still be clipped and stepped.
     state.network.zero_grad(set_to_none=True)
     apply_freezing(state.network, stage)
-    # Another one: groups and rates are the stage's. Moments of what was trained before go on.
+    # Another one: groups and rates are the stage's. Moments of what was trained before are carried over.
     optimizer = build_optimizer(stage.groups, stage.optim)
     carry_moments(state.optimizer, optimizer)
     state.stage, state.optimizer = stage, optimizer
@@ -265,23 +258,32 @@ def save(state: TrainState, loop: LoopState, folder: RunFolder) -> None:
         DesyncError: the processes do not have the same weights any more.
         CheckpointError: the disk is full or cannot be written; the checkpoints before are untouched.
     """
-    with state.setup.watch("save"):
-        _save(state, loop, folder)
+    processes, setup = state.processes, state.setup
+    with setup.watch("save"):
+        # The main process saves for all: first its buffers are those of all, then the rest is compared.
+        processes.broadcast_buffers(state.network)
+        check_replicas_agree(replicated_tensors(state.network, state.ema), processes, loop.step)
+        # By name and in the bare objects: any number of processes, with any engine, can resume from it.
+        checkpoint = snapshot(
+            loop,
+            state.network,
+            state.optimizer,
+            state.ema,
+            processes.accelerator,
+            spent_s=setup.watch.spent(),
+            unchanging_keys=setup.unchanging_keys,
+        )
+        write_checkpoint(folder.checkpoints, checkpoint, loop, state.keeping, processes)
 
 
-def _save(state: TrainState, loop: LoopState, folder: RunFolder) -> None:
-    processes = state.processes
-    # The main process saves for all: first its buffers are those of all, then the rest is compared.
-    processes.broadcast_buffers(state.network)
-    check_replicas_agree(replicated_tensors(state.network, state.ema), processes, loop.step)
-    # By name and in the bare objects: any number of processes, with any engine, can resume from it.
-    checkpoint = snapshot(
-        loop,
-        state.network,
-        state.optimizer,
-        state.ema,
-        processes.accelerator,
-        spent_s=state.setup.watch.spent(),
-        unchanging_keys=state.setup.unchanging_keys,
-    )
-    write_checkpoint(folder.checkpoints, checkpoint, loop, state.keeping, processes)
+def replicated_tensors(network: Classifier, ema: Ema | None) -> dict[str, Tensor]:
+    """Return trained parameters by the names that rules match, buffers, and averages: the same names on every process.
+
+    What is sharded over the processes (`compute.engine: fsdp2`) is not among them: each has another shard of it.
+    """
+    tensors = {name: param for name, param in network.rule_names().items() if param.requires_grad}
+    buffers = {name.removeprefix("backbone."): buffer for name, buffer in network.named_buffers()}
+    averages = {f"average of {name}": average for name, average in ema.averages.items()} if ema is not None else {}
+    return {
+        name: tensor for name, tensor in {**tensors, **buffers, **averages}.items() if not isinstance(tensor, DTensor)
+    }

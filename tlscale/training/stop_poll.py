@@ -17,14 +17,8 @@ from tlscale.distributed.signals import StopRequest
 class StopPoll:
     """Tell all processes, at steps that they agree on, whether any of them was asked to stop.
 
-    A single process looks at its own flag in every step.
-
-    Args:
-        stop: this process's request.
-        processes: of the run.
-        step: the number of steps done.
-        every_s: longest time between two questions, as far as the time of past steps tells.
-        clock: seconds.
+    A single process reads its own flag in every step. `every_s` is the longest time between two questions, as far as
+    the time of past steps tells; `step` the number of steps done.
     """
 
     def __init__(
@@ -43,9 +37,8 @@ class StopPoll:
     def is_stopping(self, step: int, *, now: bool = False) -> bool:
         """Return the same answer on every process: whether the run is to stop after this step.
 
-        Args:
-            step: the number of steps done; each process calls this after each of them.
-            now: ask in this step in any case, as what follows takes long; the same on every process.
+        Each process calls it after each step, with the number of steps done. `now` asks in this step in any case, as
+        what follows takes long; it has to be the same on every process.
         """
         if self._processes.world_size == 1:
             return self._stop.requested

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from tlscale.codes.key import CodesKey
 from tlscale.codes.shards import BLOCK, DTYPES, ValueSpec, rows_per_shard
-from tlscale.codes.store import CodesStore, codes_root
+from tlscale.codes.store import CodesStore
 from tlscale.data.content import digest_array
 from tlscale.errors import DataError, TlscaleError
 
@@ -225,9 +225,9 @@ def test_the_size_of_shards():
 
 def test_the_cache_folder_is_the_environments(monkeypatch, tmp_path):
     monkeypatch.setenv("TLSCALE_CACHE", str(tmp_path / "cache"))
-    assert CodesStore().root == codes_root() == tmp_path / "cache" / "codes"
+    assert CodesStore().root == tmp_path / "cache" / "codes"
     monkeypatch.delenv("TLSCALE_CACHE")
-    assert codes_root() == Path.home() / ".cache" / "tlscale" / "codes"
+    assert CodesStore().root == Path.home() / ".cache" / "tlscale" / "codes"
 
 
 def test_a_shard_that_is_written_again_is_not_changed_under_its_readers(store):

@@ -9,7 +9,7 @@ from tests.small_models import classifier
 from tlscale.distributed import consistency as desync
 from tlscale.distributed.consistency import checksum, difference
 from tlscale.training.ema import Ema
-from tlscale.training.replicas import replicated_tensors
+from tlscale.training.state import replicated_tensors
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

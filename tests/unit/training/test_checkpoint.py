@@ -21,7 +21,7 @@ from tlscale.training.checkpoint.files import (
     corruption_of,
     list_checkpoints,
     load_checkpoint,
-    mark_best,
+    point,
     pointed_to,
     prune,
     save_checkpoint,
@@ -304,7 +304,7 @@ def test_where_none_is_valid_none_is_removed(three):
 
 
 def test_pointers_never_lead_out(three, tmp_path):
-    mark_best(three, 2)
+    point(three, "BEST", 2)
     assert pointed_to(three, "BEST") == three / "step_00000002"
     outside = three.parent / "step_00000001"
     for content in (
@@ -348,7 +348,7 @@ def test_a_full_disk_at_the_small_files(small_disk):
         while file.write(b"\0" * 4096):
             pass
     with pytest.raises(CheckpointError, match="the disk is full"):
-        mark_best(root, 1)
+        point(root, "BEST", 1)
     with pytest.raises(CheckpointError, match="the disk is full"):
         save_checkpoint(root, make(2))
     assert newest_valid(root) == (root / "step_00000001", [])

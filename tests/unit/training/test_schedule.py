@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tlscale.recipe.duration import parse_duration
 from tlscale.recipe.schema import ScheduleSection
-from tlscale.training.schedule import make_lr_factor
+from tlscale.training.stages import make_lr_factor
 
 
 def factors(total_steps, **keys):

@@ -59,16 +59,15 @@ class Setting:
         else:
             values = tuple(float(value) for value in given)
         problem = next(filter(None, (self.problem(value, num_images) for value in values)), None)
+        key = f"probe.{self.key}"
         if problem is not None:
-            raise RecipeError(f"probe.{self.key}: {problem}")
+            raise RecipeError(problem, key=key)
         if not values or len(set(values)) < len(values):
-            raise RecipeError(f"probe.{self.key}: {list(values)} must hold one value or more, all different")
+            raise RecipeError(f"{list(values)} must hold one value or more, all different", key=key)
         if len(values) > 1 and not num_held:
-            raise RecipeError(
-                f"probe.{self.key}: {len(values)} values, and no held-out images to choose by. Set "
-                "data.validation_fraction above 0 (such as 0.1), or give one value, such as "
-                f"probe.{self.key}=[{values[len(values) // 2]:g}]"
-            )
+            one = f"{key}=[{values[len(values) // 2]:g}]"
+            remedy = f"Set data.validation_fraction above 0 (such as 0.1), or give one value, such as {one}"
+            raise RecipeError(f"{len(values)} values, and no held-out images to choose by", key=key, remedy=remedy)
         return values
 
 
@@ -113,14 +112,8 @@ PROBE_KINDS: dict[str, ProbeKind] = {
 
 
 def kind_of(name: str) -> ProbeKind:
-    """Look a kind up.
-
-    Raises:
-        RecipeError: there is no such kind.
-    """
+    """Look a kind up; raise `RecipeError` where there is none of this name."""
     if name not in PROBE_KINDS:
-        raise RecipeError(
-            f"probe.kind: {name!r} is not a kind of probe.{did_you_mean(name, PROBE_KINDS)} "
-            f"Write one of {', '.join(PROBE_KINDS)}"
-        )
+        suggestion = f"{did_you_mean(name, PROBE_KINDS)} Write one of {', '.join(PROBE_KINDS)}"
+        raise RecipeError(f"{name!r} is not a kind of probe.{suggestion}", key="probe.kind")
     return PROBE_KINDS[name]

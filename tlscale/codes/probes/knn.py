@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from tlscale.codes.probes.standardise import standardise
+from tlscale.codes.probes.linear import standardise
 from tlscale.models.knn import KnnHead
 
 
@@ -25,16 +25,13 @@ class KnnFit:
 
     @property
     def converged(self) -> tuple[bool, ...]:
-        """Report that each number was solved: there is nothing to solve."""
-        return (True,) * len(self.numbers)
+        return (True,) * len(self.numbers)  # there is nothing to solve
 
     def logits(self, codes_MD: Tensor) -> Iterator[Tensor]:
-        """Yield the logits (M, C) of raw codes for each number of neighbours, which are searched once."""
-        cosines_MK, labels_MK = self.most.neighbours(codes_MD)
+        cosines_MK, labels_MK = self.most.neighbours(codes_MD)  # once for all numbers
         return (self.most.votes(cosines_MK[:, :k], labels_MK[:, :k]) for k in self.numbers)
 
     def head(self, index: int) -> KnnHead:
-        """Build the head that maps raw codes to logits."""
         return KnnHead(self.most.state(), self.numbers[index], self.most.num_classes)
 
 

@@ -22,7 +22,32 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from tlscale.codes.probes.standardise import Scale, standardise
+
+@dataclass(frozen=True, eq=False)
+class Scale:
+    """Hold mean and standard deviation of each feature, float64; the deviation is 1 where all images agree."""
+
+    mean_D: Tensor
+    std_D: Tensor
+
+    def apply(self, codes_MD: Tensor) -> Tensor:
+        """Standardise other codes by this scale."""
+        return (codes_MD.to(self.mean_D) - self.mean_D) / self.std_D
+
+
+def standardise(codes_ND: Tensor) -> tuple[Scale, Tensor]:
+    """Return the scale of some codes, and them standardised by it: float64 (N, D)."""
+    # A device without float64 (mps) leaves the work to the CPU.
+    device = torch.device("cpu") if codes_ND.device.type == "mps" else codes_ND.device
+    constant_D = (codes_ND == codes_ND[0]).all(dim=0).to(device)
+    result_ND = codes_ND.to(device, torch.float64, copy=True)
+    mean_D = result_ND.mean(0)
+    result_ND -= mean_D
+    std_D = torch.where(constant_D, 1.0, result_ND.square().mean(0).sqrt())
+    result_ND /= std_D
+    # The mean of equal numbers may miss them by a rounding.
+    result_ND[:, constant_D] = 0
+    return Scale(mean_D, std_D), result_ND
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,11 +76,9 @@ class LinearFit:
 
     @property
     def converged(self) -> tuple[bool, ...]:
-        """Report which strengths were solved to the tolerance."""
         return self.path.converged
 
     def logits(self, codes_MD: Tensor) -> Iterator[Tensor]:
-        """Yield the logits (M, C) of raw codes for each strength, in order."""
         standard_MD = self.scale.apply(codes_MD)
         return (self.path.logits(index, standard_MD) for index in range(len(self.path.converged)))
 
@@ -83,12 +106,8 @@ def linear_path(
     """Fit classifiers of `num_classes` columns to labels in which some classes may be absent.
 
     An absent class gets zero weights, and so low a bias that no training image gives it a probability above
-    1 / (N + 2): its own optimum would be minus infinity.
-
-    Args:
-        codes_ND: float64, each feature of mean 0.
-        labels_N: int64, at least two different ones.
-        strengths: `lam`, each above 0.
+    1 / (N + 2): its own optimum would be minus infinity. Codes are float64, each feature of mean 0; labels int64, at
+    least two different ones.
     """
     present_C, relabelled_N = torch.unique(labels_N, return_inverse=True)
     path = solver(codes_ND, relabelled_N, len(present_C), strengths)

@@ -32,7 +32,7 @@ def logistic_path(codes_ND: Tensor, labels_N: Tensor, num_classes: int, strength
     (Böhning 1992, "Multinomial logistic regression algorithm") is diagonal, the same for all strengths but for `lam`,
     and serves as first guess of it. Logits are linear in W, so a step costs two matrix products over the codes for
     all strengths together, and its length none. Steps are made in float32; the float64 search that starts where they
-    end tests their result, and goes on if it has to.
+    end tests their result, and makes further steps if it has to.
     """
     axes_DR, variances_R = principal_axes(codes_ND)
     rotated_NR = codes_ND @ axes_DR

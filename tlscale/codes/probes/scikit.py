@@ -19,19 +19,14 @@ _MOST_STEPS = 2000
 
 
 def sklearn_path(codes_ND: Tensor, labels_N: Tensor, num_classes: int, strengths: Sequence[float]) -> LinearPath:
-    """Fit scikit-learn's `LogisticRegression` (solver lbfgs, its default tolerance) once for each strength.
-
-    Raises:
-        RecipeError: scikit-learn is not installed.
-    """
+    """Fit `LogisticRegression` (solver lbfgs, its default tolerance) for each strength; `RecipeError` without it."""
     try:
         from sklearn.exceptions import ConvergenceWarning
         from sklearn.linear_model import LogisticRegression
     except ImportError:
-        raise RecipeError(
-            "probe.kind: 'sklearn' needs scikit-learn, which is not installed. Install it (pip install scikit-learn), "
-            "or write 'kind: logistic', which solves the same problem"
-        ) from None
+        remedy = "Install it (pip install scikit-learn), or write 'kind: logistic', which solves the same problem"
+        problem = "'sklearn' needs scikit-learn, which is not installed"
+        raise RecipeError(problem, key="probe.kind", remedy=remedy) from None
     # Of two classes scikit-learn fits one weight vector w where we have two, w/2 and -w/2, whose squares are half.
     images = len(labels_N) / (2 if num_classes == 2 else 1)
     codes, labels = codes_ND.cpu().numpy(), labels_N.cpu().numpy()

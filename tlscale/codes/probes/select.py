@@ -40,7 +40,6 @@ class PathRow:
         """Return a sort key, the smallest for the best: highest top1, then lowest loss, then the smoothest."""
         assert self.held_top1 is not None
         assert self.held_loss is not None
-        # A larger lam and more neighbours both mean a smoother classifier.
         return -self.held_top1, self.held_loss, -self.setting
 
 
@@ -91,13 +90,10 @@ def choose(
     Among equals the first is kept.
 
     Args:
-        kind: a name in `PROBE_KINDS`.
         candidates: pairs of a name and (codes_ND, held_codes_MD): float of any precision, tensors (whose device does
             the work) or arrays. Of an iterator, one at a time is in memory. M may be 0 where there is one candidate
             and one value to try.
         labels_N: int64, 0..C-1. Some class may have no image.
-        held_labels_M: of the held-out part of train.
-        num_classes: C.
         grid: values of the hyper-parameter; None: the defaults of the kind.
         refit: fit the chosen setting again, to training and held-out images together, standardised by all of them.
             False: keep what was fitted to the training images alone.
@@ -148,8 +144,9 @@ def given_values(probe: ProbeSection) -> list[float] | None:
 def cannot_compare(first: str, second: str) -> RecipeError:
     """Make the error for several sets of codes without held-out images."""
     return RecipeError(
-        f"codes.layer: {first!r} and {second!r} cannot be compared without held-out images. "
-        "Set data.validation_fraction above 0 (such as 0.1), or give one layer and one pooling"
+        f"{first!r} and {second!r} cannot be compared without held-out images",
+        key="codes.layer",
+        remedy="Set data.validation_fraction above 0 (such as 0.1), or give one layer and one pooling",
     )
 
 

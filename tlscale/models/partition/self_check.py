@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tlscale.distributed.device import device_for
+from tlscale.distributed.host import device_for
 from tlscale.models.partition.tracing import NoPartition
 
 _CHECK_SEED = 20_240

@@ -20,7 +20,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import safetensors.torch
 from torch import Tensor
@@ -34,7 +34,7 @@ from tlscale.training.checkpoint.tensor_file import (
     CorruptionError,
     FileInfo,
     TensorPart,
-    group_and_name,
+    add_parts,
     read_part,
 )
 
@@ -47,16 +47,12 @@ _NAME = re.compile(r"step_\d{8,18}", re.ASCII)
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Hold what a checkpoint has: named groups of tensors, and a state of plain JSON values.
-
-    Attributes:
-        run_id: of the run that it belongs to; None: to any.
-    """
+    """Hold what a checkpoint has: named groups of tensors, and a state of plain JSON values."""
 
     step: int
     tensors: Mapping[str, Mapping[str, Tensor]]
     state: Mapping[str, Any]
-    run_id: str | None = None
+    run_id: str | None = None  # of the run that it belongs to; None: to any
 
 
 def save_checkpoint(root: Path, checkpoint: Checkpoint) -> Path:
@@ -69,11 +65,7 @@ def save_checkpoint(root: Path, checkpoint: Checkpoint) -> Path:
 
 
 def begin_checkpoint(root: Path, checkpoint: Checkpoint) -> Path:
-    """Make an empty folder aside, for the files of `checkpoint`; what killed writers left is removed.
-
-    Raises:
-        CheckpointError: as `save_checkpoint`.
-    """
+    """Make an empty folder aside, and remove what killed writers left there; errors as `save_checkpoint`."""
     aside = root / f".{checkpoint_folder(root, checkpoint.step).name}.{os.getpid()}"
     with _saving(root, checkpoint, aside):
         root.mkdir(parents=True, exist_ok=True)
@@ -88,11 +80,7 @@ def complete_checkpoint(
 ) -> Path:
     """Write the files of `checkpoint` into `aside`, give it its name, and point LATEST to it.
 
-    Args:
-        root: the folder of all checkpoints.
-        aside: as `begin_checkpoint` made it.
-        checkpoint: without what is sharded.
-        shards: files that the processes wrote below `aside`, by path.
+    `shards` are files that the processes wrote below `aside`, by path; `checkpoint` is without what is in them.
 
     Raises:
         CheckpointError: as `save_checkpoint`; or a file of another process is not there.
@@ -126,8 +114,8 @@ def cannot_save(root: Path, checkpoint: Checkpoint, error: BaseException) -> Che
     num_bytes = sum(t.numel() * t.element_size() for group in checkpoint.tensors.values() for t in group.values())
     return CheckpointError(
         f"cannot save the checkpoint of step {checkpoint.step} ({num_bytes / 2**20:.1f} MiB) in '{root}': "
-        f"{_reason(error)}."
-        " The checkpoints before it are untouched; make room and resume with --resume."
+        f"{_reason(error)}",
+        remedy="The checkpoints before it are untouched; make room and resume with --resume.",
     )
 
 
@@ -165,8 +153,7 @@ def _write_files(folder: Path, checkpoint: Checkpoint, shards: Mapping[str, File
 
 def file_info(path: Path) -> dict[str, Any]:
     """Force a file to the disk, read it back, and return its entry in a manifest."""
-    num_bytes, sha256 = flush_and_hash(path)
-    return {"bytes": num_bytes, "sha256": sha256}
+    return dict(zip(("bytes", "sha256"), flush_and_hash(path), strict=True))
 
 
 def _remove_left_overs(root: Path) -> None:
@@ -191,21 +178,13 @@ def _step_of(folder: Path) -> int:
 
 
 def load_checkpoint(folder: Path, run_id: str | None = None) -> Checkpoint:
-    """Load a checkpoint, its tensors whole and on the CPU.
-
-    Args:
-        folder: of the checkpoint.
-        run_id: of the run that it must be of; None: of any.
+    """Load a checkpoint of the run `run_id` (None: of any), its tensors whole and on the CPU.
 
     Raises:
         CheckpointError: it does not agree with its manifest, or is of another run.
     """
-    checkpoint, shards = load_part(folder, run_id, rank=0, world_size=1)
-    tensors = {group: dict(named) for group, named in checkpoint.tensors.items()}
-    for key, tensor in shards.items():
-        group, name = group_and_name(key)
-        tensors.setdefault(group, {})[name] = tensor.values
-    return replace(checkpoint, tensors=tensors)
+    checkpoint, parts = load_part(folder, run_id, rank=0, world_size=1)
+    return replace(checkpoint, tensors=add_parts(checkpoint.tensors, parts, lambda part: part.values))
 
 
 def load_part(
@@ -213,8 +192,7 @@ def load_part(
 ) -> tuple[Checkpoint, dict[str, TensorPart]]:
     """Load what a checkpoint has unsharded, and this process's part of what is sharded, by its name there.
 
-    Raises:
-        CheckpointError: as `load_checkpoint`; in a file that this process has to read.
+    Errors as `load_checkpoint`, in the files that this process has to read.
     """
     try:
         manifest = _read_manifest(folder, run_id)
@@ -236,11 +214,7 @@ def load_part(
 
 
 def load_newest(folders: Sequence[Path], load: Callable[[Path], Checkpoint]) -> tuple[Checkpoint | None, list[str]]:
-    """Load the newest checkpoint that can be used.
-
-    Args:
-        folders: of checkpoints of one run, oldest first.
-        load: raises `CheckpointError` for one that cannot.
+    """Load the newest checkpoint, of these folders (oldest first), for which `load` raises no `CheckpointError`.
 
     Returns:
         None where there are no folders, and what is wrong with newer ones.
@@ -265,12 +239,7 @@ def load_newest(folders: Sequence[Path], load: Callable[[Path], Checkpoint]) -> 
 
 
 def corruption_of(folder: Path, run_id: str | None = None) -> str | None:
-    """Find why a checkpoint cannot be trusted; None where every file is as its manifest says.
-
-    Args:
-        folder: of the checkpoint.
-        run_id: of the run that it must be of; None: of any.
-    """
+    """Find why a checkpoint of the run `run_id` (None: of any) cannot be trusted; None where it is as its manifest."""
     try:
         manifest = _read_manifest(folder, run_id)
         for name, info in manifest["files"].items():
@@ -306,26 +275,20 @@ def _read_manifest(folder: Path, run_id: str | None) -> dict[str, Any]:
 # -- point and prune --------------------------------------------------------------------------------------------------
 
 
-def mark_best(root: Path, step: int) -> None:
-    """Point BEST to the checkpoint of `step`.
+def point(root: Path, name: Literal["BEST", "LATEST"], step: int) -> None:
+    """Point BEST or LATEST to the checkpoint of `step`.
 
     Raises:
         CheckpointError: the disk is full or cannot be written.
     """
-    _point(root / "BEST", step)
-
-
-def mark_latest(root: Path, step: int) -> None:
-    """Point LATEST to the checkpoint of `step`; errors as `mark_best`."""
-    _point(root / "LATEST", step)
-
-
-def _point(pointer: Path, step: int) -> None:
+    pointer = root / name
     try:
         remove_left_overs(pointer)
-        write_text(pointer, f"{checkpoint_folder(pointer.parent, step).name}\n")
+        write_text(pointer, f"{checkpoint_folder(root, step).name}\n")
     except OSError as error:
-        raise CheckpointError(f"cannot write '{pointer}': {_reason(error)}. Make room, then --resume.") from error
+        raise CheckpointError(
+            f"cannot write '{pointer}': {_reason(error)}", remedy="Make room, then --resume."
+        ) from error
 
 
 def pointed_to(root: Path, pointer: str) -> Path | None:

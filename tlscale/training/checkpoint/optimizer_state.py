@@ -58,14 +58,10 @@ def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Ten
             f"the checkpoint has {len(plain['groups'])} groups of parameters, the recipe makes "
             f"{len(whole['param_groups'])}"
         )
-    whole["state"] = {
-        index: _unpack(plain["state"][name], tensors) for index, name in enumerate(names) if name in plain["state"]
-    }
     for group, saved in zip(whole["param_groups"], plain["groups"], strict=True):
         group.update({key: _unpack(value, tensors) for key, value in saved.items()})
     whole.update({key: _unpack(value, tensors) for key, value in plain["others"].items()})
-    optimizer.load_state_dict(whole)
-    _undo_casts(optimizer, whole["state"])
+    _load(optimizer, whole, tensors, plain["state"])
 
 
 def carry_moments(old: torch.optim.Optimizer, new: torch.optim.Optimizer) -> None:
@@ -74,16 +70,16 @@ def carry_moments(old: torch.optim.Optimizer, new: torch.optim.Optimizer) -> Non
     What an optimizer keeps in its groups rather than by parameter (a count of steps in some) starts afresh, too.
     """
     tensors, plain = pack_optimizer(old)
-    names = [name for group in new.param_groups for name in group["names"]]
-    whole = new.state_dict()
-    whole["state"] = {
-        index: _unpack(plain["state"][name], tensors) for index, name in enumerate(names) if name in plain["state"]
-    }
-    new.load_state_dict(whole)
-    _undo_casts(new, whole["state"])
+    _load(new, new.state_dict(), tensors, plain["state"])
 
 
-def _undo_casts(optimizer: torch.optim.Optimizer, saved: Mapping[int, Mapping[str, Any]]) -> None:
+def _load(
+    optimizer: torch.optim.Optimizer, whole: dict[str, Any], tensors: Mapping[str, Tensor], packed: Mapping[str, Any]
+) -> None:
+    """Load `whole`, with the packed state of each parameter of this optimizer."""
+    names = [name for group in optimizer.param_groups for name in group["names"]]
+    saved = {index: _unpack(packed[name], tensors) for index, name in enumerate(names) if name in packed}
+    optimizer.load_state_dict({**whole, "state": saved})
     # PyTorch loads every number as the type of its parameter, which is not always the one it was kept in.
     params = [param for group in optimizer.param_groups for param in group["params"]]
     for index, values in saved.items():

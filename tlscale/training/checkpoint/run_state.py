@@ -17,12 +17,7 @@ from tlscale.distributed.processes import Processes
 from tlscale.errors import CheckpointError
 from tlscale.models.classifier import Classifier
 from tlscale.recipe.schema import CheckpointSection
-from tlscale.training.checkpoint.files import (
-    Checkpoint,
-    mark_best,
-    mark_latest,
-    prune,
-)
+from tlscale.training.checkpoint.files import Checkpoint, point, prune
 from tlscale.training.checkpoint.optimizer_state import pack_optimizer, unpack_optimizer
 from tlscale.training.checkpoint.sharded import save_on_all
 from tlscale.training.ema import Ema
@@ -39,17 +34,10 @@ def snapshot(
     spent_s: dict[str, float] | None = None,
     unchanging_keys: Collection[str] = (),
 ) -> Checkpoint:
-    """Make a checkpoint of all that a run is.
+    """Make a checkpoint of all that a run is, of bare objects: the scaler is the accelerator's, where it has one.
 
-    Args:
-        loop: the step, and what the run remembers besides.
-        network: the bare one.
-        optimizer: of the stage that the run is in.
-        ema: averages, where they are kept.
-        accelerator: whose scaler is saved, where there is one.
-        spent_s: seconds of each part of the run so far.
-        unchanging_keys: names in the network's state dict of what the run cannot change. They are skipped: the
-            weights that the run began with, whose identity is in `run.json`, have them.
+    `unchanging_keys` are names in the network's state dict of what the run cannot change. They are skipped: the weights
+    that the run began with, whose identity is in `run.json`, have them.
     """
     tensors, plain = pack_optimizer(optimizer)
     weights = {name: tensor for name, tensor in network.state_dict().items() if name not in unchanging_keys}
@@ -68,14 +56,10 @@ def restore(
     ema: Ema | None,
     unchanging_keys: Collection[str] = (),
 ) -> None:
-    """Put a checkpoint back into the objects of a run; what it remembers is `saved_loop_state`.
+    """Put a checkpoint back into the bare objects of a run; what it remembers is `saved_loop_state`.
 
-    Args:
-        checkpoint: of this run.
-        network: the bare one.
-        optimizer: of the stage that the checkpoint was saved in.
-        ema: averages, where they are kept.
-        unchanging_keys: as `snapshot` was given it; the network has the weights that the run began with.
+    The optimizer is that of the stage in which the checkpoint was saved; the network has the weights that the run began
+    with, and so what `unchanging_keys` name.
 
     Raises:
         CheckpointError: it is of another network.
@@ -108,11 +92,7 @@ def restore_weights(
 def write_checkpoint(
     root: Path, checkpoint: Checkpoint, loop: LoopState, section: CheckpointSection, processes: Processes
 ) -> None:
-    """Save on all processes, point BEST to the chosen step, and only then remove what need not be kept.
-
-    Raises:
-        CheckpointError: the disk is full or cannot be written; the checkpoints before are untouched.
-    """
+    """Save as `save_on_all`, point BEST to the chosen step, and only then remove what need not be kept."""
     save_on_all(root, checkpoint, processes)
     processes.run_on_main(_tidy_up, root, loop, section)
 
@@ -120,16 +100,12 @@ def write_checkpoint(
 def _tidy_up(root: Path, loop: LoopState, section: CheckpointSection) -> None:
     faults.at("checkpoint.best")
     if loop.chosen_step is not None:
-        mark_best(root, loop.chosen_step)
+        point(root, "BEST", loop.chosen_step)
     prune(root, keep=section.keep, keep_steps=loop.kept_steps(section), run_id=loop.run_id)
 
 
 def point_to(root: Path, loop: LoopState) -> None:
-    """Point LATEST and BEST to what a run resumes from; their writer may have been killed, or newer ones be corrupt.
-
-    Raises:
-        CheckpointError: the disk is full or cannot be written.
-    """
-    mark_latest(root, loop.step)
+    """Point LATEST and BEST, as `point` does, to what a run resumes from: whoever wrote them may have been killed."""
+    point(root, "LATEST", loop.step)
     if loop.chosen_step is not None:
-        mark_best(root, loop.chosen_step)
+        point(root, "BEST", loop.chosen_step)

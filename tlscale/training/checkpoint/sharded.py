@@ -41,7 +41,7 @@ from tlscale.training.checkpoint.files import (
     load_part,
     save_checkpoint,
 )
-from tlscale.training.checkpoint.tensor_file import FileInfo, TensorPart, group_and_name, shard_key
+from tlscale.training.checkpoint.tensor_file import FileInfo, TensorPart, add_parts, shard_key
 
 Groups = dict[str, dict[str, Tensor]]
 Params = Mapping[str, nn.Parameter]  # the trained ones, by rule name
@@ -118,11 +118,8 @@ def load_newest_on_all(
 def load_on_all(folder: Path, trained: Params, processes: Processes, run_id: str | None = None) -> Checkpoint:
     """Load a checkpoint on all processes: what they shard as shards on their devices, all else whole on the CPU.
 
-    Args:
-        folder: of a checkpoint that any number of processes saved, with any engine.
-        trained: parameters, by rule name; as shards or not, they tell the shapes of what is sharded.
-        processes: of the run.
-        run_id: of the run that it must be of; None: of any.
+    Any number of processes saved it, with any engine. The `trained` parameters, shards or not, tell the shapes of what
+    is sharded.
 
     Raises:
         CheckpointError: on every process, where it does not agree with its manifest or is of another run.
@@ -134,11 +131,7 @@ def load_on_all(folder: Path, trained: Params, processes: Processes, run_id: str
     checkpoint, parts = processes.run_on_all(load_part, folder, run_id, **part)
     if not parts:
         return _shard_like_owners(checkpoint, trained, engine.mesh)
-    tensors: Groups = {group: dict(named) for group, named in checkpoint.tensors.items()}
-    for key, tensor in parts.items():
-        group, name = group_and_name(key)
-        tensors.setdefault(group, {})[name] = _to_shard(tensor, engine.mesh)
-    return replace(checkpoint, tensors=tensors)
+    return replace(checkpoint, tensors=add_parts(checkpoint.tensors, parts, lambda part: _to_shard(part, engine.mesh)))
 
 
 def _to_shard(part: TensorPart, mesh: DeviceMesh) -> Tensor:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import mmap
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,12 +49,7 @@ class CorruptionError(Exception):
 
 
 class CheckpointFile:
-    """Read a file of a checkpoint in one opening.
-
-    Args:
-        folder: of the checkpoint.
-        name: of the file below it.
-        info: of the file in the manifest.
+    """Read a file of a checkpoint in one opening; `info` is of the file in the manifest.
 
     Raises:
         CorruptionError: there is no such file of this size.
@@ -82,11 +77,7 @@ class CheckpointFile:
         self._file.close()
 
     def verify(self) -> None:
-        """Read the file and compare its hash.
-
-        Raises:
-            CorruptionError: it cannot be read, or has changed.
-        """
+        """Read the file and compare its hash; raise `CorruptionError` where it cannot be read, or has changed."""
         try:
             # By reading: a mapped page that the disk cannot give would kill the process.
             self._file.seek(0)
@@ -145,27 +136,17 @@ def _view(content: mmap.mmap, data_at: int, entry: Mapping[str, Any]) -> Tensor:
 
 @dataclass(frozen=True)
 class TensorPart:
-    """Hold the rows of a sharded tensor that one process needs.
+    """Hold the rows of a sharded tensor that one process needs."""
 
-    Attributes:
-        shape: of the whole tensor.
-    """
-
-    shape: torch.Size
+    shape: torch.Size  # of the whole tensor
     values: Tensor
 
 
 def read_part(folder: Path, shards: Mapping[str, FileInfo], rank: int, world_size: int) -> dict[str, TensorPart]:
     """Read this process's rows of all tensors in files of shards, whatever number of processes wrote them.
 
-    It reads the headers of all files, and those files whole that have rows of its; so that each is verified by some
-    process, the process `i` also reads the file `i`, modulo their number.
-
-    Args:
-        folder: of the checkpoint.
-        shards: files below it, as in its manifest.
-        rank: of this process; its rows are those that DTensors have there.
-        world_size: number of processes.
+    Its rows are those that DTensors have there. It reads the headers of all files, and those files whole that have rows
+    of its; so that each is verified by some process, the process `i` also reads the file `i`, modulo their number.
 
     Raises:
         CorruptionError: in a file that this process reads.
@@ -217,7 +198,12 @@ def shard_key(group: str, name: str) -> str:
     return f"{group}/{name}"
 
 
-def group_and_name(key: str) -> tuple[str, str]:
-    """Invert `shard_key`."""
-    group, _, name = key.partition("/")
-    return group, name
+def add_parts(
+    tensors: Mapping[str, Mapping[str, Tensor]], parts: Mapping[str, TensorPart], make: Callable[[TensorPart], Tensor]
+) -> dict[str, dict[str, Tensor]]:
+    """Add to the groups of a checkpoint what `make` makes of parts, which are named by `shard_key`."""
+    added = {group: dict(named) for group, named in tensors.items()}
+    for key, part in parts.items():
+        group, _, name = key.partition("/")
+        added.setdefault(group, {})[name] = make(part)
+    return added

@@ -26,12 +26,7 @@ class DistillationLoss:
     """Add up the loss of labels, the squared error of predicted codes, and the divergence from a teacher's classes.
 
     The network gives logits and then predicted codes side by side, (B, C + D); the teacher's targets are its
-    standardised codes and then, where they are learned, its logits.
-
-    Args:
-        label_loss: from logits and a batch to the loss of each image.
-        distill: the recipe's weights of each.
-        num_classes: C.
+    standardised codes and then, where they are learned, its logits. `label_loss` maps logits and a batch to (B,).
     """
 
     def __init__(self, label_loss: Callable[[Tensor, Any], Tensor], distill: DistillSection, num_classes: int) -> None:

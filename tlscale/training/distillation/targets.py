@@ -35,13 +35,7 @@ class TeacherTargets:
     """
 
     def __init__(self, teacher: Teacher, codes_cache: CodesCache, views: Sequence[int], dtype: torch.dtype) -> None:
-        """Get or compute the codes of the training images.
-
-        Args:
-            teacher: that is asked.
-            codes_cache: of the teacher's codes.
-            views: of the training images, that the run sees.
-            dtype: of the targets.
+        """Get or compute the codes of the training images: of those views that the run sees.
 
         Raises:
             DataError: an image cannot be read.

@@ -63,16 +63,10 @@ class Teacher:
 
 
 def open_teacher(section: DistillSection, seed: int, classes: Sequence[str], student: InputSpec) -> Teacher:
-    """Open the teacher that the recipe names.
-
-    Args:
-        section: the recipe's `distill`.
-        seed: of the run; what is random in building a network with weights is written over.
-        classes: of the run, in the order of their numbers.
-        student: what the student sees: the teacher sees the same part of the image, at its own size.
+    """Open the teacher that the recipe names; it sees the same part of an image as the student, at its own size.
 
     Raises:
-        ModelError: weights that cannot be had, layers that are not there, an input that the teacher cannot take.
+        ModelError: weights that are not available, layers that are not there, an input that the teacher cannot take.
         RecipeError: a run with other classes.
         RunFolderError: no run there that has ended.
     """
@@ -111,20 +105,21 @@ def _asked(
     origin: str,
 ) -> Teacher:
     layers = tuple(section.match)
-    codes = _codes(backbone, layers)
     images_BCHW = torch.zeros(2, spec.in_chans, spec.image_size, spec.image_size)
     try:
+        codes = LayerCodes(backbone, [(layer, "avg") for layer in layers]) if layers else None
         rows = codes.describe(images_BCHW) if codes is not None else []
         if whole is not None:
             with torch.no_grad():
                 whole(images_BCHW)
-    except ModelError as error:
-        raise _of_the_teacher(error) from error
+    except ModelError as error:  # with the key that means the same of the teacher
+        keys = {"codes.layer": "distill.match", "data.image_size": "distill.image_size"}
+        key = keys.get(error.key or "", error.key)
+        raise ModelError(f"teacher: {error.problem}", key=key, remedy=error.remedy) from error
     except Exception as error:  # each architecture complains in its own way about images too small for it
-        raise ModelError(
-            f"distill.image_size: the teacher cannot take images of {spec.image_size} pixels: "
-            f"{(str(error).splitlines() or [type(error).__name__])[0]}"
-        ) from error
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        problem = f"the teacher cannot take images of {spec.image_size} pixels: {why}"
+        raise ModelError(problem, key="distill.image_size") from error
     digest = function_digest(backbone)
     if whole is not None:
         digest = text_sha256(f"{digest} {state_digest(whole.state_dict())} {whole}")
@@ -146,19 +141,6 @@ class _Answers(nn.Module):
     def forward(self, images_BCHW: Tensor) -> tuple[Tensor, ...]:
         answers: tuple[Tensor, ...] = self.codes(images_BCHW) if self.codes is not None else ()
         return answers if self.whole is None else (*answers, self.whole(images_BCHW))
-
-
-def _codes(backbone: nn.Module, layers: Sequence[str]) -> LayerCodes | None:
-    try:
-        return LayerCodes(backbone, [(layer, "avg") for layer in layers]) if layers else None
-    except ModelError as error:
-        raise _of_the_teacher(error) from error
-
-
-def _of_the_teacher(error: ModelError) -> ModelError:
-    """Return the error with the key that means the same of the teacher."""
-    keys = {"codes.layer": "distill.match", "data.image_size": "distill.image_size"}
-    return ModelError(f"teacher: {error.problem}", key=keys.get(error.key or "", error.key), remedy=error.remedy)
 
 
 def _backbone(model: nn.Module) -> nn.Module:
