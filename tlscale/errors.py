@@ -147,6 +147,10 @@ class WorkerError(TlscaleError):
     """Raised when a process that reads images was killed."""
 
 
+class DeviceMemoryError(TlscaleError):
+    """Raised when the device has no memory left for what the recipe asks."""
+
+
 class NonFiniteLossError(TlscaleError):
     """Raised when the loss, a gradient or a weight became NaN or infinite.
 

@@ -94,8 +94,10 @@ def train_code_batches(
 
 
 def eval_code_batches(
-    codes: CodeViews, rank: int, world_size: int, batch_size: int
+    codes: CodeViews, rank: int, world_size: int, batch_size: int, pin_memory: bool = False
 ) -> Generator[CodeBatch, None, None]:
     """Yield this process's share of all images, each once over all processes."""
-    for rows_B in eval_rows(len(codes.labels_N), rank, world_size, batch_size):
-        yield codes.batch(MicroBatch(0, rows_B, len(rows_B)))
+    wanted = (
+        MicroBatch(0, rows_B, len(rows_B)) for rows_B in eval_rows(len(codes.labels_N), rank, world_size, batch_size)
+    )
+    return load_in_order(codes.batch, wanted, 0, pin_memory)

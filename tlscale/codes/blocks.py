@@ -22,6 +22,7 @@ from tlscale.codes.key import CodesKey
 from tlscale.codes.shards import BLOCK, DTYPES, Ints, ValueSpec
 from tlscale.codes.store import Bools, CodesStore, Inventory
 from tlscale.data.content import Digests, digest_array
+from tlscale.distributed.device import CopyToCpu
 from tlscale.errors import DataError, ModelError, Stopped
 
 Module = Callable[[Any], tuple[Tensor, ...]]
@@ -53,6 +54,15 @@ class AddressedImages(Protocol):
 
     def where(self, position: int) -> str:
         """Return the place of an image, for messages."""
+
+
+@dataclass(frozen=True)
+class _Computing:
+    """Hold a block whose values are maybe not computed yet: a GPU works on it while the next one is read."""
+
+    values: Values
+    stored: CopyToCpu
+    positions_B: Ints
 
 
 @dataclass
@@ -104,7 +114,8 @@ class Extraction:
         names = [(key, layer) for key in self.keys for layer in key.layers]
         specs = iter([_spec_of(layer, v, key.dtype) for (key, layer), v in zip(names, raw, strict=True)])
         self.values = tuple(tuple(next(specs) for _ in key.layers) for key in self.keys)
-        self._first[b"".join(address for address, _ in distinct)] = self._to_store(raw, positions_B[: len(distinct)])
+        computing = self._to_store(raw, positions_B[: len(distinct)])
+        self._first[b"".join(address for address, _ in distinct)] = self._stored(computing)
         return self.values
 
     def read(self, positions_B: Ints) -> list[tuple[bytes, Any]]:
@@ -125,6 +136,7 @@ class Extraction:
         blocks: list[Values] = []
         waiting: dict[bytes, tuple[int, Any]] = {}
         new: dict[bytes, None] = {}
+        computing: _Computing | Values | None = None
         for start in range(0, len(positions_P), BLOCK):
             positions_B = positions_P[start : start + BLOCK]
             read = self.read(positions_B)
@@ -134,9 +146,14 @@ class Extraction:
                 if is_wanted and not any(address in some for some in (self.done, waiting, new)):
                     waiting[address] = position, what
             while len(waiting) >= BLOCK or (waiting and start + BLOCK >= len(positions_P)):
-                new |= dict.fromkeys(self._block(waiting, blocks))
+                addresses = list(waiting)[:BLOCK]
+                taken = [waiting.pop(address) for address in addresses]
+                before, computing = computing, self._compute(addresses, taken)
+                blocks += [self._stored(before)] if before is not None else []
+                new |= dict.fromkeys(addresses)
             on_block(len(positions_B))
             self._obey_stop()
+        blocks += [self._stored(computing)] if computing is not None else []
         values = tuple(torch.cat(parts) for parts in zip(*blocks, strict=True))
         return digest_array(ids), digest_array(list(new)), values
 
@@ -145,17 +162,14 @@ class Extraction:
         self.found_late = self.found_late or not wanted_B.all()
         return wanted_B
 
-    def _block(self, waiting: dict[bytes, tuple[int, Any]], blocks: list[Values]) -> list[bytes]:
-        """Compute the images that have waited for longest; return their addresses."""
-        addresses = list(waiting)[:BLOCK]
-        taken = [waiting.pop(address) for address in addresses]
+    def _compute(self, addresses: list[bytes], taken: list[tuple[int, Any]]) -> _Computing | Values:
+        """Begin to compute a block of images, or give what `learn` computed."""
         known = self._first.pop(b"".join(addresses), None)
-        if known is None:
-            positions_B = np.array([position for position, _ in taken])
-            known = self._to_store(self._forward([what for _, what in taken]), positions_B)
-        blocks.append(known)
         faults.at("codes.block")
-        return addresses
+        if known is not None:
+            return known
+        positions_B = np.array([position for position, _ in taken])
+        return self._to_store(self._forward([what for _, what in taken]), positions_B)
 
     def _obey_stop(self) -> None:
         if self.should_stop is not None and self.should_stop():
@@ -186,20 +200,27 @@ class Extraction:
         assert len(values) == num_values, f"{len(values)} values for {[key.layers for key in self.keys]}"
         return values
 
-    def _to_store(self, values: Values, positions_B: Ints) -> Values:
+    def _to_store(self, values: Values, positions_B: Ints) -> _Computing:
         """Convert values for the store: on the CPU, in their dtype and the default memory order, without padding."""
-        to_store = []
+        given, to_store = [], []
         for spec, value in zip(self.specs, values, strict=True):
             if tuple(value.shape) != (BLOCK, *spec.shape):
                 raise ModelError(
                     f"the value '{spec.name}' is {tuple(value.shape)} for these {BLOCK} images and "
                     f"{(BLOCK, *spec.shape)} for others; only what has one shape for all can be cached as codes"
                 )
-            value = value.detach()[: len(positions_B)]
-            stored = value.to(spec.torch_dtype).contiguous().cpu()
-            _refuse_non_finite(stored, value, spec, [self.images.where(at) for at in positions_B.tolist()])
-            to_store.append(stored)
-        return tuple(to_store)
+            given.append(value.detach()[: len(positions_B)])
+            to_store.append(given[-1].to(spec.torch_dtype).contiguous())
+        return _Computing(tuple(given), CopyToCpu(to_store), positions_B)
+
+    def _stored(self, block: _Computing | Values) -> Values:
+        """Wait for a block's values; return them, all finite."""
+        if not isinstance(block, _Computing):
+            return block
+        stored = block.stored.wait()
+        for spec, value, given in zip(self.specs, stored, block.values, strict=True):
+            _refuse_non_finite(value, given, spec, [self.images.where(at) for at in block.positions_B.tolist()])
+        return stored
 
 
 @contextmanager

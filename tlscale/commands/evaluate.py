@@ -121,7 +121,9 @@ def _figures(
     with watch("evaluate"):
         figures = evaluate(
             trained.model.to(processes.device, dtype),
-            eval_batches(store, processes.rank, processes.world_size, batch_size, workers),
+            eval_batches(
+                store, processes.rank, processes.world_size, batch_size, workers, pin_memory=processes.pins_memory
+            ),
             inputs=InputPath(trained.input_spec, dtype, processes.device, recipe.compute.channels_last),
             num_images=len(split),
             loss_fn=CrossEntropyLoss(LossSection(), None),

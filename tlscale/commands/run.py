@@ -12,11 +12,10 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from tlscale.commands.tables import show_plan, show_result
 from tlscale.data.identity import scored_identity, used_identity
 from tlscale.data.sources.open import BadImages
+from tlscale.distributed.device import choose_algorithms, naming_memory
 from tlscale.distributed.processes import start_processes
 from tlscale.distributed.signals import StopRequest
 from tlscale.errors import ResumeError, RunFolderError, Stopped
@@ -42,6 +41,7 @@ MAY_CHANGE = (
     "codes.keep",
     "codes.memory_mib",
     "compute.engine",
+    "compute.gradient_checkpointing",
     "compute.num_processes",
     "compute.hang_timeout_s",
     "compute.micro_batch_size",
@@ -76,7 +76,7 @@ def run(
     watch = watch or Stopwatch()
     # -- process ------------------------------------------------------------------------------------------------
     processes = start_processes(recipe.compute)
-    torch.use_deterministic_algorithms(recipe.compute.deterministic)
+    choose_algorithms(processes.device, deterministic=recipe.compute.deterministic)
     mode: Mode = "resume" if resume else "overwrite" if overwrite else "fresh"
     folder = RunFolder(Path(out) if out is not None else Path("runs") / recipe.name)
     # -- folder: the main process holds it for all ----------------------------------------------------------------
@@ -104,7 +104,7 @@ def run(
             watch.add_earlier(processes.run_on_main(_spent_before, folder))
         processes.run_on_main(folder.stopped.unlink, missing_ok=True)
         job = train if recipe.probe is None else probe
-        with _marking_stop(folder, stop, watch, is_main=processes.is_main):
+        with _marking_stop(folder, stop, watch, is_main=processes.is_main), naming_memory():
             result, how_to_load = job(setup, folder, processes, stop, run_info, console)
         show_result(result, console, folder=folder.path, how_to_load=how_to_load)
         return result

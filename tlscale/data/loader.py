@@ -38,7 +38,7 @@ from tlscale.distributed.host import num_cores
 from tlscale.recipe.schema import DataSection
 
 _MIB = 2**20
-_MOST_WORKERS = 4
+_MOST_WORKERS = 16  # a process; each holds two batches that wait, and its own part of what decoding needs
 _BLOCK = 256  # images that a thread takes at once while a cache is filled
 _SAMPLE = 64  # images whose sizes stand for those of all
 
@@ -220,8 +220,8 @@ def default_workers(
         return section.workers
     if device.type == "cpu" or (cached and not augmented):
         return 0
-    cores = num_cores() // processes
-    return min(_MOST_WORKERS, cores) if cores > 1 else 0  # a worker on the only core can take nothing over
+    # One core is left to the process that feeds the device; without another one a worker can take nothing over.
+    return min(_MOST_WORKERS, num_cores() // processes - 1) if num_cores() // processes > 1 else 0
 
 
 def train_batches(

@@ -290,6 +290,8 @@ class InputPath:
     channels_last: bool
 
     def __call__(self, batch: ImageBatch) -> tuple[Tensor]:
+        if self.device.type == "cuda" and not batch.images_BCHW.is_cuda and not batch.images_BCHW.is_pinned():
+            batch = batch.pin_memory()  # else the host would wait until the GPU has computed all before the copy
         images_BCHW = to_input(batch.to(self.device, non_blocking=True), self.spec, self.dtype)
         return (images_BCHW.contiguous(memory_format=torch.channels_last) if self.channels_last else images_BCHW,)
 

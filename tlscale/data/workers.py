@@ -36,7 +36,7 @@ K = TypeVar("K")
 R = TypeVar("R")
 B = TypeVar("B", bound=Pinnable)
 
-_MOST_THREADS = 4
+_MOST_THREADS = 16
 # What the loader raises of a worker that was killed: while it waits for a batch, or while it fetches one that the
 # worker announced and still holds. What a worker itself raised begins with "Caught".
 _LOST = re.compile(

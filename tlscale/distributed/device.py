@@ -6,10 +6,15 @@ of its own and nowhere else.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from tlscale.errors import DeviceMemoryError
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -46,3 +51,57 @@ class Device:
     def without_gradients(self) -> torch.inference_mode | torch.no_grad:
         """Return the context of an evaluation."""
         return torch.inference_mode()
+
+
+def choose_algorithms(device: torch.device, *, deterministic: bool) -> None:
+    """Let torch compute with deterministic algorithms only, or else with the fastest ones."""
+    torch.use_deterministic_algorithms(deterministic)
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = not deterministic  # tries them at the first batch of each size
+        if deterministic:  # read when the first matrices are multiplied
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+@contextmanager
+def naming_memory() -> Iterator[None]:
+    """Name the keys that save memory where the device has none left.
+
+    Raises:
+        DeviceMemoryError: in place of torch's error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        # The CPU has no class of its own.
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        raise DeviceMemoryError(
+            f"the device has no memory left ({str(error).splitlines()[0].strip()[:200]})",
+            key="compute.micro_batch_size",
+            remedy="Set a lower one, or compute.gradient_checkpointing=true, and resume with --resume: nothing "
+            "that was saved is lost. Where it was an evaluation, set evaluate.batch_size. With a lower batch_size it "
+            "is another training, in another folder.",
+        ) from error
+
+
+class CopyToCpu:
+    """Copy tensors to the CPU; from a GPU while the host goes on, and the GPU computes what follows."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._tensors, self._copied = tuple(tensors), None
+        if any(tensor.is_cuda for tensor in tensors):
+            self._tensors = tuple(map(_pinned_copy, tensors))
+            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch has no types for it
+            self._copied.record()
+
+    def wait(self) -> tuple[Tensor, ...]:
+        """Return the copies once they are complete."""
+        if self._copied is None:
+            return tuple(tensor.cpu() for tensor in self._tensors)
+        self._copied.synchronize()
+        # Out of page-locked memory, which is scarce, and which the next copy takes again.
+        return tuple(tensor.clone() for tensor in self._tensors)
+
+
+def _pinned_copy(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)

@@ -52,6 +52,11 @@ class Processes:
     def device(self) -> torch.device:
         return self.local.device
 
+    @property
+    def pins_memory(self) -> bool:
+        """Whether batches are made in page-locked memory, from which a GPU copies while the host goes on."""
+        return self.device.type == "cuda"
+
     def without_gradients(self) -> torch.inference_mode | torch.no_grad:
         """Return the context of an evaluation; what FSDP2 makes in inference mode it could not use in training."""
         return torch.no_grad() if self.engine.shards else self.local.without_gradients()

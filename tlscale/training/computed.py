@@ -25,6 +25,7 @@ _WORDS = {
     "num_processes": "number of processes",
     "micro_batch_size": "images of a process in one pass",
     "engine": "engine",
+    "gradient_checkpointing": "gradient checkpointing",
 }
 
 
@@ -36,6 +37,7 @@ class Computed:
     num_processes: int
     micro_batch_size: int
     engine: str | None  # None: of an older version, which did not say
+    gradient_checkpointing: bool | None = None  # likewise
 
     def differs(self, other: Computed) -> list[str]:
         """Return the names of what is not the same."""
@@ -87,7 +89,7 @@ def note_start(
     differing = start.differs(starts[-1]) if starts else []
     changes = [change for change in run_info.get("changes", []) if change["step"] < start.from_step]
     for name in differing:
-        other = depending if name != "engine" else []
+        other = depending if name in ("num_processes", "micro_batch_size") else []
         effect = f"another training ({', '.join(other)})" if other else "rounding"
         before, after = getattr(starts[-1], name), getattr(start, name)
         changes.append({"step": start.from_step, "what": name, "before": before, "after": after, "effect": effect})

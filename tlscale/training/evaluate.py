@@ -64,7 +64,8 @@ def evaluate(
                 outputs_BO = network(*args)
                 if batch is None:
                     continue
-                logits_BC, labels_B = loss_fn.logits(outputs_BO), batch.labels_B.to(outputs_BO.device)
+                logits_BC = loss_fn.logits(outputs_BO)
+                labels_B = batch.labels_B.to(outputs_BO.device, non_blocking=True)
                 tally.update(logits_BC, labels_B, cross_entropy(logits_BC, labels_B))
                 aux.add(loss_fn.aux_losses(outputs_BO, batch))
                 if predictions is not None:

@@ -100,7 +100,7 @@ class ImagePipeline:
             stop_step=stop,
             views=self._views,
             workers=self._workers(store, augmented=bool(spec.augment)),
-            pin_memory=processes.device.type == "cuda",
+            pin_memory=processes.pins_memory,
         )
         return batches if self._targets is None else self._taught(batches, start, stop, self._targets)
 
@@ -118,7 +118,14 @@ class ImagePipeline:
     def eval_batches(self, split: ImageSplit) -> Iterable[ImageBatch]:
         processes, store = self._processes, self._processes.run_on_all(self._images.of, split)
         workers, targets = self._workers(store, augmented=False), self._targets
-        batches = eval_batches(store, processes.rank, processes.world_size, self._spec.eval_batch_size, workers)
+        batches = eval_batches(
+            store,
+            processes.rank,
+            processes.world_size,
+            self._spec.eval_batch_size,
+            workers,
+            pin_memory=processes.pins_memory,
+        )
         return batches if targets is None else targets.of_split(split, batches)
 
     def _workers(self, store: ImageStore, *, augmented: bool) -> int:
@@ -163,7 +170,7 @@ class CodePipeline:
             processes.rank,
             start_step=start,
             stop_step=stop,
-            pin_memory=processes.device.type == "cuda",
+            pin_memory=processes.pins_memory,
         )
 
     def inputs(self, batch: CodeBatch) -> tuple[Tensor, ...]:
@@ -173,7 +180,13 @@ class CodePipeline:
 
     def eval_batches(self, split: ImageSplit) -> Iterable[CodeBatch]:
         processes = self._processes
-        return eval_code_batches(self._of(split), processes.rank, processes.world_size, self._spec.eval_batch_size)
+        return eval_code_batches(
+            self._of(split),
+            processes.rank,
+            processes.world_size,
+            self._spec.eval_batch_size,
+            pin_memory=processes.pins_memory,
+        )
 
     def _of(self, split: ImageSplit) -> CodeViews:
         if split.name not in self._evaluated:

@@ -88,7 +88,8 @@ def train(
     if run_info is None:
         run_info = processes.run_on_main(begin_folder, folder, setup, processes.world_size, str(processes.device))
     split, engine = setup.split, processes.engine
-    start = computed.Computed(loop.step, split.world_size, split.micro_batch_size, engine.name)
+    checkpointing = setup.recipe.compute.gradient_checkpointing
+    start = computed.Computed(loop.step, split.world_size, split.micro_batch_size, engine.name, checkpointing)
     run_info = processes.run_on_main(computed.note_start, folder, run_info, start, loop, depending, console)
     loop.run_id = run_info.get("id")
     # The logger within the console, so that its last words are above the display; the watchdog within both, so that

@@ -37,6 +37,7 @@ from tlscale import faults
 from tlscale.data.sources.open import ImageSplit
 from tlscale.data.sources.stores import FileStore
 from tlscale.data.sources.tables import Ints
+from tlscale.distributed.device import CopyToCpu
 from tlscale.distributed.processes import Processes
 from tlscale.storage.files import naming_disk_errors, replacing
 
@@ -54,25 +55,26 @@ class Predictions:
 
     def __init__(self, split: ImageSplit, classes: Sequence[str]) -> None:
         self.split, self.classes = split, tuple(classes)
-        self._computed: list[tuple[Tensor, ...]] = []
+        self._on_the_way: list[CopyToCpu] = []
         self._kept: list[dict[str, Tensor]] = []
 
     @torch.no_grad()
     def add(self, positions_B: Tensor, logits_BC: Tensor) -> None:
-        """Take a batch, without waiting for the device: it is moved to the CPU when the next one comes.
+        """Take a batch, without waiting for the device: it is read on the CPU when the next one has been computed.
 
         Positions are those in the split; logits in fp16 and bf16 are taken to float32, as `metrics.Tally` does.
         """
-        self._fetch()
         logits_BC = logits_BC if logits_BC.dtype == torch.float64 else logits_BC.float()
         answered_B = ~logits_BC.isnan().any(dim=1)
         finite_BC = torch.nan_to_num(logits_BC)
         labels_B = torch.where(answered_B, finite_BC.argmax(dim=1), _NO_ANSWER)
-        self._computed.append((positions_B, logits_BC, labels_B, finite_BC.softmax(dim=1).amax(dim=1)))
+        earlier, self._on_the_way = self._on_the_way, []
+        self._on_the_way.append(CopyToCpu((positions_B, logits_BC, labels_B, finite_BC.softmax(dim=1).amax(dim=1))))
+        self._keep(earlier)
 
-    def _fetch(self) -> None:
-        for computed in self._computed:
-            positions_B, logits_BC, labels_B, probability_B = (part.cpu() for part in computed)
+    def _keep(self, batches: Iterable[CopyToCpu]) -> None:
+        for batch in batches:
+            positions_B, logits_BC, labels_B, probability_B = batch.wait()
             truth_B1 = torch.from_numpy(self.split.labels_N[positions_B.numpy()])[:, None]
             finite_BC = torch.nan_to_num(logits_BC).double()
             true_B = finite_BC.log_softmax(dim=1).gather(1, truth_B1)[:, 0].exp()
@@ -83,11 +85,11 @@ class Predictions:
                 kept["top"] = _best_of(finite_BC)
                 kept["top_logits"] = logits_BC.gather(1, kept["top"])
             self._kept.append(kept)
-        self._computed.clear()
 
     def tables(self) -> Iterator[pa.Table]:
         """Give the rows of the images that this process has, in the order of the split, some at a time."""
-        self._fetch()
+        self._keep(self._on_the_way)
+        self._on_the_way = []
         if not self._kept:
             return
         columns = {name: torch.cat([kept[name] for kept in self._kept]) for name in self._kept[0]}

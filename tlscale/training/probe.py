@@ -60,10 +60,10 @@ def probe(
     """
     data, section = setup.data, setup.recipe.probe
     assert section is not None
-    refuse_wrong_probe(section, setup.recipe.codes, len(data.train), len(data.validation or ()))
+    codes_cache = open_codes_cache(setup, processes, console, stop)
+    refuse_wrong_probe(section, codes_cache.spec.section, len(data.train), len(data.validation or ()))
 
     # -- codes: of all layers and poolings in one pass, before anything is written -----------------------------------
-    codes_cache = open_codes_cache(setup, processes, console, stop)
     wanted, backbone = wanted_layers(codes_cache.spec.section), setup.classifier.backbone
     codes = codes_cache.layer_codes(backbone, wanted, [data.train, *([data.validation] if data.validation else [])])
     split = data.test or data.validation

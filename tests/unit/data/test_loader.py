@@ -388,7 +388,7 @@ def test_default_workers():
     assert default_workers(section(workers=7), cached=True, augmented=False, **cpu) == 7
     assert default_workers(section(workers=0), cached=False, augmented=True, **gpu) == 0
     for need in ({"cached": False, "augmented": False}, {"cached": True, "augmented": True}):
-        assert default_workers(section(), **need, **gpu) == (min(4, cores) if cores > 1 else 0)
+        assert default_workers(section(), **need, **gpu) == min(16, cores - 1)  # one is left to the process itself
         assert default_workers(section(), **need, **gpu, processes=cores) == 0
         assert default_workers(section(), **need, **cpu) == 0
 
