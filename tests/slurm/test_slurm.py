@@ -149,7 +149,8 @@ def test_the_signal_before_the_end_of_its_time(cluster, recipe, whole):
     assert job.facts()["JobState"] == "COMPLETED", job.output()[-4000:]
     assert job.resumed_at() == [saved]
     assert saved > 4 * EVERY
-    assert saved % EVERY, "nothing shows that it saved itself, and not only as often as the recipe says"
+    # Of its own, and not only as often as the recipe says; the two may fall on one step.
+    assert f"after step {saved} of {STEPS}" in job.output()
     assert_same_runs(whole.out, job.out)
 
 
