@@ -16,7 +16,7 @@ RECIPE := recipes/resnet_fmnist.yaml
 RUN := runs/resnet_fmnist
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check test test-all test-fast test-unit test-dist test-long test-slurm test-chaos test-hosts test-xla lint format \
+.PHONY: help demo check test test-all test-fast test-unit test-dist test-long test-gpu test-slurm test-chaos test-hosts test-xla lint format \
   wheel constraints clean
 .DELETE_ON_ERROR:
 
@@ -77,6 +77,10 @@ test-long: $(VENV)/.tlscale-dev ## exhaustive tests in one process, of which `ma
 test-slurm: $(VENV)/.tlscale-dev ## launch/slurm.sbatch under a real Slurm on this machine (Debian, root)
 	bash scripts/get_slurm.sh
 	$(PYTEST) -m long tests/slurm $(TEST_ARGS)
+
+# Where there is a GPU; elsewhere they are skipped.
+test-gpu: $(VENV)/.tlscale-dev ## the tests of a GPU, on a machine that has one (scripts/gpu_kit.sh: where there is no network)
+	$(PYTEST) -m gpu tests/gpu $(TEST_ARGS)
 
 # Those that take minutes, and are not in `make test`.
 
