@@ -97,7 +97,7 @@ def test_local_folder_of_images(tmp_path):
     assert data.train.labels_N.tolist() == [0, 0, 0, 1, 1, 1]
     assert data.train.read(5) == (tmp_path / "set" / "train" / "dog" / "2.png").read_bytes()
     (tmp_path / "set" / "train" / "dog" / "2.png").unlink()
-    with pytest.raises(DataError, match=r"row 5: .*dog/2.png cannot be read: No such file"):
+    with pytest.raises(DataError, match=r"row 5: .*dog/2.png: cannot be read: No such file"):
         data.train.read(5)
 
 

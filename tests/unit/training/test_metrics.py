@@ -235,21 +235,6 @@ def test_the_sums_are_kept_in_64_bits_however_many_images():
     assert float(tally.state()[1][0]) == 2.0**40 + 2.0**-10 + 0.5
 
 
-def test_padding_is_not_counted():
-    logits_BC, labels_B = draw(5, 50, 6)
-    plain, padded = tally_of(logits_BC, labels_B, batch=50), Tally(6, "cpu")
-    losses_B = cross_entropy(logits_BC, labels_B, reduction="none")
-    padding_BC = torch.full((3, 6), math.nan)
-    padded.update(
-        torch.cat([logits_BC, padding_BC, logits_BC[:4]]),
-        torch.cat([labels_B, labels_B[:7]]),
-        torch.cat([losses_B, torch.full((7,), math.nan)]),
-        torch.arange(57) < 50,
-    )
-    for mine, theirs in zip(padded.state(), plain.state(), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=0)
-
-
 def test_no_confusion_matrix_for_very_many_classes_but_all_else():
     num_classes = MAX_CONFUSION_CLASSES + 1
     logits_BC, labels_B = draw(6, 40, num_classes)
