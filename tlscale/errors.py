@@ -22,6 +22,8 @@ EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: saved, run the same line again w
 # What a terminal obeys instead of showing it: C0 and C1 controls but for the tab (escape sequences begin with them),
 # line breaks of Unicode, what turns the direction of text; and surrogates, which stand for bytes that are no UTF-8.
 _OBEYED = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_MOST_SHOWN = 100  # mistakes of a recipe
+_LONGEST_NAME, _MOST_NAMES = 200, 20_000  # that are compared with one that does not exist: a second's work
 _OWN_BREAK = re.compile(r"\n(?=  )")  # lines of ours after the first are indented, and no other line is ours
 
 
@@ -102,7 +104,9 @@ class RecipeError(TlscaleError):
         return error
 
     def __str__(self) -> str:
-        lines = [str(mistake) for mistake in self.mistakes]
+        lines = [str(mistake) for mistake in self.mistakes[:_MOST_SHOWN]]
+        if len(self.mistakes) > _MOST_SHOWN:
+            lines.append(f"and {len(self.mistakes) - _MOST_SHOWN:,} more")
         if len(lines) > 1:
             return "\n".join([f"{self.problem}:", *lines])
         return lines[0] if lines else super().__str__()
@@ -180,7 +184,8 @@ class Stopped(TlscaleError):  # noqa: N818 (a stop is no error)
 
 def suggestion(word: str, known: Iterable[str], limit: int = 3) -> str:
     """Return `Did you mean 'x' or 'y'?` with the names in `known` nearest to `word`; empty when none is near."""
-    near = difflib.get_close_matches(word, list(known), n=limit, cutoff=0.6)
+    names = [] if len(word) > _LONGEST_NAME else [name for name in known if len(name) <= _LONGEST_NAME]
+    near = difflib.get_close_matches(word, names[:_MOST_NAMES], n=limit, cutoff=0.6)
     return f"Did you mean {' or '.join(repr(name) for name in near)}?" if near else ""
 
 

@@ -27,6 +27,7 @@ _UNITS: dict[str, Unit] = {
 }
 _FORM = re.compile(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?)\s*(%|[A-Za-z]+)\s*")
 _MAX_CHARS = 300
+MOST = 10**15
 REMEDY = "Write a number and a unit: '10 epochs', '500 steps', '64000 images' or '5%'."
 
 
@@ -90,6 +91,8 @@ def parse_duration(value: object) -> Duration:
     if unit is None:
         raise InvalidValueError(f"unknown unit {word!r}", REMEDY)
     amount = Fraction(number.replace("_", ""))
+    if amount > MOST:
+        raise InvalidValueError(f"more than {MOST:,} {unit}", REMEDY)
     if unit == "%" and amount > 100:
         raise InvalidValueError("more than 100%", "Write a share from 0% to 100%.")
     return Duration(amount, unit)

@@ -18,6 +18,7 @@ from tlscale.recipe.duration import Duration, parse_duration
 from tlscale.recipe.mistakes import InvalidValueError
 from tlscale.recipe.rules import Rule, parse_rule
 
+MOST_OF_A_RULE = 1e6
 HeadLayer = str | dict[str, int | float]
 Augmentation = str | dict[str, float]
 
@@ -106,8 +107,8 @@ def _number_rules(value: object) -> tuple[Rule[float], ...]:
         if not isinstance(item, dict):
             raise InvalidValueError("rules are a list of 'regex: number'", "Write [{'layer4\\..*': 0.1}], for example.")
         for pattern, number in item.items():
-            if isinstance(number, bool) or not isinstance(number, int | float) or number < 0:
-                raise InvalidValueError(f"a rule's value is a number of at least 0, not {number!r}")
+            if isinstance(number, bool) or not isinstance(number, int | float) or not 0 <= number <= MOST_OF_A_RULE:
+                raise InvalidValueError(f"a rule's value is a number from 0 to {MOST_OF_A_RULE:g}, not {number!r}")
             rules.append(parse_rule(pattern, float(number)))
     return tuple(rules)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tlscale.errors import RecipeError, is_unicode, sentences
+from tlscale.recipe.idle import find_idle
 from tlscale.recipe.mistakes import Findings, Mistake, Origin
 from tlscale.recipe.overrides import Override, read_override
 from tlscale.recipe.retired import ADDED, replace_retired
@@ -23,7 +24,7 @@ from tlscale.recipe.schema import BackboneSection, Recipe
 from tlscale.recipe.schema_keys import all_keys
 from tlscale.recipe.shipped import shipped_recipes
 from tlscale.recipe.sources import SOURCES
-from tlscale.recipe.validation import check_recipe, is_same_value
+from tlscale.recipe.validation import check_recipe, is_same_value, origin_at
 from tlscale.recipe.yaml_text import MAX_BYTES, Node, read_yaml, write_yaml
 
 MAX_EXTENDS = 5
@@ -78,16 +79,24 @@ def _load(path: str | Path, overrides: Sequence[str], *, stored: bool) -> tuple[
     changes = [change for text in overrides if (change := read_override(text, findings)) is not None]
     if tree is not None and stored:
         tree, notes = replace_retired(tree, findings, stored=True)
-    return _checked(tree, changes, findings, os.fspath(path)), notes
+    return _checked(tree, changes, findings, os.fspath(path), stored=stored), notes
 
 
-def _checked(tree: Node | None, changes: list[Override], findings: Findings, name: str) -> Recipe:
-    """Return the recipe in `tree` with the overrides in it; raise all that is in `findings` by then."""
+def _checked(
+    tree: Node | None, changes: list[Override], findings: Findings, name: str, *, stored: bool = False
+) -> Recipe:
+    """Return the recipe in `tree` with the overrides in it; raise all that is in `findings` by then.
+
+    A `stored` one may have keys without effect.
+    """
     recipe = None
     if tree is not None:
         for change in changes:
             tree = _set(tree, change, change.path, findings)
-        recipe = check_recipe(replace_retired(tree, findings, stored=False)[0], findings)
+        whole = replace_retired(tree, findings, stored=False)[0]
+        recipe = check_recipe(whole, findings)
+        if recipe is not None and not stored:
+            find_idle(recipe, findings, lambda key: origin_at(key, whole))
     if recipe is None or findings.mistakes:
         raise RecipeError.of(_in_order(findings.mistakes, name))
     return _with_absolute_paths(recipe)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from tlscale.errors import RecipeError, sentences, suggestion
+from tlscale.recipe.matching import check_time
 from tlscale.recipe.mistakes import InvalidValueError
 
 V = TypeVar("V", bool, float)
@@ -36,7 +37,7 @@ def parse_rule(pattern: object, value: V) -> Rule[V]:
         raise InvalidValueError("a rule's pattern is a regular expression on parameter names", remedy)
     try:
         re.compile(pattern)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         problem = f"{pattern!r} is not a regular expression: {error}"
         raise InvalidValueError(
             problem, "Put it in single quotes, and a backslash before each sign that is meant as it stands."
@@ -52,9 +53,12 @@ def match_rules(rules: Sequence[Rule[V]], names: Iterable[str], where: str) -> d
         where: the recipe key that the rules came from, for the message.
 
     Raises:
-        RecipeError: a rule matches no name at all, or earlier rules take all of its names; names near it are shown.
+        RecipeError: a rule matches no name at all, or earlier rules take all of its names (names near it are shown);
+            or one takes too long.
     """
     names = list(names)
+    for rule in rules:
+        check_time(rule.pattern, tuple(names), where)
     first = {name: next((rule for rule in rules if rule.matches(name)), None) for name in names}
     chosen = {name: rule for name, rule in first.items() if rule is not None}
     in_effect = set(map(id, chosen.values()))

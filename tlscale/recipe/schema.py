@@ -51,6 +51,7 @@ __all__ = [
     "Section",
     "StageSection",
     "WandbSection",
+    "asks_for",
 ]
 
 _PENULTIMATE = "penultimate"
@@ -94,7 +95,7 @@ class Recipe(Section):
     """Several stages, one after the other, each with its own `freeze` and `duration`; in place of those."""
     duration: PositiveDuration = Field(default_factory=lambda: parse_duration("10 epochs"))
     """Length of the run."""
-    batch_size: int = Field(128, ge=1)
+    batch_size: int = Field(128, ge=1, le=10_000_000)
     """Images in one optimizer step over all processes."""
     drop_last: bool = False
     """Leave out the last, short batch of each epoch."""
@@ -166,7 +167,7 @@ class Recipe(Section):
             if getattr(self, name) is None:
                 continue
             for key in NO_EFFECT_BESIDE[name]:
-                if _asks_for(self, key):
+                if asks_for(self, key):
                     raise InvalidValueError(f"has no effect with '{name}': {why}", "Remove it.", keys=[key, name])
 
     def _check_codes(self) -> None:
@@ -213,7 +214,7 @@ class Recipe(Section):
         return self.model_dump(mode="json")
 
 
-def _asks_for(recipe: Recipe, dotted: str) -> bool:
+def asks_for(recipe: Recipe, dotted: str) -> bool:
     """Return whether a key has another value than its default."""
     section: Section = recipe
     *above, name = dotted.split(".")

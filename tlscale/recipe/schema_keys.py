@@ -53,6 +53,13 @@ SYNONYMS = {
 }
 
 
+# Keys that mean another thing in each section.
+_COMMON_NAMES = frozenset(
+    ("action", "choose", "config", "decay", "entity", "every", "keep", "kind", "labels", "layer", "match", "mode")
+    + ("name", "options", "path", "pool", "project", "revision", "run", "select", "source", "tags", "views", "weights")
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Key:
     """Describe one key of the recipe; `section` is set where it holds further keys."""
@@ -173,7 +180,8 @@ def describe(annotation: Any, metadata: Sequence[Any] = ()) -> str:  # noqa: ANN
         return "an augmentation, such as flip or {crop: 0.5}"
     origin, args = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        return describe(args[0], [*args[1:], *metadata])
+        own = [bound for item in args[1:] for bound in (item.metadata if isinstance(item, FieldInfo) else [item])]
+        return describe(args[0], [*own, *metadata])
     if origin in (Union, UnionType):
         members = [part for part in args if part is not NoneType and not (part is int and float in args)]
         words = " or ".join(describe(part, metadata) for part in members)
@@ -228,13 +236,19 @@ def unknown_key(path: Sequence[str]) -> tuple[str, str]:
     if SECRET.search(name):
         return "keys and passwords never belong in a recipe", "Log in as the service documents it, and take this out."
     siblings = _siblings(path)
-    places = [key.dotted for key in all_keys().values() if key.path[-1] == name and not key.in_list]
-    if name.lower() in SYNONYMS:
-        places.insert(0, SYNONYMS[name.lower()])
-    elsewhere = f"Did you mean {' or '.join(repr(place) for place in places[:3])}?" if places else ""
-    meant = suggestion(name, siblings) or elsewhere or suggestion(name, all_keys())
+    meant = suggestion(name, siblings) or _elsewhere(name)
     place = f"section '{'.'.join(path[:-1])}'" if path[1:] else "the top level"
     return "unknown key", meant or f"The keys of {place} are: {', '.join(siblings)}."
+
+
+def _elsewhere(name: str) -> str:
+    """Return the keys of other sections that have this name, or nearly; a name that fits anything tells nothing."""
+    telling = {key.path[-1] for key in all_keys().values() if not key.in_list} - _COMMON_NAMES
+    near = difflib.get_close_matches(name, telling, n=1, cutoff=0.8)
+    places = [key.dotted for key in all_keys().values() if key.path[-1] in near and not key.in_list]
+    if name.lower() in SYNONYMS:
+        places = list(dict.fromkeys([SYNONYMS[name.lower()], *places]))
+    return f"Did you mean {' or '.join(repr(place) for place in places[:3])}?" if places else ""
 
 
 def near_siblings(path: Sequence[str]) -> list[str]:

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import ValidationError
 
 from tlscale.errors import suggestion
-from tlscale.recipe.mistakes import Findings, InvalidValueError
+from tlscale.recipe.mistakes import Findings, InvalidValueError, Origin
 from tlscale.recipe.schema import Recipe
 from tlscale.recipe.schema_keys import (
     SECRET,
@@ -45,6 +45,7 @@ STAND_INS: dict[str, Any] = {
 }
 _NUMBER = re.compile(r"[-+]?[0-9.]+([eE][-+]?[0-9]+)?")
 _MAX_PASSES = 50  # a pass sets at least one key aside, so few recipes need more than five
+_MOST_HINTS = 50  # what was meant is looked up for no more mistakes, as that takes a millisecond each
 _SHOWN_CHARS = 60
 
 
@@ -78,11 +79,8 @@ def _by_place(error: ValidationError, tree: Node) -> dict[Path, list[Any]]:
     for mistake in error.errors(include_url=False, include_input=False):
         place = _place(mistake["loc"], mistake["type"], tree)
         groups.setdefault(place, []).append(mistake)
-    return {
-        place: mistakes
-        for place, mistakes in groups.items()
-        if _is_section(place, mistakes) or not any(other != place and other[: len(place)] == place for other in groups)
-    }
+    above = {place[:depth] for place in groups for depth in range(len(place))}
+    return {place: mistakes for place, mistakes in groups.items() if _is_section(place, mistakes) or place not in above}
 
 
 def _place(loc: Sequence[str | int], kind: str, tree: Node) -> Path:
@@ -121,6 +119,12 @@ def _at(place: Path, tree: Node) -> tuple[Node, bool]:
     return node, True
 
 
+def origin_at(dotted: str, tree: Node) -> Origin:
+    """Return where `optim.lr` or `stages[0].lr` was written, or what holds it."""
+    parts = re.findall(r"[^.\[\]]+", dotted)
+    return _at(tuple(int(part) if part.isdecimal() else part for part in parts), tree)[0].origin
+
+
 def _report_field(place: Path, mistakes: list[Any], tree: Node, set_aside: set[str], findings: Findings) -> None:
     kinds = {mistake["type"] for mistake in mistakes}
     dotted = _dotted(place)
@@ -129,8 +133,11 @@ def _report_field(place: Path, mistakes: list[Any], tree: Node, set_aside: set[s
         if not findings.incomplete and str(place[-1]) not in set_aside and not _is_misspelt(place, tree):
             findings.add(origin, "missing", _where_to_add(place), key=dotted)
     elif "extra_forbidden" in kinds:
-        findings.add(origin, *unknown_key(names_on(place)), key=dotted)
-        set_aside.update(near_siblings(names_on(place)))
+        if len(findings.mistakes) < _MOST_HINTS:
+            findings.add(origin, *unknown_key(names_on(place)), key=dotted)
+            set_aside.update(near_siblings(names_on(place)))
+        else:
+            findings.add(origin, "unknown key", key=dotted)
     else:
         value = _at(place, tree)[0].plain()
         findings.add(origin, *_wrong_value(place, mistakes[0], value), key=dotted, value=show_value(place, value))
@@ -147,7 +154,7 @@ def _is_misspelt(place: Path, tree: Node) -> bool:
     assert isinstance(siblings, dict), "pydantic found a key missing in it"
     prefix = names_on(place[:-1])
     unknown = [name for name in siblings if ".".join([*prefix, name]) not in all_keys()]
-    return any(place[-1] in near_siblings([*prefix, name]) for name in unknown)
+    return any(place[-1] in near_siblings([*prefix, name]) for name in unknown[:_MOST_HINTS])
 
 
 def _where_to_add(place: Path) -> str:

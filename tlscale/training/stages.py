@@ -17,6 +17,7 @@ from tlscale.errors import RecipeError
 from tlscale.models.classifier import Classifier
 from tlscale.models.freeze import FreezeRow, check_trainable, freeze_parameters, unchanging_keys
 from tlscale.recipe.duration import Duration
+from tlscale.recipe.matching import check_time
 from tlscale.recipe.rules import Rule, match_rules
 from tlscale.recipe.schema import OptimSection, ScheduleSection, StageSection
 from tlscale.training.optimizer import Group, parameter_groups
@@ -143,8 +144,8 @@ def _optim(
     rules must match.
     """
     changes: dict[str, object] = {
-        "lr_rules": _acting(optim.lr_rules, params) if where else optim.lr_rules,
-        "weight_decay_rules": _acting(optim.weight_decay_rules, params) if where else optim.weight_decay_rules,
+        key: _acting(getattr(optim, key), params, f"optim.{key}") if where else getattr(optim, key)
+        for key in ("lr_rules", "weight_decay_rules")
     }
     changes |= {
         key: getattr(section, key) for key in ("lr", "lr_rules", "layer_decay") if getattr(section, key) is not None
@@ -152,7 +153,11 @@ def _optim(
     return optim.model_copy(update=changes)
 
 
-def _acting(rules: tuple[Rule[float], ...], params: dict[str, torch.nn.Parameter]) -> tuple[Rule[float], ...]:
+def _acting(
+    rules: tuple[Rule[float], ...], params: dict[str, torch.nn.Parameter], where: str
+) -> tuple[Rule[float], ...]:
+    for rule in rules:
+        check_time(rule.pattern, tuple(params), where)
     return tuple(rule for rule in rules if any(rule.matches(name) for name in params))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -38,25 +38,25 @@ class DataSection(Section):
     """Share of the training images that becomes the validation split, stratified, where the source has none."""
     classes: list[str] | None = Field(None, min_length=2)
     """Class names in the order of their numbers; by default those of the training split, sorted."""
-    train_limit: int | None = Field(None, ge=1)
+    train_limit: int | None = Field(None, ge=1, le=10**12)
     """Use only so many labelled training images, a stratified subset by seed, validation included."""
     fallback: Literal["sample"] | None = None
     """`sample`: where `fashion_mnist` is not available, use the 7,000 real images that ship with tlscale."""
     on_bad_image: Literal["error", "skip"] = "error"
     """An image that cannot be read: stop, or try all images first and skip the bad ones of every split, before a limit
     or a hold-out is drawn; the results count them."""
-    max_megapixels: float = Field(64.0, gt=0.0, le=89.0)
+    max_megapixels: float = Field(64.0, ge=1e-4, le=89.0)
     """Larger images are bad images (a decompression bomb is one); 89 is the limit of the library that reads them."""
     image_size: int | None = Field(None, ge=8, le=2048)
     """Height and width the backbone sees, in pixels; by default the size it was pretrained at."""
     interpolation: Literal["auto", "nearest", "bilinear", "bicubic", "lanczos"] = "auto"
     """How images are resized; `auto`: as the backbone was pretrained."""
-    crop_pct: float | None = Field(None, gt=0.0, le=1.0)
+    crop_pct: float | None = Field(None, ge=0.1, le=1.0)
     """Share of the resized image that the evaluation's centre crop keeps; by default the backbone's, or 1 where the
     images are no larger than that crop."""
-    mean: list[float] | None = None
+    mean: list[Annotated[float, Field(ge=0.0, le=1.0)]] | None = None
     """Mean of each channel, 0..1; by default the backbone's."""
-    std: list[float] | None = None
+    std: list[Annotated[float, Field(ge=1e-4, le=1.0)]] | None = None
     """Standard deviation of each channel, 0..1; by default the backbone's."""
     augment: Augment = []
     """`none`, or a list of flip, crop, trivialaugment, randaugment, erasing, mixup, cutmix, each with or without its
@@ -64,7 +64,7 @@ class DataSection(Section):
     workers: int | None = Field(None, ge=0, le=256)
     """Processes that read images for each training process; by default 0 when the images are cached and not
     augmented, or when training runs on the CPU, whose cores they would take; else up to 4."""
-    cache_mib: int = Field(2048, ge=0)
+    cache_mib: int = Field(2048, ge=0, le=10**9)
     """Images are decoded once and cached as uint8 when all of them need no more than this, in MiB; 0: never."""
 
     @model_validator(mode="after")
@@ -75,6 +75,4 @@ class DataSection(Section):
         for key in ("mean", "std"):
             if getattr(self, key) is not None and len(getattr(self, key)) not in (1, 3):
                 raise InvalidValueError("takes one number per channel", "Write 1 number, or 3.", keys=[key])
-        if self.std is not None and min(self.std) <= 0:
-            raise InvalidValueError("must be more than 0", keys=["std"])
         return self

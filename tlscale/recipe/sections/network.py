@@ -77,11 +77,11 @@ class CodesSection(Section):
     e sees view e modulo `views`. With 1 and `keep: auto`, no codes are cached, and each epoch sees new ones."""
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     """Data type of the cached codes; `auto`: as they are computed."""
-    disk_gib: float = Field(20.0, gt=0.0)
+    disk_gib: float = Field(20.0, gt=0.0, le=1e6)
     """`keep: auto`: most GiB that the codes of this run may take on the disk."""
-    memory_mib: int = Field(4096, ge=0)
+    memory_mib: int = Field(4096, ge=0, le=10**9)
     """Codes that need no more, in MiB, are read into memory once; others are mapped from the disk."""
-    cache_gib: float = Field(50.0, gt=0.0)
+    cache_gib: float = Field(50.0, gt=0.0, le=1e6)
     """Most GiB that the codes of all runs may take; the least recently used are evicted first."""
 
 
@@ -91,9 +91,9 @@ class ProbeSection(Section):
     kind: Literal["logistic", "ridge", "knn", "sklearn"] = "logistic"
     """`logistic`: multinomial logistic regression; `ridge`: least squares; `knn`: nearest neighbours; `sklearn`:
     scikit-learn's LogisticRegression."""
-    strengths: list[Annotated[float, Field(gt=0.0)]] | None = Field(None, min_length=1)
+    strengths: list[Annotated[float, Field(ge=1e-12, le=1e12)]] | None = Field(None, min_length=1, max_length=1000)
     """Strengths of the L2 regularisation that are tried; by default a range that fits the kind. Not for `knn`."""
-    neighbours: list[Annotated[int, Field(ge=1)]] | None = Field(None, min_length=1)
+    neighbours: list[Annotated[int, Field(ge=1, le=10**9)]] | None = Field(None, min_length=1, max_length=1000)
     """Numbers of neighbours that are tried; for `knn` only."""
     refit: bool = True
     """Fit once more on the training and validation splits together, with what the validation split chose. Without a
@@ -125,14 +125,14 @@ class DistillSection(Section):
     """Layers of the teacher, each with the layer (or layers) of the student that its codes are predicted from:
     `{blocks.4: layer3, penultimate: penultimate}`. Codes are pooled by their mean over positions, and the teacher's
     are standardised over the training images."""
-    codes: float = Field(1.0, ge=0.0)
+    codes: float = Field(1.0, ge=0.0, le=1e6)
     """Weight of the loss on codes: the squared error of an image, as a mean over all the numbers that are predicted."""
-    logits: float = Field(0.0, ge=0.0)
+    logits: float = Field(0.0, ge=0.0, le=1e6)
     """Weight of the loss on logits: the divergence of the student's classes from the teacher's, both softened by
     `temperature`, times its square (Hinton et al. 2015). For `run`."""
-    temperature: float = Field(4.0, gt=0.0)
+    temperature: float = Field(4.0, ge=0.01, le=1000.0)
     """Of the loss on logits."""
-    labels: float = Field(1.0, ge=0.0)
+    labels: float = Field(1.0, ge=0.0, le=1e6)
     """Weight of the loss on labels. With 0, and `logits` 0, labels have no part in what the backbone learns: the head
     is trained on its features all the same, and so tells what can be read from them."""
 

@@ -20,7 +20,7 @@ class ComputeSection(Section):
     tensor that is trained, of its gradient, moments and average. `auto`: `ddp` where there are several."""
     precision: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
     """Of the forward and backward pass; weights are kept in float32 (float64 for `fp64`)."""
-    micro_batch_size: int | None = Field(None, ge=1)
+    micro_batch_size: int | None = Field(None, ge=1, le=10_000_000)
     """Most images that one process passes through the network at once; by default its whole share of the batch."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory; an error where the backbone does not do it."""
@@ -33,9 +33,9 @@ class ComputeSection(Section):
     threads: int | None = Field(None, ge=1, le=1024)
     """CPU threads of a process; by default the machine's cores divided among its processes. Sums on a CPU depend on it
     in the last bit, so a run that is to be repeated exactly elsewhere names it."""
-    num_processes: int | None = Field(None, ge=1)
+    num_processes: int | None = Field(None, ge=1, le=1_000_000)
     """Refuse to run on any other number of processes; by default as many as the launcher started."""
-    hang_timeout_s: float = Field(1800.0, ge=1.0)
+    hang_timeout_s: float = Field(1800.0, ge=1.0, le=2_592_000.0)
     """Seconds without a sign of life (a step, a batch of an evaluation, a block of codes) after which a process writes
     the stack of each of its threads to stderr and ends; so long it waits for the others, too."""
 
@@ -65,7 +65,7 @@ class EvaluateSection(Section):
 
     every: PositiveDuration = Field(default_factory=lambda: parse_duration("1 epochs"))
     """How often; the last step is always evaluated."""
-    batch_size: int | None = Field(None, ge=1)
+    batch_size: int | None = Field(None, ge=1, le=10_000_000)
     """Images per process and forward pass; by default what a process takes in training."""
     select: Literal["top1", "loss", "macro_f1", "distill_loss"] = "top1"
     """The validation figure by which weights are best; `distill_loss`: what `distill` adds to the loss."""

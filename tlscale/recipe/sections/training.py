@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -17,9 +17,9 @@ class OptimSection(Section):
 
     name: str = "adamw"
     """One of timm's optimizers; its `sgd` has Nesterov momentum of 0.9, plain momentum is `momentum`."""
-    lr: float = Field(1e-3, gt=0.0)
+    lr: float = Field(1e-3, ge=1e-12, le=1e4)
     """Peak learning rate, for the global batch size of the recipe as it stands (it is not scaled)."""
-    weight_decay: float = Field(0.05, ge=0.0)
+    weight_decay: float = Field(0.05, ge=0.0, le=1e4)
     """Weight decay of what no rule names; norm layers and biases have none unless `decay_norm_and_bias`."""
     decay_norm_and_bias: bool = False
     """Decay norm layers and biases as well."""
@@ -29,9 +29,9 @@ class OptimSection(Section):
     """Rules, regex -> factor on the learning rate; parameters that no rule matches have 1."""
     weight_decay_rules: NumberRules = ()
     """Rules, regex -> weight decay in place of `weight_decay`."""
-    layer_decay: float | None = Field(None, gt=0.0, le=1.0)
+    layer_decay: float | None = Field(None, ge=0.01, le=1.0)
     """Factor on the learning rate for each layer (timm's grouping) away from the head."""
-    clip_grad_norm: float | None = Field(None, gt=0.0)
+    clip_grad_norm: float | None = Field(None, ge=1e-9, le=1e9)
     """Scale the gradient down to this norm, taken over all trainable parameters of the global batch."""
     ema_decay: float | None = Field(None, gt=0.0, lt=1.0)
     """Keep an exponential moving average of the trainable parameters, and evaluate and export that."""
@@ -76,11 +76,11 @@ class StageSection(Section):
     """As the recipe's `freeze`, for this stage; absent: nothing is frozen."""
     duration: PositiveDuration
     """Length of the stage."""
-    lr: float | None = Field(None, gt=0.0)
+    lr: float | None = Field(None, ge=1e-12, le=1e4)
     """In place of `optim.lr`."""
     lr_rules: NumberRules | None = None
     """In place of `optim.lr_rules`."""
-    layer_decay: float | None = Field(None, gt=0.0, le=1.0)
+    layer_decay: float | None = Field(None, ge=0.01, le=1.0)
     """In place of `optim.layer_decay`."""
     schedule: ScheduleSection | None = None
     """In place of the recipe's `schedule`; shares (`5%`) are of the stage."""
@@ -97,7 +97,7 @@ class LossSection(Section):
 
     label_smoothing: float = Field(0.0, ge=0.0, lt=1.0)
     """Share of the target that is shared by all classes."""
-    class_weights: Literal["none", "balanced"] | dict[str, float] = "none"
+    class_weights: Literal["none", "balanced"] | dict[str, Annotated[float, Field(ge=0.0, le=1e6)]] = "none"
     """`balanced`: inverse to each class's number of training images; or a weight for each class by name. An image's
     loss is multiplied by the weight of its own label; one mixed of two labels has a share of each label's weighted
     loss. Weights are scaled such that their mean over the training images is 1."""
@@ -109,7 +109,7 @@ class NonFiniteSection(Section):
     action: Literal["raise", "skip"] = "raise"
     """`raise`: the run fails, and its checkpoints stay; `skip`: that step changes nothing, for which all processes
     check every step before its update."""
-    most_steps: int = Field(10, ge=1)
+    most_steps: int = Field(10, ge=1, le=10**12)
     """If more steps than these would be skipped, the run fails. For `skip`."""
 
     @model_validator(mode="after")
