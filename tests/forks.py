@@ -13,7 +13,10 @@ import subprocess
 import sys
 import time
 import traceback
+from dataclasses import asdict
 from pathlib import Path
+
+from tests.failing_disk import Failing, fail_here
 
 REPO = Path(__file__).parent.parent
 FILE_EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.utime"}
@@ -34,7 +37,16 @@ class Forks:
             start_new_session=True,  # a Ctrl-C is for pytest, which ends this one
         )
 
-    def start(self, *words, log: Path, die_at: int | None = None, within=(), signals=(), **variables: str) -> int:
+    def start(
+        self,
+        *words,
+        log: Path,
+        die_at: int | None = None,
+        within=(),
+        signals=(),
+        failing: Failing | None = None,
+        **variables: str,
+    ) -> int:
         """Start `tlscale words...`; the process id.
 
         Args:
@@ -42,8 +54,10 @@ class Forks:
             die_at: the process kills itself before the n-th operation on a file below `within`; 0: it counts them, and
                 writes their number to `<log>.count` in the end.
             signals: (part of a path, signal) in turn: before it opens such a file it sends itself the signal.
+            failing: which operation on files fails; `<log>.trace` has all that were counted.
         """
         order = {"words": list(map(str, words)), "log": str(log), "die_at": die_at, "variables": variables}
+        order["failing"] = None if failing is None else asdict(failing)
         return self._ask({**order, "within": list(map(str, within)), "signals": list(signals)})
 
     def wait(self, pid: int, timeout_s: float = 120) -> int | str:
@@ -115,6 +129,8 @@ def _be_a_run(order: dict) -> None:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.environ.update(order["variables"])
         count = _watch_files(order)
+        if order["failing"]:
+            fail_here(Failing(**order["failing"]), Path(order["log"] + ".trace"))
         from tlscale.cli import main
 
         try:

@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
@@ -20,21 +21,42 @@ if TYPE_CHECKING:
 
 
 def _reports_errors(verb: Callable[..., None]) -> Callable[..., None]:
-    """Show errors of ours as one message and their exit code; all others keep their traceback."""
+    """Show errors of ours, and those of files, as one message and their exit code; others keep their traceback."""
 
     @wraps(verb)
     def wrapper(*args: Any, **options: Any) -> None:  # noqa: ANN401
         try:
             verb(*args, **options)
-        except TlscaleError as error:
-            if os.environ.get("TLSCALE_TRACEBACK"):
+            sys.stdout.flush()  # what was said may be lost only now
+        except (TlscaleError, OSError) as raised:
+            error = _as_ours(raised)
+            if os.environ.get("TLSCALE_TRACEBACK") or error is None:
                 raise
             if int(os.environ.get("RANK", "0")) == 0 or not error.reported_by_main:
-                click.echo(f"tlscale: {error}", err=True)
-            sys.stdout.flush()
+                with suppress(OSError):
+                    click.echo(f"tlscale: {error}", err=True)
+            _give_up_output()
             sys.exit(error.exit_code)
 
     return wrapper
+
+
+def _give_up_output() -> None:
+    """Write what is left, where that can be done: else Python tries again at its end, and makes the exit code 120."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _as_ours(error: TlscaleError | OSError) -> TlscaleError | None:
+    """Return an error that is reported without a traceback; None for that of a reader of our output who has left."""
+    if isinstance(error, TlscaleError):
+        return error
+    from tlscale.storage.files import disk_error
+
+    return None if isinstance(error, BrokenPipeError) else disk_error(error)
 
 
 class _Main(click.Group):
@@ -51,12 +73,17 @@ def _began_s() -> float:
 
 @click.group(cls=_Main, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="tlscale")
+@_reports_errors
 def main() -> None:
     """Transfer learning for images: compute only what is trainable.
 
     A RECIPE is a YAML file; KEY.PATH=VALUE after it changes one of its keys, such as optim.lr=3e-4. On several
     devices: accelerate launch tlscale/run.py RECIPE [KEY.PATH=VALUE ...].
     """
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise TlscaleError("the working folder was removed", remedy="Change to a folder that exists") from None
 
 
 @main.command()

@@ -13,6 +13,7 @@ from tests.recipes.wrong_data import WRONG_DATA
 from tests.recipes.wrong_recipes import AT, WRONG_RECIPES
 from tlscale import __version__
 from tlscale.cli import main
+from tlscale.errors import EXIT_FAILED
 from tlscale.recipe.shipped import shipped_recipes
 from tlscale.recipe.yaml_text import write_yaml
 
@@ -149,3 +150,27 @@ def test_the_launch_target_is_the_same_code_path(tmp_path):
     assert done.stderr.startswith("tlscale: ")
     assert str(path) in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_an_error_of_a_file_is_a_message_and_no_traceback(tmp_path, monkeypatch):
+    with monkeypatch.context() as within:
+        (tmp_path / "gone").mkdir()
+        within.chdir(tmp_path / "gone")
+        (tmp_path / "gone").rmdir()
+        code, _, said = invoke("recipes")
+    assert code == EXIT_FAILED
+    assert said == "tlscale: the working folder was removed. Change to a folder that exists\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device here is always full")
+@pytest.mark.parametrize("is_all", [False, True])
+def test_output_that_is_lost_is_a_failure(is_all):
+    with open("/dev/full", "w") as full:
+        errors = full if is_all else subprocess.PIPE
+        command = [sys.executable, "-m", "tlscale.cli", "recipes"]
+        done = subprocess.run(command, stdout=full, stderr=errors, text=True, check=False)
+    assert done.returncode == EXIT_FAILED, done.stderr
+    if not is_all:
+        assert "No space left on device" in done.stderr
+        assert "Traceback" not in done.stderr
+        assert "Exception" not in done.stderr

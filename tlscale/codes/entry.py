@@ -9,6 +9,7 @@ Shape letters: N images that are requested, M images of all shards, R images of 
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -230,6 +231,8 @@ def _problems_in_shard(folder: Path, name: str) -> list[str]:
 
 def pieces_of(folder: Path) -> list[Piece]:
     """List what of an entry can be evicted, each with its size and time of last use."""
+    if not os.access(folder, os.R_OK | os.X_OK):
+        return []  # another user's own
     if is_older(folder):
         entry = entry_info(folder)
         return [Piece(folder.name, None, entry.num_bytes, entry.last_used_s)] if entry is not None else []

@@ -69,6 +69,8 @@ def extract_codes(
     name = "" if known_N.all() else processes.run_on_main(images.name)
     request = hashlib.sha256(ids_N.tobytes() + name.encode()).hexdigest()[:16]  # who asks for the same at once waits
     codes = _look(store, keys, ids_N, processes, say) if known_N.all() else None
+    if codes is None:
+        store = _place_to_write(store, keys, processes)
     for _ in range(_ROUNDS):
         if codes is not None:
             break
@@ -131,6 +133,12 @@ def _look(
         return None
     codes = _open_all(store, keys, ids_N, verify=False, say=say)
     return None if processes.any(codes is None) else codes
+
+
+def _place_to_write(store: CodesStore, keys: Sequence[CodesKey], processes: Processes) -> CodesStore:
+    """Return the store; where it may not be written to, one of this run alone, so that it can compute all the same."""
+    root = processes.run_on_main(store.spare_root, keys)
+    return store if root is None else CodesStore(root, store.limit_bytes, shard_bytes=store.shard_bytes)
 
 
 def _reopened(work: Extraction, processes: Processes, say: Callable[[str], None]) -> Codes | None:

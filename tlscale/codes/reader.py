@@ -1,21 +1,31 @@
 """Read the codes of some images, from the disk or from memory.
 
-Promise: what is taken is a copy, bit-equal to what the network gave, in the memory order in which it gave it.
+Promise: what is taken is a copy, bit-equal to what the network gave, in the memory order in which it gave it. A file
+that was cut short, or that its disk does not give any more, since it was mapped is an error and no SIGBUS (on Linux).
 
 Shape letters: N images of these codes, B images of a batch, R images of a shard, C channels, H height, W width.
 """
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tlscale.codes.shards import Array, Ints, ValueSpec, as_array
+from tlscale.errors import TlscaleError
+
+_MOST_PIECES = 1024  # IOV_MAX of Linux
+_MOST_BYTES = 2**30  # of one call; Linux takes up to 2 GiB
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,9 +46,9 @@ class Column:
         """Return the value of some images, in a tensor of its own."""
         if self.loaded is not None:
             return _turned(self.loaded.index_select(0, torch.from_numpy(at_B)), self.spec)
-        # One row after the other: to copy a few KiB takes longer than to find them; grouped by shard it was slower.
-        places = zip(self.shard_N[at_B].tolist(), self.offset_N[at_B].tolist(), strict=True)
-        return _gathered(self.maps, self.spec, list(places))
+        values_B = torch.empty((len(at_B), *self.spec.shape), dtype=self.spec.torch_dtype)
+        self._copy(at_B, as_array(values_B))
+        return values_B.contiguous(memory_format=torch.channels_last) if self.spec.channels_last else values_B
 
     def load(self) -> Column:
         """Return the same value, read into memory once."""
@@ -49,10 +59,35 @@ class Column:
         channels, *rest = spec.shape if spec.channels_last else (0,)
         values_N = torch.empty((num_images, *((*rest, channels) if rest else spec.shape)), dtype=spec.torch_dtype)
         array_N = as_array(_turned(values_N, spec))
-        for shard, array_R in self.maps.items():
-            at = np.flatnonzero(self.shard_N == shard)
-            array_N[at] = array_R[self.offset_N[at]]
+        for shard in self.maps:
+            at_R = np.flatnonzero(self.shard_N == shard)
+            array_R = np.empty((len(at_R), *spec.shape), spec.numpy_dtype)
+            self._copy(at_R, array_R)
+            array_N[at_R] = array_R
         return values_N
+
+    @cached_property
+    def _begins(self) -> Ints:
+        """Return the address in memory of the first row of each shard, by number."""
+        begins = np.zeros(max(self.maps, default=0) + 1, np.int64)
+        begins[list(self.maps)] = [array_R.ctypes.data for array_R in self.maps.values()]
+        return begins
+
+    def _copy(self, at_B: Ints, into_B: Array) -> None:
+        """Copy the value of some images into a contiguous array.
+
+        Raises:
+            TlscaleError: a file cannot be read any more.
+        """
+        shard_B, offset_B, size = self.shard_N[at_B], self.offset_N[at_B], self.spec.row_bytes
+        step = max(min(_MOST_PIECES, _MOST_BYTES // max(size, 1)), 1)
+        for start in range(0, len(at_B), step):
+            part = slice(start, start + step)
+            from_B = self._begins[shard_B[part]] + offset_B[part] * size
+            if not _copy_memory(from_B, size, into_B[part]):
+                # One row after the other: to copy a few KiB takes longer than to find them.
+                for i, (shard, offset) in enumerate(zip(shard_B[part].tolist(), offset_B[part].tolist(), strict=True)):
+                    into_B[start + i] = self.maps[shard][offset]
 
 
 class Codes:
@@ -111,9 +146,34 @@ def _turned(values_B: Tensor, spec: ValueSpec) -> Tensor:
     return values_B.permute(0, 3, 1, 2) if spec.channels_last else values_B
 
 
-def _gathered(maps: Mapping[int, Array], spec: ValueSpec, places: Sequence[tuple[int, int]]) -> Tensor:
-    values_B = torch.empty((len(places), *spec.shape), dtype=spec.torch_dtype)
-    array_B = as_array(values_B)
-    for i, (shard, offset) in enumerate(places):
-        array_B[i] = maps[shard][offset]
-    return values_B.contiguous(memory_format=torch.channels_last) if spec.channels_last else values_B
+@cache
+def _read_memory() -> Any:  # noqa: ANN401 (a C function)
+    """Return the C library's `process_vm_readv`; None where there is none."""
+    return getattr(ctypes.CDLL(None, use_errno=True), "process_vm_readv", None) if os.name == "posix" else None
+
+
+def _copy_memory(from_B: Ints, size: int, into_B: Array) -> bool:
+    """Copy pieces of `size` bytes from these addresses; return False where this system lets nobody do it so.
+
+    The kernel copies, as between two processes: a page that its file cannot give is an error of the call, where to read
+    it here would end the process with SIGBUS.
+
+    Raises:
+        TlscaleError: a page cannot be read.
+    """
+    read, count = _read_memory(), len(from_B)
+    if read is None or not size:
+        return False
+    pieces = np.empty((count + 1, 2), np.uint64)  # address and bytes: as many `struct iovec`, the last one for `into_B`
+    pieces[:count, 0], pieces[:count, 1], pieces[count] = from_B, size, (into_B.ctypes.data, count * size)
+    remote, local = pieces.ctypes.data, pieces[count:].ctypes.data
+    number, zero = ctypes.c_ulong(count), ctypes.c_ulong(0)
+    copied = read(os.getpid(), ctypes.c_void_p(local), ctypes.c_ulong(1), ctypes.c_void_p(remote), number, zero)
+    if copied == count * size:
+        return True
+    if copied < 0 and ctypes.get_errno() in (errno.ENOSYS, errno.EPERM):
+        return False
+    raise TlscaleError(
+        "codes that this run reads were cut short, or their disk does not give them any more. What is corrupt is found "
+        "and computed again by the next run: resume this one with --resume"
+    )

@@ -19,6 +19,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from tlscale import faults
 from tlscale.codes.key import FORMAT, json_digest
 from tlscale.data.content import DIGEST, Digests
 from tlscale.errors import TlscaleError
+from tlscale.storage.cache import make_cache_folder, share_with_group
 from tlscale.storage.files import file_sha256, flush, write_text
 
 Ints = npt.NDArray[np.int64]
@@ -130,7 +132,7 @@ def write_shard(folder: Path, ids_R: Digests, values: Sequence[Tensor], writer: 
     name = name_of(ids_R)
     parts = {"ids": _as_tensor(ids_R), **{str(i): value for i, value in enumerate(values)}}
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_cache_folder(folder)
         files = {}
         for part, tensor in parts.items():
             path = _draft(folder, writer, name, part)
@@ -138,7 +140,8 @@ def write_shard(folder: Path, ids_R: Digests, values: Sequence[Tensor], writer: 
             files[part] = _write_tensor(path, part, tensor)
     except OSError as error:
         for part in parts:
-            _draft(folder, writer, name, part).unlink(missing_ok=True)
+            with suppress(OSError):
+                _draft(folder, writer, name, part).unlink(missing_ok=True)
         raise write_error(folder, sum(tensor.nbytes for tensor in parts.values()), error) from error
     return Shard(name, len(ids_R), files)
 
@@ -152,18 +155,21 @@ def place_shard(folder: Path, key: Mapping[str, Any], shard: Shard, specs: Seque
         for part in shard.files:
             _draft(folder, writer, shard.name, part).unlink(missing_ok=True)
         return
-    remove_shard(folder, shard.name)
-    faults.at("codes.place")
     try:
+        remove_shard(folder, shard.name)
+        faults.at("codes.place")
         for part in shard.files:
             _draft(folder, writer, shard.name, part).rename(shard.path(folder, part))
         flush(folder)
         faults.at("codes.shard")
         plain = {"format": FORMAT, "key": key, "values": [asdict(spec) for spec in specs], "shard": asdict(shard)}
-        write_text(folder / f"{shard.name}.json", with_checksum(plain))  # from here on it counts
+        record = folder / f"{shard.name}.json"
+        write_text(record, with_checksum(plain))  # from here on it counts
+        share_with_group(record)
         flush(folder)
     except OSError as error:
-        remove_shard(folder, shard.name)
+        with suppress(OSError):
+            remove_shard(folder, shard.name)
         raise write_error(folder, 0, error) from error
 
 
@@ -199,6 +205,7 @@ def _write_tensor(path: Path, name: str, tensor: Tensor) -> dict[str, Any]:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
+    share_with_group(path)
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 

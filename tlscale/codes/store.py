@@ -60,9 +60,10 @@ from tlscale.codes.shards import (
     write_error,
     write_shard,
 )
+from tlscale.codes.spare import SpareFolder, obstacle
 from tlscale.data.content import Digests
 from tlscale.errors import TlscaleError, did_you_mean
-from tlscale.storage.files import cache_root
+from tlscale.storage.cache import cache_root, make_cache_folder, nearest_folder, share_with_group
 
 Bools = npt.NDArray[np.bool_]
 _LOCKS = "locks"
@@ -101,6 +102,7 @@ class CodesStore:
     ) -> None:
         self.root = cache_root() / "codes" if root is None else root
         self.limit_bytes, self.shard_bytes = limit_bytes, shard_bytes
+        self.spare = SpareFolder(self.root, self.root / _LOCKS)
 
     def folder(self, key: CodesKey) -> Path:
         """Return the folder of the codes of this key, which need not exist."""
@@ -160,15 +162,18 @@ class CodesStore:
     def release(self, locks: Sequence[FileLock]) -> None:
         for lock in locks:
             path = Path(lock.lock_file)
-            with self._entry_lock(path.name.split(".")[0]):  # nobody takes it meanwhile
+            # Nobody takes it meanwhile; and a file that stays is as good as none once its lock is released.
+            with suppress(OSError, TlscaleError), self._entry_lock(path.name.split(".")[0]):
                 path.unlink(missing_ok=True)
-                lock.release()
+            lock.release()
 
     def _try_lock(self, name: str, timeout_s: float = 0) -> FileLock | None:
+        path = self.root / _LOCKS / name
         try:
-            (self.root / _LOCKS).mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.root / _LOCKS / name, timeout=timeout_s)
+            make_cache_folder(path.parent)
+            lock = FileLock(path, timeout=timeout_s)
             lock.acquire()
+            share_with_group(path)
         except Timeout:
             return None
         except OSError as error:
@@ -181,6 +186,13 @@ class CodesStore:
         assert lock is not None
         with lock:
             yield
+
+    def spare_root(self, keys: Sequence[CodesKey]) -> Path | None:
+        """Return a folder for codes of this process alone, where those of the keys cannot be stored; else None."""
+        return self.spare.root_for([place for key in keys for place in self._places(key.digest())])
+
+    def _places(self, digest: str) -> tuple[Path, Path]:
+        return self.root / digest, self.root / _LOCKS / digest
 
     def _is_idle(self, digest: str, request: str) -> bool:
         """Report whether nobody works on the request; for the holder of the entry's lock."""
@@ -282,7 +294,7 @@ class CodesStore:
         return sum(self._remove(digest, say) for digest in digests)
 
     def _digests(self) -> list[str]:
-        if not self.root.is_dir():
+        if not os.path.isdir(self.root):
             return []
         return sorted(path.name for path in self.root.iterdir() if _DIGEST.fullmatch(path.name) and path.is_dir())
 
@@ -302,7 +314,8 @@ class CodesStore:
         for piece in sorted(pieces, key=lambda piece: (piece.last_used_s, piece.digest, piece.name or "")):
             if total - freed <= limit_bytes:
                 break
-            if (piece.digest, piece.name) in sparing or busy.get(piece.digest):
+            spared = (piece.digest, piece.name) in sparing or obstacle(self._places(piece.digest))  # another user's
+            if spared or busy.get(piece.digest):
                 continue
             removed = self._remove(piece.digest, say) if piece.name is None else self._remove_shard(piece, mine, say)
             busy[piece.digest], freed = removed is None, freed + (removed or 0)
@@ -341,11 +354,6 @@ class CodesStore:
                 raise TlscaleError(f"cannot remove the codes in '{folder}': {error.strerror or error}") from error
         say(f"codes removed: {_gib(size)} in '{folder}'")
         return size
-
-
-def nearest_folder(path: Path) -> Path:
-    """Return the path, or the nearest folder above it that exists."""
-    return next(place for place in (path, *path.absolute().parents) if place.is_dir())
 
 
 def _gib(num_bytes: int) -> str:

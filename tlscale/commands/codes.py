@@ -42,6 +42,7 @@ def compute_codes(recipe: Recipe, watch: Stopwatch | None = None) -> int:
             setup = set_up(recipe, world_size=processes.world_size, watch=watch)
         setup.classifier.to(processes.device)
         codes_cache = open_codes_cache(setup, processes, console, stop)
+        codes_cache.store.spare.must_cache = True
         data = setup.data
         others = [split for split in (data.validation, data.test) if split is not None]
         if recipe.probe is not None or recipe.codes.layer is not None:

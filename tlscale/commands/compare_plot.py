@@ -12,6 +12,8 @@ from matplotlib import rc_context, rcdefaults, rcParams, ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from tlscale.storage.files import replacing
+
 if TYPE_CHECKING:
     from tlscale.commands.compare_report import Row
 
@@ -39,8 +41,10 @@ def draw(rows: Sequence[Row], paths: Sequence[Path]) -> None:
         rcParams.update(_FONT)
         figure = _lines(rows, sizes) if len(sizes) > 1 else _dots(rows)
         for path in paths:
+            kind = path.suffix.removeprefix(".")
             # Without a date, the same figures give the same bytes.
-            figure.savefig(path, dpi=_DPI, metadata={"Date": None} if path.suffix == ".svg" else None)
+            with replacing(path) as aside:
+                figure.savefig(aside, format=kind, dpi=_DPI, metadata={"Date": None} if kind == "svg" else None)
 
 
 def _style(variant: str, variants: Sequence[str]) -> tuple[str, str]:

@@ -21,7 +21,7 @@ from tlscale.distributed.signals import StopRequest
 from tlscale.errors import ResumeError, RunFolderError, Stopped
 from tlscale.recipe.load import diff_recipes, load_stored_recipe, with_values
 from tlscale.recipe.schema import Recipe
-from tlscale.storage.files import naming_disk_errors, write_json
+from tlscale.storage.files import naming_disk_errors, reporting_disk_errors, write_json
 from tlscale.storage.run_folder import Mode, RunFolder, claim, forget_stop
 from tlscale.tracking.console import Console
 from tlscale.tracking.stopwatch import Stopwatch
@@ -55,6 +55,7 @@ MAY_CHANGE = (
 )
 
 
+@reporting_disk_errors()
 def run(
     recipe: Recipe,
     out: str | Path | None = None,

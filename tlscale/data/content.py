@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tlscale.storage.files import cache_root
+from tlscale.storage.cache import cache_root, make_cache_folder, say_not_cached, share_with_group
 
 Digests = npt.NDArray[np.bytes_]
 DIGEST = np.dtype("S32")
@@ -92,7 +92,7 @@ class ContentIndex:
         """Return the digests of those of the stamps that are known."""
         found: dict[bytes, bytes] = {}
         wanted = list(stamps)
-        if not wanted or not self.path.exists():
+        if not wanted or not os.path.exists(self.path):  # unlike pathlib's, False where we may not look
             return found
         with suppress(sqlite3.Error, OSError), closing(sqlite3.connect(self.path, timeout=_BUSY_S)) as database:
             for start in range(0, len(wanted), 500):
@@ -107,11 +107,15 @@ class ContentIndex:
         if not digests:
             return
         rows = [(stamp, digest, _seal(stamp, digest)) for stamp, digest in digests.items()]
-        with suppress(sqlite3.Error, OSError):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with closing(sqlite3.connect(self.path, timeout=_BUSY_S)) as database, database:
-                database.execute(_TABLE)
-                database.executemany("INSERT OR REPLACE INTO contents VALUES (?, ?, ?)", rows)
+        try:
+            make_cache_folder(self.path.parent)
+            with suppress(sqlite3.Error):
+                with closing(sqlite3.connect(self.path, timeout=_BUSY_S)) as database, database:
+                    database.execute(_TABLE)
+                    database.executemany("INSERT OR REPLACE INTO contents VALUES (?, ?, ?)", rows)
+                share_with_group(self.path)
+        except OSError as error:
+            say_not_cached(self.path.parent, error)
 
 
 def _seal(stamp: bytes, digest: bytes) -> bytes:

@@ -6,6 +6,7 @@ Promise: they are found both in a checkout (`recipes/` next to the package) and 
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from tlscale.errors import RecipeError, sentences, suggestion
@@ -59,5 +60,7 @@ def copy_recipe(name: str, target: str | Path, package: Path = _PACKAGE) -> Path
         remedy = "Name another file, or remove it first."
         raise RecipeError(f"'{target}' exists and is left as it is", remedy=remedy) from None
     except OSError as error:
+        with suppress(OSError):
+            target.unlink()  # half of it
         raise RecipeError(f"'{target}' cannot be written: {error.strerror}", remedy="Name another file.") from None
     return target

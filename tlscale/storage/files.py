@@ -1,12 +1,13 @@
-"""Write and hash files such that none is ever half written, and say where tlscale caches what it caches."""
+"""Write and hash files such that none is ever half written."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,6 @@ from safetensors import SafetensorError
 
 from tlscale import faults
 from tlscale.errors import TlscaleError
-
-
-def cache_root() -> Path:
-    """Return `$TLSCALE_CACHE`, by default `~/.cache/tlscale`: the folder of what is cached between runs."""
-    return Path(os.environ.get("TLSCALE_CACHE") or Path.home() / ".cache" / "tlscale")
 
 
 def file_sha256(path: Path) -> str:
@@ -44,15 +40,51 @@ def naming_disk_errors(path: Path) -> Iterator[None]:
 
 
 @contextmanager
+def naming_file(path: Path) -> Iterator[None]:
+    """Give the name of the file to what a disk raises within: errors of `write` and `fsync` have none."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
+
+
+@contextmanager
+def reporting_disk_errors() -> Iterator[None]:
+    """Turn what a disk raises within, and nobody has reported, into an error that names the file and the reason.
+
+    Raises:
+        TlscaleError: in place of any OSError, but that of an output that nobody reads any more.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.EPIPE:
+            raise
+        raise disk_error(error) from error
+
+
+def disk_error(error: OSError) -> TlscaleError:
+    """Make the error of a file that cannot be read or written, for those that nobody has said more about."""
+    files = " and ".join(f"'{os.fsdecode(name)}'" for name in (error.filename, error.filename2) if name is not None)
+    return TlscaleError(
+        f"{files or 'a file'} cannot be read or written: {error.strerror or error}",
+        remedy="What is finished stays; make sure that the disk is well, and go on with the same line (run: --resume)",
+    )
+
+
+@contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Give a temporary file to write to, which replaces `path` when it is on the disk, and never if writing fails."""
     aside = _aside(path)
     try:
-        yield aside
+        with naming_file(path):
+            yield aside
         flush(aside)
         aside.replace(path)
     finally:
-        aside.unlink(missing_ok=True)
+        _remove_if_there(aside)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -71,20 +103,27 @@ def flush(path: Path) -> None:
     """Force a file's content, or a folder's names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with naming_file(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
 def flush_and_hash(path: Path) -> tuple[int, str]:
     """Force a file to the disk and read it back, in one opening; return its bytes and SHA-256."""
-    with path.open("rb") as file:
+    with naming_file(path), path.open("rb") as file:
         os.fsync(file.fileno())
         return os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _aside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}")
+
+
+def _remove_if_there(aside: Path) -> None:
+    """Remove a temporary file, unless the disk refuses that too: then the next writer removes it, or its next start."""
+    with suppress(OSError):
+        aside.unlink(missing_ok=True)
 
 
 def left_overs(path: Path) -> list[Path]:

@@ -17,7 +17,8 @@ from typing import Literal
 from filelock import FileLock, Timeout
 
 from tlscale import faults
-from tlscale.errors import RunFolderError
+from tlscale.errors import EXIT_BAD_INPUT, EXIT_FAILED, RunFolderError
+from tlscale.storage.cache import is_forbidden
 from tlscale.storage.files import left_overs, remove_left_overs
 
 Mode = Literal["fresh", "resume", "overwrite"]
@@ -102,7 +103,10 @@ def claim(path: Path, mode: Mode) -> Iterator[RunFolder]:
             f"another job is writing to '{path}'. Wait for it, or give this one a folder of its own: --out DIR"
         ) from None
     except OSError as error:
-        raise RunFolderError(f"cannot write to the run folder '{path}': {error.strerror or error}") from error
+        refused = RunFolderError(f"cannot write to the run folder '{path}': {error.strerror or error}")
+        # Another folder helps against the one, and time or room against the other.
+        refused.exit_code = EXIT_BAD_INPUT if is_forbidden(error) else EXIT_FAILED
+        raise refused from error
     try:
         _refuse_foreign(folder)
         for written in folder.written_whole:

@@ -16,6 +16,7 @@ from typing import Any
 
 from tlscale import faults
 from tlscale.errors import TlscaleError
+from tlscale.storage.files import naming_disk_errors
 
 _RECORD_KEYS = ("kind", "step", "epoch", "images_seen", "time_s")
 
@@ -30,8 +31,9 @@ class MetricsFile:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._aside = path.with_name(path.name + ".tmp")
-        self._aside.unlink(missing_ok=True)  # of a writer that was killed
-        self._file = path.open("a", encoding="utf-8")
+        with naming_disk_errors(path):
+            self._aside.unlink(missing_ok=True)  # of a writer that was killed
+            self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append a record; it has at least kind ('train' or 'evaluate'), step, epoch, images_seen and time_s.
@@ -63,7 +65,8 @@ class MetricsFile:
                 last_steps[kind] = max(last_steps.get(kind, -1), record["step"])
         kept = [line for line, record in zip(lines, records, strict=True) if record and record["step"] <= step]
         if len(kept) < len(lines):
-            self._replace(b"".join(kept))
+            with naming_disk_errors(self._path):
+                self._replace(b"".join(kept))
         return last_steps
 
     def _replace(self, content: bytes) -> None:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tlscale.codes.store import CodesStore, nearest_folder
+from tlscale.codes.store import CodesStore
 from tlscale.data.transforms import InputPath
 from tlscale.distributed.host import device_for
 from tlscale.distributed.processes import Processes
@@ -31,6 +31,7 @@ from tlscale.errors import RecipeError
 from tlscale.models.classifier import Classifier
 from tlscale.models.partition.partition import NoPartition, Partition, find_partition
 from tlscale.recipe.schema import CodesSection
+from tlscale.storage.cache import nearest_folder
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,8 @@ def _no_room(num_bytes: int, codes: CodesSection, store: CodesStore) -> str | No
             return f"would be more than codes.{key} = {getattr(codes, key):g} allows"
     nearest = nearest_folder(store.root)
     # What is cached may be these very codes, or be evicted for them.
-    free = shutil.disk_usage(nearest).free + sum(entry.num_bytes for entry in store.entries())
+    there = store.entries() if os.access(store.root, os.R_OK | os.X_OK) else []
+    free = shutil.disk_usage(nearest).free + sum(entry.num_bytes for entry in there)
     return f"would be more than the {free / 2**20:,.0f} MiB that '{nearest}' has room for" if num_bytes > free else None
 
 

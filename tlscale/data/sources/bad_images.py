@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +20,8 @@ from tlscale.data.sources.tables import ImageSplit, RawStore, Role, SourceSplit
 from tlscale.data.workers import map_in_threads
 from tlscale.errors import DataError
 from tlscale.recipe.schema import DataSection
-from tlscale.storage.files import cache_root, replacing, text_sha256
+from tlscale.storage.cache import cache_root, make_cache_folder, say_not_cached, share_with_group
+from tlscale.storage.files import replacing, text_sha256
 
 _BLOCK = 256  # images that a thread takes at once
 _RULES = 2  # raise it when `decode_image` comes to refuse what it took before
@@ -123,7 +123,10 @@ class _Checked:
         if not self._new:
             return
         content = b"".join(sorted(self._new))
-        with suppress(OSError):
-            self._folder.mkdir(parents=True, exist_ok=True)
+        try:
+            make_cache_folder(self._folder)
             with replacing(self._folder / f"{hashlib.sha256(content).hexdigest()[:32]}.sha256") as aside:
                 aside.write_bytes(content)
+                share_with_group(aside)
+        except OSError as error:
+            say_not_cached(self._folder, error)

@@ -23,7 +23,7 @@ from tlscale.data.sources.manifest import read_manifest_source
 from tlscale.data.sources.tables import Ints, RawStore, Role, Source, SourceSplit
 from tlscale.errors import DataError
 from tlscale.recipe.schema import DataSection
-from tlscale.storage.files import cache_root
+from tlscale.storage.cache import cache_root
 
 CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
