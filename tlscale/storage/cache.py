@@ -38,10 +38,16 @@ def is_forbidden(error: OSError) -> bool:
 
 def make_cache_folder(folder: Path) -> None:
     """Make a folder and those above it, which the group may write to where it may write to the one they are put in."""
-    if not folder.is_dir():
+    if folder.is_dir():
+        return
+    try:
+        folder.mkdir()
+    except FileNotFoundError:
         make_cache_folder(folder.parent)
         folder.mkdir(exist_ok=True)
-        share_with_group(folder)
+    except FileExistsError:  # made just now, or a file
+        folder.mkdir(exist_ok=True)
+    share_with_group(folder)
 
 
 def share_with_group(path: Path) -> None:
