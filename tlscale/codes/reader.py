@@ -59,9 +59,9 @@ class Column:
         channels, *rest = spec.shape if spec.channels_last else (0,)
         values_N = torch.empty((num_images, *((*rest, channels) if rest else spec.shape)), dtype=spec.torch_dtype)
         array_N = as_array(_turned(values_N, spec))
-        for shard in self.maps:
+        for shard, mapped_R in self.maps.items():
             at_R = np.flatnonzero(self.shard_N == shard)
-            array_R = np.empty((len(at_R), *spec.shape), spec.numpy_dtype)
+            array_R = np.empty((len(at_R), *spec.shape), mapped_R.dtype)
             self._copy(at_R, array_R)
             array_N[at_R] = array_R
         return values_N
