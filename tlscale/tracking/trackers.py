@@ -23,6 +23,7 @@ from tlscale.recipe.schema import WandbSection
 from tlscale.tracking.metrics_log import MetricsFile, read_metrics
 from tlscale.tracking.redact import reason, redact
 from tlscale.tracking.wandb_tracker import WandbSession, environment, new_run_id
+from tlscale.tracking.working_folder import tracker_settings
 
 __all__ = ["MetricsFile", "Trackers", "open_trackers", "read_metrics"]
 
@@ -150,7 +151,7 @@ def open_trackers(
             assert wandb_run_id is not None
             session = WandbSession(wandb or WandbSection(), run_name, run_dir, config, wandb_run_id, trackers.note)
             trackers.start("W&B", session.start, environment(run_dir / "wandb"))
-        else:
+        elif _may_start(name, trackers):
             folder = run_dir / name
             trackers.start(
                 name,
@@ -158,6 +159,18 @@ def open_trackers(
                 _accelerate_environment(name, folder),
             )
     return trackers
+
+
+def _may_start(name: str, trackers: Trackers) -> bool:
+    """Name what a tracker would take from the working folder; where that names a server, it is off: it has our keys."""
+    files, is_server = tracker_settings(name)
+    if files:
+        where = ", ".join(f"'{path}'" for path in files)
+        off = (
+            "names a server that would get your key, so it is off for this run: run in another folder, or move it home"
+        )
+        trackers.note(f"{name}: {where} in the working folder {off if is_server else 'has settings that it takes'}")
+    return not is_server
 
 
 def check_installed(names: Sequence[str]) -> None:

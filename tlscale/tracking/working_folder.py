@@ -1,6 +1,7 @@
 """Files that libraries look for in the folder one stands in, which may be somebody else's data.
 
-Promise: of W&B's settings there nothing is taken but a wish to stay offline; what is left aside is named.
+Promise: of W&B's settings there nothing is taken but a wish to stay offline; what is left aside is named. What other
+trackers would take from there is named, and such a tracker is not started where it names a server.
 """
 
 from __future__ import annotations
@@ -9,12 +10,22 @@ import configparser
 import contextlib
 import importlib
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 _SETTINGS = (Path("wandb", "settings"), Path(".wandb", "settings"))
 _OTHERS = (Path("config-defaults.yaml"),)  # W&B takes its values for those of the run
 _MOST_BYTES = 1 << 20
+# Trackers of Accelerate that read settings there, from documentation and code of theirs.
+_OF_TRACKERS = {
+    "clearml": (Path("clearml.conf"), Path("trains.conf")),
+    "comet_ml": (Path(".comet.config"),),
+    "dvclive": (Path(".dvc", "config"), Path(".dvc", "config.local")),
+    "mlflow": (Path(".mlflow", "credentials"),),
+    "swanlab": (Path(".swanlab", ".netrc"),),
+}
+_SERVER = re.compile(r"^\s*[\w.\"'-]*(url|uri|host|server|machine|proxy)", re.IGNORECASE | re.MULTILINE)
 # Variables of the user's own that hold places, which may be relative to the working folder.
 _PLACES = (
     *("WANDB_CONFIG_DIR", "WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR"),
@@ -38,6 +49,24 @@ def wandb_settings() -> dict[str, str]:
                 parser.read_string(path.read_text())
                 found |= parser.items("default") if parser.has_section("default") else {}
     return found
+
+
+def tracker_settings(name: str) -> tuple[tuple[Path, ...], bool]:
+    """Return the files in the working folder that a tracker would take settings from, and whether any names a server.
+
+    One that cannot be read may name one.
+    """
+    found = tuple(path for path in _OF_TRACKERS.get(name, ()) if os.path.lexists(path))
+    return found, any(_names_server(path) for path in found)
+
+
+def _names_server(path: Path) -> bool:
+    try:
+        if not path.is_file() or path.stat().st_size > _MOST_BYTES:
+            return True
+        return _SERVER.search(path.read_text()) is not None
+    except (OSError, ValueError):
+        return True
 
 
 @contextlib.contextmanager

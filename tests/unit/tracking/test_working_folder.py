@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.small_runs import environment
+from tlscale.tracking import trackers as trackers_module
+from tlscale.tracking.trackers import open_trackers
 from tlscale.tracking.working_folder import outside_working_folder
 
 SOURCE = """
@@ -39,3 +41,26 @@ def test_places_of_the_user_stay_where_they_are(tmp_path, monkeypatch):
         assert os.environ["NETRC"] == str(tmp_path / "mine" / "netrc")
     assert Path.cwd() == tmp_path
     assert os.environ["NETRC"] == "mine/netrc"
+
+
+@pytest.mark.parametrize(
+    ("content", "started"),
+    [
+        ("[comet]\nproject_name = mine\n", True),
+        ("[comet]\nurl_override = http://127.0.0.1:9/\n", False),
+        ("[comet]\nCOMET_URL_OVERRIDE=http://127.0.0.1:9/\n", False),
+        ('"https_proxy": "127.0.0.1:9"', False),
+        ("\udcff", False),
+        (None, True),
+    ],
+)
+def test_a_tracker_that_a_file_here_would_send_elsewhere_is_not_started(content, started, tmp_path, monkeypatch):
+    """comet_ml is not installed here, so whether it is started is seen by the error of starting it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(trackers_module, "check_installed", lambda _: None)
+    if content is not None:
+        (tmp_path / ".comet.config").write_text(content, errors="surrogateescape")
+    keys = {"wandb": None, "run_name": "r", "run_dir": tmp_path, "config": {}, "wandb_run_id": None, "is_main": True}
+    notes = open_trackers(["comet_ml"], **keys).notes
+    assert any("could not be started" in note for note in notes) == started
+    assert [".comet.config' in the working folder" in note for note in notes][:1] == [content is not None]
