@@ -45,6 +45,7 @@ BLOCK = 64
 SHARD_BYTES = 32 * 2**20
 _MOST_ROWS = 4096
 _CHECKSUM = "sha256"
+_MOST_RECORD_BYTES = 64 * 2**20
 SUFFIX = ".safetensors"
 _DTYPES = (
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
@@ -229,6 +230,8 @@ def read_with_checksum(path: Path) -> dict[str, Any]:
         CorruptError: it is not as it was written.
     """
     try:
+        if path.stat().st_size > _MOST_RECORD_BYTES:
+            raise ValueError("a record is small")
         text = path.read_text()
         plain = json.loads(text)
         del plain[_CHECKSUM]
@@ -250,18 +253,34 @@ def read_record(folder: Path, name: str, key: Mapping[str, Any] | None) -> tuple
         CorruptError: it is not as it was written, or another entry's or shard's.
     """
     plain = read_with_checksum(folder / f"{name}.json")
-    ours = plain["key"] if key is None else key
-    is_ours = key is not None or json_digest({"format": FORMAT, **ours}) == folder.name
-    if not is_ours or plain["key"] != ours or plain["shard"]["name"] != name or plain.get("format") != FORMAT:
-        raise CorruptError(f"{name}.json belongs to other codes")
-    values = tuple(ValueSpec(**{**value, "shape": tuple(value["shape"])}) for value in plain["values"])
-    return Shard(**plain["shard"]), values
+    try:
+        ours = plain["key"] if key is None else key
+        is_ours = key is not None or json_digest({"format": FORMAT, **ours}) == folder.name
+        if not is_ours or plain["key"] != ours or plain["shard"]["name"] != name or plain.get("format") != FORMAT:
+            raise CorruptError(f"{name}.json belongs to other codes")
+        specs = tuple(ValueSpec(**{**value, "shape": tuple(value["shape"])}) for value in plain["values"])
+        shard = Shard(**plain["shard"])
+        if not _go_together(shard, specs):
+            raise ValueError(name)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:  # who writes a checksum can write anything
+        raise CorruptError(f"{name}.json is the record of no shard ({type(error).__name__})") from None
+    return shard, specs
+
+
+def _go_together(shard: Shard, specs: Sequence[ValueSpec]) -> bool:
+    """Report whether a record names the files of its values, and describes values that there are."""
+    parts = {"ids", *map(str, range(len(specs)))}
+    files = all(isinstance(info["bytes"], int) and isinstance(info["sha256"], str) for info in shard.files.values())
+    sizes = all(isinstance(size, int) and size >= 0 for spec in specs for size in (*spec.shape, shard.num_rows))
+    return shard.files.keys() == parts and files and sizes and all(spec.dtype in DTYPES for spec in specs)
 
 
 def read_ids(folder: Path, shard: Shard) -> Digests:
     """Read the addresses of the images of a shard; raise `CorruptError` where they are not as they were written."""
     path = shard.path(folder, "ids")
     try:
+        if path.stat().st_size != shard.files["ids"]["bytes"]:
+            raise CorruptError(f"{path.name} has {path.stat().st_size} bytes")
         content = path.read_bytes()
     except OSError as error:
         raise CorruptError(f"{path.name}: {error.strerror or error}") from None

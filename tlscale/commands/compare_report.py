@@ -15,13 +15,14 @@ from typing import Any
 
 from tlscale.commands.compare_plot import draw
 from tlscale.commands.paired_tests import LEVEL, Pair
-from tlscale.errors import DataError
+from tlscale.errors import DataError, RunFolderError
 from tlscale.models.features import PENULTIMATE
 from tlscale.storage.files import naming_disk_errors, write_text
 from tlscale.storage.run_folder import RunFolder
 from tlscale.tracking.console import number
 from tlscale.tracking.metrics_log import read_metrics
 from tlscale.training.metrics import wilson
+from tlscale.training.run_files import read_run_info
 
 COLUMNS = (
     *("strategy", "images", "top1", "95% interval", "against the best", "held-out top1"),
@@ -108,7 +109,9 @@ class Row:
 
 def finished(variant: str, size: int | None, seed: int, folder: RunFolder, result: dict[str, Any]) -> Outcome:
     """Read the outcome of a complete run; `size` None: as many training and held-out images as `run.json` counts."""
-    record = json.loads(folder.run_json.read_text())
+    record = read_run_info(folder, ("data", "recipe_sha256"))
+    if record is None:
+        raise RunFolderError(f"'{folder.path}' has a result, but no run.json or recipe.yaml: it is no run folder")
     counts, codes = record["data"]["num_images"], result.get("codes")
     whole_is_frozen = result["strategy"] not in ("finetune", "stages", "scratch")
     computed = codes["num_computed"] if codes is not None else None
@@ -165,7 +168,7 @@ def _held_out_top1(folder: RunFolder, result: dict[str, Any]) -> float | None:
         return figure if figure is None else float(figure)
     step = result["best"]["step"]
     records = [record for record in read_metrics(folder.metrics) if record.get("split") == "validation"]
-    return next((float(record["top1"]) for record in records if record["step"] == step), None)
+    return next((float(record["top1"]) for record in records if record["step"] == step and "top1" in record), None)
 
 
 def _layer(result: dict[str, Any]) -> str | None:

@@ -20,7 +20,9 @@ from tlscale.errors import DataError
 from tlscale.models.export import TrainedModel
 from tlscale.recipe.schema import DataSection, Recipe
 from tlscale.storage.files import text_sha256
+from tlscale.storage.run_folder import RunFolder
 from tlscale.training.metrics import majority
+from tlscale.training.run_files import read_result, read_run_info
 
 
 @dataclass(frozen=True)
@@ -50,32 +52,38 @@ class FinishedRun:
     recipe: Recipe
     trained: TrainedModel
 
-    def read(self, name: str) -> dict[str, Any]:
-        """Read one of its JSON files; empty where there is none."""
-        return read_json(self.folder / name)
+    @property
+    def run_info(self) -> dict[str, Any]:
+        """Return its `run.json`; empty where there is none."""
+        return read_run_info(RunFolder(self.folder)) or {}
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """Return its `result.json`; empty where there is none."""
+        return read_result(RunFolder(self.folder)) or {}
 
     def open_data(self) -> ImageData:
         """Open the data that it was trained on, as far as they are there."""
         # The model's classes are the truth: a class list that other data would give may be in another order.
         section = self.recipe.data.model_copy(update={"classes": list(self.trained.classes)})
-        skipped = self.read("run.json").get("bad_images")
+        skipped = self.run_info.get("bad_images")
         bad_images = None if skipped is None else BadImages.from_plain(skipped)
         return open_data(section, self.recipe.seed, bad_images=bad_images)
 
     def has_trained_on(self, data: ImageData) -> bool:
         """Compare the labels, row by row, with those that the run began with; True where it did not note them."""
-        then = self.read("run.json").get("data", {}).get("labels_sha256")
+        then = (self.run_info.get("data") or {}).get("labels_sha256")
         return then is None or then == data.identity.get("labels_sha256")
 
     @property
     def refitted(self) -> bool:
         """Report whether the exported classifier was fitted on training and validation images together."""
-        noted = (self.read("result.json").get("probe") or {}).get("refitted")
+        noted = (self.result.get("probe") or {}).get("refitted")
         return bool(noted) if noted is not None else self.recipe.probe is not None and self.recipe.probe.refit
 
     def majority_label(self, data: ImageData | None) -> str | None:
         """Return the most frequent class of its training images: as it noted, else from its data."""
-        noted = (self.read("result.json").get("majority") or {}).get("label")
+        noted = (self.result.get("majority") or {}).get("label")
         if noted in self.trained.classes:
             return str(noted)
         if data is None or not self.has_trained_on(data):

@@ -28,8 +28,7 @@ from tlscale.tracking.stopwatch import Stopwatch
 from tlscale.training.corrections import refuse_uncorrected
 from tlscale.training.loop import train
 from tlscale.training.probe import probe
-from tlscale.training.result import read_result
-from tlscale.training.run_info import read_run_info
+from tlscale.training.run_files import read_result, read_run_info
 from tlscale.training.setup import RunSetup, set_up
 
 # A resumed run may differ in these: they change nothing of what is learned, or only rounding. The exception is batch
@@ -54,6 +53,8 @@ MAY_CHANGE = (
     "wandb",
 )
 
+_NEEDED = ("data", "bad_images", "input", "weights")  # of `run.json`, to compare them with those of today
+
 
 @reporting_disk_errors()
 def run(
@@ -77,15 +78,15 @@ def run(
     watch = watch or Stopwatch()
     # -- process ------------------------------------------------------------------------------------------------
     processes = start_processes(recipe.compute)
-    choose_algorithms(processes.device, deterministic=recipe.compute.deterministic)
     mode: Mode = "resume" if resume else "overwrite" if overwrite else "fresh"
     folder = RunFolder(Path(out) if out is not None else Path("runs") / recipe.name)
     # -- folder: the main process holds it for all ----------------------------------------------------------------
     stop = StopRequest(folder.stop if processes.is_main else None)
     with closing(processes), stop, processes.main_holds(lambda: claim(folder.path, mode)):
+        choose_algorithms(processes.device, deterministic=recipe.compute.deterministic)
         console = Console(enabled=processes.is_main)
         processes.run_on_main(_settle_earlier_stop, folder, console)
-        run_info = None if overwrite else processes.run_on_main(read_run_info, folder)
+        run_info = None if overwrite else processes.run_on_main(read_run_info, folder, _NEEDED)
         if run_info is not None:
             recipe = with_values(recipe, processes.run_on_main(_refuse_other_recipe, recipe, folder, console))
             if (done := processes.run_on_main(read_result, folder)) is not None:
@@ -129,7 +130,7 @@ def _spent_before(folder: RunFolder) -> dict[str, float]:
         return {
             str(part): float(spent_s) for part, spent_s in json.loads(folder.stopped.read_text())["spent_s"].items()
         }
-    except (OSError, ValueError, KeyError, AttributeError):  # of an older version, or put there by hand
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # of an older version, or put there by hand
         return {}
 
 

@@ -106,7 +106,7 @@ def learned_names(model: nn.Module) -> frozenset[str]:
     Other buffers follow from the architecture, and files of older versions lack some. Batches are counted only where
     a norm layer averages over all of them.
     """
-    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    names = {name for name, _ in model.named_parameters()}  # of two names for one tensor the first
     for path, module in model.named_modules():
         if is_norm(module):
             names.update(f"{path}.{name}" for name, _ in module.named_buffers(recurse=False))
@@ -373,6 +373,7 @@ def _unused(fit: _Fit, model: nn.Module) -> list[str]:
 
 
 def _refuse_non_finite(state: Mapping[str, Tensor], path: Path) -> None:
-    wrong = [name for name, tensor in state.items() if not bool(torch.isfinite(tensor.float()).all())]
+    numbers = ((name, tensor if tensor.itemsize >= 4 else tensor.float()) for name, tensor in state.items())
+    wrong = [name for name, tensor in numbers if not bool(torch.isfinite(tensor).all())]
     if wrong:
         raise ModelError(f"'{path}' has NaN or infinite numbers in {named(wrong)}", remedy="Fetch it anew", key=_KEY)

@@ -39,6 +39,7 @@ from tlscale.data.sources.stores import FileStore
 from tlscale.data.sources.tables import Ints
 from tlscale.distributed.device import CopyToCpu
 from tlscale.distributed.processes import Processes
+from tlscale.errors import RunFolderError
 from tlscale.storage.files import naming_disk_errors, replacing
 
 FORMAT = 1
@@ -215,5 +216,13 @@ def _from_all(tables: Iterator[pa.Table], processes: Processes) -> Iterator[pa.T
 
 
 def read_predictions(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """Read the predictions of a run, in the order of its scored split; `columns` of them, or all."""
-    return pq.read_table(path, columns=None if columns is None else list(columns))
+    """Read the predictions of a run, in the order of its scored split; `columns` of them, or all.
+
+    Raises:
+        RunFolderError: the file is damaged.
+    """
+    try:
+        return pq.read_table(path, columns=None if columns is None else list(columns))
+    except (pa.ArrowException, OSError, ValueError, LookupError) as error:
+        why = str(error).splitlines()[0]
+        raise RunFolderError(f"'{path}' is damaged: {why}", remedy="Bring it back, or remove it") from error

@@ -70,7 +70,7 @@ def probe(
     assert split is not None, "set_up refuses data that nothing can be evaluated on"
     codes |= {} if split.name in codes else codes_cache.layer_codes(backbone, wanted, [split])
     device = processes.device
-    run_info = processes.run_on_main(begin_folder, folder, setup, processes.world_size, str(device))
+    run_info = processes.run_on_main(begin_folder, folder, setup, processes.world_size, str(device), run_info)
     with RunLogger(setup, folder, processes, LoopState(), run_info, console) as logger:
         # The other processes wait for what the main one finds.
         job = _Probe(setup, section, wanted, codes, split, device, codes_cache.stats())

@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from tlscale import faults
@@ -76,8 +75,3 @@ def write_result(result: dict[str, Any], folder: RunFolder, watch: Stopwatch) ->
         result |= watch.figures(result["images_seen"])
         write_json(folder.result, result)
     return result
-
-
-def read_result(folder: RunFolder) -> dict[str, Any] | None:
-    """Read `result.json`; None where the run is not complete."""
-    return dict(json.loads(folder.result.read_text())) if folder.result.exists() else None

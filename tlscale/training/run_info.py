@@ -1,8 +1,7 @@
-"""Write and read `run.json`: what made a run, by which its figures are traced, and its inputs and checkpoints known."""
+"""Write `run.json`: what made a run, by which its figures are traced, and its inputs and checkpoints known."""
 
 from __future__ import annotations
 
-import json
 import platform
 import secrets
 import sys
@@ -20,6 +19,7 @@ from tlscale.storage.run_folder import RunFolder, clear
 from tlscale.tracking.git_state import git_state
 from tlscale.tracking.redact import places_of, without_places
 from tlscale.training import corrections
+from tlscale.training.run_files import read_run_info as read_run_info  # callers find it here, with its writer
 from tlscale.training.setup import RunSetup, strategy_of
 
 _PACKAGES = ("torch", "torchvision", "timm", "accelerate", "datasets", "safetensors", "numpy", "pillow")
@@ -58,6 +58,8 @@ def make_run_info(setup: RunSetup, *, world_size: int, device: str) -> dict[str,
             "sha256": setup.weights.sha256,
             "num_matched": setup.weights.num_matched,
             "num_tensors": setup.weights.num_tensors,
+            "prefix": setup.weights.prefix,
+            "missing": list(setup.weights.missing),
         },
         "teacher": None if setup.teacher is None else setup.teacher.to_plain(),
         "trainable_params": setup.trainable_params,
@@ -67,21 +69,20 @@ def make_run_info(setup: RunSetup, *, world_size: int, device: str) -> dict[str,
     return plain
 
 
-def begin_folder(folder: RunFolder, setup: RunSetup, world_size: int, device: str) -> dict[str, Any]:
-    """Write what a run begins with, and return `run.json`; what an earlier run left in the folder is removed."""
+def begin_folder(
+    folder: RunFolder, setup: RunSetup, world_size: int, device: str, resumed: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Write what a run begins with, and return `run.json`; what an earlier run left in the folder is removed.
+
+    Args:
+        resumed: contents of `run.json` of a probe that begins again, of which the earlier test splits are kept.
+    """
     run_info = make_run_info(setup, world_size=world_size, device=device)
+    if resumed is not None and (earlier := resumed["data"].get("earlier_scored_sha256")):
+        run_info["data"]["earlier_scored_sha256"] = earlier
     with naming_disk_errors(folder.path):
         clear(folder)
         write_json(folder.run_json, run_info)
         faults.at("record")
         write_text(folder.recipe, dump_recipe(setup.recipe))
     return run_info
-
-
-def read_run_info(folder: RunFolder) -> dict[str, Any] | None:
-    """Read `run.json` of a run that began earlier; None where there is none.
-
-    `recipe.yaml` is written after it, so a folder without that was killed before its first step: nothing began.
-    """
-    begun = folder.run_json.exists() and folder.recipe.exists()
-    return dict(json.loads(folder.run_json.read_text())) if begun else None

@@ -43,6 +43,7 @@ _MANIFEST = "manifest.json"
 _STATE = "state.json"
 SHARDS = "shards"
 _NAME = re.compile(r"step_\d{8,18}", re.ASCII)
+_FILE_NAME = re.compile(r"(shards/)?[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}", re.ASCII)  # nothing that leads elsewhere
 
 
 @dataclass(frozen=True)
@@ -261,7 +262,9 @@ def _read_manifest(folder: Path, run_id: str | None) -> dict[str, Any]:
             raise CorruptionError(f"it has format {manifest['format']}, this tlscale reads up to {FORMAT}")
         if not all({"bytes", "sha256"} <= info.keys() for info in manifest["files"].values()):
             raise KeyError("sha256")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if not all(map(_FILE_NAME.fullmatch, manifest["files"])):
+            raise ValueError("names of files")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptionError(f"its {_MANIFEST} cannot be read ({type(error).__name__})") from error
     if run_id is not None and of != run_id:
         raise CorruptionError(f"it is of another run ({of}, and this one is {run_id})")

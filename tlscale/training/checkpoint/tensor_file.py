@@ -92,7 +92,7 @@ class CheckpointFile:
         try:
             self._file.seek(0)
             return json.loads(self._file.read())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise CorruptionError(f"{self.name} cannot be read ({error})") from error
 
     def tensors(self) -> dict[str, Tensor]:
@@ -115,11 +115,21 @@ class CheckpointFile:
             content = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_COPY)
             offsets = json.loads(header.pop("__metadata__", {}).get(_SHARDS_OF, "{}"))
             return {
-                name: (offsets[name]["saved_offsets"][0] if name in offsets else 0, _view(content, data_at, entry))
+                name: (
+                    _whole_number(offsets[name]["saved_offsets"][0]) if name in offsets else 0,
+                    _view(content, data_at, entry),
+                )
                 for name, entry in header.items()
             }
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, OSError) as error:
+        # The last two of brackets in brackets, and of numbers that no tensor has.
+        except (ValueError, LookupError, TypeError, AttributeError, OSError, RuntimeError, OverflowError) as error:
             raise CorruptionError(f"{self.name} has no header of safetensors ({error})") from error
+
+
+def _whole_number(value: Any) -> int:
+    if not isinstance(value, int) or value < 0:
+        raise ValueError(f"{value!r} is the number of no row")
+    return value
 
 
 def _view(content: mmap.mmap, data_at: int, entry: Mapping[str, Any]) -> Tensor:
@@ -182,10 +192,10 @@ def _overlap(start: int, values: Tensor, mine: range) -> range:
 
 def _collect(name: str, shape: torch.Size, mine: range, found: Sequence[Mapping[str, tuple[int, Tensor]]]) -> Tensor:
     pieces = [rows[name] for rows in found if name in rows]
-    collected = torch.empty((len(mine), *shape[1:]), dtype=pieces[0][1].dtype)
     commons = [_overlap(start, values, mine) for start, values in pieces]
-    if sum(map(len, commons)) != len(mine):
+    if sum(map(len, commons)) != len(mine) or len({(values.dtype, values.shape[1:]) for _, values in pieces}) > 1:
         raise CorruptionError(f"rows of {name} are in none of its files, or in several")
+    collected = torch.empty((len(mine), *shape[1:]), dtype=pieces[0][1].dtype)
     for common, (start, values) in zip(commons, pieces, strict=True):
         collected[common.start - mine.start : common.stop - mine.start] = values[
             common.start - start : common.stop - start
