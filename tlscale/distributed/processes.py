@@ -23,6 +23,7 @@ from tlscale.distributed.device import Device
 from tlscale.distributed.engine import Engine
 from tlscale.distributed.fsdp import Fsdp2Engine
 from tlscale.distributed.host import device_for
+from tlscale.distributed.settings import keep_settings
 from tlscale.distributed.watchdog import Watchdog
 from tlscale.errors import LaunchError, TlscaleError
 from tlscale.recipe.schema import ComputeSection
@@ -43,6 +44,7 @@ class Processes:
     engine: Engine  # how they train together
     local: Device  # this process's
     _is_guest: bool  # in a program that had an Accelerator of its own
+    _put_back: Callable[[], None]
 
     @property
     def is_main(self) -> bool:
@@ -169,11 +171,12 @@ class Processes:
             torch_dist.broadcast(buffer.data, src=0)
 
     def close(self) -> None:
-        """Leave the run; the next one in this process may want another precision.
+        """Leave the run; the next one in this process may want another precision, and its own settings.
 
         Accelerate keeps precision and device for the life of the process, so it is made to forget them. An Accelerator
         that was there before stays as it was.
         """
+        self._put_back()
         if not self._is_guest:
             _forget_run()
 
@@ -204,16 +207,17 @@ def _echo(error: TlscaleError) -> TlscaleError:
 
 def start_processes(compute: ComputeSection) -> Processes:
     """Join the processes that the launcher started; raise `LaunchError` as `check_launcher` and `check_joined` do."""
-    is_guest = is_initialized()
+    is_guest, put_back = is_initialized(), keep_settings()
     try:
-        return _join(compute, is_guest)
+        return _join(compute, is_guest, put_back)
     except Exception:
+        put_back()
         if not is_guest:
             _forget_run()
         raise
 
 
-def _join(compute: ComputeSection, is_guest: bool) -> Processes:
+def _join(compute: ComputeSection, is_guest: bool, put_back: Callable[[], None]) -> Processes:
     launch.check_launcher(compute)
     accelerator = _make_accelerator(compute, is_guest)
     launch.check_joined(compute, accelerator)
@@ -233,6 +237,7 @@ def _join(compute: ComputeSection, is_guest: bool) -> Processes:
         engine=Fsdp2Engine(accelerator) if compute.engine == "fsdp2" else Engine(accelerator),
         local=device_for(accelerator.device),
         _is_guest=is_guest,
+        _put_back=put_back,
     )
 
 
