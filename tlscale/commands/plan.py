@@ -21,6 +21,7 @@ from tlscale.models.partition.partition import Partition
 from tlscale.recipe.schema import ComputeSection, Recipe
 from tlscale.tracking.console import Console
 from tlscale.training.cache_decision import choose_partition, refuse_codes_of_a_probe, row_bytes, sample_images
+from tlscale.training.compiler import check_compiler
 from tlscale.training.optimizer import build_optimizer
 from tlscale.training.setup import RunSetup, set_up
 from tlscale.training.specs import cache_spec, input_path
@@ -33,6 +34,7 @@ _CPU = torch.device("cpu")
 
 def plan(recipe: Recipe, *, world_size: int) -> None:
     """Show what `run` would do with `world_size` processes; nothing is trained, and no codes are computed."""
+    check_compiler(recipe.compute)
     if recipe.probe is None:
         refuse_codes_of_a_probe(recipe.codes)
     setup = set_up(recipe, world_size=world_size, tries_images=False)

@@ -25,6 +25,7 @@ from tlscale.storage.files import naming_disk_errors, reporting_disk_errors, wri
 from tlscale.storage.run_folder import Mode, RunFolder, claim, forget_stop
 from tlscale.tracking.console import Console
 from tlscale.tracking.stopwatch import Stopwatch
+from tlscale.training.compiler import check_compiler
 from tlscale.training.corrections import refuse_uncorrected
 from tlscale.training.loop import train
 from tlscale.training.probe import probe
@@ -77,6 +78,7 @@ def run(
     """
     watch = watch or Stopwatch()
     # -- process ------------------------------------------------------------------------------------------------
+    check_compiler(recipe.compute)
     processes = start_processes(recipe.compute)
     mode: Mode = "resume" if resume else "overwrite" if overwrite else "fresh"
     folder = RunFolder(Path(out) if out is not None else Path("runs") / recipe.name)

@@ -21,6 +21,7 @@ from tlscale.errors import ModelError
 from tlscale.models.backbone import layer_depths, no_weight_decay
 from tlscale.models.features import LayerCodes
 from tlscale.models.freeze import frozen_modules, is_norm
+from tlscale.models.weights import first_line
 
 _TRACKER = ModuleTracker()  # only queried for whether a backward pass is under way
 
@@ -99,20 +100,46 @@ class CodesClassifier(nn.Module):
 def feature_width(backbone: nn.Module, *, in_chans: int, image_size: int) -> int:
     """Measure D by one forward pass: the widths that timm notes of its models are not always what they give."""
     backbone.eval()
-    try:
-        with torch.no_grad():
-            features = backbone(torch.zeros(1, in_chans, image_size, image_size))
-    except Exception as error:  # each architecture complains in its own way about images too small for it
-        raise ModelError(
-            f"{type(backbone).__name__} cannot take images of {image_size} x {image_size} pixels: "
-            f"{str(error).splitlines()[0]}",
-            remedy="Set data.image_size to a size that it takes.",
-            key="backbone",
-        ) from error
+    made_for = max((getattr(backbone, "pretrained_cfg", None) or {}).get("input_size") or (image_size,))
+    own = f", such as {made_for}, which it was made for" if made_for != image_size else ""
+    remedy = f"Set data.image_size to a size that it takes{own}, or choose another backbone.name."
+    images = torch.zeros(1, in_chans, image_size, image_size)
+    features = _tried(backbone, images, "backbone", f"images of {image_size} x {image_size} pixels", remedy)
     if not isinstance(features, Tensor) or features.ndim != 2:
         shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
         raise ModelError(f"{type(backbone).__name__} gives {shape}, not one vector an image", key="backbone")
     return int(features.shape[1])
+
+
+def put_channels_last(classifier: Classifier, *, in_chans: int, image_size: int) -> None:
+    """Put the network's weights in channels-last order, and try it by one pass in eval mode.
+
+    Raises:
+        ModelError: the backbone has weights or layers that know no such order.
+    """
+    key, what = "compute.channels_last", "the channels-last order"
+    remedy = "Take the key out, or choose another backbone.name."
+    param = next(classifier.parameters())
+    images = torch.zeros(1, in_chans, image_size, image_size, dtype=param.dtype)
+    try:
+        classifier.to(memory_format=torch.channels_last)
+    except RuntimeError as error:
+        raise ModelError(_cannot_take(classifier.backbone, what, error), key=key, remedy=remedy) from error
+    _tried(classifier.backbone, images.contiguous(memory_format=torch.channels_last), key, what, remedy)
+
+
+def _tried(backbone: nn.Module, images: Tensor, key: str, what: str, remedy: str) -> object:
+    try:
+        with torch.no_grad():
+            return backbone(images)
+    except Exception as error:  # each architecture complains in its own way, some by a bare assertion
+        raise ModelError(_cannot_take(backbone, what, error), key=key, remedy=remedy) from error
+
+
+def _cannot_take(backbone: nn.Module, what: str, error: Exception) -> str:
+    name = (getattr(backbone, "pretrained_cfg", None) or {}).get("architecture", "")
+    said = f"{type(error).__name__}: {first_line(error)}"
+    return f"{type(backbone).__name__} cannot take {what}: {said}{f' (backbone {name!r})' if name else ''}"
 
 
 def enable_gradient_checkpointing(classifier: Classifier, *, in_chans: int, image_size: int) -> None:

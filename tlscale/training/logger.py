@@ -90,8 +90,9 @@ class RunLogger:
         self._write("evaluate", {"split": split, **scalars(figures)})
         errors = {key: f" ± {number(figures[f'{key}_se'])}" for key in _SHOWN if key == error_of}
         shown = "  ".join(f"{key} {number(figures[key])}{errors.get(key, '')}" for key in _SHOWN if key in figures)
+        when = f" after step {self._loop.step}" if self._loop.step else ""  # a probe makes no steps
         rank = "best so far" if self._loop.chosen is None else "within one standard error of the best"
-        self._console.say(f"{split} after step {self._loop.step}: {shown}{f'  ({rank})' if is_best else ''}")
+        self._console.say(f"{split}{when}: {shown}{f'  ({rank})' if is_best else ''}")
         faults.at("evaluated")
 
     def write_skipped(self, count: int, most: int) -> None:

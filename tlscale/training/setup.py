@@ -21,6 +21,7 @@ from tlscale.models.classifier import (
     Classifier,
     enable_gradient_checkpointing,
     feature_width,
+    put_channels_last,
     trains_on_one_image,
     unused_parameters,
 )
@@ -37,6 +38,7 @@ from tlscale.tracking.trackers import check_installed
 from tlscale.training.distillation.loss import labels_teach
 from tlscale.training.distillation.student import Student
 from tlscale.training.distillation.teacher import Teacher, open_teacher
+from tlscale.training.idle import refuse_idle
 from tlscale.training.loss import loss_name, refuse_mixed_targets
 from tlscale.training.optimizer import check_optimizer
 from tlscale.training.stages import Stage, apply_freezing, plan_stages, to_steps
@@ -167,6 +169,8 @@ def set_up(
     setup = RunSetup(recipe, data, spec, classifier, weights, code_width, order, split, stages, teacher, watch)
     if bad_images is None:  # a run that began earlier goes on as it began
         _refuse_random_frozen(setup)
+        if stages:
+            refuse_idle(recipe, data, classifier, stages, order)
     if stages:
         _refuse_what_cannot_train(setup, world_size)
     return setup
@@ -250,7 +254,7 @@ def _assemble(
     if recipe.compute.precision == "fp64":
         classifier.double()
     if recipe.compute.channels_last:
-        classifier.to(memory_format=torch.channels_last)
+        put_channels_last(classifier, in_chans=spec.in_chans, image_size=spec.image_size)
     return classifier, width
 
 

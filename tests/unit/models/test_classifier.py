@@ -7,7 +7,13 @@ from torch import nn
 from tests.small_models import TINY, classifier, loss_of, noise, section, state_of
 from tlscale.errors import ModelError
 from tlscale.models.backbone import build_backbone
-from tlscale.models.classifier import Classifier, CodesClassifier, enable_gradient_checkpointing, feature_width
+from tlscale.models.classifier import (
+    Classifier,
+    CodesClassifier,
+    enable_gradient_checkpointing,
+    feature_width,
+    put_channels_last,
+)
 from tlscale.models.features import LayerCodes
 
 # -- names and depth ----------------------------------------------------------------------------------------------
@@ -200,3 +206,28 @@ def test_nothing_to_checkpoint_in_a_frozen_backbone():
     network = classifier(freeze=[".*"])
     with pytest.raises(ModelError, match="gradient_checkpointing has no effect: the whole backbone is frozen"):
         enable_gradient_checkpointing(network, in_chans=3, image_size=32)
+
+
+def test_a_backbone_that_fails_without_a_word_is_named_with_what_to_change():
+    backbone, _ = build_backbone(section("halonet26t"), image_size=None, seed=0)
+    wrong = r"ByobNet cannot take images of 64 x 64 pixels: AssertionError.*'halonet26t'.*data.image_size.*256"
+    with pytest.raises(ModelError, match=wrong):
+        feature_width(backbone, in_chans=3, image_size=64)
+
+
+class Deep(nn.Module):
+    """Has a weight of rank 5, as lambda layers have."""
+
+    def __init__(self, *, in_forward: bool) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1) if in_forward else nn.Conv3d(3, 4, 1)
+
+    def forward(self, images):
+        return self.conv(images).view(-1).view(len(images), -1)
+
+
+@pytest.mark.parametrize("in_forward", [False, True])
+def test_a_backbone_without_channels_last_is_named(in_forward):
+    classifier = Classifier(Deep(in_forward=in_forward), nn.Sequential(nn.Linear(4, 2)))
+    with pytest.raises(ModelError, match=r"^compute.channels_last: Deep cannot take the channels-last order: Runtime"):
+        put_channels_last(classifier, in_chans=3, image_size=8)
