@@ -65,7 +65,9 @@ def assert_chance_again(figures: dict, tmp_path: Path, num_classes: int = 2) -> 
                 evaluate_run(run["folder"])
         else:
             again = evaluate_run(run["folder"])
-            assert (again["top1"], again["selected_on"]) == (run["top1"], run["selected_on"])
+            assert again.get("selected_on") == run["selected_on"]
+            # From images, where the run may have had codes: rounding may turn an answer that is nearly even.
+            assert again["top1"] == pytest.approx(run["top1"], abs=1.5 / again["num_images"])
         found = evaluate_run(run["folder"], data=str(other))
         low, high = chance(90, 1 / num_classes, looks)
         assert found["num_images"] == 90

@@ -112,7 +112,8 @@ class History:
                 os.utime(self.root / name, times)
             case "swap":  # two files of one size: each name has the other's content, size and, often, times
                 other = free[(pick + 1) % len(free)]
-                for source, target in ((name, "aside"), (other, name), ("aside", other)):
+                moves = ((name, "aside"), (other, name), ("aside", other)) if name != other else ()
+                for source, target in moves:
                     (self.root / source).rename(self.root / target)
                 self.rows[name][0], self.rows[other][0] = self.rows[other][0], self.rows[name][0]
             case "double":
