@@ -45,7 +45,9 @@ _IDLE = (
     ),
     _Idle(
         ("loss.class_weights",),
-        lambda recipe: isinstance(weights := recipe.loss.class_weights, dict) and len(set(weights.values())) == 1,
+        lambda recipe: (
+            isinstance(weights := recipe.loss.class_weights, dict) and len(set(weights.values())) == 1 < len(weights)
+        ),
         "as all its weights are equal, and they are scaled to a mean of 1",
     ),
 )

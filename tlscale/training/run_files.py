@@ -66,6 +66,7 @@ class _Computed(_Facts):
     num_processes: _Count
     micro_batch_size: _Count
     engine: str | None
+    gradient_checkpointing: bool | None = None
 
 
 class _Change(_Facts):

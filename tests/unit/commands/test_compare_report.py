@@ -175,7 +175,8 @@ def test_held_out_images_may_differ_in_number_and_the_reader_is_told():
 def put_run(path, strategy, result, metrics=()):
     path.mkdir()
     data = {"num_images": {"train": 90, "validation": 10, "test": 50}, "fingerprint": "f"}
-    (path / "run.json").write_text(json.dumps({"data": data, "recipe_sha256": "abc"}))
+    (path / "run.json").write_text(json.dumps({"tlscale": "0.1.0", "data": data, "recipe_sha256": "abc"}))
+    (path / "recipe.yaml").write_text("name: run\n")
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
     base = {"top1": 0.5, "top1_interval95": [0.4, 0.6], "wall_s": 3.0, "trainable_params": 7, "steps": 20}
     return RunFolder(path), {**base, "split": "test", "num_images": 50, "strategy": strategy, **result}

@@ -102,9 +102,9 @@ def test_one_channel_has_one_mean_and_one_std():
 
 
 def test_the_recipe_wins():
-    asked = section(image_size=40, mean=[0.1, 0.2, 0.3], std=[1.0, 1.0, 2.0], crop_pct=0.5, interpolation="lanczos")
+    asked = section(image_size=40, mean=[0.1, 0.2, 0.3], std=[1.0, 1.0, 0.2], crop_pct=0.5, interpolation="lanczos")
     spec = resolve_input(asked, in_chans=3, pretrained_cfg=IMAGENET, image_hw=(10, 10))
-    assert spec == InputSpec(40, 3, (0.1, 0.2, 0.3), (1.0, 1.0, 2.0), "lanczos", 0.5, "center")
+    assert spec == InputSpec(40, 3, (0.1, 0.2, 0.3), (1.0, 1.0, 0.2), "lanczos", 0.5, "center")
 
 
 @pytest.mark.parametrize(

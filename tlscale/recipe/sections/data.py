@@ -63,7 +63,8 @@ class DataSection(Section):
     number, such as `[flip, {crop: 0.5}, {mixup: 0.2}]`."""
     workers: int | None = Field(None, ge=0, le=256)
     """Processes that read images for each training process; by default 0 when the images are cached and not
-    augmented, or when training runs on the CPU, whose cores they would take; else up to 4."""
+    augmented, or when training runs on the CPU, whose cores they would take; else one a core but the last, up to
+    16."""
     cache_mib: int = Field(2048, ge=0, le=10**9)
     """Images are decoded once and cached as uint8 when all of them need no more than this, in MiB; 0: never."""
 
