@@ -36,7 +36,7 @@ POINTS = {
     "checkpoint.best": "LATEST points to it, BEST may not",
     "checkpoint.prune": "before a checkpoint that need not be kept is removed",
     "stage": "a stage is over, the next one has its optimizer",
-    "export": "config.json of the exported model is written, its weights are not",
+    "export": "config.json of the exported model is written aside, its weights are not",
     "predictions": "the model is exported, predictions.parquet is written aside and has no name yet",
     "result": "the model is exported, result.json is not written",
 }

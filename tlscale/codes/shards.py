@@ -167,7 +167,6 @@ def place_shard(folder: Path, key: Mapping[str, Any], shard: Shard, specs: Seque
         record = folder / f"{shard.name}.json"
         write_text(record, with_checksum(plain))  # from here on it counts
         share_with_group(record)
-        flush(folder)
     except OSError as error:
         with suppress(OSError):
             remove_shard(folder, shard.name)

@@ -28,7 +28,7 @@ from tlscale.errors import RecipeError, RunFolderError, TlscaleError
 from tlscale.models.export import TrainedModel, load
 from tlscale.recipe.load import load_stored_recipe
 from tlscale.recipe.schema import LossSection, Recipe
-from tlscale.storage.files import write_json
+from tlscale.storage.files import make_folder, write_json
 from tlscale.tracking.console import Console, Pace, number, visible
 from tlscale.tracking.redact import places_of, without_places
 from tlscale.tracking.stopwatch import Stopwatch, describe_seconds
@@ -158,7 +158,7 @@ def _checked_out(out: Path) -> Path:
         raise RunFolderError(f"'{out}' is a run folder", key="--out", remedy=remedy)
     if (out / _FILE).exists() and "num_images" not in read_json(out / _FILE):
         raise RunFolderError(f"'{out / _FILE}' is not from an evaluation, so it is not replaced", key="--out")
-    if why := _disk_error(lambda: out.mkdir(parents=True, exist_ok=True)):
+    if why := _disk_error(lambda: make_folder(out)):
         raise RunFolderError(f"'{out}' cannot be made: {why}", key="--out")
     if not os.access(out, os.W_OK | os.X_OK):
         raise RunFolderError(f"'{out}' cannot be written to: permission denied", key="--out")
@@ -181,7 +181,7 @@ def _write(
     Raises:
         TlscaleError: they cannot be written to the folder that was `asked_for`.
     """
-    why = processes.run_on_main(_disk_error, lambda: target.mkdir(parents=True, exist_ok=True))
+    why = processes.run_on_main(_disk_error, lambda: make_folder(target))
     if why is None:
         try:
             write_predictions(target / "predictions.parquet", predictions, processes)

@@ -27,11 +27,11 @@ from tlscale.models.classifier import Classifier, CodesClassifier
 from tlscale.models.features import PENULTIMATE, LayerCodes
 from tlscale.models.heads import is_single_linear
 from tlscale.models.knn import KnnHead
-from tlscale.models.model_folder import FORMAT, HEAD_FILE, MODEL_FILE, config_digest
+from tlscale.models.model_folder import CONFIG_FILE, FORMAT, HEAD_FILE, MODEL_FILE, config_digest
 from tlscale.models.model_folder import TrainedModel as TrainedModel  # what is exported is found where it is exported
 from tlscale.models.model_folder import load as load
 from tlscale.recipe.field_types import HeadLayer
-from tlscale.storage.files import file_sha256
+from tlscale.storage.files import file_sha256, make_folder, remove_left_overs, replacing
 
 LOGITS_TOLERANCE = 1e-5
 
@@ -64,24 +64,28 @@ def export_model(
         ModelError: what was written does not give the logits of `classifier`.
     """
     plain = _plain_copy(classifier)
-    folder.mkdir(parents=True, exist_ok=True)
     as_timm = _as_timm_model(plain, spec) if isinstance(plain, Classifier) and is_single_linear(head) else None
     whole = as_timm is not None
     body = as_timm if as_timm is not None else plain.backbone
     ours = {**_own_config(plain, head), "classes": list(classes), "input": spec.to_plain(), "whole": whole}
     ours |= fitted or {}
-    _write_config(body, folder, ours, spec)
-    faults.at("export")
-    _write_tensors(body.state_dict(), folder / MODEL_FILE)
-    (folder / HEAD_FILE).unlink(missing_ok=True)
-    if not whole:
-        _write_tensors(plain.head.state_dict(), folder / HEAD_FILE)
-    # Checksums show corruption that no format would: of the files of tensors, and of these settings themselves.
-    config = json.loads((folder / "config.json").read_text())
-    files = (file for file in (MODEL_FILE, HEAD_FILE) if (folder / file).is_file())
-    config["tlscale"]["sha256"] = {file: file_sha256(folder / file) for file in files}
-    config["tlscale"]["config_sha256"] = config_digest(config)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    files = {MODEL_FILE: body.state_dict(), **({} if whole else {HEAD_FILE: plain.head.state_dict()})}
+    make_folder(folder)
+    for file in (CONFIG_FILE, MODEL_FILE, HEAD_FILE):
+        remove_left_overs(folder / file)
+    # The configuration gets its name last: it says what the others hold.
+    with replacing(folder / CONFIG_FILE) as path:
+        _write_config(body, path, ours, spec)
+        faults.at("export")
+        for file in (MODEL_FILE, HEAD_FILE):
+            (folder / file).unlink(missing_ok=True)
+            if file in files:
+                _write_tensors(files[file], folder / file)
+        # Checksums show corruption that no format would: of the files of tensors, and of these settings themselves.
+        config = json.loads(path.read_text())
+        config["tlscale"]["sha256"] = {file: file_sha256(folder / file) for file in files}
+        config["tlscale"]["config_sha256"] = config_digest(config)
+        path.write_text(json.dumps(config, indent=2) + "\n")
     difference = _difference(plain, load(folder).model, spec)
     if not difference <= LOGITS_TOLERANCE:
         raise ModelError(f"the exported model in {folder} gives other logits than the run (by {difference:.2g})")
@@ -115,16 +119,17 @@ def _own_config(plain: Classifier | CodesClassifier, head: Sequence[HeadLayer]) 
 def _write_tensors(state: Mapping[str, Tensor], path: Path) -> None:
     """Write each tensor once, with storage of its own, as safetensors wants it."""
     tensors = {name: tensor.detach().contiguous().clone() for name, tensor in state.items()}
-    safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
-    # safetensors lets nobody else read its files; they are for whoever may read the configuration next to them.
-    path.chmod((path.parent / "config.json").stat().st_mode)
+    with replacing(path) as aside:
+        aside.touch()
+        mode = aside.stat().st_mode  # as the umask says, where safetensors lets nobody else read its files
+        safetensors.torch.save_file(tensors, aside, metadata={"format": "pt"})
+        aside.chmod(mode)
 
 
-def _write_config(model: nn.Module, folder: Path, ours: Mapping[str, Any], spec: InputSpec) -> None:
+def _write_config(model: nn.Module, path: Path, ours: Mapping[str, Any], spec: InputSpec) -> None:
     keys = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
     transform: dict[str, Any] = {"input_size": [spec.in_chans, spec.image_size, spec.image_size]}
     transform |= {key: spec.to_plain()[key] for key in keys}
-    path = folder / "config.json"
     # Private, as timm's public `save_for_hf` writes the tensors too, and those that share memory not at all.
     save_config_for_hf(
         model,

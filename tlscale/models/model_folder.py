@@ -283,6 +283,18 @@ def load(run: str | Path) -> TrainedModel:
     return TrainedModel(model.eval(), tuple(ours.classes), spec)
 
 
+def fault_of_model(folder: Path) -> str | None:
+    """Find why the files of an exported model are not those that were written, building nothing; None if they are."""
+    try:
+        ours = _read_config(folder / CONFIG_FILE).tlscale
+        with _cannot_be_loaded(folder):
+            for file in (MODEL_FILE,) if ours.whole else (MODEL_FILE, HEAD_FILE):
+                _read_tensors(folder, file, ours)
+    except RunFolderError as error:
+        return str(error)
+    return None
+
+
 @contextmanager
 def _cannot_be_loaded(folder: Path) -> Iterator[None]:
     # Every architecture complains in its own way of settings that it cannot be built with.

@@ -1,4 +1,8 @@
-"""Write and hash files such that none is ever half written."""
+"""Write and hash files such that none is ever half written.
+
+Promise: what `write_text`, `write_json`, `replacing` and `make_folder` leave is there after a power loss, its name
+included: files are forced to the disk before they get their names, and then the folder that has the name.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,8 @@ from safetensors import SafetensorError
 
 from tlscale import faults
 from tlscale.errors import TlscaleError
+
+_NOT_FLUSHED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
 def file_sha256(path: Path) -> str:
@@ -83,6 +89,7 @@ def replacing(path: Path) -> Iterator[Path]:
             yield aside
         flush(aside)
         aside.replace(path)
+        flush(path.parent)
     finally:
         _remove_if_there(aside)
 
@@ -99,12 +106,24 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder, and those above it, where they are not there yet."""
+    missing = [place for place in (path, *path.parents) if not place.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for place in reversed(missing):
+        flush(place.parent)
+
+
 def flush(path: Path) -> None:
     """Force a file's content, or a folder's names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         with naming_file(path):
             os.fsync(descriptor)
+    except OSError as error:
+        # Some file systems flush no folders: those of other machines mostly, which do it when they are asked to rename.
+        if error.errno not in _NOT_FLUSHED or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)
 

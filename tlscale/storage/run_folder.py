@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from tlscale import faults
 from tlscale.errors import EXIT_BAD_INPUT, EXIT_FAILED, RunFolderError
 from tlscale.storage.cache import is_forbidden
-from tlscale.storage.files import left_overs, remove_left_overs
+from tlscale.storage.files import flush, left_overs, make_folder, remove_left_overs
 
 Mode = Literal["fresh", "resume", "overwrite"]
 
@@ -50,12 +50,16 @@ def clear(folder: RunFolder) -> None:
 
     Not done when the folder is claimed: a new run may yet turn out to be wrong, and then the old one is still there.
     A process that is killed here leaves a run that never began: its recipe goes first, and last what tells that it is
-    ours.
+    ours. After a power loss, too: a disk may keep these in another order, but for what it was told to flush.
     """
     folder.recipe.unlink(missing_ok=True)
+    flush(folder.path)
     faults.at("clear")
-    for entry in sorted(_entries(folder), key=lambda entry: entry == folder.run_json):
-        shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+    for entry in _entries(folder):
+        if entry != folder.run_json:
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+    flush(folder.path)
+    folder.run_json.unlink(missing_ok=True)
 
 
 def forget_stop(folder: RunFolder) -> bool:
@@ -94,7 +98,7 @@ def claim(path: Path, mode: Mode) -> Iterator[RunFolder]:
     """
     folder = RunFolder(path)
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        make_folder(path)
         _refuse_foreign(folder)  # before the lock's file is put there
         lock = FileLock(folder.lock, timeout=0)
         lock.acquire()

@@ -1,7 +1,7 @@
 """`metrics.jsonl`: the log of a run, one JSON object a line, and the truth that trackers have a copy of.
 
-Promise: a record that was written is there after the writer was killed; a resumed run continues from its
-checkpoint, so that no step is in the file twice.
+Promise: a record that was written is there after the writer was killed, and after a power loss if `sync` was called
+since; a resumed run goes on where its checkpoint was, so that no step is in the file twice.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from tlscale import faults
 from tlscale.errors import TlscaleError
-from tlscale.storage.files import naming_disk_errors
+from tlscale.storage.files import flush, naming_disk_errors
 
 _RECORD_KEYS = ("kind", "step", "epoch", "images_seen", "time_s")
 
@@ -34,6 +34,7 @@ class MetricsFile:
         with naming_disk_errors(path):
             self._aside.unlink(missing_ok=True)  # of a writer that was killed
             self._file = path.open("a", encoding="utf-8")
+            flush(path.parent)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append a record; it has at least kind ('train' or 'evaluate'), step, epoch, images_seen and time_s.
@@ -49,6 +50,15 @@ class MetricsFile:
             self._file.flush()
         except OSError as error:
             raise TlscaleError(f"cannot write {self._path}: {error.strerror or error}") from error
+
+    def sync(self) -> None:
+        """Force what was written to the disk: before a checkpoint is saved that begins after it.
+
+        Raises:
+            TlscaleError: the disk fails.
+        """
+        with naming_disk_errors(self._path):
+            os.fsync(self._file.fileno())
 
     def truncate_after(self, step: int) -> dict[str, int]:
         """Drop what a resumed run does again: records after `step`, and lines that a killed writer left torn.
@@ -79,6 +89,7 @@ class MetricsFile:
             os.fsync(file.fileno())
         faults.at("metrics.cut")
         aside.replace(self._path)
+        flush(self._path.parent)
         self._file = self._path.open("a", encoding="utf-8")
 
     def close(self) -> None:

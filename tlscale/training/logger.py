@@ -62,6 +62,11 @@ class RunLogger:
         if self._metrics is not None:
             self._metrics.close()
 
+    def sync(self) -> None:
+        """Force the log to the disk: a run that resumes from a checkpoint must find all lines up to it."""
+        if self._metrics is not None:
+            self._metrics.sync()
+
     def trained(self, num_images: int) -> None:
         """Count a step over so many images, of all processes."""
         self._window_images += num_images

@@ -28,7 +28,7 @@ from torch import Tensor
 from tlscale import faults
 from tlscale.data.content import file_stamp
 from tlscale.errors import CheckpointError
-from tlscale.storage.files import flush, flush_and_hash, remove_left_overs, write_text
+from tlscale.storage.files import flush, flush_and_hash, make_folder, remove_left_overs, write_text
 from tlscale.training.checkpoint.tensor_file import (
     CheckpointFile,
     CorruptionError,
@@ -69,7 +69,7 @@ def begin_checkpoint(root: Path, checkpoint: Checkpoint) -> Path:
     """Make an empty folder aside, and remove what killed writers left there; errors as `save_checkpoint`."""
     aside = root / f".{checkpoint_folder(root, checkpoint.step).name}.{os.getpid()}"
     with _saving(root, checkpoint, aside):
-        root.mkdir(parents=True, exist_ok=True)
+        make_folder(root)
         _remove_left_overs(root)
         aside.mkdir()
         faults.at("checkpoint.begin")
