@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tlscale.codes.parts import wanted_layers
 from tlscale.codes.probes.select import refuse_wrong_probe
 from tlscale.codes.store import CodesStore
+from tlscale.commands.check_images import check_images
 from tlscale.commands.tables import show_plan
 from tlscale.distributed.fsdp import trained_bytes, unsharded_bytes
 from tlscale.models.features import LayerCodes
@@ -32,13 +33,25 @@ _TIMED_IMAGES = 16
 _CPU = torch.device("cpu")
 
 
-def plan(recipe: Recipe, *, world_size: int) -> None:
-    """Show what `run` would do with `world_size` processes; nothing is trained, and no codes are computed."""
+def plan(recipe: Recipe, *, world_size: int, checks_images: bool = False) -> None:
+    """Show what `run` would do with `world_size` processes; nothing is trained, and no codes are computed.
+
+    Args:
+        recipe: of the run.
+        world_size: its processes.
+        checks_images: decode every image first.
+
+    Raises:
+        TlscaleError: the recipe, its data or its weights are wrong, or images that were checked cannot be read.
+        Stopped: it was asked to stop while it checked images.
+    """
     check_compiler(recipe.compute)
+    console = Console()
+    if checks_images:
+        check_images(recipe.data, console)
     if recipe.probe is None:
         refuse_codes_of_a_probe(recipe.codes)
     setup = set_up(recipe, world_size=world_size, tries_images=False)
-    console = Console()
     show_plan(setup, console, device=f"planned for {world_size} process{'es' if world_size > 1 else ''}")
     if recipe.probe is not None:
         refuse_wrong_probe(recipe.probe, recipe.codes, len(setup.data.train), len(setup.data.validation or ()))

@@ -146,9 +146,12 @@ def _end_when_parent_says(parent: int) -> None:
     os._exit(0)
 
 
-def map_in_threads(function: Callable[[K], R], items: Sequence[K]) -> Iterator[R]:
-    """Map with threads (Pillow decodes and resizes outside the interpreter's lock); plainly in a worker process."""
-    threads = min(_MOST_THREADS, num_cores(), len(items))
+def map_in_threads(function: Callable[[K], R], items: Sequence[K], *, most: int = _MOST_THREADS) -> Iterator[R]:
+    """Map with threads, `most` at most (Pillow decodes and resizes outside the interpreter's lock).
+
+    In a worker process it maps plainly.
+    """
+    threads = min(most, num_cores(), len(items))
     if threads < 2 or get_worker_info() is not None:
         yield from map(function, items)
         return

@@ -1,24 +1,28 @@
-"""Find the images that cannot be read, for `data.on_bad_image: skip`, before anything is drawn from the splits.
+"""Find the images that cannot be read, before anything is drawn from the splits: for `data.on_bad_image: skip`, and for
+`tlscale plan --check-images`.
 
 Promise: every image of every split is tried, by its content: what was found sound once is not decoded again, wherever
-it is and whatever its name is then. The findings below `$TLSCALE_CACHE/checked` only save time; none is relied on
-for anything else, and a folder that cannot be written is no error.
+it is and whatever its name is then, and not read again where the index of contents knows it. The findings below
+`$TLSCALE_CACHE/checked` only save time; none is relied on for anything else, and a folder that cannot be written is no
+error.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import PIL
 
-from tlscale.data.content import content_digest
+from tlscale.data.content import ContentIndex, content_digest
 from tlscale.data.decode import decode_image
 from tlscale.data.sources.tables import ImageSplit, RawStore, Role, SourceSplit
 from tlscale.data.workers import map_in_threads
-from tlscale.errors import DataError
+from tlscale.distributed.host import num_cores
+from tlscale.errors import DataError, Stopped
 from tlscale.recipe.schema import DataSection
 from tlscale.storage.cache import cache_root, make_cache_folder, say_not_cached, share_with_group
 from tlscale.storage.files import replacing, text_sha256
@@ -26,6 +30,7 @@ from tlscale.storage.files import replacing, text_sha256
 _BLOCK = 256  # images that a thread takes at once
 _RULES = 2  # raise it when `decode_image` comes to refuse what it took before
 _DIGEST_BYTES = 32
+_SAVE_EVERY = 20_000  # images, so that who is killed loses no more
 
 
 @dataclass(frozen=True)
@@ -62,37 +67,90 @@ class BadImages:
         return cls({role: [(int(row), str(why)) for row, why in rows] for role, rows in plain.items()})
 
 
-def find_bad(section: DataSection, splits: Mapping[Role, SourceSplit]) -> BadImages:
-    """Try every image of every split."""
+def find_bad(
+    section: DataSection,
+    splits: Mapping[Role, SourceSplit],
+    *,
+    on_images: Callable[[int], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> BadImages:
+    """Try every image of every split.
+
+    Args:
+        on_images: called with a number of images whenever so many more are tried.
+        should_stop: tells whether to stop, any time; what was found sound by then stays known.
+
+    Raises:
+        Stopped: it was asked to stop.
+    """
     max_pixels = round(section.max_megapixels * 1e6)
-    known = _Checked(max_pixels)
-    found = {role: find_bad_images(split.store, max_pixels=max_pixels, known=known) for role, split in splits.items()}
-    known.save()
+    known, found = _Checked(max_pixels), {}
+    try:
+        for role, split in splits.items():
+            found[role] = find_bad_images(
+                split.store, max_pixels=max_pixels, known=known, on_images=on_images, should_stop=should_stop
+            )
+    finally:
+        known.save()
     return BadImages({role: rows for role, rows in found.items() if rows})
 
 
 def find_bad_images(
-    images: RawStore | ImageSplit, *, max_pixels: int, known: _Checked | None = None
+    images: RawStore | ImageSplit,
+    *,
+    max_pixels: int,
+    rows: Sequence[int] | None = None,
+    known: _Checked | None = None,
+    on_images: Callable[[int], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
 ) -> list[tuple[int, str]]:
-    """Return the images that cannot be read, each with the reason; `known` gets those that are found sound."""
+    """Return the images that cannot be read, each with the reason.
 
-    def reason(row: int) -> tuple[int, str] | None:
-        try:
-            raw = images.read(row)
-            # An array takes no decoding, and so nothing is remembered of it.
-            digest = content_digest(raw) if known is not None and isinstance(raw, bytes) else None
-            if known is None or digest not in known:
-                decode_image(raw, in_chans=3, max_pixels=max_pixels, where=images.where(row))
-            if known is not None and digest is not None:
-                known.add(digest)
-        except DataError as error:
-            return row, error.problem
-        return None
+    Args:
+        rows: which to try; None: all.
+        known: what was found sound before, of images of a store; what is found now is added.
+        on_images: as `find_bad`.
+        should_stop: as `find_bad`.
 
-    rows = range(len(images))
+    Raises:
+        Stopped: as `find_bad`.
+    """
+    must_stop = should_stop or (lambda: False)
+
+    def try_block(block: Sequence[int]) -> tuple[list[tuple[int, str]], _Sound]:
+        """Return the bad images, and the sound ones that were read."""
+        bad: list[tuple[int, str]] = []
+        sound: _Sound = {}
+        for row, stamp in known.unknown(images, block) if known is not None else [(row, None) for row in block]:
+            if must_stop():  # also of a block that has not begun: nobody waits for it
+                break
+            try:
+                raw = images.read(row)
+                # An array takes no decoding, and so nothing is remembered of it.
+                digest = content_digest(raw) if known is not None and isinstance(raw, bytes) else None
+                if known is None or digest not in known:
+                    decode_image(raw, in_chans=3, max_pixels=max_pixels, where=images.where(row))
+                if digest is not None:
+                    sound[digest] = stamp
+            except DataError as error:
+                bad.append((row, error.problem))
+        return bad, sound
+
+    rows = range(len(images)) if rows is None else rows
     blocks = [rows[start : start + _BLOCK] for start in range(0, len(rows), _BLOCK)]
-    found = map_in_threads(lambda block: [reason(row) for row in block], blocks)
-    return [bad for block in found for bad in block if bad is not None]
+    found: list[tuple[int, str]] = []
+    for block, (bad, sound) in zip(blocks, map_in_threads(try_block, blocks, most=num_cores()), strict=True):
+        found += bad
+        if known is not None:
+            known.add(sound)
+        if on_images is not None and not must_stop():
+            on_images(len(block))
+    if must_stop():
+        raise Stopped("stopped while images were tried; those that were found sound are not decoded again")
+    return found
+
+
+_Sound = dict[bytes, bytes | None]
 
 
 class _Checked:
@@ -103,6 +161,7 @@ class _Checked:
         self._folder = cache_root() / "checked" / text_sha256(rules)[:16]
         self._known: set[bytes] = set()
         self._new: set[bytes] = set()
+        self._index = ContentIndex()
         for path in self._folder.glob("*.sha256"):
             try:
                 held = path.read_bytes()
@@ -114,15 +173,28 @@ class _Checked:
     def __contains__(self, digest: bytes | None) -> bool:
         return digest in self._known
 
-    def add(self, digest: bytes) -> None:
-        if digest not in self._known:
-            self._new.add(digest)
+    def unknown(self, images: Any, rows: Sequence[int]) -> list[tuple[int, bytes | None]]:  # noqa: ANN401 (a store)
+        """Return the rows that have to be read, each with its stamp: all but files that the index knows to be sound."""
+        stamps = images.stamps(np.asarray(rows, dtype=np.int64))
+        if stamps is None:
+            return [(row, None) for row in rows]
+        digests = self._index.look_up(stamp for stamp in stamps if stamp is not None) if self._known else {}
+        return [(row, stamp) for row, stamp in zip(rows, stamps, strict=True) if digests.get(stamp) not in self]
+
+    def add(self, sound: _Sound) -> None:
+        """Take sound images by digest, each with the stamp that its file had before it was read."""
+        self._new.update(digest for digest in sound if digest not in self._known)
+        self._index.add({stamp: digest for digest, stamp in sound.items() if stamp is not None})
+        if len(self._new) >= _SAVE_EVERY:
+            self.save()
 
     def save(self) -> None:
         """Write what is new to a file of its own, so that other processes lose nothing."""
         if not self._new:
             return
         content = b"".join(sorted(self._new))
+        self._known |= self._new
+        self._new = set()
         try:
             make_cache_folder(self._folder)
             with replacing(self._folder / f"{hashlib.sha256(content).hexdigest()[:32]}.sha256") as aside:
