@@ -19,12 +19,14 @@ from tlscale.distributed.device import choose_algorithms, naming_memory
 from tlscale.distributed.processes import start_processes
 from tlscale.distributed.signals import StopRequest
 from tlscale.errors import ResumeError, RunFolderError, Stopped
+from tlscale.models.model_folder import fault_of_model
 from tlscale.recipe.load import diff_recipes, load_stored_recipe, with_values
 from tlscale.recipe.schema import Recipe
 from tlscale.storage.files import naming_disk_errors, reporting_disk_errors, write_json
 from tlscale.storage.run_folder import Mode, RunFolder, claim, forget_stop
 from tlscale.tracking.console import Console
 from tlscale.tracking.stopwatch import Stopwatch
+from tlscale.training.checkpoint.files import list_checkpoints
 from tlscale.training.compiler import check_compiler
 from tlscale.training.corrections import refuse_uncorrected
 from tlscale.training.loop import train
@@ -91,7 +93,7 @@ def run(
         run_info = None if overwrite else processes.run_on_main(read_run_info, folder, _NEEDED)
         if run_info is not None:
             recipe = with_values(recipe, processes.run_on_main(_refuse_other_recipe, recipe, folder, console))
-            if (done := processes.run_on_main(read_result, folder)) is not None:
+            if (done := processes.run_on_main(_earlier_result, folder, recipe, console)) is not None:
                 console.say(f"'{folder.path}' is complete already; its figures are in {folder.result}")
                 return done
 
@@ -149,6 +151,30 @@ def _marking_stop(folder: RunFolder, stop: StopRequest, watch: Stopwatch, *, is_
             with suppress(RunFolderError):  # the run is saved, and the next start says what is wrong with it
                 forget_stop(folder)
         raise
+
+
+def _earlier_result(folder: RunFolder, recipe: Recipe, console: Console) -> dict[str, Any] | None:
+    """Read `result.json`; None where the run is not complete, or not any more, and can be finished again.
+
+    Raises:
+        RunFolderError: it was complete, and what is damaged now cannot be made again.
+    """
+    if not folder.result.exists():
+        return None
+    result, fault = None, fault_of_model(folder.model)
+    try:
+        result = read_result(folder)
+    except (OSError, ValueError, TypeError) as error:
+        fault = f"'{folder.result}' cannot be read: {error}"
+    if fault is None:
+        return result
+    if recipe.probe is None and not list_checkpoints(folder.checkpoints):
+        raise RunFolderError(
+            f"'{folder.path}' was complete, and is damaged; there is no checkpoint to finish it from: {fault}",
+            remedy="Copy it from where it is whole, or run the recipe again with --overwrite.",
+        )
+    console.say(f"WARNING: '{folder.path}' was complete, and is finished again: {fault}", style="bold red")
+    return None
 
 
 def _checked_run_info(run_info: dict[str, Any], setup: RunSetup, folder: RunFolder, console: Console) -> dict[str, Any]:
@@ -213,7 +239,10 @@ def _compare_data(run_info: dict[str, Any], setup: RunSetup, folder: RunFolder, 
         console.say(f"'{folder.path}' is of an older tlscale: its data were compared by the older identity")
         _refuse_another("data", then["fingerprint"], str(data.identity["fingerprint"]), folder)
         return run_info
-    _refuse_another("data", then["used_sha256"], used_identity(data, then["used_by"]).sha256, folder)
+    used = used_identity(data, then["used_by"])
+    if used.sha256 != then["used_sha256"]:
+        run_info = _with_repairs(run_info, setup, used.sha256, folder, console)
+        then = run_info["data"]
     if data.test is None and "test" not in then["num_images"]:
         return run_info  # the validation split is scored, and that is the same
     scored = scored_identity(data, then["scored_by"])
@@ -227,6 +256,32 @@ def _compare_data(run_info: dict[str, Any], setup: RunSetup, folder: RunFolder, 
     earlier = [*then.get("earlier_scored_sha256", []), then["scored_sha256"]]
     now = {"scored_sha256": scored.sha256, "scored_by": scored.by, "num_images": data.identity["num_images"]}
     run_info = {**run_info, "data": {**then, **now, "earlier_scored_sha256": earlier}}
+    with naming_disk_errors(folder.run_json):
+        write_json(folder.run_json, run_info)
+    return run_info
+
+
+def _with_repairs(
+    run_info: dict[str, Any], setup: RunSetup, used_sha256: str, folder: RunFolder, console: Console
+) -> dict[str, Any]:
+    """Accept other training or validation images where only those differ that ended the run, as they could not be read.
+
+    Returns:
+        What `run.json` holds from now on.
+
+    Raises:
+        ResumeError: others differ, too.
+    """
+    then = dict(run_info["data"])
+    unread = then.pop("unread", {"images": [], "rest_sha256": ""})
+    images = [(split, int(position)) for split, position in unread["images"]]
+    if used_identity(setup.data, then["used_by"], without=images).sha256 != unread["rest_sha256"]:
+        _refuse_another("data", then["used_sha256"], used_sha256, folder)
+    splits = {split.name: split for split in (setup.data.train, setup.data.validation) if split is not None}
+    for split, position in images:
+        console.say(f"{splits[split].where(position)}, which could not be read, is another file now: repaired")
+    repaired = [*then.get("repaired", []), *unread["images"]]
+    run_info = {**run_info, "data": {**then, "used_sha256": used_sha256, "repaired": repaired}}
     with naming_disk_errors(folder.run_json):
         write_json(folder.run_json, run_info)
     return run_info

@@ -72,7 +72,13 @@ _WITH_ALPHA = ("RGBA", "RGBa", "LA", "La", "PA")
 
 
 class BadImageError(DataError):
-    """One image cannot be read, or is too large; the message starts with its place."""
+    """One image cannot be read, or is too large; the message starts with its place.
+
+    Attributes:
+        image: its split and its position there, where it is of a run's data.
+    """
+
+    image: tuple[str, int] | None = None
 
 
 def decode_image(raw: bytes | npt.NDArray[Any], *, in_chans: int, max_pixels: int, where: str) -> Pixels:

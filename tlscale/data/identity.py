@@ -9,7 +9,7 @@ Shape letters: N images of a split.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -29,16 +29,17 @@ class Identity:
     """What stands for an image in it."""
 
 
-def used_identity(data: ImageData, by: By | None = None) -> Identity:
+def used_identity(data: ImageData, by: By | None = None, *, without: Collection[tuple[str, int]] = ()) -> Identity:
     """Return the identity of the rows that a run trains on and chooses by.
 
     Args:
         by: what stands for an image; `content` reads what is not known. None: content where it is known of all.
+        without: images, each as its split and its position there, that count as rows with a label alone.
 
     Raises:
         DataError: an image cannot be read.
     """
-    return _identity(data.classes, [split for split in (data.train, data.validation) if split is not None], by)
+    return _identity(data.classes, [split for split in (data.train, data.validation) if split is not None], by, without)
 
 
 def scored_identity(data: ImageData, by: By | None = None) -> Identity:
@@ -70,12 +71,28 @@ def _figures(used: Identity, scored: Identity) -> dict[str, Any]:
     }
 
 
-def _identity(classes: Sequence[str], splits: Sequence[ImageSplit], by: By | None) -> Identity:
+def _identity(
+    classes: Sequence[str],
+    splits: Sequence[ImageSplit],
+    by: By | None,
+    without: Collection[tuple[str, int]] = (),
+) -> Identity:
     if by is None:
         by = "content" if all(split.known_digests()[1].all() for split in splits) else "place"
     parts: list[bytes | str] = [by, str(len(classes)), *classes]
     for split in splits:
         split.table.remember()  # what the run has read by now
         parts += [split.name, str(len(split)), split.labels_N.astype("<i8").tobytes()]
-        parts += [split.digests().tobytes()] if by == "content" else split.places()
+        parts += _images(split, by, [position for name, position in without if name == split.name])
     return Identity(digest_of_parts(parts), by)
+
+
+def _images(split: ImageSplit, by: By, without: Sequence[int]) -> Iterable[bytes | str]:
+    if by == "content":
+        digests_N = split.digests().copy()
+        digests_N[list(without)] = b""
+        return [digests_N.tobytes()]
+    places = split.places()
+    for position in without:
+        places[position] = ""
+    return places

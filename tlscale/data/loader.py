@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from tlscale.data.augment import Augmenter
-from tlscale.data.decode import decode_image
+from tlscale.data.decode import BadImageError, decode_image
 from tlscale.data.sampler import (
     BatchSplit,
     DataOrder,
@@ -35,6 +35,7 @@ from tlscale.data.sources.tables import Raw
 from tlscale.data.transforms import ImageBatch, InputSpec, Pixels, eval_transform
 from tlscale.data.workers import load_in_order, map_in_threads
 from tlscale.distributed.host import num_cores
+from tlscale.errors import DataError
 from tlscale.recipe.schema import DataSection
 
 _MIB = 2**20
@@ -138,12 +139,17 @@ class ImageStore:
 
     def _decode(self, row: int, raws: Mapping[int, Raw] | None = None) -> Pixels:
         raw = raws.get(row) if raws is not None else None
-        return decode_image(
-            self.split.read(row) if raw is None else raw,
-            in_chans=self.spec.in_chans,
-            max_pixels=round(self._section.max_megapixels * 1e6),
-            where=self.split.where(row),
-        )
+        try:
+            return decode_image(
+                self.split.read(row) if raw is None else raw,
+                in_chans=self.spec.in_chans,
+                max_pixels=round(self._section.max_megapixels * 1e6),
+                where=self.split.where(row),
+            )
+        except DataError as error:
+            bad = BadImageError(error.problem, key=error.key, remedy=error.remedy)
+            bad.image = self.split.name, row
+            raise bad from error
 
     def _prepare(self, row: int, raws: Mapping[int, Raw] | None = None) -> Pixels:
         return eval_transform(self._decode(row, raws), self.spec)

@@ -67,11 +67,20 @@ class Processes:
 
     def any(self, flag: bool) -> bool:
         """Tell every process whether the flag is set on any of them."""
+        return self.any_later(flag)()
+
+    def any_later(self, flag: bool) -> Callable[[], bool]:
+        """Ask as `any` does, and go on: what is returned waits for the answer."""
         if self.control is None:
-            return flag
+            return lambda: flag
         votes = torch.tensor([int(flag)])
-        torch_dist.all_reduce(votes, op=torch_dist.ReduceOp.MAX, group=self.control)
-        return bool(votes.item())
+        work = torch_dist.all_reduce(votes, op=torch_dist.ReduceOp.MAX, group=self.control, async_op=True)
+
+        def answer() -> bool:
+            work.wait()
+            return bool(votes.item())
+
+        return answer
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Sum `values` over all processes, on the CPU, in the type it came in."""

@@ -51,26 +51,31 @@ def evaluate(
 
     Returns:
         The dict of `metrics.summary`, the means of the auxiliary losses, and `<error_of>_se`; the same on every
-        process.
+        process, as is the error of an image that one of them cannot read.
     """
     tally, aux = Tally(len(classes), processes.device), _Sums(loss_fn.aux_names, processes.device)
     was_training = network.training
     network.eval()
+
+    def count() -> None:
+        for batch, args in _passes(batches, inputs, processes):
+            processes.watchdog.beat()
+            faults.at("evaluate")
+            outputs_BO = network(*args)
+            if batch is None:
+                continue
+            logits_BC = loss_fn.logits(outputs_BO)
+            labels_B = batch.labels_B.to(outputs_BO.device, non_blocking=True)
+            tally.update(logits_BC, labels_B, cross_entropy(logits_BC, labels_B))
+            aux.add(loss_fn.aux_losses(outputs_BO, batch))
+            if predictions is not None:
+                predictions.add(batch.rows_B, logits_BC)
+            processes.local.mark_step()
+
     try:
         with processes.without_gradients(), processes.accelerator.autocast():
-            for batch, args in _passes(batches, inputs, processes):
-                processes.watchdog.beat()
-                faults.at("evaluate")
-                outputs_BO = network(*args)
-                if batch is None:
-                    continue
-                logits_BC = loss_fn.logits(outputs_BO)
-                labels_B = batch.labels_B.to(outputs_BO.device, non_blocking=True)
-                tally.update(logits_BC, labels_B, cross_entropy(logits_BC, labels_B))
-                aux.add(loss_fn.aux_losses(outputs_BO, batch))
-                if predictions is not None:
-                    predictions.add(batch.rows_B, logits_BC)
-                processes.local.mark_step()
+            # One that cannot read an image must not leave the others waiting for its counts.
+            processes.run_on_all(count)
     finally:
         network.train(was_training)
     figures = _over_all(tally, aux, loss_fn, classes, processes, error_of)
@@ -134,7 +139,7 @@ def _passes(batches: Iterable[B], inputs: Callable[[B], tuple[Tensor, ...]], pro
         yield from ((batch, inputs(batch)) for batch in batches)
         return
     own = iter(batches)
-    batch = next(own, None)
+    batch = processes.run_on_all(next, own, None)
     args = None if batch is None else inputs(batch)
     looks = processes.gather(None if args is None else [(arg.shape, arg.dtype) for arg in args])
     if args is None:  # fewer images than processes
@@ -142,7 +147,7 @@ def _passes(batches: Iterable[B], inputs: Callable[[B], tuple[Tensor, ...]], pro
         args = tuple(torch.zeros(shape, dtype=dtype, device=processes.device) for shape, dtype in look)
     while processes.any(batch is not None):
         yield batch, args
-        batch = next(own, None)
+        batch = processes.run_on_all(next, own, None)
         args = args if batch is None else inputs(batch)
 
 

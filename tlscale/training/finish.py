@@ -1,15 +1,20 @@
-"""Finish a training run: evaluate the last and the chosen weights, export the chosen ones, write `result.json`."""
+"""Finish a training run: export the chosen weights, evaluate them and the last ones, write `result.json`."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+from tlscale.data.decode import BadImageError
 from tlscale.data.identity import result_identity
 from tlscale.data.sources.open import ImageSplit
+from tlscale.errors import CheckpointError
+from tlscale.models.classifier import Classifier
 from tlscale.models.export import export_model
-from tlscale.storage.files import naming_disk_errors
+from tlscale.storage.files import flush, naming_disk_errors
 from tlscale.storage.run_folder import RunFolder
-from tlscale.training.checkpoint.files import checkpoint_folder
+from tlscale.training.checkpoint.files import Checkpoint, checkpoint_folder
 from tlscale.training.checkpoint.run_state import restore_weights
 from tlscale.training.checkpoint.sharded import load_on_all
 from tlscale.training.evaluate import scalars
@@ -20,6 +25,7 @@ from tlscale.training.predictions import Predictions, write_predictions
 from tlscale.training.result import about_score, fitted, make_result, write_result
 from tlscale.training.specs import pipeline_spec
 from tlscale.training.state import TrainState, unwrap
+from tlscale.training.unread_images import unread_test_image
 
 Figures = dict[str, Any]
 
@@ -27,24 +33,36 @@ Figures = dict[str, Any]
 def finish(
     state: TrainState, loop: LoopState, logger: RunLogger, folder: RunFolder, run_info: dict[str, Any]
 ) -> tuple[dict[str, Any], str]:
-    """Score the last and the chosen weights on the split that chose nothing; export the chosen ones, as for `train`."""
+    """Export the chosen weights, and score them and the last ones on the split that chose nothing, as for `train`.
+
+    Raises:
+        DataError: an image of that split cannot be read; the model is exported.
+    """
     setup, processes = state.setup, state.processes
     split = setup.data.test or setup.data.validation
     assert split is not None, "set_up refuses data that nothing can be evaluated on"
-    last, predictions = _score(state, state.inputs, split, loop.step)
-    best = last
-    if loop.chosen_step is not None and loop.chosen_step != loop.step:
-        inputs = _take_chosen_weights(state, loop, folder)
-        best, predictions = _score(state, inputs, split, loop.chosen_step)
-    unwrap(state)  # the exported model has to give its logits without what mixed precision does to them
+    last_weights = _weights(state)
+    chosen = _take_chosen_weights(state, loop, folder)
+    # The model first: whatever becomes of the rest, the run was not for nothing.
     with state.averaged():
-        state.network = processes.engine.gather(state.network, keep=processes.is_main)
-        how_to_load = processes.run_on_main(_export, state, folder)
-    # Before the result, which says that all is there.
-    write_predictions(folder.predictions, predictions, processes)
-    result = _result(state, loop, split, best=best, last=last)
+        network = processes.engine.gather(state.network, keep=processes.is_main)
+        how_to_load = processes.run_on_main(_export, network, state, folder)
+    try:
+        best, predictions = _score(state, chosen.inputs, split, chosen.step)
+        last = best
+        if chosen.step != loop.step:
+            restore_weights(last_weights, state.network, state.ema, setup.unchanging_keys)
+            last, _ = _score(state, state.inputs, split, loop.step)
+        # Before the result, which says that all is there.
+        write_predictions(folder.predictions, predictions, processes)
+        identity = processes.run_on_main(result_identity, setup.data)
+    except BadImageError as error:
+        raise unread_test_image(error, folder) from error
+    unwrap(state)
+    result = _result(state, loop, split, chosen, best=best, last=last)
     result["changes"] = run_info["changes"]  # of how it was computed, from start to start
-    result |= processes.run_on_main(result_identity, setup.data)
+    result |= identity
+    processes.run_on_main(logger.sync)
     result = processes.run_on_main(write_result, result, folder, setup.watch)
     logger.write_summary(result)
     return result, how_to_load
@@ -56,15 +74,54 @@ def _score(state: TrainState, inputs: InputPipeline, split: ImageSplit, step: in
         return {"step": step, **state.evaluate(split, inputs, predictions=predictions)}, predictions
 
 
-def _take_chosen_weights(state: TrainState, loop: LoopState, folder: RunFolder) -> InputPipeline:
-    """Load the weights of the chosen step; return the pipeline that they are evaluated with."""
+# -- the weights that are exported ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """Tell which weights the network has."""
+
+    step: int
+    inputs: InputPipeline
+    """The pipeline that they are evaluated with."""
+    lost: list[dict[str, Any]]
+    """Steps that were better, and whose checkpoints cannot be used, each with the reason."""
+
+
+def _weights(state: TrainState) -> Checkpoint:
+    """Copy the weights that training ended with, and their averages."""
+    own = {n: t.clone() for n, t in state.network.state_dict().items() if n not in state.setup.unchanging_keys}
+    averages = {} if state.ema is None else {n: t.clone() for n, t in state.ema.averages.items()}
+    return Checkpoint(0, {"model": own, "ema": averages}, {})
+
+
+def _take_chosen_weights(state: TrainState, loop: LoopState, folder: RunFolder) -> _Chosen:
+    """Load the weights of the chosen step; where they are lost those of the next best, or else leave the last ones."""
+    say = partial(state.codes_cache.console.say, style="bold red")
+    lost: list[dict[str, Any]] = []
+    steps = [] if loop.chosen_step is None else [loop.chosen_step, *(step for step, _ in loop.best)]
+    chosen = _Chosen(loop.step, state.inputs, lost)
+    for step in dict.fromkeys(steps):
+        if step == loop.step:
+            break
+        try:
+            chosen = _Chosen(step, _take_weights_of(step, state, loop, folder), lost)
+            break
+        except CheckpointError as error:
+            lost.append({"step": step, "why": str(error)})
+            say(f"WARNING: the weights of step {step} are lost: {error}")
+    if lost:
+        say(f"WARNING: step {lost[0]['step']} was chosen, and is lost: step {chosen.step} is exported in its place")
+    return chosen
+
+
+def _take_weights_of(step: int, state: TrainState, loop: LoopState, folder: RunFolder) -> InputPipeline:
+    """Load the weights of an earlier step; return the pipeline that they are evaluated with."""
     setup, processes = state.setup, state.processes
-    assert loop.chosen_step is not None
     # By its step, and not by what BEST points to: that is for people, and may be older than the loop state.
-    chosen = checkpoint_folder(folder.checkpoints, loop.chosen_step)
-    checkpoint = load_on_all(chosen, setup.trained, processes, loop.run_id)
+    checkpoint = load_on_all(checkpoint_folder(folder.checkpoints, step), setup.trained, processes, loop.run_id)
     restore_weights(checkpoint, state.network, state.ema, setup.unchanging_keys)
-    if loop.chosen_step > state.stage.start_step:
+    if step > state.stage.start_step:
         return state.inputs
     # Of another stage, whose frozen part was another: the codes of this one are not of these weights.
     return ImagePipeline(
@@ -77,11 +134,14 @@ def _take_chosen_weights(state: TrainState, loop: LoopState, folder: RunFolder) 
     )
 
 
-def _export(state: TrainState, folder: RunFolder) -> str:
+def _export(network: Classifier, state: TrainState, folder: RunFolder) -> str:
     setup = state.setup
     with naming_disk_errors(folder.model):
+        # A run that was complete is not until it is so again.
+        folder.result.unlink(missing_ok=True)
+        flush(folder.path)
         return export_model(
-            state.network,
+            network,
             folder.model,
             head=setup.recipe.head,
             classes=setup.data.classes,
@@ -90,7 +150,9 @@ def _export(state: TrainState, folder: RunFolder) -> str:
         )
 
 
-def _result(state: TrainState, loop: LoopState, split: ImageSplit, *, best: Figures, last: Figures) -> dict[str, Any]:
+def _result(
+    state: TrainState, loop: LoopState, split: ImageSplit, chosen: _Chosen, *, best: Figures, last: Figures
+) -> dict[str, Any]:
     """Return the final figures; those at the top are of the exported weights."""
     setup, order = state.setup, state.setup.order
     brief = {name: {"step": figures["step"], **scalars(figures)} for name, figures in (("best", best), ("last", last))}
@@ -98,7 +160,8 @@ def _result(state: TrainState, loop: LoopState, split: ImageSplit, *, best: Figu
     # One evaluation, in the end, chooses nothing.
     score = about_score(setup, split, has_chosen=(state.due.evaluate_every or 0) < setup.total_steps)
     own = {
-        "weights": "best" if setup.data.validation is not None else "last",
+        "weights": "last" if setup.data.validation is None or (chosen.lost and last is best) else "best",
+        **({"lost_weights": chosen.lost} if chosen.lost else {}),
         "choice": loop.choice(state.evaluation),
         **brief,
         "epochs": round(loop.step / order.steps_per_epoch, 4),

@@ -8,7 +8,7 @@ Shapes: B images.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -24,6 +24,7 @@ from tlscale.data.sampler import BatchSplit, DataOrder
 from tlscale.data.sources.open import ImageData, ImageSplit
 from tlscale.data.transforms import ImageBatch, InputPath
 from tlscale.distributed.processes import Processes
+from tlscale.errors import TlscaleError
 from tlscale.models.classifier import Classifier
 from tlscale.models.partition.partition import Partition
 from tlscale.recipe.schema import DataSection
@@ -73,8 +74,9 @@ class ImagePipeline:
         targets: TeacherTargets | None = None,
         views: int | None = None,
         num_seen: int | None = None,
+        last_split: ImageSplit | None = None,
     ) -> None:
-        """Open the training and the validation split.
+        """Open the training and the validation split, and `last_split`, as `open_pipeline` takes it.
 
         `views` are the augmented views of each training image, None: a new one in each epoch; `num_seen` is as
         `ImageCache.train` takes it.
@@ -84,8 +86,9 @@ class ImagePipeline:
         self._views = views
         # Opened now, on all processes or on none: a bad image must not leave a half-begun run.
         self._train = processes.run_on_all(images.train, num_seen)
-        if spec.data.validation is not None:
-            processes.run_on_all(images.of, spec.data.validation)
+        for split in (spec.data.validation, last_split):
+            if split is not None:
+                processes.run_on_all(images.of, split)
 
     def steps(self, start: int, stop: int) -> Generator[list[ImageBatch], None, None]:
         spec, processes, store = self._spec, self._processes, self._train
@@ -102,6 +105,8 @@ class ImagePipeline:
             workers=self._workers(store, augmented=bool(spec.augment)),
             pin_memory=processes.pins_memory,
         )
+        if processes.world_size > 1 and not store.cached:
+            batches = _in_step(batches, processes)
         return batches if self._targets is None else self._taught(batches, start, stop, self._targets)
 
     def _taught(
@@ -139,6 +144,51 @@ class ImagePipeline:
         )
 
 
+@dataclass(frozen=True)
+class _Fetched:
+    """Hold a step's micro-batches on this process, or why there are none, while the other processes are asked."""
+
+    micro_batches: list[ImageBatch] | None
+    error: TlscaleError | None
+    has_any_failed: Callable[[], bool]
+
+    def get(self) -> list[ImageBatch] | None:
+        if self.error is not None:
+            raise self.error
+        return self.micro_batches
+
+
+def _fetch(batches: Iterator[list[ImageBatch]], processes: Processes) -> _Fetched:
+    micro_batches, error = None, None
+    try:
+        micro_batches = next(batches, None)
+    except TlscaleError as raised:
+        error = raised
+    return _Fetched(micro_batches, error, processes.any_later(error is not None))
+
+
+def _in_step(
+    batches: Generator[list[ImageBatch], None, None], processes: Processes
+) -> Generator[list[ImageBatch], None, None]:
+    """Give each step's micro-batches when every process has its own.
+
+    One that cannot read an image must not leave the others waiting in a step, nor let them make it without its images.
+    The processes ask one another while they make the step before.
+
+    Raises:
+        TlscaleError: on every process, where one of them has no batch for this reason.
+    """
+    with closing(batches):
+        ahead = _fetch(batches, processes)
+        while True:
+            fetched = ahead
+            micro_batches = processes.run_on_all(fetched.get) if fetched.has_any_failed() else fetched.micro_batches
+            if micro_batches is None:
+                return
+            ahead = _fetch(batches, processes)
+            yield micro_batches
+
+
 class CodePipeline:
     """Feed the codes of a partition's prefix to its suffix."""
 
@@ -150,16 +200,21 @@ class CodePipeline:
         partition: Partition,
         codes_cache: CodesCache,
         views: Sequence[int],
+        last_split: ImageSplit | None = None,
     ) -> None:
-        """Get or compute the codes of the training images, as the stage sees them, and of the validation split."""
+        """Get or compute the codes of the training images, as the stage sees them, and of what is evaluated.
+
+        `last_split` is as `open_pipeline` takes it.
+        """
         self.module = partition.suffix
         self._spec, self._processes = spec, processes
         self._partition, self._codes_cache = partition, codes_cache
         self._parts = partition_parts(partition, network.backbone, codes_cache.spec.precision)
         self._train = codes_cache.train_views(partition.prefix, self._parts, views)
         self._evaluated: dict[str, CodeViews] = {}
-        if spec.data.validation is not None:
-            self._of(spec.data.validation)
+        for split in (spec.data.validation, last_split):
+            if split is not None:
+                self._of(split)
 
     def steps(self, start: int, stop: int) -> Generator[list[CodeBatch], None, None]:
         spec, processes = self._spec, self._processes
@@ -207,6 +262,7 @@ def open_pipeline(
     num_seen: int,
     targets: TeacherTargets | None = None,
     decided: bool | None,
+    last_split: ImageSplit | None = None,
 ) -> tuple[InputPipeline, bool]:
     """Open the pipeline of a stage that was entered; return it, and whether it is one of codes.
 
@@ -216,6 +272,8 @@ def open_pipeline(
         image_views: the augmented views of each training image, where it is fed with images; None: one an epoch.
         num_seen: the training images that it sees then, and those after it.
         decided: what an earlier start of this run decided for this stage; it is resumed in the same way.
+        last_split: evaluated when all is trained. A bad image is better found now; None: there is none, or it is too
+            late.
 
     Raises:
         DataError: an image cannot be read, or codes are not finite.
@@ -225,7 +283,7 @@ def open_pipeline(
         choice = agree_on_partition(network, caching, processes, codes_cache.store, force_cache=bool(decided))
     if choice.partition is None:
         codes_cache.console.say(f"{title}images through the whole network: {choice.why}")
-        pipeline = ImagePipeline(spec, processes, network, codes_cache.images, targets, image_views, num_seen)
-        return pipeline, False
+        images = codes_cache.images
+        return ImagePipeline(spec, processes, network, images, targets, image_views, num_seen, last_split), False
     codes_cache.console.say(f"{title}{choice.partition.describe()}; {choice.why}")
-    return CodePipeline(spec, processes, network, choice.partition, codes_cache, caching.views), True
+    return CodePipeline(spec, processes, network, choice.partition, codes_cache, caching.views, last_split), True

@@ -9,16 +9,17 @@ Shapes: B images.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from tlscale.data.decode import BadImageError
 from tlscale.distributed.processes import Processes
 from tlscale.distributed.signals import StopRequest
-from tlscale.errors import NonFiniteLossError, Stopped
+from tlscale.errors import NonFiniteLossError, Stopped, WorkerError
 from tlscale.recipe.seeds import derive_seed
 from tlscale.storage.run_folder import RunFolder
 from tlscale.tracking.console import Console
@@ -47,6 +48,7 @@ from tlscale.training.state import (
     validate,
 )
 from tlscale.training.stop_poll import StopPoll
+from tlscale.training.unread_images import telling_of_unread_images
 
 
 def train(
@@ -81,7 +83,8 @@ def train(
         setup.watch.add_earlier(loop.spent_s)
         newest = checkpoint_folder(folder.checkpoints, loop.step)
         console.say(f"resumed from {newest}, at step {loop.step} of {setup.total_steps}")
-    _begin(state, loop, checkpoint)
+    with telling_of_unread_images(setup, loop, folder, processes):
+        _begin(state, loop, checkpoint)
 
     # -- the loop -----------------------------------------------------------------------------------------------------
     # The first file is written now, when all images are open: bad ones must not leave a half-begun run.
@@ -100,7 +103,8 @@ def train(
         processes.watchdog.watching(),
         setup.watch("train"),
     ):
-        _train_stages(state, loop, logger, folder, stop)
+        with telling_of_unread_images(setup, loop, folder, processes):
+            _train_stages(state, loop, logger, folder, stop)
         with setup.watch("export"):
             return finish(state, loop, logger, folder, run_info)
 
@@ -109,6 +113,8 @@ def _train_stages(state: TrainState, loop: LoopState, logger: RunLogger, folder:
     """Make every step that is left, stage by stage."""
     setup, processes, due = state.setup, state.processes, state.due
     meter, stop_poll = LossMeter(loop, processes), StopPoll(stop, processes, loop.step)
+    if loop.awaits_evaluation:
+        _rank_and_save(state, loop, logger, folder, is_due=True)
     for stage in setup.stages[state.stage.number :]:
         if stage is not state.stage:  # the first one was entered before `run.json` was written
             with setup.watch("start"):
@@ -118,7 +124,7 @@ def _train_stages(state: TrainState, loop: LoopState, logger: RunLogger, folder:
                 processes.run_on_main(computed.note_decisions, folder, loop)
         # Closed whatever happens: the pipeline may have worker processes.
         with closing(state.inputs.steps(loop.step, stage.stop_step)) as steps:
-            for micro_batches in setup.watch.each(steps):
+            for micro_batches in setup.watch.each(_saving_before_errors(steps, state, loop, meter, logger, folder)):
                 # -- train --------------------------------------------------------------------------------------------
                 processes.watchdog.beat()
                 if not state.ddp_is_warm:
@@ -152,12 +158,48 @@ def _train_stages(state: TrainState, loop: LoopState, logger: RunLogger, folder:
                 # No images: every step since the last line was skipped, and has a line of its own.
                 if due.log(loop.step) and loop.window_images:
                     logger.write_training(meter.take_mean(), lr, None if trained is None else trained.grad_norm)
-                # Before the save: a checkpoint holds the rank of its own step.
-                is_kept = due.evaluate(loop.step) and validate(state, loop, logger)
-                if is_kept or due.save(loop.step) or stopping:
-                    save(state, loop, folder)
+                _rank_and_save(state, loop, logger, folder, is_due=due.save(loop.step) or stopping)
                 if stopping and loop.step < setup.total_steps:
                     raise Stopped(_stopped(stop, loop, setup, folder))
+
+
+def _rank_and_save(state: TrainState, loop: LoopState, logger: RunLogger, folder: RunFolder, *, is_due: bool) -> None:
+    """Evaluate and rank the step where that is due, and save it where its rank says so or `is_due` does.
+
+    Raises:
+        DataError: a validation image cannot be read; the step is saved, and evaluated when the run is resumed.
+    """
+    is_kept = False
+    # Before the save: a checkpoint holds the rank of its own step.
+    if state.due.evaluate(loop.step) or loop.awaits_evaluation:
+        loop.awaits_evaluation = True
+        try:
+            is_kept = validate(state, loop, logger)
+        except BadImageError:
+            save(state, loop, folder, logger)
+            raise
+        loop.awaits_evaluation = False
+    if is_kept or is_due:
+        save(state, loop, folder, logger)
+
+
+def _saving_before_errors(
+    steps: Iterator[list[Any]],
+    state: TrainState,
+    loop: LoopState,
+    meter: LossMeter,
+    logger: RunLogger,
+    folder: RunFolder,
+) -> Iterator[list[Any]]:
+    """Give each step's micro-batches; where one cannot be had, what was trained is saved before the run ends."""
+    began_at = loop.step
+    try:
+        yield from steps
+    except (BadImageError, WorkerError):
+        if loop.step > began_at and not state.due.save(loop.step):
+            _refuse_non_finite(meter.settle(), state, loop, folder, may_save=True)
+            save(state, loop, folder, logger)
+        raise
 
 
 class Trained(NamedTuple):

@@ -35,10 +35,12 @@ class LoopState:
     wandb_run_id: str | None = None
     keeps_codes: dict[str, bool] = field(default_factory=dict)  # stage -> whether it trains on codes
     skipped_steps: list[int] = field(default_factory=list)  # they changed nothing, as something was not finite
+    awaits_evaluation: bool = False  # the step was saved, and could not be evaluated
 
     def to_plain(self) -> dict[str, Any]:
         """Return the `clock` of `state.json`."""
-        return {_ON_DISK.get(name, name): value for name, value in asdict(self).items()}
+        plain = {_ON_DISK.get(name, name): value for name, value in asdict(self).items()}
+        return plain if self.awaits_evaluation else {k: v for k, v in plain.items() if k != "awaits_evaluation"}
 
     @classmethod
     def from_plain(cls, saved: Mapping[str, Any]) -> LoopState:

@@ -25,7 +25,6 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -39,7 +38,7 @@ from tlscale.data.sources.stores import FileStore
 from tlscale.data.sources.tables import Ints
 from tlscale.distributed.device import CopyToCpu
 from tlscale.distributed.processes import Processes
-from tlscale.errors import RunFolderError
+from tlscale.errors import RunFolderError, TlscaleError
 from tlscale.storage.files import naming_disk_errors, replacing
 
 FORMAT = 1
@@ -164,25 +163,29 @@ def write_predictions(path: Path, predictions: Predictions, processes: Processes
     Raises:
         TlscaleError: on every process, where the disk is full or fails.
     """
-    tables = predictions.tables() if processes is None else _from_all(predictions.tables(), processes)
-    error: Exception | None = None
+    if processes is None:
+        with naming_disk_errors(path):
+            _write(path, predictions.tables(), predictions.split)
+        return
+    tables = _from_all(predictions.tables(), processes)
+    errors: list[Exception] = []
     try:
-        if processes is None or processes.is_main:
+        if processes.is_main:
             with naming_disk_errors(path):
                 _write(path, tables, predictions.split)
-    except Exception as raised:
-        error = raised
-    for _ in tables:  # what the others hand over, also to a main process that failed
-        pass
+    except Exception as error:
+        errors.append(error)
+    try:
+        for _ in tables:  # what the others hand over, also to a main process that failed
+            pass
+    except Exception as error:
+        errors.append(error)
+    processes.run_on_main(_raise_first, errors)
 
-    def end() -> None:
-        if error is not None:
-            raise error
 
-    if processes is None:
-        end()
-    else:
-        processes.run_on_main(end)
+def _raise_first(errors: Sequence[Exception]) -> None:
+    if errors:
+        raise errors[0]
 
 
 def _write(path: Path, tables: Iterable[pa.Table], split: ImageSplit) -> None:
@@ -203,16 +206,31 @@ def _write(path: Path, tables: Iterable[pa.Table], split: ImageSplit) -> None:
 
 
 def _from_all(tables: Iterator[pa.Table], processes: Processes) -> Iterator[pa.Table]:
-    """Give on the main process the tables of all, by rank, which is the order of the split; elsewhere none."""
-    if processes.is_main:
-        yield from tables
-    for rank in range(1, processes.world_size):
+    """Give on the main process the tables of all, by rank, which is the order of the split; elsewhere none.
+
+    An error of any process is raised on the main one when all have handed over theirs: none waits for one that is gone.
+    """
+    failed: TlscaleError | None = None
+    for rank in range(processes.world_size):
         if processes.rank not in (0, rank):
             continue
-        own: Any = iter(tables) if processes.rank == rank else None
-        while (table := processes.to_main(next(own, None) if own is not None else None, rank)) is not None:
-            if processes.is_main:
-                yield table
+        own = _or_error(tables) if processes.rank == rank else None
+        while (item := processes.to_main(next(own, None) if own is not None else None, rank)) is not None:
+            if isinstance(item, TlscaleError):
+                failed = failed or item
+            elif processes.is_main and failed is None:
+                yield item
+    if processes.is_main and failed is not None:
+        raise failed
+
+
+def _or_error(tables: Iterator[pa.Table]) -> Iterator[pa.Table | TlscaleError]:
+    try:
+        yield from tables
+    except Exception as error:  # one that is not ours may not even be picklable
+        yield (
+            error if isinstance(error, TlscaleError) else TlscaleError(f"predictions cannot be put together: {error!r}")
+        )
 
 
 def read_predictions(path: Path, columns: Sequence[str] | None = None) -> pa.Table:

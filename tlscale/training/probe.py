@@ -42,6 +42,7 @@ from tlscale.training.result import about_score, fitted, make_result, write_resu
 from tlscale.training.run_info import begin_folder
 from tlscale.training.setup import RunSetup
 from tlscale.training.specs import open_codes_cache
+from tlscale.training.unread_images import telling_of_unread_images
 
 _BLOCK = 4096  # images whose logits are computed at once
 
@@ -65,10 +66,11 @@ def probe(
 
     # -- codes: of all layers and poolings in one pass, before anything is written -----------------------------------
     wanted, backbone = wanted_layers(codes_cache.spec.section), setup.classifier.backbone
-    codes = codes_cache.layer_codes(backbone, wanted, [data.train, *([data.validation] if data.validation else [])])
     split = data.test or data.validation
     assert split is not None, "set_up refuses data that nothing can be evaluated on"
-    codes |= {} if split.name in codes else codes_cache.layer_codes(backbone, wanted, [split])
+    with telling_of_unread_images(setup, LoopState(), folder, processes):
+        codes = codes_cache.layer_codes(backbone, wanted, [data.train, *([data.validation] if data.validation else [])])
+        codes |= {} if split.name in codes else codes_cache.layer_codes(backbone, wanted, [split])
     device = processes.device
     run_info = processes.run_on_main(begin_folder, folder, setup, processes.world_size, str(device), run_info)
     with RunLogger(setup, folder, processes, LoopState(), run_info, console) as logger:
@@ -121,6 +123,7 @@ class _Probe:
             how_to_load = _export(setup, choice, chosen, folder)
             write_predictions(folder.predictions, predictions)
         result = self._result(choice, chosen, figures) | result_identity(data)
+        logger.sync()
         return write_result(result, folder, setup.watch), how_to_load
 
     def _choose(self) -> Choice:

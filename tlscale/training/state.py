@@ -173,6 +173,7 @@ def enter_stage(state: TrainState, loop: LoopState, scaler_state: dict[str, Any]
         targets=state.teacher_targets,
         # What an earlier start decided: room and speed are measured, and may have changed since.
         decided=loop.keeps_codes.get(key),
+        last_split=setup.data.test if stage is setup.stages[-1] and loop.step < setup.total_steps else None,
     )
     if state.compute.compile:
         state.pipeline.module.compile()  # before it is wrapped: DDP's hooks stay outside of the graph
@@ -251,8 +252,8 @@ def validate(state: TrainState, loop: LoopState, logger: RunLogger) -> bool:
     return is_kept
 
 
-def save(state: TrainState, loop: LoopState, folder: RunFolder) -> None:
-    """Make a checkpoint of the run, on all processes.
+def save(state: TrainState, loop: LoopState, folder: RunFolder, logger: RunLogger) -> None:
+    """Make a checkpoint of the run, on all processes; first the log up to it is forced to the disk.
 
     Raises:
         DesyncError: the processes do not have the same weights any more.
@@ -260,6 +261,7 @@ def save(state: TrainState, loop: LoopState, folder: RunFolder) -> None:
     """
     processes, setup = state.processes, state.setup
     with setup.watch("save"):
+        processes.run_on_main(logger.sync)
         # The main process saves for all: first its buffers are those of all, then the rest is compared.
         processes.broadcast_buffers(state.network)
         check_replicas_agree(replicated_tensors(state.network, state.ema), processes, loop.step)
