@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from tlscale.data.sources.bad_images import BadImages
 from tlscale.errors import RunFolderError
 from tlscale.storage.run_folder import RunFolder
+from tlscale.training.computed import Computed
 
 _MOST_BYTES = 256 * 2**20
 _Count = Annotated[int, Field(ge=0, le=2**53)]
@@ -60,13 +61,13 @@ class _Data(_Facts):
         return self
 
 
-class _Computed(_Facts):
-    model_config = ConfigDict(extra="forbid")
-    from_step: _Count
-    num_processes: _Count
-    micro_batch_size: _Count
-    engine: str | None
-    gradient_checkpointing: bool | None = None
+def _start(plain: object) -> object:
+    """Check a start as `computed` will read it, whatever fields that has by now."""
+    try:
+        TypeAdapter(Computed).validate_python(Computed(**plain).__dict__)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise ValueError(str(error)) from error
+    return plain
 
 
 class _Change(_Facts):
@@ -85,7 +86,7 @@ class _RunInfo(_Facts):
     corrections: list[str] = []
     batch: str | None = None
     world_size: _Count = 1
-    computed: list[_Computed] = []
+    computed: list[Annotated[Any, BeforeValidator(_start)]] = []
     changes: list[_Change] = []
     keeps_codes: dict[str, bool] = {}
 
