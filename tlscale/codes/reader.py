@@ -73,6 +73,10 @@ class Column:
         begins[list(self.maps)] = [array_R.ctypes.data for array_R in self.maps.values()]
         return begins
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out addresses, which a copy has others of."""
+        return {name: value for name, value in self.__dict__.items() if name != "_begins"}
+
     def _copy(self, at_B: Ints, into_B: Array) -> None:
         """Copy the value of some images into a contiguous array.
 

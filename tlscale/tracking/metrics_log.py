@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from tlscale import faults
-from tlscale.errors import TlscaleError
 from tlscale.storage.files import flush, naming_disk_errors
 
 _RECORD_KEYS = ("kind", "step", "epoch", "images_seen", "time_s")
@@ -44,12 +43,10 @@ class MetricsFile:
         """
         missing = [key for key in _RECORD_KEYS if key not in record]
         assert not missing, f"a record without {missing}"
-        try:
+        with naming_disk_errors(self._path):
             self._file.write(json.dumps(_spell_non_finite(record), ensure_ascii=False, allow_nan=False) + "\n")
             faults.at("metrics.line")
             self._file.flush()
-        except OSError as error:
-            raise TlscaleError(f"cannot write {self._path}: {error.strerror or error}") from error
 
     def sync(self) -> None:
         """Force what was written to the disk: before a checkpoint is saved that begins after it.
