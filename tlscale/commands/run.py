@@ -157,15 +157,11 @@ def _earlier_result(folder: RunFolder, recipe: Recipe, console: Console) -> dict
     """Read `result.json`; None where the run is not complete, or not any more, and can be finished again.
 
     Raises:
-        RunFolderError: it was complete, and what is damaged now cannot be made again.
+        RunFolderError: its figures are damaged, or its model is and cannot be made again.
     """
     if not folder.result.exists():
         return None
-    result, fault = None, fault_of_model(folder.model)
-    try:
-        result = read_result(folder)
-    except (OSError, ValueError, TypeError) as error:
-        fault = f"'{folder.result}' cannot be read: {error}"
+    result, fault = read_result(folder), fault_of_model(folder.model)
     if fault is None:
         return result
     if recipe.probe is None and not list_checkpoints(folder.checkpoints):
