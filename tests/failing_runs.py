@@ -74,8 +74,8 @@ class Job:
                 assert ends[0] == ends[1]
             case "compare":
                 ends = [json.loads((job.out / "compare.json").read_text())["runs"] for job in (whole, self)]
-                assert [(run["label"], run["top1"]) for run in ends[0]] == [
-                    (run["label"], run["top1"]) for run in ends[1]
+                assert [(run["variant"], run["top1"]) for run in ends[0]] == [
+                    (run["variant"], run["top1"]) for run in ends[1]
                 ]
         assert _names(whole.out) == _names(self.out)
         if self.verb == "codes":

@@ -7,7 +7,7 @@ import pytest
 from tests.failing_disk import why_not_here
 from tests.failing_runs import VERBS, Job, faults_of
 
-pytestmark = pytest.mark.slow  # each starts a run twice
+pytestmark = pytest.mark.long  # each starts a run twice
 
 
 @pytest.fixture(scope="module")
