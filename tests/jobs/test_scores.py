@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -18,6 +19,7 @@ from tlscale.commands.compare_report import finished, table, to_rows
 from tlscale.commands.evaluate import evaluate_run
 from tlscale.commands.paired_tests import paired_tests
 from tlscale.storage.run_folder import RunFolder
+from tlscale.training.setup import set_up
 
 RESNET = {"name": "test_resnet"}
 BY_HEART = {"logistic": [1e-3], "ridge": [1e-3], "sklearn": [1e-3], "knn": None}
@@ -174,6 +176,37 @@ def test_the_majority_class_is_that_of_training(run, tmp_path):
 
 
 # -- runs of an older version -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("has_test", [True, False])
+@pytest.mark.parametrize("changes", [{"probe": {"kind": "ridge"}}, {"duration": "1 epochs"}], ids=str)
+def test_copies_of_training_images_among_the_scored_are_counted(changes, has_test, tmp_path, capsys):
+    """Files of other names, inodes and times, which no list of files can tell."""
+    data = put_small_folder(tmp_path / "data")
+    copied = sorted((data / "train").rglob("*.png"))[::3]
+    for path in copied:
+        shutil.copyfile(path, path.parent / f"again_{path.name}")
+    if has_test:
+        for path in copied[:4]:
+            (data / "test" / path.parent.name).mkdir(exist_ok=True)
+            shutil.copyfile(path, data / "test" / path.parent.name / f"copy_{path.name}")
+    else:
+        shutil.rmtree(data / "test")
+    section = {"source": "folder", "validation_fraction": 0.5}
+    recipe = small_recipe(tmp_path / "r.yaml", data, data=section, **changes)
+    tlscale.run(recipe, tmp_path / "run")
+    notes = [note for note in result(tmp_path / "run")["notes"] if note.startswith("LEAK")]
+    setup = set_up(recipe, world_size=1)
+    splits = [split for split in (setup.data.train, setup.data.validation, setup.data.test) if split is not None]
+    held = {split.name: [split.read(at) for at in range(len(split))] for split in splits}
+    scored = splits[-1].name
+    said = []
+    for other in held:
+        if count := sum(raw in held[other] for raw in held[scored]) * (other != scored):
+            said.append(f"LEAK: {count} of {len(held[scored])} images of {scored} are, byte for byte, in {other} too")
+    assert [note.split(":", 2)[1] for note in notes] == [text.split(":")[1] for text in said]
+    assert notes
+    assert notes[0] in " ".join(capsys.readouterr().out.split())
 
 
 def test_older_runs_are_compared_by_the_score_before_the_refit_and_without_a_test(tmp_path):

@@ -145,6 +145,9 @@ def show_result(result: dict[str, Any], console: Console, *, folder: Path, how_t
 
 
 def _show_what_the_score_is_of(result: dict[str, Any], console: Console) -> None:
+    for note in result["notes"]:
+        if note.startswith("LEAK"):
+            console.say(note, style="bold red")
     if result["selected_on"] is not None:
         chosen = "layer, pooling or strength" if "probe" in result else "the step of these weights"
         console.say(

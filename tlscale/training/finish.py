@@ -63,7 +63,7 @@ def finish(
     result["changes"] = run_info["changes"]  # of how it was computed, from start to start
     result |= identity
     processes.run_on_main(logger.sync)
-    result = processes.run_on_main(write_result, result, folder, setup.watch)
+    result = processes.run_on_main(write_result, result, folder, setup)
     logger.write_summary(result)
     return result, how_to_load
 

@@ -124,7 +124,7 @@ class _Probe:
             write_predictions(folder.predictions, predictions)
         result = self._result(choice, chosen, figures) | result_identity(data)
         logger.sync()
-        return write_result(result, folder, setup.watch), how_to_load
+        return write_result(result, folder, setup), how_to_load
 
     def _choose(self) -> Choice:
         data = self.setup.data

@@ -13,11 +13,11 @@ from __future__ import annotations
 from typing import Any
 
 from tlscale import faults
+from tlscale.data.identity import shared_images
 from tlscale.data.sources.open import ImageSplit
 from tlscale.storage.files import naming_disk_errors, write_json
 from tlscale.storage.run_folder import RunFolder
 from tlscale.tracking.redact import places_of, without_places
-from tlscale.tracking.stopwatch import Stopwatch
 from tlscale.training.metrics import majority
 from tlscale.training.setup import RunSetup, strategy_of
 
@@ -64,14 +64,15 @@ def make_result(
     }
 
 
-def write_result(result: dict[str, Any], folder: RunFolder, watch: Stopwatch) -> dict[str, Any]:
+def write_result(result: dict[str, Any], folder: RunFolder, setup: RunSetup) -> dict[str, Any]:
     """Write the last file of a run, and return it; where it is there, the run is complete.
 
-    The watch is read here, last of all, so that its seconds are all that there were until this file. A full disk is a
-    `TlscaleError`.
+    Copies among the images are noted here, where their contents are known. The watch is read last of all, so that its
+    seconds are all that there were until this file. A full disk is a `TlscaleError`.
     """
     faults.at("result")
+    result["notes"] += shared_images(setup.data)
     with naming_disk_errors(folder.result):
-        result |= watch.figures(result["images_seen"])
+        result |= setup.watch.figures(result["images_seen"])
         write_json(folder.result, result)
     return result
