@@ -29,7 +29,7 @@ _RECIPES = {
     },
     "probe": _PROBED,
     "codes": _PROBED,
-    "compare": {"freeze": ".*", "duration": "2 steps"},
+    "compare": {"duration": "2 steps"},
 }
 VERBS = tuple(_RECIPES)
 _REASONS = "Input/output error|No space left|disk is full|Disk quota|Read-only|os error"
@@ -49,7 +49,7 @@ class Job:
         """Run it once; its exit code and what it said."""
         self._starts += 1
         log = self.folder / f"log{self._starts}"
-        more = {"codes": (), "compare": ("--strategies", "codes,head")}.get(self.verb, ())
+        more = {"codes": (), "compare": ("--strategies", "scratch")}.get(self.verb, ())
         where = () if self.verb == "codes" else ("--out", self.out, "--resume")
         words = (self.verb, self.folder / "recipe.yaml", *more, *where)
         places = {"TLSCALE_CACHE": str(self.cache), "TMPDIR": str(self.folder / "tmp")}
