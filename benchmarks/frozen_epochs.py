@@ -106,7 +106,7 @@ def make_task(recipe: Recipe, epochs: int) -> Task:
     """Build the same job for the peers: tlscale's images, initial weights and normalisation."""
     setup = set_up(recipe, world_size=1)
     assert setup.data.test is not None
-    images = open_image_cache(setup).train(every=True).images(np.arange(len(setup.data.train)))
+    images = open_image_cache(setup).train().images(np.arange(len(setup.data.train)))
     test_images = open_image_cache(setup).of(setup.data.test).images(np.arange(len(setup.data.test)))
     assert isinstance(images, torch.Tensor)
     assert isinstance(test_images, torch.Tensor)

@@ -35,7 +35,7 @@ def plain_loop(recipe: Recipe) -> tuple[dict[str, torch.Tensor], float]:
     """Train this recipe as a practitioner would without tlscale; return (final weights, images per second)."""
     # From tlscale only what must be equal: the images, their order, the initial weights.
     setup = set_up(recipe, world_size=1)
-    images = open_image_cache(setup).train(every=True).images(torch.arange(len(setup.data.train)).numpy())
+    images = open_image_cache(setup).train().images(torch.arange(len(setup.data.train)).numpy())
     labels = torch.from_numpy(setup.data.train.labels_N)
     order = DataOrder(len(labels), recipe.batch_size, recipe.seed, recipe.drop_last)
     initial = setup.classifier.state_dict()

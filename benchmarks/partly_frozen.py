@@ -90,7 +90,7 @@ class PlainJob:
         assert setup.data.test is not None
         self.order, self.total_steps, self.recipe = setup.order, setup.total_steps, recipe
         images = open_image_cache(setup)
-        self.images, self.labels = _all(images.train(every=True)), torch.from_numpy(setup.data.train.labels_N)
+        self.images, self.labels = _all(images.train()), torch.from_numpy(setup.data.train.labels_N)
         self.test_images = _all(images.of(setup.data.test))
         self.test_labels = torch.from_numpy(setup.data.test.labels_N)
         self.mean, self.std = (255 * torch.tensor([setup.spec.mean, setup.spec.std], dtype=torch.float64)).float()

@@ -103,7 +103,8 @@ def small_recipe(path: Path, place: Path, **changes) -> Recipe:
     }
     # What has no effect beside these is an error.
     idle = ("duration", "batch_size", "optim", "log_every") if "probe" in changes else ()
-    idle = ("duration",) if "stages" in changes else idle
+    if "stages" in changes:
+        idle = ("duration", *(["optim"] if all("lr" in stage for stage in changes["stages"]) else []))
     base = {key: value for key, value in base.items() if key not in idle}
     path.write_text(yaml.safe_dump(_merged(base, changes), sort_keys=False))
     return load_recipe(path)

@@ -17,7 +17,7 @@ class OptimSection(Section):
 
     name: str = "adamw"
     """One of timm's optimizers; its `sgd` has Nesterov momentum of 0.9, plain momentum is `momentum`."""
-    lr: float = Field(1e-3, ge=1e-12, le=1e4)
+    lr: float = Field(1e-3, ge=1e-12, le=1e38)
     """Peak learning rate, for the global batch size of the recipe as it stands (it is not scaled)."""
     weight_decay: float = Field(0.05, ge=0.0, le=1e4)
     """Weight decay of what no rule names; norm layers and biases have none unless `decay_norm_and_bias`."""
@@ -76,7 +76,7 @@ class StageSection(Section):
     """As the recipe's `freeze`, for this stage; absent: nothing is frozen."""
     duration: PositiveDuration
     """Length of the stage."""
-    lr: float | None = Field(None, ge=1e-12, le=1e4)
+    lr: float | None = Field(None, ge=1e-12, le=1e38)
     """In place of `optim.lr`."""
     lr_rules: NumberRules | None = None
     """In place of `optim.lr_rules`."""
