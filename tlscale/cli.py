@@ -8,12 +8,13 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import wraps
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from tlscale import __version__
-from tlscale.errors import TlscaleError
+from tlscale.errors import RecipeError, TlscaleError
 from tlscale.tracking.stopwatch import Stopwatch, process_began_s
 
 if TYPE_CHECKING:
@@ -99,7 +100,8 @@ def run(recipe: str, overrides: Sequence[str], out: str | None, resume: bool, ov
     Exit codes: 0 done, 1 failed, 2 wrong recipe or data, 75 stopped by a signal after saving.
     """
     began_s = _began_s()
-    _start(_load(recipe, overrides), out, began_s, resume=resume, overwrite=overwrite)
+    loaded = _load(recipe, overrides, out, resume=resume)
+    _start(loaded, out, began_s, resume=resume, overwrite=overwrite)
 
 
 @main.command()
@@ -132,7 +134,7 @@ def probe(recipe: str, overrides: Sequence[str], out: str | None, resume: bool, 
     From a recipe without `probe:` it takes data, backbone and codes, and fits a logistic regression.
     """
     began_s = _began_s()
-    loaded = _load(recipe, overrides)
+    loaded = _load(recipe, overrides, out, resume=resume)
     if loaded.probe is None:
         from tlscale.recipe.strategies import as_probe
 
@@ -316,10 +318,17 @@ def _start(recipe: Recipe, out: str | None, began_s: float, *, resume: bool, ove
     start(recipe, out, resume=resume, overwrite=overwrite, watch=Stopwatch(began_s))
 
 
-def _load(recipe: str, overrides: Sequence[str]) -> Recipe:
+def _load(recipe: str, overrides: Sequence[str], out: str | None = None, *, resume: bool = False) -> Recipe:
     from tlscale.recipe.load import load_recipe
 
-    return load_recipe(recipe, overrides)
+    try:
+        return load_recipe(recipe, overrides)
+    except RecipeError:
+        # A run that an older version began may have a key that is refused today, as it has no effect.
+        began = load_recipe(recipe, overrides, resumed=True) if resume else None
+        if began is None or not (Path(out or Path("runs") / began.name) / "recipe.yaml").exists():
+            raise
+        return began
 
 
 if __name__ == "__main__":

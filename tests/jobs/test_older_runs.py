@@ -4,13 +4,16 @@ import json
 import shutil
 
 import pytest
+from click.testing import CliRunner
 
 import tlscale
 from tests.older_runs import put_older_runs
-from tests.small_runs import exported, result
+from tests.small_runs import exported, result, small_recipe
+from tlscale.cli import main
 from tlscale.codes.store import CodesStore
 from tlscale.commands.evaluate import evaluate_run
 from tlscale.errors import DataError, ResumeError
+from tlscale.recipe.load import dump_recipe
 
 FINISHED = ("trained", "views", "full", "probe", "probe_no_test", "knn")
 STOPPED = ("ema", "on_codes", "staged", "distilled", "sharded")
@@ -96,3 +99,16 @@ def test_codes_that_are_there_are_those_that_a_new_run_computes(older):
     assert fresh["codes"]["num_computed"] == 48
     assert found["loss"] == pytest.approx(fresh["loss"], rel=1e-4)
     assert exported(older / "found").keys() == exported(older / "fresh").keys()
+
+
+def test_a_key_that_is_refused_today_as_without_effect_is_none_where_the_run_began_with_it(idx, tmp_path):
+    recipe = small_recipe(tmp_path / "r.yaml", idx, duration="2 steps", codes={"keep": "never"})
+    idle = recipe.model_copy(update={"codes": recipe.codes.model_copy(update={"disk_gib": 5.0})})
+    tlscale.run(idle, tmp_path / "run")  # not checked by the reader, as an older version did not
+    (tmp_path / "r.yaml").write_text(dump_recipe(idle))
+    command = ["run", str(tmp_path / "r.yaml"), "--resume", "--out"]
+    resumed = CliRunner().invoke(main, [*command, str(tmp_path / "run")])
+    assert resumed.exit_code == 0, resumed.output
+    fresh = CliRunner().invoke(main, [*command, str(tmp_path / "other")])
+    assert fresh.exit_code == 2
+    assert "codes.disk_gib" in fresh.output

@@ -44,13 +44,14 @@ class StoredRecipe(NamedTuple):
     notes: list[str]
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, resumed: bool = False) -> Recipe:
     """Read a recipe file, apply overrides, check all of it and fill in the defaults.
 
     Args:
         path: a YAML file. Its `extends: other.yaml` names one file to start from, in its folder or below that of
             the file that is loaded; sections are merged key by key, everything else is replaced.
         overrides: `key.path=value`, read by the same rules; the last of one key holds.
+        resumed: of a run that began earlier, perhaps when keys without effect were no error: they are none here.
 
     Returns:
         The complete recipe, with absolute local paths (relative ones start at the current folder).
@@ -59,12 +60,12 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: with one line for each mistake, `file:line: key = value: what is wrong. What to do`; its
             `mistakes` are the same as data.
     """
-    return _load(path, overrides, stored=False)[0]
+    return _load(path, overrides, stored=False, may_be_idle=resumed)[0]
 
 
 def load_stored_recipe(path: str | Path, overrides: Sequence[str] = ()) -> StoredRecipe:
     """Read the `recipe.yaml` of a run folder as the run had it: as `load_recipe`, but what is retired is no error."""
-    recipe, notes = _load(path, overrides, stored=True)
+    recipe, notes = _load(path, overrides, stored=True, may_be_idle=True)
     older = {
         section: {key: value for key, value in keys.items() if key not in getattr(recipe, section).model_fields_set}
         for section, keys in ADDED.items()
@@ -72,22 +73,22 @@ def load_stored_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Store
     return StoredRecipe(with_values(recipe, older), {section: keys for section, keys in older.items() if keys}, notes)
 
 
-def _load(path: str | Path, overrides: Sequence[str], *, stored: bool) -> tuple[Recipe, list[str]]:
+def _load(path: str | Path, overrides: Sequence[str], *, stored: bool, may_be_idle: bool) -> tuple[Recipe, list[str]]:
     findings = Findings()
     notes: list[str] = []
     tree = _read_chain(os.fspath(path), findings)
     changes = [change for text in overrides if (change := read_override(text, findings)) is not None]
     if tree is not None and stored:
         tree, notes = replace_retired(tree, findings, stored=True)
-    return _checked(tree, changes, findings, os.fspath(path), stored=stored), notes
+    return _checked(tree, changes, findings, os.fspath(path), may_be_idle=may_be_idle), notes
 
 
 def _checked(
-    tree: Node | None, changes: list[Override], findings: Findings, name: str, *, stored: bool = False
+    tree: Node | None, changes: list[Override], findings: Findings, name: str, *, may_be_idle: bool = False
 ) -> Recipe:
     """Return the recipe in `tree` with the overrides in it; raise all that is in `findings` by then.
 
-    A `stored` one may have keys without effect.
+    Where it `may_be_idle`, a key without effect is no mistake.
     """
     recipe = None
     if tree is not None:
@@ -95,7 +96,7 @@ def _checked(
             tree = _set(tree, change, change.path, findings)
         whole = replace_retired(tree, findings, stored=False)[0]
         recipe = check_recipe(whole, findings)
-        if recipe is not None and not stored:
+        if recipe is not None and not may_be_idle:
             find_idle(recipe, findings, lambda key: origin_at(key, whole))
     if recipe is None or findings.mistakes:
         raise RecipeError.of(_in_order(findings.mistakes, name))
