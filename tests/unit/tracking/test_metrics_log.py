@@ -125,5 +125,5 @@ def test_a_killed_writer_loses_nothing_that_was_written(path):
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_full_disk_is_named():
-    with closing(MetricsFile(Path("/dev/full"))) as file, pytest.raises(TlscaleError, match="/dev/full: No space left"):
+    with closing(MetricsFile(Path("/dev/full"))) as file, pytest.raises(TlscaleError, match="/dev/full.*No space left"):
         file.write(record(1))
