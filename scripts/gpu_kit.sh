@@ -45,8 +45,7 @@ run() {
   local until=$((SECONDS + minutes * 60 - 8)) python=${PYTHON:-python3}
   mkdir -p "$out"
   out=$(cd "$out" && pwd)
-  local site
-  site=$(mktemp -d)
+  site=$(mktemp -d) # not local: the trap is run when this function is over
   trap 'rm -rf -- "$site"' EXIT
   "$python" -m pip install --quiet --no-index --no-deps --no-compile --target "$site" "$kit"/*.whl
   export PYTHONPATH=$PWD:$site${PYTHONPATH:+:$PYTHONPATH} HF_HUB_OFFLINE=1
