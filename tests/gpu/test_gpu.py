@@ -201,17 +201,14 @@ def test_codes_of_a_gpu_are_not_those_of_a_cpu(job, tmp_path, idx, monkeypatch):
 
 def test_an_average_of_weights(job):
     out = job(**RESNET, ema={"decay": 0.9})
-    assert 0 <= result(out)["top1"] <= 1
     assert largest_difference(exported(out), exported(job(**RESNET))) > 0
 
 
-def test_evaluation_equals_that_of_the_cpu(job, tmp_path):
+def test_evaluation_equals_that_of_the_cpu(job):
     out = job(**RESNET)
-    here = tlscale.load(out)
     done = command("evaluate", out, "--json", env={"ACCELERATE_USE_CPU": "true"}, stdout=subprocess.PIPE, text=True)
     figures = json.loads(done.communicate(timeout=90)[0])
     assert figures["loss"] == pytest.approx(result(out)["loss"], rel=1e-3)
-    assert here.classes
 
 
 # -- what goes wrong --------------------------------------------------------------------------------------------------
