@@ -28,9 +28,9 @@ _OWN_BREAK = re.compile(r"\n(?=  )")  # lines of ours after the first are indent
 
 
 def render(problem: str, key: str | None = None, remedy: str | None = None) -> str:
-    """Return `key: problem. remedy`, without the parts that are not there."""
+    """Return `key: problem. remedy`, without the parts that are not there; after a list, on a line of its own."""
     about = problem if key is None else f"{key}: {problem}"
-    return about if not remedy else f"{about}. {remedy}"
+    return f"{about}{chr(10) + '  ' if _OWN_BREAK.search(about) else '. '}{remedy}" if remedy else about
 
 
 def one_line(text: object) -> str:

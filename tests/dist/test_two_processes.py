@@ -226,7 +226,7 @@ def test_wrong_starts_end_all_processes(several):
         assert fact["taken"]["kind"] == "RunFolderError"
         assert fact["taken"]["said_by_main"] == (rank != 0)
         assert fact["wrong number"]["kind"] == "LaunchError"
-        assert f"compute.num_processes = 7 in the recipe, but {len(facts)} run" in fact["wrong number"]["message"]
+        assert f"compute.num_processes: 7 in the recipe, but {len(facts)} run" in fact["wrong number"]["message"]
         assert fact["spare"]["kind"] == "ModelError"
         assert r"freeze: 'spare\.weight|spare\.bias'; or train on one process" in fact["spare"]["message"]
     assert result(folder / "spared")["steps"] == 3, "the remedy that the message names"
@@ -243,7 +243,7 @@ def test_only_the_main_process_prints(several):
     of_ten_steps = ["exact", "split", "bn", "begun", "dropout", "dropout_again"]
     assert output.count("step 10/10") == len(of_ten_steps)
     loaded_by_timm = ["exact", "split", "bn", "begun", "staged", "spared"]  # those with a head of one layer
-    assert output.count("load it with timm.create_model") == len(loaded_by_timm)
+    assert output.count("Load it with timm.create_model") == len(loaded_by_timm)
     assert output.count("images computed in") == 7, "two splits for two stages, and three for the probe"
     assert f"= {len(facts)} processes x" in output
 
@@ -285,7 +285,7 @@ def test_wrong_launches_end_soon_with_one_message(idx, tmp_path):
         ) as apart,
     ):
         for launched, name, said in (
-            (wrong, "wrong", "compute.num_processes = 3 in the recipe, but 2 run"),
+            (wrong, "wrong", "compute.num_processes: 3 in the recipe, but 2 run"),
             (apart, "apart", "Accelerate joined 1"),
         ):
             assert exit_code_of(launched, tmp_path / name) != 0

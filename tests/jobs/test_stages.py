@@ -190,17 +190,17 @@ def test_what_a_stage_freezes_keeps_its_average(idx, tmp_path):
         (
             [{"duration": "1 epochs"}, {"duration": "2 steps"}],
             {"schedule": {"warmup": "3 steps"}},
-            "schedule.warmup = 3 steps is 3 steps, and stages[1].duration = 2 steps is 2",
+            "schedule.warmup: 3 steps is 3 steps, and stages[1].duration = 2 steps is 2",
         ),
         (
             [{"duration": "5 steps", "lr_rules": [{"layer1.*": 0.1}]}],
             {"optim": {"lr_rules": [{"layer1.*": 0.1}]}},
-            "optim.lr_rules has no effect: every stage has its own",
+            "optim.lr_rules: has no effect: every stage has its own",
         ),
         (
             [{"duration": "1 epochs"}, {"duration": "2 steps", "schedule": {"warmup": "3 steps"}}],
             {},
-            "stages[1].schedule.warmup = 3 steps is 3 steps, and stages[1].duration = 2 steps is 2",
+            "stages[1].schedule.warmup: 3 steps is 3 steps, and stages[1].duration = 2 steps is 2",
         ),
     ],
 )

@@ -82,4 +82,4 @@ def test_mistakes_of_a_recipe_are_data(tmp_path):
 
 def test_names_in_errors_do_not_reach_the_terminal_raw():
     error = TlscaleError("class 'a\x1b[31m\ntop1 1.0000\udce9' is empty:\n  x: 1", key="data.path", remedy="Fill it")
-    assert str(error) == r"data.path: class 'a\x1b[31m\ntop1 1.0000\udce9' is empty:" + "\n  x: 1. Fill it"
+    assert str(error) == r"data.path: class 'a\x1b[31m\ntop1 1.0000\udce9' is empty:" + "\n  x: 1\n  Fill it"

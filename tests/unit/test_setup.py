@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tlscale import errors
+
 REPO = Path(__file__).resolve().parents[2]
 PYPROJECT = tomllib.loads((REPO / "pyproject.toml").read_text())
 MODULES = sorted((REPO / "tlscale").rglob("*.py"))
@@ -137,6 +139,44 @@ def test_components_take_their_own_section():
         for _ in re.findall(r"\bsetup\.recipe\.", line)
     ]
     assert len(lookups) <= MOST_LOOKUPS_OF_THE_WHOLE_RECIPE, lookups
+
+
+ERRORS = {name for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, Exception)}
+# What a remedy begins with.
+TO_DO = (
+    "add|choose|copy|drop|fetch|fill|fix|free|give|install|keep|lower|make|move|name|put|raise|remove|rename|repair|"
+    "resume|run|say|set|start|take|update|use|wait|write"
+)
+
+
+def text_of(node: ast.expr) -> str:
+    """Return a literal as a message shows it, with ... for what is computed."""
+    values = node.values if isinstance(node, ast.JoinedStr) else [node]
+    return "".join(str(value.value) if isinstance(value, ast.Constant) else "..." for value in values)
+
+
+def hidden_in_problems(source: str) -> list[str]:
+    """Return the messages of our errors with a key of the recipe, or what to do, that is not handed over as such."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ERRORS and node.args:
+            problem, given = text_of(node.args[0]), {keyword.arg for keyword in node.keywords}
+            has_remedy = re.search(rf"[;.] (?:{TO_DO})\b", problem, re.IGNORECASE)
+            has_key = re.match(r"\w+\.\w+(:| =| has no effect)", problem)
+            if (has_remedy and "remedy" not in given) or (has_key and "key" not in given):
+                found.append(f"{node.lineno} {problem}")
+    return found
+
+
+def test_errors_are_data():
+    found = {dotted(path): hidden for path in MODULES if (hidden := hidden_in_problems(path.read_text()))}
+    assert found == {}
+
+
+@pytest.mark.parametrize("problem", ["optim.lr: is 0", "optim.lr has no effect", "it is 0; set it", "It is 0. Set it."])
+def test_keys_and_remedies_in_a_problem_are_found(problem: str):
+    assert len(hidden_in_problems(f"raise RecipeError({problem!r})")) == 1
+    assert hidden_in_problems("raise RecipeError('is 0; all are', key='optim.lr', remedy='Set it')") == []
 
 
 def test_docstrings_open_with_a_verb():

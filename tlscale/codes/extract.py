@@ -155,8 +155,8 @@ def _opened_here(work: Extraction, rank: int) -> Codes:
     codes = _open_all(work.store, work.keys, work.ids_N, verify=False, say=lambda text: None)
     if codes is None:
         raise TlscaleError(
-            f"process {rank} does not find the codes in '{work.store.root}'. All processes of a run must see one "
-            "folder: set TLSCALE_CACHE to one that all machines share"
+            f"process {rank} does not find the codes in '{work.store.root}'",
+            remedy="All processes of a run must see one folder: set TLSCALE_CACHE to one that all machines share",
         )
     return codes
 

@@ -178,6 +178,6 @@ def _copy_memory(from_B: Ints, size: int, into_B: Array) -> bool:
     if copied < 0 and ctypes.get_errno() in (errno.ENOSYS, errno.EPERM):
         return False
     raise TlscaleError(
-        "codes that this run reads were cut short, or their disk does not give them any more. What is corrupt is found "
-        "and computed again by the next run: resume this one with --resume"
+        "codes that this run reads were cut short, or their disk does not give them any more",
+        remedy="What is corrupt is found and computed again by the next run: resume this one with --resume",
     )

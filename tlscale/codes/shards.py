@@ -193,8 +193,9 @@ def write_error(path: Path, num_bytes: int, error: OSError) -> TlscaleError:
     why = "the disk is full" if full else error.strerror or str(error)
     what = f"{num_bytes / 2**20:.1f} MiB of codes" if num_bytes else "codes"
     return TlscaleError(
-        f"cannot write {what} to '{path}': {why}. Make room there, or set TLSCALE_CACHE "
-        "to a folder elsewhere. What is finished stays, and the same run resumes from it"
+        f"cannot write {what} to '{path}': {why}",
+        remedy="Make room there, or set TLSCALE_CACHE to a folder elsewhere. What is finished stays, and the same "
+        "run resumes from it",
     )
 
 

@@ -244,14 +244,16 @@ class CodesStore:
         """
         if self.limit_bytes is not None and num_wanted > self.limit_bytes:
             raise TlscaleError(
-                f"codes.cache_gib: the codes in '{self.root}' need {_gib(num_wanted)}, but all codes may take "
-                f"{_gib(self.limit_bytes)}. Raise it, or cache less (codes.dtype, codes.pool, fewer images or views)"
+                f"the codes in '{self.root}' need {_gib(num_wanted)}, but all codes may take {_gib(self.limit_bytes)}",
+                key="codes.cache_gib",
+                remedy="Raise it, or cache less (codes.dtype, codes.pool, fewer images or views)",
             )
         free = shutil.disk_usage(nearest_folder(self.root)).free
         if free < num_new:
             raise TlscaleError(
-                f"the codes need {_gib(num_new)} in '{self.root}', but that disk has {_gib(free)} left. Make "
-                "room there ('tlscale codes prune' removes codes), or set TLSCALE_CACHE to a folder elsewhere"
+                f"the codes need {_gib(num_new)} in '{self.root}', but that disk has {_gib(free)} left",
+                remedy="Make room there ('tlscale codes prune' removes codes), or set TLSCALE_CACHE to a folder "
+                "elsewhere",
             )
 
     def make_room(

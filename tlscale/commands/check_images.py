@@ -28,7 +28,7 @@ def check_images(section: DataSection, console: Console) -> None:
         try:
             bad_images = find_bad(section, splits, on_images=pace.add, should_stop=lambda: stop.requested)
         except Stopped as stopped:
-            raise Stopped(f"{stopped}. The same line goes on from there") from None
+            raise Stopped(str(stopped), remedy="The same line goes on from there") from None
     for reason in bad_images.reasons():
         console.say(reason)
     if not len(bad_images):

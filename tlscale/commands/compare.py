@@ -121,8 +121,8 @@ def _refuse_failures(outcomes: Sequence[Outcome], root: Path) -> None:
     broken = [outcome for outcome in outcomes if outcome.error is not None]
     if broken:
         error = TlscaleError(
-            f"{len(broken)} of {len(outcomes)} runs failed; the others are in '{root / 'compare.md'}'. --resume "
-            f"tries again. The first is '{broken[0].folder}': {broken[0].error}"
+            f"{len(broken)} of {len(outcomes)} runs failed; the others are in '{root / 'compare.md'}'",
+            remedy=f"--resume tries again. The first is '{broken[0].folder}': {broken[0].error}",
         )
         error.reported_by_main = True
         raise error

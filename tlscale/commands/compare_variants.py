@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from tlscale.data.sources.open import open_data
-from tlscale.errors import DataError, RecipeError, did_you_mean
+from tlscale.errors import DataError, RecipeError, sentences, suggestion
 from tlscale.models.backbone import build_backbone
 from tlscale.models.features import layer_names
 from tlscale.recipe.load import diff_recipes, override_recipe
@@ -142,8 +142,12 @@ def _changes_by_label(labelled: dict[str, Recipe], changes: Sequence[str]) -> di
         if label is None:
             word = change.partition(".")[0]
             raise RecipeError(
-                f"--set {change}: there is no '{word}' in this comparison.{did_you_mean(word, labelled)} Write "
-                f"NAME.key.path=value, where NAME is one of: {', '.join(labelled)}"
+                f"there is no '{word}' in this comparison",
+                key=f"--set {change}",
+                remedy=sentences(
+                    suggestion(word, labelled),
+                    f"Write NAME.key.path=value, where NAME is one of: {', '.join(labelled)}",
+                ),
             )
         own[label].append(change.removeprefix(f"{label}."))
     return own
@@ -155,8 +159,9 @@ def _changed(recipe: Recipe, label: str, overrides: Sequence[str]) -> Recipe:
     for key, old, new in diff_recipes(recipe, changed):
         if key in _SAME_FOR_ALL:
             raise RecipeError(
-                f"--set {label}.{key}: {old!r} -> {new!r} would compare '{label}' on other images. Change the recipe, "
-                "for all of them"
+                f"{old!r} -> {new!r} would compare '{label}' on other images",
+                key=f"--set {label}.{key}",
+                remedy="Change the recipe, for all of them",
             )
     return changed
 

@@ -105,16 +105,19 @@ def own_split(run: FinishedRun, name: Role | None) -> Scored:
         raise DataError(f"the data of '{folder}' have no split '{name}'", key="--split", remedy=remedy)
     if name == "validation" and run.refitted:
         raise DataError(
-            f"'{folder}': its probe was fitted once more on training and validation images together (probe.refit), so "
-            "its own data have no image left to score it on. Score it on other images (--data DATA), or run it again "
-            "with a test split or with probe.refit=false"
+            f"'{folder}': its probe was fitted once more on training and validation images together "
+            "(probe.refit), so its own data have no image left to score it on",
+            remedy="Score it on other images (--data DATA), or run it again with a test split or with "
+            "probe.refit=false",
         )
     figures: dict[str, Any] = {"split": name, "source": section.source, "data": data_name(section), "own": True}
     notes = []
     if not run.has_trained_on(data):
         changed = f"the data of '{folder}' are not those that it was trained on"
         if name != "test":
-            raise DataError(f"{changed}, so its {name} images are not known. Bring the data back, or give --data DATA")
+            raise DataError(
+                f"{changed}, so its {name} images are not known", remedy="Bring the data back, or give --data DATA"
+            )
         notes.append(f"{changed}: the test images may be others as well")
     if name == "validation":
         figures["selected_on"] = "validation"

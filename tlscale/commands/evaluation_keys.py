@@ -64,9 +64,10 @@ def _check_effects(given: dict[str, str], *, is_other: bool) -> None:
         idle.remove("data.validation_fraction")
     if idle:
         raise RecipeError(
-            f"{', '.join(idle)}: no effect on an evaluation. Images are prepared as the run's model wants them, its "
-            "classes and network are its own, and nothing is trained, limited or held out. Take "
-            f"{'it' if len(idle) == 1 else 'them'} out. What has an effect: {', '.join(sorted(_ALLOWED))}"
+            "no effect on an evaluation. Images are prepared as the run's model wants them, its classes and "
+            "network are its own, and nothing is trained, limited or held out",
+            key=", ".join(idle),
+            remedy=f"Take {'it' if len(idle) == 1 else 'them'} out. What has an effect: {', '.join(sorted(_ALLOWED))}",
         )
 
 

@@ -203,8 +203,8 @@ def _refuse_other_recipe(recipe: Recipe, folder: RunFolder, console: Console) ->
     if changes:
         lines = "\n  ".join(changes)
         raise ResumeError(
-            f"'{folder.path}' cannot be resumed with another recipe:\n  {lines}\n  Its own recipe is "
-            f"'{folder.recipe}'; another recipe wants another folder: --out DIR"
+            f"'{folder.path}' cannot be resumed with another recipe:\n  {lines}",
+            remedy=f"Its own recipe is '{folder.recipe}'; another recipe wants another folder: --out DIR",
         )
     return older
 
@@ -224,7 +224,8 @@ def _refuse_other_transform(run_info: dict[str, Any], setup: RunSetup, folder: R
         raise ResumeError(
             f"'{folder.path}' cannot be resumed: its images would be fed in another way ({', '.join(changes)}). "
             "Versions of tlscale before this one took crop_pct from the size of the first training image; now it "
-            f"comes from the median size of the training split. Start another run: --out DIR{keep}"
+            "comes from the median size of the training split",
+            remedy=f"Start another run: --out DIR{keep}",
         )
 
 

@@ -191,8 +191,9 @@ def _refuse_scalars(network: nn.Module) -> None:
     for name, param in network.named_parameters():
         if param.requires_grad and param.ndim == 0:
             raise ModelError(
-                f"compute.engine: fsdp2 shards trained parameters by their rows, and {name} is a single number without "
-                "rows. Freeze it, or write compute.engine: ddp"
+                f"fsdp2 shards trained parameters by their rows, and {name} is a single number without rows",
+                key="compute.engine",
+                remedy="Freeze it, or write compute.engine: ddp",
             )
 
 
@@ -205,8 +206,9 @@ def _policy(precision: str, keep_fp32: Collection[nn.Parameter]) -> MixedPrecisi
         return MixedPrecisionPolicy(cast_forward_inputs=False)
     if "param_dtype_override_fn" not in {field.name for field in fields(MixedPrecisionPolicy)}:
         raise RecipeError(
-            f"compute.precision: bf16 with compute.engine: fsdp2 needs torch 2.15, and this is {torch.__version__}. "
-            "Write fp32, or compute.engine: ddp"
+            f"bf16 with compute.engine: fsdp2 needs torch 2.15, and this is {torch.__version__}",
+            key="compute.precision",
+            remedy="Write fp32, or compute.engine: ddp",
         )
     in_fp32 = {id(param) for param in keep_fp32}
     return MixedPrecisionPolicy(

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 
 from tlscale.distributed.host import num_cores
-from tlscale.errors import LaunchError
+from tlscale.errors import LaunchError, sentences
 from tlscale.recipe.schema import ComputeSection
 
 # What a launcher may ask Accelerate for, by the variable that hands it on, and how to remove it.
@@ -27,7 +27,7 @@ _OTHER_ENGINES = {
     "ACCELERATE_USE_PARALLELISM_CONFIG": ("a parallelism configuration", "--use_parallelism_config, or its section"),
 }
 _FSDP1 = (
-    " It is version 1, too, which puts frozen and trained parameters into one flat tensor, and so cannot train a part "
+    "It is version 1, too, which puts frozen and trained parameters into one flat tensor, and so cannot train a part "
     "of a network without the memory for all of it."
 )
 _SCHEME = "tlscale"
@@ -57,8 +57,9 @@ def _check_precision(compute: ComputeSection) -> None:
     launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launcher not in ("no", MIXED_PRECISION[compute.precision]):
         raise LaunchError(
-            f"compute.precision = {compute.precision} in the recipe, but 'accelerate launch' asks for mixed precision "
-            f"{launcher}. Remove one of the two; the recipe's is saved with the run."
+            f"{compute.precision} in the recipe, but 'accelerate launch' asks for mixed precision {launcher}",
+            key="compute.precision",
+            remedy="Remove one of the two; the recipe's is saved with the run.",
         )
 
 
@@ -68,20 +69,23 @@ def _check_no_other_engine(compute: ComputeSection) -> None:
         if os.environ.get(variable, "").lower() not in ("1", "true", "yes", "y", "t", "on"):
             continue
         why = _FSDP1 if name == "FSDP" and os.environ.get("FSDP_VERSION", "1") != "2" else ""
-        remedy = "write compute.engine: fsdp2 into the recipe, which needs nothing from the launcher"
-        remedy = "the recipe's does the same" if name == "FSDP" and compute.engine == "fsdp2" else remedy
+        instead = "write compute.engine: fsdp2 into the recipe, which needs nothing from the launcher"
+        instead = "the recipe's does the same" if name == "FSDP" and compute.engine == "fsdp2" else instead
         raise LaunchError(
-            f"compute.engine = {compute.engine} in the recipe, but 'accelerate launch' asks for {name} ({variable})."
-            f"{why} Remove it ({how}); to shard the network over the processes, {remedy}."
+            f"{compute.engine} in the recipe, but 'accelerate launch' asks for {name} ({variable})",
+            key="compute.engine",
+            remedy=sentences(why, f"Remove it ({how}); to shard the network over the processes, {instead}."),
         )
 
 
 def _check_count(compute: ComputeSection, world_size: int) -> None:
     if compute.num_processes is not None and compute.num_processes != world_size:
         raise LaunchError(
-            f"compute.num_processes = {compute.num_processes} in the recipe, but {world_size} run. Start it with "
-            f"'accelerate launch --num_processes {compute.num_processes}' (on CPUs: ACCELERATE_USE_CPU=true accelerate "
-            f"launch --multi_gpu --num_processes {compute.num_processes}), or change the recipe."
+            f"{compute.num_processes} in the recipe, but {world_size} run",
+            key="compute.num_processes",
+            remedy=f"Start it with 'accelerate launch --num_processes {compute.num_processes}' (on CPUs: "
+            f"ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {compute.num_processes}), "
+            "or change the recipe.",
         )
 
 
@@ -127,9 +131,10 @@ def check_joined(compute: ComputeSection, accelerator: Accelerator) -> None:
     launched = int(os.environ.get("WORLD_SIZE", world_size if is_xla else 1))
     if launched != world_size:
         raise LaunchError(
-            f"the launcher started {launched} processes (WORLD_SIZE), but Accelerate joined {world_size}: each would "
-            "train alone. On a machine without accelerators set ACCELERATE_USE_CPU=true for torchrun, or use "
-            "'accelerate launch --multi_gpu'."
+            f"the launcher started {launched} processes (WORLD_SIZE), but Accelerate joined {world_size}: each "
+            "would train alone",
+            remedy="On a machine without accelerators set ACCELERATE_USE_CPU=true for torchrun, or use 'accelerate "
+            "launch --multi_gpu'.",
         )
     _check_count(compute, world_size)
     _check_device(compute, accelerator.device)
@@ -143,35 +148,39 @@ def _check_engine(compute: ComputeSection, accelerator: Accelerator) -> None:
     kind, world_size = str(accelerator.distributed_type.value), accelerator.num_processes
     if kind not in ("NO", "XLA") and not kind.startswith("MULTI_"):
         raise LaunchError(
-            f"this program has an Accelerator for {kind} with {world_size} processes, which tlscale does not train "
-            "with; compute.engine decides how its processes train together. Run it in a process of its own."
+            f"this program has an Accelerator for {kind} with {world_size} processes, which tlscale does not "
+            "train with; compute.engine decides how its processes train together",
+            remedy="Run it in a process of its own.",
         )
     if compute.engine != "auto" and world_size == 1:
         raise LaunchError(
-            f"compute.engine = {compute.engine} has no effect with one process. Start more ('accelerate launch "
-            "--multi_gpu --num_processes 2'), or write compute.engine=auto: any run can be resumed with that."
+            f"{compute.engine} has no effect with one process",
+            key="compute.engine",
+            remedy="Start more ('accelerate launch --multi_gpu --num_processes 2'), or write compute.engine=auto: any "
+            "run can be resumed with that.",
         )
 
 
 def _check_device(compute: ComputeSection, device: torch.device) -> None:
     if compute.precision == "fp16" and device.type == "cpu":
-        raise LaunchError("compute.precision = fp16 needs a GPU; on a CPU use bf16 or fp32")
+        raise LaunchError("fp16 needs a GPU", key="compute.precision", remedy="On a CPU use bf16 or fp32")
     if compute.precision == "fp64" and device.type == "mps":
-        raise LaunchError("compute.precision = fp64 is not supported on this GPU (mps); use fp32")
+        raise LaunchError("fp64 is not supported on this GPU (mps)", key="compute.precision", remedy="Use fp32")
 
 
 def _check_xla(compute: ComputeSection) -> None:
     if compute.precision == "fp16":
-        raise LaunchError("compute.precision = fp16 needs a GPU; on XLA devices (TPUs) use bf16 or fp32")
+        raise LaunchError("fp16 needs a GPU", key="compute.precision", remedy="On XLA devices (TPUs) use bf16 or fp32")
     if compute.compile:
-        raise LaunchError("compute.compile is for other devices: XLA compiles in any case. Remove it")
+        raise LaunchError("is for other devices: XLA compiles in any case", key="compute.compile", remedy="Remove it")
     if compute.gradient_checkpointing:
         raise LaunchError(
-            "compute.gradient_checkpointing: torch's cannot run on XLA devices (TPUs). Remove it, or lower "
-            "compute.micro_batch_size"
+            "torch's cannot run on XLA devices (TPUs)",
+            key="compute.gradient_checkpointing",
+            remedy="Remove it, or lower compute.micro_batch_size",
         )
     if compute.engine == "fsdp2":
-        raise LaunchError("compute.engine = fsdp2 is not supported on XLA devices (TPUs). Remove it")
+        raise LaunchError("fsdp2 is not supported on XLA devices (TPUs)", key="compute.engine", remedy="Remove it")
 
 
 def set_threads(compute: ComputeSection, device: torch.device) -> None:

@@ -262,6 +262,7 @@ def _make_accelerator(compute: ComputeSection, is_guest: bool) -> Accelerator:
         if not is_guest:
             raise
         raise LaunchError(
-            f"compute.precision = {compute.precision}, but this program has an Accelerator of its own with another "
-            "precision. Run tlscale in a process of its own, or make both the same."
+            f"{compute.precision}, but this program has an Accelerator of its own with another precision",
+            key="compute.precision",
+            remedy="Run tlscale in a process of its own, or make both the same.",
         ) from error

@@ -19,7 +19,7 @@ from timm.models import load_model_config_from_hf
 from torch import nn
 
 import tlscale.models.classic  # noqa: F401 (registers its architectures with timm)
-from tlscale.errors import ModelError, did_you_mean
+from tlscale.errors import ModelError, sentences, suggestion
 from tlscale.models.bundled import bundled
 from tlscale.models.foreign import check_model_args, check_model_folder, weights_in
 from tlscale.models.hub import cache_only_when_unreachable, hub_weights
@@ -90,7 +90,7 @@ def layer_depths(model: nn.Module) -> tuple[dict[str, int], int]:
     matcher = getattr(model, "group_matcher", None)
     if not callable(matcher):
         raise ModelError(
-            f"timm does not group the layers of {type(model).__name__}; use lr_rules", key="optim.layer_decay"
+            f"timm does not group the layers of {type(model).__name__}", remedy="Use lr_rules", key="optim.layer_decay"
         )
     cfg: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}
     named = cfg.get("classifier") or "head.fc"
@@ -116,17 +116,20 @@ def _check_name(name: str) -> None:
     if not timm.is_model(architecture):
         known = timm.list_models()
         raise ModelError(
-            f"timm {timm.__version__} has no model '{name}'.{did_you_mean(architecture, known)} "
-            f"It has {len(known)}; timm.list_models('*resnet*') lists those with 'resnet' in the name. Names of other "
-            "places begin with 'hf-hub:' or 'local-dir:'.",
+            f"timm {timm.__version__} has no model '{name}'",
+            remedy=sentences(
+                suggestion(architecture, known),
+                f"It has {len(known)}; timm.list_models('*resnet*') lists those with 'resnet' in the name. Names of "
+                "other places begin with 'hf-hub:' or 'local-dir:'.",
+            ),
             key="backbone.name",
         )
     tags = [full.partition(".")[2] for full in timm.list_pretrained(architecture)]
     tag = name.partition(".")[2]
     if tag and tag not in tags:
         raise ModelError(
-            f"'{architecture}' has no weights tagged '{tag}'.{did_you_mean(tag, tags)} "
-            f"There are: {', '.join(tags) or 'none'}",
+            f"'{architecture}' has no weights tagged '{tag}'",
+            remedy=sentences(suggestion(tag, tags), f"There are: {', '.join(tags) or 'none'}"),
             key="backbone.name",
         )
 
@@ -142,7 +145,7 @@ def _create(section: BackboneSection, size: dict[str, Any], *, pretrained: bool)
                 section.name, pretrained=pretrained, num_classes=0, in_chans=section.in_chans, **size, **rates
             )
     except ModelError as error:
-        raise ModelError(f"{error}", key="backbone.name") from error
+        raise ModelError(error.problem, key=error.key or "backbone.name", remedy=error.remedy) from error
     except TypeError as error:
         if not rates:
             raise
@@ -150,7 +153,7 @@ def _create(section: BackboneSection, size: dict[str, Any], *, pretrained: bool)
     except Exception as error:
         # Hub, disk and network each raise their own; none of them tells the user what to do.
         if pretrained or section.elsewhere:
-            raise ModelError(_no_weights(section, error)) from error
+            raise _no_weights(section, error) from error
         raise ModelError(f"timm cannot build '{section.name}': {error}", key="backbone") from error
 
 
@@ -164,24 +167,25 @@ def _check_settings(name: str) -> None:
         check_model_args(architecture, arguments, name)
 
 
-def _no_weights(section: BackboneSection, error: Exception) -> str:
+def _no_weights(section: BackboneSection, error: Exception) -> ModelError:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     if section.name.startswith("local-dir:"):
-        return f"backbone.name: '{section.name}' cannot be opened: {type(error).__name__}: {first_line(error)}"
+        problem = f"'{section.name}' cannot be opened: {type(error).__name__}: {first_line(error)}"
+        return ModelError(problem, key="backbone.name")
     cfg = timm.get_pretrained_cfg(section.name) if not section.elsewhere else None
     if cfg is not None and not cfg.has_weights:
         tagged = timm.list_pretrained(section.name.split(".")[0])
-        return (
-            f"backbone.weights: timm has no pretrained weights for '{section.name}'. "
-            f"{'There are: ' + ', '.join(tagged) if tagged else 'Use weights: none, or the path of a file.'}"
-        )
+        remedy = f"There are: {', '.join(tagged)}" if tagged else "Use weights: none, or the path of a file."
+        problem = f"timm has no pretrained weights for '{section.name}'"
+        return ModelError(problem, key="backbone.weights", remedy=remedy)
     offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
-    return (
-        f"backbone.weights: the pretrained weights of '{section.name}' are not in the cache {HF_HUB_CACHE} and cannot "
-        f"be fetched from the hub{offline}: {type(error).__name__}: {first_line(error)}\n"
-        "  Ways out: run once where the hub can be reached and copy that folder here (HF_HOME is its place); give "
-        "a file, backbone.weights=PATH.safetensors; or train from scratch, backbone.weights=none."
+    return ModelError(
+        f"the pretrained weights of '{section.name}' are not in the cache {HF_HUB_CACHE} and cannot be fetched from "
+        f"the hub{offline}: {type(error).__name__}: {first_line(error)}",
+        key="backbone.weights",
+        remedy="Run once where the hub can be reached and copy that folder here (HF_HOME is its place); give a file, "
+        "backbone.weights=PATH.safetensors; or train from scratch, backbone.weights=none.",
     )
 
 
@@ -203,9 +207,9 @@ def _load_from_elsewhere(model: nn.Module, section: BackboneSection) -> WeightsR
             model.load_pretrained(str(path))  # type: ignore[operator]
             return WeightsReport(_pretrained_origin(model), 0, 0, state_digest(model.state_dict()))
     except ModelError as error:
-        raise ModelError(f"{error}", key="backbone.name") from error
+        raise ModelError(error.problem, key=error.key or "backbone.name", remedy=error.remedy) from error
     except Exception as error:
-        raise ModelError(_no_weights(section, error)) from error
+        raise _no_weights(section, error) from error
     report = load_file(model, section.model_copy(update={"weights": str(path)}))
     return replace(report, origin=_pretrained_origin(model))
 

@@ -155,8 +155,8 @@ def enable_gradient_checkpointing(classifier: Classifier, *, in_chans: int, imag
     backbone = classifier.backbone
     if not any(param.requires_grad for param in backbone.parameters()):
         raise ModelError(
-            "compute.gradient_checkpointing has no effect: the whole backbone is frozen, so no activation of it "
-            "is stored",
+            "has no effect: the whole backbone is frozen, so no activation of it is stored",
+            key="compute.gradient_checkpointing",
             remedy="Take the key out.",
         )
     set_reentrant_ckpt(False)
@@ -164,19 +164,20 @@ def enable_gradient_checkpointing(classifier: Classifier, *, in_chans: int, imag
     try:
         backbone.set_grad_checkpointing(True)  # type: ignore[operator]
     except (AssertionError, AttributeError, TypeError):
-        raise ModelError(_no_checkpointing(backbone)) from None
+        raise _no_checkpointing(backbone) from None
     if _recomputed_layers(classifier, in_chans, image_size) == 0:
-        raise ModelError(_no_checkpointing(backbone))
+        raise _no_checkpointing(backbone)
 
 
-def _no_checkpointing(backbone: nn.Module) -> str:
-    return (
-        f"compute.gradient_checkpointing: {type(backbone).__name__} does not recompute anything in the backward pass "
+def _no_checkpointing(backbone: nn.Module) -> ModelError:
+    return ModelError(
+        f"{type(backbone).__name__} does not recompute anything in the backward pass "
         "(with these layers frozen). timm's resnet, resnext, regnet, efficientnet, mobilenetv3, convnext, "
         "densenet, vit, deit, beit, eva, swin and maxvit families do, and lenet5, alexnet, zfnet and googlenet; vgg, "
         "the inceptions, xception, dpn, dla, hrnet, "
-        "cspnet, senet, nasnet, pit, coat, crossvit and twins do not. Take the key out, or lower "
-        "compute.micro_batch_size."
+        "cspnet, senet, nasnet, pit, coat, crossvit and twins do not",
+        key="compute.gradient_checkpointing",
+        remedy="Take the key out, or lower compute.micro_batch_size.",
     )
 
 

@@ -96,6 +96,7 @@ def check_trainable(params: Iterable[nn.Parameter], rules: Sequence[Rule[bool]],
     """Check that something is left to train; a `ModelError` else."""
     if not any(param.requires_grad for param in params):
         raise ModelError(
-            f"{where}: the rules {', '.join(repr(rule.pattern) for rule in rules)} leave nothing to train; "
-            "narrow a rule, or add a head"
+            f"the rules {', '.join(repr(rule.pattern) for rule in rules)} leave nothing to train",
+            key=where,
+            remedy="Narrow a rule, or add a head",
         )

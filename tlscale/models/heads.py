@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from tlscale.errors import ModelError, did_you_mean
+from tlscale.errors import ModelError, sentences, suggestion
 from tlscale.recipe.field_types import HeadLayer
 
 
@@ -55,7 +55,9 @@ def build_head(layers: Sequence[HeadLayer], *, in_features: int, num_classes: in
             if name not in LAYERS:
                 known = ", ".join(LAYERS)
                 raise ModelError(
-                    f"there is no layer '{name}'.{did_you_mean(name, LAYERS)} There are: {known}", key="head"
+                    f"there is no layer '{name}'",
+                    remedy=sentences(suggestion(name, LAYERS), f"There are: {known}"),
+                    key="head",
                 )
             layer = LAYERS[name](width, number, num_classes)
             head.append(layer)

@@ -178,12 +178,14 @@ def _read_config(path: Path) -> _Config:
     ours = config.get("tlscale") if isinstance(config, dict) else None
     if not isinstance(ours, dict):
         raise RunFolderError(
-            f"'{path}' was not written by tlscale; load it with "
-            f"timm.create_model('local-dir:{path.parent}', pretrained=True)"
+            f"'{path}' was not written by tlscale",
+            remedy=f"Load it with timm.create_model('local-dir:{path.parent}', pretrained=True)",
         )
     written_as = ours.get("format")
     if isinstance(written_as, int) and written_as > FORMAT:
-        raise RunFolderError(f"'{path}' has format {written_as}, this tlscale reads up to {FORMAT}; update tlscale")
+        raise RunFolderError(
+            f"'{path}' has format {written_as}, this tlscale reads up to {FORMAT}", remedy="Update tlscale"
+        )
     try:
         checked = _Config.model_validate(config)
         if not timm.is_model(checked.architecture):
@@ -196,8 +198,9 @@ def _read_config(path: Path) -> _Config:
     # Exports of before have neither.
     if checked.tlscale.sha256 is not None and checked.tlscale.config_sha256 not in (None, config_digest(config)):
         raise RunFolderError(
-            f"the model in '{path.parent}' cannot be loaded: '{path}' is not the file that was exported. It is "
-            "damaged, or was changed: copy it again from where it is whole, or run the recipe again with --overwrite"
+            f"the model in '{path.parent}' cannot be loaded: '{path}' is not the file that was exported",
+            remedy="It is damaged, or was changed: copy it again from where it is whole, or run the recipe again with "
+            "--overwrite",
         )
     return checked
 
@@ -219,11 +222,12 @@ def _read_tensors(folder: Path, file: str, ours: _Ours) -> dict[str, Tensor]:
     """
     path = folder / file
     if not path.is_file():
-        raise ModelError(f"there is no '{path}'; copy it again")
+        raise ModelError(f"there is no '{path}'", remedy="Copy it again")
     if ours.sha256 is not None and (found := file_sha256(path)) != ours.sha256.get(file):
         raise ModelError(
-            f"'{path}' is not the file that was exported (its SHA-256 is {found}, not {ours.sha256.get(file)}). It is "
-            "damaged, or was changed: copy it again from where it is whole, or run the recipe again with --overwrite"
+            f"'{path}' is not the file that was exported (its SHA-256 is {found}, not {ours.sha256.get(file)})",
+            remedy="It is damaged, or was changed: copy it again from where it is whole, or run the recipe again with "
+            "--overwrite",
         )
     return safetensors.torch.load_file(path)
 
@@ -267,7 +271,7 @@ def load(run: str | Path) -> TrainedModel:
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise RunFolderError(
-            f"'{run}' holds no model: there is no '{path}'. Has the run ended? (tlscale run ... --resume)"
+            f"'{run}' holds no model: there is no '{path}'", remedy="Has the run ended? (tlscale run ... --resume)"
         )
     config = _read_config(path)
     ours = config.tlscale

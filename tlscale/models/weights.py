@@ -146,7 +146,7 @@ def _check_file(path: Path, section: BackboneSection) -> None:
         )
     if section.sha256 is not None and (found := file_sha256(path)) != section.sha256:
         raise ModelError(
-            f"'{path}' has the SHA-256 {found}, not {section.sha256}; it is another file", key="backbone.sha256"
+            f"'{path}' has the SHA-256 {found}, not {section.sha256}: it is another file", key="backbone.sha256"
         )
     if not is_pickle(path) and path.suffix != ".safetensors":
         raise ModelError(f"'{path}' is not a .safetensors file (nor .pth, .pt, .bin)")

@@ -41,7 +41,8 @@ def naming_disk_errors(path: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         raise TlscaleError(
-            f"cannot write to '{path}': {error}. The checkpoints are untouched; make room and resume with --resume"
+            f"cannot write to '{path}': {error}",
+            remedy="The checkpoints are untouched; make room and resume with --resume",
         ) from error
 
 

@@ -104,7 +104,7 @@ def claim(path: Path, mode: Mode) -> Iterator[RunFolder]:
         lock.acquire()
     except Timeout:
         raise RunFolderError(
-            f"another job is writing to '{path}'. Wait for it, or give this one a folder of its own: --out DIR"
+            f"another job is writing to '{path}'", remedy="Wait for it, or give this one a folder of its own: --out DIR"
         ) from None
     except OSError as error:
         refused = RunFolderError(f"cannot write to the run folder '{path}': {error.strerror or error}")
@@ -117,8 +117,8 @@ def claim(path: Path, mode: Mode) -> Iterator[RunFolder]:
             remove_left_overs(written)
         if mode == "fresh" and _entries(folder):
             raise RunFolderError(
-                f"'{path}' already holds a run. --resume resumes it, --overwrite replaces it, --out DIR writes "
-                "elsewhere"
+                f"'{path}' already holds a run",
+                remedy="--resume resumes it, --overwrite replaces it, --out DIR writes elsewhere",
             )
         faults.at("claimed")
         yield folder
@@ -136,8 +136,8 @@ def _entries(folder: RunFolder) -> list[Path]:
 def _refuse_foreign(folder: RunFolder) -> None:
     if _entries(folder) and not _is_run(folder):
         raise RunFolderError(
-            f"'{folder.path}' is not empty and not a run of tlscale (it has no run.json), so nothing is written there. "
-            "Give another folder: --out DIR"
+            f"'{folder.path}' is not empty and not a run of tlscale (it has no run.json), so nothing is written there",
+            remedy="Give another folder: --out DIR",
         )
 
 

@@ -182,8 +182,9 @@ def check_installed(names: Sequence[str]) -> None:
     if missing:
         wanted = " ".join(_REQUIREMENTS.get(name, name) for name in missing)
         raise RecipeError(
-            f"'track' names {' and '.join(missing)}, but the package is not installed. "
-            f"Install it (pip install {wanted}), or take it out of 'track'."
+            f"names {' and '.join(missing)}, but the package is not installed",
+            key="track",
+            remedy=f"Install it (pip install {wanted}), or take it out of 'track'.",
         )
 
 

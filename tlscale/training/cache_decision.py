@@ -211,6 +211,7 @@ def refuse_codes_of_a_probe(codes: CodesSection) -> None:
     """Refuse the key that only a probe, or `tlscale codes`, has a use for; raise `RecipeError` where it is set."""
     if codes.layer is not None:
         raise RecipeError(
-            "codes.layer has no effect in training, which caches the last values that nothing trainable has a part in, "
-            "as they are. Remove it, or add 'probe: {kind: logistic}' to fit a classifier on codes"
+            "has no effect in training, which caches the last values that nothing trainable has a part in, as they are",
+            key="codes.layer",
+            remedy="Remove it, or add 'probe: {kind: logistic}' to fit a classifier on codes",
         )

@@ -177,8 +177,8 @@ def refuse_uncorrected(folder: RunFolder, setup: RunSetup, run_info: dict[str, A
         lines = "\n  ".join(f"{correction.name}: {correction.text}" for correction in found)
         raise ResumeError(
             f"'{folder.path}' cannot be resumed: it began with a version of tlscale in which something was wrong, and "
-            f"would be another training from step {clock['step']} on:\n  {lines}\n  Finish it with the version that it "
-            "began with, or begin it again: --overwrite, or --out DIR"
+            f"would be another training from step {clock['step']} on:\n  {lines}",
+            remedy="Finish it with the version that it began with, or begin it again: --overwrite, or --out DIR",
         )
     return run_info
 

@@ -343,7 +343,7 @@ def _skip_step(state: TrainState, loop: LoopState, logger: RunLogger, folder: Ru
     logger.write_skipped(count, most)
     if count > most:
         why = f"non_finite.most_steps is {most}, and {count} steps were skipped: "
-        raise NonFiniteLossError(why + _non_finite(loop.step, folder), loop.step)
+        raise _non_finite(loop.step, folder, why)
 
 
 def _refuse_non_finite(
@@ -353,17 +353,19 @@ def _refuse_non_finite(
     if bad_step is None and may_save and state.processes.any(not are_finite(state.network)):
         bad_step = loop.step
     if bad_step is not None:
-        raise NonFiniteLossError(_non_finite(bad_step, folder), bad_step)
+        raise _non_finite(bad_step, folder)
 
 
-def _non_finite(bad_step: int, folder: RunFolder) -> str:
-    """Tell that the loss or the weights are not finite, what is saved, and what to do."""
+def _non_finite(bad_step: int, folder: RunFolder, why: str = "") -> NonFiniteLossError:
+    """Return the error that the loss or the weights are not finite: what is saved, and what to do."""
     newest = pointed_to(folder.checkpoints, "LATEST")
-    return (
-        f"the loss or the weights became NaN or infinite at step {bad_step}; up to step {bad_step - 1} all was finite. "
-        f"{f'The last checkpoint is {newest}' if newest else 'There is no checkpoint yet'}; nothing was saved after. "
-        "Lower optim.lr, lengthen schedule.warmup, set optim.clip_grad_norm=1.0, or use compute.precision=fp32; "
-        "non_finite.action=skip skips single steps."
+    last = f"The last checkpoint is {newest}" if newest else "There is no checkpoint yet"
+    return NonFiniteLossError(
+        f"{why}the loss or the weights became NaN or infinite at step {bad_step}; up to step {bad_step - 1} all was "
+        f"finite. {last}; nothing was saved after",
+        bad_step,
+        remedy="Lower optim.lr, lengthen schedule.warmup, set optim.clip_grad_norm=1.0, or use compute.precision=fp32; "
+        "non_finite.action=skip skips single steps.",
     )
 
 

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tlscale.errors import RecipeError, did_you_mean
+from tlscale.errors import RecipeError, sentences, suggestion
 from tlscale.recipe.schema import DistillSection, LossSection
 from tlscale.training.distillation.loss import DistillationLoss
 
@@ -167,9 +167,10 @@ def refuse_mixed_targets(name: str, augment: Collection[str]) -> None:
     mixed = [kind for kind in ("mixup", "cutmix") if kind in augment]
     if mixed and not LOSSES[name].is_linear_in_target:
         raise RecipeError(
-            f"data.augment: {' and '.join(mixed)} cannot be used with the loss '{name}', which is not linear in its "
-            f"target: the loss of a mixed image is not that of its two labels. Remove {' and '.join(mixed)}, or train "
-            "with cross_entropy"
+            f"{' and '.join(mixed)} cannot be used with the loss '{name}', which is not linear in its target: "
+            "the loss of a mixed image is not that of its two labels",
+            key="data.augment",
+            remedy=f"Remove {' and '.join(mixed)}, or train with cross_entropy",
         )
 
 
@@ -188,7 +189,7 @@ def class_weights(section: LossSection, labels_N: np.ndarray, classes: Sequence[
         weights_C = _weights_by_name(section.class_weights, classes)
     mean = float((weights_C * counts_C).sum() / counts_C.sum())
     if mean <= 0:
-        problem = "all weights of the training images are 0; there is nothing to learn"
+        problem = "all weights of the training images are 0: there is nothing to learn"
         raise RecipeError(problem, key="loss.class_weights")
     return torch.from_numpy(weights_C / mean)
 
@@ -196,12 +197,12 @@ def class_weights(section: LossSection, labels_N: np.ndarray, classes: Sequence[
 def _weights_by_name(weights: dict[str, float], classes: Sequence[str]) -> np.ndarray:
     for name, weight in weights.items():
         if name not in classes:
-            problem = f"there is no class '{name}'.{did_you_mean(name, classes)} The classes are: {', '.join(classes)}"
-            raise RecipeError(problem, key="loss.class_weights")
+            remedy = sentences(suggestion(name, classes), f"The classes are: {', '.join(classes)}")
+            raise RecipeError(f"there is no class '{name}'", key="loss.class_weights", remedy=remedy)
         if weight < 0:
             raise RecipeError(f"the weight of '{name}' is {weight}; it must be at least 0", key="loss.class_weights")
     missing = [name for name in classes if name not in weights]
     if missing:
-        problem = f"no weight for {', '.join(missing)}; give one for every class"
-        raise RecipeError(problem, key="loss.class_weights")
+        problem = f"no weight for {', '.join(missing)}"
+        raise RecipeError(problem, key="loss.class_weights", remedy="Give one for every class")
     return np.array([weights[name] for name in classes], dtype=np.float64)

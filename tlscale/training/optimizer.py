@@ -15,7 +15,7 @@ from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from tlscale.errors import RecipeError, did_you_mean
+from tlscale.errors import RecipeError, sentences, suggestion
 from tlscale.recipe.rules import match_rules
 from tlscale.recipe.schema import OptimSection
 
@@ -123,14 +123,13 @@ def check_optimizer(section: OptimSection) -> None:
     """
     names, base = [str(name) for name in list_optimizers()], _base_name(section.name)
     if base not in names:
-        problem = f"timm has no optimizer '{section.name}'.{did_you_mean(base, names)} There are: {', '.join(names)}"
-        raise RecipeError(problem, key="optim.name")
+        remedy = sentences(suggestion(base, names), f"There are: {', '.join(names)}")
+        raise RecipeError(f"timm has no optimizer '{section.name}'", key="optim.name", remedy=remedy)
     optimizer_class = get_optimizer_info(base).opt_class
     if isinstance(optimizer_class, str):
         return  # of another package; it checks its own arguments
     known = set(inspect.signature(optimizer_class.__init__).parameters) - {"self", "params", "lr", "weight_decay"}
     for key in section.options:
         if key not in known:
-            takes = f"It takes: {', '.join(sorted(known))}"
-            problem = f"'{section.name}' takes no '{key}'.{did_you_mean(key, known)} {takes}"
-            raise RecipeError(problem, key="optim.options")
+            remedy = sentences(suggestion(key, known), f"It takes: {', '.join(sorted(known))}")
+            raise RecipeError(f"'{section.name}' takes no '{key}'", key="optim.options", remedy=remedy)

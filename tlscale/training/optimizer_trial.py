@@ -33,8 +33,9 @@ def check_optimizer_shards(section: OptimSection, mesh: DeviceMesh | None, proce
     why_not = next(filter(None, processes.gather(_objection(section, mesh))), None)
     if why_not is not None:
         raise RecipeError(
-            f"optim.name: '{section.name}' is not supported with compute.engine: fsdp2 ({why_not}). Use another, such "
-            "as adamw, sgd, lion or lamb, or write compute.engine: ddp"
+            f"'{section.name}' is not supported with compute.engine: fsdp2 ({why_not})",
+            key="optim.name",
+            remedy="Use another, such as adamw, sgd, lion or lamb, or write compute.engine: ddp",
         )
 
 

@@ -214,7 +214,7 @@ def _refuse_idle_rates(backbone: BackboneSection, stages: list[Stage]) -> None:
         return
     for key in ("drop_rate", "drop_path_rate"):
         if getattr(backbone, key) > 0:
-            raise RecipeError(f"backbone.{key} has no effect: the whole backbone is frozen, and so in eval mode")
+            raise RecipeError("has no effect: the whole backbone is frozen, and so in eval mode", key=f"backbone.{key}")
 
 
 def _input_spec(recipe: Recipe, data: ImageData, backbone: torch.nn.Module) -> InputSpec:
@@ -271,25 +271,28 @@ def _refuse_what_cannot_train(setup: RunSetup, world_size: int) -> None:
     unused = unused_parameters(classifier, **size) if waits and not alone else []
     apply_freezing(classifier, stages[0])
     if alone:
-        raise RecipeError(_one_image(setup))
+        raise _one_image(setup)
     if unused:
         raise ModelError(
-            f"backbone: {type(classifier.backbone).__name__} has {len(unused)} parameters that are trained but have no "
-            f"part in what is learned: {', '.join(unused[:5])}{' ...' if len(unused) > 5 else ''}. They never get a "
-            "gradient, which several processes would wait for. Freeze them, in each stage: freeze: "
-            f"'{'|'.join(map(re.escape, unused))}'; or train on one process."
+            f"{type(classifier.backbone).__name__} has {len(unused)} parameters that are trained but have no "
+            f"part in what is learned: {', '.join(unused[:5])}{' ...' if len(unused) > 5 else ''}. They never "
+            "get a gradient, which several processes would wait for",
+            key="backbone",
+            remedy=f"Freeze them, in each stage: freeze: '{'|'.join(map(re.escape, unused))}'; or train on one "
+            "process.",
         )
 
 
-def _one_image(setup: RunSetup) -> str:
+def _one_image(setup: RunSetup) -> RecipeError:
     order, split = setup.order, setup.split
     rest = order.num_images_in(order.steps_per_epoch - 1)
     if split.micro_batch_size == 1:
-        what, remedy = "micro-batches are of one image", "set compute.micro_batch_size, or batch_size, to more"
+        what, remedy = "micro-batches are of one image", "Set compute.micro_batch_size, or batch_size, to more"
     else:
         what = f"the last batch of an epoch ({rest} of {order.batch_size} images) leaves a process with one image"
-        remedy = "set drop_last: true, or another batch_size"
-    return f"{split.describe()}: {what}, and batch norm cannot be trained on one image. To train, {remedy}."
+        remedy = "Set drop_last: true, or another batch_size"
+    problem = f"{split.describe()}: {what}, and batch norm cannot be trained on one image"
+    return RecipeError(problem, remedy=remedy)
 
 
 def strategy_of(setup: RunSetup) -> str:

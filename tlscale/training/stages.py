@@ -171,7 +171,7 @@ def _refuse_idle_rules(
         (optim.weight_decay_rules, stages, "optim.weight_decay_rules"),
     ):
         if rules and not over:
-            raise RecipeError(f"{where} has no effect: every stage has its own lr_rules. Remove it")
+            raise RecipeError("has no effect: every stage has its own lr_rules", key=where, remedy="Remove it")
         trained: set[str] = set().union(*(stage.trained for stage in over))
         match_rules(rules, [name for name in classifier.rule_names() if name in trained], where)
 
@@ -183,8 +183,10 @@ def _refuse_long_warmup(
     if warmup_steps > num_steps:
         whose = where if section.schedule is not None else ""
         raise RecipeError(
-            f"{whose}schedule.warmup = {schedule.warmup} is {warmup_steps} steps, and {where}duration = "
-            f"{section.duration} is {num_steps}: the learning rate would never reach its peak. Shorten the warm-up"
+            f"{schedule.warmup} is {warmup_steps} steps, and {where}duration = {section.duration} is "
+            f"{num_steps}: the learning rate would never reach its peak",
+            key=f"{whose}schedule.warmup",
+            remedy="Shorten the warm-up",
         )
 
 

@@ -89,7 +89,7 @@ def test_not_found_names_places_and_ways_out(nowhere, monkeypatch):
 
 @pytest.mark.parametrize("key", ["train_split", "validation_split", "test_split"])
 def test_split_names_have_no_effect(key):
-    with pytest.raises(DataError, match=rf"data.{key} has no effect"):
+    with pytest.raises(DataError, match=rf"data.{key}: has no effect"):
         open_fashion(**{key: "other"})
 
 

@@ -28,7 +28,7 @@ def test_a_launcher_that_asks_for_an_engine_is_refused(monkeypatch, variable, na
     with pytest.raises(LaunchError) as caught:
         start_processes(ComputeSection(engine=engine))
     message = str(caught.value)
-    assert f"compute.engine = {engine} in the recipe, but 'accelerate launch' asks for {name} ({variable})" in message
+    assert f"compute.engine: {engine} in the recipe, but 'accelerate launch' asks for {name} ({variable})" in message
     assert "Remove it (" in message
     assert "compute.engine: fsdp2" in message or "the recipe's does the same" in message
 
@@ -45,7 +45,7 @@ def test_version_1_of_fsdp_has_its_own_reason(monkeypatch):
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
 def test_an_engine_has_no_effect_on_one_process(engine):
-    with pytest.raises(LaunchError, match=f"compute.engine = {engine} has no effect with one process"):
+    with pytest.raises(LaunchError, match=f"compute.engine: {engine} has no effect with one process"):
         start_processes(ComputeSection(engine=engine))
 
 

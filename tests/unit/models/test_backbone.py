@@ -452,5 +452,5 @@ def test_layer_depths_are_timms_in_every_module_that_has_groups():
 
 def test_an_architecture_without_grouping():
     backbone = torch.nn.Sequential(torch.nn.Linear(2, 2))
-    with pytest.raises(ModelError, match="timm does not group the layers of Sequential; use lr_rules"):
+    with pytest.raises(ModelError, match="timm does not group the layers of Sequential. Use lr_rules"):
         layer_depths(backbone)

@@ -429,7 +429,7 @@ def test_without_pooling_the_last_map_comes_out(name):
 
 @every_net
 def test_a_classifier_without_pooling_is_refused(name):
-    with pytest.raises(ModelError, match="needs pooling; give global_pool='avg', or num_classes=0"):
+    with pytest.raises(ModelError, match="needs pooling. Give global_pool='avg', or num_classes=0"):
         build(name, num_classes=5, global_pool="")
     model = build(name)
     names = list(model.state_dict())

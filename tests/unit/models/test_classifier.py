@@ -204,7 +204,7 @@ def test_the_switch_is_not_believed(asserts):
 
 def test_nothing_to_checkpoint_in_a_frozen_backbone():
     network = classifier(freeze=[".*"])
-    with pytest.raises(ModelError, match="gradient_checkpointing has no effect: the whole backbone is frozen"):
+    with pytest.raises(ModelError, match="gradient_checkpointing: has no effect: the whole backbone is frozen"):
         enable_gradient_checkpointing(network, in_chans=3, image_size=32)
 
 

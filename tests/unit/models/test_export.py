@@ -269,13 +269,13 @@ def test_a_model_of_a_newer_format(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     config["tlscale"]["format"] = 3
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(RunFolderError, match="has format 3, this tlscale reads up to 2; update tlscale"):
+    with pytest.raises(RunFolderError, match="has format 3, this tlscale reads up to 2. Update tlscale"):
         load(tmp_path)
 
 
 def test_a_model_of_timm_alone(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"architecture": "test_resnet", "num_classes": 3}))
-    with pytest.raises(RunFolderError, match=r"not written by tlscale; load it with timm.*pretrained=True"):
+    with pytest.raises(RunFolderError, match=r"not written by tlscale. Load it with timm.*pretrained=True"):
         load(tmp_path)
 
 

@@ -461,7 +461,7 @@ def test_a_tracker_that_cannot_start_is_off_and_the_run_goes_on(tmp_path):
 
 @pytest.mark.parametrize("is_main", [True, False])
 def test_a_missing_package_is_an_error_on_every_process(tmp_path, is_main):
-    with pytest.raises(RecipeError, match=r"'track' names aim and dvclive.*pip install aim dvclive") as caught:
+    with pytest.raises(RecipeError, match=r"track: names aim and dvclive.*pip install aim dvclive") as caught:
         start(["tensorboard", "aim", "dvclive"], tmp_path, is_main=is_main)
     assert caught.value.exit_code == EXIT_BAD_INPUT
     assert list(tmp_path.iterdir()) == []

@@ -179,7 +179,7 @@ def test_the_mean_over_the_training_images_is_one(labels, weights):
     ("weights", "message"),
     [
         ({"ant": 1, "bee": 1, "cat": 1, "dogg": 1}, "there is no class 'dogg'. Did you mean 'dog'.*ant, bee, cat, dog"),
-        ({"ant": 1, "bee": 1}, "no weight for cat, dog; give one for every class"),
+        ({"ant": 1, "bee": 1}, "no weight for cat, dog. Give one for every class"),
         ({"ant": 1, "bee": -1, "cat": 1, "dog": 1}, "the weight of 'bee' is -1"),
         (dict.fromkeys(CLASSES, 0), "all weights of the training images are 0"),
     ],

@@ -166,8 +166,8 @@ class _Images:
         bad = int((~codes.isfinite()).any(dim=1).sum())
         if bad:
             raise ModelError(
-                f"the codes of {bad:,} of {len(codes):,} {name} images hold NaN or infinity. Compute them in float32 "
-                "(compute.precision: fp32), and check whether the weights are sound"
+                f"the codes of {bad:,} of {len(codes):,} {name} images hold NaN or infinity",
+                remedy="Compute them in float32 (compute.precision: fp32), and check whether the weights are sound",
             )
         return cls(codes, labels.to(codes.device, torch.int64))
 
@@ -190,13 +190,15 @@ def _check_training(train: _Images, held: _Images, num_classes: int) -> None:
     classes = torch.unique(train.labels).tolist()
     if len(classes) < 2:
         raise DataError(
-            f"the {len(train.labels):,} training images are of {'class ' + str(classes[0]) if classes else 'no class'}"
-            " alone, and a probe needs two classes or more. Raise data.train_limit, or check the labels"
+            f"the {len(train.labels):,} training images are of "
+            f"{'class ' + str(classes[0]) if classes else 'no class'} alone, and a probe needs two classes or "
+            "more",
+            remedy="Raise data.train_limit, or check the labels",
         )
     if not (train.codes != train.codes[0]).any():
         raise ModelError(
-            f"the codes of all {len(train.labels):,} training images are the same: nothing can be learnt from them. "
-            "Name another layer or pooling under codes, and check whether the weights are sound"
+            f"the codes of all {len(train.labels):,} training images are the same: nothing can be learnt from them",
+            remedy="Name another layer or pooling under codes, and check whether the weights are sound",
         )
 
 

@@ -146,7 +146,7 @@ def find_bad_images(
         if on_images is not None and not must_stop():
             on_images(len(block))
     if must_stop():
-        raise Stopped("stopped while images were tried; those that were found sound are not decoded again")
+        raise Stopped("stopped while images were tried", remedy="Those that were found sound are not decoded again")
     return found
 
 

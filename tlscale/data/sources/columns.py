@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from tlscale.data.sources.split_names import role_of
-from tlscale.errors import DataError, did_you_mean, first_few, quoted, quoted_list
+from tlscale.errors import DataError, first_few, quoted, quoted_list, sentences, suggestion
 
 LABEL_COLUMNS = ("label", "labels", "class", "class_name", "target")
 """Usual names of the column of labels."""
@@ -20,14 +20,15 @@ def pick_column(given: str | None, usual: Sequence[str], columns: Sequence[str],
     if given is not None:
         if given not in columns:
             raise DataError(
-                f"{where} has no column {given!r} (data.{key}); it has {quoted_list(columns)}."
-                f"{did_you_mean(given, columns)}"
+                f"{where} has no column {given!r}",
+                key=f"data.{key}",
+                remedy=sentences(f"It has {quoted_list(columns)}.", suggestion(given, columns)),
             )
         return given
     found = [column for column in columns if column.strip().lower() in usual]
     if len(found) != 1:
         what = f"columns {quoted_list(found)} may all be it" if found else f"no column is called {' or '.join(usual)}"
-        raise DataError(f"{where}: {what}; say which in data.{key}. The columns are {quoted_list(columns)}")
+        raise DataError(f"{where}: {what}", remedy=f"Say which in data.{key}. The columns are {quoted_list(columns)}")
     return found[0]
 
 

@@ -56,7 +56,9 @@ def read_fashion_mnist(section: DataSection) -> Source:
     """
     for key, default in (("train_split", "train"), ("validation_split", None), ("test_split", "test")):
         if getattr(section, key) != default:
-            raise DataError(f"data.{key} has no effect with source 'fashion_mnist': its splits are train and test")
+            raise DataError(
+                "has no effect with source 'fashion_mnist': its splits are train and test", key=f"data.{key}"
+            )
     named = os.environ.get("TLSCALE_DATA")
     below_named = [Path(named) / "fashion-mnist", Path(named)] if named else []
     places = [*below_named, cache_root() / "data" / "fashion-mnist", DEBIAN_FOLDER]
@@ -68,13 +70,12 @@ def read_fashion_mnist(section: DataSection) -> Source:
     except DataError as error:
         if section.fallback == "sample":
             return read_sample()
-        looked = "\n".join(f"  {place}: no such files" for place in places)
+        looked = "\n  ".join([*(f"{place}: no such files" for place in places), f"the hub: {error}"])
         raise DataError(
-            "Fashion-MNIST was not found. Looked for train-images-idx3-ubyte.gz and its three companions in\n"
-            f"{looked}\n"
-            f"  the hub: {error}\n"
-            "Ways out: install Debian's package dataset-fashion-mnist; or set TLSCALE_DATA to a folder with the four "
-            "files; or write 'fallback: sample' under 'data' to run on the 7,000 images that ship with tlscale"
+            "Fashion-MNIST was not found. Looked for train-images-idx3-ubyte.gz and its three companions in"
+            f"\n  {looked}",
+            remedy="Ways out: install Debian's package dataset-fashion-mnist; or set TLSCALE_DATA to a folder with the "
+            "four files; or write 'fallback: sample' under 'data' to run on the 7,000 images that ship with tlscale",
         ) from None
     for role, split in source.splits.items():
         check_content(role, split, source.place)

@@ -32,7 +32,7 @@ from tlscale.data.sources.split_names import (
 )
 from tlscale.data.sources.stores import FileStore, kind_of_file
 from tlscale.data.sources.tables import Ints, Role, Source, SourceSplit
-from tlscale.errors import DataError, did_you_mean, first_few, is_unicode, one_line, quoted
+from tlscale.errors import DataError, first_few, is_unicode, one_line, quoted, quoted_list, sentences, suggestion
 from tlscale.recipe.schema import DataSection
 
 _LEFT_BY_DESKTOPS = frozenset(("Thumbs.db", "desktop.ini", "__MACOSX"))
@@ -90,8 +90,9 @@ def _pick(section: DataSection, root: Path) -> dict[Role, str] | None:
         return None
     if telling or section.train_split != "train" or section.validation_split or section.test_split != "test":
         raise DataError(
-            f"{root} has no folder {section.train_split!r} (data.train_split); its folders are "
-            f"{first_few(quoted(top), 20) or 'none'}.{did_you_mean(section.train_split, top)}"
+            f"{root} has no folder {section.train_split!r}",
+            key="data.train_split",
+            remedy=sentences(f"Its folders are {quoted_list(top)}.", suggestion(section.train_split, top)),
         )
     return None
 
@@ -122,7 +123,9 @@ def _read_split(root: Path, name: str) -> tuple[SourceSplit, Ints, list[str]]:
     beside = [entry.name for entry in entries if entry.name not in classes]
     lost = [file for file in beside if _is_image_name(file)]
     if lost:
-        raise DataError(f"{folder}: images that lie in no class folder: {first_few(lost)}; move them into their class")
+        raise DataError(
+            f"{folder}: images that lie in no class folder: {first_few(lost)}", remedy="Move them into their class"
+        )
     if not classes:
         raise DataError(f"{folder} has no class folders; expected {folder}/CLASS/IMAGE for each class")
     notes = [f"{folder}: not used, as they are no images: {first_few(beside)}"] if beside else []

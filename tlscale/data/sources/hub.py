@@ -123,7 +123,7 @@ def read_hub_source(section: DataSection) -> Source:
     assert name is not None, "the schema requires it"
     if os.path.isdir(name):
         if section.revision is not None:
-            raise DataError(f"data.revision has no effect: data.path {name!r} is a local folder")
+            raise DataError(f"has no effect: data.path {name!r} is a local folder", key="data.revision")
         return _source(section, _load(name, section.config, None), name, {})
     if name.count("/") > 1 or name.startswith((".", "/", "~")):
         raise DataError(
@@ -190,7 +190,8 @@ def _load_cached(name: str, config: str | None, revision: str | None) -> tuple[M
         loaded = builder.as_dataset()
     except Exception as error:
         raise DataError(
-            f"the hub cannot be reached, and data set {name!r} is not in the cache {cache} ({_line(error)}). {ways_out}"
+            f"the hub cannot be reached, and data set {name!r} is not in the cache {cache} ({_line(error)})",
+            remedy=ways_out,
         ) from None
     commit = str(builder.hash)
     if revision is not None and revision != commit:

@@ -66,7 +66,7 @@ def read_idx(path: Path, dims: int) -> IdxFile:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
             return _read_open(path, file, dims)  # type: ignore[arg-type]
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: cannot be read: {error}; fetch the file anew") from None
+        raise DataError(f"{path}: cannot be read: {error}", remedy="Fetch the file anew") from None
 
 
 def _read_open(path: Path, file: BinaryIO, dims: int) -> IdxFile:
@@ -86,7 +86,9 @@ def _read_open(path: Path, file: BinaryIO, dims: int) -> IdxFile:
     body = file.read(size)
     if len(body) < size or file.read(1):
         found = f"only {len(body):,}" if len(body) < size else "more"
-        raise DataError(f"{path}: the header announces {size:,} bytes {shape}, but there are {found}; fetch it anew")
+        raise DataError(
+            f"{path}: the header announces {size:,} bytes {shape}, but there are {found}", remedy="Fetch it anew"
+        )
     numbers = np.frombuffer(body, dtype=np.uint8).reshape(shape)
     sha256 = hashlib.sha256(header)
     sha256.update(body)

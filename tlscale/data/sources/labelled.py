@@ -64,8 +64,9 @@ def open_labelled(
     for role in named:
         if role not in source.splits:
             raise DataError(
-                f"data.{role}_split: {source.place} has no split {getattr(section, f'{role}_split')!r}; its splits "
-                f"are: {', '.join(split.name for split in source.splits.values())}"
+                f"{source.place} has no split {getattr(section, f'{role}_split')!r}; its splits are: "
+                f"{', '.join(split.name for split in source.splits.values())}",
+                key=f"data.{role}_split",
             )
     labelled, notes = _with_labels(source)
     wanted = _wanted(labelled, name, source.place)

@@ -90,12 +90,16 @@ def encode_labels(labels_N: pa.ChunkedArray, where: str) -> tuple[tuple[str, ...
     text_N = labels_N.cast(pa.large_string()).combine_chunks()
     empty = len(text_N) - (pc.sum(pc.not_equal(pc.utf8_trim_whitespace(text_N), "")).as_py() or 0)
     if empty:
-        raise DataError(f"{where}: {empty:,} of {len(text_N):,} rows have no label; fill them in or take them out")
+        raise DataError(
+            f"{where}: {empty:,} of {len(text_N):,} rows have no label", remedy="Fill them in or take them out"
+        )
     encoded = text_N.dictionary_encode()
     texts = encoded.dictionary.to_pylist()
     spaced = [text for text in texts if text != text.strip()]
     if spaced:
-        raise DataError(f"{where}: labels with spaces around them: {first_few(quoted(spaced))}; take the spaces out")
+        raise DataError(
+            f"{where}: labels with spaces around them: {first_few(quoted(spaced))}", remedy="Take the spaces out"
+        )
     names = sort_labels(texts)
     _refuse_missing(names, where)
     place = {name: i for i, name in enumerate(names)}
@@ -108,6 +112,6 @@ def _refuse_missing(names: tuple[str, ...], where: str) -> None:
     missing = [name for name in names if name.lower() in _MISSING]
     if missing and len(missing) < len(names) and all(_WHOLE.fullmatch(name) for name in names if name not in missing):
         raise DataError(
-            f"{where}: rows have the label {missing[0]!r} among numbers, as if it were missing; fill it in, "
-            "or take the rows out"
+            f"{where}: rows have the label {missing[0]!r} among numbers, as if it were missing",
+            remedy="Fill it in, or take the rows out",
         )

@@ -111,7 +111,9 @@ def _split_column(columns: list[str], file: Path) -> list[str]:
     found = [name for name in columns if name.strip().lower() == SPLIT_COLUMN]
     found = [SPLIT_COLUMN] if SPLIT_COLUMN in found else found
     if len(found) > 1:
-        raise DataError(f"{file}: columns {first_few(quoted(found))} may all name the split; call one {SPLIT_COLUMN!r}")
+        raise DataError(
+            f"{file}: columns {first_few(quoted(found))} may all name the split", remedy=f"Call one {SPLIT_COLUMN!r}"
+        )
     return found
 
 
@@ -259,6 +261,6 @@ def _check_inside(file: Path, row: int, path: str) -> None:
         raise DataError(f"{file} row {row}: the path is empty")
     if not os.path.isabs(path) and os.path.normpath(path).split(os.sep)[0] == "..":
         raise DataError(
-            f"{file} row {row}: {path!r} leaves the manifest's folder {file.parent}; "
-            "give an absolute path if that is meant"
+            f"{file} row {row}: {path!r} leaves the manifest's folder {file.parent}",
+            remedy="Give an absolute path if that is meant",
         )

@@ -128,7 +128,7 @@ def _bad_images(
 def read_source(section: DataSection) -> Source:
     """Read all splits of a source, as they are stored; what is missing or wrong is a `DataError`."""
     if section.source not in SOURCES:
-        raise DataError(f"there is no '{section.source}'. There are: {', '.join(SOURCES)}", key="data.source")
+        raise DataError(f"there is no '{section.source}'", remedy=f"There are: {', '.join(SOURCES)}", key="data.source")
     return SOURCES[section.source].read(section)
 
 

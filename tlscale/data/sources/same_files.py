@@ -56,8 +56,8 @@ def check_files(
             f"{tables[role].where(row)} is {classes[tables[role].labels_N[row]]!r}" for role, row in pair
         )
         raise DataError(
-            f"{place}: {len(clash):,} file{'s have' if len(clash) > 1 else ' has'} two labels: {both}; keep the row "
-            "(or the link) that is right"
+            f"{place}: {len(clash):,} file{'s have' if len(clash) > 1 else ' has'} two labels: {both}",
+            remedy="Keep the row (or the link) that is right",
         )
     return _notes(tables, numbered)
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
-from tlscale.errors import DataError, did_you_mean, quoted_list
+from tlscale.errors import DataError, quoted_list, sentences, suggestion
 from tlscale.recipe.schema import DataSection
 
 Role = Literal["train", "validation", "test"]
@@ -114,7 +114,9 @@ def pick_splits(
         usual = [name for name in VALIDATION_NAMES if name in available and name not in (section.train_split, "test")]
         usual = [name for name in usual if name != section.test_split]
         if len(usual) > 1:
-            raise DataError(f"{where} has validation splits {quoted_list(usual)}; say which in data.validation_split")
+            raise DataError(
+                f"{where} has validation splits {quoted_list(usual)}", remedy="Say which in data.validation_split"
+            )
         if usual:
             picked["validation"] = usual[0]
     if section.test_split in available or (section.test_split != "test" and not isinstance(section, ScoredSection)):
@@ -140,7 +142,8 @@ def pick_splits(
 def _named_split(name: str, key: str, available: Sequence[str], where: str) -> str:
     if name not in available:
         raise DataError(
-            f"{where} has no split {name!r} (data.{key}); it has {quoted_list(available)}."
-            f"{did_you_mean(name, available)}"
+            f"{where} has no split {name!r}",
+            key=f"data.{key}",
+            remedy=sentences(f"It has {quoted_list(available)}.", suggestion(name, available)),
         )
     return name

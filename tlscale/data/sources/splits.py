@@ -223,7 +223,8 @@ def _divide_train(
     if "validation" in tables:
         if fraction not in (0.0, _DEFAULT_FRACTION):
             raise DataError(
-                f"{fraction} has no effect, as the source has a validation split; take it out",
+                f"{fraction} has no effect, as the source has a validation split",
+                remedy="Take it out",
                 key="data.validation_fraction",
             )
         return rows_N, None, notes

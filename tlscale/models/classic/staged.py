@@ -115,8 +115,8 @@ class StagedNet(nn.Module):
         pool_type = self.global_pool.pool_type if global_pool is None else global_pool
         if num_classes > 0 and not pool_type:
             raise ModelError(
-                f"{type(self).__name__}: a classifier of {num_classes} classes needs pooling; give global_pool='avg', "
-                "or num_classes=0"
+                f"{type(self).__name__}: a classifier of {num_classes} classes needs pooling",
+                remedy="Give global_pool='avg', or num_classes=0",
             )
         if pool_type != self.global_pool.pool_type:
             self._change_pool(pool_type)
@@ -134,8 +134,9 @@ class StagedNet(nn.Module):
             self._drop_neck()
         if self._neck_names and _widening(global_pool) != _widening(before):
             raise ModelError(
-                f"{type(self).__name__}: {self._neck_names[0]} was built for global_pool={before!r}, which has another "
-                f"width than {global_pool!r}; build the model with global_pool={global_pool!r}"
+                f"{type(self).__name__}: {self._neck_names[0]} was built for global_pool={before!r}, which has "
+                f"another width than {global_pool!r}",
+                remedy=f"Build the model with global_pool={global_pool!r}",
             )
         self._pool_to(global_pool, self.grid if self._neck_names else 1)
         self.global_pool.train(self.training)

@@ -232,7 +232,7 @@ def load_newest(folders: Sequence[Path], load: Callable[[Path], Checkpoint]) -> 
     if wrong:
         lines = "\n  ".join(wrong)
         none_left = CheckpointError(
-            f"no checkpoint in '{folders[0].parent}' can be used:\n  {lines}\n  --overwrite starts afresh."
+            f"no checkpoint in '{folders[0].parent}' can be used:\n  {lines}", remedy="--overwrite starts afresh."
         )
         none_left.reported_by_main = True  # all processes come here together
         raise none_left

@@ -102,7 +102,8 @@ def _pack(value: object, key: str, tensors: dict[str, Tensor]) -> Any:
         case None | bool() | int() | float() | str():
             return value
     raise CheckpointError(
-        f"the optimizer keeps a {type(value).__name__} for '{key}', which cannot be saved; use another optimizer"
+        f"the optimizer keeps a {type(value).__name__} for '{key}', which cannot be saved",
+        remedy="Use another optimizer",
     )
 
 

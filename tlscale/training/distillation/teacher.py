@@ -156,8 +156,9 @@ def _class_order(section: DistillSection, known: Sequence[str], classes: Sequenc
     if set(known) != set(classes):
         other = sorted(set(known) ^ set(classes))
         raise RecipeError(
-            f"distill.run: the run in '{section.run}' knows other classes than the data have: "
-            f"{', '.join(other[:5])}{' ...' if len(other) > 5 else ''} are in one of them only. Its codes can be "
-            "learned all the same (distill.match; distill.logits: 0)"
+            f"the run in '{section.run}' knows other classes than the data have: "
+            f"{', '.join(other[:5])}{' ...' if len(other) > 5 else ''} are in one of them only",
+            key="distill.run",
+            remedy="Its codes can be learned all the same (distill.match; distill.logits: 0)",
         )
     return torch.tensor([list(known).index(name) for name in classes])
