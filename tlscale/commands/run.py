@@ -31,6 +31,7 @@ from tlscale.training.compiler import check_compiler
 from tlscale.training.corrections import refuse_uncorrected
 from tlscale.training.loop import train
 from tlscale.training.probe import probe
+from tlscale.training.read_contents import replaced_images
 from tlscale.training.run_files import read_result, read_run_info
 from tlscale.training.setup import RunSetup, set_up
 
@@ -56,6 +57,7 @@ MAY_CHANGE = (
     "wandb",
 )
 
+_OTHER_DATA = "Bring them back, or start another: --out DIR"
 _NEEDED = ("data", "bad_images", "input", "weights")  # of `run.json`, to compare them with those of today
 
 
@@ -240,6 +242,12 @@ def _compare_data(run_info: dict[str, Any], setup: RunSetup, folder: RunFolder, 
     if used.sha256 != then["used_sha256"]:
         run_info = _with_repairs(run_info, setup, used.sha256, folder, console)
         then = run_info["data"]
+    if replaced := replaced_images(folder, data, then):
+        raise ResumeError(
+            f"'{folder.path}' cannot be resumed: {len(replaced):,} images that it read are other ones now, such as "
+            f"{replaced[0]}",
+            remedy=_OTHER_DATA,
+        )
     if data.test is None and "test" not in then["num_images"]:
         return run_info  # the validation split is scored, and that is the same
     scored = scored_identity(data, then["scored_by"])
@@ -289,5 +297,5 @@ def _refuse_another(what: str, then: str, now: str, folder: RunFolder) -> None:
         raise ResumeError(
             f"'{folder.path}' cannot be resumed: its {what} are not those that it was started with "
             f"({then[:12]} then, {now[:12]} now)",
-            remedy="Bring them back, or start another: --out DIR",
+            remedy=_OTHER_DATA,
         )

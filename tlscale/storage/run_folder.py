@@ -32,6 +32,7 @@ class RunFolder:
         self.recipe = path / "recipe.yaml"
         self.run_json = path / "run.json"
         self.metrics = path / "metrics.jsonl"
+        self.contents = path / "contents.npy"
         self.result = path / "result.json"
         self.predictions = path / "predictions.parquet"
         self.checkpoints = path / "checkpoints"
@@ -41,7 +42,7 @@ class RunFolder:
         """The control file that whoever wants the run to stop puts there."""
         self.stopped = path / "STOPPED"
         """Reports that the run stopped because it was asked to, and is resumed with --resume."""
-        self.written_whole = self.run_json, self.recipe, self.result, self.stopped, self.predictions
+        self.written_whole = self.run_json, self.recipe, self.result, self.stopped, self.predictions, self.contents
         """The files that `write_text` and `replacing` write there."""
 
 

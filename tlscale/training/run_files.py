@@ -143,13 +143,14 @@ def _read(path: Path, facts: type[_Facts]) -> dict[str, Any] | None:
         return None
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
-        raise _damaged(path, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        raise damaged(path, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
     except (OSError, ValueError, RecursionError) as error:
-        raise _damaged(path, str(error)) from error
+        raise damaged(path, str(error)) from error
     return plain
 
 
-def _damaged(path: Path, why: str) -> RunFolderError:
+def damaged(path: Path, why: str) -> RunFolderError:
+    """Make the error of a file of a run folder that is not as the run left it."""
     return RunFolderError(
         f"'{path}' is damaged, or was changed: {why}", remedy="Bring it back, or run the recipe again with --overwrite"
     )
@@ -169,7 +170,7 @@ def read_run_info(folder: RunFolder, needed: Sequence[str] = ()) -> dict[str, An
     run_info = _read(folder.run_json, _RunInfo) if folder.recipe.exists() else None
     lacking = [key for key in needed if run_info is not None and run_info.get(key) is None]
     if lacking:
-        raise _damaged(folder.run_json, f"it lacks {', '.join(lacking)}")
+        raise damaged(folder.run_json, f"it lacks {', '.join(lacking)}")
     return run_info
 
 

@@ -38,6 +38,7 @@ from tlscale.training.nonfinite import FiniteCheck
 from tlscale.training.optimizer import build_optimizer
 from tlscale.training.optimizer_trial import check_optimizer_shards
 from tlscale.training.predictions import Predictions
+from tlscale.training.read_contents import record_contents
 from tlscale.training.setup import RunSetup
 from tlscale.training.specs import ask_teacher, cache_spec, make_due, make_loss, open_codes_cache, pipeline_spec
 from tlscale.training.stages import Stage, apply_freezing
@@ -262,6 +263,7 @@ def save(state: TrainState, loop: LoopState, folder: RunFolder, logger: RunLogge
     processes, setup = state.processes, state.setup
     with setup.watch("save"):
         processes.run_on_main(logger.sync)
+        processes.run_on_main(record_contents, folder, setup.data)
         # The main process saves for all: first its buffers are those of all, then the rest is compared.
         processes.broadcast_buffers(state.network)
         check_replicas_agree(replicated_tensors(state.network, state.ema), processes, loop.step)

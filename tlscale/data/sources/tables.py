@@ -164,16 +164,16 @@ class ImageSplit:
         """Return the digests of the images that were read, now or by an earlier run, and which of them are known."""
         return self.table.known_digests(self.rows_N)
 
-    def digests(self) -> Digests:
-        """Return the digests of all images; what is not known is read.
+    def digests(self, wanted_N: npt.NDArray[np.bool_] | None = None) -> Digests:
+        """Return the digests of all images, or at least of those that are wanted; what is not known is read.
 
         Raises:
             DataError: an image cannot be read.
         """
-        _, known_N = self.known_digests()
-        list(map_in_threads(self.read, np.flatnonzero(~known_N).tolist()))
+        unread_N = ~self.known_digests()[1]
+        list(map_in_threads(self.read, np.flatnonzero(unread_N if wanted_N is None else unread_N & wanted_N).tolist()))
         self.table.remember()
-        return self.known_digests()[0]
+        return self.noted_digests()[0]
 
     def without(self, positions: Collection[int]) -> ImageSplit:
         """Return the same split without these positions, such as those of bad images."""
