@@ -1,8 +1,8 @@
 """tlscale: transfer learning for images that computes only what is trainable.
 
-`tlscale.load_recipe(path, overrides)`, `tlscale.run(recipe, out)` and `tlscale.load(run)` are the whole Python
-interface, with `tlscale.TlscaleError`, of which all errors are that tlscale raises on purpose. They are imported on
-first use, so that `tlscale --help` does not wait for torch.
+`tlscale.load_recipe(path, overrides)`, `tlscale.run(recipe, out)`, `tlscale.load(run)` and `tlscale.predict(run,
+images)` are the whole Python interface, with `tlscale.TlscaleError`, of which all errors are that tlscale raises on
+purpose. They are imported on first use, so that `tlscale --help` does not wait for torch.
 """
 
 from __future__ import annotations
@@ -10,18 +10,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["TlscaleError", "__version__", "load", "load_recipe", "run"]
+__all__ = ["TlscaleError", "__version__", "load", "load_recipe", "predict", "run"]
 
 if TYPE_CHECKING:
+    from tlscale.commands.predict import predict
     from tlscale.commands.run import run
     from tlscale.errors import TlscaleError
-    from tlscale.models.export import load
     from tlscale.recipe.load import load_recipe
+    from tlscale.training.image_classifier import load
 
 _HOMES = {
     "TlscaleError": "tlscale.errors",
-    "load": "tlscale.models.export",
+    "load": "tlscale.training.image_classifier",
     "load_recipe": "tlscale.recipe.load",
+    "predict": "tlscale.commands.predict",
     "run": "tlscale.commands.run",
 }
 _WITHOUT_TORCH = ("TlscaleError", "load_recipe")

@@ -244,6 +244,41 @@ def evaluate(run_dir: str, overrides: Sequence[str], data: str | None, split: An
     evaluate_run(run_dir, overrides, data=data, split_name=split, watch=Stopwatch(began_s), **options)
 
 
+@main.command()
+@click.argument("run_dir", metavar="RUN")
+@click.argument("places", nargs=-1, metavar="[PATH]...")
+@click.option("--out", metavar="FILE", help="Write to this .csv, .jsonl or .parquet file.  [default: CSV to stdout]")
+@click.option("--top-k", type=click.IntRange(1), default=1, metavar="K", help="So many labels an image.  [default: 1]")
+@click.option("--all-probabilities", is_flag=True, help="Add a column for each class.")
+@click.option("--images-from", metavar="LIST", help="A file that lists more paths, one a line; - is stdin.")
+@click.option("--resume", is_flag=True, help="Go on where FILE ends.")
+@_reports_errors
+def predict(run_dir: str, places: Sequence[str], **options: Any) -> None:  # noqa: ANN401 (click's own)
+    """Give a label and a probability to each image, by the model of RUN.
+
+    A PATH is a file, a folder (searched through), a glob in quotes, or - for paths on stdin. One row an image, in the
+    order given: path, label, probability, error. An image that cannot be read has the reason there. In CSV a text that
+    begins with = + - @ or a tab has an apostrophe before it, as a spreadsheet would run it.
+
+    Exit codes: 0 done, 1 failed, 2 nothing found or nothing that can be read, 75 stopped by a signal (--resume).
+
+    \b
+    Examples:
+      tlscale predict runs/photos new_photos/ --out labels.csv
+      find new_photos -name '*.jpg' | tlscale predict runs/photos - --top-k 3 > labels.csv
+    """
+    from tlscale.commands.predict import predict_for_people
+    from tlscale.distributed.signals import stop_with_launcher
+
+    stop_with_launcher()
+    try:
+        predict_for_people(run_dir, places, **options)
+    except TlscaleError as error:
+        if error.key in options:  # named as in Python
+            error.key = f"--{error.key.replace('_', '-')}"
+        raise
+
+
 def _listed(_context: click.Context, _option: click.Parameter, text: str | None) -> list[str]:
     """Read `a,b` as a list."""
     return [part.strip() for part in (text or "").split(",") if part.strip()]

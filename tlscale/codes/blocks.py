@@ -112,7 +112,7 @@ class Extraction:
         distinct = list(dict(read).items())
         raw = self._forward([what for _, what in distinct])
         names = [(key, layer) for key in self.keys for layer in key.layers]
-        specs = iter([_spec_of(layer, v, key.dtype) for (key, layer), v in zip(names, raw, strict=True)])
+        specs = iter([spec_of(layer, v, key.dtype) for (key, layer), v in zip(names, raw, strict=True)])
         self.values = tuple(tuple(next(specs) for _ in key.layers) for key in self.keys)
         computing = self._to_store(raw, positions_B[: len(distinct)])
         self._first[b"".join(address for address, _ in distinct)] = self._stored(computing)
@@ -237,7 +237,7 @@ def fixed_threads() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _spec_of(name: str, value_B: Tensor, dtype: str) -> ValueSpec:
+def spec_of(name: str, value_B: Tensor, dtype: str) -> ValueSpec:
     """Describe a value by a whole block of it."""
     if value_B.ndim == 0 or len(value_B) != BLOCK:
         raise ModelError(

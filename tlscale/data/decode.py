@@ -81,11 +81,11 @@ class BadImageError(DataError):
     image: tuple[str, int] | None = None
 
 
-def decode_image(raw: bytes | npt.NDArray[Any], *, in_chans: int, max_pixels: int, where: str) -> Pixels:
+def decode_image(raw: bytes | npt.NDArray[Any] | Image.Image, *, in_chans: int, max_pixels: int, where: str) -> Pixels:
     """Decode one image to pixels.
 
     Args:
-        raw: an encoded file, or decoded uint8 pixels as H x W, H x W x 1 or H x W x 3.
+        raw: an encoded file; decoded uint8 pixels as H x W, H x W x 1 or H x W x 3; or an image of Pillow's.
         in_chans: channels wanted, 1 or 3.
         max_pixels: most height x width that is accepted.
         where: the place of the image, for messages.
@@ -98,8 +98,7 @@ def decode_image(raw: bytes | npt.NDArray[Any], *, in_chans: int, max_pixels: in
     """
     assert in_chans in (1, 3), in_chans
     try:
-        image = _from_array(raw, max_pixels) if isinstance(raw, np.ndarray) else _from_bytes(raw, max_pixels)
-        return _channels(image, in_chans)
+        return _channels(_opened(raw, max_pixels), in_chans)
     except _BadError as error:
         raise BadImageError(f"{where}: {error}", remedy=LEAVE_OUT) from None
     except Exception as error:  # on hostile bytes Pillow's decoders raise nearly anything
@@ -133,6 +132,19 @@ def header_hw(file: BinaryIO, where: str) -> tuple[int, int]:
 
 class _BadError(Exception):
     """What is wrong with the image; `decode_image` puts the place in front."""
+
+
+def _opened(raw: bytes | npt.NDArray[Any] | Image.Image, max_pixels: int) -> Image.Image:
+    if isinstance(raw, np.ndarray):
+        return _from_array(raw, max_pixels)
+    return _from_pillow(raw, max_pixels) if isinstance(raw, Image.Image) else _from_bytes(raw, max_pixels)
+
+
+def _from_pillow(image: Image.Image, max_pixels: int) -> Image.Image:
+    """Take an image of Pillow's as the file that it was read from would be."""
+    _check_size(image.width, image.height, max_pixels)
+    # A copy: the caller's may be used by other threads, and is left as it is.
+    return _upright(_eight_bits(image.copy(), Meaning()))
 
 
 def _from_array(pixels: npt.NDArray[Any], max_pixels: int) -> Image.Image:

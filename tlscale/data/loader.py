@@ -135,7 +135,7 @@ class ImageStore:
         if self._originals is not None:
             return [_as_chw(self._originals[row]) for row in rows_B.tolist()]
         images = map_in_threads(partial(self._decode if self.crops else self._prepare, raws=raws), rows_B.tolist())
-        return [_as_chw(image) for image in images] if self.crops else torch.from_numpy(_stacked(images))
+        return [_as_chw(image) for image in images] if self.crops else torch.from_numpy(stacked(images))
 
     def _decode(self, row: int, raws: Mapping[int, Raw] | None = None) -> Pixels:
         raw = raws.get(row) if raws is not None else None
@@ -161,7 +161,7 @@ class ImageStore:
         kept_NCSS = np.empty((len(self), *shape_CSS), np.uint8)
 
         def fill(rows: range) -> None:
-            kept_NCSS[rows.start : rows.stop] = _stacked(map(self._prepare, rows))
+            kept_NCSS[rows.start : rows.stop] = stacked(map(self._prepare, rows))
 
         blocks = _blocks(len(self))
         for block, _ in zip(blocks, map_in_threads(fill, blocks), strict=True):
@@ -317,7 +317,7 @@ def _blocks(count: int) -> list[range]:
     return [range(start, min(start + _BLOCK, count)) for start in range(0, count, _BLOCK)]
 
 
-def _stacked(images: Iterable[Pixels]) -> npt.NDArray[np.uint8]:
+def stacked(images: Iterable[Pixels]) -> npt.NDArray[np.uint8]:
     """Stack images (H, W, C) of one size to (B, C, H, W), contiguous."""
     images_BHWC = np.stack(list(images))
     batch, height, width, chans = images_BHWC.shape

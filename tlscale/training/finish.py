@@ -18,7 +18,7 @@ from tlscale.training.checkpoint.files import Checkpoint, checkpoint_folder
 from tlscale.training.checkpoint.run_state import restore_weights
 from tlscale.training.checkpoint.sharded import load_on_all
 from tlscale.training.evaluate import scalars
-from tlscale.training.input_pipeline import ImagePipeline, InputPipeline
+from tlscale.training.input_pipeline import CodePipeline, ImagePipeline, InputPipeline
 from tlscale.training.logger import RunLogger
 from tlscale.training.loop_state import LoopState
 from tlscale.training.predictions import Predictions, write_predictions
@@ -60,6 +60,7 @@ def finish(
         raise unread_test_image(error, folder) from error
     unwrap(state)
     result = _result(state, loop, split, chosen, best=best, last=last)
+    result["computed_scores"] = _scoring(state, chosen.inputs)
     result["changes"] = run_info["changes"]  # of how it was computed, from start to start
     result |= identity
     processes.run_on_main(logger.sync)
@@ -72,6 +73,15 @@ def _score(state: TrainState, inputs: InputPipeline, split: ImageSplit, step: in
     predictions = Predictions(split, state.setup.data.classes)
     with state.setup.watch("test"):
         return {"step": step, **state.evaluate(split, inputs, predictions=predictions)}, predictions
+
+
+def _scoring(state: TrainState, inputs: InputPipeline) -> dict[str, Any]:
+    """Note how the scored images went through the network, on which the last bits of their predictions hang."""
+    return {
+        "on_codes": isinstance(inputs, CodePipeline),
+        "batch_size": pipeline_spec(state.setup, state.processes.device).eval_batch_size,
+        "num_processes": state.processes.world_size,
+    }
 
 
 # -- the weights that are exported ------------------------------------------------------------------------------------

@@ -46,8 +46,17 @@ MOST_LOGITS = 1000
 """With more classes than this only the best 5 logits of an image are stored."""
 _TOP = 5
 _CHUNK = 4096  # images that are written, or handed to the main process, at once
-_NO_ANSWER = -1
+NO_ANSWER = -1
+"""In place of a class number, where the network gave NaN."""
 _HOME = re.compile(r"^/(home|Users)/[^/]+/")
+
+
+def answers(logits_BC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return logits in float32 or float64, class numbers (B,) or `NO_ANSWER`, and probabilities (B, C)."""
+    logits_BC = logits_BC if logits_BC.dtype == torch.float64 else logits_BC.float()
+    answered_B = ~logits_BC.isnan().any(dim=1)
+    finite_BC = torch.nan_to_num(logits_BC)
+    return logits_BC, torch.where(answered_B, finite_BC.argmax(dim=1), NO_ANSWER), finite_BC.softmax(dim=1)
 
 
 class Predictions:
@@ -64,12 +73,9 @@ class Predictions:
 
         Positions are those in the split; logits in fp16 and bf16 are taken to float32, as `metrics.Tally` does.
         """
-        logits_BC = logits_BC if logits_BC.dtype == torch.float64 else logits_BC.float()
-        answered_B = ~logits_BC.isnan().any(dim=1)
-        finite_BC = torch.nan_to_num(logits_BC)
-        labels_B = torch.where(answered_B, finite_BC.argmax(dim=1), _NO_ANSWER)
+        logits_BC, labels_B, probabilities_BC = answers(logits_BC)
         earlier, self._on_the_way = self._on_the_way, []
-        self._on_the_way.append(CopyToCpu((positions_B, logits_BC, labels_B, finite_BC.softmax(dim=1).amax(dim=1))))
+        self._on_the_way.append(CopyToCpu((positions_B, logits_BC, labels_B, probabilities_BC.amax(dim=1))))
         self._keep(earlier)
 
     def _keep(self, batches: Iterable[CopyToCpu]) -> None:
@@ -99,8 +105,8 @@ class Predictions:
     def _table(self, columns: dict[str, np.ndarray]) -> pa.Table:
         positions_B, names = columns["position"], pa.array(self.classes, pa.string())
         answers_B = columns["label"]
-        labels_B = pa.array(answers_B, mask=answers_B == _NO_ANSWER)
-        is_none_B = answers_B == _NO_ANSWER
+        labels_B = pa.array(answers_B, mask=answers_B == NO_ANSWER)
+        is_none_B = answers_B == NO_ANSWER
         arrays = {
             "path": pa.array(image_names(self.split, positions_B), pa.string()),
             "row": pa.array(self.split.rows_N[positions_B], pa.int64()),
@@ -135,9 +141,9 @@ def image_names(split: ImageSplit, positions_B: Ints) -> list[str]:
     """Return names of images by which a person finds them in the data, and that do not tell where the data are."""
     store = getattr(split.table, "store", None)
     if not isinstance(store, FileStore):
-        return [_readable(os.path.basename(split.where(int(position)))) for position in positions_B]
+        return [readable(os.path.basename(split.where(int(position)))) for position in positions_B]
     rows_B = split.rows_N[positions_B]
-    return [_readable(_below(store, path)) for path in store.paths_N.take(pa.array(rows_B)).to_pylist()]
+    return [readable(_below(store, path)) for path in store.paths_N.take(pa.array(rows_B)).to_pylist()]
 
 
 def _below(store: FileStore, path: str) -> str:
@@ -150,8 +156,8 @@ def _below(store: FileStore, path: str) -> str:
     return at_home if at_home.startswith("~") else below
 
 
-def _readable(name: str) -> str:
-    """Return the name as UTF-8: bytes of a file name that are none are escaped."""
+def readable(name: str) -> str:
+    """Return the name of a file as UTF-8: bytes of a file name that are none are escaped."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 

@@ -44,7 +44,8 @@ from tlscale.training.setup import RunSetup
 from tlscale.training.specs import open_codes_cache
 from tlscale.training.unread_images import telling_of_unread_images
 
-_BLOCK = 4096  # images whose logits are computed at once
+HEAD_BATCH = 4096
+"""Images whose logits are computed at once."""
 
 
 def probe(
@@ -213,7 +214,7 @@ def _figures(setup: RunSetup, head: nn.Module, codes_ND: Tensor, predictions: Pr
     tally = Tally(len(setup.data.classes), codes_ND.device)
     labels_N = torch.from_numpy(predictions.split.labels_N).to(codes_ND.device)
     head = head.to(codes_ND.device)
-    parts = (torch.split(part, _BLOCK) for part in (torch.arange(len(labels_N)), codes_ND, labels_N))
+    parts = (torch.split(part, HEAD_BATCH) for part in (torch.arange(len(labels_N)), codes_ND, labels_N))
     for positions_B, codes_BD, labels_B in zip(*parts, strict=True):
         logits_BC = head(codes_BD.to(setup.dtype))
         tally.update(logits_BC, labels_B, cross_entropy(logits_BC, labels_B))

@@ -35,7 +35,7 @@ from tlscale.data.sources.tables import Ints, Role, Source, SourceSplit
 from tlscale.errors import DataError, first_few, is_unicode, one_line, quoted, quoted_list, sentences, suggestion
 from tlscale.recipe.schema import DataSection
 
-_LEFT_BY_DESKTOPS = frozenset(("Thumbs.db", "desktop.ini", "__MACOSX"))
+LEFT_BY_DESKTOPS = frozenset(("Thumbs.db", "desktop.ini", "__MACOSX"))
 
 
 def is_folder_source(data: str) -> bool:
@@ -108,7 +108,7 @@ def _available(root: Path, train: str, top: list[str], nested: list[str]) -> lis
 def _visible(folder: Path) -> list[os.DirEntry[str]]:
     try:
         with os.scandir(folder) as entries:
-            kept = [e for e in entries if not e.name.startswith(".") and e.name not in _LEFT_BY_DESKTOPS]
+            kept = [e for e in entries if not e.name.startswith(".") and e.name not in LEFT_BY_DESKTOPS]
     except OSError as error:
         raise DataError(f"{folder}: cannot be listed: {error.strerror or error}") from None
     return sorted(kept, key=lambda entry: entry.name)

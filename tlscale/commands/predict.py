@@ -1,0 +1,279 @@
+"""`tlscale predict`: a label and a probability for each image that somebody gives.
+
+Promise: one row an image, in the order given, whatever the number of processes and however often the work was stopped.
+An image that cannot be read is a row with the reason. Images and rows pass through, so that memory does not grow.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import chain, islice
+from pathlib import Path
+from typing import BinaryIO
+
+from tlscale.data.given import find_images, lines_of
+from tlscale.distributed.processes import Processes
+from tlscale.distributed.signals import StopRequest
+from tlscale.errors import DataError, Stopped, first_few
+from tlscale.models.model_folder import CONFIG_FILE
+from tlscale.storage.files import file_sha256, reporting_disk_errors
+from tlscale.tracking.console import visible
+from tlscale.training.image_classifier import (
+    ImageClassifier,
+    Images,
+    Predictions,
+    checked_columns,
+    load,
+    refuse_none_read,
+)
+from tlscale.training.prediction_files import SUFFIXES, Screen, Sink, TextFile, TextFormat
+from tlscale.training.prediction_rows import Answers, Columns, answer, chunk_size
+from tlscale.training.run_path import RunPath, computing
+
+_SAY_EVERY_S = 10.0
+_LONG_CHUNK = 1024  # images; a shorter one is finished when a signal comes
+
+
+def predict(
+    run: str | os.PathLike[str],
+    images: Images,
+    out: str | os.PathLike[str] | None = None,
+    *,
+    top_k: int = 1,
+    all_probabilities: bool = False,
+    resume: bool = False,
+) -> Predictions | Path:
+    """Classify images by the model of a run.
+
+    Args:
+        run: its folder.
+        images: as `ImageClassifier.predict` takes them; with `out` paths, folders and globs alone.
+        out: a file for the rows, .csv, .jsonl or .parquet: for more images than memory holds answers of.
+        top_k: so many labels a row of the file.
+        all_probabilities: a column a class in the file.
+        resume: go on where the file ends.
+
+    Returns:
+        Predictions; with `out` the path of the file.
+
+    Raises:
+        TlscaleError: no such run, nothing found, or not one image can be read; with `out` also `Stopped`.
+    """
+    if out is None:
+        return load(run).predict(images)
+    places = [images] if isinstance(images, str | os.PathLike) else images
+    if not isinstance(places, Iterable) or not all(isinstance(place, str | os.PathLike) for place in places):
+        raise DataError("with a file for the rows, images are paths", key="images", remedy="Give paths, or no file")
+    wanted = _Wanted(top_k, all_probabilities, resume=resume)
+    write_predictions(run, [os.fspath(place) for place in places], Path(out), wanted)  # type: ignore[arg-type]
+    return Path(out)
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """Hold the options."""
+
+    top_k: int = 1
+    all_probabilities: bool = False
+    resume: bool = False
+
+
+def predict_for_people(
+    run: str, places: Sequence[str], out: str | None, images_from: str | None, **wanted: int | bool
+) -> None:
+    """Do what the command line says: `-` among the places stands for paths on standard input."""
+    if out is None and wanted["resume"]:
+        remedy = "Name the file that is to go on"
+        raise DataError("only a file can be resumed", key="resume", remedy=remedy)
+    if not places and images_from is None:
+        raise DataError("no image was named", remedy="Name files, folders or globs; - takes paths from standard input")
+    write_predictions(run, places, None if out is None else Path(out), _Wanted(**wanted), images_from)  # type: ignore[arg-type]
+
+
+@reporting_disk_errors()
+def write_predictions(
+    run: str | os.PathLike[str],
+    places: Sequence[str],
+    out: Path | None,
+    wanted: _Wanted,
+    images_from: str | None = None,
+) -> None:
+    """Write a row for each image to a file, or to standard output.
+
+    Raises:
+        TlscaleError: as `predict`.
+    """
+    if out is not None and out.suffix.lower() not in SUFFIXES:
+        raise DataError(
+            f"'{out}' has no ending of a kind that is written",
+            key="out",
+            remedy=f"End it in one of {', '.join(SUFFIXES)}",
+        )
+    trained = load(run)
+    columns = checked_columns(trained.classes, wanted.top_k, all_probabilities=wanted.all_probabilities)
+    with ExitStack() as stack:
+        processes = stack.enter_context(computing(trained.facts))
+        stop = stack.enter_context(StopRequest())
+        path = RunPath(trained, trained.facts, processes)
+        work = _Work(path, processes, chunk_size(path), stop)
+        sink = _sink(out, columns, trained, work.chunk)
+        if wanted.resume and processes.run_on_main(lambda: sink.is_complete):
+            _say(processes, f"'{out}' is complete already")
+            return
+        paths = stack.enter_context(_Paths(places, images_from)) if processes.is_main else None
+        try:
+            processes.run_on_main(work.begin, sink, paths, resume=wanted.resume)
+            work.go_on(sink, out)
+        finally:
+            if processes.is_main:
+                sink.keep()
+    _say(processes, work.summary(out))
+
+
+def _sink(out: Path | None, columns: Columns, trained: ImageClassifier, chunk: int) -> Sink:
+    if out is None:
+        return Screen(columns)
+    config = trained.folder / "model" / CONFIG_FILE
+    config = config if config.is_file() else trained.folder / CONFIG_FILE
+    # The settings hold the checksums of the tensors.
+    about = {"model": file_sha256(config), "columns": columns.names, "batch": chunk}
+    if out.suffix.lower() == ".parquet":
+        from tlscale.training.prediction_parts import ParquetFile
+
+        return ParquetFile(out, columns, about, chunk)
+    form = TextFormat.csv(columns) if out.suffix.lower() == ".csv" else TextFormat.jsonl(columns)
+    return TextFile(out, form, columns, about, chunk)
+
+
+class _Paths(ExitStack):
+    """Give the paths of all images, one after the other, and remember what was not found."""
+
+    def __init__(self, places: Sequence[str], images_from: str | None) -> None:
+        super().__init__()
+        self.notes: list[str] = []
+        found = (self._of(place) for place in places)
+        lists = [] if images_from is None else [self._listed(images_from)]
+        self.images: Iterator[str] = chain(chain.from_iterable(found), *lists)
+
+    def _of(self, place: str) -> Iterator[str]:
+        return self._listed(place) if place == "-" else find_images([place], self._note)
+
+    def _listed(self, name: str) -> Iterator[str]:
+        yield from find_images(lines_of(self._opened(name)), self._note, expand=False)
+
+    def _opened(self, name: str) -> BinaryIO:
+        if name == "-":
+            return sys.stdin.buffer
+        try:
+            return self.enter_context(open(name, "rb"))
+        except OSError as error:
+            raise DataError(f"'{name}' cannot be read: {error.strerror or error}", key="images_from") from None
+
+    def _note(self, text: str) -> None:
+        if len(self.notes) < 10:  # a list may name a million
+            self.notes.append(text)
+            print(f"tlscale: {visible(text)}", file=sys.stderr)
+
+
+@dataclass
+class _Work:
+    """Take the images in rounds: a chunk for each process, and the main one writes them in order."""
+
+    path: RunPath
+    processes: Processes
+    chunk: int
+    stop: StopRequest
+    paths: _Paths | None = None
+    images: Iterator[str] = field(default_factory=lambda: iter(()))
+    num_given: int = 0
+    num_read: int = 0
+    num_new: int = 0
+    first_error: tuple[str, str | None] = ("", None)
+    _began_s: float = field(default_factory=time.monotonic)
+    _said_s: float = field(default_factory=time.monotonic)
+
+    def begin(self, sink: Sink, paths: _Paths | None, *, resume: bool) -> None:
+        """Open the file, and go to where it ends."""
+        assert paths is not None
+        self.paths, self.images = paths, paths.images
+        if not resume:
+            first = next(self.images, None)  # before a file is made, or replaced
+            self._refuse_nothing(first)
+            self.images = chain([first] if first is not None else [], self.images)
+            sink.begin()
+            return
+        resumed = sink.resume(self.images)
+        self.images, self.num_given, self.num_read = resumed.images, resumed.num_rows, resumed.num_read
+
+    def _refuse_nothing(self, first: str | None) -> None:
+        if first is None:
+            notes = self.paths.notes if self.paths is not None else []
+            raise DataError(first_few(notes) or "no image was found")
+
+    def go_on(self, sink: Sink, out: Path | None) -> None:
+        """Do all that is left.
+
+        Raises:
+            Stopped: a signal came; what is finished is written.
+            DataError: there was nothing, or nothing that can be read.
+        """
+        processes = self.processes
+        while given := processes.run_on_main(self._next_round):
+            own = given[processes.rank * self.chunk : (processes.rank + 1) * self.chunk]
+            answered = processes.run_on_all(answer, own, self.path, processes, self._show) if own else None
+            parts = processes.gather(answered)
+            processes.run_on_main(self._write, sink, given, [part for part in parts if part is not None])
+            if processes.any(self.stop.requested):
+                where = "" if out is None else f"; '{out}' can be resumed"
+                raise Stopped(f"stopped after {self.num_given:,} images{where}")
+        processes.run_on_main(self._end, sink)
+
+    def _next_round(self) -> list[str]:
+        return list(islice(self.images, self.chunk * self.processes.world_size))
+
+    def _write(self, sink: Sink, given: list[str], parts: list[Answers]) -> None:
+        for number, answers in enumerate(parts):
+            paths = given[number * self.chunk : (number + 1) * self.chunk]
+            sink.write(paths, answers)
+            good = answers.errors.count(None)
+            if self.first_error[1] is None and good < len(answers):
+                at = next(at for at, why in enumerate(answers.errors) if why is not None)
+                self.first_error = paths[at], answers.errors[at]
+            self.num_read += good
+        self.num_given += len(given)
+
+    def _end(self, sink: Sink) -> None:
+        if self.num_given == 0:
+            self._refuse_nothing(None)
+        sink.end()
+        refuse_none_read(self.num_given, self.num_read, *self.first_error)
+
+    def _show(self, num_images: int) -> None:
+        # Nobody waits for minutes after a signal; several processes have to end at the same place.
+        if self.stop.requested and self.chunk > _LONG_CHUNK and self.processes.world_size == 1:
+            raise Stopped(f"stopped after {self.num_given:,} images and a part of a batch; a file can be resumed")
+        self.num_new += num_images * self.processes.world_size
+        now_s = time.monotonic()
+        if now_s - self._said_s >= _SAY_EVERY_S:
+            self._said_s = now_s
+            _say(self.processes, f"{self.num_new:,} images, {self._speed()}")
+
+    def _speed(self) -> str:
+        return f"{self.num_new / max(time.monotonic() - self._began_s, 1e-9):.0f} images/s"
+
+    def summary(self, out: Path | None) -> str:
+        """Return a line on all that was done."""
+        failed = self.num_given - self.num_read
+        without = f", {failed:,} without an answer (column error)" if failed else ""
+        where = "" if out is None else f" -> {out}"
+        return f"{self.num_given:,} images{without}; {self._speed()}{where}"
+
+
+def _say(processes: Processes, text: str) -> None:
+    if processes.is_main:
+        print(visible(text), file=sys.stderr)

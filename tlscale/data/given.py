@@ -1,0 +1,134 @@
+"""Find and read images that somebody gives: by path, by folder, by glob, or in memory.
+
+Promise: they are found one after the other and never listed as a whole, in an order that the names alone decide; and
+they become pixels by the functions that read a run's own images. What cannot be read is a reason, and no exception.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageFile
+
+from tlscale.data.decode import EXTENSIONS, decode_image
+from tlscale.data.sources.folder import LEFT_BY_DESKTOPS
+from tlscale.data.sources.labels import sort_labels
+from tlscale.data.sources.stores import read_image_file
+from tlscale.data.transforms import InputSpec, Pixels, eval_transform
+from tlscale.data.workers import map_in_threads
+from tlscale.errors import DataError, one_line
+
+InMemory = Image.Image | npt.NDArray[Any]
+Given = str | InMemory
+"""A path, or an image."""
+
+
+def find_images(
+    places: Iterable[str | os.PathLike[str]], note: Callable[[str], None], *, expand: bool = True
+) -> Iterator[str]:
+    """Give the paths of images: files as they are named, folders searched through, globs expanded.
+
+    A file that is named is tried whatever its name ends in; in folders endings tell images. What is not there comes as
+    it is, to be reported when it is read.
+
+    Args:
+        note: is told of folders and globs in which nothing is found, and of folders that cannot be listed.
+        expand: whether a name that is not there may be a glob.
+    """
+    for given in places:
+        place = os.fspath(given)
+        if os.path.isdir(place):
+            yield from _noting_none(_below(place, note, ()), f"'{place}' has no images", note)
+        elif expand and glob.has_magic(place) and not os.path.lexists(place):
+            matches = sorted(glob.glob(os.path.expanduser(place), recursive=True))
+            if not matches:
+                note(f"nothing matches '{place}'")
+            for match in matches:
+                yield from find_images([match], note)
+        else:
+            yield place
+
+
+def lines_of(file: BinaryIO) -> Iterator[str]:
+    """Give paths from a list, one a line; empty lines are skipped."""
+    for line in file:
+        path = os.fsdecode(line.rstrip(b"\r\n"))
+        if path:
+            yield path
+
+
+def _noting_none(paths: Iterator[str], problem: str, note: Callable[[str], None]) -> Iterator[str]:
+    first = next(paths, None)
+    if first is None:
+        note(problem)
+        return
+    yield first
+    yield from paths
+
+
+def _below(folder: str, note: Callable[[str], None], above: tuple[tuple[int, int], ...]) -> Iterator[str]:
+    """Give the images of a folder, then those of the folders in it, in the order in which a run sorts its classes."""
+    files, folders = [], []
+    try:
+        found = os.stat(folder)
+        own = found.st_dev, found.st_ino
+        if own in above:
+            return  # links that go round in a circle
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.startswith(".") or entry.name in LEFT_BY_DESKTOPS:
+                    continue
+                if os.path.isdir(entry.path):
+                    folders.append(entry.name)
+                elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
+                    files.append(entry.name)
+    except OSError as error:
+        note(f"'{folder}' cannot be listed: {error.strerror or error}")
+        return
+    for name in sorted(files):
+        yield os.path.join(folder, name)
+    for name in sort_labels(folders):
+        yield from _below(os.path.join(folder, name), note, (*above, own))
+
+
+def name_of(given: Given) -> str:
+    """Return what an image is called in predictions: its path; of one in memory its file's, if it has one."""
+    if isinstance(given, str):
+        return given
+    return str(getattr(given, "filename", "") or "")
+
+
+def read_given(images: Sequence[Given], spec: InputSpec, max_pixels: int) -> tuple[list[Pixels], list[str | None]]:
+    """Read images as a run reads those that it evaluates.
+
+    Returns:
+        Those that can be read, each (image_size, image_size, C); and for each given one why it cannot, or None.
+    """
+
+    def read(given: Given) -> Pixels | str:
+        where = one_line(name_of(given))
+        try:
+            pixels = decode_image(_raw(given, where), in_chans=spec.in_chans, max_pixels=max_pixels, where=where)
+            return eval_transform(pixels, spec)
+        except DataError as error:
+            return error.problem.removeprefix(f"{where}: ")
+
+    read_B = list(map_in_threads(read, images))
+    pixels_B = [pixels for pixels in read_B if not isinstance(pixels, str)]
+    return pixels_B, [pixels if isinstance(pixels, str) else None for pixels in read_B]
+
+
+def _raw(given: Given, where: str) -> bytes | InMemory:
+    if isinstance(given, str):
+        return read_image_file(Path(given), where)
+    # What Pillow has opened and not yet decoded is its file, of which more is known than Pillow tells.
+    name = getattr(given, "filename", "")
+    if isinstance(given, ImageFile.ImageFile) and given.tile and name and os.path.isfile(name):
+        return read_image_file(Path(name), where)
+    return given if not isinstance(given, np.ndarray) else np.ascontiguousarray(given)

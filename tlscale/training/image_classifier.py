@@ -1,0 +1,199 @@
+"""Use a finished run's model in Python: give it images, get labels and probabilities.
+
+Promise: images are read as the run read its own, and take the run's own way through the network.
+
+Shapes: N images, C classes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from tlscale.data.given import Given, InMemory, find_images, name_of
+from tlscale.errors import DataError, TlscaleError, first_few
+from tlscale.models import model_folder
+from tlscale.models.model_folder import TrainedModel
+from tlscale.storage.files import replacing, reporting_disk_errors
+from tlscale.training.prediction_rows import Answers, Columns, answer, chunk_size, csv_line
+from tlscale.training.predictions import NO_ANSWER, readable
+from tlscale.training.run_path import RunFacts, RunPath, computing
+
+Images = str | os.PathLike[str] | InMemory | Iterable["str | os.PathLike[str] | InMemory"]
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Predictions:
+    """Hold what a model says of some images, in the order given."""
+
+    classes: tuple[str, ...]
+    paths: list[str]
+    """Empty for an image in memory."""
+    labels: list[str | None]
+    """None where there is no answer."""
+    probabilities: npt.NDArray[np.float32]
+    """(N, C), in the order of `classes`; NaN where there is no answer."""
+    errors: list[str | None]
+    """Why there is no answer."""
+    _answers: list[Answers]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __repr__(self) -> str:
+        failed = sum(why is not None for why in self.errors)
+        counts = {name: self.labels.count(name) for name in self.classes if name in self.labels}
+        shown = first_few([f"{name!r}: {count:,}" for name, count in sorted(counts.items(), key=lambda one: -one[1])])
+        unread = f", {failed:,} without an answer" if failed else ""
+        return f"Predictions({len(self):,} image{'s' * (len(self) != 1)}{unread}; {shown or 'no label'})"
+
+    def to_pandas(self, *, top_k: int = 1, all_probabilities: bool = False) -> Any:  # noqa: ANN401 (a DataFrame)
+        """Make a data frame of the columns that the command writes.
+
+        Raises:
+            TlscaleError: pandas is not installed, or more labels are wanted than there are classes.
+        """
+        try:
+            import pandas
+        except ImportError:
+            raise TlscaleError("pandas is not installed", remedy="Install it: pip install pandas") from None
+        columns = checked_columns(self.classes, top_k, all_probabilities=all_probabilities)
+        return pandas.DataFrame(list(self._rows(columns)), columns=columns.names)
+
+    def to_csv(self, path: str | os.PathLike[str], *, top_k: int = 1, all_probabilities: bool = False) -> None:
+        """Write them as the command does: to a file that is complete, or not there.
+
+        Raises:
+            TlscaleError: the file cannot be written, or more labels are wanted than there are classes.
+        """
+        columns = checked_columns(self.classes, top_k, all_probabilities=all_probabilities)
+        with (
+            reporting_disk_errors(),
+            replacing(Path(path)) as aside,
+            aside.open("w", encoding="utf-8", newline="") as file,
+        ):
+            file.write(csv_line(columns.names))
+            file.writelines(map(csv_line, self._rows(columns)))
+
+    def _rows(self, columns: Columns) -> Iterator[list[str | float | None]]:
+        start = 0
+        for answers in self._answers:
+            yield from columns.rows([readable(path) for path in self.paths[start : start + len(answers)]], answers)
+            start += len(answers)
+
+
+def checked_columns(classes: tuple[str, ...], top_k: int, *, all_probabilities: bool) -> Columns:
+    """Choose columns.
+
+    Raises:
+        DataError: as many labels as are wanted do not exist.
+    """
+    if not 1 <= top_k <= len(classes):
+        remedy = f"Give 1 to {len(classes):,}"
+        raise DataError(f"{top_k} labels of a model that has {len(classes):,} classes", key="top_k", remedy=remedy)
+    return Columns(classes, top_k, all_probabilities)
+
+
+@dataclass(frozen=True, repr=False)
+class ImageClassifier(TrainedModel):
+    """The model of a run: `model(images)` gives logits for prepared images, and `predict` takes any images."""
+
+    folder: Path = field(default=Path())
+    """The run's."""
+
+    def __repr__(self) -> str:
+        spec = self.input_spec
+        name = (getattr(getattr(self.model, "backbone", self.model), "pretrained_cfg", None) or {}).get("architecture")
+        size = f"{spec.image_size} x {spec.image_size} x {spec.in_chans}"
+        kind = name or type(self.model).__name__
+        return f"ImageClassifier({str(self.folder)!r}: {kind}, {len(self.classes):,} classes, images of {size})"
+
+    @cached_property
+    def facts(self) -> RunFacts:
+        """What the run folder tells of the way to logits."""
+        return RunFacts.of(self.folder)
+
+    def predict(self, images: Images, *, batch_size: int | None = None) -> Predictions:
+        """Read images and classify them, on the device and in the precision of the run.
+
+        Args:
+            images: paths (of files, or of folders, which are searched through), globs, images of Pillow's, arrays
+                (uint8, H x W or H x W x 3, or N of them), mixed as you like; or one of them.
+            batch_size: of what was trained; by default the run's own, with which the run's own test images get the
+                very bits that they got in the run.
+
+        Raises:
+            DataError: nothing was found, or not one image can be read. A single one that cannot has its `errors`.
+        """
+        if batch_size is not None and batch_size < 1:
+            raise DataError(f"{batch_size} is no number of images", key="batch_size", remedy="Give 1 or more")
+        notes: list[str] = []
+        given = list(_each(images, notes))
+        if not given:
+            raise DataError("; ".join(notes) or "no image was given")
+        answers: list[Answers] = []
+        with computing(self.facts) as processes:
+            path = RunPath(self, self.facts, processes, batch_size=batch_size)
+            size = chunk_size(path)
+            for start in range(0, len(given), size):
+                answers.append(answer(given[start : start + size], path, processes))
+        made = self._predictions(given, answers)
+        refuse_none_read(len(made), sum(why is None for why in made.errors), made.paths[0], made.errors[0])
+        return made
+
+    def _predictions(self, given: list[Given], answers: list[Answers]) -> Predictions:
+        numbers = np.concatenate([some.labels_N for some in answers]).tolist()
+        return Predictions(
+            self.classes,
+            [name_of(one) for one in given],
+            [None if number == NO_ANSWER else self.classes[number] for number in numbers],
+            np.concatenate([some.probabilities_NC for some in answers]).astype(np.float32),
+            [why for some in answers for why in some.errors],
+            answers,
+        )
+
+
+def refuse_none_read(num_given: int, num_read: int, path: str, why: str | None) -> None:
+    """Refuse images of which none has an answer; the first is named.
+
+    Raises:
+        DataError: there are none.
+    """
+    if num_read == 0:
+        of = "the image" if num_given == 1 else f"none of the {num_given:,} images"
+        problem = f"{of} cannot be read" if num_given == 1 else f"{of} can be read; the first"
+        raise DataError(f"{problem}: {f'{path}: ' if path else ''}{why}")
+
+
+def _each(images: Images, notes: list[str]) -> Iterator[Given]:
+    if isinstance(images, str | os.PathLike):
+        yield from find_images([images], notes.append)
+    elif isinstance(images, Image.Image):
+        yield images
+    elif isinstance(images, np.ndarray) and images.dtype != object:
+        is_one = images.ndim < 3 or (images.ndim == 3 and images.shape[2] in (1, 3))
+        yield from [images] if is_one else images
+    elif hasattr(images, "__iter__"):
+        for one in images:
+            yield from [one] if isinstance(one, np.ndarray) else _each(one, notes)
+    else:
+        kind = type(images).__name__
+        raise DataError(f"a {kind} is no image", key="images", remedy="Give paths, images of Pillow's, or arrays")
+
+
+def load(run: str | os.PathLike[str]) -> ImageClassifier:
+    """Load the model of a run folder (or of its `model/` folder), in eval mode on the CPU.
+
+    Raises:
+        RunFolderError: there is no model there, a damaged one, or one of a newer format.
+    """
+    loaded = model_folder.load(Path(run))
+    return ImageClassifier(loaded.model, loaded.classes, loaded.input_spec, Path(run))

@@ -1,0 +1,166 @@
+"""Answer for images that somebody gives, and lay the answers out: one row an image.
+
+| column | holds |
+|---|---|
+| `path` | as it was given or found; bytes of a name that are no UTF-8 are escaped |
+| `label`, `probability` | the most likely class, and how likely; empty where there is no answer |
+| `label_2`, `probability_2`, ... | the next ones, where more than one is wanted |
+| `p_<class>` | how likely each class is, where all are wanted |
+| `error` | why there is no answer; else empty |
+
+Promise: a text of others is a text in every reader. In CSV a cell that begins with what a spreadsheet takes for a
+formula has an apostrophe before it, and one with a comma, a quote or a line break is quoted.
+
+Shapes: N images, C classes, K most likely of them, S image size.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from tlscale.codes.shards import BLOCK
+from tlscale.data.given import Given, read_given
+from tlscale.data.loader import stacked
+from tlscale.data.sampler import Ints
+from tlscale.distributed.processes import Processes
+from tlscale.training.predictions import NO_ANSWER, answers
+from tlscale.training.run_path import RunPath
+
+NO_NUMBER = "the network gives no number for it (NaN)"
+_LEAST_CHUNK = 256  # images
+_FORMULAS = tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")  # the last four are those of wide scripts
+Cell = str | float | None
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Hold what a network says of some images."""
+
+    labels_N: Ints
+    """Class numbers; `NO_ANSWER` where there are none."""
+    probabilities_NC: npt.NDArray[Any]
+    """float32 or float64; NaN where there is no answer."""
+    errors: list[str | None]
+
+    def __len__(self) -> int:
+        return len(self.errors)
+
+    def ranked(self, top_k: int) -> Ints:
+        """Return the classes of each image, (N, top_k), most likely first; of equal ones that of the lower number."""
+        if top_k == 1:
+            return self.labels_N[:, None]
+        key_NC = np.nan_to_num(self.probabilities_NC)
+        np.put_along_axis(key_NC, np.maximum(self.labels_N, 0)[:, None], np.inf, axis=1)  # the answer comes first
+        return np.argsort(-key_NC, axis=1, kind="stable")[:, :top_k]
+
+
+def chunk_size(path: RunPath) -> int:
+    """Return how many images are answered for at once: whole batches, so that no bit hangs on where a chunk ends."""
+    return path.batch_size * -(-_LEAST_CHUNK // path.batch_size)
+
+
+def answer(
+    given: Sequence[Given],
+    path: RunPath,
+    processes: Processes,
+    on_images: Callable[[int], None] = lambda num_images: None,
+) -> Answers:
+    """Read and answer for a chunk of images, which begins a batch; those that cannot be read are passed over.
+
+    `on_images` is called with a number of images when so many more are done.
+    """
+    errors: list[str | None] = []
+
+    def blocks() -> Iterator[Tensor]:
+        pieces = [given[start : start + BLOCK] for start in range(0, len(given), BLOCK)]
+        for pixels_B, why_B in _ahead(lambda piece: read_given(piece, path.spec, path.facts.max_pixels), pieces):
+            errors.extend(why_B)
+            if pixels_B:
+                yield torch.from_numpy(stacked(pixels_B))
+            on_images(len(why_B))
+
+    labels_N = np.full(len(given), NO_ANSWER, np.int64)
+    parts = [part.cpu().numpy() for part in answers(path.logits(blocks(), processes))[1:]]
+    sound_N = np.array([why is None for why in errors], dtype=bool)
+    labels_N[sound_N], probabilities_BC = parts
+    probabilities_NC = np.full((len(given), path.num_classes), np.nan, probabilities_BC.dtype)
+    probabilities_NC[sound_N] = probabilities_BC
+    for at in np.flatnonzero(sound_N & (labels_N == NO_ANSWER)).tolist():
+        # Softmax was of other numbers than the network's own.
+        errors[at], probabilities_NC[at] = NO_NUMBER, np.nan
+    return Answers(labels_N, probabilities_NC, errors)
+
+
+def _ahead(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """Map in order, the next one in a thread while this one is worked on."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting = None
+        for item in items:
+            coming = pool.submit(function, item)
+            if waiting is not None:
+                yield waiting.result()
+            waiting = coming
+        if waiting is not None:
+            yield waiting.result()
+
+
+# -- rows -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Choose the columns of predictions."""
+
+    classes: tuple[str, ...]
+    top_k: int = 1
+    all_probabilities: bool = False
+
+    @property
+    def names(self) -> list[str]:
+        """Return their names, in order."""
+        more = [f"{name}_{place}" for place in range(2, self.top_k + 1) for name in ("label", "probability")]
+        each = [f"p_{name}" for name in self.classes] if self.all_probabilities else []
+        return ["path", "label", "probability", *more, *each, "error"]
+
+    def rows(self, paths: Sequence[str], answers: Answers) -> Iterator[list[Cell]]:
+        """Give the cells of each image, in the order of the names; None for what is empty."""
+        ranked_NK = answers.ranked(self.top_k)
+        best_NK = np.take_along_axis(answers.probabilities_NC, np.maximum(ranked_NK, 0), axis=1)
+        every_NC = answers.probabilities_NC if self.all_probabilities else best_NK[:, :0]
+        tables = (ranked_NK.tolist(), *(table.astype(np.float64).tolist() for table in (best_NK, every_NC)))
+        for path, why, labels, best, every in zip(paths, answers.errors, *tables, strict=True):
+            row: list[Cell] = [path]
+            for label, probability in zip(labels, best, strict=True):
+                row += [None, None] if why is not None else [self.classes[label], probability]
+            yield [*row, *(each if why is None else None for each in every), why]
+
+
+def csv_line(cells: Iterable[Cell]) -> str:
+    """Write a row as CSV."""
+    return ",".join(map(csv_cell, cells)) + "\n"
+
+
+def csv_cell(cell: Cell) -> str:
+    """Write a cell as CSV that no spreadsheet runs."""
+    if not isinstance(cell, str):
+        return "" if cell is None else repr(cell)
+    text = f"'{cell}" if cell.startswith(_FORMULAS) else cell
+    if any(mark in text for mark in ',"\r\n'):
+        return '"' + text.replace('"', '""') + '"'
+    return text
+
+
+def json_line(names: Sequence[str], cells: Sequence[Cell]) -> str:
+    """Write a row as a JSON object."""
+    return json.dumps(dict(zip(names, cells, strict=True)), ensure_ascii=False, allow_nan=False) + "\n"

@@ -1,0 +1,260 @@
+"""Take images to logits in the way in which a finished run took those that it scored.
+
+Promise: the way hangs on the run alone: its frozen part in the blocks in which codes are computed, what it trained in
+its batches, in its precision. So the images of its scored split, in their order, get the very bits of its
+`predictions.parquet` (of a run on one process: on several each had its share in batches of its own, and the last bit
+may hang on that); and no image's bits hang on the processes that share the work now.
+
+Shapes: B images, C classes, S image size.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tlscale.codes.blocks import fixed_threads, spec_of
+from tlscale.codes.shards import BLOCK
+from tlscale.data.transforms import ImageBatch, InputPath
+from tlscale.distributed.device import choose_algorithms, naming_memory
+from tlscale.distributed.processes import Processes, start_processes
+from tlscale.models.classifier import Classifier, CodesClassifier
+from tlscale.models.features import PENULTIMATE, LayerCodes
+from tlscale.models.freeze import freeze_parameters
+from tlscale.models.knn import KnnHead
+from tlscale.models.model_folder import TrainedModel
+from tlscale.models.partition.partition import NoPartition, find_partition
+from tlscale.recipe.load import load_stored_recipe
+from tlscale.recipe.schema import ComputeSection, DataSection, Recipe
+from tlscale.storage.run_folder import RunFolder
+from tlscale.training.cache_decision import sample_images
+from tlscale.training.probe import HEAD_BATCH
+from tlscale.training.run_files import read_result, read_run_info
+
+_DEFAULT_BATCH = 64
+Values = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """Hold what a run folder tells of the way; of a model without its run the defaults."""
+
+    compute: ComputeSection
+    codes_dtype: str = "auto"
+    max_pixels: int = round(DataSection.model_fields["max_megapixels"].default * 1e6)
+    is_probe: bool = False
+    frozen_by: tuple[Any, ...] | None = None
+    """Rules; None where the scored images went through the whole network at once."""
+    batch_size: int = _DEFAULT_BATCH
+
+    @classmethod
+    def of(cls, run: Path) -> RunFacts:
+        """Read them.
+
+        Raises:
+            TlscaleError: a file of the run is damaged.
+        """
+        folder = RunFolder(run)
+        if not folder.recipe.is_file():
+            return cls(ComputeSection())
+        recipe = load_stored_recipe(folder.recipe).recipe
+        # The processes that predict are as many as there are.
+        compute = recipe.compute.without_engine().model_copy(update={"num_processes": None})
+        max_pixels = round(recipe.data.max_megapixels * 1e6)
+        if recipe.probe is not None:
+            return cls(compute, recipe.codes.dtype, max_pixels, is_probe=True, batch_size=HEAD_BATCH)
+        info, result = read_run_info(folder) or {}, read_result(folder) or {}
+        scores = result.get("computed_scores") or _scores_of_older(recipe, info)
+        rules = recipe.stages[-1].freeze if recipe.stages else recipe.freeze
+        frozen_by = tuple(rules) if scores["on_codes"] else None
+        return cls(compute, recipe.codes.dtype, max_pixels, frozen_by=frozen_by, batch_size=scores["batch_size"])
+
+
+def _scores_of_older(recipe: Recipe, info: dict[str, Any]) -> dict[str, Any]:
+    """Return what a run of an older version would have noted, as far as it can be told."""
+    started = (info.get("computed") or [{}])[-1]
+    batch_size = recipe.evaluate.batch_size or started.get("micro_batch_size") or recipe.batch_size
+    return {"on_codes": recipe.stages is None and bool(info.get("keeps_codes", {}).get("0")), "batch_size": batch_size}
+
+
+@contextmanager
+def computing(facts: RunFacts) -> Iterator[Processes]:
+    """Join the processes that were launched, with the settings that the run computed with, within the context."""
+    with closing(start_processes(facts.compute)) as processes:
+        choose_algorithms(processes.device, deterministic=facts.compute.deterministic)
+        with naming_memory():
+            yield processes
+
+
+class RunPath:
+    """Compute logits as the run did."""
+
+    def __init__(
+        self, trained: TrainedModel, facts: RunFacts, processes: Processes, *, batch_size: int | None = None
+    ) -> None:
+        """Copy the network to this process's device.
+
+        `batch_size`: of what was trained, in place of the run's; then the last bits may be others.
+        """
+        self.facts, self.spec, self.num_classes = facts, trained.input_spec, len(trained.classes)
+        self.batch_size = batch_size or facts.batch_size
+        self._way = _way(trained, facts, processes)
+
+    def logits(self, blocks: Iterable[Tensor], processes: Processes) -> Tensor:
+        """Compute logits (B, C), on the device, of images (uint8, C x S x S) that come in blocks of `BLOCK` at most.
+
+        The first of them begins a batch.
+        """
+        first, then = self._way
+        made = (first(block, processes) for block in blocks)
+        parts = [then(values, processes) for values in _batches(made, self.batch_size)]
+        return torch.cat(parts) if parts else torch.zeros(0, self.num_classes)
+
+
+def _batches(blocks: Iterable[Values], size: int) -> Iterator[Values]:
+    """Put values of blocks together to batches of `size` images; the last one has the rest."""
+    held: list[Values] = []
+    num_held = 0
+    for block in blocks:
+        held.append(block)
+        num_held += len(block[0])
+        while num_held >= size:
+            joined = _joined(held)
+            yield tuple(value[:size] for value in joined)
+            held, num_held = [tuple(value[size:] for value in joined)], num_held - size
+    if num_held:
+        yield _joined(held)
+
+
+def _joined(blocks: Sequence[Values]) -> Values:
+    return blocks[0] if len(blocks) == 1 else tuple(torch.cat(parts) for parts in zip(*blocks, strict=True))
+
+
+# -- the three ways ---------------------------------------------------------------------------------------------------
+
+
+def _way(trained: TrainedModel, facts: RunFacts, processes: Processes) -> tuple[_First, _Then]:
+    """Return what is done with each block, and then with each batch."""
+    dtype = torch.float64 if facts.compute.precision == "fp64" else torch.float32
+    inputs = InputPath(trained.input_spec, dtype, processes.device, facts.compute.channels_last)
+    network = copy.deepcopy(trained.model).to(processes.device)
+    for part in network.children() if isinstance(network, CodesClassifier) else [network]:
+        if not isinstance(part, KnnHead):  # which works in float32, whatever the run's precision is
+            part.to(dtype)
+    if facts.compute.channels_last:
+        network.to(memory_format=torch.channels_last)
+    network.eval()
+    if isinstance(network, CodesClassifier):
+        return _Frozen(network.codes, inputs, facts), _Rest(network.head, inputs, (dtype,), autocasts=False)
+    parted = None if facts.frozen_by is None and not facts.is_probe else _parted(network, sample_images(inputs))
+    if parted is None:
+        return _as_they_are, _Whole(network, inputs)
+    if facts.is_probe:
+        codes = LayerCodes(parted.backbone, [(PENULTIMATE, "avg")])
+        return _Frozen(codes, inputs, facts), _Rest(parted.head, inputs, (dtype,), autocasts=False)
+    freeze_parameters(parted.backbone, facts.frozen_by or ())
+    try:
+        with processes.accelerator.autocast():
+            partition = find_partition(parted.train(), sample_images(inputs))
+    except NoPartition:  # an equal network all the same, up to rounding
+        return _as_they_are, _Whole(network, inputs)
+    partition.suffix.eval()
+    dtypes = tuple(value.dtype for value in partition.values)
+    return _Frozen(partition.prefix, inputs, facts), _Rest(partition.suffix, inputs, dtypes, autocasts=True)
+
+
+def _parted(network: nn.Module, images_BCHW: Tensor) -> Classifier | None:
+    """Part timm's own model into backbone and head, as the run had it; None where the two give other logits."""
+    if isinstance(network, Classifier):
+        return network
+    name = (getattr(network, "pretrained_cfg", None) or {}).get("classifier")
+    if not isinstance(name, str):
+        return None
+    layer = network.get_submodule(name)
+    if not isinstance(layer.weight, Tensor) or not isinstance(layer.bias, Tensor):
+        return None
+    weight_CD = layer.weight.detach().flatten(1)
+    head = nn.Linear(weight_CD.shape[1], len(weight_CD), device=weight_CD.device, dtype=weight_CD.dtype)
+    with torch.no_grad():
+        head.weight.copy_(weight_CD)
+        head.bias.copy_(layer.bias)
+        backbone = copy.deepcopy(network)
+        backbone.reset_classifier(0)  # type: ignore[operator]
+        parted = Classifier(backbone, nn.Sequential(head)).eval()
+        same = torch.allclose(parted(images_BCHW), network(images_BCHW), rtol=1e-4, atol=1e-5)
+    return parted if same else None
+
+
+_First = Callable[[Tensor, Processes], Values]
+_Then = Callable[[Values, Processes], Tensor]
+
+
+def _as_they_are(images_BCSS: Tensor, processes: Processes) -> Values:
+    return (images_BCSS,)
+
+
+def _batch(images_BCSS: Tensor) -> ImageBatch:
+    rows_B = torch.arange(len(images_BCSS))
+    return ImageBatch(images_BCSS, rows_B, rows_B, len(images_BCSS))
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """Take images through the whole network, as `training.evaluate` does."""
+
+    network: nn.Module
+    inputs: InputPath
+
+    def __call__(self, values: Values, processes: Processes) -> Tensor:
+        with processes.local.without_gradients(), processes.accelerator.autocast():
+            logits_BC: Tensor = self.network(*self.inputs(_batch(values[0])))
+            return logits_BC
+
+
+@dataclass(frozen=True)
+class _Frozen:
+    """Compute a block of codes, as `codes.blocks` does, and give them as they come back from the store."""
+
+    module: nn.Module
+    inputs: InputPath
+    facts: RunFacts
+
+    def __call__(self, images_BCSS: Tensor, processes: Processes) -> Values:
+        count = len(images_BCSS)
+        filled = torch.cat([images_BCSS, images_BCSS[-1:].expand(BLOCK - count, -1, -1, -1)])
+        half = self.facts.compute.precision in ("bf16", "fp16")
+        autocast = processes.accelerator.autocast() if half else nullcontext()
+        with torch.no_grad(), fixed_threads(), autocast:
+            values: Values = self.module(*self.inputs(_batch(filled)))
+        return tuple(_stored(value, self.facts.codes_dtype)[:count] for value in values)
+
+
+def _stored(value_B: Tensor, dtype: str) -> Tensor:
+    spec = spec_of("code", value_B, dtype)
+    order = torch.channels_last if spec.channels_last else torch.contiguous_format
+    return value_B.to(spec.torch_dtype).contiguous(memory_format=order)
+
+
+@dataclass(frozen=True)
+class _Rest:
+    """Take codes through what was trained or fitted on them, in the types that it takes."""
+
+    module: nn.Module
+    inputs: InputPath
+    dtypes: tuple[torch.dtype, ...]
+    autocasts: bool
+
+    def __call__(self, values: Values, processes: Processes) -> Tensor:
+        # Copies: what was trained may overwrite its input.
+        codes = [value.to(dtype, copy=True) for value, dtype in zip(values, self.dtypes, strict=True)]
+        autocast = processes.accelerator.autocast() if self.autocasts else nullcontext()
+        with processes.local.without_gradients(), autocast:
+            logits_BC: Tensor = self.module(*codes)
+            return logits_BC
