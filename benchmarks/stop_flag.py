@@ -59,7 +59,7 @@ def measure(num_steps: int, rounds: int, width: int) -> None:
         kinds: dict[str, list[float]] = {"never": [], "each step": [], "every k steps": []}
         asked = 0
         for _ in range(rounds):
-            poll = StopPoll(stop, processes, -11)
+            poll = StopPoll(processes, -11)
             kinds["never"].append(step_ms(processes, num_steps, width, lambda step: False))
             kinds["each step"].append(step_ms(processes, num_steps, width, lambda step: processes.any(stop.requested)))
             kinds["every k steps"].append(step_ms(processes, num_steps, width, poll.is_stopping))

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tlscale import __version__
+from tlscale.distributed.signals import StopRequest
 from tlscale.errors import RecipeError, TlscaleError
 from tlscale.tracking.stopwatch import Stopwatch, process_began_s
 
@@ -27,7 +28,9 @@ def _reports_errors(verb: Callable[..., None]) -> Callable[..., None]:
     @wraps(verb)
     def wrapper(*args: Any, **options: Any) -> None:  # noqa: ANN401
         try:
-            verb(*args, **options)
+            # From the first moment on: also while a verb imports, or has nothing to save.
+            with StopRequest():
+                verb(*args, **options)
             sys.stdout.flush()  # what was said may be lost only now
         except (TlscaleError, OSError) as raised:
             error = _as_ours(raised)

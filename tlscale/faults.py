@@ -13,6 +13,7 @@ from collections import Counter
 from tlscale.errors import LaunchError
 
 VARIABLE = "TLSCALE_FAULT"
+STOP_VARIABLE = "TLSCALE_FAULT_STOP"
 POINTS = {
     "claimed": "the run folder is held, and is as it was",
     "clear": "a run that is to be replaced has lost its recipe.yaml, and nothing else yet",
@@ -41,6 +42,7 @@ POINTS = {
     "result": "the model is exported, result.json is not written",
 }
 _SPELLING = re.compile(r"(?P<name>[a-z.]+)(@(?P<count>[1-9]\d*))?(:(?P<rank>\d+))?", re.ASCII)
+_COUNTED = re.compile(r"(@(?P<count>[1-9]\d*))?(:(?P<rank>\d+))?", re.ASCII)
 _passed: Counter[str] = Counter()
 
 
@@ -56,6 +58,22 @@ def at(name: str) -> None:
     wanted = os.environ.get(VARIABLE)
     if wanted:
         _meet(name, wanted)
+
+
+def ask_to_stop(doing: str) -> None:
+    """Send this process SIGTERM where TLSCALE_FAULT_STOP asks for it, which only tests set.
+
+    It is written `<doing>[@<n>][:<rank>]`: when long work asks for the n-th time whether it is to stop.
+    """
+    wanted = os.environ.get(STOP_VARIABLE)
+    if not wanted or not wanted.startswith(doing):
+        return
+    spelt = _COUNTED.fullmatch(wanted.removeprefix(doing))
+    if spelt is None or os.environ.get("RANK", "0") != (spelt["rank"] or "0"):
+        return
+    _passed[doing] += 1
+    if _passed[doing] == int(spelt["count"] or 1):
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _meet(name: str, wanted: str) -> None:

@@ -22,8 +22,8 @@ EVERY_S = 0.5
 
 def facts_of_steps(processes, step_s, *, stop_after_s):
     """The steps at which this rank asked, the last one, and the seconds from the request to the stop."""
-    with StopRequest() as stop:
-        poll = StopPoll(stop, processes, 0, every_s=EVERY_S)
+    with StopRequest():
+        poll = StopPoll(processes, 0, every_s=EVERY_S)
         began, asked, requested_s = time.monotonic(), [], None
         for step in range(1, MOST_STEPS):
             time.sleep(step_s)

@@ -24,7 +24,6 @@ from tests.small_runs import (
 )
 from tlscale.commands.codes import compute_codes
 from tlscale.distributed.processes import start_processes
-from tlscale.distributed.signals import StopRequest
 from tlscale.errors import ModelError, RecipeError, ResumeError, Stopped
 from tlscale.models.model_folder import config_digest
 from tlscale.tracking.console import Console
@@ -169,9 +168,9 @@ def test_the_teacher_is_asked_of_what_the_student_sees(name, idx, teacher, tmp_p
     changes["data"] = {**changes.get("data", {}), "interpolation": "bilinear"}  # as the teacher's pixels are made
     recipe = taught(tmp_path, idx, distill, **changes)
     processes = start_processes(recipe.compute)
-    with closing(processes), StopRequest() as stop:
+    with closing(processes):
         setup = set_up(recipe, world_size=1)
-        codes_cache = open_codes_cache(setup, processes, Console(enabled=False), stop)
+        codes_cache = open_codes_cache(setup, processes, Console(enabled=False))
         targets = ask_teacher(setup, processes, codes_cache)
         spec = pipeline_spec(setup, processes.device)
         feed = ImagePipeline(spec, processes, setup.classifier, codes_cache.images, targets, recipe.codes.views)

@@ -259,6 +259,8 @@ def test_plan_says_where_the_network_is_cut_and_what_that_saves(data, tmp_path, 
     said = " ".join(cli("plan", path).output.split())
     assert "logistic on codes of penultimate" in said
     assert "penultimate avg - 96" in said
+    assert "Fit, on this machine's CPU" in said
+    assert "s a pass over 200 codes of 96 features and 10 classes" in said
     small_recipe(path, data, backbone=RESNET, probe={}, codes={"layer": "layer9"})
     assert cli("plan", path).exit_code == EXIT_BAD_INPUT
     small_recipe(path, data, backbone=RESNET, codes={"layer": "layer3"})

@@ -8,6 +8,7 @@ import signal
 import time
 
 import pytest
+import torch
 
 import tlscale
 from tests.chaos.killing import wait_for
@@ -22,6 +23,7 @@ from tests.small_runs import (
     small_recipe,
     start,
 )
+from tlscale.distributed.host import num_cores
 from tlscale.errors import EXIT_BAD_INPUT, EXIT_STOPPED, CheckpointError, Stopped, TlscaleError
 
 RESNET = {"name": "test_resnet"}
@@ -134,13 +136,13 @@ def test_a_file_stops_the_computation_of_codes(idx, tmp_path):
     assert result(out)["steps"] == 10
 
 
-def test_a_signal_during_evaluation_is_obeyed_after_the_next_step(idx, tmp_path):
+def test_a_signal_during_evaluation_is_obeyed_in_it_and_the_resumed_run_makes_up_for_it(idx, tmp_path):
     # One image at a time makes the evaluation long: the line of step 5 is written before it, the signal comes in it.
     changes = {"evaluate": {"batch_size": 1, "every": "5 steps"}, "duration": f"{STEPS} steps"}
     recipe = small_recipe(tmp_path / "recipe.yaml", idx, **changes, **{"data": {"validation_fraction": 0.5}})
-    with pytest.raises(Stopped, match="after step 6 of"), stop_at(tmp_path / "parts", 5):
+    with pytest.raises(Stopped, match="after step 5 of"), stop_at(tmp_path / "parts", 5):
         tlscale.run(recipe, tmp_path / "parts")
-    assert [record["step"] for record in lines(tmp_path / "parts", "evaluate")] == [5]
+    assert lines(tmp_path / "parts", "evaluate") == []
     tlscale.run(recipe, tmp_path / "parts", resume=True)
     tlscale.run(recipe, tmp_path / "whole")
     assert_same_runs(tmp_path / "whole", tmp_path / "parts")
@@ -162,11 +164,30 @@ def test_a_signal_during_a_checkpoint_leaves_a_whole_one(idx, tmp_path):
     assert_same_runs(tmp_path / "whole", out)
 
 
-def test_a_signal_at_the_last_step_is_too_late_to_matter(idx, tmp_path):
-    recipe = small_recipe(tmp_path / "recipe.yaml", idx, duration="5 steps")
-    with stop_at(tmp_path / "run", 5):
+def test_a_signal_at_the_last_step_leaves_the_evaluation_to_the_resumed_run(idx, tmp_path):
+    recipe = small_recipe(tmp_path / "recipe.yaml", idx, duration="5 steps", evaluate={"batch_size": 1})
+    with pytest.raises(Stopped, match="after step 5 of 5"), stop_at(tmp_path / "run", 5):
         tlscale.run(recipe, tmp_path / "run")
-    assert result(tmp_path / "run")["steps"] == 5
+    assert not (tmp_path / "run" / "result.json").exists()
+    tlscale.run(recipe, tmp_path / "run", resume=True)
+    tlscale.run(recipe, tmp_path / "whole")
+    assert_same_runs(tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.mark.skipif(num_cores() < 2, reason="a machine of one core has no other number of threads")
+def test_a_resumed_run_computes_with_as_many_threads_as_it_began_with(idx, tmp_path, capsys):
+    changes = {"duration": f"{STEPS} steps", "compute": {"threads": None}}
+    recipe, before = small_recipe(tmp_path / "recipe.yaml", idx, **changes), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(Stopped), stop_at(tmp_path / "run", 3):
+            tlscale.run(recipe, tmp_path / "run")
+        torch.set_num_threads(1)
+        tlscale.run(recipe, tmp_path / "run", resume=True)
+        assert "2 CPU threads a process, as the run began" in capsys.readouterr().out
+        assert torch.get_num_threads() == 1, "what comes after in this process has its own"
+    finally:
+        torch.set_num_threads(before)
 
 
 # --- Signals from outside, to processes of their own ------------------------------------------------------------------

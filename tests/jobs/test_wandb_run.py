@@ -89,6 +89,14 @@ def test_the_summary_is_the_result(out):
     assert summary["num_images"] == figures["num_images"] == 37
 
 
+def test_the_parts_of_the_time_are_in_the_summary(out):
+    figures = json.loads((out / "result.json").read_text())
+    summary = offline_runs(out)[-1].summary
+    found = {key.removeprefix("seconds/"): value for key, value in summary.items() if key.startswith("seconds/")}
+    assert found == figures["seconds"]
+    assert sum(found.values()) == pytest.approx(summary["wall_s"], abs=0.01)
+
+
 def test_no_secret_is_in_any_file(out):
     files = [path for path in out.rglob("*") if path.is_file()]
     assert any("wandb" in path.parts for path in files)

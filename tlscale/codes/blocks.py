@@ -23,7 +23,8 @@ from tlscale.codes.shards import BLOCK, DTYPES, Ints, ValueSpec
 from tlscale.codes.store import Bools, CodesStore, Inventory
 from tlscale.data.content import Digests, digest_array
 from tlscale.distributed.device import CopyToCpu
-from tlscale.errors import DataError, ModelError, Stopped
+from tlscale.distributed.signals import is_stopping
+from tlscale.errors import DataError, ModelError
 
 Module = Callable[[Any], tuple[Tensor, ...]]
 Values = tuple[Tensor, ...]
@@ -74,7 +75,6 @@ class Extraction:
     images: AddressedImages
     module: Module
     request: str
-    should_stop: Callable[[], bool] | None
     ids_N: Digests
     known_N: Bools
     values: tuple[tuple[ValueSpec, ...], ...] = ()
@@ -127,10 +127,10 @@ class Extraction:
         return [one if one is not None else next(new) for one in there]
 
     def chunk(self, positions_P: Ints, on_block: Callable[[int], None]) -> tuple[Digests, Digests, Values]:
-        """Compute what is missing of these images.
+        """Compute what is missing of these images, or of the first of them where the process is asked to stop.
 
         Returns:
-            The addresses of all of them; those of the computed ones, each once; and their values.
+            The addresses of those that were read; those of the computed ones, each once; and their values.
         """
         ids: list[bytes] = []
         blocks: list[Values] = []
@@ -145,14 +145,16 @@ class Extraction:
                 ids.append(address)
                 if is_wanted and not any(address in some for some in (self.done, waiting, new)):
                     waiting[address] = position, what
-            while len(waiting) >= BLOCK or (waiting and start + BLOCK >= len(positions_P)):
+            is_last = start + BLOCK >= len(positions_P) or is_stopping()
+            while len(waiting) >= BLOCK or (waiting and is_last):
                 addresses = list(waiting)[:BLOCK]
                 taken = [waiting.pop(address) for address in addresses]
                 before, computing = computing, self._compute(addresses, taken)
                 blocks += [self._stored(before)] if before is not None else []
                 new |= dict.fromkeys(addresses)
             on_block(len(positions_B))
-            self._obey_stop()
+            if is_last:
+                break
         blocks += [self._stored(computing)] if computing is not None else []
         values = tuple(torch.cat(parts) for parts in zip(*blocks, strict=True))
         return digest_array(ids), digest_array(list(new)), values
@@ -170,13 +172,6 @@ class Extraction:
             return known
         positions_B = np.array([position for position, _ in taken])
         return self._to_store(self._forward([what for _, what in taken]), positions_B)
-
-    def _obey_stop(self) -> None:
-        if self.should_stop is not None and self.should_stop():
-            raise Stopped(
-                f"stopped while computing codes; those that are finished stay in '{self.store.root}', and the same "
-                "run resumes from them"
-            )
 
     def write(self, ids_R: Digests, values: Values) -> list[tuple[str, str]]:
         """Write for each key a shard of the images that it lacks; return the digest of its entry and its name."""

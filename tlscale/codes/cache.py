@@ -33,7 +33,6 @@ from tlscale.data.sources.open import ImageSplit
 from tlscale.data.transforms import ImageBatch, InputPath
 from tlscale.distributed.host import versions_of
 from tlscale.distributed.processes import Processes
-from tlscale.distributed.signals import StopRequest
 from tlscale.models.features import LayerCodes
 from tlscale.recipe.schema import CodesSection
 from tlscale.tracking.console import Console
@@ -61,7 +60,6 @@ class CodesCache:
     images: ImageCache
     processes: Processes
     console: Console
-    stop: StopRequest
     watch: Stopwatch
     num_computed: int = 0  # images that went through a frozen part, over all processes
     cached_bytes: dict[str, int] = field(default_factory=dict)  # of the codes of each split
@@ -144,7 +142,6 @@ class CodesCache:
                 processes=self.processes,
                 console=self.console,
                 title=split,
-                should_stop=lambda: self.stop.requested,
             )
         self.num_computed += codes.num_computed
         self.cached_bytes[split] = self.cached_bytes.get(split, 0) + codes.num_bytes

@@ -28,7 +28,8 @@ from tlscale.codes.shards import BLOCK, Ints, rows_per_shard
 from tlscale.codes.store import CodesStore
 from tlscale.data.content import Digests, digest_bytes
 from tlscale.distributed.processes import Processes
-from tlscale.errors import Stopped, TlscaleError
+from tlscale.distributed.signals import check_stop
+from tlscale.errors import TlscaleError
 from tlscale.tracking.console import Console, Pace, format_duration
 
 _WAIT_S = 0.5
@@ -45,7 +46,6 @@ def extract_codes(
     processes: Processes,
     console: Console,
     title: str,
-    should_stop: Callable[[], bool] | None = None,
 ) -> Codes:
     """Get the codes of some images, under each of the keys; those that the store lacks are computed and stored.
 
@@ -55,12 +55,11 @@ def extract_codes(
         module: gives the values that the keys' layers name, in this order; the first dimension of each is the images.
             It is called without gradients, in the mode that it is in, and must not talk to the other processes.
         title: what the images are, for messages.
-        should_stop: called after each block; the shards that are finished by then stay.
 
     Raises:
         DataError: codes are NaN or infinite, or an image cannot be read.
         ModelError: the values cannot be stored.
-        Stopped: it was asked to stop.
+        Stopped: it was asked to stop; what is computed by then stays.
         TlscaleError: the disk is full, the codes exceed the limit, or a process does not see the store's folder.
     """
     say, num_computed = _once(console.say), 0
@@ -74,8 +73,8 @@ def extract_codes(
     for _ in range(_ROUNDS):
         if codes is not None:
             break
-        with processes.watchdog.watching(), _sole_writer(store, keys, request, processes, say, should_stop):
-            work = Extraction(store, keys, images, module, request, should_stop, ids_N, known_N.copy())
+        with processes.watchdog.watching(), _sole_writer(store, keys, request, processes, say):
+            work = Extraction(store, keys, images, module, request, ids_N, known_N.copy())
             num_computed += _compute(work, processes, say, title)
             known_N[:] = True
             codes = _reopened(work, processes, say)
@@ -168,7 +167,6 @@ def _sole_writer(
     request: str,
     processes: Processes,
     say: Callable[[str], None],
-    should_stop: Callable[[], bool] | None,
 ) -> Iterator[None]:
     """Hold the locks of the request, on the main process for all; they die with that process."""
     locks: list[Any] = []
@@ -184,8 +182,7 @@ def _sole_writer(
             while not processes.run_on_main(try_once):
                 time.sleep(_WAIT_S)
                 processes.watchdog.beat()
-                if processes.any(should_stop is not None and should_stop()):
-                    raise Stopped("stopped while waiting for another run that computes the same codes")
+                processes.run_on_all(check_stop, "waiting for another run that computes the same codes")
         yield
     finally:
         store.release(locks)
@@ -251,7 +248,8 @@ def _round(
     """Compute and write one shard on each process; return the shards that were written."""
     ids_P, new_R, values = processes.run_on_all(work.chunk, positions_P, on_block)
     before: set[bytes] = set()
-    for rank, (positions, ids, new) in enumerate(processes.gather((positions_P, ids_P, new_R))):
+    done_P = positions_P[: len(ids_P)]  # of a process that was asked to stop not all
+    for rank, (positions, ids, new) in enumerate(processes.gather((done_P, ids_P, new_R))):
         work.ids_N[positions] = ids
         if rank == processes.rank:  # the process before it in line keeps an image that two have computed
             fresh_R = np.array([address not in before for address in digest_bytes(new)], dtype=bool)
@@ -262,4 +260,5 @@ def _round(
         new_R, values = new_R[fresh_R], tuple(value[torch.from_numpy(fresh_R)] for value in values)
     written = processes.run_on_all(lambda: work.write(new_R, values) if len(new_R) else [])
     work.done |= before
+    processes.run_on_all(check_stop, "computing codes", f"What is computed stays in '{work.store.root}'")
     return {shard for some in processes.gather(written) for shard in some}

@@ -36,12 +36,12 @@ def compute_codes(recipe: Recipe, watch: Stopwatch | None = None) -> int:
     """
     watch = watch or Stopwatch()
     processes = start_processes(recipe.compute.without_engine())
-    with closing(processes), StopRequest() as stop:
-        console = Console(enabled=processes.is_main)
+    console = Console(enabled=processes.is_main)
+    with closing(processes), StopRequest(peers=processes.peers()), console.shows_progress():
         with processes.main_first():
             setup = set_up(recipe, world_size=processes.world_size, watch=watch)
         setup.classifier.to(processes.device)
-        codes_cache = open_codes_cache(setup, processes, console, stop)
+        codes_cache = open_codes_cache(setup, processes, console)
         codes_cache.store.spare.must_cache = True
         data = setup.data
         others = [split for split in (data.validation, data.test) if split is not None]

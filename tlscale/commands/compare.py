@@ -32,6 +32,7 @@ from tlscale.commands.compare_variants import (
 )
 from tlscale.commands.paired_tests import paired_tests
 from tlscale.distributed.processes import start_processes
+from tlscale.distributed.signals import check_stop
 from tlscale.errors import LaunchError, RecipeError, ResumeError, RunFolderError, Stopped, TlscaleError
 from tlscale.recipe.load import diff_recipes, load_recipe, recipe_digest
 from tlscale.recipe.schema import NO_EFFECT_BESIDE, Recipe
@@ -89,6 +90,7 @@ def compare(
     _show_variants(plan.bases, labelled, variants, console)
     outcomes = []
     for position, variant in enumerate(variants, start=1):
+        check_stop("comparing", "--resume goes on; complete runs are kept")
         console.say(f"run {position} of {len(variants)}: {variant.recipe.name}, in '{variant.folder}'", style="bold")
         with watch("runs"):
             outcomes.append(_outcome(run, variant, console, resume=resume, is_main=is_main))

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console as RichConsole
 
 from tlscale.commands.evaluation_images import FinishedRun, Scored, other_images, own_split, read_json
 from tlscale.commands.evaluation_keys import changes_for_evaluation
@@ -24,6 +25,7 @@ from tlscale.data.loader import ImageStore, default_workers, eval_batches
 from tlscale.data.sources.tables import Role
 from tlscale.data.transforms import InputPath
 from tlscale.distributed.processes import Processes, start_processes
+from tlscale.distributed.signals import StopRequest
 from tlscale.errors import RecipeError, RunFolderError, TlscaleError
 from tlscale.models.export import TrainedModel, load
 from tlscale.recipe.load import load_stored_recipe
@@ -81,7 +83,11 @@ def evaluate_run(
         remedy = "Write letters, digits, '.', '_' and '-'"
         raise RecipeError(f"'{name}' is not the name of a folder", key="--name", remedy=remedy)
     finished = FinishedRun(folder, own, load(folder))
-    with closing(start_processes(recipe.compute.without_engine())) as processes:
+    with (
+        closing(start_processes(recipe.compute.without_engine())) as processes,
+        StopRequest(peers=processes.peers()),
+        Console(enabled=processes.is_main, console=RichConsole(stderr=True)).shows_progress(),
+    ):
         with watch("scan"):
             if is_other:
                 named = [role for role in _SPLITS if any(text.startswith(f"data.{role}_split=") for text in overrides)]
@@ -110,9 +116,8 @@ def _figures(
     """Compute all figures, and collect this process's predictions."""
     split = scored.split
     with watch("decode"):
-        pace = Pace(len(split), lambda text: print(text, file=sys.stderr), f"decoding {split.name}")
-        show = pace.add if processes.is_main else None
-        store = ImageStore(split, recipe.data, trained.input_spec, on_images=show)
+        pace = Pace(len(split), None, f"decoding {split.name}")
+        store = processes.run_on_all(ImageStore, split, recipe.data, trained.input_spec, on_images=pace.add)
     dtype = torch.float64 if recipe.compute.precision == "fp64" else torch.float32
     workers = default_workers(
         recipe.data, cached=store.cached, augmented=False, device=processes.device, processes=processes.world_size

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 
@@ -12,15 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from tlscale.codes.parts import wanted_layers
-from tlscale.codes.probes.select import refuse_wrong_probe
+from tlscale.codes.probes.estimate import estimate_fit
+from tlscale.codes.probes.kinds import kind_of
+from tlscale.codes.probes.select import given_values, refuse_wrong_probe
 from tlscale.codes.store import CodesStore
 from tlscale.commands.check_images import check_images
 from tlscale.commands.tables import show_plan
 from tlscale.distributed.fsdp import trained_bytes, unsharded_bytes
+from tlscale.distributed.signals import check_stop
 from tlscale.models.features import LayerCodes
 from tlscale.models.partition.partition import Partition
-from tlscale.recipe.schema import ComputeSection, Recipe
-from tlscale.tracking.console import Console
+from tlscale.recipe.schema import ComputeSection, ProbeSection, Recipe
+from tlscale.tracking.console import Console, format_duration
 from tlscale.training.cache_decision import choose_partition, refuse_codes_of_a_probe, row_bytes, sample_images
 from tlscale.training.compiler import check_compiler
 from tlscale.training.optimizer import build_optimizer
@@ -51,12 +54,16 @@ def plan(recipe: Recipe, *, world_size: int, checks_images: bool = False) -> Non
         check_images(recipe.data, console)
     if recipe.probe is None:
         refuse_codes_of_a_probe(recipe.codes)
-    setup = set_up(recipe, world_size=world_size, tries_images=False)
+    with console.shows_progress():
+        setup = set_up(recipe, world_size=world_size, tries_images=False)
     show_plan(setup, console, device=f"planned for {world_size} process{'es' if world_size > 1 else ''}")
     if recipe.probe is not None:
         refuse_wrong_probe(recipe.probe, recipe.codes, len(setup.data.train), len(setup.data.validation or ()))
-        console.table("Codes", ("layer", "pool", "stride", "width", "MiB"), _layer_rows(setup))
+        rows = _layer_rows(setup)
+        console.table("Codes", ("layer", "pool", "stride", "width", "MiB"), rows)
+        console.table("Fit, on this machine's CPU", ("what", "about", "why"), _fit_rows(setup, recipe.probe, rows))
     for stage in setup.stages:
+        check_stop("planning")
         build_optimizer(stage.groups, stage.optim)
         apply_freezing(setup.classifier, stage)
         of = f" of stage {stage.number + 1}" if len(setup.stages) > 1 else ""
@@ -73,6 +80,27 @@ def _layer_rows(setup: RunSetup) -> list[tuple[str, ...]]:
         (row.layer, row.pool, str(row.stride or "-"), f"{row.width:,}", f"{num_images * row.width * 4 / 2**20:,.1f}")
         for row in LayerCodes(setup.classifier.backbone, wanted_layers(setup.recipe.codes)).describe(images_BCHW)
     ]
+
+
+def _fit_rows(setup: RunSetup, probe: ProbeSection, layers: Sequence[tuple[str, ...]]) -> list[tuple[str, str, str]]:
+    """Estimate how long the probe will be fitted to each set of codes, by a pass that is measured here."""
+    data, rows, total_s = setup.data, [], 0.0
+    num_held, num_tested = len(data.validation or ()), len(data.test or ())
+    values = kind_of(probe.kind).setting.values(given_values(probe), len(data.train), num_held)
+    for layer, pool, _, width, _ in layers:
+        check_stop("planning")
+        fit = estimate_fit(
+            probe.kind,
+            len(data.train) + num_held,
+            int(width.replace(",", "")),
+            len(data.classes),
+            len(values),
+            num_held + num_tested,
+        )
+        total_s += fit.seconds
+        about = f"{format_duration(max(fit.seconds, 1))}, {fit.num_bytes / 2**20:,.0f} MiB"
+        rows.append((f"{layer} {pool}", about, fit.basis))
+    return rows if len(rows) == 1 else [*rows, ("all", format_duration(max(total_s, 1)), "one after the other")]
 
 
 def _frozen_rows(stage: Stage, setup: RunSetup, compute: ComputeSection) -> list[tuple[str, str]]:
@@ -113,6 +141,7 @@ def _median_step_s(module: nn.Module, inputs: Callable[[], tuple[Tensor, ...]]) 
     seconds = []
     with torch.random.fork_rng(devices=[]):
         for _ in range(4):
+            check_stop("planning")
             codes = inputs()
             began = time.perf_counter()
             module(*codes).sum().backward()

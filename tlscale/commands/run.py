@@ -7,17 +7,22 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+import shutil
+import time
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from tlscale.commands.tables import show_plan, show_result
 from tlscale.data.identity import scored_identity, used_identity
 from tlscale.data.sources.open import BadImages
 from tlscale.distributed.device import choose_algorithms, naming_memory
-from tlscale.distributed.processes import start_processes
-from tlscale.distributed.signals import StopRequest
+from tlscale.distributed.host import num_cores
+from tlscale.distributed.processes import Processes, start_processes
+from tlscale.distributed.signals import StopRequest, stopped_by
 from tlscale.errors import ResumeError, RunFolderError, Stopped
 from tlscale.models.model_folder import fault_of_model
 from tlscale.recipe.load import diff_recipes, load_stored_recipe, with_values
@@ -60,6 +65,8 @@ MAY_CHANGE = (
 _OTHER_DATA = "Bring them back, or start another: --out DIR"
 _NEEDED = ("data", "bad_images", "input", "weights")  # of `run.json`, to compare them with those of today
 
+_KEEP_EVERY_S = 10.0  # seconds of a start on disk
+
 
 @reporting_disk_errors()
 def run(
@@ -87,18 +94,37 @@ def run(
     mode: Mode = "resume" if resume else "overwrite" if overwrite else "fresh"
     folder = RunFolder(Path(out) if out is not None else Path("runs") / recipe.name)
     # -- folder: the main process holds it for all ----------------------------------------------------------------
-    stop = StopRequest(folder.stop if processes.is_main else None)
-    with closing(processes), stop, processes.main_holds(lambda: claim(folder.path, mode)):
+    console = Console(enabled=processes.is_main)
+    with (
+        closing(processes),
+        processes.main_holds(lambda: claim(folder.path, mode)),
+        console.shows_progress(),
+    ):
         choose_algorithms(processes.device, deterministic=recipe.compute.deterministic)
-        console = Console(enabled=processes.is_main)
         processes.run_on_main(_settle_earlier_stop, folder, console)
-        run_info = None if overwrite else processes.run_on_main(read_run_info, folder, _NEEDED)
+        return _run(recipe, folder, processes, console, watch, mode)
+
+
+def _run(
+    recipe: Recipe, folder: RunFolder, processes: Processes, console: Console, watch: Stopwatch, mode: Mode
+) -> dict[str, Any]:
+    """Run what is in a folder that is held."""
+    keeping = _Spent(folder, watch).keep if processes.is_main else None
+    with (
+        StopRequest(folder.stop if processes.is_main else None, processes.peers(), keeping),
+        _marking_stop(folder, watch, is_main=processes.is_main),
+    ):
+        run_info = None if mode == "overwrite" else processes.run_on_main(read_run_info, folder, _NEEDED)
         if run_info is not None:
             recipe = with_values(recipe, processes.run_on_main(_refuse_other_recipe, recipe, folder, console))
             if (done := processes.run_on_main(_earlier_result, folder, recipe, console)) is not None:
+                processes.run_on_main(_tidy, folder)  # a process that was killed just after the result had not
                 console.say(f"'{folder.path}' is complete already; its figures are in {folder.result}")
                 return done
 
+            _take_threads(recipe, run_info, processes, console)
+        for spent_s in processes.run_on_main(_spent_before, folder) if mode == "resume" else ():
+            watch.add_earlier(spent_s)  # now: what is kept on disk from here on is of all starts
         # -- data, model and weights: whatever is wrong with them ends the run here -------------------------------
         bad_images = BadImages.from_plain(run_info["bad_images"]) if run_info else None
         with processes.main_first():  # what a hub has to give is fetched once
@@ -108,14 +134,35 @@ def run(
         show_plan(setup, console, device=str(processes.device))
         if run_info is not None:
             run_info = processes.run_on_main(_checked_run_info, run_info, setup, folder, console)
-        if resume:
-            watch.add_earlier(processes.run_on_main(_spent_before, folder))
         processes.run_on_main(folder.stopped.unlink, missing_ok=True)
         job = train if recipe.probe is None else probe
-        with _marking_stop(folder, stop, watch, is_main=processes.is_main), naming_memory():
-            result, how_to_load = job(setup, folder, processes, stop, run_info, console)
+        with naming_memory():
+            result, how_to_load = job(setup, folder, processes, run_info, console)
+        processes.run_on_main(_tidy, folder)
         show_result(result, console, folder=folder.path, how_to_load=how_to_load)
         return result
+
+
+def _tidy(folder: RunFolder) -> None:
+    """Remove what is only needed while the run is at work."""
+    with suppress(OSError):  # such as in a run folder that can only be read
+        folder.spent.unlink(missing_ok=True)
+    shutil.rmtree(folder.fits, ignore_errors=True)
+
+
+def _take_threads(recipe: Recipe, run_info: dict[str, Any], processes: Processes, console: Console) -> None:
+    """Compute with the threads that the run began with, where the recipe names none: sums depend on them."""
+    then, now = run_info.get("threads"), torch.get_num_threads()
+    is_free = recipe.compute.threads is None and processes.device.type == "cpu"
+    if not is_free or not isinstance(then, int) or then < 1 or then == now:
+        return
+    if run_info.get("world_size") != processes.world_size:
+        return
+    if then * processes.world_size > num_cores():
+        console.say(f"{now} CPU threads a process, and {then} when the run began: the same training up to rounding")
+        return
+    torch.set_num_threads(then)
+    console.say(f"{then} CPU threads a process, as the run began")
 
 
 def _settle_earlier_stop(folder: RunFolder, console: Console) -> None:
@@ -130,26 +177,42 @@ def _settle_earlier_stop(folder: RunFolder, console: Console) -> None:
         console.say(f"'{folder.stop}' is from before this start, so it is removed")
 
 
-def _spent_before(folder: RunFolder) -> dict[str, float]:
-    """Read the seconds of all starts up to one that was stopped; none where the last one was not."""
-    try:
-        return {
-            str(part): float(spent_s) for part, spent_s in json.loads(folder.stopped.read_text())["spent_s"].items()
-        }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # of an older version, or put there by hand
-        return {}
+class _Spent:
+    """Keep the seconds of a start on disk now and then: one that is killed counts, too."""
+
+    def __init__(self, folder: RunFolder, watch: Stopwatch, clock: Callable[[], float] = time.monotonic) -> None:
+        self._path, self._watch, self._clock = folder.spent, watch, clock
+        self._kept_s = clock()
+
+    def keep(self) -> None:
+        if self._clock() - self._kept_s >= _KEEP_EVERY_S:
+            self._kept_s = self._clock()
+            with suppress(OSError):  # a disk that fails is found by what is needed
+                write_json(self._path, {"spent_s": self._watch.spent()})
+
+
+def _spent_before(folder: RunFolder) -> list[dict[str, float]]:
+    """Read the seconds of all starts up to the last one: by what it left when it was stopped, and before."""
+    accounts = []
+    for path in (folder.stopped, folder.spent):
+        with suppress(
+            OSError, ValueError, KeyError, TypeError, AttributeError
+        ):  # of an older version, or put there by hand
+            spent_s = json.loads(path.read_text())["spent_s"]
+            accounts.append({str(part): float(seconds) for part, seconds in spent_s.items()})
+    return accounts
 
 
 @contextmanager
-def _marking_stop(folder: RunFolder, stop: StopRequest, watch: Stopwatch, *, is_main: bool) -> Iterator[None]:
+def _marking_stop(folder: RunFolder, watch: Stopwatch, *, is_main: bool) -> Iterator[None]:
     """Leave word of a stop for a launcher, which sees no exit code of ours, and remove the request that was obeyed."""
     try:
         yield
     except Stopped as stopped:
         if is_main:
-            by = stop.by or "a signal to another process"
             with naming_disk_errors(folder.stopped):
-                write_json(folder.stopped, {"by": by, "message": str(stopped), "spent_s": watch.spent()})
+                write_json(folder.stopped, {"by": stopped_by(), "message": str(stopped), "spent_s": watch.spent()})
+            folder.spent.unlink(missing_ok=True)
             with suppress(RunFolderError):  # the run is saved, and the next start says what is wrong with it
                 forget_stop(folder)
         raise

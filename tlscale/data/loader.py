@@ -8,7 +8,7 @@ Shape letters: N images of a split, B images of a batch, C channels, H height, W
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -35,6 +35,7 @@ from tlscale.data.sources.tables import Raw
 from tlscale.data.transforms import ImageBatch, InputSpec, Pixels, eval_transform
 from tlscale.data.workers import load_in_order, map_in_threads
 from tlscale.distributed.host import num_cores
+from tlscale.distributed.signals import check_stop
 from tlscale.errors import DataError
 from tlscale.recipe.schema import DataSection
 
@@ -161,7 +162,7 @@ class ImageStore:
         kept_NCSS = np.empty((len(self), *shape_CSS), np.uint8)
 
         def fill(rows: range) -> None:
-            kept_NCSS[rows.start : rows.stop] = stacked(map(self._prepare, rows))
+            kept_NCSS[rows.start : rows.stop] = stacked(self._prepare(row) for row in _asked(rows))
 
         blocks = _blocks(len(self))
         for block, _ in zip(blocks, map_in_threads(fill, blocks), strict=True):
@@ -178,7 +179,7 @@ class ImageStore:
         pixels = np.empty(expected, np.uint8)
         starts_N, shapes_N3 = np.zeros(len(self), np.int64), np.zeros((len(self), 3), np.int64)
         row = end = 0
-        for images in map_in_threads(lambda rows: [self._decode(row) for row in rows], _blocks(len(self))):
+        for images in map_in_threads(lambda rows: [self._decode(row) for row in _asked(rows)], _blocks(len(self))):
             for image in images:
                 if end + image.size > budget:
                     return None  # the first images were smaller than the rest
@@ -190,6 +191,13 @@ class ImageStore:
             on_images(len(images))
         pixels.resize(end, refcheck=False)
         return _Originals(pixels, starts_N, shapes_N3)
+
+
+def _asked(rows: range) -> Iterator[int]:
+    """Give the rows, and ask before each whether the process is to stop."""
+    for row in rows:
+        check_stop("decoding images")
+        yield row
 
 
 @dataclass(frozen=True)

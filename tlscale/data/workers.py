@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from tlscale import faults
 from tlscale.distributed.host import num_cores
-from tlscale.distributed.signals import signal_when_parent_dies
+from tlscale.distributed.signals import check_stop, signal_when_parent_dies
 from tlscale.errors import TlscaleError, WorkerError
 
 
@@ -146,14 +146,32 @@ def _end_when_parent_says(parent: int) -> None:
     os._exit(0)
 
 
-def map_in_threads(function: Callable[[K], R], items: Sequence[K], *, most: int = _MOST_THREADS) -> Iterator[R]:
+def map_in_threads(
+    function: Callable[[K], R], items: Sequence[K], doing: str | None = None, *, most: int = _MOST_THREADS
+) -> Iterator[R]:
     """Map with threads, `most` at most (Pillow decodes and resizes outside the interpreter's lock).
 
     In a worker process it maps plainly.
+
+    Args:
+        doing: what it is, in work that a stop may end in the middle; None: it is a part of a step that is finished.
+
+    Raises:
+        Stopped: it was.
     """
+    if doing is not None:
+        function = _asking(function, doing)
     threads = min(most, num_cores(), len(items))
     if threads < 2 or get_worker_info() is not None:
         yield from map(function, items)
         return
     with ThreadPoolExecutor(threads) as pool:
         yield from pool.map(function, items)
+
+
+def _asking(function: Callable[[K], R], doing: str) -> Callable[[K], R]:
+    def call(item: K) -> R:
+        check_stop(doing)
+        return function(item)
+
+    return call

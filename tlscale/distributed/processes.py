@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import atexit
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -24,6 +25,7 @@ from tlscale.distributed.engine import Engine
 from tlscale.distributed.fsdp import Fsdp2Engine
 from tlscale.distributed.host import device_for
 from tlscale.distributed.settings import keep_settings
+from tlscale.distributed.signals import Peers
 from tlscale.distributed.watchdog import Watchdog
 from tlscale.errors import LaunchError, TlscaleError
 from tlscale.recipe.schema import ComputeSection
@@ -133,17 +135,16 @@ class Processes:
             outcome = job(*args, **kwargs)
         except TlscaleError as raised:
             error = raised
-        errors = self.gather(error)
-        first = next((rank for rank, found in enumerate(errors) if found is not None), None)
-        if first is None:
-            return outcome  # type: ignore[return-value]
-        found = errors[first]
-        assert found is not None
-        raise error if error is not None and first == self.rank else _echo(found)
+        self._raise_first(self.gather(error), error)
+        return outcome  # type: ignore[return-value]
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
-        """Let the main process do what is within before the others, which then find its downloads, or get its error."""
+        """Let the main process do what is within before the others, which then find its downloads on disk.
+
+        Raises:
+            TlscaleError: the error of the first process that failed, on every process.
+        """
         if self.control is None:
             yield
             return
@@ -152,14 +153,27 @@ class Processes:
             torch_dist.broadcast_object_list(outcome, src=0, group=self.control)
             if outcome[0] is not None:
                 raise _echo(outcome[0])
+        own: Exception | None = None
         try:
             yield
         except Exception as error:
-            outcome[0] = _to_send(error)
-            raise
-        finally:
-            if self.is_main:
-                torch_dist.broadcast_object_list(outcome, src=0, group=self.control)
+            own = error
+        outcome[0] = None if own is None else _to_send(own)
+        if self.is_main:
+            torch_dist.broadcast_object_list(outcome, src=0, group=self.control)
+        if not self.is_main or own is None:
+            self._raise_first(self.gather(outcome[0]), own)
+        elif own is not None:
+            raise own
+
+    def _raise_first(self, errors: list[TlscaleError | None], own: Exception | None) -> None:
+        """Raise the error of the first process that has one, on all of them; only that one reports it."""
+        first = next((rank for rank, found in enumerate(errors) if found is not None), None)
+        if first is None:
+            return
+        found = errors[first]
+        assert found is not None
+        raise own if own is not None and first == self.rank else _echo(found)
 
     @contextmanager
     def main_holds(self, make: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
@@ -167,6 +181,10 @@ class Processes:
         with ExitStack() as stack:
             self.run_on_main(lambda: stack.enter_context(make()) and None)
             yield
+
+    def peers(self) -> Peers | None:
+        """Return what passes a request to stop on; None where there is one process. Every process calls it as often."""
+        return None if self.control is None else _Store(f"tlscale stop {next(_numbers)}")
 
     def broadcast_buffers(self, module: torch.nn.Module) -> None:
         """Give every process the main one's buffers.
@@ -188,6 +206,26 @@ class Processes:
         self._put_back()
         if not self._is_guest:
             _forget_run()
+
+
+class _Store:
+    """Set a key in the store in which the processes met: one of them sets it, and the others look."""
+
+    def __init__(self, key: str) -> None:
+        self._key, self._store = key, torch_dist.distributed_c10d._get_default_store()
+
+    def tell(self) -> None:
+        # A store whose process has left: whoever is still there finds out by the next collective.
+        with suppress(RuntimeError):
+            self._store.set(self._key, "1")
+
+    def are_told(self) -> bool:
+        with suppress(RuntimeError):
+            return bool(self._store.check([self._key]))
+        return False
+
+
+_numbers = count()
 
 
 def _forget_run() -> None:

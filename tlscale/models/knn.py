@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tlscale.distributed.signals import check_stop
 from tlscale.errors import ModelError
 
 _VOTE_TEMPERATURE = 0.07  # as in DINO (Caron et al. 2021), after Wu et al. 2018
@@ -74,6 +75,7 @@ class KnnHead(nn.Module):
         at_once = max(1, _MOST_SIMILARITIES // len(self.labels_N))
         cosines, rows = [], []
         for block_BD in torch.split(codes_BD, at_once):
+            check_stop("searching neighbours")
             unit_BD = F.normalize((block_BD.to(self.mean_D) - self.mean_D) / self.std_D, dim=1)
             top = (unit_BD @ self.codes_ND.T).topk(self.k, dim=1)
             cosines.append(top.values)

@@ -42,7 +42,14 @@ class RunFolder:
         """The control file that whoever wants the run to stop puts there."""
         self.stopped = path / "STOPPED"
         """Reports that the run stopped because it was asked to, and is resumed with --resume."""
-        self.written_whole = self.run_json, self.recipe, self.result, self.stopped, self.predictions, self.contents
+        self.spent = path / ".spent.json"
+        """Holds the seconds that were spent, while the run is at work."""
+        self.fits = path / ".fits"
+        """Holds what a probe has fitted, while it is at work."""
+        self.written_whole = (
+            *(self.run_json, self.recipe, self.result, self.stopped, self.spent),
+            *(self.predictions, self.contents),
+        )
         """The files that `write_text` and `replacing` write there."""
 
 
@@ -129,7 +136,7 @@ def claim(path: Path, mode: Mode) -> Iterator[RunFolder]:
 
 def _entries(folder: RunFolder) -> list[Path]:
     # Control files, and files that a killed writer had not finished, are no part of a run.
-    others = {folder.lock, folder.stop, folder.stopped}
+    others = {folder.lock, folder.stop, folder.stopped, folder.spent, folder.fits}
     others.update(left for path in folder.written_whole for left in left_overs(path))
     return [entry for entry in folder.path.iterdir() if entry not in others]
 

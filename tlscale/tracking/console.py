@@ -99,13 +99,20 @@ class Pace:
 
     def __init__(
         self,
-        total: int,
-        say: Callable[[str], None],
+        total: int | None,
+        say: Callable[[str], None] | None,
         what: str,
         every_s: float = 5.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Begin to count `total` images of the work `what`; `every_s`: least seconds before a line and between two."""
+        """Begin to count images of the work `what`.
+
+        Args:
+            total: images; None: nobody knows yet.
+            say: takes a line; None: the console that `shows_progress`, if there is one.
+            what: the work, for the line.
+            every_s: least seconds before a line and between two.
+        """
         self._total, self._say, self._what, self._every_s, self._clock = total, say, what, every_s, clock
         self._done = 0
         self._began_s = self._said_s = clock()
@@ -114,15 +121,30 @@ class Pace:
         """Count so many more images as done."""
         self._done += num_images
         now_s = self._clock()
-        if now_s - self._said_s < self._every_s or self._done >= self._total:
+        if now_s - self._said_s < self._every_s or (self._total is not None and self._done >= self._total):
             return
         self._said_s = now_s
-        rate = self._done / (now_s - self._began_s)
+        say = self._say or (_progress[-1] if _progress else None)
+        if say is not None:
+            say(self._line(self._done / (now_s - self._began_s)))
+
+    def _line(self, rate: float) -> str:
+        if self._total is None:
+            return f"{self._what}: {self._done:,} images, {rate:.0f} images/s"
         left_s = (self._total - self._done) / rate
-        self._say(
+        return (
             f"{self._what}: {self._done:,} of {self._total:,} images, {rate:.0f} images/s, "
             f"eta {format_duration(left_s)}"
         )
+
+
+_progress: list[Callable[[str], None]] = []
+
+
+def progress(text: str) -> None:
+    """Show a line on long work, on the console that `shows_progress`, if there is one."""
+    if _progress:
+        _progress[-1](text)
 
 
 class Console:
@@ -180,6 +202,15 @@ class Console:
                     live.update(self._render(self._figures))
             finally:
                 live.stop()  # draws once more, shows the cursor, gives stdout and stderr back
+
+    @contextmanager
+    def shows_progress(self) -> Iterator[None]:
+        """Show, within this context, how far long work is that was given no console."""
+        _progress.append(self.say)
+        try:
+            yield
+        finally:
+            _progress.pop()
 
     def update(
         self, step: int, *, loss: float, lr: float, images_per_s: float, epoch: float, best: float | None = None

@@ -57,8 +57,12 @@ class MetricsFile:
         with naming_disk_errors(self._path):
             os.fsync(self._file.fileno())
 
-    def truncate_after(self, step: int) -> dict[str, int]:
+    def truncate_after(self, step: int, *, owes_evaluation: bool = False) -> dict[str, int]:
         """Drop what a resumed run does again: records after `step`, and lines that a killed writer left torn.
+
+        Args:
+            step: the last one that is done.
+            owes_evaluation: drop the evaluation after it, too.
 
         Returns:
             kind -> the last step that the file held before; give it to `open_trackers` as `seen`.
@@ -70,7 +74,12 @@ class MetricsFile:
             if record is not None:
                 kind = str(record.get("kind"))
                 last_steps[kind] = max(last_steps.get(kind, -1), record["step"])
-        kept = [line for line, record in zip(lines, records, strict=True) if record and record["step"] <= step]
+        owed = ("evaluate", step) if owes_evaluation else None
+        kept = [
+            line
+            for line, record in zip(lines, records, strict=True)
+            if record and record["step"] <= step and (record.get("kind"), record["step"]) != owed
+        ]
         if len(kept) < len(lines):
             with naming_disk_errors(self._path):
                 self._replace(b"".join(kept))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tlscale import faults
 from tlscale.distributed.processes import Processes
+from tlscale.distributed.signals import check_stop
 from tlscale.training.loss import Batch, Loss, cross_entropy
 from tlscale.training.metrics import Tally, error_of_mean, standard_error, summary
 from tlscale.training.predictions import Predictions
@@ -52,6 +53,9 @@ def evaluate(
     Returns:
         The dict of `metrics.summary`, the means of the auxiliary losses, and `<error_of>_se`; the same on every
         process, as is the error of an image that one of them cannot read.
+
+    Raises:
+        Stopped: the run was asked to stop.
     """
     tally, aux = Tally(len(classes), processes.device), _Sums(loss_fn.aux_names, processes.device)
     was_training = network.training
@@ -136,7 +140,9 @@ Pass = tuple[B | None, tuple[Tensor, ...]]  # a batch, and what the network take
 def _passes(batches: Iterable[B], inputs: Callable[[B], tuple[Tensor, ...]], processes: Processes) -> Iterator[Pass[B]]:
     """Give one for each batch; of a sharded network equally many on every process, without a batch for the others'."""
     if not processes.engine.shards:
-        yield from ((batch, inputs(batch)) for batch in batches)
+        for own_batch in batches:
+            check_stop("evaluating")
+            yield own_batch, inputs(own_batch)
         return
     own = iter(batches)
     batch = processes.run_on_all(next, own, None)
@@ -146,6 +152,7 @@ def _passes(batches: Iterable[B], inputs: Callable[[B], tuple[Tensor, ...]], pro
         look = next((look for look in looks if look is not None), [])
         args = tuple(torch.zeros(shape, dtype=dtype, device=processes.device) for shape, dtype in look)
     while processes.any(batch is not None):
+        processes.run_on_all(check_stop, "evaluating")
         yield batch, args
         batch = processes.run_on_all(next, own, None)
         args = args if batch is None else inputs(batch)

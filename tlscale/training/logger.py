@@ -38,7 +38,11 @@ class RunLogger:
         self._order, self._loop, self._console = setup.order, loop, console
         self._watch, self._train_s, self._window_images = setup.watch, setup.watch.train_s(), 0
         self._metrics = MetricsFile(folder.metrics) if processes.is_main else None
-        seen = self._metrics.truncate_after(loop.step) if self._metrics is not None else {}
+        seen = (
+            self._metrics.truncate_after(loop.step, owes_evaluation=loop.awaits_evaluation)
+            if self._metrics is not None
+            else {}
+        )
         self.trackers: Trackers = open_trackers(
             recipe.track,
             wandb=recipe.wandb,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tlscale.data.decode import BadImageError
 from tlscale.distributed.processes import Processes
-from tlscale.distributed.signals import StopRequest
+from tlscale.distributed.signals import stopped_by
 from tlscale.errors import NonFiniteLossError, Stopped, WorkerError
 from tlscale.recipe.seeds import derive_seed
 from tlscale.storage.run_folder import RunFolder
@@ -55,7 +55,6 @@ def train(
     setup: RunSetup,
     folder: RunFolder,
     processes: Processes,
-    stop: StopRequest,
     run_info: dict[str, Any] | None,
     console: Console,
 ) -> tuple[dict[str, Any], str]:
@@ -76,7 +75,7 @@ def train(
     loop.keeps_codes = {**(run_info or {}).get("keeps_codes", {}), **loop.keeps_codes}
     depending = computed.depends_on_passes(setup)
     # The stage of the last step made, and not of the next: a checkpoint at a boundary has the optimizer before it.
-    state = build_train_state(setup, processes, stop, console, stage_at(setup.stages, loop.step - 1))
+    state = build_train_state(setup, processes, console, stage_at(setup.stages, loop.step - 1))
     if checkpoint is not None:
         # Whoever wrote the pointers may have been killed before, or what they point to may be corrupt.
         processes.run_on_main(point_to, folder.checkpoints, loop)
@@ -104,15 +103,15 @@ def train(
         setup.watch("train"),
     ):
         with telling_of_unread_images(setup, loop, folder, processes):
-            _train_stages(state, loop, logger, folder, stop)
+            _train_stages(state, loop, logger, folder)
         with setup.watch("export"):
             return finish(state, loop, logger, folder, run_info)
 
 
-def _train_stages(state: TrainState, loop: LoopState, logger: RunLogger, folder: RunFolder, stop: StopRequest) -> None:
+def _train_stages(state: TrainState, loop: LoopState, logger: RunLogger, folder: RunFolder) -> None:
     """Make every step that is left, stage by stage."""
     setup, processes, due = state.setup, state.processes, state.due
-    meter, stop_poll = LossMeter(loop, processes), StopPoll(stop, processes, loop.step)
+    meter, stop_poll = LossMeter(loop, processes), StopPoll(processes, loop.step)
     if loop.awaits_evaluation:
         _rank_and_save(state, loop, logger, folder, is_due=True)
     for stage in setup.stages[state.stage.number :]:
@@ -160,7 +159,7 @@ def _train_stages(state: TrainState, loop: LoopState, logger: RunLogger, folder:
                     logger.write_training(meter.take_mean(), lr, None if trained is None else trained.grad_norm)
                 _rank_and_save(state, loop, logger, folder, is_due=due.save(loop.step) or stopping)
                 if stopping and loop.step < setup.total_steps:
-                    raise Stopped(_stopped(stop, loop, setup, folder))
+                    raise Stopped(_stopped(loop, setup, folder))
 
 
 def _rank_and_save(state: TrainState, loop: LoopState, logger: RunLogger, folder: RunFolder, *, is_due: bool) -> None:
@@ -168,6 +167,7 @@ def _rank_and_save(state: TrainState, loop: LoopState, logger: RunLogger, folder
 
     Raises:
         DataError: a validation image cannot be read; the step is saved, and evaluated when the run is resumed.
+        Stopped: the run was asked to stop by then; so is it here.
     """
     is_kept = False
     # Before the save: a checkpoint holds the rank of its own step.
@@ -178,6 +178,9 @@ def _rank_and_save(state: TrainState, loop: LoopState, logger: RunLogger, folder
         except BadImageError:
             save(state, loop, folder, logger)
             raise
+        except Stopped:
+            save(state, loop, folder, logger)
+            raise Stopped(_stopped(loop, state.setup, folder)) from None
         loop.awaits_evaluation = False
     if is_kept or is_due:
         save(state, loop, folder, logger)
@@ -307,7 +310,8 @@ def _begin(state: TrainState, loop: LoopState, checkpoint: Checkpoint | None) ->
     # Into the bare objects of the stage that was saved, before they are wrapped and before the stage is left; or, where
     # the engine shards, into the shards that come into being when the stage is entered.
     with state.processes.engine.restoring(put_back):
-        stage = stage_at(state.setup.stages, loop.step)
+        # An evaluation that is owed is made in the stage that it was due in.
+        stage = state.stage if loop.awaits_evaluation else stage_at(state.setup.stages, loop.step)
         if stage is not state.stage:
             advance_stage(state, stage)
         enter_stage(state, loop, checkpoint.state["scaler"] if checkpoint is not None else None)
@@ -369,9 +373,9 @@ def _non_finite(bad_step: int, folder: RunFolder, why: str = "") -> NonFiniteLos
     )
 
 
-def _stopped(stop: StopRequest, loop: LoopState, setup: RunSetup, folder: RunFolder) -> str:
+def _stopped(loop: LoopState, setup: RunSetup, folder: RunFolder) -> str:
     """Tell that the run was stopped, and by what."""
     return (
-        f"stopped by {stop.by or 'a signal to another process'} after step {loop.step} of {setup.total_steps}; all "
+        f"stopped by {stopped_by()} after step {loop.step} of {setup.total_steps}; all "
         f"is saved in '{folder.path}'. The same line with --resume resumes it."
     )

@@ -3,7 +3,7 @@
 Chapters: codes; fit; evaluate; export. The held-out images choose the layer, the pooling and the regularisation; the
 test images are used once, in the end. Without test images the score is that of the classifier that was fitted to the
 training images alone: one that is fitted again, to the held-out images as well, has no score of its own. A probe that
-is stopped keeps the codes that are ready, and begins again with them.
+is stopped keeps the codes that are ready, and what is fitted to each of them, and goes on from there.
 
 Shapes: B images of a block, N images, M held-out images, C classes, D features.
 """
@@ -18,13 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from tlscale.codes.parts import layer_name, wanted_layers
+from tlscale.codes.probes.kept import KeptFits
 from tlscale.codes.probes.kinds import kind_of
-from tlscale.codes.probes.select import Choice, PathRow, choose, given_values, refuse_wrong_probe
+from tlscale.codes.probes.select import Choice, PathRow, best_of, choose, given_values, refuse_wrong_probe
 from tlscale.codes.reader import Codes
 from tlscale.data.identity import result_identity
 from tlscale.data.sources.open import ImageSplit
 from tlscale.distributed.processes import Processes
-from tlscale.distributed.signals import StopRequest
+from tlscale.distributed.signals import check_stop
 from tlscale.models.classifier import CodesClassifier
 from tlscale.models.export import export_model
 from tlscale.models.features import LayerCodes
@@ -52,7 +53,6 @@ def probe(
     setup: RunSetup,
     folder: RunFolder,
     processes: Processes,
-    stop: StopRequest,
     run_info: dict[str, Any] | None,
     console: Console,
 ) -> tuple[dict[str, Any], str]:
@@ -62,7 +62,7 @@ def probe(
     """
     data, section = setup.data, setup.recipe.probe
     assert section is not None
-    codes_cache = open_codes_cache(setup, processes, console, stop)
+    codes_cache = open_codes_cache(setup, processes, console)
     refuse_wrong_probe(section, codes_cache.spec.section, len(data.train), len(data.validation or ()))
 
     # -- codes: of all layers and poolings in one pass, before anything is written -----------------------------------
@@ -101,7 +101,7 @@ class _Probe:
         setup, data = self.setup, self.setup.data
         # -- fit ------------------------------------------------------------------------------------------------------
         with setup.watch("train"):
-            choice = self._choose()
+            choice = self._choose(KeptFits(folder.fits))
         for name, rows in choice.table.items():
             for row in rows:
                 logger.write_probe(name, row.setting, row.held_top1, row.held_loss)
@@ -127,7 +127,7 @@ class _Probe:
         logger.sync()
         return write_result(result, folder, setup), how_to_load
 
-    def _choose(self) -> Choice:
+    def _choose(self, kept: KeptFits) -> Choice:
         data = self.setup.data
         return choose(
             self.section.kind,
@@ -137,6 +137,7 @@ class _Probe:
             num_classes=len(data.classes),
             grid=given_values(self.section),
             refit=self.section.refit,
+            kept=kept,
         )
 
     def _candidates(self) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
@@ -154,7 +155,7 @@ class _Probe:
         """Show the best setting of each set of codes, by the held-out images, and mark the best of all."""
         rows = []
         for name, path in choice.table.items():
-            best = min(path, key=PathRow.rank) if len(path) > 1 else path[0]
+            best = best_of(path)
             figures = ["-" if figure is None else number(figure) for figure in (best.held_top1, best.held_loss)]
             rows.append((name, f"{best.setting:g}", *figures, "chosen" if name == choice.name else ""))
         data = self.setup.data
@@ -216,6 +217,7 @@ def _figures(setup: RunSetup, head: nn.Module, codes_ND: Tensor, predictions: Pr
     head = head.to(codes_ND.device)
     parts = (torch.split(part, HEAD_BATCH) for part in (torch.arange(len(labels_N)), codes_ND, labels_N))
     for positions_B, codes_BD, labels_B in zip(*parts, strict=True):
+        check_stop("evaluating")
         logits_BC = head(codes_BD.to(setup.dtype))
         tally.update(logits_BC, labels_B, cross_entropy(logits_BC, labels_B))
         predictions.add(positions_B, logits_BC)

@@ -15,6 +15,7 @@ from tlscale.data.sampler import BatchSplit, DataOrder, least_in_a_pass, split_b
 from tlscale.data.sizes import median_side_px
 from tlscale.data.sources.open import BadImages, ImageData, open_data
 from tlscale.data.transforms import InputSpec, resolve_input
+from tlscale.distributed.signals import check_stop
 from tlscale.errors import DataError, ModelError, RecipeError
 from tlscale.models.backbone import build_backbone
 from tlscale.models.classifier import (
@@ -157,7 +158,9 @@ def set_up(
     with watch("scan"):
         data = open_data(recipe.data, recipe.seed, bad_images=bad_images, tries_images=tries_images)
     _refuse_no_images(data)
+    check_stop("setting up")
     backbone, weights = build_backbone(recipe.backbone, image_size=recipe.data.image_size, seed=recipe.seed)
+    check_stop("setting up")
     spec = _input_spec(recipe, data, backbone)
     teacher = _teacher(recipe, data, spec)
     classifier, code_width = _assemble(recipe, data, backbone, spec, teacher)
@@ -171,6 +174,7 @@ def set_up(
         _refuse_random_frozen(setup)
         if stages:
             refuse_idle(recipe, data, classifier, stages, order)
+    check_stop("setting up")
     if stages:
         _refuse_what_cannot_train(setup, world_size)
     return setup

@@ -10,7 +10,6 @@ from tlscale.codes.cache import CodesCache, CodesSpec
 from tlscale.data.image_cache import ImageCache
 from tlscale.data.transforms import InputPath
 from tlscale.distributed.processes import Processes
-from tlscale.distributed.signals import StopRequest
 from tlscale.tracking.console import Console
 from tlscale.training.cache_decision import CacheSpec
 from tlscale.training.distillation.targets import TeacherTargets
@@ -93,7 +92,7 @@ def open_image_cache(setup: RunSetup) -> ImageCache:
 
 
 def open_codes_cache(
-    setup: RunSetup, processes: Processes, console: Console, stop: StopRequest, *, force_fp32: bool = False
+    setup: RunSetup, processes: Processes, console: Console, *, force_fp32: bool = False
 ) -> CodesCache:
     """Return the cache of this run's codes; nothing is computed yet. `force_fp32`: where the run is in less."""
     recipe = setup.recipe
@@ -105,7 +104,7 @@ def open_codes_cache(
         augment=setup.augment,
         seed=setup.seed,
     )
-    return CodesCache(spec, open_image_cache(setup), processes, console, stop, setup.watch)
+    return CodesCache(spec, open_image_cache(setup), processes, console, setup.watch)
 
 
 def ask_teacher(setup: RunSetup, processes: Processes, codes_cache: CodesCache) -> TeacherTargets | None:
@@ -122,7 +121,7 @@ def ask_teacher(setup: RunSetup, processes: Processes, codes_cache: CodesCache) 
         return None
     # What is learned in every epoch is computed once: it is not rounded for the sake of speed.
     as_it_sees = replace(setup, spec=teacher.spec)
-    cache = open_codes_cache(as_it_sees, processes, codes_cache.console, codes_cache.stop, force_fp32=True)
+    cache = open_codes_cache(as_it_sees, processes, codes_cache.console, force_fp32=True)
     processes.local.to_device(teacher.module)
     num_epochs = setup.order.epoch(setup.total_steps - 1) + 1
     targets = TeacherTargets(teacher, cache, range(min(cache.spec.section.views, num_epochs)), setup.dtype)

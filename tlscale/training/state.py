@@ -19,7 +19,6 @@ from tlscale.data.sources.open import ImageSplit
 from tlscale.distributed.consistency import check_replicas_agree
 from tlscale.distributed.fsdp import sharded_groups
 from tlscale.distributed.processes import Processes
-from tlscale.distributed.signals import StopRequest
 from tlscale.models.classifier import Classifier
 from tlscale.models.freeze import is_norm
 from tlscale.recipe.schema import CheckpointSection, ComputeSection, EvaluateSection, NonFiniteSection
@@ -120,9 +119,7 @@ class TrainState:
         return nullcontext() if self.ema is None else self.ema.in_place()
 
 
-def build_train_state(
-    setup: RunSetup, processes: Processes, stop: StopRequest, console: Console, stage: Stage
-) -> TrainState:
+def build_train_state(setup: RunSetup, processes: Processes, console: Console, stage: Stage) -> TrainState:
     """Build what a run begins with, in `stage`; nothing is wrapped yet."""
     recipe = setup.recipe
     # Before the freezing and the optimizer: they are of the parameters on the device.
@@ -134,7 +131,7 @@ def build_train_state(
         network,
         ema=processes.engine.if_whole(lambda: _averages(setup, stage)),
         loss_fn=make_loss(setup, processes.device),
-        codes_cache=open_codes_cache(setup, processes, console, stop),
+        codes_cache=open_codes_cache(setup, processes, console),
         due=make_due(setup),
         compute=recipe.compute,
         evaluation=recipe.evaluate,

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 
 from tlscale.distributed.processes import Processes
-from tlscale.distributed.signals import StopRequest
+from tlscale.distributed.signals import is_stopping
 
 
 class StopPoll:
@@ -23,13 +23,12 @@ class StopPoll:
 
     def __init__(
         self,
-        stop: StopRequest,
         processes: Processes,
         step: int,
         every_s: float = 1.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._stop, self._processes, self._every_s, self._clock = stop, processes, every_s, clock
+        self._processes, self._every_s, self._clock = processes, every_s, clock
         self._asked_at, self._asked_s = step, clock()
         self._interval = 1
         self.num_asked = 0
@@ -41,12 +40,12 @@ class StopPoll:
         what follows takes long; it has to be the same on every process.
         """
         if self._processes.world_size == 1:
-            return self._stop.requested
+            return is_stopping(now=True)
         if not now and step < self._asked_at + self._interval:
             return False
         now_s = self._clock()
         step_s = (now_s - self._asked_s) / max(step - self._asked_at, 1)
-        answers = self._processes.gather((self._stop.requested, step_s))
+        answers = self._processes.gather((is_stopping(now=True), step_s))
         slowest_s = max(step_s for _, step_s in answers)
         # At most twice the last interval: the first steps may be faster than those to come, which are not yet known.
         self._interval = max(min(2 * self._interval, int(self._every_s / max(slowest_s, 1e-6))), 1)

@@ -1,5 +1,7 @@
 """Codes are computed once: the same bits for any subset, order and number of processes, and only what is missing."""
 
+import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass, field, replace
@@ -21,6 +23,7 @@ from tlscale.codes.shards import BLOCK
 from tlscale.codes.store import CodesStore
 from tlscale.data.content import content_digest, digest_array
 from tlscale.distributed.processes import start_processes
+from tlscale.distributed.signals import StopRequest
 from tlscale.errors import DataError, ModelError, Stopped
 from tlscale.recipe.schema import ComputeSection
 from tlscale.tracking.console import Console
@@ -474,15 +477,20 @@ def test_integers_and_truth_values_are_kept_as_they_are(tmp_path):
 
 
 def test_stopped_and_run_again_goes_on_from_what_was_finished(tmp_path):
-    run = Run(tmp_path)
-    with pytest.raises(Stopped, match="the same run resumes"):
-        run(range(500), should_stop=lambda: len(run.module.sizes) == 6)
+    module, run = Tiny(), Run(tmp_path)
+
+    def asked_in_the_sixth_block(images_BCHW):
+        if len(module.sizes) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return module(images_BCHW)
+
+    run.module = asked_in_the_sixth_block
+    with StopRequest(), pytest.raises(Stopped, match="SIGTERM while computing codes. What is computed stays"):
+        run(range(500))
     again = Run(tmp_path)
     codes = again(range(500))
-    assert codes.num_computed == 500 - 2 * 2 * BLOCK  # two shards of two blocks were finished, a third was not
+    assert codes.num_computed == 500 - 6 * BLOCK  # the last of them in a shard that is not full
     assert_equal(codes, range(500))
-    Run(tmp_path / "clean")(range(500))
-    assert contents(run.store.folder(KEY)) == contents(CodesStore(tmp_path / "clean").folder(KEY))
 
 
 def test_room_is_made_before_anything_is_computed(tmp_path):
@@ -560,8 +568,9 @@ def test_the_second_run_waits_and_computes_nothing(slow, tmp_path):
 @pytest.mark.slow
 def test_the_lock_dies_with_its_process(slow, tmp_path):
     process, _ = slow
-    with pytest.raises(Stopped, match="waiting for another run"):  # who waits can be stopped
-        Run(tmp_path / "codes")(range(300), should_stop=lambda: True)
+    (tmp_path / "STOP").touch()
+    with StopRequest(tmp_path / "STOP"), pytest.raises(Stopped, match="waiting for another run"):
+        Run(tmp_path / "codes")(range(300))  # who waits can be stopped
     run = Run(tmp_path / "codes")
     when_waiting(run, process.kill)
     codes = run(range(300))

@@ -9,8 +9,8 @@ from tlscale.training.stop_poll import StopPoll
 
 
 def test_one_process_stops_at_once_and_asks_nobody(tmp_path):
-    with closing(start_processes(ComputeSection())) as processes:
-        poll = StopPoll(StopRequest(tmp_path / "STOP"), processes, 0)
+    with closing(start_processes(ComputeSection())) as processes, StopRequest(tmp_path / "STOP"):
+        poll = StopPoll(processes, 0)
         assert not any(poll.is_stopping(step) for step in range(1, 100))
         (tmp_path / "STOP").touch()
         assert poll.is_stopping(100)

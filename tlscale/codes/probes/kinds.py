@@ -15,10 +15,12 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from tlscale.codes.probes.blockwise import is_large
 from tlscale.codes.probes.knn import fit_knn
+from tlscale.codes.probes.large_logistic import fit_large_logistic
 from tlscale.codes.probes.linear import fit_linear
 from tlscale.codes.probes.logistic import logistic_path
-from tlscale.codes.probes.ridge import ridge_path
+from tlscale.codes.probes.ridge import fit_large_ridge, ridge_path
 from tlscale.codes.probes.scikit import sklearn_path
 from tlscale.errors import RecipeError, did_you_mean
 
@@ -30,8 +32,8 @@ class Fit(Protocol):
     def converged(self) -> tuple[bool, ...]:
         """Report for each value whether it was solved to the tolerance."""
 
-    def logits(self, codes_MD: Tensor) -> Iterator[Tensor]:
-        """Yield the logits (M, C) by each classifier, in the order of the values."""
+    def logits(self, codes_MD: Tensor) -> Iterator[Tensor | None]:
+        """Yield the logits (M, C) by each classifier, in the order of the values; None: it was rejected on a sample."""
 
     def head(self, index: int) -> nn.Module:
         """Build the module that maps raw codes (B, D) to logits (B, C), in float32."""
@@ -97,13 +99,28 @@ class ProbeKind:
     setting: Setting
     follows_precision: bool = True
     """Its head is cast to the dtype of the run; False: it works in float32, whatever the run's is."""
+    fit_large: Callable[[Tensor, Tensor, int, Sequence[float], nn.Module | None], Fit] | None = None
+    """The same for more than `blockwise.MOST_EXACT`, and from a classifier of nearly the same images; None: `fit`."""
+
+    def fit_by_size(
+        self,
+        codes_ND: Tensor,
+        labels_N: Tensor,
+        num_classes: int,
+        values: Sequence[float],
+        near: nn.Module | None = None,
+    ) -> Fit:
+        """Fit in the way that is for so many images, features and classes."""
+        if self.fit_large is not None and is_large(codes_ND.shape[0], codes_ND.shape[1], num_classes):
+            return self.fit_large(codes_ND, labels_N, num_classes, values, near)
+        return self.fit(codes_ND, labels_N, num_classes, values)
 
 
 PROBE_KINDS: dict[str, ProbeKind] = {
-    # quasi-Newton, all strengths side by side
-    "logistic": ProbeKind(partial(fit_linear, logistic_path), _STRENGTH),
+    # quasi-Newton, all strengths side by side; where there is much, few of them, block by block
+    "logistic": ProbeKind(partial(fit_linear, logistic_path), _STRENGTH, fit_large=fit_large_logistic),
     # one eigendecomposition; scaled so that the softmax of the scores is a probability
-    "ridge": ProbeKind(partial(fit_linear, ridge_path), _STRENGTH),
+    "ridge": ProbeKind(partial(fit_linear, ridge_path), _STRENGTH, fit_large=fit_large_ridge),
     # scikit-learn's LogisticRegression, once for each strength; needs scikit-learn
     "sklearn": ProbeKind(partial(fit_linear, sklearn_path), _STRENGTH),
     # votes of the nearest by cosine of standardised codes, which are compared as they were found

@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tlscale.codes.probes.blockwise import DOING
 from tlscale.codes.probes.linear import LinearPath, principal_axes
+from tlscale.distributed.signals import check_stop
 
 TOLERANCE = 1e-3
 """Most relative error of W: the loss is `lam`-strongly convex, so |W - optimum| <= |gradient| / lam, and the search
@@ -120,6 +122,7 @@ def _minimise(problem: _Problem, lam_L: Tensor, start_QLC: Tensor, tolerance: fl
             unsolved_A, search = unsolved_A[~stopped_A], search.keep(~stopped_A)
         if not len(unsolved_A):
             break
+        check_stop(DOING)
         stuck_A = _step(problem, search)
         if stuck_A.any():
             # Rounding hides the way down: nothing further can be gained in this precision.

@@ -10,9 +10,13 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from tlscale.codes.probes.blockwise import DOING, HeadsFit, Rotation, blocks, by_class_order, to_compute
 from tlscale.codes.probes.linear import LinearPath, principal_axes
+from tlscale.distributed.signals import check_stop
+
+_MOST_SCORES = 2**22  # of the images that find the scale: 32 MiB
 
 
 def ridge_path(codes_ND: Tensor, labels_N: Tensor, num_classes: int, strengths: Sequence[float]) -> LinearPath:
@@ -29,6 +33,7 @@ def ridge_path(codes_ND: Tensor, labels_N: Tensor, num_classes: int, strengths: 
     product_RC = rotated_NR.T @ (targets_NC - means_C) / len(codes_ND)
     weights, biases = [], []
     for strength in strengths:
+        check_stop(DOING)
         solution_RC = product_RC / (variances_R + strength)[:, None]
         leverage_N = (1 + rotated_NR.square() @ (variances_R + strength).reciprocal()) / len(codes_ND)
         fitted_NC = rotated_NR @ solution_RC + means_C
@@ -37,6 +42,38 @@ def ridge_path(codes_ND: Tensor, labels_N: Tensor, num_classes: int, strengths: 
         weights.append(axes_DR @ solution_RC * scale)
         biases.append(means_C * scale)
     return LinearPath(torch.stack(weights), torch.stack(biases), (True,) * len(strengths))
+
+
+def fit_large_ridge(
+    codes_ND: Tensor, labels_N: Tensor, num_classes: int, strengths: Sequence[float], near: nn.Module | None = None
+) -> HeadsFit:
+    """Fit ridge regression as `ridge_path` does, block by block; the scale is found by some of the images."""
+    codes_ND, labels_N = to_compute(codes_ND, labels_N)
+    rotation, order_N = Rotation.of(codes_ND), by_class_order(labels_N).to(codes_ND.device)
+    present_C, relabelled_N = torch.unique(labels_N, return_inverse=True)
+    num_images = len(codes_ND)
+    means_C = relabelled_N.bincount() / num_images
+    sums_CR = torch.zeros(len(present_C), len(rotation.variances_R), dtype=torch.float64, device=codes_ND.device)
+    for rows in blocks(*codes_ND.shape):
+        sums_CR.index_add_(0, relabelled_N[rows], rotation.apply(codes_ND[rows]))
+    some = order_N[: max(2, min(num_images, _MOST_SCORES // len(present_C)))]
+    some_NR, targets_NC = rotation.apply(codes_ND[some]), F.one_hot(relabelled_N[some], len(present_C)).double()
+    heads = []
+    for strength in strengths:
+        check_stop(DOING)
+        shrunk_R = (rotation.variances_R + strength).reciprocal()
+        solution_RC = sums_CR.T / num_images * shrunk_R[:, None]
+        leverage_N1 = (1 + some_NR.square() @ shrunk_R)[:, None] / num_images
+        left_out_NC = (some_NR @ solution_RC + means_C - leverage_N1 * targets_NC) / (1 - leverage_N1).clamp_min(1e-9)
+        scale = best_scale(left_out_NC, relabelled_N[some])
+        params_QC = torch.cat([solution_RC, means_C[None].double()]) * scale
+        if len(present_C) < num_classes:
+            whole_QC = params_QC.new_zeros(len(params_QC), num_classes)
+            whole_QC[-1] = (some_NR @ params_QC[:-1] + params_QC[-1]).logsumexp(1).min() - math.log(num_images + 1)
+            whole_QC[:, present_C] = params_QC
+            params_QC = whole_QC
+        heads.append(rotation.head(params_QC))
+    return HeadsFit(tuple(heads), (True,) * len(heads))
 
 
 def best_scale(scores_NC: Tensor, labels_N: Tensor, least: float = 1e-2, most: float = 1e3) -> float:

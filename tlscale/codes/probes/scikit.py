@@ -12,8 +12,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from tlscale.codes.probes.blockwise import DOING
 from tlscale.codes.probes.linear import LinearPath
+from tlscale.distributed.signals import stoppable
 from tlscale.errors import RecipeError
+from tlscale.tracking.console import progress
 
 _MOST_STEPS = 2000
 
@@ -33,7 +36,8 @@ def sklearn_path(codes_ND: Tensor, labels_N: Tensor, num_classes: int, strengths
     models: list[Any] = []
     for strength in strengths:
         model = LogisticRegression(C=1 / (strength * images), max_iter=_MOST_STEPS)
-        with warnings.catch_warnings():
+        progress(f"probe: scikit-learn, strength {strength:g} ({len(models) + 1} of {len(strengths)})")
+        with warnings.catch_warnings(), stoppable(DOING):
             # What it would say is in `converged`.
             warnings.simplefilter("ignore", ConvergenceWarning)
             models.append(model.fit(codes, labels))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy.typing as npt
 import torch
@@ -29,7 +29,10 @@ Array: TypeAlias = Tensor | npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class PathRow:
-    """Hold a value of the hyper-parameter, and its figures on the held-out images (None where there are none)."""
+    """Hold a value of the hyper-parameter, and its figures on the held-out images.
+
+    They are None where there are no such images, and where the value was rejected on a sample of the training images.
+    """
 
     setting: float
     held_top1: float | None
@@ -75,6 +78,16 @@ class Choice:
     """The path of each set, in the order in which they were tried."""
 
 
+class Kept(Protocol):
+    """Keep what is fitted to each set of codes; see `kept.KeptFits`."""
+
+    def key(self, kind: str, values: Sequence[float], refit: bool, arrays: Sequence[Tensor]) -> str: ...
+
+    def find(self, digest: str) -> tuple[tuple[PathRow, ...], FittedProbe | None] | None: ...
+
+    def keep(self, digest: str, rows: Sequence[PathRow], probe: FittedProbe | None) -> None: ...
+
+
 def choose(
     kind: str,
     candidates: Iterable[tuple[str, tuple[Array, Array]]],
@@ -84,6 +97,7 @@ def choose(
     num_classes: int,
     grid: Sequence[float] | None = None,
     refit: bool = True,
+    kept: Kept | None = None,
 ) -> Choice:
     """Fit a classifier to each of several sets of codes (layers, poolings), and keep the best by held-out images.
 
@@ -97,6 +111,7 @@ def choose(
         grid: values of the hyper-parameter; None: the defaults of the kind.
         refit: fit the chosen setting again, to training and held-out images together, standardised by all of them.
             False: keep what was fitted to the training images alone.
+        kept: what an earlier call that was stopped has finished, and what this one does.
 
     Raises:
         RecipeError: the kind is unknown, the grid is wrong, or there is nothing to choose by.
@@ -112,15 +127,33 @@ def choose(
             raise cannot_compare(next(iter(table)), name)
         assert name not in table, "names of candidates differ"
         values = row.setting.values(grid, len(train.labels), len(held.labels))
-        fit, path = _try_all(row, train, held, num_classes, values)
+        arrays = (train.codes, train.labels, held.codes, held.labels)
+        key = "" if kept is None else kept.key(kind, values, refit, arrays)
+        found = None if kept is None else kept.find(key)
+        if found is None:
+            fit, path = _try_all(row, train, held, num_classes, values)
+            chosen, probe = best_of(path), None
+            if best is None or chosen.rank() < best.chosen.rank():
+                probe = _finish(kind, fit.head(path.index(chosen)), chosen, path, train, held, num_classes, refit)
+            if kept is not None:
+                kept.keep(key, path, probe)
+            del fit
+        else:
+            path, probe = found
+            for head in (probe.head, probe.before_refit) if probe is not None else ():
+                head.to(train.codes.device)
         table[name] = path
-        chosen = min(path, key=PathRow.rank) if len(path) > 1 else path[0]
-        if best is None or chosen.rank() < best.chosen.rank():
-            best_name = name
-            best = _finish(kind, fit.head(path.index(chosen)), chosen, path, train, held, num_classes, refit)
-        del codes, train, held, fit  # before the next ones are made
+        if probe is not None:
+            best_name, best = name, probe
+        del codes, train, held, arrays  # before the next ones are made
     assert best is not None, "there is a candidate"
     return Choice(best_name, best, table)
+
+
+def best_of(path: Sequence[PathRow]) -> PathRow:
+    """Return the best row by held-out images, among those that were not rejected before; the only one as it is."""
+    rows = [row for row in path if row.held_top1 is not None]
+    return min(rows, key=PathRow.rank) if rows else path[0]
 
 
 def refuse_wrong_probe(probe: ProbeSection, codes: CodesSection, num_train: int, num_held: int) -> None:
@@ -210,10 +243,13 @@ def _try_all(
 ) -> tuple[Fit, tuple[PathRow, ...]]:
     """Fit every value to the training images, and score it on the held-out ones."""
     _check_training(train, held, num_classes)
-    fit = kind.fit(train.codes, train.labels, num_classes, values)
+    fit = kind.fit_by_size(train.codes, train.labels, num_classes, values)
     figures: Iterable[tuple[float | None, float | None]] = [(None, None)] * len(values)
     if len(held.labels):
-        figures = (_figures(logits_MC, held.labels) for logits_MC in fit.logits(held.codes))
+        figures = (
+            (None, None) if logits_MC is None else _figures(logits_MC, held.labels)
+            for logits_MC in fit.logits(held.codes)
+        )
     scored = zip(values, figures, fit.converged, strict=True)
     return fit, tuple(PathRow(value, top1, loss, converged) for value, (top1, loss), converged in scored)
 
@@ -231,7 +267,7 @@ def _finish(
     before_refit, converged, images = head.eval(), chosen.converged, train
     if refit and len(held.labels):
         images = train + held
-        again = kind_of(kind).fit(images.codes, images.labels, num_classes, (chosen.setting,))
+        again = kind_of(kind).fit_by_size(images.codes, images.labels, num_classes, (chosen.setting,), before_refit)
         head, converged = again.head(0), again.converged[0]
     return FittedProbe(kind, chosen, path, len(images.labels), converged, head.eval(), before_refit)
 

@@ -17,15 +17,18 @@ from typing import Any
 import numpy as np
 import PIL
 
+from tlscale import faults
 from tlscale.data.content import ContentIndex, content_digest
 from tlscale.data.decode import decode_image
 from tlscale.data.sources.tables import ImageSplit, RawStore, Role, SourceSplit
 from tlscale.data.workers import map_in_threads
 from tlscale.distributed.host import num_cores
+from tlscale.distributed.signals import is_stopping
 from tlscale.errors import DataError, Stopped
 from tlscale.recipe.schema import DataSection
 from tlscale.storage.cache import cache_root, make_cache_folder, say_not_cached, share_with_group
 from tlscale.storage.files import replacing, text_sha256
+from tlscale.tracking.console import Pace
 
 _BLOCK = 256  # images that a thread takes at once
 _RULES = 2  # raise it when `decode_image` comes to refuse what it took before
@@ -115,7 +118,7 @@ def find_bad_images(
     Raises:
         Stopped: as `find_bad`.
     """
-    must_stop = should_stop or (lambda: False)
+    must_stop = should_stop or _is_stopping
 
     def try_block(block: Sequence[int]) -> tuple[list[tuple[int, str]], _Sound]:
         """Return the bad images, and the sound ones that were read."""
@@ -139,15 +142,21 @@ def find_bad_images(
     rows = range(len(images)) if rows is None else rows
     blocks = [rows[start : start + _BLOCK] for start in range(0, len(rows), _BLOCK)]
     found: list[tuple[int, str]] = []
+    pace = Pace(len(rows), None, "checking images")
     for block, (bad, sound) in zip(blocks, map_in_threads(try_block, blocks, most=num_cores()), strict=True):
         found += bad
         if known is not None:
             known.add(sound)
-        if on_images is not None and not must_stop():
-            on_images(len(block))
+        if not must_stop():
+            (on_images or pace.add)(len(block))
     if must_stop():
         raise Stopped("stopped while images were tried", remedy="Those that were found sound are not decoded again")
     return found
+
+
+def _is_stopping() -> bool:
+    faults.ask_to_stop("checking images")
+    return is_stopping()
 
 
 _Sound = dict[bytes, bytes | None]

@@ -32,8 +32,10 @@ from tlscale.data.sources.split_names import (
 )
 from tlscale.data.sources.stores import FileStore, kind_of_file
 from tlscale.data.sources.tables import Ints, Role, Source, SourceSplit
+from tlscale.distributed.signals import check_stop
 from tlscale.errors import DataError, first_few, is_unicode, one_line, quoted, quoted_list, sentences, suggestion
 from tlscale.recipe.schema import DataSection
+from tlscale.tracking.console import Pace, visible
 
 LEFT_BY_DESKTOPS = frozenset(("Thumbs.db", "desktop.ini", "__MACOSX"))
 
@@ -156,8 +158,9 @@ def _collect(root: Path, name: str, classes: list[str]) -> tuple[SourceSplit, In
     chunks, counts, stats = [], [], []
     parts: list[str | bytes] = []
     problems: list[str] = []
+    pace = Pace(None, None, f"scanning {visible(root / name)}")
     for label in order:
-        paths, stats_N5, wrong = _read_class(root, name, label)
+        paths, stats_N5, wrong = _read_class(root, name, label, pace)
         problems.extend(wrong)
         if not paths and not wrong:
             problems.append(f"{one_line(root / name / label)} is empty: a class needs at least one image")
@@ -175,7 +178,7 @@ def _collect(root: Path, name: str, classes: list[str]) -> tuple[SourceSplit, In
     return SourceSplit(name, store, order, label_ids_N), stats_N5
 
 
-def _read_class(root: Path, name: str, label: str) -> tuple[list[str], Ints, list[str]]:
+def _read_class(root: Path, name: str, label: str, pace: Pace) -> tuple[list[str], Ints, list[str]]:
     """Return paths below `root`, the `file_stamp` of each, and what is wrong."""
     folder = root / name / label
     prefix = "" if name == "." else f"{name}/"
@@ -183,6 +186,8 @@ def _read_class(root: Path, name: str, label: str) -> tuple[list[str], Ints, lis
     stats: list[tuple[int, ...]] = []
     wrong: list[str] = []
     for entry in _visible(folder):
+        check_stop("scanning folders")
+        pace.add(1)
         shown = one_line(entry.path)
         try:
             stat = entry.stat()

@@ -163,14 +163,15 @@ def count_shared(scored: ImageSplit, other: ImageSplit) -> int:
     Raises:
         DataError: an image is not there.
     """
-    digests = list(map_in_threads(lambda i: _read_digest(scored, i), range(len(scored))))
+    doing = "comparing images with those of the run"
+    digests = list(map_in_threads(lambda i: _read_digest(scored, i), range(len(scored)), doing))
     sizes = {size for size, _ in digests}
 
     def digest(i: int) -> bytes | None:
         size = _file_size(other, i)
         return None if size is not None and size not in sizes else _read_digest(other, i)[1]
 
-    others = set(map_in_threads(digest, range(len(other))))
+    others = set(map_in_threads(digest, range(len(other)), doing))
     return sum(digest in others for _, digest in digests)
 
 

@@ -34,8 +34,10 @@ from tlscale.data.sources.same_files import number_files
 from tlscale.data.sources.split_names import SPLIT_COLUMN, may_name_splits, pick_splits, split_values
 from tlscale.data.sources.stores import BytesStore, FileStore, kind_of_file
 from tlscale.data.sources.tables import RawStore, Role, Source, SourceSplit
+from tlscale.distributed.signals import check_stop
 from tlscale.errors import DataError, did_you_mean, first_few, quoted
 from tlscale.recipe.schema import DataSection
+from tlscale.tracking.console import Pace, visible
 
 Stats = npt.NDArray[np.int64]
 IMAGE_COLUMNS = ("image", "img", "path", "file", "filename", "file_name", "filepath", "file_path", "image_path")
@@ -228,7 +230,10 @@ def _stats(file: Path, column: pa.ChunkedArray) -> Stats | None:
     missing: list[str] = []
     strange: list[str] = []
     stats_N5 = np.zeros((len(column), 5), dtype=np.int64)
+    pace = Pace(len(column), None, f"scanning the images of {visible(file.name)}")
     for row, path in enumerate(_paths(column)):
+        check_stop("scanning files")
+        pace.add(1)
         _check_inside(file, row, path)
         try:
             found = os.stat(os.path.join(root, path))

@@ -23,6 +23,8 @@ import numpy.typing as npt
 from tlscale.data.content import ContentIndex, Contents, Digests
 from tlscale.data.sources.split_names import Role as Role
 from tlscale.data.workers import map_in_threads
+from tlscale.distributed.signals import check_stop
+from tlscale.tracking.console import Pace
 
 Ints = npt.NDArray[np.int64]
 Raw = bytes | npt.NDArray[Any]
@@ -92,6 +94,7 @@ class LabelledTable:
             stamps = self.store.stamps(unknown)
             if stamps is None:
                 for row in unknown.tolist():
+                    check_stop("hashing images")
                     self.read(row)
             else:
                 contents.recall(unknown, stamps, ContentIndex())
@@ -171,8 +174,13 @@ class ImageSplit:
             DataError: an image cannot be read.
         """
         unread_N = ~self.known_digests()[1]
-        list(map_in_threads(self.read, np.flatnonzero(unread_N if wanted_N is None else unread_N & wanted_N).tolist()))
-        self.table.remember()
+        unread = np.flatnonzero(unread_N if wanted_N is None else unread_N & wanted_N).tolist()
+        pace = Pace(len(unread), None, f"hashing {self.name}")
+        try:
+            for _ in map_in_threads(self.read, unread, "hashing images"):
+                pace.add(1)
+        finally:
+            self.table.remember()  # what was read before a stop as well
         return self.noted_digests()[0]
 
     def without(self, positions: Collection[int]) -> ImageSplit:
