@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -42,24 +42,23 @@ class KeptFits:
 
     def key(self, kind: str, values: Sequence[float], refit: bool, arrays: Sequence[Tensor]) -> str:
         """Return what identifies a fit: 64 hex digits over its numbers."""
-        total = hashlib.sha256(json.dumps([_RULES, kind, list(values), refit]).encode())
-        for array in arrays:
-            total.update(f"{array.dtype} {tuple(array.shape)} ".encode())
-            for block in torch.split(array.detach(), _BLOCK):
-                total.update(block.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        return total.hexdigest()
+        return _sha256(json.dumps([_RULES, kind, list(values), refit]), arrays)
 
     def find(self, digest: str) -> tuple[tuple[PathRow, ...], FittedProbe | None] | None:
         """Return the rows of a set, and the classifier if it was the best by then; None where it is not finished."""
         try:
             with safe_open(self._folder / f"{digest}.safetensors", "pt") as file:
-                about = json.loads(file.metadata()["probe"])
-                rows = tuple(PathRow(**row) for row in about["rows"])
-                if about["probe"] is None:
-                    return rows, None
-                heads = [_layer(file.get_tensor(f"{name}.weight"), file.get_tensor(f"{name}.bias")) for name in _HEADS]
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+                text, written = file.metadata()["probe"], file.metadata()["sha256"]
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+        except (OSError, SafetensorError, KeyError, TypeError):
             return None
+        if written != _seal(text, tensors):
+            return None
+        about = json.loads(text)
+        rows = tuple(PathRow(**row) for row in about["rows"])
+        if about["probe"] is None:
+            return rows, None
+        heads = [_layer(tensors[f"{name}.weight"], tensors[f"{name}.bias"]) for name in _HEADS]
         facts = {**about["probe"], "chosen": PathRow(**about["probe"]["chosen"]), "path": rows}
         probe = FittedProbe(**facts, head=heads[0], before_refit=heads[1])
         return rows, probe if about["refitted"] else replace(probe, before_refit=heads[0])
@@ -80,10 +79,25 @@ class KeptFits:
                 for name, head in heads.items()
                 for part in ("weight", "bias")
             }
+        text = json.dumps(about)
         with suppress(OSError, SafetensorError):  # it only saves time
             self._folder.mkdir(parents=True, exist_ok=True)
             with replacing(self._folder / f"{digest}.safetensors") as aside:
-                save_file(tensors, aside, {"probe": json.dumps(about)})
+                save_file(tensors, aside, {"probe": text, "sha256": _seal(text, tensors)})
+
+
+def _seal(text: str, tensors: dict[str, Tensor]) -> str:
+    names = sorted(tensors)
+    return _sha256(json.dumps([text, names]), [tensors[name] for name in names])
+
+
+def _sha256(text: str, arrays: Iterable[Tensor]) -> str:
+    total = hashlib.sha256(text.encode())
+    for array in arrays:
+        total.update(f"{array.dtype} {tuple(array.shape)} ".encode())
+        for block in torch.split(array.detach(), _BLOCK):
+            total.update(block.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return total.hexdigest()
 
 
 def _layer(weight_CD: Tensor, bias_C: Tensor) -> nn.Linear:
