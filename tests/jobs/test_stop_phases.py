@@ -27,6 +27,12 @@ RUNS = {
     "fit again": (PROBE, "fitting the probe@60"),
     "test of a probe": (PROBE, "evaluating"),
 }
+LONG = ("set up", "validation", "fit again", "test of a probe", "codes", "evaluate")
+
+
+def sampled(names):
+    """Those that take a path like another one's are run by `make test-long`."""
+    return [pytest.param(name, marks=[pytest.mark.long] if name in LONG else []) for name in names]
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +80,7 @@ def whole(tmp_path_factory, forks, pictures):
     return of
 
 
-@pytest.mark.parametrize("phase", RUNS)
+@pytest.mark.parametrize("phase", sampled(RUNS))
 def test_a_run_is_stopped_and_goes_on(phase, whole, forks, pictures, tmp_path):
     changes, doing = RUNS[phase]
     place, out = Place(tmp_path / "place", forks, pictures, changes), tmp_path / "run"
@@ -108,7 +114,7 @@ def test_a_layer_that_is_fitted_is_not_fitted_again(whole, forks, pictures, tmp_
     assert all(value.equal(exported(out)[name]) for name, value in exported(whole(changes)).items())
 
 
-@pytest.mark.parametrize("verb", ["plan", "codes", "evaluate", "compare"])
+@pytest.mark.parametrize("verb", sampled(["plan", "codes", "evaluate", "compare"]))
 def test_the_other_verbs_are_stopped_too(verb, whole, forks, pictures, tmp_path):
     place = Place(tmp_path / "place", forks, pictures, TRAINS)
     words, doing = {

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from tlscale.data.sources.bad_images import find_bad
 from tlscale.data.sources.open import read_source
-from tlscale.distributed.signals import StopRequest
-from tlscale.errors import DataError, Stopped
+from tlscale.errors import DataError
 from tlscale.recipe.schema import DataSection
 from tlscale.tracking.console import Console, Pace
 
@@ -24,11 +23,7 @@ def check_images(section: DataSection, console: Console) -> None:
     splits = read_source(section).splits
     num_images = sum(len(split.store) for split in splits.values())
     pace = Pace(num_images, console.say, "checking images")
-    with StopRequest() as stop:
-        try:
-            bad_images = find_bad(section, splits, on_images=pace.add, should_stop=lambda: stop.requested)
-        except Stopped as stopped:
-            raise Stopped(str(stopped), remedy="The same line goes on from there") from None
+    bad_images = find_bad(section, splits, on_images=pace.add)
     for reason in bad_images.reasons():
         console.say(reason)
     if not len(bad_images):

@@ -75,7 +75,7 @@ def compare(
             `Stopped` after a signal.
     """
     watch = watch or Stopwatch()
-    is_main = int(os.environ.get("RANK", "0")) == 0
+    is_main, is_launched = int(os.environ.get("RANK", "0")) == 0, int(os.environ.get("WORLD_SIZE", "1")) > 1
     console = Console(enabled=is_main)
     plan = Plan([load_recipe(path) for path in recipes], strategies, sizes, seeds, changes, min_steps)
     names = [base.name for base in plan.bases]
@@ -90,7 +90,8 @@ def compare(
     _show_variants(plan.bases, labelled, variants, console)
     outcomes = []
     for position, variant in enumerate(variants, start=1):
-        check_stop("comparing", "--resume goes on; complete runs are kept")
+        if not is_launched:  # several processes hear it in the run, all of them or none
+            check_stop("comparing", "--resume goes on; complete runs are kept")
         console.say(f"run {position} of {len(variants)}: {variant.recipe.name}, in '{variant.folder}'", style="bold")
         with watch("runs"):
             outcomes.append(_outcome(run, variant, console, resume=resume, is_main=is_main))

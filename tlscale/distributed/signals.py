@@ -186,6 +186,7 @@ def stoppable(doing: str) -> Iterator[None]:
     Raises:
         Stopped: it did.
     """
+    check_stop(doing)
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGALRM"):
         yield
         return
@@ -196,10 +197,11 @@ def stoppable(doing: str) -> Iterator[None]:
             check_stop(doing)
 
     before = signal.signal(signal.SIGALRM, tick)
-    signal.setitimer(signal.ITIMER_REAL, _LOOK_EVERY_S, _LOOK_EVERY_S)
+    timer_s = signal.setitimer(signal.ITIMER_REAL, _LOOK_EVERY_S, _LOOK_EVERY_S)
     try:
         yield
     finally:
         is_over = True
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_REAL, *timer_s)  # whoever had set one

@@ -145,16 +145,20 @@ def _passes(batches: Iterable[B], inputs: Callable[[B], tuple[Tensor, ...]], pro
             yield own_batch, inputs(own_batch)
         return
     own = iter(batches)
-    batch = processes.run_on_all(next, own, None)
+
+    def following() -> B | None:
+        check_stop("evaluating")
+        return next(own, None)
+
+    batch = processes.run_on_all(following)
     args = None if batch is None else inputs(batch)
     looks = processes.gather(None if args is None else [(arg.shape, arg.dtype) for arg in args])
     if args is None:  # fewer images than processes
         look = next((look for look in looks if look is not None), [])
         args = tuple(torch.zeros(shape, dtype=dtype, device=processes.device) for shape, dtype in look)
     while processes.any(batch is not None):
-        processes.run_on_all(check_stop, "evaluating")
         yield batch, args
-        batch = processes.run_on_all(next, own, None)
+        batch = processes.run_on_all(following)
         args = args if batch is None else inputs(batch)
 
 

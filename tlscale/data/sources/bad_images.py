@@ -23,13 +23,14 @@ from tlscale.data.decode import decode_image
 from tlscale.data.sources.tables import ImageSplit, RawStore, Role, SourceSplit
 from tlscale.data.workers import map_in_threads
 from tlscale.distributed.host import num_cores
-from tlscale.distributed.signals import is_stopping
+from tlscale.distributed.signals import is_stopping, stopped_by
 from tlscale.errors import DataError, Stopped
 from tlscale.recipe.schema import DataSection
 from tlscale.storage.cache import cache_root, make_cache_folder, say_not_cached, share_with_group
 from tlscale.storage.files import replacing, text_sha256
 from tlscale.tracking.console import Pace
 
+_DOING = "checking images"
 _BLOCK = 256  # images that a thread takes at once
 _RULES = 2  # raise it when `decode_image` comes to refuse what it took before
 _DIGEST_BYTES = 32
@@ -75,24 +76,20 @@ def find_bad(
     splits: Mapping[Role, SourceSplit],
     *,
     on_images: Callable[[int], None] | None = None,
-    should_stop: Callable[[], bool] | None = None,
 ) -> BadImages:
     """Try every image of every split.
 
     Args:
         on_images: called with a number of images whenever so many more are tried.
-        should_stop: tells whether to stop, any time; what was found sound by then stays known.
 
     Raises:
-        Stopped: it was asked to stop.
+        Stopped: it was asked to stop; what was found sound by then stays known.
     """
     max_pixels = round(section.max_megapixels * 1e6)
     known, found = _Checked(max_pixels), {}
     try:
         for role, split in splits.items():
-            found[role] = find_bad_images(
-                split.store, max_pixels=max_pixels, known=known, on_images=on_images, should_stop=should_stop
-            )
+            found[role] = find_bad_images(split.store, max_pixels=max_pixels, known=known, on_images=on_images)
     finally:
         known.save()
     return BadImages({role: rows for role, rows in found.items() if rows})
@@ -105,7 +102,6 @@ def find_bad_images(
     rows: Sequence[int] | None = None,
     known: _Checked | None = None,
     on_images: Callable[[int], None] | None = None,
-    should_stop: Callable[[], bool] | None = None,
 ) -> list[tuple[int, str]]:
     """Return the images that cannot be read, each with the reason.
 
@@ -113,19 +109,17 @@ def find_bad_images(
         rows: which to try; None: all.
         known: what was found sound before, of images of a store; what is found now is added.
         on_images: as `find_bad`.
-        should_stop: as `find_bad`.
 
     Raises:
         Stopped: as `find_bad`.
     """
-    must_stop = should_stop or _is_stopping
 
     def try_block(block: Sequence[int]) -> tuple[list[tuple[int, str]], _Sound]:
         """Return the bad images, and the sound ones that were read."""
         bad: list[tuple[int, str]] = []
         sound: _Sound = {}
         for row, stamp in known.unknown(images, block) if known is not None else [(row, None) for row in block]:
-            if must_stop():  # also of a block that has not begun: nobody waits for it
+            if _is_stopping():  # also of a block that has not begun: nobody waits for it
                 break
             try:
                 raw = images.read(row)
@@ -142,20 +136,20 @@ def find_bad_images(
     rows = range(len(images)) if rows is None else rows
     blocks = [rows[start : start + _BLOCK] for start in range(0, len(rows), _BLOCK)]
     found: list[tuple[int, str]] = []
-    pace = Pace(len(rows), None, "checking images")
+    pace = Pace(len(rows), None, _DOING)
     for block, (bad, sound) in zip(blocks, map_in_threads(try_block, blocks, most=num_cores()), strict=True):
         found += bad
         if known is not None:
             known.add(sound)
-        if not must_stop():
+        if not _is_stopping():
             (on_images or pace.add)(len(block))
-    if must_stop():
-        raise Stopped("stopped while images were tried", remedy="Those that were found sound are not decoded again")
+    if _is_stopping():
+        raise Stopped(f"stopped by {stopped_by()} while {_DOING}", remedy="Those that are sound are not decoded again")
     return found
 
 
 def _is_stopping() -> bool:
-    faults.ask_to_stop("checking images")
+    faults.ask_to_stop(_DOING)
     return is_stopping()
 
 
