@@ -1,13 +1,14 @@
 """Probes of many images and classes: seconds, memory and accuracy, beside a linear head trained on the same codes.
 
-    python benchmarks/probe_scale.py [--images 180000] [--width 512] [--classes 1000] [--noise 1.0] [--epochs 5]
-        [--kinds head,logistic,ridge,knn] [--json FILE]
+    python benchmarks/probe_scale.py [--size small] [--noise 1.0] [--epochs 5] [--kinds head,logistic,ridge]
+        [--json FILE]
 
+Sizes: small (10,000 images of 100 classes), middle (38,000 of 1,000) and large (180,000 of 1,000), of 512 features.
 Codes are made up: a centre for each class and noise around it, in directions of different size, then the positive part.
 A tenth of the images is held out and chooses the strength; 10,000 others test. Each kind runs in a process of its own,
 which measures its peak memory, codes included. `head`: one linear layer, AdamW, batches of 256 in a new order each
-epoch, a warm-up and a cosine, scored each epoch on the held-out images. `logistic` and the others: `choose`, as a probe
-calls it, with the default strengths and the fit again on all images. `sklearn` is not among the kinds by default.
+epoch, a warm-up and a cosine, scored each epoch on the held-out images. `logistic` and the others (`ridge`, `knn`,
+`sklearn`): `choose`, as a probe calls it, with the default strengths and the fit again on all images.
 CPU seconds are those of the process: on a machine that others use as well, wall time measures them too.
 """
 
@@ -31,18 +32,19 @@ from torch import Tensor, nn
 from tlscale.codes.probes.select import choose
 from tlscale.tracking.console import Console
 
-BATCH, NUM_TEST = 256, 10_000
+BATCH, NUM_TEST, WIDTH = 256, 10_000, 512
+SIZES = {"small": (10_000, 100), "middle": (38_000, 1000), "large": (180_000, 1000)}  # images to fit, classes
 
 
-def make_codes(num_images: int, width: int, num_classes: int, noise: float) -> tuple[Tensor, Tensor]:
+def make_codes(num_images: int, num_classes: int, noise: float) -> tuple[Tensor, Tensor]:
     """Return codes and labels, the test images last; in blocks, so that the peak of memory is not theirs."""
     generator = torch.Generator().manual_seed(0)
     labels_N = torch.randint(num_classes, (num_images,), generator=generator)
-    centres_CD = torch.randn(num_classes, width, generator=generator)
-    mix_DD = torch.randn(width, width, generator=generator) * torch.logspace(0, -1.5, width)[:, None]
-    codes_ND = torch.empty(num_images, width)
+    centres_CD = torch.randn(num_classes, WIDTH, generator=generator)
+    mix_DD = torch.randn(WIDTH, WIDTH, generator=generator) * torch.logspace(0, -1.5, WIDTH)[:, None]
+    codes_ND = torch.empty(num_images, WIDTH)
     for rows in torch.arange(num_images).split(8192):
-        spread_BD = noise * torch.randn(len(rows), width, generator=generator)
+        spread_BD = noise * torch.randn(len(rows), WIDTH, generator=generator)
         mixed_BD = (centres_CD[labels_N[rows]] + spread_BD) @ mix_DD
         codes_ND[rows] = mixed_BD.relu() + 0.05 * mixed_BD
     return codes_ND, labels_N
@@ -89,18 +91,19 @@ def top1(head: Callable[[Tensor], Tensor], images: tuple[Tensor, Tensor]) -> flo
 def measure(args: argparse.Namespace) -> dict[str, object]:
     """Fit one kind in this process."""
     torch.manual_seed(0)
-    codes_ND, labels_N = make_codes(args.images + NUM_TEST, args.width, args.classes, args.noise)
-    num_train = args.images - args.images // 10
-    bounds = [(0, num_train), (num_train, args.images), (args.images, len(codes_ND))]
+    num_images, num_classes = SIZES[args.size]
+    codes_ND, labels_N = make_codes(num_images + NUM_TEST, num_classes, args.noise)
+    num_train = num_images - num_images // 10
+    bounds = [(0, num_train), (num_train, num_images), (num_images, len(codes_ND))]
     train, held, test = ((codes_ND[start:stop], labels_N[start:stop]) for start, stop in bounds)
     began, began_cpu = time.perf_counter(), time.process_time()
     facts: dict[str, object] = {}
     if args.kind == "head":
-        head = train_head(train, held, args.classes, args.epochs)
+        head = train_head(train, held, num_classes, args.epochs)
     else:
         with Console().shows_progress():
             choice = choose(
-                args.kind, [("codes", (train[0], held[0]))], train[1], held[1], num_classes=args.classes, grid=None
+                args.kind, [("codes", (train[0], held[0]))], train[1], held[1], num_classes=num_classes, grid=None
             )
         head = choice.probe.head
         facts = {"setting": choice.probe.chosen.setting, "converged": choice.probe.converged}
@@ -112,29 +115,27 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=180_000, help="for training and validation")
-    parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--classes", type=int, default=1000)
+    parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--noise", type=float, default=1.0)
     parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--kinds", default="head,logistic,ridge,knn")
+    parser.add_argument("--kinds", default="head,logistic,ridge")
     parser.add_argument("--kind", help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     if args.kind:
         print(json.dumps(measure(args)))
         return
-    sizes = [f"--{name}={getattr(args, name)}" for name in ("images", "width", "classes", "noise", "epochs")]
-    rows = []
+    options = [f"--{name}={getattr(args, name)}" for name in ("size", "noise", "epochs")]
+    rows, (num_images, num_classes) = [], SIZES[args.size]
     for kind in args.kinds.split(","):
-        command = [sys.executable, os.fspath(Path(__file__)), *sizes, "--kind", kind]
+        command = [sys.executable, os.fspath(Path(__file__)), *options, "--kind", kind]
         ran = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         *progress, last = ran.stdout.splitlines()
         rows.append(json.loads(last))
         print("\n".join(progress), flush=True)
         print(rows[-1], flush=True)
     print(
-        f"\n{args.images:,} images x {args.width:,} features, {args.classes:,} classes, noise {args.noise:g}; "
+        f"\n{args.size}: {num_images:,} images x {WIDTH} features, {num_classes:,} classes, noise {args.noise:g}; "
         f"torch {torch.__version__}, {torch.get_num_threads()} threads\n"
     )
     print("| kind | wall s | CPU s | peak GiB | top1 | setting | converged |\n" + "|---" * 7 + "|")
