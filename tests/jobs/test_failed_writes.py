@@ -5,7 +5,7 @@ import re
 import pytest
 
 from tests.failing_disk import why_not_here
-from tests.failing_runs import Job, faults_of
+from tests.failing_runs import VERBS, Job, faults_of
 
 pytestmark = pytest.mark.slow  # each starts a run twice
 
@@ -16,7 +16,7 @@ def wholes(forks, idx, tmp_path_factory):
     if (why := why_not_here()) is not None:
         pytest.skip(why)
     found = {}
-    for verb in ("run", "probe", "codes"):
+    for verb in VERBS:
         job = found[verb] = Job(tmp_path_factory.mktemp(verb) / "job", verb, idx)
         code, said = job.start(forks, job.failing())
         assert code == 0, said
@@ -32,6 +32,7 @@ def wholes(forks, idx, tmp_path_factory):
         ("run", "write", r"run/\.predictions", "EDQUOT", False),
         ("probe", "write", r"run/model/", "ENOSPC", True),
         ("codes", "fsync", r"cache/codes/.*safetensors", "EIO", False),
+        ("compare", "write", r"run/\.compare\.json", "ENOSPC", True),
     ],
 )
 def test_a_failed_operation_is_reported_and_loses_nothing(

@@ -17,7 +17,7 @@ from tlscale.commands.compare_plot import draw
 from tlscale.commands.paired_tests import LEVEL, Pair
 from tlscale.errors import DataError, RunFolderError
 from tlscale.models.features import PENULTIMATE
-from tlscale.storage.files import naming_disk_errors, write_text
+from tlscale.storage.files import naming_disk_errors, remove_left_overs, write_text
 from tlscale.storage.run_folder import RunFolder
 from tlscale.tracking.console import number
 from tlscale.tracking.metrics_log import read_metrics
@@ -364,10 +364,13 @@ def write_comparison(
     Raises:
         TlscaleError: they cannot be written.
     """
+    text_file, plain, pictures = out / "compare.md", out / "compare.json", [out / "compare.png", out / "compare.svg"]
     with naming_disk_errors(out):
-        write_text(out / "compare.md", markdown(title, outcomes, extra, pairs))
+        for path in (text_file, plain, *pictures):
+            remove_left_overs(path)  # of a comparison that a disk failed
+        write_text(text_file, markdown(title, outcomes, extra, pairs))
         if rows := to_rows(outcomes):
-            draw(rows, [out / "compare.png", out / "compare.svg"])
+            draw(rows, pictures)
     figures = {
         "name": title,
         **times(),
@@ -377,5 +380,5 @@ def write_comparison(
     }
     text = json.dumps(figures, indent=2, allow_nan=False) + "\n"
     with naming_disk_errors(out):
-        write_text(out / "compare.json", text)
+        write_text(plain, text)
     return dict(json.loads(text))
