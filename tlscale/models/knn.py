@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tlscale.distributed.signals import check_stop
 from tlscale.errors import ModelError
 
 _VOTE_TEMPERATURE = 0.07  # as in DINO (Caron et al. 2021), after Wu et al. 2018
@@ -70,12 +69,15 @@ class KnnHead(nn.Module):
         """Return the buffers themselves, by name."""
         return dict(self.named_buffers())
 
+    @property
+    def at_once(self) -> int:
+        """Return how many images are compared at a time."""
+        return max(1, _MOST_SIMILARITIES // len(self.labels_N))
+
     def neighbours(self, codes_BD: Tensor) -> tuple[Tensor, Tensor]:
         """Return cosines and labels of the nearest, nearest first: (B, K) each. Memory does not grow with B * N."""
-        at_once = max(1, _MOST_SIMILARITIES // len(self.labels_N))
         cosines, rows = [], []
-        for block_BD in torch.split(codes_BD, at_once):
-            check_stop("searching neighbours")
+        for block_BD in torch.split(codes_BD, self.at_once):
             unit_BD = F.normalize((block_BD.to(self.mean_D) - self.mean_D) / self.std_D, dim=1)
             top = (unit_BD @ self.codes_ND.T).topk(self.k, dim=1)
             cosines.append(top.values)

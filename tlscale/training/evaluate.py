@@ -52,10 +52,7 @@ def evaluate(
 
     Returns:
         The dict of `metrics.summary`, the means of the auxiliary losses, and `<error_of>_se`; the same on every
-        process, as is the error of an image that one of them cannot read.
-
-    Raises:
-        Stopped: the run was asked to stop.
+        process, as is the error of an image that one of them cannot read, or `Stopped`.
     """
     tally, aux = Tally(len(classes), processes.device), _Sums(loss_fn.aux_names, processes.device)
     was_training = network.training

@@ -8,10 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tlscale.codes.probes.blockwise import DOING
 from tlscale.codes.probes.linear import standardise
+from tlscale.distributed.signals import check_stop
 from tlscale.models.knn import KnnHead
 
 
@@ -28,7 +31,11 @@ class KnnFit:
         return (True,) * len(self.numbers)  # there is nothing to solve
 
     def logits(self, codes_MD: Tensor) -> Iterator[Tensor]:
-        cosines_MK, labels_MK = self.most.neighbours(codes_MD)  # once for all numbers
+        parts = []
+        for block_BD in torch.split(codes_MD, self.most.at_once):
+            check_stop(DOING)
+            parts.append(self.most.neighbours(block_BD))
+        cosines_MK, labels_MK = (torch.cat(part) for part in zip(*parts, strict=True))  # once for all numbers
         return (self.most.votes(cosines_MK[:, :k], labels_MK[:, :k]) for k in self.numbers)
 
     def head(self, index: int) -> KnnHead:
