@@ -268,7 +268,7 @@ def predict(run_dir: str, places: Sequence[str], **options: Any) -> None:  # noq
     \b
     Examples:
       tlscale predict runs/photos new_photos/ --out labels.csv
-      find new_photos -name '*.jpg' | tlscale predict runs/photos - --top-k 3 > labels.csv
+      find new_photos -name '*.jpg' | tlscale predict runs/photos - --top-k 3 > labels_3.csv
     """
     from tlscale.commands.predict import predict_for_people
     from tlscale.distributed.signals import stop_with_launcher

@@ -3,6 +3,7 @@
 import csv
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 import tlscale
-from tests.small_runs import environment, put_small_folder, sample_images, small_recipe, wait_until
+from tests.small_runs import REPO, environment, put_small_folder, sample_images, small_recipe, wait_until
 from tests.unit.data.test_given import put_odd_images
 from tlscale.cli import main
 from tlscale.errors import EXIT_BAD_INPUT, EXIT_STOPPED
@@ -248,3 +249,26 @@ def test_a_folder_without_its_run_is_enough(trained, data, tmp_path):
     own = tlscale.load(trained("finetune")).predict(data / "test")
     assert alone.labels == own.labels
     np.testing.assert_allclose(alone.probabilities, own.probabilities, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_guide_run_and_are_those_of_the_help(trained, data, tmp_path, monkeypatch):
+    section = (REPO / "docs" / "guide.md").read_text().split("\n## Predictions\n")[1].split("\n## ")[0]
+    blocks = dict(re.findall(r"^```(bash|python)\n(.*?)^```$", section, flags=re.MULTILINE | re.DOTALL))
+    shown = [line.strip() for line in invoke("--help").output.split("Examples:")[1].splitlines()[1:3]]
+    assert blocks["bash"].splitlines() == shown
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "photos").symlink_to(trained("finetune"))
+    (tmp_path / "new_photos").mkdir()
+    for name, path in zip("abc", sorted((data / "test").rglob("*.png")), strict=False):
+        Image.open(path).convert("RGB").save(tmp_path / "new_photos" / f"{name}.jpg")
+    (tmp_path / "tlscale").write_text(f'#!/bin/sh\nexec {sys.executable} -m tlscale.cli "$@"\n')
+    (tmp_path / "tlscale").chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    subprocess.run(["bash", "-ec", blocks["bash"]], cwd=tmp_path, env=environment(PATH=path), check=True)
+    assert len(rows_of((tmp_path / "labels.csv").read_text())) == 3
+    assert {"label_3", "probability_3"} <= set(rows_of((tmp_path / "labels_3.csv").read_text())[0])
+    monkeypatch.chdir(tmp_path)
+    exec(compile(blocks["python"], "guide.md", "exec"), {})
+    assert len(rows_of((tmp_path / "labels.csv").read_text())) == 4
+    assert pq.read_table("labels.parquet").num_rows == 3

@@ -225,9 +225,8 @@ class _Work:
         processes = self.processes
         while given := processes.run_on_main(self._next_round):
             own = given[processes.rank * self.chunk : (processes.rank + 1) * self.chunk]
-            answered = processes.run_on_all(answer, own, self.path, processes, self._show) if own else None
-            parts = processes.gather(answered)
-            processes.run_on_main(self._write, sink, given, [part for part in parts if part is not None])
+            answered = processes.run_on_all(answer, own, self.path, processes, self._show)
+            processes.run_on_main(self._write, sink, given, processes.gather(answered))
             if processes.any(self.stop.requested):
                 where = "" if out is None else f"; '{out}' can be resumed"
                 raise Stopped(f"stopped after {self.num_given:,} images{where}")

@@ -109,6 +109,11 @@ class _Codes(_Facts):
     num_computed: _Count | None = None
 
 
+class _ComputedScores(_Facts):
+    on_codes: bool
+    batch_size: Annotated[int, Field(ge=1, le=10_000_000)]
+
+
 class _Best(_Facts):
     step: _Count
 
@@ -131,6 +136,7 @@ class _Result(_Facts):
     scored_model: str | None = None
     probe: _Probe | None = None
     codes: _Codes | None = None
+    computed_scores: _ComputedScores | None = None
 
 
 def _read(path: Path, facts: type[_Facts]) -> dict[str, Any] | None:
