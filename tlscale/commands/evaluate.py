@@ -24,6 +24,7 @@ from tlscale.commands.tables import show_classes
 from tlscale.data.loader import ImageStore, default_workers, eval_batches
 from tlscale.data.sources.tables import Role
 from tlscale.data.transforms import InputPath
+from tlscale.distributed.device import naming_memory
 from tlscale.distributed.processes import Processes, start_processes
 from tlscale.distributed.signals import StopRequest
 from tlscale.errors import RecipeError, RunFolderError, TlscaleError
@@ -123,7 +124,7 @@ def _figures(
         recipe.data, cached=store.cached, augmented=False, device=processes.device, processes=processes.world_size
     )
     batch_size = recipe.evaluate.batch_size or recipe.batch_size
-    with watch("evaluate"):
+    with watch("evaluate"), naming_memory("evaluate.batch_size", f"Give a lower one than {batch_size}."):
         figures = evaluate(
             trained.model.to(processes.device, dtype),
             eval_batches(

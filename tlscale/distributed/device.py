@@ -62,9 +62,19 @@ def choose_algorithms(device: torch.device, *, deterministic: bool) -> None:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
+# What errors of no class of their own have in them: of the CPU, of the driver (page-locked memory, say), of libraries.
+_NO_MEMORY = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+
+_LESS = (
+    "Set a lower one, or compute.gradient_checkpointing=true, and resume with --resume: nothing that was saved is "
+    "lost. Where it was an evaluation, set evaluate.batch_size. With a lower batch_size it is another training, in "
+    "another folder."
+)
+
+
 @contextmanager
-def naming_memory() -> Iterator[None]:
-    """Name the keys that save memory where the device has none left.
+def naming_memory(key: str = "compute.micro_batch_size", remedy: str = _LESS) -> Iterator[None]:
+    """Name the keys that save memory where the device has none left; by default those of a run.
 
     Raises:
         DeviceMemoryError: in place of torch's error.
@@ -72,15 +82,12 @@ def naming_memory() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        # The CPU has no class of its own.
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        if not isinstance(error, torch.OutOfMemoryError) and not any(words in str(error) for words in _NO_MEMORY):
             raise
         raise DeviceMemoryError(
             f"the device has no memory left ({str(error).splitlines()[0].strip()[:200]})",
-            key="compute.micro_batch_size",
-            remedy="Set a lower one, or compute.gradient_checkpointing=true, and resume with --resume: nothing "
-            "that was saved is lost. Where it was an evaluation, set evaluate.batch_size. With a lower batch_size it "
-            "is another training, in another folder.",
+            key=key,
+            remedy=remedy,
         ) from error
 
 
