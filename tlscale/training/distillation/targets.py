@@ -72,7 +72,10 @@ class TeacherTargets:
             parts.append(((_joined(values[:num_layers]) - self._mean_D) / self._std_D).to(self._dtype))
         if self._teacher.class_order_C is not None:
             parts.append(values[num_layers].to(self._dtype)[:, self._teacher.class_order_C])
-        return replace(batch, targets_BT=torch.cat(parts, 1))
+        targets_BT = torch.cat(parts, 1)
+        if batch.images_BCHW.is_pinned():  # else the host would wait for the device in each step, for this copy
+            targets_BT = targets_BT.pin_memory()
+        return replace(batch, targets_BT=targets_BT)
 
     def _chunks(self, kept: CodeViews) -> Iterator[Tensor]:
         """Give all codes of all views, (at most `_CHUNK`, D) float64 at a time."""
