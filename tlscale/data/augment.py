@@ -9,6 +9,7 @@ Shape letters: B images of a batch, C channels, H height, W width, S image size,
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
@@ -108,14 +110,27 @@ MIXES: dict[str, Callable[[float, float, float, int], tuple[float, Box]]] = {
 to the share of the image itself and the box. Where both are named, the order decides which of them a draw takes."""
 
 
-def _crop(number: float, spec: InputSpec) -> v2.Transform:
+def _crop(number: float, spec: InputSpec) -> Callable[[Tensor], Tensor]:
     # Tensors have no `hamming` and `box`.
     mode = InterpolationMode("bilinear" if spec.interpolation in ("hamming", "box") else spec.interpolation)
-    return v2.RandomResizedCrop(spec.image_size, scale=(number, 1.0), interpolation=mode, antialias=True)
+    crop = v2.RandomResizedCrop(spec.image_size, scale=(number, 1.0), interpolation=mode, antialias=True)
+    if mode is InterpolationMode.LANCZOS and not _tensors_have_lanczos():
+        return lambda image_CHW: v2.functional.pil_to_tensor(crop(v2.functional.to_pil_image(image_CHW)))
+    return crop  # type: ignore[no-any-return]
+
+
+@functools.cache
+def _tensors_have_lanczos() -> bool:
+    """Return whether torch resizes tensors so; where it does not, as torch 2.11, Pillow does."""
+    try:
+        F.interpolate(torch.zeros(1, 1, 2, 2), size=1, mode="lanczos", antialias=True)
+    except (NotImplementedError, ValueError):
+        return False
+    return True
 
 
 _BILINEAR = InterpolationMode.BILINEAR
-STEPS: dict[str, Callable[[float, InputSpec], v2.Transform]] = {
+STEPS: dict[str, Callable[[float, InputSpec], Callable[[Tensor], Tensor]]] = {
     "crop": _crop,
     "flip": lambda number, spec: v2.RandomHorizontalFlip(number),
     "trivialaugment": lambda number, spec: v2.TrivialAugmentWide(interpolation=_BILINEAR),
