@@ -235,3 +235,20 @@ def test_decoding_is_counted_as_it_goes_on(augment, pictures, tmp_path):
     rows = np.array([279, 0, 7])
     for one, other in zip(kept.images(rows), few.images(rows), strict=True):
         assert one.equal(other)
+
+
+def test_a_run_that_waits_for_images_names_the_workers_that_would_do(tmp_path, capsys):
+    noise = np.random.default_rng(0)
+    for name in ("a", "b"):
+        (tmp_path / "large" / "train" / name).mkdir(parents=True)
+        for number in range(10):
+            pixels = noise.integers(0, 256, (500, 500), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "large" / "train" / name / f"{number}.png", compress_level=1)
+    data = FOLDER | {"path": str(tmp_path / "large"), "cache_mib": 0, "workers": 1}
+    changes = {"data": data, "duration": "10 steps", "batch_size": 6, "log_every": "2 steps"}
+    recipe = small_recipe(tmp_path / "r.yaml", tmp_path, **changes, evaluate={"every": "10 steps"})
+    tlscale.run(recipe, tmp_path / "run")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert re.search(
+        r"training waits for images \d+% of the time: .*\(now 1\)|training waits .* there are cores for", shown
+    )

@@ -234,8 +234,13 @@ def default_workers(
         return section.workers
     if device.type == "cpu" or (cached and not augmented):
         return 0
+    return most_workers(processes)
+
+
+def most_workers(processes: int) -> int:
+    """Return for how many worker processes of each training process there are cores, at most 16."""
     # One core is left to the process that feeds the device; without another one a worker can take nothing over.
-    return min(_MOST_WORKERS, num_cores() // processes - 1) if num_cores() // processes > 1 else 0
+    return max(min(_MOST_WORKERS, num_cores() // processes - 1), 0)
 
 
 def train_batches(

@@ -68,6 +68,10 @@ class Stopwatch:
         spent_s = self.spent()
         return spent_s.get("train", 0.0) + spent_s.get(_WAITING, 0.0)
 
+    def waiting_s(self) -> float:
+        """Return the seconds that training waited for batches so far, over all starts."""
+        return self.spent().get(_WAITING, 0.0)
+
     def _settle(self) -> None:
         now_s = self._clock()
         part = self._current[-1]

@@ -51,6 +51,8 @@ class InputPipeline(Protocol):
 
     module: nn.Module
     """What Accelerate wraps and the loop trains; it shares its parameters with the run's network."""
+    workers: int | None
+    """Processes that read images for this one in training; None: more could take nothing over."""
 
     def steps(self, start: int, stop: int) -> Generator[list[Any], None, None]:
         """Give this process's micro-batches of each step."""
@@ -89,6 +91,9 @@ class ImagePipeline:
         for split in (spec.data.validation, last_split):
             if split is not None:
                 processes.run_on_all(images.of, split)
+        workers = self._workers(self._train, augmented=bool(spec.augment))
+        # On a CPU the network has all cores at work.
+        self.workers = workers if workers or processes.device.type != "cpu" else None
 
     def steps(self, start: int, stop: int) -> Generator[list[ImageBatch], None, None]:
         spec, processes, store = self._spec, self._processes, self._train
@@ -102,7 +107,7 @@ class ImagePipeline:
             start_step=start,
             stop_step=stop,
             views=self._views,
-            workers=self._workers(store, augmented=bool(spec.augment)),
+            workers=self.workers or 0,
             pin_memory=processes.pins_memory,
         )
         if processes.world_size > 1 and not store.cached:
@@ -207,6 +212,7 @@ class CodePipeline:
         `last_split` is as `open_pipeline` takes it.
         """
         self.module = partition.suffix
+        self.workers: int | None = None
         self._spec, self._processes = spec, processes
         self._partition, self._codes_cache = partition, codes_cache
         self._parts = partition_parts(partition, network.backbone, codes_cache.spec.precision)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tlscale.data.decode import BadImageError
+from tlscale.data.loader import most_workers
 from tlscale.distributed.processes import Processes
 from tlscale.distributed.signals import stopped_by
 from tlscale.errors import NonFiniteLossError, Stopped, WorkerError
@@ -35,6 +36,7 @@ from tlscale.training.loop_state import LoopState, LossMeter
 from tlscale.training.loss import Loss
 from tlscale.training.nonfinite import FiniteCheck, are_finite
 from tlscale.training.optimizer import set_lr
+from tlscale.training.reading_check import ReadingCheck
 from tlscale.training.run_info import begin_folder
 from tlscale.training.setup import RunSetup
 from tlscale.training.stages import stage_at
@@ -112,6 +114,7 @@ def _train_stages(state: TrainState, loop: LoopState, logger: RunLogger, folder:
     """Make every step that is left, stage by stage."""
     setup, processes, due = state.setup, state.processes, state.due
     meter, stop_poll = LossMeter(loop, processes), StopPoll(processes, loop.step)
+    say = state.codes_cache.console.say
     if loop.awaits_evaluation:
         _rank_and_save(state, loop, logger, folder, is_due=True)
     for stage in setup.stages[state.stage.number :]:
@@ -121,6 +124,7 @@ def _train_stages(state: TrainState, loop: LoopState, logger: RunLogger, folder:
                 enter_stage(state, loop)
                 # At once: a resumed run has to decide as this one did, also if it is killed before a checkpoint.
                 processes.run_on_main(computed.note_decisions, folder, loop)
+        reading = ReadingCheck(setup.watch, state.inputs.workers, most_workers(processes.world_size), say)
         # Closed whatever happens: the pipeline may have worker processes.
         with closing(state.inputs.steps(loop.step, stage.stop_step)) as steps:
             for micro_batches in setup.watch.each(_saving_before_errors(steps, state, loop, meter, logger, folder)):
@@ -156,6 +160,7 @@ def _train_stages(state: TrainState, loop: LoopState, logger: RunLogger, folder:
                     _refuse_non_finite(meter.settle(), state, loop, folder, may_save=may_save)
                 # No images: every step since the last line was skipped, and has a line of its own.
                 if due.log(loop.step) and loop.window_images:
+                    reading.at_line(loop.step, meter.settled_s)
                     logger.write_training(meter.take_mean(), lr, None if trained is None else trained.grad_norm)
                 _rank_and_save(state, loop, logger, folder, is_due=due.save(loop.step) or stopping)
                 if stopping and loop.step < setup.total_steps:

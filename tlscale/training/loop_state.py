@@ -6,6 +6,7 @@ Names on disk (`clock` of a checkpoint's `state.json`) are those of the first ve
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -129,6 +130,7 @@ class LossMeter:
         self._loop = loop
         self._processes = processes
         self._sums: list[tuple[int, Tensor]] = []
+        self.settled_s = 0.0  # that the host has waited for the device
 
     def add(self, loss_sum: Tensor, num_images: int, step: int) -> None:
         """Enter a step (counted from 1): the loss summed over this process's images, and the global count."""
@@ -140,7 +142,10 @@ class LossMeter:
         if not self._sums:
             return None
         steps = [step for step, _ in self._sums]
-        totals = self._processes.sum(self._processes.local.to_cpu([loss for _, loss in self._sums]).double())
+        began_s = time.monotonic()
+        sums = self._processes.local.to_cpu([loss for _, loss in self._sums])
+        self.settled_s += time.monotonic() - began_s
+        totals = self._processes.sum(sums.double())
         self._sums.clear()
         for step, total in zip(steps, totals.tolist(), strict=True):
             if not math.isfinite(total):
