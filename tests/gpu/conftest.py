@@ -21,6 +21,15 @@ def _passed() -> set[str]:
     return {line["test"] for line in lines if line["outcome"] in ("passed", "skipped")}
 
 
+@pytest.fixture(autouse=True)
+def environment_as_before():
+    """Put back what libraries of a GPU write into the environment: torch's compiler and Triton name their folders."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
 def pytest_collection_modifyitems(config, items) -> None:
     passed = _passed()
     here = [item for item in items if item.path.parent == Path(__file__).parent]
@@ -34,7 +43,8 @@ def pytest_collection_modifyitems(config, items) -> None:
 
 
 def pytest_runtest_logreport(report) -> None:
-    if _RESULTS is None or (report.when != "call" and report.passed):
+    # Where pytest-xdist runs them, each line is written by the process that gathers the reports, and once.
+    if _RESULTS is None or "PYTEST_XDIST_WORKER" in os.environ or (report.when != "call" and report.passed):
         return
     line = {"test": report.nodeid.split("::")[-1], "outcome": report.outcome, "seconds": round(report.duration, 1)}
     if report.failed:
