@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import gc
 import json
 import signal
@@ -23,6 +24,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,6 +71,7 @@ class Bench:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         torch.backends.cudnn.benchmark = True  # as timm's script does, and a run of tlscale
         self.photos = make_photos(work / "photos", size.num_photos)
+        self._limits: dict[str, dict[str, Any]] = {}
         self.cases: dict[str, Callable[[], dict[str, Any]]] = {
             "resnet, all trained, images in memory": lambda: self._training(size.resnet, in_memory=True),
             "resnet, all trained, photos": lambda: self._training(size.resnet, in_memory=False),
@@ -88,8 +91,10 @@ class Bench:
 
     def _training(self, backbone: str, *, in_memory: bool) -> dict[str, Any]:
         job, size = self.job(backbone), self.size
-        limit = bare(job, size.steps)
-        source = self._decoded() if in_memory else self.photos
+        if backbone not in self._limits:
+            self._limits[backbone] = bare(job, size.steps)
+        limit = self._limits[backbone]
+        source = self._decoded if in_memory else self.photos
         timms = timm_loop(job, source, size.steps, augment=not in_memory, workers=size.workers)
         augment = [] if in_memory else ["crop", "flip"]
         ours = self._tlscale(backbone, data={"augment": augment, "cache_mib": 4096 if in_memory else 0})
@@ -108,19 +113,16 @@ class Bench:
 
     def _tlscale(self, backbone: str, *, profile: bool = True, **changes: Any) -> dict[str, Any]:
         """Run tlscale; return speed, memory and, where it is profiled, how busy the GPU was."""
-        steps = self.size.steps
-        plain = {"duration": f"{steps} steps", "checkpoint": {"every": f"{steps} steps"}, **changes}
+        # As many as the other loops make; those that are profiled, which slows them down, come after them.
+        steps, count = self.size.steps, min(30, self.size.steps // 2) if profile else 0
+        every = {"every": f"{steps + count} steps"}
+        plain = {"duration": f"{steps + count} steps", "checkpoint": every, "evaluate": every, **changes}
         reset_peak(self.device)
-        first, count = steps // 3, min(30, steps // 2)
-        watch = profiled_steps(self.device, first, count) if profile else contextlib.nullcontext({})
+        watch = profiled_steps(self.device, steps, count) if profile else contextlib.nullcontext({})
         with watch as found:
             lines = self._run(backbone, plain)[1]
-        # Neither the first steps nor the profiled ones, which a profiler slows down.
-        fair = [s for step, s in lines if step > first // 2 and not (profile and first < step <= first + count + 10)]
-        return {
-            "images_per_s": round(statistics.median(fair or [s for _, s in lines]), 1),
-            "peak_mib": peak_mib(self.device),
-        } | found
+        fair = [speed for step, speed in lines if min(10, steps // 2) < step <= steps]
+        return {"images_per_s": round(statistics.median(fair), 1), "peak_mib": peak_mib(self.device)} | found
 
     def _run(self, backbone: str, changes: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[int, float]]]:
         size = self.size
@@ -182,11 +184,13 @@ class Bench:
         changes = {"data": {"cache_mib": 4096}, "compute": {"compile": True}}
         return {"tlscale": self._tlscale(self.size.resnet, profile=False, **changes)}
 
+    @functools.cached_property
     def _decoded(self) -> tuple[np.ndarray, np.ndarray]:
         side = self.size.image_size
         files = sorted(self.photos.glob("*/*.jpg"))
         classes = sorted({file.parent.name for file in files})
-        images = [np.asarray(Image.open(file).resize((side, side))) for file in files]
+        with ThreadPoolExecutor(self.size.workers) as pool:
+            images = list(pool.map(lambda file: np.asarray(Image.open(file).resize((side, side))), files))
         return np.stack(images), np.array([classes.index(file.parent.name) for file in files])
 
 

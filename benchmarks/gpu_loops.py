@@ -28,7 +28,8 @@ from torch.autograd import DeviceType
 
 from tlscale.training import loop as tlscale_loop
 
-_WAITS = ("Synchronize", "cudaMemcpy", "cudaHostAlloc", "cudaMalloc", "cudaFree")
+# For the device (or, where its queue is full, in what launches a kernel), for memory, and for the workers of a loader.
+_WAITS = ("Synchronize", "cudaMemcpy", "cudaHostAlloc", "cudaMalloc", "cudaFree", "LaunchKernel", "DataLoader")
 
 
 @dataclass(frozen=True)
@@ -242,7 +243,10 @@ def profiled_steps(device: torch.device, first: int, count: int) -> Iterator[dic
 
 def _busy_and_waits(profile: torch.profiler.profile, wall_s: float, steps: int) -> dict[str, Any]:
     events = list(profile.events() or ())
-    kernels = sorted((e.time_range.start, e.time_range.end) for e in events if e.device_type == DeviceType.CUDA)
+    # Not what spans kernels and the gaps between them, such as all of an optimizer's step.
+    on_device = [e for e in events if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
+    computing = [e for e in on_device if not e.name.startswith(("Memcpy", "Memset"))]
+    kernels = sorted((e.time_range.start, e.time_range.end) for e in computing)
     busy_us, end = 0.0, 0.0
     for start, stop in kernels:  # streams may overlap: what is covered counts once
         busy_us += max(0.0, stop - max(start, end))

@@ -63,14 +63,23 @@ run() {
     nproc
   } >"$out/machine.txt"
 
+  local work=${TMPDIR:-/tmp}/tlscale_gpu_kit photos='' abreast=()
+  if ((!${#toy[@]})); then
+    # While the tests run: it takes no GPU. Those start many processes, of which each waits for its libraries.
+    nice "$python" benchmarks/photos.py "$work/photos" >"$out/photos.txt" 2>&1 &
+    photos=$!
+    abreast=(-n 4 --dist worksteal)
+  fi
+
   local left=$((until - SECONDS))
   # Tests have two fifths of the time at most: the benchmarks are what nothing else can show. Killed, and not told to
   # stop: a run within a test would take that for its own stop, and the test would count as failed.
   local for_tests=$((minutes * 60 * 2 / 5))
   ((for_tests < left)) || for_tests=$left
   TLSCALE_GPU_RESULTS=$out/tests.jsonl timeout --signal=KILL "$for_tests" \
-    "$python" -m pytest -q -p no:cacheprovider -m gpu tests/gpu >"$out/tests.txt" 2>&1 || echo "gpu_kit: tests: $(tail -n 1 "$out/tests.txt")"
+    "$python" -m pytest -q -p no:cacheprovider -m gpu "${abreast[@]}" tests/gpu >"$out/tests.txt" 2>&1 || echo "gpu_kit: some tests failed, or had no time"
   tail -n 1 "$out/tests.txt"
+  [[ -z $photos ]] || wait "$photos" || echo "gpu_kit: photos: $(tail -n 1 "$out/photos.txt")"
 
   # A case that ends its process (an error of the driver cannot be caught) is tried once more, and then passed over.
   local try
@@ -78,7 +87,7 @@ run() {
     left=$((until - SECONDS))
     ((left > 15)) || break
     if TLSCALE_CACHE=$site/cache timeout --kill-after=5 "$((left + 5))" \
-      "$python" benchmarks/gpu.py "$out" --seconds "$left" --work "${TMPDIR:-/tmp}/tlscale_gpu_kit" "${toy[@]}" \
+      "$python" benchmarks/gpu.py "$out" --seconds "$left" --work "$work" "${toy[@]}" \
       2>"$out/benchmarks.txt"; then
       break
     fi
