@@ -8,6 +8,7 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 PYTHON ?= python3
 VENV ?= .venv
+FLOORS ?= $(VENV)-floors
 BIN := $(VENV)/bin
 TEST_ARGS ?=
 # As many test workers as cores, up to 4, each with one thread: torch's threads would compete for the cores.
@@ -16,7 +17,7 @@ RECIPE := recipes/resnet_fmnist.yaml
 RUN := runs/resnet_fmnist
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check test test-all test-fast test-unit test-dist test-long test-gpu test-slurm test-chaos test-hosts test-xla lint format \
+.PHONY: help demo check test test-all test-fast test-unit test-dist test-long test-gpu test-floors test-slurm test-chaos test-hosts test-xla lint format \
   wheel constraints clean
 .DELETE_ON_ERROR:
 
@@ -81,6 +82,13 @@ test-slurm: $(VENV)/.tlscale-dev ## launch/slurm.sbatch under a real Slurm on th
 # Where there is a GPU; elsewhere they are skipped.
 test-gpu: $(VENV)/.tlscale-dev ## the tests of a GPU, on a machine that has one (scripts/gpu_kit.sh: where there is no network)
 	$(PYTEST) -m gpu tests/gpu $(TEST_ARGS)
+
+# In an environment of its own. What only checks the code (linters) is left out: it asks for newer versions of the same.
+test-floors: ## the fast tests on the lowest versions that pyproject.toml allows; the first time that is several GB
+	test -x $(FLOORS)/bin/pip || $(PYTHON) -m venv $(FLOORS)
+	$(PYTHON) scripts/floors.py > $(FLOORS)/floors.txt
+	$(FLOORS)/bin/python -m pip install --quiet -c $(FLOORS)/floors.txt -e . pytest pytest-timeout pytest-xdist hypothesis tensorboard
+	$(MAKE) --no-print-directory BIN=$(FLOORS)/bin -o $(VENV)/.tlscale-dev test-fast
 
 # Those that take minutes, and are not in `make test`.
 

@@ -315,6 +315,16 @@ def test_tested_versions_are_not_below_the_floors():
     assert [name for name, floor in floors.items() if numbers(tested[name]) < numbers(floor)] == []
 
 
+def test_make_test_floors_installs_each_floor():
+    command = [sys.executable, REPO / "scripts" / "floors.py"]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    pinned = {normal(name): version for name, _, version in (line.partition("==") for line in lines)}
+    own = [normal(re.split(r"[<>=~! ]", line)[0]) for line in PYPROJECT["project"]["dependencies"]]
+    assert [name for name in own if name not in pinned] == ["torchvision"]
+    assert [name for name in own if name in pinned and wanted()[name] != f">={pinned[name]}"] == []
+    assert pinned["pytest"] == constraints()["pytest"]
+
+
 def test_torch_and_torchvision_are_a_registry_pair():
     # A local version (`+cpu`) exists in one index only, and cannot be had from the registry.
     assert "+" not in constraints()["torch"] + constraints()["torchvision"]
