@@ -4,6 +4,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from functools import partial
 
@@ -101,14 +103,50 @@ def test_codes_and_evaluate_and_compare_tell_their_time(idx, tmp_path, capsys):
     assert any("without the start of the comparison" in line for line in written["notes"])
 
 
-def test_a_process_counts_from_its_start(idx, tmp_path, forks):
-    """By the time at which result.json was written, and that at which somebody started the process."""
-    small_recipe(tmp_path / "r.yaml", idx)
+# verb -> (words after it, the file with its figures)
+VERBS = {
+    "run": (("r.yaml", "--out", "out"), "out/result.json"),
+    "probe": (("p.yaml", "--out", "out"), "out/result.json"),
+    "evaluate": (("run",), "run/evaluations/test/figures.json"),
+    "compare": (("r.yaml", "s.yaml", "--out", "out"), "out/compare.json"),
+}
+
+
+@pytest.fixture
+def recipes(idx, tmp_path, forks, monkeypatch):
+    assert forks.run("--version", log=tmp_path / "version") == 0  # the first one waits for an import
+    monkeypatch.chdir(tmp_path)
+    for name, changes in {"r": {}, "s": {"seed": 1}, "p": PROBE}.items():
+        small_recipe(tmp_path / f"{name}.yaml", idx, name=name, **changes)
+    return tmp_path
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_process_counts_from_its_start(verb, recipes, forks):
+    """By the time at which its figures were written, and that at which somebody started the process."""
+    words, figures = VERBS[verb]
+    words = [recipes / word if "." in word or word in ("out", "run") else word for word in words]
+    if verb == "evaluate":
+        assert forks.run("run", recipes / "r.yaml", "--out", recipes / "run", log=recipes / "before") == 0
     began_s = time.time()
-    assert forks.run("run", tmp_path / "r.yaml", "--out", tmp_path / "run", log=tmp_path / "log") == 0
-    took_s = (tmp_path / "run" / "result.json").stat().st_mtime - began_s
-    assert_adds_up(result(tmp_path / "run"), took_s)
-    assert "seconds: " in (tmp_path / "log").read_text()
+    assert forks.run(verb, *words, log=recipes / "log") == 0, (recipes / "log").read_text()
+    assert_adds_up(json.loads((recipes / figures).read_text()), (recipes / figures).stat().st_mtime - began_s)
+    assert "seconds: " in (recipes / "log").read_text()
+
+
+def test_codes_count_from_the_start_of_the_process(recipes, forks):
+    began_s = time.time()
+    assert forks.run("codes", recipes / "p.yaml", log=recipes / "log") == 0
+    took_s = (recipes / "log").stat().st_mtime - began_s  # the seconds are the last that it says
+    (shown,) = re.findall(r"seconds: ([0-9.]+) s: start ", (recipes / "log").read_text())
+    assert float(shown) == pytest.approx(took_s, rel=0.02, abs=0.05 + SLACK_S)  # it is rounded
+
+
+def test_a_process_ends_without_a_search_for_cycles():
+    """It took longer than many a run; `atexit` calls the last one first."""
+    program = "import atexit, gc; atexit.register(lambda: print(gc.get_freeze_count())); from tlscale.cli import main; "
+    ended = subprocess.run([sys.executable, "-c", f"{program} main(['--version'])"], capture_output=True, text=True)
+    assert int(ended.stdout.split()[-1]) > 1000
 
 
 def test_starts_are_added_up(idx, tmp_path):

@@ -116,4 +116,4 @@ def process_began_s() -> float:
         age_s = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
     except (OSError, ValueError, IndexError, AttributeError):
         return _IMPORTED_S
-    return min(time.monotonic() - age_s, _IMPORTED_S) if age_s >= 0 else _IMPORTED_S
+    return time.monotonic() - age_s if age_s >= 0 else _IMPORTED_S  # after the import, in a fork of who made that
