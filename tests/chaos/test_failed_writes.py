@@ -1,4 +1,5 @@
-"""Every operation on files of a run fails once, of the other verbs the first and the last of each place in the program.
+"""Every operation on files of a run, and of a comparison, fails once; of the other verbs the first and the last of each
+place in the program.
 
 The errors take turns: TLSCALE_CHAOS_SEED says which one is first.
 """
@@ -24,7 +25,7 @@ def test_every_operation_fails_once(forks, idx, tmp_path, verb):
     code, said = whole.start(forks, whole.failing())
     assert code == 0, said
     trace = whole.trace()
-    numbers = range(1, len(trace) + 1) if verb == "run" else first_and_last_of_each_site(trace)
+    numbers = range(1, len(trace) + 1) if verb in ("run", "compare") else first_and_last_of_each_site(trace)
     trials = [(at, False) for at in numbers] + [(at, True) for at in numbers if at % _LASTING_EVERY == 0]
     counts, faults = Counter(), {}
     for number, (at, lasting) in enumerate(trials, start=SEED):
