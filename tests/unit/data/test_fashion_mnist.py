@@ -6,6 +6,7 @@ import gzip
 import importlib.util
 import io
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from PIL import Image
 from tests.recipes.wrong_data import put_idx_split
 from tlscale.data.sources import fashion_mnist
 from tlscale.data.sources.fashion_mnist import CHECKSUMS, CLASSES, SAMPLE, check_content
+from tlscale.data.sources.hub import read_hub_source
 from tlscale.data.sources.idx import read_split
 from tlscale.data.sources.open import ImageData, open_data
 from tlscale.data.sources.stores import ArrayStore
@@ -101,6 +103,13 @@ def test_the_sample_stands_in_loudly(nowhere):
     assert data.classes == CLASSES
     assert data.identity["num_images"] == {"train": 5400, "validation": 600, "test": 1000}
     assert np.bincount(data.test.labels_N).tolist() == [100] * 10
+
+
+def test_the_sample_stands_in_without_the_package_of_the_hub(nowhere, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)  # as if it were not there
+    assert open_fashion(fallback="sample").is_sample
+    with pytest.raises(DataError, match=r"data.source: .*datasets, which is not installed.*pip install datasets"):
+        read_hub_source(DataSection(source="hub", path="somebody/something"))
 
 
 def test_the_sample_that_ships():

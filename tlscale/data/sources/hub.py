@@ -10,6 +10,7 @@ Shape letters: N rows.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import logging
 import os
 import re
@@ -102,6 +103,7 @@ def read_disk_source(section: DataSection) -> Source:
     Raises:
         DataError: it is not that, or has no usable columns or splits.
     """
+    _check_installed()
     import datasets
 
     folder = local_folder(section)
@@ -121,6 +123,7 @@ def read_hub_source(section: DataSection) -> Source:
     """
     name = section.path
     assert name is not None, "the schema requires it"
+    _check_installed()
     if os.path.isdir(name):
         if section.revision is not None:
             raise DataError(f"has no effect: data.path {name!r} is a local folder", key="data.revision")
@@ -134,6 +137,16 @@ def read_hub_source(section: DataSection) -> Source:
         return _source(section, _load(name, section.config, commit), name, {"commit": commit})
     splits, commit = _load_cached(name, section.config, section.revision)
     return _source(section, splits, name, {"commit": commit})
+
+
+def _check_installed() -> None:
+    # On a machine where only some packages can be put, such as a lent GPU, it is the first that is left out.
+    if importlib.util.find_spec("datasets") is None:
+        raise DataError(
+            "sources 'hub' and 'disk' need the package datasets, which is not installed",
+            key="data.source",
+            remedy="Install it (pip install datasets), or use another source, such as manifest",
+        )
 
 
 def hub_commit(name: str, revision: str | None) -> str | None:
