@@ -140,7 +140,7 @@ class _InMemory(torch.utils.data.Dataset[Any]):
 def timm_loader(
     job: Job, source: Path | tuple[np.ndarray, np.ndarray], steps: int, *, augment: bool, workers: int
 ) -> Any:
-    """Make timm's loader with its settings for training: prefetched to the device, normalised there."""
+    """Make timm's loader as for training (crop, flip): prefetched to the device, normalised there."""
     if isinstance(source, Path):
         dataset = timm.data.create_dataset("", str(source), is_training=True)
     else:
@@ -153,6 +153,7 @@ def timm_loader(
         no_aug=not augment,
         scale=(0.35, 1.0),
         hflip=0.5,
+        color_jitter=None,  # timm's default, which takes longer than decoding; tlscale has no such thing to compare
         interpolation="bicubic",
         num_workers=workers,
         device=job.device,
