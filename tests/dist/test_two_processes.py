@@ -22,6 +22,7 @@ from tests.small_runs import (
     lines,
     logged,
     result,
+    sample_images,
     small_recipe,
     tensors,
     wait_until,
@@ -218,6 +219,16 @@ def test_codes_are_those_of_one_process(several, alone):
         assert files == {name: (theirs[digest].path / name).read_bytes() for name in files}
     for key in ("top1", "confusion", "probe"):
         assert result(folder / "probed")[key] == result(alone / "probed")[key]
+
+
+@pytest.mark.parametrize("name", ["bn", "staged", "probed"])
+def test_one_process_gives_the_scored_images_the_bits_of_several(several, name):
+    """Each process had a share of them in batches of its own, and prediction takes the same ones."""
+    folder, _ = several
+    made = tlscale.load(folder / name).predict(sample_images("test", 37)[0])
+    table = pq.read_table(folder / name / "predictions.parquet")
+    assert made.labels == table["label"].to_pylist()
+    np.testing.assert_array_equal(made.probabilities.max(1), table["probability"].to_numpy().astype(np.float32))
 
 
 def test_wrong_starts_end_all_processes(several):

@@ -11,6 +11,7 @@ import sys
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from click.testing import CliRunner
 from PIL import Image
 
@@ -23,7 +24,7 @@ from tlscale.errors import EXIT_BAD_INPUT, EXIT_STOPPED
 RESNET = {"name": "test_resnet", "weights": "none", "in_chans": 1}
 STRATEGIES = {
     "finetune": {},
-    "averages": {"optim": {"ema_decay": 0.9}},
+    "averages": {"optim": {"ema_decay": 0.9}, "compute": {"precision": "fp64"}},
     "head": {"freeze": ".*", "backbone": RESNET},
     "mlp": {"freeze": ".*", "head": [{"linear": 16}, "layernorm", "relu", {"dropout": 0.3}, "linear"]},
     "half a resnet": {
@@ -149,6 +150,7 @@ def test_python_takes_one_or_many_and_gives_a_frame(trained, data, tmp_path):
         ("nothing/*.png", "nothing matches 'nothing/\\*.png'"),
         (["gone.png"], "the image cannot be read: gone.png: cannot be read: No such file"),
         (3, "images: a int is no image"),
+        (torch.zeros(3, 8, 8), "images: a Tensor is no image. Give paths, images of Pillow's, or arrays"),
         (np.zeros((4, 4)), "float64"),
     ],
 )

@@ -11,8 +11,8 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from itertools import chain, islice
+from dataclasses import asdict, dataclass, field
+from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import BinaryIO
 
@@ -32,8 +32,8 @@ from tlscale.training.image_classifier import (
     refuse_none_read,
 )
 from tlscale.training.prediction_files import SUFFIXES, Screen, Sink, TextFile, TextFormat
-from tlscale.training.prediction_rows import Answers, Columns, answer, chunk_size
-from tlscale.training.run_path import RunPath, computing
+from tlscale.training.prediction_rows import Answers, Columns, answer
+from tlscale.training.run_path import Batching, RunPath, computing
 
 _SAY_EVERY_S = 10.0
 _LONG_CHUNK = 1024  # images; a shorter one is finished when a signal comes
@@ -120,8 +120,8 @@ def write_predictions(
         processes = stack.enter_context(computing(trained.facts))
         stop = stack.enter_context(StopRequest())
         path = RunPath(trained, trained.facts, processes)
-        work = _Work(path, processes, chunk_size(path), stop)
-        sink = _sink(out, columns, trained, work.chunk)
+        work = _Work(path, processes, stop)
+        sink = _sink(out, columns, trained, path.batching)
         if wanted.resume and processes.run_on_main(lambda: sink.is_complete):
             _say(processes, f"'{out}' is complete already")
             return
@@ -135,19 +135,23 @@ def write_predictions(
     _say(processes, work.summary(out))
 
 
-def _sink(out: Path | None, columns: Columns, trained: ImageClassifier, chunk: int) -> Sink:
+def _sink(out: Path | None, columns: Columns, trained: ImageClassifier, batching: Batching) -> Sink:
     if out is None:
         return Screen(columns)
     config = trained.folder / "model" / CONFIG_FILE
     config = config if config.is_file() else trained.folder / CONFIG_FILE
     # The settings hold the checksums of the tensors.
-    about = {"model": file_sha256(config), "columns": columns.names, "batch": chunk}
+    about = {"model": file_sha256(config), "columns": columns.names, "batches": asdict(batching)}
+
+    def ends() -> Iterator[int]:
+        return accumulate(map(sum, batching.chunks()))
+
     if out.suffix.lower() == ".parquet":
         from tlscale.training.prediction_parts import ParquetFile
 
-        return ParquetFile(out, columns, about, chunk)
+        return ParquetFile(out, columns, about, ends)
     form = TextFormat.csv(columns) if out.suffix.lower() == ".csv" else TextFormat.jsonl(columns)
-    return TextFile(out, form, columns, about, chunk)
+    return TextFile(out, form, columns, about, ends)
 
 
 class _Paths(ExitStack):
@@ -180,13 +184,21 @@ class _Paths(ExitStack):
             print(f"tlscale: {visible(text)}", file=sys.stderr)
 
 
+@dataclass(frozen=True)
+class _Chunk:
+    """Hold what a process does in a round."""
+
+    paths: list[str]
+    sizes: list[int]
+    """Of its batches."""
+
+
 @dataclass
 class _Work:
     """Take the images in rounds: a chunk for each process, and the main one writes them in order."""
 
     path: RunPath
     processes: Processes
-    chunk: int
     stop: StopRequest
     paths: _Paths | None = None
     images: Iterator[str] = field(default_factory=lambda: iter(()))
@@ -194,8 +206,13 @@ class _Work:
     num_read: int = 0
     num_new: int = 0
     first_error: tuple[str, str | None] = ("", None)
+    chunks: Iterator[list[int]] = field(init=False)
     _began_s: float = field(default_factory=time.monotonic)
     _said_s: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        """Begin with the first chunk."""
+        self.chunks = self.path.batching.chunks()
 
     def begin(self, sink: Sink, paths: _Paths | None, *, resume: bool) -> None:
         """Open the file, and go to where it ends."""
@@ -209,6 +226,9 @@ class _Work:
             return
         resumed = sink.resume(self.images)
         self.images, self.num_given, self.num_read = resumed.images, resumed.num_rows, resumed.num_read
+        done = 0
+        while done < self.num_given:
+            done += sum(next(self.chunks))
 
     def _refuse_nothing(self, first: str | None) -> None:
         if first is None:
@@ -223,28 +243,31 @@ class _Work:
             DataError: there was nothing, or nothing that can be read.
         """
         processes = self.processes
-        while given := processes.run_on_main(self._next_round):
-            own = given[processes.rank * self.chunk : (processes.rank + 1) * self.chunk]
-            answered = processes.run_on_all(answer, own, self.path, processes, self._show)
+        while (given := processes.run_on_main(self._next_round))[0].paths:
+            own = given[processes.rank]
+            answered = processes.run_on_all(answer, own.paths, own.sizes, self.path, processes, self._show)
             processes.run_on_main(self._write, sink, given, processes.gather(answered))
             if processes.any(self.stop.requested):
                 where = "" if out is None else f"; '{out}' can be resumed"
                 raise Stopped(f"stopped after {self.num_given:,} images{where}")
         processes.run_on_main(self._end, sink)
 
-    def _next_round(self) -> list[str]:
-        return list(islice(self.images, self.chunk * self.processes.world_size))
+    def _next_round(self) -> list[_Chunk]:
+        sizes = list(islice(self.chunks, self.processes.world_size))
+        return [_Chunk(list(islice(self.images, sum(some))), some) for some in sizes]
 
-    def _write(self, sink: Sink, given: list[str], parts: list[Answers]) -> None:
-        for number, answers in enumerate(parts):
-            paths = given[number * self.chunk : (number + 1) * self.chunk]
+    def _write(self, sink: Sink, given: list[_Chunk], parts: list[Answers]) -> None:
+        for chunk, answers in zip(given, parts, strict=True):
+            paths = chunk.paths
+            if not paths:
+                break
             sink.write(paths, answers)
+            self.num_given += len(paths)
             good = answers.errors.count(None)
             if self.first_error[1] is None and good < len(answers):
                 at = next(at for at, why in enumerate(answers.errors) if why is not None)
                 self.first_error = paths[at], answers.errors[at]
             self.num_read += good
-        self.num_given += len(given)
 
     def _end(self, sink: Sink) -> None:
         if self.num_given == 0:
@@ -254,7 +277,7 @@ class _Work:
 
     def _show(self, num_images: int) -> None:
         # Nobody waits for minutes after a signal; several processes have to end at the same place.
-        if self.stop.requested and self.chunk > _LONG_CHUNK and self.processes.world_size == 1:
+        if self.stop.requested and self.path.batching.size > _LONG_CHUNK and self.processes.world_size == 1:
             raise Stopped(f"stopped after {self.num_given:,} images and a part of a batch; a file can be resumed")
         self.num_new += num_images * self.processes.world_size
         now_s = time.monotonic()

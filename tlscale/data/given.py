@@ -44,7 +44,7 @@ def find_images(
     for given in places:
         place = os.fspath(given)
         if os.path.isdir(place):
-            yield from _noting_none(_below(place, note, ()), f"'{place}' has no images", note)
+            yield from _Search(place, note).images()
         elif expand and glob.has_magic(place) and not os.path.lexists(place):
             matches = sorted(glob.glob(os.path.expanduser(place), recursive=True))
             if not matches:
@@ -63,38 +63,51 @@ def lines_of(file: BinaryIO) -> Iterator[str]:
             yield path
 
 
-def _noting_none(paths: Iterator[str], problem: str, note: Callable[[str], None]) -> Iterator[str]:
-    first = next(paths, None)
-    if first is None:
-        note(problem)
-        return
-    yield first
-    yield from paths
+class _Search:
+    """Search a folder through, and tell what was passed over."""
 
+    def __init__(self, folder: str, note: Callable[[str], None]) -> None:
+        self._folder, self._note = folder, note
+        self._num_others, self._other = 0, ""
 
-def _below(folder: str, note: Callable[[str], None], above: tuple[tuple[int, int], ...]) -> Iterator[str]:
-    """Give the images of a folder, then those of the folders in it, in the order in which a run sorts its classes."""
-    files, folders = [], []
-    try:
-        found = os.stat(folder)
-        own = found.st_dev, found.st_ino
+    def images(self) -> Iterator[str]:
+        found = False
+        for path in self._below(self._folder, ()):
+            found = True
+            yield path
+        if not found:
+            self._note(f"'{self._folder}' has no images")
+        if self._num_others:
+            others = "a file" if self._num_others == 1 else f"{self._num_others:,} files"
+            self._note(f"'{self._folder}': passed over {others} without an image's ending, such as '{self._other}'")
+
+    def _below(self, folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
+        """Give the images of a folder, then those of the folders in it, in the order in which a run sorts classes."""
+        try:
+            status = os.stat(folder)
+            files, folders = self._listed(folder)
+        except OSError as error:
+            self._note(f"'{folder}' cannot be listed: {error.strerror or error}")
+            return
+        own = status.st_dev, status.st_ino
         if own in above:
             return  # links that go round in a circle
+        for name in sorted(files):
+            if os.path.splitext(name)[1].lower() in EXTENSIONS:
+                yield os.path.join(folder, name)
+            else:
+                self._num_others, self._other = self._num_others + 1, self._other or name
+        for name in sort_labels(folders):
+            yield from self._below(os.path.join(folder, name), (*above, own))
+
+    def _listed(self, folder: str) -> tuple[list[str], list[str]]:
+        files: list[str] = []
+        folders: list[str] = []
         with os.scandir(folder) as entries:
             for entry in entries:
-                if entry.name.startswith(".") or entry.name in LEFT_BY_DESKTOPS:
-                    continue
-                if os.path.isdir(entry.path):
-                    folders.append(entry.name)
-                elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
-                    files.append(entry.name)
-    except OSError as error:
-        note(f"'{folder}' cannot be listed: {error.strerror or error}")
-        return
-    for name in sorted(files):
-        yield os.path.join(folder, name)
-    for name in sort_labels(folders):
-        yield from _below(os.path.join(folder, name), note, (*above, own))
+                if not entry.name.startswith(".") and entry.name not in LEFT_BY_DESKTOPS:
+                    (folders if os.path.isdir(entry.path) else files).append(entry.name)
+        return files, folders
 
 
 def name_of(given: Given) -> str:

@@ -260,8 +260,10 @@ def _refuse_non_finite(state: Mapping[str, Tensor], what: str) -> None:
 # -- the model --------------------------------------------------------------------------------------------------------
 
 
-def load(run: str | Path) -> TrainedModel:
+def load(run: str | Path, *, as_stored: bool = False) -> TrainedModel:
     """Load the model of a run folder (or of its `model/` folder), in eval mode on the CPU.
+
+    `as_stored`: in the type that its tensors were exported in (float64 of a run in fp64), and not in float32.
 
     Raises:
         RunFolderError: there is no model there, a damaged one, or one of a newer format.
@@ -284,6 +286,8 @@ def load(run: str | Path) -> TrainedModel:
         spec = InputSpec.from_plain(ours.input.model_dump())
         if not ours.whole:
             model = _with_head(model, states[1], ours, spec)
+        if as_stored:
+            _take_as_stored(model, states)
     return TrainedModel(model.eval(), tuple(ours.classes), spec)
 
 
@@ -348,6 +352,14 @@ def _with_head(
     if len(head.mean_D) != row.width:
         raise ModelError(f"'{row.layer}' gives {row.width} features, its nearest neighbours have {len(head.mean_D)}")
     return CodesClassifier(codes, head)
+
+
+def _take_as_stored(model: nn.Module, states: Sequence[Mapping[str, Tensor]]) -> None:
+    parts = [model] if len(states) == 1 else [getattr(model, name) for name in ("backbone", "head")]
+    for part, state in zip(parts, states, strict=True):
+        if not isinstance(part, KnnHead):  # which has its tensors as they are
+            dtype = next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
+            part.to(dtype).load_state_dict(_as_today(state, part))
 
 
 def _layers(head: Sequence[Any], width: int, num_classes: int, state: Mapping[str, Tensor]) -> nn.Sequential:

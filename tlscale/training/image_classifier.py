@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from PIL import Image
 
 from tlscale.data.given import Given, InMemory, find_images, name_of
@@ -23,7 +24,7 @@ from tlscale.errors import DataError, TlscaleError, first_few
 from tlscale.models import model_folder
 from tlscale.models.model_folder import TrainedModel
 from tlscale.storage.files import replacing, reporting_disk_errors
-from tlscale.training.prediction_rows import Answers, Columns, answer, chunk_size, csv_line
+from tlscale.training.prediction_rows import Answers, Columns, answer, csv_line
 from tlscale.training.predictions import NO_ANSWER, readable
 from tlscale.training.run_path import RunFacts, RunPath, computing
 
@@ -142,9 +143,11 @@ class ImageClassifier(TrainedModel):
         answers: list[Answers] = []
         with computing(self.facts) as processes:
             path = RunPath(self, self.facts, processes, batch_size=batch_size)
-            size = chunk_size(path)
-            for start in range(0, len(given), size):
-                answers.append(answer(given[start : start + size], path, processes))
+            for sizes in path.batching.chunks():
+                start = sum(map(len, answers))
+                if start >= len(given):
+                    break
+                answers.append(answer(given[start : start + sum(sizes)], sizes, path, processes))
         made = self._predictions(given, answers)
         refuse_none_read(len(made), sum(why is None for why in made.errors), made.paths[0], made.errors[0])
         return made
@@ -181,7 +184,7 @@ def _each(images: Images, notes: list[str]) -> Iterator[Given]:
     elif isinstance(images, np.ndarray) and images.dtype != object:
         is_one = images.ndim < 3 or (images.ndim == 3 and images.shape[2] in (1, 3))
         yield from [images] if is_one else images
-    elif hasattr(images, "__iter__"):
+    elif hasattr(images, "__iter__") and not isinstance(images, torch.Tensor | bytes):
         for one in images:
             yield from [one] if isinstance(one, np.ndarray) else _each(one, notes)
     else:

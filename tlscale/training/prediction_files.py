@@ -22,6 +22,7 @@ from tlscale.training.prediction_rows import Answers, Columns, csv_cell, csv_lin
 from tlscale.training.predictions import readable
 
 FORMAT = 1
+Ends = Callable[[], Iterator[int]]
 SUFFIXES = (".csv", ".jsonl", ".parquet")
 
 
@@ -136,24 +137,30 @@ class TextFormat:
 class TextFile:
     """Write CSV or JSON lines to a file."""
 
-    def __init__(self, path: Path, form: TextFormat, columns: Columns, about: dict[str, Any], chunk: int) -> None:
-        """`about`: what a file that is resumed must have been begun with; `chunk`: images that are answered at once."""
-        self._path, self._form, self._columns, self._chunk = path, form, columns, chunk
+    def __init__(self, path: Path, form: TextFormat, columns: Columns, about: dict[str, Any], ends: Ends) -> None:
+        """Open nothing yet.
+
+        Args:
+            about: what a file that is resumed must have been begun with.
+            ends: gives the numbers of rows after which work can begin again.
+        """
+        self._path, self._form, self._columns, self._ends = path, form, columns, ends
         self._mark = Unfinished(path.with_name(f"{path.name}.unfinished"), about)
         self._file: BinaryIO | None = None
 
     @property
     def is_complete(self) -> bool:
-        return self._path.exists() and not self._mark.exists
+        return self._path.exists() and not self._mark.exists and self._is_ours()
+
+    def _is_ours(self) -> bool:
+        with self._path.open("rb") as file:
+            return file.read(len(self._form.known_by)) in (b"", self._form.known_by.encode())
 
     def begin(self) -> None:
         self._mark.refuse_loss(self._path)
         make_folder(self._path.parent)
-        if self._path.exists():
-            with self._path.open("rb") as file:
-                start = file.read(len(self._form.known_by))
-            if start and start != self._form.known_by.encode():
-                raise not_ours(self._path)
+        if self._path.exists() and not self._is_ours():
+            raise not_ours(self._path)
         self._mark.put()
         self._file = self._path.open("wb")
         self._file.write(self._form.header.encode())
@@ -178,15 +185,16 @@ class TextFile:
             return Resumed(images), 0  # cut in its first line: the columns are those of the mark
         end = at = len(self._form.header.encode())
         kept, again = Resumed(images), list[str]()
-        num_read = 0
+        num_read, ends = 0, self._ends()
+        until = next(ends)
         for number, record in enumerate(records, 1):
             path = next(images, None)
             if path is None or not record.startswith(self._form.start(readable(path)).encode()):
                 raise other_images(self._path, number, path)
             at, num_read = at + len(record), num_read + record.endswith(self._form.good_end.encode())
             again.append(path)
-            if number % self._chunk == 0:
-                kept, again, end = Resumed(images, number, num_read), [], at
+            if number == until:
+                kept, again, end, until = Resumed(images, number, num_read), [], at, next(ends)
         kept.images = chain(again, images)
         return kept, end
 

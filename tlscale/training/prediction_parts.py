@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from tlscale.errors import ResumeError
 from tlscale.storage.files import flush, make_folder, replacing
-from tlscale.training.prediction_files import FORMAT, Resumed, Unfinished, not_ours, other_images
+from tlscale.training.prediction_files import FORMAT, Ends, Resumed, Unfinished, not_ours, other_images
 from tlscale.training.prediction_rows import Answers, Cell, Columns
 from tlscale.training.predictions import readable
 
@@ -30,9 +30,9 @@ _GROUP_ROWS = 65_536  # of the file, whatever the parts were
 class ParquetFile:
     """Write Parquet."""
 
-    def __init__(self, path: Path, columns: Columns, about: dict[str, Any], chunk: int) -> None:
+    def __init__(self, path: Path, columns: Columns, about: dict[str, Any], ends: Ends) -> None:
         """As `TextFile`."""
-        self._path, self._columns, self._chunk = path, columns, chunk
+        self._path, self._columns, self._ends = path, columns, ends
         self._folder = path.with_name(f"{path.name}.parts")
         self._mark = Unfinished(self._folder / "about.json", about)
         self._held: list[list[Cell]] = []
@@ -41,7 +41,7 @@ class ParquetFile:
 
     @property
     def is_complete(self) -> bool:
-        return self._path.exists() and not self._mark.exists
+        return self._path.exists() and not self._mark.exists and self._is_ours()
 
     def begin(self) -> None:
         self._mark.refuse_loss(self._path)
@@ -66,10 +66,11 @@ class ParquetFile:
             self.begin()
             return Resumed(images)
         self._mark.refuse_other(self._path)
-        num_read, parts = 0, self._parts()
-        for part in parts:
+        num_read, ends = 0, self._ends()
+        for part in self._parts():
             table = self._checked(part)
-            if len(table) % self._chunk and part is parts[-1]:  # the end of all images: asked for once more
+            after = self._num_written + len(table)
+            if next(end for end in ends if end >= after) != after:  # the end of all images: asked for once more
                 part.unlink()
                 break
             self._compare(table["path"].to_pylist(), images)

@@ -36,7 +36,6 @@ from tlscale.training.predictions import NO_ANSWER, answers
 from tlscale.training.run_path import RunPath
 
 NO_NUMBER = "the network gives no number for it (NaN)"
-_LEAST_CHUNK = 256  # images
 _FORMULAS = tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")  # the last four are those of wide scripts
 Cell = str | float | None
 T = TypeVar("T")
@@ -65,18 +64,14 @@ class Answers:
         return np.argsort(-key_NC, axis=1, kind="stable")[:, :top_k]
 
 
-def chunk_size(path: RunPath) -> int:
-    """Return how many images are answered for at once: whole batches, so that no bit hangs on where a chunk ends."""
-    return path.batch_size * -(-_LEAST_CHUNK // path.batch_size)
-
-
 def answer(
     given: Sequence[Given],
+    sizes: Sequence[int],
     path: RunPath,
     processes: Processes,
     on_images: Callable[[int], None] = lambda num_images: None,
 ) -> Answers:
-    """Read and answer for a chunk of images, which begins a batch; those that cannot be read are passed over.
+    """Read and answer for a chunk of images, in batches of these sizes; those that cannot be read are passed over.
 
     `on_images` is called with a number of images when so many more are done.
     """
@@ -91,7 +86,7 @@ def answer(
             on_images(len(why_B))
 
     labels_N = np.full(len(given), NO_ANSWER, np.int64)
-    parts = [part.cpu().numpy() for part in answers(path.logits(blocks(), processes))[1:]]
+    parts = [part.cpu().numpy() for part in answers(path.logits(blocks(), sizes, processes))[1:]]
     sound_N = np.array([why is None for why in errors], dtype=bool)
     labels_N[sound_N], probabilities_BC = parts
     probabilities_NC = np.full((len(given), path.num_classes), np.nan, probabilities_BC.dtype)

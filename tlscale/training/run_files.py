@@ -112,6 +112,7 @@ class _Codes(_Facts):
 class _ComputedScores(_Facts):
     on_codes: bool
     batch_size: Annotated[int, Field(ge=1, le=10_000_000)]
+    num_processes: Annotated[int, Field(ge=1, le=1_000_000)]
 
 
 class _Best(_Facts):

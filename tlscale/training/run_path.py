@@ -1,9 +1,9 @@
 """Take images to logits in the way in which a finished run took those that it scored.
 
 Promise: the way hangs on the run alone: its frozen part in the blocks in which codes are computed, what it trained in
-its batches, in its precision. So the images of its scored split, in their order, get the very bits of its
-`predictions.parquet` (of a run on one process: on several each had its share in batches of its own, and the last bit
-may hang on that); and no image's bits hang on the processes that share the work now.
+its batches (of a run on several processes those of each one's share), in its precision. So the images of its scored
+split, in their order, get the very bits of its `predictions.parquet`; and no image's bits hang on the processes that
+share the work now.
 
 Shapes: B images, C classes, S image size.
 """
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from tlscale.codes.blocks import fixed_threads, spec_of
 from tlscale.codes.shards import BLOCK
+from tlscale.data.sampler import eval_rows
 from tlscale.data.transforms import ImageBatch, InputPath
 from tlscale.distributed.device import choose_algorithms, naming_memory
 from tlscale.distributed.processes import Processes, start_processes
@@ -29,7 +30,7 @@ from tlscale.models.classifier import Classifier, CodesClassifier
 from tlscale.models.features import PENULTIMATE, LayerCodes
 from tlscale.models.freeze import freeze_parameters
 from tlscale.models.knn import KnnHead
-from tlscale.models.model_folder import TrainedModel
+from tlscale.models.model_folder import TrainedModel, load
 from tlscale.models.partition.partition import NoPartition, find_partition
 from tlscale.recipe.load import load_stored_recipe
 from tlscale.recipe.schema import ComputeSection, DataSection, Recipe
@@ -38,21 +39,48 @@ from tlscale.training.cache_decision import sample_images
 from tlscale.training.probe import HEAD_BATCH
 from tlscale.training.run_files import read_result, read_run_info
 
-_DEFAULT_BATCH = 64
+_LEAST_CHUNK = 256  # images
 Values = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Batching:
+    """Tell how many images go through what was trained at once, from the first one that is given on."""
+
+    size: int = 64
+    num_scored: int = 0
+    """Images of the scored split, where several processes had a share of it each."""
+    num_processes: int = 1
+
+    def sizes(self) -> Iterator[int]:
+        """Give the images of each batch, without end."""
+        for rank in range(self.num_processes if self.num_processes > 1 else 0):
+            yield from map(len, eval_rows(self.num_scored, rank, self.num_processes, self.size))
+        while True:
+            yield self.size
+
+    def chunks(self) -> Iterator[list[int]]:
+        """Give the batches that are read, answered and written as one, without end."""
+        chunk: list[int] = []
+        for size in self.sizes():
+            chunk.append(size)
+            if sum(chunk) >= _LEAST_CHUNK:
+                yield chunk
+                chunk = []
 
 
 @dataclass(frozen=True)
 class RunFacts:
     """Hold what a run folder tells of the way; of a model without its run the defaults."""
 
+    folder: Path
     compute: ComputeSection
     codes_dtype: str = "auto"
     max_pixels: int = round(DataSection.model_fields["max_megapixels"].default * 1e6)
     is_probe: bool = False
     frozen_by: tuple[Any, ...] | None = None
     """Rules; None where the scored images went through the whole network at once."""
-    batch_size: int = _DEFAULT_BATCH
+    batching: Batching = Batching()
 
     @classmethod
     def of(cls, run: Path) -> RunFacts:
@@ -63,25 +91,29 @@ class RunFacts:
         """
         folder = RunFolder(run)
         if not folder.recipe.is_file():
-            return cls(ComputeSection())
+            return cls(run, ComputeSection())
         recipe = load_stored_recipe(folder.recipe).recipe
         # The processes that predict are as many as there are.
         compute = recipe.compute.without_engine().model_copy(update={"num_processes": None})
         max_pixels = round(recipe.data.max_megapixels * 1e6)
         if recipe.probe is not None:
-            return cls(compute, recipe.codes.dtype, max_pixels, is_probe=True, batch_size=HEAD_BATCH)
+            return cls(run, compute, recipe.codes.dtype, max_pixels, is_probe=True, batching=Batching(HEAD_BATCH))
         info, result = read_run_info(folder) or {}, read_result(folder) or {}
         scores = result.get("computed_scores") or _scores_of_older(recipe, info)
+        batching = Batching(scores["batch_size"], result.get("num_images", 0), scores["num_processes"])
         rules = recipe.stages[-1].freeze if recipe.stages else recipe.freeze
         frozen_by = tuple(rules) if scores["on_codes"] else None
-        return cls(compute, recipe.codes.dtype, max_pixels, frozen_by=frozen_by, batch_size=scores["batch_size"])
+        return cls(run, compute, recipe.codes.dtype, max_pixels, frozen_by=frozen_by, batching=batching)
 
 
 def _scores_of_older(recipe: Recipe, info: dict[str, Any]) -> dict[str, Any]:
     """Return what a run of an older version would have noted, as far as it can be told."""
     started = (info.get("computed") or [{}])[-1]
-    batch_size = recipe.evaluate.batch_size or started.get("micro_batch_size") or recipe.batch_size
-    return {"on_codes": recipe.stages is None and bool(info.get("keeps_codes", {}).get("0")), "batch_size": batch_size}
+    return {
+        "on_codes": recipe.stages is None and bool(info.get("keeps_codes", {}).get("0")),
+        "batch_size": recipe.evaluate.batch_size or started.get("micro_batch_size") or recipe.batch_size,
+        "num_processes": started.get("num_processes", 1),
+    }
 
 
 @contextmanager
@@ -104,29 +136,32 @@ class RunPath:
         `batch_size`: of what was trained, in place of the run's; then the last bits may be others.
         """
         self.facts, self.spec, self.num_classes = facts, trained.input_spec, len(trained.classes)
-        self.batch_size = batch_size or facts.batch_size
+        self.batching = facts.batching if batch_size is None else Batching(batch_size)
         self._way = _way(trained, facts, processes)
 
-    def logits(self, blocks: Iterable[Tensor], processes: Processes) -> Tensor:
+    def logits(self, blocks: Iterable[Tensor], sizes: Sequence[int], processes: Processes) -> Tensor:
         """Compute logits (B, C), on the device, of images (uint8, C x S x S) that come in blocks of `BLOCK` at most.
 
-        The first of them begins a batch.
+        `sizes` are those of a chunk's batches, which take the images in order, as far as there are any.
         """
         first, then = self._way
         made = (first(block, processes) for block in blocks)
-        parts = [then(values, processes) for values in _batches(made, self.batch_size)]
+        parts = []
+        for values in _batches(made, sizes):
+            parts.append(then(values, processes))
+            processes.local.mark_step()
         return torch.cat(parts) if parts else torch.zeros(0, self.num_classes)
 
 
-def _batches(blocks: Iterable[Values], size: int) -> Iterator[Values]:
-    """Put values of blocks together to batches of `size` images; the last one has the rest."""
+def _batches(blocks: Iterable[Values], sizes: Sequence[int]) -> Iterator[Values]:
+    """Put values of blocks together to batches of these sizes; the last one has the rest."""
     held: list[Values] = []
-    num_held = 0
+    num_held, left = 0, list(sizes)
     for block in blocks:
         held.append(block)
         num_held += len(block[0])
-        while num_held >= size:
-            joined = _joined(held)
+        while left and num_held >= left[0]:
+            size, joined = left.pop(0), _joined(held)
             yield tuple(value[:size] for value in joined)
             held, num_held = [tuple(value[size:] for value in joined)], num_held - size
     if num_held:
@@ -144,7 +179,10 @@ def _way(trained: TrainedModel, facts: RunFacts, processes: Processes) -> tuple[
     """Return what is done with each block, and then with each batch."""
     dtype = torch.float64 if facts.compute.precision == "fp64" else torch.float32
     inputs = InputPath(trained.input_spec, dtype, processes.device, facts.compute.channels_last)
-    network = copy.deepcopy(trained.model).to(processes.device)
+    model = trained.model
+    if dtype == torch.float64:  # which `load` would have rounded
+        model = load(facts.folder, as_stored=True).model
+    network = copy.deepcopy(model).to(processes.device)
     for part in network.children() if isinstance(network, CodesClassifier) else [network]:
         if not isinstance(part, KnnHead):  # which works in float32, whatever the run's precision is
             part.to(dtype)

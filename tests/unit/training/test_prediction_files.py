@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import json
 
 import numpy as np
@@ -35,9 +36,13 @@ def answers_of(paths):
 
 def sink_of(path, about=ABOUT, columns=COLUMNS):
     if path.suffix == ".parquet":
-        return ParquetFile(path, columns, about, CHUNK)
+        return ParquetFile(path, columns, about, ends)
     form = TextFormat.csv(columns) if path.suffix == ".csv" else TextFormat.jsonl(columns)
-    return TextFile(path, form, columns, about, CHUNK)
+    return TextFile(path, form, columns, about, ends)
+
+
+def ends():
+    return itertools.count(CHUNK, CHUNK)
 
 
 def write(sink, images, ends=True):
@@ -164,6 +169,9 @@ def test_nothing_of_others_is_replaced(kind, tmp_path):
     path.write_text("path,species\na.png,oak\n")
     with pytest.raises(RunFolderError, match="does not hold predictions"):
         sink_of(path).begin()
+    assert not sink_of(path).is_complete
+    with pytest.raises(RunFolderError, match="does not hold predictions"):
+        sink_of(path).resume(iter(PATHS))
     path.unlink()
     whole(path)
     assert whole(path), "but its own, when it is complete, is"
