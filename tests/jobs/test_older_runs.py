@@ -41,7 +41,9 @@ def test_all_of_it_is_tested(older):
 @pytest.mark.parametrize("name", FINISHED)
 def test_a_finished_run_loads_and_has_its_figures(name, older):
     figures = result(older / "runs" / name)
-    assert tlscale.load(f"runs/{name}").classes == ("board", "ring", "slope")
+    model = tlscale.load(f"runs/{name}")
+    assert model.classes == ("board", "ring", "slope")
+    assert None not in model.predict("photos").labels
     if name == "probe_no_test":  # fitted to all that it could be scored on; older versions scored it all the same
         with pytest.raises(DataError, match="no image left to score it on"):
             evaluate_run(f"runs/{name}")

@@ -70,7 +70,7 @@ def predict(
     if not isinstance(places, Iterable) or not all(isinstance(place, str | os.PathLike) for place in places):
         raise DataError("with a file for the rows, images are paths", key="images", remedy="Give paths, or no file")
     wanted = _Wanted(top_k, all_probabilities, resume=resume)
-    write_predictions(run, [os.fspath(place) for place in places], Path(out), wanted)  # type: ignore[arg-type]
+    write_rows(run, [os.fspath(place) for place in places], Path(out), wanted)  # type: ignore[arg-type]
     return Path(out)
 
 
@@ -92,11 +92,11 @@ def predict_for_people(
         raise DataError("only a file can be resumed", key="resume", remedy=remedy)
     if not places and images_from is None:
         raise DataError("no image was named", remedy="Name files, folders or globs; - takes paths from standard input")
-    write_predictions(run, places, None if out is None else Path(out), _Wanted(**wanted), images_from)  # type: ignore[arg-type]
+    write_rows(run, places, None if out is None else Path(out), _Wanted(**wanted), images_from)  # type: ignore[arg-type]
 
 
 @reporting_disk_errors()
-def write_predictions(
+def write_rows(
     run: str | os.PathLike[str],
     places: Sequence[str],
     out: Path | None,

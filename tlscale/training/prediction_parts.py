@@ -130,6 +130,7 @@ class ParquetFile:
         with replacing(self._path) as aside, pq.ParquetWriter(aside, self._schema, compression="zstd") as writer:
             for group in self._groups():
                 writer.write_table(group, row_group_size=_GROUP_ROWS)
+        self._mark.remove()  # first: the file is complete, whatever becomes of its parts
         shutil.rmtree(self._folder)
         flush(self._path.parent)
 
