@@ -164,7 +164,7 @@ def _train_stages(state: TrainState, loop: LoopState, logger: RunLogger, folder:
                     logger.write_training(meter.take_mean(), lr, None if trained is None else trained.grad_norm)
                 _rank_and_save(state, loop, logger, folder, is_due=due.save(loop.step) or stopping)
                 if stopping and loop.step < setup.total_steps:
-                    raise Stopped(_stopped(loop, setup, folder))
+                    raise _stopped(loop, setup, folder)
 
 
 def _rank_and_save(state: TrainState, loop: LoopState, logger: RunLogger, folder: RunFolder, *, is_due: bool) -> None:
@@ -185,7 +185,7 @@ def _rank_and_save(state: TrainState, loop: LoopState, logger: RunLogger, folder
             raise
         except Stopped:
             save(state, loop, folder, logger)
-            raise Stopped(_stopped(loop, state.setup, folder)) from None
+            raise _stopped(loop, state.setup, folder) from None
         loop.awaits_evaluation = False
     if is_kept or is_due:
         save(state, loop, folder, logger)
@@ -378,9 +378,9 @@ def _non_finite(bad_step: int, folder: RunFolder, why: str = "") -> NonFiniteLos
     )
 
 
-def _stopped(loop: LoopState, setup: RunSetup, folder: RunFolder) -> str:
+def _stopped(loop: LoopState, setup: RunSetup, folder: RunFolder) -> Stopped:
     """Tell that the run was stopped, and by what."""
-    return (
-        f"stopped by {stopped_by()} after step {loop.step} of {setup.total_steps}; all "
-        f"is saved in '{folder.path}'. The same line with --resume resumes it."
+    return Stopped(
+        f"stopped by {stopped_by()} after step {loop.step} of {setup.total_steps}; all is saved in '{folder.path}'",
+        remedy="The same line with --resume resumes it.",
     )
