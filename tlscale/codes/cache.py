@@ -28,7 +28,7 @@ from tlscale.codes.reader import Codes
 from tlscale.codes.shards import BLOCK
 from tlscale.codes.store import CodesStore
 from tlscale.data.augment import Augmenter
-from tlscale.data.image_cache import ImageCache
+from tlscale.data.loader import ImageCache
 from tlscale.data.sources.open import ImageSplit
 from tlscale.data.transforms import ImageBatch, InputPath
 from tlscale.distributed.host import versions_of

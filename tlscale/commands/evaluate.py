@@ -21,9 +21,10 @@ from rich.console import Console as RichConsole
 from tlscale.commands.evaluation_images import FinishedRun, Scored, other_images, own_split, read_json
 from tlscale.commands.evaluation_keys import changes_for_evaluation
 from tlscale.commands.tables import show_classes
-from tlscale.data.loader import ImageStore, default_workers, eval_batches
+from tlscale.data.loader import ImageStore, eval_batches
 from tlscale.data.sources.tables import Role
 from tlscale.data.transforms import InputPath
+from tlscale.data.workers import default_workers
 from tlscale.distributed.device import naming_memory
 from tlscale.distributed.processes import Processes, start_processes
 from tlscale.distributed.signals import StopRequest

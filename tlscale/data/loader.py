@@ -9,7 +9,7 @@ Shape letters: N images of a split, B images of a batch, C channels, H height, W
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import partial
 from itertools import islice
 
@@ -30,17 +30,17 @@ from tlscale.data.sampler import (
     image_keys,
     micro_batches,
 )
-from tlscale.data.sources.open import ImageSplit
+from tlscale.data.sources.open import ImageData, ImageSplit
 from tlscale.data.sources.tables import Raw
 from tlscale.data.transforms import ImageBatch, InputSpec, Pixels, eval_transform
 from tlscale.data.workers import load_in_order, map_in_threads
-from tlscale.distributed.host import num_cores
 from tlscale.distributed.signals import check_stop
 from tlscale.errors import DataError
 from tlscale.recipe.schema import DataSection
+from tlscale.tracking.console import Pace
+from tlscale.tracking.stopwatch import Stopwatch
 
 _MIB = 2**20
-_MOST_WORKERS = 16  # a process; each holds two batches that wait, and its own part of what decoding needs
 _BLOCK = 256  # images that a thread takes at once while a cache is filled
 _SAMPLE = 64  # images whose sizes stand for those of all
 
@@ -200,6 +200,58 @@ def _asked(rows: range) -> Iterator[int]:
         yield row
 
 
+@dataclass
+class ImageCache:
+    """Open the image stores of a run's splits when they are first asked for, and keep them open."""
+
+    data: ImageData
+    section: DataSection
+    spec: InputSpec
+    _: KW_ONLY
+    crops: bool
+    """Training cuts its images at random, and so needs them in their own size."""
+    watch: Stopwatch
+    """Measures decoding."""
+    say: Callable[[str], None] = lambda text: None
+    """Reports the progress of decoding."""
+    _stores: dict[str, ImageStore] = field(default_factory=dict)
+
+    def train(self, num_seen: int | None = None) -> ImageStore:
+        """Return the training images as training wants them.
+
+        Args:
+            num_seen: how many will be used, an image that is used again counted again. Where that is less than there
+                are, decoding all of them beforehand would be for nothing. None: all of them.
+
+        Raises:
+            DataError: an image cannot be read.
+        """
+        split = self.data.train
+        keep = num_seen is None or num_seen >= len(split) or "train" in self._stores
+        return self._store("train" if keep else "few of train", split, crops=self.crops, keep=keep)
+
+    def of(self, split: ImageSplit) -> ImageStore:
+        """Return the images of a split as evaluation wants them.
+
+        Raises:
+            DataError: an image cannot be read.
+        """
+        return self._store(f"{split.name}, evaluated", split)
+
+    def uncached(self, split: ImageSplit, *, crops: bool = False) -> ImageStore:
+        """Return a split's images as evaluation (with `crops`, training) wants them, for one pass: none is cached."""
+        return ImageStore(split, self.section.model_copy(update={"cache_mib": 0}), self.spec, crops=crops)
+
+    def _store(self, name: str, split: ImageSplit, *, crops: bool = False, keep: bool = True) -> ImageStore:
+        if name not in self._stores:
+            # Looked up when it is called: `say` changes with the console.
+            pace = Pace(len(split), lambda text: self.say(text), f"decoding {split.name}")
+            make = partial(ImageStore, split, self.section, self.spec, crops=crops, keep=keep, on_images=pace.add)
+            with self.watch("decode"):
+                self._stores[name] = make()
+        return self._stores[name]
+
+
 @dataclass(frozen=True)
 class HeldImages:
     """Images of a store that were read already, and are decoded when they are wanted."""
@@ -218,29 +270,6 @@ class HeldImages:
     def images(self, rows_B: Ints) -> Tensor | list[Tensor]:
         """Return images, as `ImageStore.images`; those that were not read yet are read."""
         return self.store.images(rows_B, self.raws)
-
-
-def default_workers(
-    section: DataSection, *, cached: bool, augmented: bool, device: torch.device, processes: int = 1
-) -> int:
-    """Choose how many worker processes read images for each training process.
-
-    Args:
-        cached: the images are in memory.
-        device: where the network runs; on the CPU it has all cores at work, and workers would take them from it.
-        processes: training processes that share this machine's cores.
-    """
-    if section.workers is not None:
-        return section.workers
-    if device.type == "cpu" or (cached and not augmented):
-        return 0
-    return most_workers(processes)
-
-
-def most_workers(processes: int) -> int:
-    """Return for how many worker processes of each training process there are cores, at most 16."""
-    # One core is left to the process that feeds the device; without another one a worker can take nothing over.
-    return max(min(_MOST_WORKERS, num_cores() // processes - 1), 0)
 
 
 def train_batches(

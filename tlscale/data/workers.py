@@ -24,6 +24,7 @@ from tlscale import faults
 from tlscale.distributed.host import num_cores
 from tlscale.distributed.signals import check_stop, signal_when_parent_dies
 from tlscale.errors import TlscaleError, WorkerError
+from tlscale.recipe.schema import DataSection
 
 
 class Pinnable(Protocol):
@@ -37,6 +38,7 @@ R = TypeVar("R")
 B = TypeVar("B", bound=Pinnable)
 
 _MOST_THREADS = 16
+_MOST_WORKERS = 16  # a process; each holds two batches that wait, and its own part of what decoding needs
 # What the loader raises of a worker that was killed: while it waits for a batch, or while it fetches one that the
 # worker announced and still holds. What a worker itself raised begins with "Caught".
 _LOST = re.compile(
@@ -144,6 +146,29 @@ def _end_when_parent_says(parent: int) -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     os._exit(0)
+
+
+def default_workers(
+    section: DataSection, *, cached: bool, augmented: bool, device: torch.device, processes: int = 1
+) -> int:
+    """Choose how many worker processes read images for each training process.
+
+    Args:
+        cached: the images are in memory.
+        device: where the network runs; on the CPU it has all cores at work, and workers would take them from it.
+        processes: training processes that share this machine's cores.
+    """
+    if section.workers is not None:
+        return section.workers
+    if device.type == "cpu" or (cached and not augmented):
+        return 0
+    return most_workers(processes)
+
+
+def most_workers(processes: int) -> int:
+    """Return for how many worker processes of each training process there are cores, at most 16."""
+    # One core is left to the process that feeds the device; without another one a worker can take nothing over.
+    return max(min(_MOST_WORKERS, num_cores() // processes - 1), 0)
 
 
 def map_in_threads(

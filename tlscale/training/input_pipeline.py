@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from tlscale.codes.batches import CodeBatch, CodeViews, eval_code_batches, train_code_batches
 from tlscale.codes.cache import CodesCache
 from tlscale.codes.parts import partition_parts
-from tlscale.data.image_cache import ImageCache
-from tlscale.data.loader import ImageStore, default_workers, eval_batches, train_batches
+from tlscale.data.loader import ImageCache, ImageStore, eval_batches, train_batches
 from tlscale.data.sampler import BatchSplit, DataOrder
 from tlscale.data.sources.open import ImageData, ImageSplit
 from tlscale.data.transforms import ImageBatch, InputPath
+from tlscale.data.workers import default_workers
 from tlscale.distributed.processes import Processes
 from tlscale.errors import TlscaleError
 from tlscale.models.classifier import Classifier

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tlscale.data.decode import BadImageError
-from tlscale.data.loader import most_workers
+from tlscale.data.workers import most_workers
 from tlscale.distributed.processes import Processes
 from tlscale.distributed.signals import stopped_by
 from tlscale.errors import NonFiniteLossError, Stopped, WorkerError

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from tlscale.codes.cache import CodesCache, CodesSpec
-from tlscale.data.image_cache import ImageCache
+from tlscale.data.loader import ImageCache
 from tlscale.data.transforms import InputPath
 from tlscale.distributed.processes import Processes
 from tlscale.tracking.console import Console
