@@ -1,8 +1,8 @@
 """tlscale: transfer learning for images that computes only what is trainable.
 
-`tlscale.load_recipe(path, overrides)`, `tlscale.run(recipe, out)`, `tlscale.load(run)` and `tlscale.predict(run,
-images)` are the whole Python interface, with `tlscale.TlscaleError`, of which all errors are that tlscale raises on
-purpose. They are imported on first use, so that `tlscale --help` does not wait for torch.
+`tlscale.new(data)`, `tlscale.load_recipe(path, overrides)`, `tlscale.run(recipe, out)`, `tlscale.load(run)` and
+`tlscale.predict(run, images)` are the whole Python interface, with `tlscale.TlscaleError`, of which all errors are that
+tlscale raises on purpose. They are imported on first use, so that `tlscale --help` does not wait for torch.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["TlscaleError", "__version__", "load", "load_recipe", "predict", "run"]
+__all__ = ["TlscaleError", "__version__", "load", "load_recipe", "new", "predict", "run"]
 
 if TYPE_CHECKING:
+    from tlscale.commands.new import new
     from tlscale.commands.predict import predict
     from tlscale.commands.run import run
     from tlscale.errors import TlscaleError
@@ -23,6 +24,7 @@ _HOMES = {
     "TlscaleError": "tlscale.errors",
     "load": "tlscale.training.image_classifier",
     "load_recipe": "tlscale.recipe.load",
+    "new": "tlscale.commands.new",
     "predict": "tlscale.commands.predict",
     "run": "tlscale.commands.run",
 }

@@ -95,6 +95,29 @@ def main() -> None:
 
 
 @main.command()
+@click.argument("data")
+@click.option("--backbone", default="resnet10t", show_default=True, metavar="NAME", help="A timm model.")
+@click.option("--out", metavar="FILE.yaml", help="The recipe.  [default: named after DATA, here]")
+@_reports_errors
+def new(data: str, backbone: str, out: str | None) -> None:
+    """Look at DATA, say what is in it, and write a recipe that runs.
+
+    DATA is a folder of class folders (with or without train and test), or a table (.csv, .tsv, .parquet) with a column
+    of paths and one of labels. Every image is read once; what cannot be used is listed, with the reason, in a table
+    that the recipe names.
+
+    \b
+    Examples:
+      tlscale new photos/
+      tlscale new labels.csv --out flowers.yaml
+    """
+    from tlscale.commands.new import new_file
+    from tlscale.tracking.console import Console
+
+    new_file(data, backbone=backbone, out=out, console=Console())
+
+
+@main.command()
 @click.argument("recipe")
 @click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")
 @click.option("--out", metavar="DIR", help="Run folder.  [default: runs/<recipe name>]")

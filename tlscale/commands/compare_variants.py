@@ -6,12 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import nn
-
 from tlscale.data.sources.open import open_data
 from tlscale.errors import DataError, RecipeError, sentences, suggestion
 from tlscale.models.backbone import build_backbone
-from tlscale.models.features import layer_names
+from tlscale.models.features import early_layers
 from tlscale.recipe.load import diff_recipes, override_recipe
 from tlscale.recipe.schema import BackboneSection, Recipe
 from tlscale.recipe.strategies import STRATEGIES, at_size, derive, fit_to_size, with_seed
@@ -22,7 +20,7 @@ MIN_STEPS = 200
 _SAME_FOR_ALL = (
     *("name", "seed", "data.source", "data.path", "data.config", "data.revision", "data.image_column"),
     *("data.label_column", "data.train_split", "data.validation_split", "data.test_split", "data.validation_fraction"),
-    *("data.classes", "data.train_limit", "data.fallback", "data.on_bad_image"),
+    *("data.classes", "data.train_limit", "data.fallback", "data.on_bad_image", "data.class_folder", "data.exclude"),
 )
 
 
@@ -95,18 +93,8 @@ def labelled_recipes(plan: Plan) -> dict[str, Recipe]:
     section = BackboneSection(name=base.backbone.name, weights="none", in_chans=base.backbone.in_chans)
     backbone, _ = build_backbone(section, image_size=base.data.image_size, seed=0)
     parameters = [name for name, _ in backbone.named_parameters()]
-    early = _early_layers(backbone)
+    early = early_layers(backbone)
     return {name: derive(base, name, early_layers=early, parameter_names=parameters) for name in ordered}
-
-
-def _early_layers(backbone: nn.Module) -> list[str]:
-    """List the stages before the penultimate codes.
-
-    Where the last stage is as wide as those, they are that stage pooled (and normalised), and it is no earlier layer.
-    """
-    layers = layer_names(backbone)
-    width: object = backbone.num_features
-    return [layer.name for layer in (layers[:-1] if len(layers) > 1 and layers[-1].channels == width else layers)]
 
 
 def list_variants(plan: Plan, labelled: dict[str, Recipe], root: Path) -> Iterator[Variant]:

@@ -49,7 +49,7 @@ def changes_for_evaluation(own: Recipe, overrides: Sequence[str], data: str | No
     if source not in (None, own.data.source):
         forgotten = [key for key in _PLACE if key != "source"]
     elif "data.path" in keys:
-        forgotten = ("config", "revision")
+        forgotten = ("config", "revision", "exclude")
     return [*(f"data.{key}={_default(key)}" for key in forgotten), *texts], True
 
 

@@ -65,6 +65,16 @@ def stages(backbone: nn.Module) -> tuple[str, ...]:
     return (*(layer.name for layer in layer_names(backbone)), PENULTIMATE)
 
 
+def early_layers(backbone: nn.Module) -> list[str]:
+    """Return names of the stages before the penultimate codes, earliest first.
+
+    Where the last stage is as wide as those, they are that stage pooled (and normalised), and it is no earlier layer.
+    """
+    layers = layer_names(backbone)
+    width: object = backbone.num_features
+    return [layer.name for layer in (layers[:-1] if len(layers) > 1 and layers[-1].channels == width else layers)]
+
+
 def _feature_info(backbone: nn.Module) -> list[dict[str, Any]]:
     found = getattr(backbone, "feature_info", None) or []
     return cast(list[dict[str, Any]], getattr(found, "info", found))

@@ -63,6 +63,14 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, resumed: boo
     return _load(path, overrides, stored=False, may_be_idle=resumed)[0]
 
 
+def parse_recipe(text: str, name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe from text, as `load_recipe` reads one from a file; `name` is what mistakes call it."""
+    findings = Findings()
+    tree = read_yaml(text, lambda line: Origin(name, line), findings)
+    changes = [change for given in overrides if (change := read_override(given, findings)) is not None]
+    return _checked(tree, changes, findings, name)
+
+
 def load_stored_recipe(path: str | Path, overrides: Sequence[str] = ()) -> StoredRecipe:
     """Read the `recipe.yaml` of a run folder as the run had it: as `load_recipe`, but what is retired is no error."""
     recipe, notes = _load(path, overrides, stored=True, may_be_idle=True)
@@ -115,6 +123,13 @@ def override_recipe(recipe: Recipe, overrides: Sequence[str], *, name: str, pref
     assert tree is not None, "what is dumped reads back"
     changes = [change for text in overrides if (change := read_override(text, findings, prefix)) is not None]
     return _checked(tree, changes, findings, name)
+
+
+def _override(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    return override_recipe(recipe, overrides, name=recipe.name, prefix="")
+
+
+Recipe.override = _override
 
 
 def with_values(recipe: Recipe, values: dict[str, dict[str, object]]) -> Recipe:
@@ -322,6 +337,8 @@ def _with_absolute_paths(recipe: Recipe) -> Recipe:
     data, distill = recipe.data, recipe.distill
     if SOURCES[data.source].is_local and data.path is not None:
         data = data.model_copy(update={"path": _absolute(data.path)})
+    if data.exclude is not None:
+        data = data.model_copy(update={"exclude": _absolute(data.exclude)})
     if distill is not None:
         teacher = None if distill.teacher is None else _with_absolute_weights(distill.teacher)
         run = None if distill.run is None else _absolute(distill.run)

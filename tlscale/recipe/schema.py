@@ -7,7 +7,9 @@ The reference page (docs/recipe.md) is made from the descriptions here.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import json
+from collections.abc import Callable
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -119,6 +121,8 @@ class Recipe(Section):
     """Trackers besides `metrics.jsonl`: wandb, tensorboard, or another of Accelerate's."""
     wandb: WandbSection | None = None
     """Weights & Biases; has an effect only where `track` names it."""
+    override: ClassVar[Callable[..., Recipe]]
+    """Applies a list of `key=value`; put here by `load`, which reads them, and imports this file."""
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
@@ -208,6 +212,26 @@ class Recipe(Section):
         if self.codes.keep != "auto":
             problem = "has no effect with 'distill', where the teacher's codes are cached in any case"
             raise InvalidValueError(problem, "Remove it.", keys=["codes.keep", "distill"])
+
+    def with_(self, **changes: Any) -> Recipe:
+        """Return the recipe with other values, checked as a whole: `with_(duration="5 epochs", **{"optim.lr": 3e-4})`.
+
+        Args:
+            changes: by key, with dots; plain values as YAML has them.
+
+        Raises:
+            RecipeError: no such key, a value that does not fit, or keys that do not fit each other.
+        """
+        return self.override([f"{key}={json.dumps(value)}" for key, value in changes.items()])
+
+    def __str__(self) -> str:
+        """Return what differs from the defaults, as YAML."""
+        from tlscale.recipe.yaml_text import write_yaml  # imports a parser, which nobody needs before
+
+        return write_yaml(self.model_dump(mode="json", exclude_defaults=True))
+
+    def __repr__(self) -> str:
+        return f"<Recipe {self.name!r}>"
 
     def to_plain(self) -> dict[str, Any]:
         """Return the complete recipe as plain YAML values, in schema order."""

@@ -57,7 +57,8 @@ def reason(error: Exception) -> str:
 
 def places_of(recipe: Recipe) -> tuple[str, ...]:
     """Return the places that a recipe names, and those that messages are about: the home and the working folder."""
-    named = [recipe.backbone.weights if recipe.backbone.from_file else None, recipe.data.path]
+    named = [recipe.backbone.weights if recipe.backbone.from_file else None]
+    named += [recipe.data.path, recipe.data.exclude]
     if recipe.distill is not None:
         teacher = recipe.distill.teacher
         named += [recipe.distill.run, teacher.weights if teacher is not None and teacher.from_file else None]

@@ -1,24 +1,27 @@
 """Read a folder per class: `path/train/CLASS/IMAGE`, with validation and test next to train, or `path/CLASS/IMAGE`.
 
 Promise: every file below a class folder is either an image of the split or an error; nothing is skipped silently,
-except hidden files and what desktops leave behind. Symbolic links are followed. A class folder holds images only: with
-folders inside it, it is not clear which level is the class; use a manifest.
+except hidden files, what desktops leave behind, and what the table `data.exclude` names. Symbolic links are followed.
+A class folder holds images only, unless `data.class_folder` tells which level is the class.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from stat import S_ISDIR, S_ISREG
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 
 from tlscale.data.content import digest_of_parts, file_stamp
 from tlscale.data.decode import EXTENSIONS
+from tlscale.data.sources.excluded import excluded_paths
 from tlscale.data.sources.labels import sort_labels
 from tlscale.data.sources.paths import local_folder
 from tlscale.data.sources.same_files import number_files
@@ -52,16 +55,17 @@ def read_folder_source(section: DataSection) -> Source:
         DataError: no folder, no classes, an empty class, files that are no images, a split that is not there.
     """
     root = local_folder(section)
-    picked = _pick(section, root)
+    tree = _Tree(root, frozenset(str(root / path) for path in excluded_paths(section)), section.class_folder)
+    picked = _pick(section, tree)
     notes = []
     if picked:
         used = {PurePosixPath(name).parts[0] for name in picked.values()}
-        rest = [entry.name for entry in _visible(root) if _is_dir(entry) and entry.name not in used]
+        rest = [entry.name for entry in tree.visible(root) if is_dir(entry) and entry.name not in used]
         notes = [f"{root}: not used, as no split has their name: {first_few(quoted(rest))}"] if rest else []
     splits: dict[Role, SourceSplit] = {}
     stamps: list[Ints] = []
     for role, name in (picked or {"train": "."}).items():
-        splits[role], stats_N5, strangers = _read_split(root, name)
+        splits[role], stats_N5, strangers = _read_split(tree, name)
         stamps.append(stats_N5)
         notes.extend(strangers)
     numbers = number_files(stamps)
@@ -70,21 +74,36 @@ def read_folder_source(section: DataSection) -> Source:
     return Source(str(root), splits, notes=tuple(notes))
 
 
-def _pick(section: DataSection, root: Path) -> dict[Role, str] | None:
-    """Pick a folder for each role; None where the class folders are directly in `root`."""
+@dataclass(frozen=True)
+class _Tree:
+    """The folder, without what is left out."""
+
+    root: Path
+    left_out: frozenset[str]
+    """Full paths."""
+    class_folder: Literal["top", "parent"] | None
+
+    def visible(self, folder: Path) -> list[os.DirEntry[str]]:
+        """List a folder by name, without hidden entries and what desktops leave behind."""
+        return [entry for entry in visible_entries(folder) if entry.path not in self.left_out]
+
+
+def _pick(section: DataSection, tree: _Tree) -> dict[Role, str] | None:
+    """Pick a folder for each role; None where the class folders are directly in the root."""
+    root = tree.root
     named = [section.train_split, section.validation_split, section.test_split, *VALIDATION_NAMES]
     for name in filter(None, named):
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise DataError(f"split {name!r} is outside {root}; a split is a folder inside data.path")
-    visible = _visible(root)
+    visible = tree.visible(root)
     _refuse_lost_links(entry for entry in visible if role_within(entry.name) is not None)
-    top = [entry.name for entry in visible if _is_dir(entry)]
+    top = [entry.name for entry in visible if is_dir(entry)]
     nested = [name for name in filter(None, named) if "/" in name and (root / name).is_dir()]
     wanted = [section.train_split]
     if isinstance(section, ScoredSection):
         wanted += [section.test_split, section.validation_split or "", *VALIDATION_NAMES]
     if any(name in (*top, *nested) for name in wanted):
-        return pick_splits(section, _available(root, section.train_split, top, nested), str(root), any_word=True)
+        return pick_splits(section, _available(tree, section.train_split, top, nested), str(root), any_word=True)
     # A folder can hardly be a class: 'Test' and 'val' are no classes, but 'trains' may be.
     certain = [name for name in top if role_of(name) in ("validation", "test") or name.lower() in ("train", "training")]
     telling = top if are_splits(top) else certain
@@ -99,15 +118,16 @@ def _pick(section: DataSection, root: Path) -> dict[Role, str] | None:
     return None
 
 
-def _available(root: Path, train: str, top: list[str], nested: list[str]) -> list[str]:
+def _available(tree: _Tree, train: str, top: list[str], nested: list[str]) -> list[str]:
     """Return the folders that may be splits: at the top, those named in the recipe below it, those next to train."""
     holders = {PurePosixPath(name).parts[0] for name in nested}  # their first part alone is no split
     parent = PurePosixPath(train).parent
-    beside = [] if parent.name == "" else [str(parent / e.name) for e in _visible(root / parent) if _is_dir(e)]
+    beside = [] if parent.name == "" else [str(parent / e.name) for e in tree.visible(tree.root / parent) if is_dir(e)]
     return list(dict.fromkeys([*(name for name in top if name not in holders or name == train), *nested, *beside]))
 
 
-def _visible(folder: Path) -> list[os.DirEntry[str]]:
+def visible_entries(folder: Path) -> list[os.DirEntry[str]]:
+    """List a folder by name, without hidden entries and what desktops leave behind; `DataError` where that fails."""
     try:
         with os.scandir(folder) as entries:
             kept = [e for e in entries if not e.name.startswith(".") and e.name not in LEFT_BY_DESKTOPS]
@@ -116,14 +136,14 @@ def _visible(folder: Path) -> list[os.DirEntry[str]]:
     return sorted(kept, key=lambda entry: entry.name)
 
 
-def _read_split(root: Path, name: str) -> tuple[SourceSplit, Ints, list[str]]:
+def _read_split(tree: _Tree, name: str) -> tuple[SourceSplit, Ints, list[str]]:
     """Read a split, the `file_stamp` of each of its images, and notes on files that are in no class folder."""
-    folder = root / name
-    entries = _visible(folder)
+    folder = tree.root / name
+    entries = tree.visible(folder)
     _refuse_lost_links(entries)
-    classes = [entry.name for entry in entries if _is_dir(entry)]
+    classes = [entry.name for entry in entries if is_dir(entry)]
     beside = [entry.name for entry in entries if entry.name not in classes]
-    lost = [file for file in beside if _is_image_name(file)]
+    lost = [file for file in beside if is_image_name(file)]
     if lost:
         raise DataError(
             f"{folder}: images that lie in no class folder: {first_few(lost)}", remedy="Move them into their class"
@@ -131,12 +151,12 @@ def _read_split(root: Path, name: str) -> tuple[SourceSplit, Ints, list[str]]:
     if not classes:
         raise DataError(f"{folder} has no class folders; expected {folder}/CLASS/IMAGE for each class")
     notes = [f"{folder}: not used, as they are no images: {first_few(beside)}"] if beside else []
-    return *_collect(root, name, classes), [*notes, *_hidden_classes(folder)]
+    return *_collect(tree, name, classes), [*notes, *_hidden_classes(folder)]
 
 
 def _hidden_classes(folder: Path) -> list[str]:
     """Return a note on folders that hold images and are taken for no class, as their names begin with a dot."""
-    hidden = sorted(entry.name for entry in os.scandir(folder) if entry.name.startswith(".") and _is_dir(entry))
+    hidden = sorted(entry.name for entry in os.scandir(folder) if entry.name.startswith(".") and is_dir(entry))
     with_images = [name for name in hidden if _holds_images(folder / name)]
     if not with_images:
         return []
@@ -146,24 +166,51 @@ def _hidden_classes(folder: Path) -> list[str]:
 
 def _holds_images(folder: Path) -> bool:
     try:
-        return any(_is_image_name(name) for name in os.listdir(folder))
+        return any(is_image_name(name) for name in os.listdir(folder))
     except OSError:
         return False
 
 
-def _collect(root: Path, name: str, classes: list[str]) -> tuple[SourceSplit, Ints]:
-    if strange := [label for label in classes if not is_unicode(label)]:
-        raise DataError(_not_utf8(root / name, strange[0]))
-    order, looked_ns = sort_labels(classes), time.time_ns()
+def _class_folders(tree: _Tree, folder: Path, tops: list[str]) -> dict[str, list[str]]:
+    """Return for each class the folders of its images, below `folder`."""
+    if tree.class_folder is None:
+        return {name: [name] for name in tops}
+    below = {top: _folders_below(tree, folder, top, ()) for top in tops}
+    if tree.class_folder == "top":
+        return below
+    classes: dict[str, list[str]] = {}
+    for place in itertools.chain.from_iterable(below.values()):
+        if any(not is_dir(entry) for entry in tree.visible(folder / place)):
+            classes.setdefault(PurePosixPath(place).name, []).append(place)
+    if not classes:
+        raise DataError(f"{one_line(folder)}: no folder holds a file", key="data.class_folder")
+    return classes
+
+
+def _folders_below(tree: _Tree, folder: Path, place: str, above: tuple[str, ...]) -> list[str]:
+    """Return a folder and all below it, by name; `above`: where those lie that it is in, links followed."""
+    real = os.path.realpath(folder / place)
+    if real in above:
+        raise DataError(f"{one_line(folder / place)}: a link that leads round in a circle; take it out")
+    inner = [f"{place}/{entry.name}" for entry in tree.visible(folder / place) if is_dir(entry)]
+    return [place, *itertools.chain.from_iterable(_folders_below(tree, folder, name, (*above, real)) for name in inner)]
+
+
+def _collect(tree: _Tree, name: str, tops: list[str]) -> tuple[SourceSplit, Ints]:
+    split = tree.root / name
+    folders = _class_folders(tree, split, tops)
+    if strange := [place for places in folders.values() for place in places if not is_unicode(place)]:
+        raise DataError(_not_utf8(split, strange[0]))
+    order, looked_ns = sort_labels(folders), time.time_ns()
     chunks, counts, stats = [], [], []
     parts: list[str | bytes] = []
     problems: list[str] = []
-    pace = Pace(None, None, f"scanning {visible(root / name)}")
+    pace = Pace(None, None, f"scanning {visible(split)}")
     for label in order:
-        paths, stats_N5, wrong = _read_class(root, name, label, pace)
+        paths, stats_N5, wrong = _read_class(tree, name, folders[label], pace)
         problems.extend(wrong)
         if not paths and not wrong:
-            problems.append(f"{one_line(root / name / label)} is empty: a class needs at least one image")
+            problems.append(f"{one_line(split / folders[label][0])} is empty: a class needs at least one image")
         chunks.append(pa.array(paths, type=pa.large_string()))
         counts.append(len(paths))
         stats.append(stats_N5)
@@ -174,42 +221,57 @@ def _collect(root: Path, name: str, classes: list[str]) -> tuple[SourceSplit, In
         raise DataError("\n  ".join([*problems[:5], *more]))
     label_ids_N = np.repeat(np.arange(len(order), dtype=np.int64), counts)
     stats_N5 = np.concatenate(stats)
-    store = FileStore(str(root), pa.concat_arrays(chunks), digest_of_parts(parts), stats_N5, looked_ns)
+    store = FileStore(str(tree.root), pa.concat_arrays(chunks), digest_of_parts(parts), stats_N5, looked_ns)
     return SourceSplit(name, store, order, label_ids_N), stats_N5
 
 
-def _read_class(root: Path, name: str, label: str, pace: Pace) -> tuple[list[str], Ints, list[str]]:
-    """Return paths below `root`, the `file_stamp` of each, and what is wrong."""
-    folder = root / name / label
+def _read_class(tree: _Tree, name: str, folders: list[str], pace: Pace) -> tuple[list[str], Ints, list[str]]:
+    """Return paths below the root, the `file_stamp` of each, and what is wrong."""
     prefix = "" if name == "." else f"{name}/"
     paths: list[str] = []
     stats: list[tuple[int, ...]] = []
     wrong: list[str] = []
-    for entry in _visible(folder):
-        check_stop("scanning folders")
-        pace.add(1)
-        shown = one_line(entry.path)
-        try:
-            stat = entry.stat()
-        except OSError as error:
-            wrong.append(f"{shown}: {error.strerror or error} (a link to nowhere?)")
-            continue
-        if S_ISDIR(stat.st_mode):
-            wrong.append(f"{shown} is a folder inside a class folder; use source 'manifest' for nested folders")
-        elif not _is_image_name(entry.name):
-            endings = " ".join(sorted(EXTENSIONS))
-            wrong.append(f"{shown} has no ending of an image ({endings}); take it out of the class folder")
-        elif not S_ISREG(stat.st_mode):
-            wrong.append(f"{shown} is {kind_of_file(stat.st_mode)}, no regular file; take it out of the class folder")
-        elif not is_unicode(entry.name):
-            wrong.append(_not_utf8(folder, entry.name))
-        else:
-            paths.append(f"{prefix}{label}/{entry.name}")
-            stats.append(file_stamp(stat))
+    for place in folders:
+        for entry in tree.visible(tree.root / name / place):
+            check_stop("scanning folders")
+            pace.add(1)
+            stat, problem = _stat_of_image(entry, may_be_folder=tree.class_folder is not None)
+            if problem:
+                wrong.append(problem)
+            elif stat is not None:
+                paths.append(f"{prefix}{place}/{entry.name}")
+                stats.append(file_stamp(stat))
     return paths, np.array(stats, dtype=np.int64).reshape(-1, 5), wrong
 
 
-def _is_dir(entry: os.DirEntry[str]) -> bool:
+def _stat_of_image(entry: os.DirEntry[str], *, may_be_folder: bool) -> tuple[os.stat_result | None, str]:
+    """Return the `stat` of an image file, None of anything else, and what is wrong with it, or an empty text."""
+    shown = one_line(entry.path)
+    try:
+        stat = entry.stat()
+    except OSError as error:
+        return None, f"{shown}: {error.strerror or error} (a link to nowhere?)"
+    if S_ISDIR(stat.st_mode):
+        nested = (
+            f"{shown} is a folder inside a class folder; data.class_folder says which one is the class: top, the one "
+            "below the split, or parent, the one that an image lies in"
+        )
+        return None, "" if may_be_folder else nested
+    if not is_image_name(entry.name):
+        endings = " ".join(sorted(EXTENSIONS))
+        return None, (
+            f"{shown} has no ending of an image ({endings}); take it out of the class folder, or write it to the table "
+            "of data.exclude"
+        )
+    if not S_ISREG(stat.st_mode):
+        return None, f"{shown} is {kind_of_file(stat.st_mode)}, no regular file; take it out of the class folder"
+    if not is_unicode(entry.name):
+        return None, _not_utf8(Path(entry.path).parent, entry.name)
+    return stat, ""
+
+
+def is_dir(entry: os.DirEntry[str]) -> bool:
+    """Return whether an entry is a folder, or a link to one."""
     try:
         return entry.is_dir()
     except OSError:  # links that go round in a circle
@@ -230,5 +292,6 @@ def _not_utf8(folder: Path, name: str) -> str:
     )
 
 
-def _is_image_name(name: str) -> bool:
+def is_image_name(name: str) -> bool:
+    """Return whether a file has the ending of an image."""
     return os.path.splitext(name)[1].lower() in EXTENSIONS

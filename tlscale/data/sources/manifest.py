@@ -28,6 +28,7 @@ import pyarrow.parquet as pq
 
 from tlscale.data.content import digest_of_parts, file_stamp
 from tlscale.data.sources.columns import LABEL_COLUMNS, column_note, pick_column
+from tlscale.data.sources.excluded import excluded_paths
 from tlscale.data.sources.labels import encode_labels, is_text
 from tlscale.data.sources.paths import local_path
 from tlscale.data.sources.same_files import number_files
@@ -43,7 +44,7 @@ Stats = npt.NDArray[np.int64]
 IMAGE_COLUMNS = ("image", "img", "path", "file", "filename", "file_name", "filepath", "file_path", "image_path")
 TABLE_ENDINGS = (".csv", ".tsv", ".parquet", ".pq")
 MOST_EMBEDDED_BYTES = 2 << 30
-_FIRST_ROWS = 1024
+FIRST_ROWS = 1024
 
 
 def is_manifest_source(data: str) -> bool:
@@ -62,8 +63,9 @@ def read_manifest_source(section: DataSection) -> Source:
     if not file.is_file():
         hint = "; for a folder of Parquet files use source 'hub' with the folder as 'path'" if file.is_dir() else ""
         raise DataError(f"{file} {'is not a file' if file.exists() else 'does not exist'}{hint}", key="data.path")
-    table, notes = _read_table(section, file)
+    table, notes = read_table(section, file)
     image, label = table.column_names[:2]
+    table = _without_excluded(section, table, image)
     if len(table) == 0:
         raise DataError(f"{file} has no rows")
     rows = _rows_of_splits(section, file, table)
@@ -84,7 +86,7 @@ def read_manifest_source(section: DataSection) -> Source:
     return Source(str(file), splits, notes=notes)
 
 
-def _read_table(section: DataSection, file: Path) -> tuple[pa.Table, tuple[str, ...]]:
+def read_table(section: DataSection, file: Path) -> tuple[pa.Table, tuple[str, ...]]:
     """Read the columns image, label and, where there is one, split, in this order; and notes on other columns."""
     read = {".csv": _read_csv, ".tsv": _read_csv, ".parquet": _read_parquet, ".pq": _read_parquet}
     if file.suffix.lower() in read:
@@ -95,6 +97,18 @@ def _read_table(section: DataSection, file: Path) -> tuple[pa.Table, tuple[str, 
             raise DataError(f"{file}: cannot be read as a table: {error}") from None
         return table, notes
     raise DataError(f"{file} has no ending of a table; a manifest ends in {', '.join(TABLE_ENDINGS)}", key="data.path")
+
+
+def _without_excluded(section: DataSection, table: pa.Table, image: str) -> pa.Table:
+    """Leave out the rows of files that `data.exclude` names."""
+    left_out = excluded_paths(section)
+    if not left_out:
+        return table
+    if not is_text(table[image].type):
+        remedy = "Leave rows out of the table itself, or write data.on_bad_image: skip for those that cannot be read"
+        raise DataError("names files, but the table holds the images themselves", key="data.exclude", remedy=remedy)
+    kept = [path is None or os.path.normpath(path) not in left_out for path in table[image].to_pylist()]
+    return table.filter(pa.array(kept))
 
 
 def _columns(section: DataSection, columns: list[str], file: Path) -> list[str]:
@@ -175,7 +189,7 @@ def _read_parquet(section: DataSection, file: Path) -> tuple[pa.Table, tuple[str
                 f"that are kept in memory; 'source: hub' with 'path: {file.parent}' maps them from disk"
             )
         few = [field.name for field in parquet.schema_arrow if _is_short(field) and field.name not in columns]
-        others = _may_name_splits(parquet.iter_batches(_FIRST_ROWS, columns=few)) if few else []
+        others = _may_name_splits(parquet.iter_batches(FIRST_ROWS, columns=few)) if few else []
         return parquet.read(columns=columns).select(columns), _notes(parquet.read(columns=others), file)
 
 

@@ -24,8 +24,9 @@ from tlscale.data.sources.folder import is_folder_source, read_folder_source
 from tlscale.data.sources.hub import is_disk_source, is_hub_source, read_disk_source, read_hub_source
 from tlscale.data.sources.idx import is_idx_source, read_idx_source
 from tlscale.data.sources.manifest import is_manifest_source, read_manifest_source
+from tlscale.data.sources.split_names import ROLES
 from tlscale.data.sources.splits import Chosen, choose_splits
-from tlscale.data.sources.tables import ImageSplit, Role, Source
+from tlscale.data.sources.tables import ImageSplit, Source
 from tlscale.errors import DataError
 from tlscale.recipe.schema import DataSection
 
@@ -52,8 +53,6 @@ SOURCES: dict[str, SourceReader] = {
     "manifest": SourceReader(read_manifest_source, is_manifest_source),
     "fashion_mnist": SourceReader(read_fashion_mnist, is_fashion_mnist),
 }
-
-_ROLES: tuple[Role, ...] = ("train", "validation", "test")
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,7 +146,7 @@ def _identity(section: DataSection, source: Source, chosen: Chosen) -> dict[str,
         "fingerprint": _sha256(chosen, {role: table.store.content for role, table in chosen.tables.items()}),
         "labels_sha256": _sha256(chosen, dict.fromkeys(chosen.tables, "")),
         "num_classes": len(chosen.classes),
-        "num_images": {role: len(splits[role]) for role in _ROLES if role in splits},
+        "num_images": {role: len(splits[role]) for role in ROLES if role in splits},
     }
 
 

@@ -14,6 +14,7 @@ from tlscale.errors import DataError, quoted_list, sentences, suggestion
 from tlscale.recipe.schema import DataSection
 
 Role = Literal["train", "validation", "test"]
+ROLES: tuple[Role, ...] = ("train", "validation", "test")
 
 SPLIT_COLUMN = "split"
 """Column of a table with the split of each row; found in any case, with or without spaces around it."""

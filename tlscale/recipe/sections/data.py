@@ -28,6 +28,12 @@ class DataSection(Section):
     """Column that holds the image or its path; found by default when the name is usual (`image`, `img`, `path`...)."""
     label_column: str | None = None
     """Column that holds the label; found by default when the name is usual (`label`, `labels`, `class`...)."""
+    class_folder: Literal["top", "parent"] | None = None
+    """Which folder is the class where a folder per class has folders in it: `top`, the one below the split (or below
+    `path`, without splits), or `parent`, the one that an image lies in; by default there must be none."""
+    exclude: str | None = Field(None, min_length=1)
+    """CSV file with the columns `path` and `reason`: what is left out of a folder or a table, files or whole folders,
+    as paths below that folder or that of the table. Relative to the folder tlscale is started in."""
     train_split: str = "train"
     """Name of the training split in the source."""
     validation_split: str | None = None

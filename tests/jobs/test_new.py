@@ -1,0 +1,129 @@
+"""`tlscale new`: from a folder of own pictures to a recipe that runs."""
+
+import csv
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+import tlscale
+from examples.messy_photos import COUNTS, make_messy_folder
+from tests.small_runs import result
+from tlscale.cli import main
+from tlscale.commands.new import new
+from tlscale.data.sources.open import open_data
+from tlscale.errors import DataError, ModelError, RecipeError
+
+
+def listed(place) -> dict[str, str]:
+    with open(place, newline="", encoding="utf-8") as file:
+        return {row["path"]: row["reason"] for row in csv.DictReader(file)}
+
+
+@pytest.fixture(scope="module")
+def messy(tmp_path_factory):
+    return make_messy_folder(tmp_path_factory.mktemp("messy") / "photos")
+
+
+def pictures(folder, labels=("ash", "oak"), count=6, size=16):
+    rng = np.random.default_rng(3)
+    for label in labels:
+        for number in range(count):
+            path = folder / label / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(path)
+    return folder
+
+
+def test_a_messy_folder_becomes_a_recipe_that_runs(messy, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ran = CliRunner().invoke(main, ["new", str(messy)], catch_exceptions=False)
+    said = ran.output
+    assert ran.exit_code == 0, said
+    assert "85 images in 3 classes: temple 40, flower 33, portrait 12" in said
+    assert "next      tlscale run photos.yaml" in said
+    left_out = listed("photos.exclude.csv")
+    assert set(left_out) == {
+        *("portrait/IMG_0100.jpg", "temple/IMG_0101.png", "temple/notes.txt", "IMG_0102.jpg", "to sort"),
+        *("temple/copy of IMG_0008.JPG", "flower/IMG_0103.jpg", "temple/IMG_0009.JPG"),
+    }
+    assert "cut short" in left_out["portrait/IMG_0100.jpg"]
+    assert left_out["temple/copy of IMG_0008.JPG"] == "equal to temple/IMG_0008.JPG"
+    assert "another label" in left_out["flower/IMG_0103.jpg"]
+    recipe = tlscale.load_recipe("photos.yaml")
+    assert recipe.probe is not None
+    data = open_data(recipe.data, recipe.seed)
+    assert len(data.train) + len(data.validation) == sum(COUNTS.values()) - 1
+    tlscale.run(recipe, tmp_path / "run")
+    assert not any("LEAK" in note for note in result(tmp_path / "run")["notes"])
+    assert result(tmp_path / "run")["top1"] > 0.5
+
+
+def test_nothing_is_written_over_and_a_failure_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    photos = pictures(tmp_path / "photos")
+    (photos / "notes.txt").write_text("x")
+    new(photos, out="photos.yaml")
+    with pytest.raises(RecipeError, match="is there already"):
+        new(photos, out="photos.yaml")
+    with pytest.raises(DataError, match="is there already"):
+        new(photos, out="photos.yml")  # whose table would be the same
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(ModelError):
+        new(photos, out="other.yaml", backbone="resnet10000")
+    (tmp_path / "one" / "ash").mkdir(parents=True)
+    (tmp_path / "one" / "ash" / "1.jpg").write_bytes(b"no image")
+    with pytest.raises(DataError, match="none of 1 images can be read"):
+        new("one", out="one.yaml")
+    assert sorted(set(tmp_path.iterdir()) - {tmp_path / "one"}) == before
+
+
+def test_names_cannot_change_the_recipe(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    evil = ("a\nname: evil", "=cmd()", "<img src=x onerror=alert(1)>", "b: [c", "\x1b[31mred", "# d")
+    recipe = tlscale.new(pictures(tmp_path / "x: {y}\n", evil, count=5), out="r.yaml")
+    assert recipe.name == "r"
+    assert tlscale.load_recipe("r.yaml") == recipe
+    assert open_data(recipe.data, 0).classes == tuple(sorted(evil))
+    assert "\x1b" not in (tmp_path / "r.yaml").read_text()
+
+
+def test_a_table_and_splits_and_many_images(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    photos = pictures(tmp_path / "photos" / "train")
+    Image.open(photos / "ash" / "1.png").save(photos / "ash" / "2.png")  # a copy within train
+    test = pictures(tmp_path / "photos" / "Test", count=2, size=17)
+    Image.open(photos / "oak" / "3.png").save(test / "oak" / "9.png")  # one that is to be scored
+    recipe = new("photos")
+    assert recipe.data.test_split == "Test"
+    assert listed("photos.exclude.csv") == {
+        "train/ash/2.png": "equal to train/ash/1.png",
+        "train/oak/3.png": "equal to Test/oak/9.png",
+    }
+    assert recipe.data.validation_fraction == 0.2
+    rows = [f"photos/train/ash/{i}.png,ash" for i in range(6)] + [f"photos/train/oak/{i}.png,oak" for i in range(6)]
+    (tmp_path / "mine.csv").write_text("\n".join(["photo,species", *rows, "gone.png,oak"]) + "\n")
+    recipe = new("mine.csv")
+    assert (recipe.data.image_column, recipe.data.label_column) == ("photo", "species")
+    assert listed("mine.exclude.csv")["gone.png"].startswith("it cannot be read")
+    monkeypatch.setattr("tlscale.commands.new_recipe.FEW_IMAGES", 5)
+    recipe = new("mine.csv", out="tuned.yaml")
+    assert recipe.probe is None
+    assert recipe.freeze
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "vit_tiny_patch16_224", "convnext_atto"])
+def test_another_backbone_has_its_own_layers_and_freezing(backbone, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    photos = pictures(tmp_path / "photos")
+    recipe = new(photos, backbone=backbone)
+    assert recipe.backbone.weights == "pretrained"
+    assert len(recipe.codes.layer) > 2
+    monkeypatch.setattr("tlscale.commands.new_recipe.FEW_IMAGES", 5)
+    recipe = new(photos, backbone=backbone, out="tuned.yaml")
+    small = {"backbone.weights": "none", "duration": "1 steps", "data.image_size": 224 if "vit" in backbone else 32}
+    tuned = tlscale.load_recipe("tuned.yaml", [f"{key}={value}" for key, value in small.items()])
+    tlscale.run(tuned, tmp_path / "run")
+    figures = result(tmp_path / "run")
+    assert 0.2 < figures["trainable_params"] / figures["total_params"] < 0.999

@@ -1,0 +1,52 @@
+"""Tables of images as people have them: the columns by other names, rows that no run could use."""
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tests.unit.data.test_folder_layout import made
+from tlscale.data.table_layout import guess_columns, rows_to_leave_out
+from tlscale.errors import DataError
+from tlscale.recipe.schema import DataSection
+
+GUESSED = {
+    "usual names": ("path,label", {}),
+    "the label by another name": ("file,species", {"label_column": "species"}),
+    "both by other names": ("photo,species", {"image_column": "photo", "label_column": "species"}),
+    "the label first": ("species,photo", {"image_column": "photo", "label_column": "species"}),
+    "with splits": ("photo,split,species", {"image_column": "photo", "label_column": "species"}),
+}
+CELLS = {"path": "1.jpg", "file": "1.jpg", "photo": "1.jpg", "split": "train"}
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "parquet"])
+@pytest.mark.parametrize("case", GUESSED)
+def test_columns_are_guessed_where_there_is_one_reading(case, kind, tmp_path):
+    header, guessed = GUESSED[case]
+    made(tmp_path, "1.jpg")
+    file = tmp_path / f"t.{kind}"
+    names = header.split(",")
+    row = [CELLS.get(name, "ash") for name in names]
+    if kind == "parquet":
+        pq.write_table(pa.table({name: [cell] for name, cell in zip(names, row, strict=True)}), file)
+    else:
+        sign = "," if kind == "csv" else "\t"
+        file.write_text(f"{sign.join(names)}\n{sign.join(row)}\n")
+    assert guess_columns(file) == guessed
+
+
+@pytest.mark.parametrize("text", ["photo,species,place\n1.jpg,ash,here\n", "species,place\nash,here\n", "path,file\n"])
+def test_columns_that_cannot_be_told_are_no_guess(text, tmp_path):
+    made(tmp_path, "1.jpg")
+    (tmp_path / "t.csv").write_text(text)
+    with pytest.raises(DataError, match="no telling which column"):
+        guess_columns(tmp_path / "t.csv")
+
+
+def test_rows_of_no_use_are_listed_with_their_reason(tmp_path):
+    made(tmp_path, "1.jpg", "2.jpg", "folder.jpg/")
+    (tmp_path / "t.csv").write_text("path,label\n1.jpg,ash\n2.jpg,\ngone.jpg,oak\nfolder.jpg,oak\n")
+    left_out = rows_to_leave_out(DataSection(source="manifest", path=str(tmp_path / "t.csv")))
+    assert set(left_out) == {"2.jpg", "gone.jpg", "folder.jpg"}
+    assert left_out["2.jpg"] == "it has no label"
+    assert "folder" in left_out["folder.jpg"]

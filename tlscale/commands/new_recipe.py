@@ -1,0 +1,179 @@
+"""Write the first recipe for a data set, with what was found in it as comments.
+
+Promise: the recipe runs as it is. Its strategy is the one that was best at that number of images where it was measured
+(docs/strategies.md), and a comment says so and names the other one.
+"""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tlscale.data.survey import Place, Survey
+from tlscale.errors import first_few, one_line
+from tlscale.recipe.yaml_text import write_yaml
+
+BUNDLED = "resnet10t"
+FEW_IMAGES = 500
+"""Up to so many training images a probe was best, from 1,000 on fine-tuning; between the two nothing was measured."""
+_MOST_CLASSES = 8  # in a line
+_MOST_REASONS = 8
+_WIDTH = 110
+_LEAST_PX, _MOST_PX = 48, 96  # of the bundled network, which was pretrained at 48
+_PROBED = {"layer": ["layer2", "layer3", "layer4"], "pool": ["avg", "max"]}
+_EARLY = r"(conv1|bn1|layer[12])\..*"
+
+
+def recipe_name(place: str) -> str:
+    """Return a name for the recipe of the data at a place, as `name` takes it."""
+    path = Path(place).expanduser()
+    stem = path.resolve().name if path.is_dir() else path.stem
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", stem).strip("._-")[:80] or "images"
+
+
+def recipe_text(
+    name: str, survey: Survey, backbone: str, layers: tuple[list[str], str | None], command: str
+) -> tuple[str, str]:
+    """Return the recipe, and its strategy in words.
+
+    Args:
+        name: of the run.
+        survey: of the data.
+        backbone: a timm model; `BUNDLED` comes with its weights.
+        layers: of the backbone, earlier ones whose codes are worth a try, and the rule of those to freeze; None: none.
+        command: that was typed.
+    """
+    num_train = sum(survey.counts["train"].values())
+    data, comment = _data_keys(survey, backbone, num_train)
+    network = {"name": backbone, **({"weights": "bundled"} if backbone == BUNDLED else {})}
+    is_probe = num_train <= FEW_IMAGES
+    strategy, words = _probe(backbone, layers[0]) if is_probe else _fine_tuning(backbone, layers[1], num_train)
+    parts = [
+        _comment([f"Written by `{command}`.", "", *describe(survey), "", *_why(is_probe, num_train)]),
+        write_yaml({"name": name}),
+        _comment(comment),
+        write_yaml({"data": data}),
+        write_yaml({"backbone": network}),
+        strategy,
+    ]
+    return "".join(parts), words
+
+
+def describe(survey: Survey) -> list[str]:
+    """Return what is in the data, in lines of text."""
+    heights_N, widths_N = survey.sizes_N2.T
+    areas_N = heights_N * widths_N
+    least, most = (f"{widths_N[i]} x {heights_N[i]}" for i in (areas_N.argmin(), areas_N.argmax()))
+    sizes = least if least == most else f"{least} to {most} pixels"
+    formats = ", ".join(f"{name} {count:,}" for name, count in survey.formats.most_common())
+    train = survey.counts["train"]
+    lines = [
+        f"{sum(map(sum, (counts.values() for counts in survey.counts.values()))):,} images in {len(train)} classes: "
+        f"{_counts(train)}",
+        f"{formats}; {sizes}" + (f"; {survey.num_grey:,} grey" if survey.num_grey else ""),
+    ]
+    shown = {"train": "to train on", "validation": "to validate", "test": "to test"}
+    if len(survey.counts) > 1:
+        given = [f"{sum(counts.values()):,} {shown[role]}" for role, counts in survey.counts.items()]
+        lines.append(f"splits: {', '.join(given)}")
+    return [one_line(line) for line in (*lines, *survey.notes, *_equal(survey.equal))]
+
+
+def describe_left_out(survey: Survey) -> list[str]:
+    """Return what is left out, and why, in lines of text: what was found in images first."""
+    kinds: dict[str, list[tuple[str, str]]] = {}
+    for path, reason in reversed(survey.left_out.items()):
+        kinds.setdefault(re.sub(r"[0-9]+|(?<=^equal to ).*?(?=$|, which)", "N", reason), []).append((path, reason))
+    lines = []
+    for found in list(kinds.values())[:_MOST_REASONS]:
+        path, reason = found[-1]
+        lines.append(one_line(f"left out  {len(found):,}: {path}: {reason}{' (and others)' if len(found) > 1 else ''}"))
+    rest = len(kinds) - _MOST_REASONS
+    return [*lines, *([f"left out  for {rest} other reasons"] if rest > 0 else [])]
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return first_few([f"{name} {count:,}" for name, count in ordered], _MOST_CLASSES)
+
+
+def _equal(groups: list[list[Place]]) -> list[str]:
+    """Return what is to be said of equal images: those that make a score or a label wrong first."""
+    kinds = (
+        ("are in training and in what is scored, which makes scores too high", _across_splits),
+        ("have different labels, one of which is wrong", lambda places: len({place.label for place in places}) > 1),
+        ("are there more than once", lambda places: True),
+    )
+    lines, left = [], groups
+    for what, is_one in kinds:
+        found = [places for places in left if is_one(places)]
+        left = [places for places in left if not is_one(places)]
+        if found:
+            shown = " = ".join(place.path for place in found[0][:3])
+            lines.append(f"EQUAL IMAGES: {len(found):,} {what} ({shown}{', ...' if len(found) > 1 else ''})")
+    return lines
+
+
+def _across_splits(places: list[Place]) -> bool:
+    roles = {place.role for place in places}
+    return "train" in roles and len(roles) > 1
+
+
+def _data_keys(survey: Survey, backbone: str, num_train: int) -> tuple[dict[str, Any], list[str]]:
+    """Return the section `data`, and comments on it."""
+    keys, comment = dict(survey.keys), []
+    if survey.left_out:
+        comment += [f"exclude: {len(survey.left_out):,} paths, each with the reason; edit that file to change it."]
+    if keys.get("on_bad_image") == "skip":
+        comment += [f"on_bad_image: {survey.num_bad:,} images cannot be read; each run skips and counts them."]
+    if "class_folder" in keys:
+        other = "parent" if keys["class_folder"] == "top" else "top"
+        comment += [f"class_folder: the other reading of this folder is {other}."]
+    if backbone == BUNDLED:
+        keys["image_size"] = min(max(-(-survey.median_side_px // 16) * 16, _LEAST_PX), _MOST_PX)
+        comment += [f"image_size: more than {_MOST_PX} pixels show more detail, and take longer."]
+    if "validation" not in survey.counts:
+        keys["validation_fraction"] = 0.2 if num_train <= FEW_IMAGES else 0.1
+        held = "validation_fraction: this share of the training images is held out to choose by"
+        comment += [held + ("." if "test" in survey.counts else ", and the score is of it, as there is no test split.")]
+    return keys, comment
+
+
+def _why(is_probe: bool, num_train: int) -> list[str]:
+    best = f"a probe was best with few images (up to {FEW_IMAGES:,}), fine-tuning with 1,000 and more"
+    chosen = "a probe" if is_probe else "fine-tuning"
+    return [
+        f"Strategy: {chosen}, for {num_train:,} images. Where it was measured, {best} (docs/strategies.md).",
+        "`tlscale compare` on this recipe shows which is best here.",
+    ]
+
+
+def _probe(backbone: str, layers: list[str]) -> tuple[str, str]:
+    codes = dict(_PROBED) if backbone == BUNDLED else {"layer": [*layers, "penultimate"], "pool": ["avg", "max"]}
+    text = _comment(
+        ["Codes: what a layer gives for an image, computed once. Validation images choose layer and pooling."]
+    )
+    text += write_yaml({"codes": codes}) + write_yaml({"probe": {"kind": "logistic"}})
+    return text, f"codes of {backbone} and a linear classifier"
+
+
+def _fine_tuning(backbone: str, rule: str | None, num_train: int) -> tuple[str, str]:
+    rule = _EARLY if backbone == BUNDLED else rule
+    frozen = {"freeze": rule} if rule else {}
+    text = _comment(["freeze: a regular expression on whole parameter names; what it matches is computed once."])
+    text += write_yaml(frozen) if frozen else ""
+    text += write_yaml({"head": [{"linear": 256}, "relu", {"dropout": 0.2}, "linear"]})
+    text += write_yaml({"duration": "10 epochs", "batch_size": 32 if num_train < 5000 else 128})
+    text += write_yaml({"optim": {"name": "adamw", "lr": 1e-3, "weight_decay": 0.05}})
+    text += write_yaml({"schedule": {"warmup": "10%", "decay": "cosine"}})
+    return text, f"the upper layers of {backbone} are fine-tuned"
+
+
+def _comment(lines: list[str]) -> str:
+    wrapped = (
+        textwrap.wrap(one_line(line), _WIDTH, break_long_words=False, break_on_hyphens=False) or [""] for line in lines
+    )
+    return "".join(f"# {line}".rstrip() + "\n" for lines_of_one in wrapped for line in lines_of_one)

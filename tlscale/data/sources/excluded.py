@@ -1,0 +1,65 @@
+"""Read which files of a data set are left out, and why: a CSV file with the columns `path` and `reason`.
+
+Promise: what is left out stands in a file that the recipe names, never only on a screen; `tlscale new` writes it, and a
+person can.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+
+from tlscale.errors import DataError, first_few, one_line, quoted
+from tlscale.recipe.schema import DataSection
+from tlscale.storage.files import replacing
+
+COLUMNS = ("path", "reason")
+
+
+def excluded_paths(section: DataSection) -> frozenset[str]:
+    """Return the paths in the table that `data.exclude` names, in their shortest form; none without such a table.
+
+    Raises:
+        DataError: no such table, no column `path`, or a path that is absolute or leads out of the data.
+    """
+    if section.exclude is None:
+        return frozenset()
+    place = Path(section.exclude).expanduser()
+    try:
+        with place.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+            rows = csv.DictReader(file)
+            if COLUMNS[0] not in (rows.fieldnames or ()):
+                remedy = "Write path,reason into the first line, and a file into each of the others"
+                raise DataError(f"{one_line(place)} has no column 'path'", key="data.exclude", remedy=remedy)
+            paths = [row["path"] or "" for row in rows]
+    except (OSError, csv.Error) as error:
+        why = getattr(error, "strerror", None) or error
+        raise DataError(f"{one_line(place)} cannot be read: {why}", key="data.exclude") from None
+    shortest = [PurePosixPath(os.path.normpath(path)) for path in paths if path]
+    outside = [str(path) for path in shortest if path.is_absolute() or path.parts[:1] in ((), ("..",))]
+    if outside:
+        problem = f"{one_line(place)}: not below the data: {first_few(quoted(outside))}"
+        raise DataError(problem, key="data.exclude", remedy="Write paths as they are below the folder of the data")
+    return frozenset(map(str, shortest))
+
+
+def write_excluded(place: Path, rows: Iterable[tuple[str, str]]) -> None:
+    """Write a table of `(path, reason)`, sorted by path, or remove it where there is nothing to leave out."""
+    lines = sorted(rows)
+    if not lines:
+        place.unlink(missing_ok=True)
+        return
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\r\n")  # a name may hold either, and both are put in quotes then
+    table.writerow(COLUMNS)
+    table.writerows((_no_formula(path), one_line(reason)) for path, reason in lines)
+    with replacing(place) as aside:
+        aside.write_bytes(text.getvalue().encode("utf-8", "surrogateescape"))
+
+
+def _no_formula(path: str) -> str:
+    """Return the same path such that no spreadsheet runs it."""
+    return f"./{path}" if path[:1] in ("=", "+", "-", "@", "\t", "\r") else path

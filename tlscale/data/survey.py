@@ -1,0 +1,277 @@
+"""Look at all images of a data set, before there is a recipe: what is in it, and what cannot be read.
+
+Promise: every image is read and decoded as a run would do it. What a run could not use is written to the table that
+`data.exclude` names, and the section that is returned opens.
+
+Shape letters: N images that can be read.
+"""
+
+from __future__ import annotations
+
+import io
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from tlscale.data.content import content_digest
+from tlscale.data.decode import FORMATS, decode_image
+from tlscale.data.folder_layout import lay_out, tables_in
+from tlscale.data.sources.excluded import write_excluded
+from tlscale.data.sources.open import read_source, recognised_source
+from tlscale.data.sources.tables import RawStore, Role, Source, SourceSplit
+from tlscale.data.table_layout import guess_columns, rows_to_leave_out
+from tlscale.data.workers import map_in_threads
+from tlscale.errors import DataError
+from tlscale.recipe.schema import DataSection
+from tlscale.recipe.sources import SOURCES
+from tlscale.tracking.console import Pace
+
+_GREY_STRIDE = 4  # every so many pixels are looked at for colour
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What is in a data set."""
+
+    keys: dict[str, Any]
+    """Keys of `data` that read it."""
+    counts: dict[Role, dict[str, int]]
+    """Split -> class -> number of images, without those of `left_out`."""
+    formats: Counter[str]
+    sizes_N2: npt.NDArray[np.int64]
+    """Height and width of each image, upright."""
+    num_grey: int
+    left_out: dict[str, str]
+    """Path -> reason."""
+    num_bad: int
+    """Images that cannot be read; part of `left_out` where they are files."""
+    equal: list[list[Place]]
+    """Images with equal content, two or more each, without those of `left_out`."""
+    notes: tuple[str, ...]
+
+    @property
+    def median_side_px(self) -> int:
+        """Return the median of the shorter sides."""
+        return int(np.median(self.sizes_N2.min(axis=1)))
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where an image is."""
+
+    path: str
+    role: Role
+    label: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """What one image is."""
+
+    digest: bytes = b""
+    format: str = ""
+    size: tuple[int, int] = (0, 0)
+    is_grey: bool = False
+    problem: str = ""
+
+
+@dataclass
+class _Seen:
+    """What is known of the images so far."""
+
+    formats: Counter[str] = field(default_factory=Counter)
+    sizes: list[tuple[int, int]] = field(default_factory=list)
+    num_grey: int = 0
+    places: dict[bytes, list[Place]] = field(default_factory=lambda: defaultdict(list))
+    bad: dict[str, str] = field(default_factory=dict)
+    num_bad: int = 0
+    has_files: bool = False
+
+    def add(self, look: _Look, place: Place, *, is_file: bool) -> None:
+        self.has_files |= is_file
+        if look.problem:
+            self.num_bad += 1
+            if is_file:
+                self.bad[place.path] = look.problem
+            return
+        self.formats[look.format] += 1
+        self.sizes.append(look.size)
+        self.num_grey += look.is_grey
+        self.places[look.digest].append(place)
+
+
+def survey(place: str, exclude: Path) -> Survey:
+    """Look at the images of a folder, a table, or another source that is known by its place.
+
+    Args:
+        place: a folder, a table (.csv, .tsv, .parquet), or `fashion_mnist`.
+        exclude: the table of what is left out; written only if something is, and not to be there before.
+
+    Raises:
+        DataError: not there, no images or labels, or nothing of it can be read.
+        Stopped: it was asked to stop.
+    """
+    if exclude.exists():
+        raise DataError(f"'{exclude}' is there already", remedy="Name another recipe (--out), or remove that table")
+    keys, left_out, notes = _keys_of(place)
+    try:
+        return _survey(keys, left_out, notes, exclude)
+    except BaseException:
+        exclude.unlink(missing_ok=True)
+        raise
+
+
+def _survey(keys: dict[str, Any], left_out: dict[str, str], notes: tuple[str, ...], exclude: Path) -> Survey:
+    def leave_out(more: dict[str, str]) -> DataSection:
+        left_out.update(more)
+        write_excluded(exclude, left_out.items())
+        if left_out:
+            keys["exclude"] = str(exclude)
+        return DataSection(**keys)
+
+    section = leave_out({})
+    source = read_source(section)
+    seen = _look_at_all(source, section)
+    if not seen.sizes:
+        first = next(iter(seen.bad.items()), ("", "no image"))
+        raise DataError(f"{source.place}: none of {seen.num_bad:,} images can be read; the first: {': '.join(first)}")
+    if seen.num_bad > len(seen.bad):  # not files of their own
+        keys["on_bad_image"] = "skip"
+    equal = [places for places in seen.places.values() if len(places) > 1]
+    copies = _copies(equal) if seen.has_files else {}
+    bad = seen.bad | copies
+    section = leave_out(bad | _classes_without(source, section, bad))
+    equal = [left for places in equal if len(left := [place for place in places if place.path not in copies]) > 1]
+    return Survey(
+        keys=keys,
+        counts={role: _counts(split) for role, split in read_source(section).splits.items()},
+        formats=seen.formats,
+        sizes_N2=np.array(seen.sizes, dtype=np.int64),
+        num_grey=seen.num_grey,
+        left_out=left_out,
+        num_bad=seen.num_bad,
+        equal=equal,
+        notes=notes,
+    )
+
+
+def _keys_of(place: str) -> tuple[dict[str, Any], dict[str, str], tuple[str, ...]]:
+    """Return the keys of `data` for a place, what is left out (before an image is read), and notes."""
+    kind = recognised_source(place)
+    if kind is None:
+        wrong = "is neither a folder nor a table of images" if Path(place).expanduser().exists() else "does not exist"
+        raise DataError(f"'{place}' {wrong}", remedy="Name a folder, or a table (.csv, .tsv, .parquet), of images")
+    if kind == "folder":
+        return _keys_of_folder(place)
+    if kind == "manifest":
+        return _keys_of_table(place)
+    return {"source": kind, **({} if SOURCES[kind].path == "none" else {"path": place})}, {}, ()
+
+
+def _keys_of_folder(place: str) -> tuple[dict[str, Any], dict[str, str], tuple[str, ...]]:
+    root = Path(place).expanduser()
+    try:
+        layout = lay_out(root)
+    except DataError:
+        tables = tables_in(root)
+        if len(tables) != 1:
+            raise
+        return _keys_of_table(str(Path(place) / tables[0]))
+    keys: dict[str, Any] = {"source": "folder", "path": place}
+    defaults = {"train": "train", "test": "test", "validation": None}
+    keys |= {f"{role}_split": name for role, name in layout.splits.items() if name != defaults[role]}
+    if layout.class_folder is not None:
+        keys["class_folder"] = layout.class_folder
+    return keys, dict(layout.left_out), layout.notes
+
+
+def _keys_of_table(place: str) -> tuple[dict[str, Any], dict[str, str], tuple[str, ...]]:
+    keys: dict[str, Any] = {"source": "manifest", "path": place, **guess_columns(Path(place).expanduser())}
+    return keys, rows_to_leave_out(DataSection(**keys)), ()
+
+
+def _look_at_all(source: Source, section: DataSection) -> _Seen:
+    seen = _Seen()
+    max_pixels = round(section.max_megapixels * 1e6)
+    total = sum(len(split.store) for split in source.splits.values())
+    pace = Pace(total, None, "looking at images")
+    for role, split in source.splits.items():
+        store, names = split.store, (*split.label_names, "")  # NO_LABEL is the last one
+        look = partial(_look, store, max_pixels)
+        for row, seen_one in enumerate(map_in_threads(look, range(len(store)), "looking at images")):
+            path = _path_in(store, row, source.place)
+            place = Place(path or store.where(row), role, names[split.label_ids_N[row]])
+            seen.add(seen_one, place, is_file=path is not None)
+            pace.add(1)
+    return seen
+
+
+def _counts(split: SourceSplit) -> dict[str, int]:
+    labelled_N = split.label_ids_N[split.label_ids_N >= 0]
+    counts_C = np.bincount(labelled_N, minlength=len(split.label_names)).tolist()
+    return {name: count for name, count in zip(split.label_names, counts_C, strict=True) if count}
+
+
+def _path_in(store: RawStore, row: int, place: str) -> str | None:
+    """Return the path of an image below the data, as `data.exclude` names it; None of what is no file of its own."""
+    file = store.file_of(row)
+    if file is None:
+        return None
+    root = Path(place) if Path(place).is_dir() else Path(place).parent
+    return str(file.relative_to(root)) if file.is_relative_to(root) else str(file)
+
+
+def _look(store: RawStore, max_pixels: int, row: int) -> _Look:
+    where = store.where(row)
+    try:
+        raw = store.read(row)
+        pixels_HWC = decode_image(raw, in_chans=3, max_pixels=max_pixels, where=where)
+    except DataError as error:
+        return _Look(problem=error.problem.removeprefix(f"{where}: "))
+    height, width = pixels_HWC.shape[:2]
+    few_HWC = pixels_HWC[::_GREY_STRIDE, ::_GREY_STRIDE].astype(np.int16)
+    return _Look(content_digest(raw), _format(raw), (height, width), is_grey=bool((np.ptp(few_HWC, axis=2) <= 2).all()))
+
+
+def _format(raw: Any) -> str:  # noqa: ANN401 (bytes or an array)
+    if not isinstance(raw, bytes):
+        return "array"
+    return Image.open(io.BytesIO(raw), formats=FORMATS).format or "?"
+
+
+def _copies(equal: list[list[Place]]) -> dict[str, str]:
+    """Return the images that are copies of another one: with one of them held out, a score would be too high.
+
+    One of each is kept, and all that are to be scored; where they have different labels, none can be trusted.
+    """
+    copies: dict[str, str] = {}
+    for places in equal:
+        kept = next((place for place in places if place.role == "test"), places[0])
+        others = {place.path: place for place in places if place.role != "test" and place.path != kept.path}
+        if len({place.label for place in places}) > 1:
+            other = next(place for place in places if place.label != kept.label)
+            copies |= {path: f"equal to {kept.path}, which has another label" for path in others}
+            copies |= {} if kept.role == "test" else {kept.path: f"equal to {other.path}, which has another label"}
+        else:
+            copies |= {path: f"equal to {kept.path}" for path in others}
+    return copies
+
+
+def _classes_without(source: Source, section: DataSection, bad: dict[str, str]) -> dict[str, str]:
+    """Return the class folders of which no image is left."""
+    if section.source != "folder" or section.class_folder == "parent" or not bad:
+        return {}
+    empty = {}
+    for split in source.splits.values():
+        for number, label in enumerate(split.label_names):
+            rows = np.flatnonzero(split.label_ids_N == number).tolist()
+            if all(_path_in(split.store, row, source.place) in bad for row in rows):
+                folder = label if split.name == "." else f"{split.name}/{label}"
+                empty[folder] = "a class of which no image is left"
+    return empty

@@ -1,0 +1,104 @@
+"""Find out how a table of images is laid out: the columns of images and labels, and the rows that are of no use.
+
+Promise: no image is opened, and a column that cannot be told is an error, never a guess among several.
+"""
+
+from __future__ import annotations
+
+import itertools
+import stat
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+
+from tlscale.data.sources.columns import LABEL_COLUMNS
+from tlscale.data.sources.labels import is_text
+from tlscale.data.sources.manifest import FIRST_ROWS, IMAGE_COLUMNS, read_table
+from tlscale.data.sources.paths import local_path
+from tlscale.data.sources.split_names import SPLIT_COLUMN
+from tlscale.data.sources.stores import kind_of_file
+from tlscale.distributed.signals import check_stop
+from tlscale.errors import DataError, first_few, quoted
+from tlscale.recipe.schema import DataSection
+
+
+def guess_columns(file: Path) -> dict[str, str]:
+    """Return `image_column` and `label_column` of a table where their names are not usual ones.
+
+    The images' is the first column that names files which are there; the labels' the only one that is left.
+
+    Raises:
+        DataError: the table cannot be read, or its columns cannot be told.
+    """
+    try:
+        table = _head(file)
+    except (pa.ArrowException, OSError, UnicodeError) as error:
+        raise DataError(f"{file}: cannot be read as a table: {error}") from None
+    columns = table.column_names
+    usual = {
+        key: [name for name in columns if name.strip().lower() in names]
+        for key, names in (("image", IMAGE_COLUMNS), ("label", LABEL_COLUMNS))
+    }
+    images = usual["image"] or [name for name in columns if _names_files(file, table[name])][:1]
+    others = [name for name in columns if name not in images and name.strip().lower() != SPLIT_COLUMN]
+    labels = usual["label"] or (others if len(others) == 1 else [])
+    for what, found in (("image", images), ("label", labels)):
+        if len(found) != 1:
+            raise DataError(
+                f"{file}: no telling which column holds the {what}s; the columns are {first_few(quoted(columns), 20)}",
+                remedy=f"Call that column {what!r}, and no other one",
+            )
+    return {
+        f"{what}_column": found[0] for what, found in (("image", images), ("label", labels)) if found != usual[what]
+    }
+
+
+def _head(file: Path) -> pa.Table:
+    if file.suffix.lower() in (".parquet", ".pq"):
+        with pq.ParquetFile(file) as parquet:
+            return pa.Table.from_batches(itertools.islice(parquet.iter_batches(FIRST_ROWS), 1), parquet.schema_arrow)
+    parse = pyarrow.csv.ParseOptions(delimiter="\t" if file.suffix.lower() == ".tsv" else ",")
+    with pyarrow.csv.open_csv(file, parse_options=parse) as reader:
+        names = reader.schema.names
+        convert = pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()))
+    with pyarrow.csv.open_csv(file, parse_options=parse, convert_options=convert) as reader:
+        return pa.Table.from_batches(itertools.islice(reader, 1), reader.schema)
+
+
+def _names_files(file: Path, column: pa.ChunkedArray) -> bool:
+    """Return whether the first text of a column is the name of a file."""
+    if not is_text(column.type):
+        return False
+    first = next((text for text in column.to_pylist() if text and text.strip()), None)
+    return first is not None and "\0" not in first and (file.parent / first).is_file()
+
+
+def rows_to_leave_out(section: DataSection) -> dict[str, str]:
+    """Return the paths in a table that no run could use, with the reason: no such file, no regular file, no label."""
+    file = local_path(section)
+    table, _ = read_table(section, file)
+    image, label = table.column_names[:2]
+    if not is_text(table[image].type):
+        return {}
+    left_out = {}
+    labels = table[label].cast(pa.large_string()).to_pylist()
+    for row, (path, text) in enumerate(zip(table[image].to_pylist(), labels, strict=True)):
+        check_stop("scanning files")
+        if path is None or not path.strip():
+            raise DataError(f"{file} row {row}: the path is empty", remedy="Take the row out")
+        problem = _problem_of_file(file.parent / path) if "\0" not in path else "no name of a file"
+        if problem is None and not (text or "").strip():
+            problem = "it has no label"
+        if problem is not None:
+            left_out[path] = problem
+    return left_out
+
+
+def _problem_of_file(path: Path) -> str | None:
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        return f"it cannot be read: {error.strerror or error}"
+    return None if stat.S_ISREG(mode) else f"{kind_of_file(mode)}, no regular file"
