@@ -349,6 +349,26 @@ def compare(recipe_files: Sequence[str], seeds: list[int | None], **options: Any
     start(recipe_files, run=run_one, seeds=given, watch=Stopwatch(began_s), **options)
 
 
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
+@_reports_errors
+def doctor(as_json: bool) -> None:
+    """Show what on this machine would stop or slow a run, and what to do about it.
+
+    Versions, devices, what Accelerate is configured to do, disks, memory, the cache, whether the hub and W&B are
+    reached, and two processes that are to find each other. Exit code 1 where something would stop a run.
+
+    \b
+    Examples:
+      tlscale doctor
+      tlscale doctor --json
+    """
+    from tlscale.commands.doctor import doctor as show
+
+    if not show(as_json=as_json):
+        sys.exit(1)
+
+
 @main.group(invoke_without_command=True)
 @click.pass_context
 @_reports_errors
