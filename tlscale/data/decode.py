@@ -11,11 +11,12 @@ What is found of data that are cut off, lost or overwritten:
   other data; that between restart markers less than 1 KiB apart; and any but a cut where arithmetic coding was used.
 - WebP: what is cut off, and stretches of equal bytes where data were (`webp`). Not found: other data in their place,
   and damage to the transparency.
+- AVIF, HEIF (with the extra `heif`): what is cut off. Not found: other data in place of theirs.
 - GIF, TIFF, BMP, PPM: what is cut off, and what their decoders stumble over. Pixels that are stored as they are can be
   overwritten by anything.
 
 What becomes of what is not plain grey or RGB:
-- EXIF orientation is applied.
+- EXIF orientation is applied; not that of HEIF, whose own turn counts, and is applied.
 - Transparent pixels lie over white, also those of palettes and of PNG's colour key.
 - 16-bit and 12-bit grey is scaled to 8 bits (Pillow would clip it); 32-bit integers count as 16-bit ones and must lie
   in 0..65535; floating point must lie in 0..1. There is no telling what other ranges mean, so they are bad images.
@@ -29,13 +30,14 @@ Shape letters: H height, W width, C channels.
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import warnings
 from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError, features
 
 from tlscale.data.formats.jpeg import DamagedError, load_jpeg
 from tlscale.data.formats.others import HEAD_BYTES, other_kind
@@ -44,12 +46,23 @@ from tlscale.data.formats.tiff import Meaning, UnreadTiffError, describe, is_tif
 from tlscale.data.formats.webp import has_hole
 from tlscale.errors import DataError, render
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
-"""Pillow's names of the formats that are read; MPO (phone cameras) comes in as JPEG."""
+READS_HEIF = importlib.util.find_spec("pillow_heif") is not None  # the extra `heif`
+if READS_HEIF:
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+FORMATS = (
+    *("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM"),
+    *(("AVIF",) if features.check("avif") else ()),
+    *(("HEIF",) if READS_HEIF else ()),
+)
+"""Pillow's names of the formats that are read here; MPO (phone cameras) comes in as JPEG."""
 _NO_IMAGE = f"not an image of the formats {', '.join(FORMATS)}"
 EXTENSIONS = frozenset(
     (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".bmp")
     + (".tif", ".tiff", ".gif", ".ppm", ".pgm", ".pbm", ".pnm")
+    + ((".avif",) if "AVIF" in FORMATS else ())
+    + ((".heic", ".heif", ".hif") if READS_HEIF else ())
 )
 """File name endings, in small letters, of those formats."""
 
@@ -178,7 +191,7 @@ def _from_bytes(raw: bytes, max_pixels: int) -> Image.Image:
 
 def _refuse_others(head: bytes) -> None:
     """Refuse what its first bytes tell to be of a format that is not read, whatever its name ends in."""
-    kind, remedy = other_kind(head)
+    kind, remedy = other_kind(head, readable=FORMATS)
     if kind:
         raise _BadError(render(f"{_NO_IMAGE}; it is {kind}", remedy=remedy))
 

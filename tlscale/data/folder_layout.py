@@ -125,6 +125,8 @@ def _problem_of(entry: os.DirEntry[str]) -> str | None:
         return f"{kind_of_file(mode)}, no regular file"
     if not is_image_name(entry.name):
         ending = os.path.splitext(entry.name)[1]
+        if ending.lower() in (".heic", ".heif", ".hif"):
+            return "a photo in HEIC, which takes the extra: pip install 'tlscale[heif]'"
         return f"no image by its ending {ending}" if ending else "no image: its name has no ending"
     return None if is_unicode(entry.name) else "its name is not UTF-8"
 

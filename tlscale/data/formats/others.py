@@ -6,6 +6,7 @@ Promise: nothing here takes a file for another that one of those formats could b
 from __future__ import annotations
 
 import string
+from collections.abc import Collection
 from typing import NamedTuple
 
 HEAD_BYTES = 512
@@ -14,23 +15,24 @@ _CONVERT = "Convert it to JPEG or PNG"
 
 
 class _Other(NamedTuple):
-    """A kind of file; `where` its first bytes stand."""
+    """A kind of file; `where` its first bytes stand; its `format`, by Pillow's name, where some machines read it."""
 
     start: bytes
     name: str
     remedy: str = ""
     where: int = 0
+    format: str = ""
 
 
-_HEIF = _CONVERT + ", with heif-convert (of libheif) or Python's pillow-heif, say"
-_AVIF = _CONVERT + ", with avifdec (of libavif) or Pillow 11.3, say"
+_HEIF = "Install what reads it: pip install 'tlscale[heif]'; or convert it to JPEG or PNG, with heif-convert, say"
+_AVIF = "Install what reads it: Pillow 11.3 or later; or convert it to JPEG or PNG, with avifdec, say"
 _OTHERS = (
     *(
-        _Other(b"ftyp" + brand, "HEIC, as telephones write it", _HEIF, 4)
+        _Other(b"ftyp" + brand, "HEIC, as telephones write it", _HEIF, 4, "HEIF")
         for brand in (b"heic", b"heix", b"hevc", b"hevx")
     ),
-    *(_Other(b"ftyp" + brand, "HEIF", _HEIF, 4) for brand in (b"heim", b"heis", b"mif1", b"msf1")),
-    *(_Other(b"ftyp" + brand, "AVIF", _AVIF, 4) for brand in (b"avif", b"avis")),
+    *(_Other(b"ftyp" + brand, "HEIF", _HEIF, 4, "HEIF") for brand in (b"heim", b"heis", b"mif1", b"msf1")),
+    *(_Other(b"ftyp" + brand, "AVIF", _AVIF, 4, "AVIF") for brand in (b"avif", b"avis")),
     _Other(b"ftyp", "a video (MP4 or MOV)", "", 4),
     _Other(b"\0\0\0\x0cJXL ", "JPEG XL", _CONVERT),
     _Other(b"\xff\x0a", "JPEG XL", _CONVERT),
@@ -69,12 +71,18 @@ _MARKUP = b"<"
 _NETPBM = (*(b"P%d" % digit for digit in range(1, 8)), b"Pf", b"PF")
 
 
-def other_kind(head: bytes) -> tuple[str, str]:
-    """Return what the file is that begins so, and what to do about it; empty for what may be an image, or anything."""
+def other_kind(head: bytes, readable: Collection[str] = ()) -> tuple[str, str]:
+    """Return what the file is that begins so, and what to do about it; empty for what may be an image, or anything.
+
+    Args:
+        readable: formats, by Pillow's names, that are read here; of those that some machines do not read.
+    """
     if not head:
         return "empty", ""
     for other in _OTHERS:
         if head.startswith(other.start, other.where):
+            if other.format in readable:
+                break
             return other.name, other.remedy
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     if text.startswith(_MARKUP):
