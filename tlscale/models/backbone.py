@@ -39,6 +39,10 @@ def build_backbone(section: BackboneSection, *, image_size: int | None, seed: in
     Raises:
         ModelError: unknown name, weights that are not available, or weights of another network.
     """
+    if section.from_run:
+        raise ModelError(
+            "weights of a run are for the network that is trained", key="weights", remedy="Use distill.run"
+        )
     if not section.elsewhere:
         _check_name(section.name)
     with torch.random.fork_rng(devices=[]):

@@ -22,6 +22,7 @@ from tlscale.recipe.overrides import Override, read_override
 from tlscale.recipe.retired import ADDED, replace_retired
 from tlscale.recipe.schema import BackboneSection, Recipe
 from tlscale.recipe.schema_keys import all_keys
+from tlscale.recipe.sections.network import RUN
 from tlscale.recipe.shipped import shipped_recipes
 from tlscale.recipe.sources import SOURCES
 from tlscale.recipe.validation import check_recipe, is_same_value, origin_at
@@ -348,6 +349,8 @@ def _with_absolute_paths(recipe: Recipe) -> Recipe:
 
 
 def _with_absolute_weights(backbone: BackboneSection) -> BackboneSection:
+    if backbone.from_run:
+        return backbone.model_copy(update={"weights": f"{RUN}{_absolute(backbone.run)}"})
     if not backbone.from_file:
         return backbone
     return backbone.model_copy(update={"weights": _absolute(backbone.weights)})

@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tlscale.recipe.schema import Recipe
+from tlscale.recipe.schema import BackboneSection, Recipe
 from tlscale.recipe.sources import SOURCES
 
 _URL_USER = re.compile(r"(?<=://)[^/\s@]+@")
@@ -57,11 +57,11 @@ def reason(error: Exception) -> str:
 
 def places_of(recipe: Recipe) -> tuple[str, ...]:
     """Return the places that a recipe names, and those that messages are about: the home and the working folder."""
-    named = [recipe.backbone.weights if recipe.backbone.from_file else None]
+    named = [_place_of(recipe.backbone)]
     named += [recipe.data.path, recipe.data.exclude]
     if recipe.distill is not None:
         teacher = recipe.distill.teacher
-        named += [recipe.distill.run, teacher.weights if teacher is not None and teacher.from_file else None]
+        named += [recipe.distill.run, None if teacher is None else _place_of(teacher)]
     if SOURCES[recipe.data.source].path == "file":  # a table, whose paths begin in its folder
         named.append(os.path.dirname(recipe.data.path or ""))
     with contextlib.suppress(OSError):  # the working folder was removed
@@ -69,6 +69,13 @@ def places_of(recipe: Recipe) -> tuple[str, ...]:
     found = {place for place in (*named, os.path.expanduser("~")) if place and os.path.isabs(place)}
     links = {os.path.realpath(place) for place in found}
     return tuple(sorted((found | links) - {os.sep}, key=len, reverse=True))
+
+
+def _place_of(backbone: BackboneSection) -> str | None:
+    """Return the file or the run of the weights, if they are of one."""
+    if backbone.from_run:
+        return backbone.run
+    return backbone.weights if backbone.from_file else None
 
 
 def without_places(value: Any, places: Sequence[str]) -> Any:  # noqa: ANN401 (plain YAML values)

@@ -26,8 +26,10 @@ from tlscale.models.classifier import (
     trains_on_one_image,
     unused_parameters,
 )
+from tlscale.models.earlier_run import start_from_run, take_head
 from tlscale.models.features import PENULTIMATE
 from tlscale.models.heads import build_head, is_single_linear
+from tlscale.models.model_folder import TrainedModel
 from tlscale.models.weights import WeightsReport, named
 from tlscale.recipe.duration import Duration
 from tlscale.recipe.field_types import augmentation_values
@@ -159,11 +161,13 @@ def set_up(
         data = open_data(recipe.data, recipe.seed, bad_images=bad_images, tries_images=tries_images)
     _refuse_no_images(data)
     check_stop("setting up")
-    backbone, weights = build_backbone(recipe.backbone, image_size=recipe.data.image_size, seed=recipe.seed)
+    backbone, weights, earlier = _backbone(recipe)
     check_stop("setting up")
     spec = _input_spec(recipe, data, backbone)
     teacher = _teacher(recipe, data, spec)
     classifier, code_width = _assemble(recipe, data, backbone, spec, teacher)
+    if earlier is not None and recipe.probe is None:
+        weights = take_head(classifier.head, earlier, data.classes, weights)
     order = DataOrder(len(data.train), recipe.batch_size, recipe.seed, recipe.drop_last)
     # A probe takes no steps: its batches are of its own making.
     batch_size = recipe.batch_size if recipe.probe is None else world_size
@@ -178,6 +182,13 @@ def set_up(
     if stages:
         _refuse_what_cannot_train(setup, world_size)
     return setup
+
+
+def _backbone(recipe: Recipe) -> tuple[torch.nn.Module, WeightsReport, TrainedModel | None]:
+    """Build the backbone; where its weights are those of a finished run, return that run's model as well."""
+    build = start_from_run if recipe.backbone.from_run else build_backbone
+    backbone, weights, *earlier = build(recipe.backbone, image_size=recipe.data.image_size, seed=recipe.seed)
+    return backbone, weights, earlier[0] if earlier else None
 
 
 def _refuse_random_frozen(setup: RunSetup) -> None:

@@ -12,8 +12,7 @@ import pytest
 from PIL import Image
 
 from tests.recipes.wrong_data import put_folder
-from tlscale.data import transforms
-from tlscale.data import decode
+from tlscale.data import decode, transforms
 from tlscale.data.decode import FORMATS, BadImageError, decode_image, header_hw
 from tlscale.data.sources.open import open_data
 from tlscale.data.transforms import InputSpec, eval_transform

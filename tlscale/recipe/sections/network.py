@@ -11,6 +11,7 @@ from tlscale.recipe.mistakes import InvalidValueError
 from tlscale.recipe.sections.section import Section
 
 MIN_MATCHED = 0.9
+RUN = "run:"
 
 
 class BackboneSection(Section):
@@ -19,8 +20,9 @@ class BackboneSection(Section):
     name: str
     """A timm model, with or without the tag of its weights (`resnet18`, `resnet18.a1_in1k`)."""
     weights: Annotated[str, AfterValidator(weights_place)] = "pretrained"
-    """`pretrained`: timm's; `bundled`: those that ship with tlscale; `none`: random, by seed; else the path of a
-    `.safetensors` (or `.pth`) file."""
+    """`pretrained`: timm's; `bundled`: those that ship with tlscale; `none`: random, by seed; `run:PATH`: those of a
+    finished run, with its head where head and classes are the same; else the path of a `.safetensors` (or `.pth`)
+    file."""
     sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")
     """Refuse the file of weights unless it has this SHA-256."""
     allow_pickle: bool = False
@@ -39,7 +41,17 @@ class BackboneSection(Section):
     @property
     def from_file(self) -> bool:
         """Return whether `weights` is the path of a file."""
-        return self.weights not in ("pretrained", "bundled", "none")
+        return self.weights not in ("pretrained", "bundled", "none") and not self.from_run
+
+    @property
+    def from_run(self) -> bool:
+        """Return whether `weights` are those of a finished run."""
+        return self.weights.startswith(RUN)
+
+    @property
+    def run(self) -> str:
+        """Return the folder of that run."""
+        return self.weights.removeprefix(RUN)
 
     @property
     def elsewhere(self) -> bool:
