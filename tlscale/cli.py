@@ -6,63 +6,18 @@ import atexit
 import gc
 import os
 import sys
-import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from functools import wraps
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from tlscale import __version__
-from tlscale.distributed.signals import StopRequest
-from tlscale.errors import RecipeError, TlscaleError
+from tlscale.errors import TlscaleError
 from tlscale.tracking.stopwatch import Stopwatch, process_began_s
+from tlscale.verb import began_s, load, reports_errors
 
 if TYPE_CHECKING:
     from tlscale.recipe.schema import Recipe
-
-
-def _reports_errors(verb: Callable[..., None]) -> Callable[..., None]:
-    """Show errors of ours, and those of files, as one message and their exit code; others keep their traceback."""
-
-    @wraps(verb)
-    def wrapper(*args: Any, **options: Any) -> None:  # noqa: ANN401
-        try:
-            # From the first moment on: also while a verb imports, or has nothing to save.
-            with StopRequest():
-                verb(*args, **options)
-            sys.stdout.flush()  # what was said may be lost only now
-        except (TlscaleError, OSError) as raised:
-            error = _as_ours(raised)
-            if os.environ.get("TLSCALE_TRACEBACK") or error is None:
-                raise
-            if int(os.environ.get("RANK", "0")) == 0 or not error.reported_by_main:
-                with suppress(OSError):
-                    click.echo(f"tlscale: {error}", err=True)
-            _give_up_output()
-            sys.exit(error.exit_code)
-
-    return wrapper
-
-
-def _give_up_output() -> None:
-    """Write what is left, where that can be done: else Python tries again at its end, and makes the exit code 120."""
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-def _as_ours(error: TlscaleError | OSError) -> TlscaleError | None:
-    """Return an error that is reported without a traceback; None for that of a reader of our output who has left."""
-    if isinstance(error, TlscaleError):
-        return error
-    from tlscale.storage.files import disk_error
-
-    return None if isinstance(error, BrokenPipeError) else disk_error(error)
 
 
 class _Main(click.Group):
@@ -74,14 +29,9 @@ class _Main(click.Group):
         return self.main(*args, obj=process_began_s(), **keys)
 
 
-def _began_s() -> float:
-    began_s = click.get_current_context().find_root().obj
-    return time.monotonic() if began_s is None else float(began_s)
-
-
 @click.group(cls=_Main, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="tlscale")
-@_reports_errors
+@reports_errors
 def main() -> None:
     """Transfer learning for images: compute only what is trainable.
 
@@ -98,7 +48,7 @@ def main() -> None:
 @click.argument("data")
 @click.option("--backbone", default="resnet10t", show_default=True, metavar="NAME", help="A timm model.")
 @click.option("--out", metavar="FILE.yaml", help="The recipe.  [default: named after DATA, here]")
-@_reports_errors
+@reports_errors
 def new(data: str, backbone: str, out: str | None) -> None:
     """Look at DATA, say what is in it, and write a recipe that runs.
 
@@ -123,15 +73,15 @@ def new(data: str, backbone: str, out: str | None) -> None:
 @click.option("--out", metavar="DIR", help="Run folder.  [default: runs/<recipe name>]")
 @click.option("--resume", is_flag=True, help="Resume from the newest checkpoint in DIR; start if there is none.")
 @click.option("--overwrite", is_flag=True, help="Replace the run that is in DIR.")
-@_reports_errors
+@reports_errors
 def run(recipe: str, overrides: Sequence[str], out: str | None, resume: bool, overwrite: bool) -> None:
     """Train (or fit a probe) as RECIPE says, evaluate, and write a model.
 
     Exit codes: 0 done, 1 failed, 2 wrong recipe or data, 75 stopped by a signal after saving.
     """
-    began_s = _began_s()
-    loaded = _load(recipe, overrides, out, resume=resume)
-    _start(loaded, out, began_s, resume=resume, overwrite=overwrite)
+    at_s = began_s()
+    loaded = load(recipe, overrides, out, resume=resume)
+    _start(loaded, out, at_s, resume=resume, overwrite=overwrite)
 
 
 @main.command()
@@ -139,13 +89,13 @@ def run(recipe: str, overrides: Sequence[str], out: str | None, resume: bool, ov
 @click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")
 @click.option("--processes", type=click.IntRange(1), help="Plan for so many processes.  [default: the recipe's, or 1]")
 @click.option("--check-images", is_flag=True, help="Decode every image first, and list those that cannot be read.")
-@_reports_errors
+@reports_errors
 def plan(recipe: str, overrides: Sequence[str], processes: int | None, check_images: bool) -> None:
     """Show what `run` would do, and train nothing: freezing, parameters, steps, batches, memory.
 
     Exit codes: 0 done, 2 wrong recipe or data (with --check-images also a damaged image), 75 stopped by a signal.
     """
-    loaded = _load(recipe, overrides)
+    loaded = load(recipe, overrides)
     from tlscale.commands.plan import plan as show
 
     show(loaded, world_size=processes or loaded.compute.num_processes or 1, checks_images=check_images)
@@ -157,19 +107,19 @@ def plan(recipe: str, overrides: Sequence[str], processes: int | None, check_ima
 @click.option("--out", metavar="DIR", help="Run folder.  [default: runs/<recipe name>]")
 @click.option("--resume", is_flag=True, help="Give the figures of a probe that is in DIR already.")
 @click.option("--overwrite", is_flag=True, help="Replace the run that is in DIR.")
-@_reports_errors
+@reports_errors
 def probe(recipe: str, overrides: Sequence[str], out: str | None, resume: bool, overwrite: bool) -> None:
     """Fit RECIPE's probe: a classifier on codes, without training; the same as `run`.
 
     From a recipe without `probe:` it takes data, backbone and codes, and fits a logistic regression.
     """
-    began_s = _began_s()
-    loaded = _load(recipe, overrides, out, resume=resume)
+    at_s = began_s()
+    loaded = load(recipe, overrides, out, resume=resume)
     if loaded.probe is None:
         from tlscale.recipe.strategies import as_probe
 
         loaded = as_probe(loaded)
-    _start(loaded, out, began_s, resume=resume, overwrite=overwrite)
+    _start(loaded, out, at_s, resume=resume, overwrite=overwrite)
 
 
 class _CodesGroup(click.Group):
@@ -193,20 +143,20 @@ def codes() -> None:
 @codes.command("compute", hidden=True)
 @click.argument("recipe")
 @click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")
-@_reports_errors
+@reports_errors
 def codes_compute(recipe: str, overrides: Sequence[str]) -> None:
     """Compute and cache the codes of RECIPE's images: of codes.layer, or of what it freezes."""
-    began_s = _began_s()
-    loaded = _load(recipe, overrides)
+    at_s = began_s()
+    loaded = load(recipe, overrides)
     from tlscale.commands.codes import compute_codes
     from tlscale.distributed.signals import stop_with_launcher
 
     stop_with_launcher()
-    compute_codes(loaded, Stopwatch(began_s))
+    compute_codes(loaded, Stopwatch(at_s))
 
 
 @codes.command("list")
-@_reports_errors
+@reports_errors
 def codes_list() -> None:
     """List the cached codes, those used last first."""
     from tlscale.commands.codes import list_codes
@@ -216,7 +166,7 @@ def codes_list() -> None:
 
 @codes.command("verify")
 @click.argument("digest", required=False)
-@_reports_errors
+@reports_errors
 def codes_verify(digest: str | None) -> None:
     """Read every cached byte (or those of the entry DIGEST) and compare it with what was written."""
     from tlscale.commands.codes import verify_codes
@@ -233,7 +183,7 @@ def codes_verify(digest: str | None) -> None:
     help="Evict least recently used entries until the cache is at most N GiB.",
 )
 @click.option("--all", "everything", is_flag=True, help="Remove all cached codes.")
-@_reports_errors
+@reports_errors
 def codes_prune(digests: tuple[str, ...], keep_gib: float | None, everything: bool) -> None:
     """Remove cached codes: those named by the first digits of their DIGEST, or by --keep-gib or --all."""
     if sum([bool(digests), keep_gib is not None, everything]) != 1:
@@ -253,7 +203,7 @@ def codes_prune(digests: tuple[str, ...], keep_gib: float | None, everything: bo
 @click.option("--name", help="Name of the folder of the figures below RUN/evaluations.  [default: the data's]")
 @click.option("--out", metavar="DIR", help="Write the figures there instead.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
-@_reports_errors
+@reports_errors
 def evaluate(run_dir: str, overrides: Sequence[str], data: str | None, split: Any, **options: Any) -> None:  # noqa: ANN401
     """Score the model of RUN on labelled images.
 
@@ -268,10 +218,10 @@ def evaluate(run_dir: str, overrides: Sequence[str], data: str | None, split: An
       tlscale evaluate runs/photos
       tlscale evaluate runs/photos --data more_photos/ --json
     """
-    began_s = _began_s()
+    at_s = began_s()
     from tlscale.commands.evaluate import evaluate_run
 
-    evaluate_run(run_dir, overrides, data=data, split_name=split, watch=Stopwatch(began_s), **options)
+    evaluate_run(run_dir, overrides, data=data, split_name=split, watch=Stopwatch(at_s), **options)
 
 
 @main.command()
@@ -282,7 +232,7 @@ def evaluate(run_dir: str, overrides: Sequence[str], data: str | None, split: An
 @click.option("--all-probabilities", is_flag=True, help="Add a column for each class.")
 @click.option("--images-from", metavar="LIST", help="A file that lists more paths, one a line; - is stdin.")
 @click.option("--resume", is_flag=True, help="Go on where FILE ends.")
-@_reports_errors
+@reports_errors
 def predict(run_dir: str, places: Sequence[str], **options: Any) -> None:  # noqa: ANN401 (click's own)
     """Give a label and a probability to each image, by the model of RUN.
 
@@ -332,26 +282,26 @@ def _numbers(context: click.Context, option: click.Parameter, text: str | None) 
 @click.option("--min-steps", type=click.IntRange(0), help="Least steps of training at --sizes.  [default: 200]")
 @click.option("--out", metavar="DIR", help="[default: runs/compare_<recipe name>]")
 @click.option("--resume", is_flag=True, help="Keep the complete runs in DIR, and resume the others.")
-@_reports_errors
+@reports_errors
 def compare(recipe_files: Sequence[str], seeds: list[int | None], **options: Any) -> None:
     """Run the strategies codes, early_codes, mlp, head, finetune and scratch of one RECIPE side by side, or several
     RECIPEs as they are: one table and one picture of accuracy, its interval, time and what was trained.
 
     Exit codes: 0 done, 1 a run failed (the others are in the table), 2 wrong recipe or data, 75 stopped by a signal.
     """
-    began_s = _began_s()
+    at_s = began_s()
     from tlscale.commands.compare import compare as start
     from tlscale.commands.run import run as run_one
     from tlscale.distributed.signals import stop_with_launcher
 
     stop_with_launcher()
     given = [seed for seed in seeds if seed is not None]
-    start(recipe_files, run=run_one, seeds=given, watch=Stopwatch(began_s), **options)
+    start(recipe_files, run=run_one, seeds=given, watch=Stopwatch(at_s), **options)
 
 
 @main.command()
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
-@_reports_errors
+@reports_errors
 def doctor(as_json: bool) -> None:
     """Show what on this machine would stop or slow a run, and what to do about it.
 
@@ -371,7 +321,7 @@ def doctor(as_json: bool) -> None:
 
 @main.group(invoke_without_command=True)
 @click.pass_context
-@_reports_errors
+@reports_errors
 def recipes(context: click.Context) -> None:
     """List the recipes that ship with tlscale; `copy` one to change it."""
     if context.invoked_subcommand is not None:
@@ -385,7 +335,7 @@ def recipes(context: click.Context) -> None:
 @recipes.command("copy")
 @click.argument("name")
 @click.argument("path", required=False)
-@_reports_errors
+@reports_errors
 def recipes_copy(name: str, path: str | None) -> None:
     """Copy the shipped recipe NAME to PATH (by default NAME.yaml here)."""
     from tlscale.recipe.shipped import copy_recipe
@@ -393,27 +343,14 @@ def recipes_copy(name: str, path: str | None) -> None:
     click.echo(f"copied to {copy_recipe(name, path or f'{name}.yaml')}")
 
 
-def _start(recipe: Recipe, out: str | None, began_s: float, *, resume: bool, overwrite: bool) -> None:
+def _start(recipe: Recipe, out: str | None, at_s: float, *, resume: bool, overwrite: bool) -> None:
     if resume and overwrite:
         raise click.UsageError("--resume resumes a run, --overwrite replaces it: give one of them")
     from tlscale.commands.run import run as start
     from tlscale.distributed.signals import stop_with_launcher
 
     stop_with_launcher()
-    start(recipe, out, resume=resume, overwrite=overwrite, watch=Stopwatch(began_s))
-
-
-def _load(recipe: str, overrides: Sequence[str], out: str | None = None, *, resume: bool = False) -> Recipe:
-    from tlscale.recipe.load import load_recipe
-
-    try:
-        return load_recipe(recipe, overrides)
-    except RecipeError:
-        # A run that an older version began may have a key that is refused today, as it has no effect.
-        began = load_recipe(recipe, overrides, resumed=True) if resume else None
-        if began is None or not (Path(out or Path("runs") / began.name) / "recipe.yaml").exists():
-            raise
-        return began
+    start(recipe, out, resume=resume, overwrite=overwrite, watch=Stopwatch(at_s))
 
 
 if __name__ == "__main__":

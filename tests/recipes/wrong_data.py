@@ -197,7 +197,7 @@ WRONG_DATA: list[WrongData] = [
     WrongData("class only in test", class_only_in_test, ("test split", "'dogs'", "Did you mean 'dog'")),
     WrongData("files that are no images", other_files, ("list.csv", "no ending of an image")),
     WrongData("split misspelt", split_misspelt, ("no folder 'train'", "Did you mean 'Train'")),
-    WrongData("nested class", nested_class, ("old", "folder inside a class folder", "manifest")),
+    WrongData("nested class", nested_class, ("old", "folder inside a class folder", "data.class_folder")),
     WrongData("missing files", missing_files, ("7 of 9 files are not there", "'gone/4.png'", "and 2 more")),
     WrongData("path outside", path_outside, ("row 1", "leaves the manifest's folder")),
     WrongData("unknown split", unknown_split, ("unknown split 'tset'", "Did you mean 'test'")),

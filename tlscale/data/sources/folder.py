@@ -191,7 +191,7 @@ def _folders_below(tree: _Tree, folder: Path, place: str, above: tuple[str, ...]
     """Return a folder and all below it, by name; `above`: where those lie that it is in, links followed."""
     real = os.path.realpath(folder / place)
     if real in above:
-        raise DataError(f"{one_line(folder / place)}: a link that leads round in a circle; take it out")
+        raise DataError(f"{one_line(folder / place)}: a link that leads round in a circle", remedy="Take it out")
     inner = [f"{place}/{entry.name}" for entry in tree.visible(folder / place) if is_dir(entry)]
     return [place, *itertools.chain.from_iterable(_folders_below(tree, folder, name, (*above, real)) for name in inner)]
 
