@@ -244,6 +244,18 @@ def test_a_stopped_file_is_resumed_to_the_same_bytes(kind, trained, data, tmp_pa
     assert (done.exit_code, done.stderr) == (0, f"'{out}' is complete already\n")
 
 
+def test_weights_that_were_changed_since_are_used(trained, data):
+    """The way to logits is kept from call to call."""
+    model = tlscale.load(trained("head"))
+    first, again = (model.predict(data / "test" / "Bag").probabilities for _ in range(2))
+    np.testing.assert_array_equal(first, again)
+    with torch.no_grad():
+        for param in model.model.parameters():
+            param.zero_()
+    np.testing.assert_allclose(model.predict(data / "test" / "Bag").probabilities, 0.1, rtol=1e-5)
+    assert not model.model.training
+
+
 def test_a_folder_without_its_run_is_enough(trained, data, tmp_path):
     """What a colleague was given: the model alone."""
     (tmp_path / "model").symlink_to(trained("finetune") / "model")

@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 from tlscale.data.given import Given, InMemory, find_images, name_of
+from tlscale.distributed.processes import Processes
 from tlscale.errors import DataError, TlscaleError, first_few
 from tlscale.models import model_folder
 from tlscale.models.model_folder import TrainedModel
@@ -109,6 +110,7 @@ class ImageClassifier(TrainedModel):
 
     folder: Path = field(default=Path())
     """The run's."""
+    _last: list[Any] = field(default_factory=list, compare=False)
 
     def __repr__(self) -> str:
         spec = self.input_spec
@@ -142,7 +144,7 @@ class ImageClassifier(TrainedModel):
             raise DataError("; ".join(notes) or "no image was given")
         answers: list[Answers] = []
         with computing(self.facts) as processes:
-            path = RunPath(self, self.facts, processes, batch_size=batch_size)
+            path = self._path(processes, batch_size)
             for sizes in path.batching.chunks():
                 start = sum(map(len, answers))
                 if start >= len(given):
@@ -151,6 +153,15 @@ class ImageClassifier(TrainedModel):
         made = self._predictions(given, answers)
         refuse_none_read(len(made), sum(why is None for why in made.errors), made.paths[0], made.errors[0])
         return made
+
+    def _path(self, processes: Processes, batch_size: int | None) -> RunPath:
+        """Return the way to logits; that of the last call, where nothing has changed: to find it may take seconds."""
+        tensors = (*self.model.parameters(), *self.model.buffers())
+        key = batch_size, processes.device, [(id(tensor), tensor._version) for tensor in tensors]
+        if not self._last or self._last[0] != key:
+            self._last[:] = key, RunPath(self, self.facts, processes, batch_size=batch_size)
+        path: RunPath = self._last[1]
+        return path
 
     def _predictions(self, given: list[Given], answers: list[Answers]) -> Predictions:
         numbers = np.concatenate([some.labels_N for some in answers]).tolist()
