@@ -254,7 +254,7 @@ def test_only_the_main_process_prints(several):
     of_ten_steps = ["exact", "split", "bn", "begun", "dropout", "dropout_again"]
     assert output.count("step 10/10") == len(of_ten_steps)
     loaded_by_timm = ["exact", "split", "bn", "begun", "staged", "spared"]  # those with a head of one layer
-    assert output.count("Load it with timm.create_model") == len(loaded_by_timm)
+    assert output.count("load it with timm.create_model") == len(loaded_by_timm)
     assert output.count("images computed in") == 7, "two splits for two stages, and three for the probe"
     assert f"= {len(facts)} processes x" in output
 
