@@ -132,9 +132,10 @@ def _be_a_run(order: dict) -> None:
         if order["failing"]:
             fail_here(Failing(**order["failing"]), Path(order["log"] + ".trace"))
         from tlscale.cli import main
+        from tlscale.tracking.stopwatch import process_began_s
 
         try:
-            main(order["words"], prog_name="tlscale")
+            main.main(order["words"], prog_name="tlscale", obj=process_began_s())  # as it is called as a program
         except SystemExit as ended:
             code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
         atexit._run_exitfuncs()

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import atexit
-import gc
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -24,9 +24,31 @@ class _Main(click.Group):
     """Run the command line; what is called as the program of a process counts its seconds from the start of that."""
 
     def __call__(self, *args: Any, **keys: Any) -> Any:  # noqa: ANN401 (click's own)
-        # Else Python searches all that torch and timm made for cycles to free when it ends: a second in a run of five.
-        atexit.register(gc.freeze)
-        return self.main(*args, obj=process_began_s(), **keys)
+        end = _End()
+        atexit.register(end.leave)  # the first one is called last
+        try:
+            return self.main(*args, obj=process_began_s(), **keys)
+        except SystemExit as ended:
+            end.code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+            raise
+
+
+class _End:
+    """End the process when all who wait for its end were told.
+
+    Else Python searches all that torch and timm made for cycles to free: a second in a run of five.
+    """
+
+    code: int | None = None
+    """None: something else than an exit code ends it, such as a traceback; then it ends as Python does it."""
+
+    def leave(self) -> None:
+        if self.code is None:
+            return
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(self.code)
 
 
 @click.group(cls=_Main, context_settings={"help_option_names": ["-h", "--help"]})

@@ -174,3 +174,19 @@ def test_output_that_is_lost_is_a_failure(is_all):
         assert "No space left on device" in done.stderr
         assert "Traceback" not in done.stderr
         assert "Exception" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_process_ends_with_its_code_and_without_last_words(tmp_path):
+    """Nothing that Python or a library has to say while it is taken down, and nothing that was said is lost."""
+    for words, code in ((["recipes"], 0), (["plan", str(tmp_path / "none.yaml")], 2), (["nothing"], 2)):
+        done = subprocess.run(
+            [sys.executable, "-c", f"import timm\nfrom tlscale.cli import main\nmain({words!r}, prog_name='tlscale')"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == code
+        assert "leaked" not in done.stderr
+        assert done.stderr.startswith(("tlscale: ", "Usage: ")) == bool(code), done.stderr
+        assert ("resnet_fmnist" in done.stdout) == (code == 0)
