@@ -120,8 +120,9 @@ for name in json.loads(sys.argv[2]):
         assert not end.code, end.code
 """
 
-# Keys whose values are seconds, rates, versions or places, wherever they stand.
-VOLATILE = re.compile(r".*(_s|_per_s|seconds|version|versions|commit|date|started|path)")
+# Keys whose values are seconds, rates, versions or places, wherever they stand; and how scores were computed, which
+# older versions did not write: the scores are compared.
+VOLATILE = re.compile(r".*(_s|_per_s|seconds|version|versions|commit|date|started|path)|computed_scores")
 
 
 def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
