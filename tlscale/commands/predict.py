@@ -204,7 +204,9 @@ class _Work:
     images: Iterator[str] = field(default_factory=lambda: iter(()))
     num_given: int = 0
     num_read: int = 0
+    num_resumed: int = 0
     num_new: int = 0
+    """Of this start, over all processes, as far as this one knows: they have about equal shares."""
     first_error: tuple[str, str | None] = ("", None)
     chunks: Iterator[list[int]] = field(init=False)
     _began_s: float = field(default_factory=time.monotonic)
@@ -226,7 +228,7 @@ class _Work:
             return
         resumed = sink.resume(self.images)
         self.images, self.num_given, self.num_read = resumed.images, resumed.num_rows, resumed.num_read
-        done = 0
+        self.num_resumed, done = self.num_given, 0
         while done < self.num_given:
             done += sum(next(self.chunks))
 
@@ -283,17 +285,18 @@ class _Work:
         now_s = time.monotonic()
         if now_s - self._said_s >= _SAY_EVERY_S:
             self._said_s = now_s
-            _say(self.processes, f"{self.num_new:,} images, {self._speed()}")
+            _say(self.processes, f"{self.num_resumed + self.num_new:,} images, {self._speed(self.num_new)}")
 
-    def _speed(self) -> str:
-        return f"{self.num_new / max(time.monotonic() - self._began_s, 1e-9):.0f} images/s"
+    def _speed(self, num_images: int) -> str:
+        return f"{num_images / max(time.monotonic() - self._began_s, 1e-9):.0f} images/s"
 
     def summary(self, out: Path | None) -> str:
         """Return a line on all that was done."""
         failed = self.num_given - self.num_read
         without = f", {failed:,} without an answer (column error)" if failed else ""
         where = "" if out is None else f" -> {out}"
-        return f"{self.num_given:,} images{without}; {self._speed()}{where}"
+        speed = self._speed(self.num_given - self.num_resumed)
+        return f"{self.num_given:,} images{without}; {speed}{where}"
 
 
 def _say(processes: Processes, text: str) -> None:

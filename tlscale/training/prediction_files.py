@@ -209,7 +209,9 @@ class TextFile:
             with suppress(OSError):  # a disk that is full has said so
                 self._file.flush()
                 os.fsync(self._file.fileno())
-            self._file.close()
+            with suppress(OSError):
+                self._file.close()
+            self._file = None
 
     def end(self) -> None:
         assert self._file is not None
