@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Print the lowest versions that pyproject.toml allows, as constraints for pip: what `make test-floors` installs.
 
-What tlscale needs gets its floor, the tools of the tests the version of constraints.txt; the rest is left to pip, also
-torchvision, which has none.
+What tlscale needs gets its floor, extras and the tools of tests the version of constraints.txt; the rest is left to
+pip, also torchvision, which has none.
 """
 
 import re
