@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tlscale import __version__
+from tlscale.cli_parts import began_s, codes, listed, load, numbers, reports_errors, takes_recipe
 from tlscale.errors import TlscaleError
 from tlscale.tracking.stopwatch import Stopwatch, process_began_s
-from tlscale.verb import began_s, load, reports_errors
 
 if TYPE_CHECKING:
     from tlscale.recipe.schema import Recipe
@@ -90,8 +90,7 @@ def new(data: str, backbone: str, out: str | None) -> None:
 
 
 @main.command()
-@click.argument("recipe")
-@click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")
+@takes_recipe
 @click.option("--out", metavar="DIR", help="Run folder.  [default: runs/<recipe name>]")
 @click.option("--resume", is_flag=True, help="Resume from the newest checkpoint in DIR; start if there is none.")
 @click.option("--overwrite", is_flag=True, help="Replace the run that is in DIR.")
@@ -107,8 +106,7 @@ def run(recipe: str, overrides: Sequence[str], out: str | None, resume: bool, ov
 
 
 @main.command()
-@click.argument("recipe")
-@click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")
+@takes_recipe
 @click.option("--processes", type=click.IntRange(1), help="Plan for so many processes.  [default: the recipe's, or 1]")
 @click.option("--check-images", is_flag=True, help="Decode every image first, and list those that cannot be read.")
 @reports_errors
@@ -124,8 +122,7 @@ def plan(recipe: str, overrides: Sequence[str], processes: int | None, check_ima
 
 
 @main.command()
-@click.argument("recipe")
-@click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")
+@takes_recipe
 @click.option("--out", metavar="DIR", help="Run folder.  [default: runs/<recipe name>]")
 @click.option("--resume", is_flag=True, help="Give the figures of a probe that is in DIR already.")
 @click.option("--overwrite", is_flag=True, help="Replace the run that is in DIR.")
@@ -142,77 +139,6 @@ def probe(recipe: str, overrides: Sequence[str], out: str | None, resume: bool, 
 
         loaded = as_probe(loaded)
     _start(loaded, out, at_s, resume=resume, overwrite=overwrite)
-
-
-class _CodesGroup(click.Group):
-    """Group verbs, the first of which is optional: what names no verb is a recipe."""
-
-    def resolve_command(self, context: click.Context, args: list[str]) -> Any:  # noqa: ANN401 (click's own)
-        if args and self.get_command(context, args[0]) is None:
-            args = ["compute", *args]
-        return super().resolve_command(context, args)
-
-
-@main.group(cls=_CodesGroup, subcommand_metavar="RECIPE [KEY.PATH=VALUE]... | list | verify | prune")
-def codes() -> None:
-    """Compute the codes that RECIPE needs, ahead of its run; or look after those that are cached.
-
-    Codes are cached features: a run does not compute what it finds there. They are stored in $TLSCALE_CACHE/codes (by
-    default ~/.cache/tlscale/codes).
-    """
-
-
-@codes.command("compute", hidden=True)
-@click.argument("recipe")
-@click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")
-@reports_errors
-def codes_compute(recipe: str, overrides: Sequence[str]) -> None:
-    """Compute and cache the codes of RECIPE's images: of codes.layer, or of what it freezes."""
-    at_s = began_s()
-    loaded = load(recipe, overrides)
-    from tlscale.commands.codes import compute_codes
-    from tlscale.distributed.signals import stop_with_launcher
-
-    stop_with_launcher()
-    compute_codes(loaded, Stopwatch(at_s))
-
-
-@codes.command("list")
-@reports_errors
-def codes_list() -> None:
-    """List the cached codes, those used last first."""
-    from tlscale.commands.codes import list_codes
-
-    list_codes()
-
-
-@codes.command("verify")
-@click.argument("digest", required=False)
-@reports_errors
-def codes_verify(digest: str | None) -> None:
-    """Read every cached byte (or those of the entry DIGEST) and compare it with what was written."""
-    from tlscale.commands.codes import verify_codes
-
-    verify_codes(digest)
-
-
-@codes.command("prune")
-@click.argument("digests", nargs=-1, metavar="[DIGEST]...")
-@click.option(
-    "--keep-gib",
-    type=click.FloatRange(0),
-    metavar="N",
-    help="Evict least recently used entries until the cache is at most N GiB.",
-)
-@click.option("--all", "everything", is_flag=True, help="Remove all cached codes.")
-@reports_errors
-def codes_prune(digests: tuple[str, ...], keep_gib: float | None, everything: bool) -> None:
-    """Remove cached codes: those named by the first digits of their DIGEST, or by --keep-gib or --all."""
-    if sum([bool(digests), keep_gib is not None, everything]) != 1:
-        raise click.UsageError("name digests, or give one of --keep-gib and --all")
-    from tlscale.commands.codes import prune_codes
-
-    prune_codes(digests, keep_gib=keep_gib, everything=everything)
 
 
 @main.command()
@@ -281,25 +207,11 @@ def predict(run_dir: str, places: Sequence[str], **options: Any) -> None:  # noq
         raise
 
 
-def _listed(_context: click.Context, _option: click.Parameter, text: str | None) -> list[str]:
-    """Read `a,b` as a list."""
-    return [part.strip() for part in (text or "").split(",") if part.strip()]
-
-
-def _numbers(context: click.Context, option: click.Parameter, text: str | None) -> list[int | None]:
-    """Read `100,1000,all` as a list, in which None stands for all."""
-    words = _listed(context, option, text)
-    wrong = [word for word in words if not word.isdecimal() and (word, option.name) != ("all", "sizes")]
-    if wrong:
-        raise click.BadParameter(f"'{wrong[0]}' is not a whole number; write them with commas between, such as 1,2")
-    return [None if word == "all" else int(word) for word in words]
-
-
 @main.command()
 @click.argument("recipe_files", nargs=-1, required=True, metavar="RECIPE...")
-@click.option("--strategies", callback=_listed, metavar="A,B", help="Of one recipe.  [default: all six]")
-@click.option("--sizes", callback=_numbers, metavar="N,M|all", help="Training images.  [default: the recipe's]")
-@click.option("--seeds", callback=_numbers, metavar="N,M", help="[default: the recipe's]")
+@click.option("--strategies", callback=listed, metavar="A,B", help="Of one recipe.  [default: all six]")
+@click.option("--sizes", callback=numbers, metavar="N,M|all", help="Training images.  [default: the recipe's]")
+@click.option("--seeds", callback=numbers, metavar="N,M", help="[default: the recipe's]")
 @click.option("--set", "changes", multiple=True, metavar="NAME.KEY.PATH=VALUE", help="Change one strategy or recipe.")
 @click.option("--min-steps", type=click.IntRange(0), help="Least steps of training at --sizes.  [default: 200]")
 @click.option("--out", metavar="DIR", help="[default: runs/compare_<recipe name>]")
@@ -319,6 +231,31 @@ def compare(recipe_files: Sequence[str], seeds: list[int | None], **options: Any
     stop_with_launcher()
     given = [seed for seed in seeds if seed is not None]
     start(recipe_files, run=run_one, seeds=given, watch=Stopwatch(at_s), **options)
+
+
+@main.command()
+@takes_recipe
+@click.option("--steps", type=click.IntRange(20), default=100, show_default=True, help="Most steps.")
+@click.option("--from", "low", type=float, default=1e-7, show_default=True, metavar="LR", help="The first rate.")
+@click.option("--to", "high", type=float, default=10.0, show_default=True, metavar="LR", help="The last rate.")
+@click.option("--out", metavar="FILE.png", help="The picture.  [default: lr_<recipe name>.png]")
+@reports_errors
+def lr(recipe: str, overrides: Sequence[str], out: str | None, **options: Any) -> None:
+    """Train RECIPE for a few steps with growing learning rates, draw the loss, and suggest one.
+
+    Nothing of it is kept but the picture, and codes of what is frozen.
+
+    \b
+    Examples:
+      tlscale lr photos.yaml
+      tlscale lr photos.yaml optim.name=sgd --steps 200
+    """
+    loaded = load(recipe, overrides)
+    from tlscale.commands.lr import lr as start
+    from tlscale.distributed.signals import stop_with_launcher
+
+    stop_with_launcher()
+    start(loaded, out, **options)
 
 
 @main.command()
@@ -374,6 +311,8 @@ def _start(recipe: Recipe, out: str | None, at_s: float, *, resume: bool, overwr
     stop_with_launcher()
     start(recipe, out, resume=resume, overwrite=overwrite, watch=Stopwatch(at_s))
 
+
+main.add_command(codes)
 
 if __name__ == "__main__":
     main(prog_name="tlscale")

@@ -7,7 +7,7 @@ import zlib
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
@@ -181,6 +181,7 @@ def test_what_pillow_calls_a_bomb_is_bad(edge):
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
+@settings(deadline=None)  # to encode HEIF and AVIF takes long
 @given(share=st.floats(0, 0.9))
 def test_cut_short_is_bad(fmt, share):
     raw = encode(Image.fromarray(RGB), fmt)

@@ -20,7 +20,12 @@ def test_all_keys_of_sources_are_keys_of_the_recipe_that_may_be_missing():
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("key", SOURCE_KEYS)
 def test_a_source_takes_its_own_keys_and_no_others(source, key):
-    values = {"path": "somewhere", "fallback": "sample", **dict.fromkeys(("config", "revision"), "one")}
+    values = {
+        "path": "somewhere",
+        "fallback": "sample",
+        "class_folder": "top",
+        **dict.fromkeys(("config", "revision"), "one"),
+    }
     given = {"path": "somewhere"} if SOURCES[source].path != "none" else {}
     takes = given if key == "path" else SOURCES[source].keys
     section = {"source": source, **given, key: values.get(key, "column")}

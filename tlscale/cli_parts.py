@@ -1,0 +1,172 @@
+"""Parts of the command line: what all its verbs share, and the group of verbs `codes`."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from tlscale.distributed.signals import StopRequest
+from tlscale.errors import RecipeError, TlscaleError
+from tlscale.tracking.stopwatch import Stopwatch
+
+if TYPE_CHECKING:
+    from tlscale.recipe.schema import Recipe
+
+
+def reports_errors(verb: Callable[..., None]) -> Callable[..., None]:
+    """Show errors of ours, and those of files, as one message and their exit code; others keep their traceback."""
+
+    @wraps(verb)
+    def wrapper(*args: Any, **options: Any) -> None:  # noqa: ANN401
+        try:
+            # From the first moment on: also while a verb imports, or has nothing to save.
+            with StopRequest():
+                verb(*args, **options)
+            sys.stdout.flush()  # what was said may be lost only now
+        except (TlscaleError, OSError) as raised:
+            error = _as_ours(raised)
+            if os.environ.get("TLSCALE_TRACEBACK") or error is None:
+                raise
+            if int(os.environ.get("RANK", "0")) == 0 or not error.reported_by_main:
+                with suppress(OSError):
+                    click.echo(f"tlscale: {error}", err=True)
+            _give_up_output()
+            sys.exit(error.exit_code)
+
+    return wrapper
+
+
+def _give_up_output() -> None:
+    """Write what is left, where that can be done: else Python tries again at its end, and makes the exit code 120."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _as_ours(error: TlscaleError | OSError) -> TlscaleError | None:
+    """Return an error that is reported without a traceback; None for that of a reader of our output who has left."""
+    if isinstance(error, TlscaleError):
+        return error
+    from tlscale.storage.files import disk_error
+
+    return None if isinstance(error, BrokenPipeError) else disk_error(error)
+
+
+def began_s() -> float:
+    """Return when this process began, or this call where a program of somebody else's made it."""
+    at_s = click.get_current_context().find_root().obj
+    return time.monotonic() if at_s is None else float(at_s)
+
+
+def load(recipe: str, overrides: Sequence[str], out: str | None = None, *, resume: bool = False) -> Recipe:
+    """Read a recipe with overrides; of a run that is resumed, keys without effect are no mistake."""
+    from tlscale.recipe.load import load_recipe
+
+    try:
+        return load_recipe(recipe, overrides)
+    except RecipeError:
+        # A run that an older version began may have a key that is refused today, as it has no effect.
+        began = load_recipe(recipe, overrides, resumed=True) if resume else None
+        if began is None or not (Path(out or Path("runs") / began.name) / "recipe.yaml").exists():
+            raise
+        return began
+
+
+def takes_recipe(verb: Callable[..., None]) -> Callable[..., None]:
+    """Give a verb the arguments RECIPE and KEY.PATH=VALUE."""
+    overrides = click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")
+    return click.argument("recipe")(overrides(verb))
+
+
+def listed(_context: click.Context, _option: click.Parameter, text: str | None) -> list[str]:
+    """Read `a,b` as a list."""
+    return [part.strip() for part in (text or "").split(",") if part.strip()]
+
+
+def numbers(context: click.Context, option: click.Parameter, text: str | None) -> list[int | None]:
+    """Read `100,1000,all` as a list, in which None stands for all."""
+    words = listed(context, option, text)
+    wrong = [word for word in words if not word.isdecimal() and (word, option.name) != ("all", "sizes")]
+    if wrong:
+        raise click.BadParameter(f"'{wrong[0]}' is not a whole number; write them with commas between, such as 1,2")
+    return [None if word == "all" else int(word) for word in words]
+
+
+class _CodesGroup(click.Group):
+    """Group verbs, the first of which is optional: what names no verb is a recipe."""
+
+    def resolve_command(self, context: click.Context, args: list[str]) -> Any:  # noqa: ANN401 (click's own)
+        if args and self.get_command(context, args[0]) is None:
+            args = ["compute", *args]
+        return super().resolve_command(context, args)
+
+
+@click.group(cls=_CodesGroup, subcommand_metavar="RECIPE [KEY.PATH=VALUE]... | list | verify | prune")
+def codes() -> None:
+    """Compute the codes that RECIPE needs, ahead of its run; or look after those that are cached.
+
+    Codes are cached features: a run does not compute what it finds there. They are stored in $TLSCALE_CACHE/codes (by
+    default ~/.cache/tlscale/codes).
+    """
+
+
+@codes.command("compute", hidden=True)
+@takes_recipe
+@reports_errors
+def codes_compute(recipe: str, overrides: Sequence[str]) -> None:
+    """Compute and cache the codes of RECIPE's images: of codes.layer, or of what it freezes."""
+    at_s = began_s()
+    loaded = load(recipe, overrides)
+    from tlscale.commands.codes import compute_codes
+    from tlscale.distributed.signals import stop_with_launcher
+
+    stop_with_launcher()
+    compute_codes(loaded, Stopwatch(at_s))
+
+
+@codes.command("list")
+@reports_errors
+def codes_list() -> None:
+    """List the cached codes, those used last first."""
+    from tlscale.commands.codes import list_codes
+
+    list_codes()
+
+
+@codes.command("verify")
+@click.argument("digest", required=False)
+@reports_errors
+def codes_verify(digest: str | None) -> None:
+    """Read every cached byte (or those of the entry DIGEST) and compare it with what was written."""
+    from tlscale.commands.codes import verify_codes
+
+    verify_codes(digest)
+
+
+@codes.command("prune")
+@click.argument("digests", nargs=-1, metavar="[DIGEST]...")
+@click.option(
+    "--keep-gib",
+    type=click.FloatRange(0),
+    metavar="N",
+    help="Evict least recently used entries until the cache is at most N GiB.",
+)
+@click.option("--all", "everything", is_flag=True, help="Remove all cached codes.")
+@reports_errors
+def codes_prune(digests: tuple[str, ...], keep_gib: float | None, everything: bool) -> None:
+    """Remove cached codes: those named by the first digits of their DIGEST, or by --keep-gib or --all."""
+    if sum([bool(digests), keep_gib is not None, everything]) != 1:
+        raise click.UsageError("name digests, or give one of --keep-gib and --all")
+    from tlscale.commands.codes import prune_codes
+
+    prune_codes(digests, keep_gib=keep_gib, everything=everything)
