@@ -13,7 +13,7 @@ from tests.chaos.killing import SEED
 from tests.failing_disk import ERRNOS, why_not_here
 from tests.failing_runs import VERBS, Job, faults_of, first_and_last_of_each_site
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.timeout(7200)]  # hundreds of runs each
 _LASTING_EVERY = 12  # operations: from these on the disk stays as it is
 
 
