@@ -43,11 +43,11 @@ def test_a_name_with_the_signs_of_a_glob_is_a_name_where_it_is_there(tree, tmp_p
 
 
 def test_what_is_passed_over_is_told(tree, tmp_path):
-    """Else a phone's HEIC files would be missing without a word."""
+    """Else a camera's raw files would be missing without a word."""
     notes = []
-    (tmp_path / "t" / "IMG.HEIC").write_bytes(b"")
+    (tmp_path / "t" / "IMG.CR3").write_bytes(b"")
     assert len(found("t", notes=notes)) == 5
-    assert notes == ["'t': passed over 2 files without an image's ending, such as 'IMG.HEIC'"]
+    assert notes == ["'t': passed over 2 files without an image's ending, such as 'IMG.CR3'"]
 
 
 def test_what_is_empty_is_told(tree, tmp_path):
