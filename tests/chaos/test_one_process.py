@@ -239,7 +239,7 @@ def test_the_workers_of_a_run_that_is_killed_do_not_keep_its_folder(forks, whole
 
 
 # While the first checkpoint is written: before its model file is flushed, and before its manifest is written.
-IN_A_SAVE = (".safetensors", "/.manifest.json")
+IN_A_SAVE = ("/checkpoints/.step_", "/.manifest.json")  # the codes, which are stored before, have neither
 SIGNALS = {
     "SIGTERM": (["SIGTERM"], EXIT_STOPPED),
     "SIGTERM twice": (["SIGTERM", "SIGTERM"], EXIT_STOPPED),
@@ -256,8 +256,7 @@ def test_signals_while_a_checkpoint_is_written(forks, whole, idx, tmp_path, name
     assert status == expected, place.output()
     steps = sorted(path.name for path in (place.out / "checkpoints").glob("step_*"))
     if expected == EXIT_STOPPED:
-        # In the save, or where it is heard next: codes of the next stage.
-        assert f"stopped by {sent[0]} " in place.said()
+        assert f"stopped by {sent[0]} after step" in place.said()
         assert steps[0] == "step_00000002", "the save that was interrupted is whole"
         assert (place.out / "checkpoints" / "LATEST").read_text().strip() == steps[-1]
     else:
