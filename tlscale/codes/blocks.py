@@ -232,11 +232,11 @@ def fixed_threads() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def spec_of(name: str, value_B: Tensor, dtype: str) -> ValueSpec:
+def spec_of(name: str, value_B: Tensor, dtype: str, num_images: int = BLOCK) -> ValueSpec:
     """Describe a value by a whole block of it."""
-    if value_B.ndim == 0 or len(value_B) != BLOCK:
+    if value_B.ndim == 0 or len(value_B) != num_images:
         raise ModelError(
-            f"the value '{name}' is {tuple(value_B.shape)} for {BLOCK} images; only what has the images as its first "
+            f"the value '{name}' is {tuple(value_B.shape)} for {num_images} images; only what has the images as its first "
             "dimension can be cached as codes"
         )
     kind = dtype if dtype != "auto" and value_B.is_floating_point() else str(value_B.dtype).removeprefix("torch.")

@@ -1,14 +1,14 @@
-"""Use a finished run's model in Python: give it images, get labels and probabilities.
+"""Use a finished run's model in Python: give it images, get labels and probabilities, or features.
 
 Promise: images are read as the run read its own, and take the run's own way through the network.
 
-Shapes: N images, C classes.
+Shapes: N images, C classes, D features.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,15 +19,17 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
+from tlscale.codes.shards import BLOCK
 from tlscale.data.given import Given, InMemory, find_images, name_of
 from tlscale.distributed.processes import Processes
-from tlscale.errors import DataError, TlscaleError, first_few
+from tlscale.errors import DataError, ModelError, TlscaleError, first_few, speaks_python
 from tlscale.models import model_folder
+from tlscale.models.features import PENULTIMATE
 from tlscale.models.model_folder import TrainedModel
 from tlscale.storage.files import replacing, reporting_disk_errors
-from tlscale.training.prediction_rows import Answers, Columns, answer, csv_line
+from tlscale.training.prediction_rows import Answers, Columns, answer, csv_line, read_blocks
 from tlscale.training.predictions import NO_ANSWER, readable
-from tlscale.training.run_path import RunFacts, RunPath, computing
+from tlscale.training.run_path import FeaturesPath, RunFacts, RunPath, computing
 
 Images = str | os.PathLike[str] | InMemory | Iterable["str | os.PathLike[str] | InMemory"]
 
@@ -104,6 +106,18 @@ def checked_columns(classes: tuple[str, ...], top_k: int, *, all_probabilities: 
     return Columns(classes, top_k, all_probabilities)
 
 
+class Features(np.ndarray[tuple[int, int], np.dtype[np.float32]]):
+    """Features of some images, in the order given: an array (N, D), float32, with two attributes more.
+
+    What is made of it (a row, a slice, a product) is an array like any other, and has neither of them.
+    """
+
+    paths: Sequence[str] = ()
+    """Empty for an image in memory."""
+    errors: Sequence[str | None] = ()
+    """Why an image cannot be read, and its row is NaN; else None."""
+
+
 @dataclass(frozen=True, repr=False)
 class ImageClassifier(TrainedModel):
     """The model of a run: `model(images)` gives logits for prepared images, and `predict` takes any images."""
@@ -124,6 +138,7 @@ class ImageClassifier(TrainedModel):
         """What the run folder tells of the way to logits."""
         return RunFacts.of(self.folder)
 
+    @speaks_python
     def predict(self, images: Images, *, batch_size: int | None = None) -> Predictions:
         """Read images and classify them, on the device and in the precision of the run.
 
@@ -136,12 +151,7 @@ class ImageClassifier(TrainedModel):
         Raises:
             DataError: nothing was found, or not one image can be read. A single one that cannot has its `errors`.
         """
-        if batch_size is not None and batch_size < 1:
-            raise DataError(f"{batch_size} is no number of images", key="batch_size", remedy="Give 1 or more")
-        notes: list[str] = []
-        given = list(_each(images, notes))
-        if not given:
-            raise DataError("; ".join(notes) or "no image was given")
+        given = _checked(images, batch_size)
         answers: list[Answers] = []
         with computing(self.facts) as processes:
             path = self._path(processes, batch_size)
@@ -152,6 +162,45 @@ class ImageClassifier(TrainedModel):
                 answers.append(answer(given[start : start + sum(sizes)], sizes, path, processes))
         made = self._predictions(given, answers)
         refuse_none_read(len(made), sum(why is None for why in made.errors), made.paths[0], made.errors[0])
+        return made
+
+    @speaks_python
+    def features(
+        self, images: Images, *, layer: str = PENULTIMATE, pool: str = "avg", batch_size: int | None = None
+    ) -> Features:
+        """Read images and compute features of them (embeddings), on the device and in the precision of the run.
+
+        Args:
+            images: as `predict` takes them.
+            layer: a module of the backbone by its name, such as `layer3` or `blocks.4`; or `penultimate`, what the
+                backbone gives after its own pooling.
+            pool: what becomes of the layer's positions: `avg`, `max`, `avgmax`, `token` or `none`.
+            batch_size: images that go through the network at once; by default the size in which codes are computed,
+                with which the run's own images get the very bits that its probe was fitted to.
+
+        Returns:
+            An array (N, D), float32, in the order given, with `paths` and `errors`; NaN where an image cannot be read.
+
+        Raises:
+            DataError: nothing was found, or not one image can be read. A single one that cannot has its `errors`.
+            ModelError: no such layer or pool, or a layer that gives no one vector an image.
+        """
+        given = _checked(images, batch_size)
+        errors: list[str | None] = []
+        try:
+            with computing(self.facts) as processes:
+                path = FeaturesPath(self, self.facts, processes, (layer, pool), batch_size or BLOCK)
+                blocks = read_blocks(given, path, errors, block=path.block)
+                parts = [path(block_BCSS).float().cpu().numpy() for block_BCSS in blocks]
+        except ModelError as error:
+            error.key = error.key and error.key.removeprefix("codes.")  # it is a key of recipes, too
+            raise
+        sound_N = np.array([why is None for why in errors], dtype=bool)
+        refuse_none_read(len(given), int(sound_N.sum()), name_of(given[0]), errors[0])
+        values_ND = np.full((len(given), parts[0].shape[1]), np.nan, np.float32)
+        values_ND[sound_N] = np.concatenate(parts)
+        made = values_ND.view(Features)
+        made.paths, made.errors = [name_of(one) for one in given], errors
         return made
 
     def _path(self, processes: Processes, batch_size: int | None) -> RunPath:
@@ -173,6 +222,21 @@ class ImageClassifier(TrainedModel):
             [why for some in answers for why in some.errors],
             answers,
         )
+
+
+def _checked(images: Images, batch_size: int | None) -> list[Given]:
+    """List images one by one.
+
+    Raises:
+        DataError: there are none, or no such batch.
+    """
+    if batch_size is not None and batch_size < 1:
+        raise DataError(f"{batch_size} is no number of images", key="batch_size", remedy="Give 1 or more")
+    notes: list[str] = []
+    given = list(_each(images, notes))
+    if not given:
+        raise DataError("; ".join(notes) or "no image was given")
+    return given
 
 
 def refuse_none_read(num_given: int, num_read: int, path: str, why: str | None) -> None:

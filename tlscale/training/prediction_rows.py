@@ -33,7 +33,7 @@ from tlscale.data.loader import stacked
 from tlscale.data.sampler import Ints
 from tlscale.distributed.processes import Processes
 from tlscale.training.predictions import NO_ANSWER, answers
-from tlscale.training.run_path import RunPath
+from tlscale.training.run_path import FeaturesPath, RunPath
 
 NO_NUMBER = "the network gives no number for it (NaN)"
 _FORMULAS = tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")  # the last four are those of wide scripts
@@ -76,17 +76,9 @@ def answer(
     `on_images` is called with a number of images when so many more are done.
     """
     errors: list[str | None] = []
-
-    def blocks() -> Iterator[Tensor]:
-        pieces = [given[start : start + BLOCK] for start in range(0, len(given), BLOCK)]
-        for pixels_B, why_B in _ahead(lambda piece: read_given(piece, path.spec, path.facts.max_pixels), pieces):
-            errors.extend(why_B)
-            if pixels_B:
-                yield torch.from_numpy(stacked(pixels_B))
-            on_images(len(why_B))
-
+    blocks = read_blocks(given, path, errors, on_images=on_images)
     labels_N = np.full(len(given), NO_ANSWER, np.int64)
-    parts = [part.cpu().numpy() for part in answers(path.logits(blocks(), sizes, processes))[1:]]
+    parts = [part.cpu().numpy() for part in answers(path.logits(blocks, sizes, processes))[1:]]
     sound_N = np.array([why is None for why in errors], dtype=bool)
     labels_N[sound_N], probabilities_BC = parts
     probabilities_NC = np.full((len(given), path.num_classes), np.nan, probabilities_BC.dtype)
@@ -95,6 +87,26 @@ def answer(
         # Softmax was of other numbers than the network's own.
         errors[at], probabilities_NC[at] = NO_NUMBER, np.nan
     return Answers(labels_N, probabilities_NC, errors)
+
+
+def read_blocks(
+    given: Sequence[Given],
+    path: RunPath | FeaturesPath,
+    errors: list[str | None],
+    *,
+    block: int = BLOCK,
+    on_images: Callable[[int], None] = lambda num_images: None,
+) -> Iterator[Tensor]:
+    """Read images in blocks, the next one while this one is worked on; `errors` takes why each cannot be read, or None.
+
+    `on_images` is called with a number of images when so many more are done.
+    """
+    pieces = [given[start : start + block] for start in range(0, len(given), block)]
+    for pixels_B, why_B in _ahead(lambda piece: read_given(piece, path.spec, path.facts.max_pixels), pieces):
+        errors.extend(why_B)
+        if pixels_B:
+            yield torch.from_numpy(stacked(pixels_B))
+        on_images(len(why_B))
 
 
 def _ahead(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:

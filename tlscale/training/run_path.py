@@ -153,6 +153,35 @@ class RunPath:
         return torch.cat(parts) if parts else torch.zeros(0, self.num_classes)
 
 
+class FeaturesPath:
+    """Compute the features of a layer, as codes are computed: in blocks of one size, and rounded as the run's codes.
+
+    Args:
+        wanted: a layer and a pool, as `LayerCodes` takes them.
+        block: images that go through the network at once; with `BLOCK` they have the very bits of the run's codes.
+
+    Raises:
+        ModelError: no such layer or pool.
+    """
+
+    def __init__(
+        self, trained: TrainedModel, facts: RunFacts, processes: Processes, wanted: tuple[str, str], block: int = BLOCK
+    ) -> None:
+        network, inputs = _ready(trained, facts, processes)
+        if isinstance(network, Classifier | CodesClassifier):
+            network = network.backbone
+        else:  # timm's own model, whose classifier is no feature
+            network.reset_classifier(0)  # type: ignore[operator]
+        self.facts, self.spec, self.block, self._processes = facts, trained.input_spec, block, processes
+        self._codes = _Frozen(LayerCodes(network, [wanted]), inputs, facts, block)
+
+    def __call__(self, images_BCSS: Tensor) -> Tensor:
+        """Compute features (B, D), on the device, of images (uint8), which are `block` at most."""
+        (values_BD,) = self._codes(images_BCSS, self._processes)
+        self._processes.local.mark_step()
+        return values_BD
+
+
 def _batches(blocks: Iterable[Values], sizes: Sequence[int]) -> Iterator[Values]:
     """Put values of blocks together to batches of these sizes; the last one has the rest."""
     held: list[Values] = []
@@ -177,18 +206,8 @@ def _joined(blocks: Sequence[Values]) -> Values:
 
 def _way(trained: TrainedModel, facts: RunFacts, processes: Processes) -> tuple[_First, _Then]:
     """Return what is done with each block, and then with each batch."""
-    dtype = torch.float64 if facts.compute.precision == "fp64" else torch.float32
-    inputs = InputPath(trained.input_spec, dtype, processes.device, facts.compute.channels_last)
-    model = trained.model
-    if dtype == torch.float64:  # which `load` would have rounded
-        model = load(facts.folder, as_stored=True).model
-    network = copy.deepcopy(model).to(processes.device)
-    for part in network.children() if isinstance(network, CodesClassifier) else [network]:
-        if not isinstance(part, KnnHead):  # which works in float32, whatever the run's precision is
-            part.to(dtype)
-    if facts.compute.channels_last:
-        network.to(memory_format=torch.channels_last)
-    network.eval()
+    network, inputs = _ready(trained, facts, processes)
+    dtype = inputs.dtype
     if isinstance(network, CodesClassifier):
         return _Frozen(network.codes, inputs, facts), _Rest(network.head, inputs, (dtype,), autocasts=False)
     parted = None if facts.frozen_by is None and not facts.is_probe else _parted(network, sample_images(inputs))
@@ -206,6 +225,21 @@ def _way(trained: TrainedModel, facts: RunFacts, processes: Processes) -> tuple[
     partition.suffix.eval()
     dtypes = tuple(value.dtype for value in partition.values)
     return _Frozen(partition.prefix, inputs, facts), _Rest(partition.suffix, inputs, dtypes, autocasts=True)
+
+
+def _ready(trained: TrainedModel, facts: RunFacts, processes: Processes) -> tuple[nn.Module, InputPath]:
+    """Copy the network to the device, in the run's type, and return it with the way of images to its input."""
+    dtype = torch.float64 if facts.compute.precision == "fp64" else torch.float32
+    model = trained.model
+    if dtype == torch.float64:  # which `load` would have rounded
+        model = load(facts.folder, as_stored=True).model
+    network = copy.deepcopy(model).to(processes.device)
+    for part in network.children() if isinstance(network, CodesClassifier) else [network]:
+        if not isinstance(part, KnnHead):  # which works in float32, whatever the run's precision is
+            part.to(dtype)
+    if facts.compute.channels_last:
+        network.to(memory_format=torch.channels_last)
+    return network.eval(), InputPath(trained.input_spec, dtype, processes.device, facts.compute.channels_last)
 
 
 def _parted(network: nn.Module, images_BCHW: Tensor) -> Classifier | None:
@@ -263,19 +297,20 @@ class _Frozen:
     module: nn.Module
     inputs: InputPath
     facts: RunFacts
+    block: int = BLOCK
 
     def __call__(self, images_BCSS: Tensor, processes: Processes) -> Values:
         count = len(images_BCSS)
-        filled = torch.cat([images_BCSS, images_BCSS[-1:].expand(BLOCK - count, -1, -1, -1)])
+        filled = torch.cat([images_BCSS, images_BCSS[-1:].expand(self.block - count, -1, -1, -1)])
         half = self.facts.compute.precision in ("bf16", "fp16")
         autocast = processes.accelerator.autocast() if half else nullcontext()
         with torch.no_grad(), fixed_threads(), autocast:
             values: Values = self.module(*self.inputs(_batch(filled)))
-        return tuple(_stored(value, self.facts.codes_dtype)[:count] for value in values)
+        return tuple(_stored(value, self.facts.codes_dtype, self.block)[:count] for value in values)
 
 
-def _stored(value_B: Tensor, dtype: str) -> Tensor:
-    spec = spec_of("code", value_B, dtype)
+def _stored(value_B: Tensor, dtype: str, num_images: int) -> Tensor:
+    spec = spec_of("code", value_B, dtype, num_images)
     order = torch.channels_last if spec.channels_last else torch.contiguous_format
     return value_B.to(spec.torch_dtype).contiguous(memory_format=order)
 
