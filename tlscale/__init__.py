@@ -1,8 +1,10 @@
 """tlscale: transfer learning for images that computes only what is trainable.
 
-`tlscale.new(data)`, `tlscale.load_recipe(path, overrides)`, `tlscale.run(recipe, out)`, `tlscale.load(run)` and
-`tlscale.predict(run, images)` are the whole Python interface, with `tlscale.TlscaleError`, of which all errors are that
-tlscale raises on purpose. They are imported on first use, so that `tlscale --help` does not wait for torch.
+The whole Python interface, with the names of the commands: `tlscale.new(data)`, `tlscale.load_recipe(path, overrides)`,
+`tlscale.plan(recipe)`, `tlscale.run(recipe, out)`, `tlscale.load(run)`, `tlscale.predict(run, images)`,
+`tlscale.evaluate(run, data=...)`, `tlscale.compare(recipe, sizes=[...])`, and `tlscale.TlscaleError`, of which all
+errors are that tlscale raises on purpose. They are imported on first use, so that `tlscale --help` does not wait for
+torch.
 """
 
 from __future__ import annotations
@@ -10,23 +12,32 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["TlscaleError", "__version__", "load", "load_recipe", "new", "predict", "run"]
+__all__ = [
+    "TlscaleError",
+    "__version__",
+    "compare",
+    "evaluate",
+    "load",
+    "load_recipe",
+    "new",
+    "plan",
+    "predict",
+    "run",
+]
 
 if TYPE_CHECKING:
+    from tlscale.commands.in_python import compare, evaluate, load, plan, run
     from tlscale.commands.new import new
     from tlscale.commands.predict import predict
-    from tlscale.commands.run import run
     from tlscale.errors import TlscaleError
     from tlscale.recipe.load import load_recipe
-    from tlscale.training.image_classifier import load
 
 _HOMES = {
     "TlscaleError": "tlscale.errors",
-    "load": "tlscale.training.image_classifier",
     "load_recipe": "tlscale.recipe.load",
     "new": "tlscale.commands.new",
     "predict": "tlscale.commands.predict",
-    "run": "tlscale.commands.run",
+    **dict.fromkeys(("compare", "evaluate", "load", "plan", "run"), "tlscale.commands.in_python"),
 }
 _WITHOUT_TORCH = ("TlscaleError", "load_recipe")
 

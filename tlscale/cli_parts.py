@@ -8,13 +8,12 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import wraps
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from tlscale.distributed.signals import StopRequest
-from tlscale.errors import RecipeError, TlscaleError
+from tlscale.errors import TlscaleError
 from tlscale.tracking.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
@@ -69,17 +68,10 @@ def began_s() -> float:
 
 
 def load(recipe: str, overrides: Sequence[str], out: str | None = None, *, resume: bool = False) -> Recipe:
-    """Read a recipe with overrides; of a run that is resumed, keys without effect are no mistake."""
-    from tlscale.recipe.load import load_recipe
+    """Read a recipe with overrides, as `load_to_run` does."""
+    from tlscale.recipe.load import load_to_run
 
-    try:
-        return load_recipe(recipe, overrides)
-    except RecipeError:
-        # A run that an older version began may have a key that is refused today, as it has no effect.
-        began = load_recipe(recipe, overrides, resumed=True) if resume else None
-        if began is None or not (Path(out or Path("runs") / began.name) / "recipe.yaml").exists():
-            raise
-        return began
+    return load_to_run(recipe, overrides, out, resume=resume)
 
 
 def takes_recipe(verb: Callable[..., None]) -> Callable[..., None]:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Self
+from collections.abc import Callable, Iterable, Sequence
+from functools import wraps
+from typing import TYPE_CHECKING, ParamSpec, Self, TypeVar
 
 if TYPE_CHECKING:
     from tlscale.recipe.mistakes import Mistake
@@ -24,6 +25,12 @@ EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: saved, run the same line again w
 _OBEYED = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _MOST_SHOWN = 100  # mistakes of a recipe
 _LONGEST_NAME, _MOST_NAMES = 200, 20_000  # that are compared with one that does not exist: a second's work
+_COMMAND = re.compile(r"tlscale (run|evaluate|compare|predict) (?:\.\.\. )?--(resume|overwrite)")
+_OPTION = re.compile(r"(?<![\w-])--([a-z][a-z-]*)(?: (DIR|FILE|DATA)\b)?")
+_FLAGS = ("resume", "overwrite", "check-images", "all-probabilities")
+_ARGUMENTS = {"set": "changes"}  # options of another name than the argument's
+P = ParamSpec("P")
+R = TypeVar("R")
 _OWN_BREAK = re.compile(r"\n(?=  )")  # lines of ours after the first are indented, and no other line is ours
 
 
@@ -208,3 +215,33 @@ def quoted(names: Iterable[str]) -> list[str]:
 
 def quoted_list(names: Sequence[str], limit: int = 20) -> str:
     return first_few(quoted(names), limit) if names else "none"
+
+
+def speaks_python(function: Callable[P, R]) -> Callable[P, R]:
+    """Let the errors that leave `function` name arguments (`resume=True`) where they name options (`--resume`).
+
+    They are written once, for the command line, of which most people read them.
+    """
+
+    @wraps(function)
+    def wrapper(*args: P.args, **keys: P.kwargs) -> R:
+        try:
+            return function(*args, **keys)
+        except TlscaleError as error:
+            error.problem, error.args = as_python(error.problem), (as_python(error.problem), *error.args[1:])
+            error.key = error.key and as_python(error.key)
+            error.remedy = error.remedy and as_python(error.remedy)
+            raise
+
+    return wrapper
+
+
+def as_python(text: str) -> str:
+    """Return a message that names options of the command line with arguments of Python in their place."""
+
+    def argument(option: re.Match[str]) -> str:
+        name = _ARGUMENTS.get(option[1], option[1].replace("-", "_"))
+        value = "True" if option[1] in _FLAGS else option[2]
+        return f"{name}={value}" if value else name
+
+    return _OPTION.sub(argument, _COMMAND.sub(r"tlscale.\1(..., \2=True)", text))

@@ -220,7 +220,7 @@ def test_a_damaged_model_that_nothing_is_left_of_is_an_error(chose_early, tmp_pa
     shutil.copytree(whole, out)
     shutil.rmtree(out / "checkpoints")
     (out / "model" / "model.safetensors").write_bytes(b"")
-    with pytest.raises(RunFolderError, match=r"there is no checkpoint to finish it from.*--overwrite"):
+    with pytest.raises(RunFolderError, match=r"there is no checkpoint to finish it from.*overwrite=True"):
         tlscale.run(recipe, out, resume=True)
     assert result(out) == result(whole)
     assert exported(whole)

@@ -99,7 +99,7 @@ def test_checkpoints_that_turn_read_only_in_the_middle(whole, idx, tmp_path, mon
                 turned.append(mounts.enter_context(read_only(checkpoints)))
 
         monkeypatch.setattr(faults, "at", at)
-        with pytest.raises(TlscaleError, match="Read-only file system.*--resume") as caught:
+        with pytest.raises(TlscaleError, match="Read-only file system.*resume=True") as caught:
             tlscale.run(recipe, out)
         assert turned
         assert caught.value.exit_code == EXIT_FAILED

@@ -78,7 +78,7 @@ def test_stopped_and_resumed_equals_not_stopped(name, idx, tmp_path):
         assert when.acted
         assert caught.value.exit_code == EXIT_STOPPED
         assert "stopped by SIGTERM after step" in str(caught.value)
-        assert "--resume resumes it" in str(caught.value)
+        assert "resume=True resumes it" in str(caught.value)
         assert not (tmp_path / "parts" / "result.json").exists()
     tlscale.run(recipe, tmp_path / "parts", resume=True)
     assert_same_runs(tmp_path / "whole", tmp_path / "parts")

@@ -236,8 +236,8 @@ def spec_of(name: str, value_B: Tensor, dtype: str, num_images: int = BLOCK) -> 
     """Describe a value by a whole block of it."""
     if value_B.ndim == 0 or len(value_B) != num_images:
         raise ModelError(
-            f"the value '{name}' is {tuple(value_B.shape)} for {num_images} images; only what has the images as its first "
-            "dimension can be cached as codes"
+            f"the value '{name}' is {tuple(value_B.shape)} for {num_images} images; only what has the images as its "
+            "first dimension can be cached as codes"
         )
     kind = dtype if dtype != "auto" and value_B.is_floating_point() else str(value_B.dtype).removeprefix("torch.")
     if kind not in DTYPES:

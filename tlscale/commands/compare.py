@@ -7,7 +7,7 @@ ordinary run in a folder of its own, so `--resume` resumes those that are not co
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -30,11 +30,12 @@ from tlscale.commands.compare_variants import (
     list_variants,
     refuse_other_data,
 )
+from tlscale.commands.comparison import Comparison
 from tlscale.commands.paired_tests import paired_tests
 from tlscale.distributed.processes import start_processes
 from tlscale.distributed.signals import check_stop
 from tlscale.errors import LaunchError, RecipeError, ResumeError, RunFolderError, Stopped, TlscaleError
-from tlscale.recipe.load import diff_recipes, load_recipe, recipe_digest
+from tlscale.recipe.load import as_recipe, diff_recipes, recipe_digest
 from tlscale.recipe.schema import NO_EFFECT_BESIDE, Recipe
 from tlscale.storage.run_folder import RunFolder
 from tlscale.tracking.console import Console
@@ -42,11 +43,11 @@ from tlscale.tracking.stopwatch import Stopwatch
 
 # What a person has to put right, and what would befall every run in the same way.
 _ENDS_IT_ALL = (Stopped, RecipeError, RunFolderError, ResumeError, LaunchError)
-Run = Callable[..., dict[str, Any]]
+Run = Callable[..., Mapping[str, Any]]
 
 
 def compare(
-    recipes: Sequence[str | Path],
+    recipes: Sequence[Recipe | str | Path],
     *,
     run: Run,
     strategies: Sequence[str] = (),
@@ -57,18 +58,18 @@ def compare(
     out: str | Path | None = None,
     resume: bool = False,
     watch: Stopwatch | None = None,
-) -> dict[str, Any]:
+) -> Comparison:
     """Run the strategies of one recipe, or several recipes, and put the figures into one table and one picture.
 
     Args:
-        recipes: recipe files. One: its strategies are derived from it. Several: each is run as it is.
+        recipes: recipes, or their files. One: its strategies are derived from it. Several: each is run as it is.
         run: runs one recipe, as `tlscale.run` does: `run(recipe, folder, resume=resume)`.
         strategies, sizes, seeds, changes, min_steps: see `Plan`.
         out: a folder, with a run folder for each; by default `runs/compare_<recipe name>`.
         resume: keep the complete runs that are there, and resume the others.
 
     Returns:
-        What `compare.json` holds.
+        What `compare.json` holds, and the folder of the comparison.
 
     Raises:
         TlscaleError: wrong input, before anything runs; one or more of the runs failed, when all is written;
@@ -77,7 +78,7 @@ def compare(
     watch = watch or Stopwatch()
     is_main, is_launched = int(os.environ.get("RANK", "0")) == 0, int(os.environ.get("WORLD_SIZE", "1")) > 1
     console = Console(enabled=is_main)
-    plan = Plan([load_recipe(path) for path in recipes], strategies, sizes, seeds, changes, min_steps)
+    plan = Plan([as_recipe(recipe) for recipe in recipes], strategies, sizes, seeds, changes, min_steps)
     names = [base.name for base in plan.bases]
     root = Path(out) if out is not None else Path("runs") / f"compare_{'_'.join(names)}"[:120]
     check_choice(plan)
@@ -100,7 +101,7 @@ def compare(
     with closing(start_processes(plan.bases[0].compute.without_engine())) as processes:
         figures = processes.run_on_main(_conclude, title, outcomes, _remarks(plan), root, console, watch)
     _refuse_failures(outcomes, root)
-    return figures
+    return Comparison(figures, root)
 
 
 def _outcome(run: Run, variant: Variant, console: Console, *, resume: bool, is_main: bool) -> Outcome:

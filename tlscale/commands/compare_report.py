@@ -107,7 +107,7 @@ class Row:
         return max(*self.tops, fmean(run.interval95[1] for run in self.runs if run.interval95 is not None))
 
 
-def finished(variant: str, size: int | None, seed: int, folder: RunFolder, result: dict[str, Any]) -> Outcome:
+def finished(variant: str, size: int | None, seed: int, folder: RunFolder, result: Mapping[str, Any]) -> Outcome:
     """Read the outcome of a complete run; `size` None: as many training and held-out images as `run.json` counts."""
     record = read_run_info(folder, ("data", "recipe_sha256"))
     if record is None:
@@ -142,7 +142,7 @@ def finished(variant: str, size: int | None, seed: int, folder: RunFolder, resul
     )
 
 
-def _score(result: dict[str, Any], counts: dict[str, int]) -> dict[str, Any]:
+def _score(result: Mapping[str, Any], counts: dict[str, int]) -> Mapping[str, Any]:
     """Return the figures of a run that may be shown.
 
     An older tlscale scored a probe that it had fitted again, to the validation images as well, on these very images.
@@ -161,7 +161,7 @@ def _score(result: dict[str, Any], counts: dict[str, int]) -> dict[str, Any]:
     }
 
 
-def _held_out_top1(folder: RunFolder, result: dict[str, Any]) -> float | None:
+def _held_out_top1(folder: RunFolder, result: Mapping[str, Any]) -> float | None:
     """Return the top1 of the exported weights on the images that chose them."""
     if "probe" in result:
         figure = result["probe"]["held_out_top1"]
@@ -171,7 +171,7 @@ def _held_out_top1(folder: RunFolder, result: dict[str, Any]) -> float | None:
     return next((float(record["top1"]) for record in records if record["step"] == step and "top1" in record), None)
 
 
-def _layer(result: dict[str, Any]) -> str | None:
+def _layer(result: Mapping[str, Any]) -> str | None:
     probe = result.get("probe")
     return probe and (PENULTIMATE if probe["layer"] == PENULTIMATE else f"{probe['layer']}, {probe['pool']}")
 

@@ -20,6 +20,7 @@ from rich.console import Console as RichConsole
 
 from tlscale.commands.evaluation_images import FinishedRun, Scored, other_images, own_split, read_json
 from tlscale.commands.evaluation_keys import changes_for_evaluation
+from tlscale.commands.run_result import RunResult
 from tlscale.commands.tables import show_classes
 from tlscale.data.loader import ImageStore, eval_batches
 from tlscale.data.sources.tables import Role
@@ -55,7 +56,7 @@ def evaluate_run(
     out: str | Path | None = None,
     as_json: bool = False,
     watch: Stopwatch | None = None,
-) -> dict[str, Any]:
+) -> RunResult:
     """Score the run's exported model.
 
     Args:
@@ -104,7 +105,7 @@ def evaluate_run(
         notes = [*scored.notes, _write(target, figures, predictions, processes, watch, asked_for=out is not None)]
         if processes.is_main:
             _show(figures, notes, as_json=as_json)
-    return figures
+    return RunResult(figures, target)
 
 
 def _figures(

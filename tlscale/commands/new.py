@@ -11,7 +11,7 @@ from pathlib import Path
 from tlscale.commands.new_recipe import BUNDLED, describe, describe_left_out, recipe_name, recipe_text
 from tlscale.data.sources.open import open_data
 from tlscale.data.survey import Survey, survey
-from tlscale.errors import RecipeError, one_line
+from tlscale.errors import RecipeError, one_line, speaks_python
 from tlscale.models.backbone import build_backbone
 from tlscale.models.features import early_layers
 from tlscale.recipe.load import parse_recipe
@@ -22,6 +22,7 @@ from tlscale.tracking.console import Console
 _INDENT = 10  # of what is said, behind the words that begin a block
 
 
+@speaks_python
 def new(data: str | Path, *, backbone: str = BUNDLED, out: str | Path | None = None) -> Recipe:
     """Look at a data set, and return a recipe for it.
 

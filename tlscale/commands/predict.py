@@ -19,7 +19,7 @@ from typing import BinaryIO
 from tlscale.data.given import find_images, lines_of
 from tlscale.distributed.processes import Processes
 from tlscale.distributed.signals import StopRequest
-from tlscale.errors import DataError, Stopped, first_few
+from tlscale.errors import DataError, Stopped, first_few, speaks_python
 from tlscale.models.model_folder import CONFIG_FILE
 from tlscale.storage.files import file_sha256, reporting_disk_errors
 from tlscale.tracking.console import visible
@@ -39,6 +39,7 @@ _SAY_EVERY_S = 10.0
 _LONG_CHUNK = 1024  # images; a shorter one is finished when a signal comes
 
 
+@speaks_python
 def predict(
     run: str | os.PathLike[str],
     images: Images,

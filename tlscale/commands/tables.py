@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from tlscale.training.setup import RunSetup, strategy_of
 from tlscale.training.stages import Stage, to_steps
 
 _WORST_SHOWN = 5
+CLASS_COLUMNS = ("class", "images", "accuracy", "F1")
 
 
 def show_plan(setup: RunSetup, console: Console, *, device: str) -> None:
@@ -181,7 +183,11 @@ def _choice(choice: dict[str, Any]) -> str:
 
 def show_classes(figures: dict[str, Any], console: Console) -> None:
     """Show the classes that are recognised worst."""
+    console.table("Hardest classes", CLASS_COLUMNS, class_rows(figures)[:_WORST_SHOWN])
+
+
+def class_rows(figures: Mapping[str, Any]) -> list[tuple[str, int, str, str]]:
+    """Return cells under `CLASS_COLUMNS` of the classes that have images, those recognised worst first."""
     known = [(name, row) for name, row in figures["per_class"].items() if row["accuracy"] is not None]
-    worst = sorted(known, key=lambda item: item[1]["accuracy"])[:_WORST_SHOWN]
-    rows = [(name, row["num_images"], number(row["accuracy"]), number(row["f1"])) for name, row in worst]
-    console.table("Hardest classes", ("class", "images", "accuracy", "F1"), rows)
+    worst = sorted(known, key=lambda item: item[1]["accuracy"])
+    return [(name, row["num_images"], number(row["accuracy"]), number(row["f1"])) for name, row in worst]

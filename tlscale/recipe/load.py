@@ -64,6 +64,31 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, resumed: boo
     return _load(path, overrides, stored=False, may_be_idle=resumed)[0]
 
 
+def as_recipe(recipe: Recipe | str | os.PathLike[str]) -> Recipe:
+    """Return a recipe as it is, or read its file.
+
+    Raises:
+        RecipeError: as `load_recipe`.
+    """
+    return recipe if isinstance(recipe, Recipe) else load_recipe(os.fspath(recipe))
+
+
+def load_to_run(path: str, overrides: Sequence[str], out: str | Path | None, *, resume: bool) -> Recipe:
+    """Read a recipe that is to run in `out`; of a run that is resumed, keys without effect are no mistake.
+
+    Raises:
+        RecipeError: as `load_recipe`.
+    """
+    try:
+        return load_recipe(path, overrides)
+    except RecipeError:
+        # A run that an older version began may have a key that is refused today, as it has no effect.
+        began = load_recipe(path, overrides, resumed=True) if resume else None
+        if began is None or not (Path(out or Path("runs") / began.name) / "recipe.yaml").exists():
+            raise
+        return began
+
+
 def parse_recipe(text: str, name: str, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe from text, as `load_recipe` reads one from a file; `name` is what mistakes call it."""
     findings = Findings()

@@ -1,0 +1,48 @@
+"""Hold a comparison as Python gives it back: a mapping that a notebook shows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tlscale.commands.compare_report import COLUMNS, Outcome, table
+from tlscale.commands.paired_tests import Pair
+from tlscale.commands.run_result import escaped, html_table
+from tlscale.errors import one_line
+
+
+class Comparison(dict[str, Any]):
+    """Runs side by side: a dictionary with what `compare.json` holds."""
+
+    def __init__(self, figures: Mapping[str, Any], folder: Path | None) -> None:
+        super().__init__(figures)
+        self.folder = folder
+        """Holds the table and the picture; None where none were written."""
+
+    @property
+    def table(self) -> list[dict[str, str]]:
+        """Return the rows of the table, the best first: a data frame takes them as they are."""
+        return [dict(zip(COLUMNS, cells, strict=True)) for cells in self._cells()]
+
+    def __repr__(self) -> str:
+        failed = sum(run["error"] is not None for run in self["runs"])
+        best = next((cells for cells in self._cells()), None)
+        ahead = "" if best is None or failed == len(self["runs"]) else f"; {one_line(best[0])!r} has top1 {best[2]}"
+        broken = f", {failed} failed" if failed else ""
+        return f"Comparison({len(self['runs'])} runs{broken}{ahead})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (dict(self), self.folder)
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        outcomes = [Outcome(**run) for run in self["runs"]]
+        return table(outcomes, [_pair(plain) for plain in self["pairs"]])
+
+    def _repr_html_(self) -> str:
+        notes = "".join(f"<p>{escaped(note)}</p>" for note in self["notes"])
+        return f"<p><b>{escaped(self['name'])}</b></p>{html_table(COLUMNS, self._cells())}{notes}"
+
+
+def _pair(plain: Mapping[str, Any]) -> Pair:
+    return Pair(**{key: value for key, value in plain.items() if key != "distinguishable"})

@@ -1,0 +1,75 @@
+"""Hold the figures of a run or an evaluation as Python gives them back: a mapping that a notebook shows.
+
+Promise: it is the dictionary that its file on disk holds. Text of others (class names, paths) is escaped where it is
+shown.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tlscale.commands.tables import CLASS_COLUMNS, class_rows
+from tlscale.errors import one_line
+from tlscale.tracking.console import number
+
+_MOST_ROWS = 20  # of a table in a notebook
+
+
+class RunResult(dict[str, Any]):
+    """Figures of a run or of an evaluation: a dictionary with what `result.json` or `figures.json` holds."""
+
+    def __init__(self, figures: Mapping[str, Any], folder: Path) -> None:
+        super().__init__(figures)
+        self.folder = folder
+        """The run's, or that of the evaluation."""
+
+    @property
+    def top1(self) -> float:
+        """Return the share of the scored images that are answered right."""
+        return float(self["top1"])
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Return the 95 % interval of `top1`."""
+        low, high = self["top1_interval95"]
+        return float(low), float(high)
+
+    @property
+    def per_class(self) -> dict[str, dict[str, Any]]:
+        """Return the figures of each class, by its name."""
+        by_name: dict[str, dict[str, Any]] = self["per_class"]
+        return by_name
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({one_line(self.folder)!r}: {self._score()})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (dict(self), self.folder)
+
+    def _score(self) -> str:
+        low, high = self.interval
+        of = "" if self["split"] == "all" else f"{self['split']} "
+        often = self.get("majority")
+        against = "" if often is None else f", {number(often['top1'])} for always saying {one_line(often['label'])!r}"
+        return f"top1 {number(self.top1)} ({low:.4f} to {high:.4f}) on {self['num_images']:,} {of}images{against}"
+
+    def _repr_html_(self) -> str:
+        rows = class_rows(self)
+        rest = f"<p>and {len(rows) - _MOST_ROWS:,} more classes</p>" if len(rows) > _MOST_ROWS else ""
+        head = f"<p><b>{escaped(self._score())}</b> &nbsp; {escaped(self.folder)}</p>"
+        return head + html_table(CLASS_COLUMNS, rows[:_MOST_ROWS]) + rest
+
+
+def escaped(text: object) -> str:
+    """Return text as a page shows it, with nothing that a browser would obey."""
+    return html.escape(one_line(text))
+
+
+def html_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Write a table as HTML."""
+    head = "".join(f"<th>{escaped(name)}</th>" for name in columns)
+    body = "".join(f"<tr>{''.join(f'<td>{escaped(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
