@@ -2,9 +2,9 @@
 
 The whole Python interface, with the names of the commands: `tlscale.new(data)`, `tlscale.load_recipe(path, overrides)`,
 `tlscale.plan(recipe)`, `tlscale.run(recipe, out)`, `tlscale.load(run)`, `tlscale.predict(run, images)`,
-`tlscale.evaluate(run, data=...)`, `tlscale.compare(recipe, sizes=[...])`, and `tlscale.TlscaleError`, of which all
-errors are that tlscale raises on purpose. They are imported on first use, so that `tlscale --help` does not wait for
-torch.
+`tlscale.evaluate(run, data=...)`, `tlscale.compare(recipe, sizes=[...])`, `tlscale.export(run, to=, out=)`, and
+`tlscale.TlscaleError`, of which all errors are that tlscale raises on purpose. They are imported on first use, so that
+`tlscale --help` does not wait for torch.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ __all__ = [
     "__version__",
     "compare",
     "evaluate",
+    "export",
     "load",
     "load_recipe",
     "new",
@@ -26,6 +27,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from tlscale.commands.export import export
     from tlscale.commands.in_python import compare, evaluate, load, plan, run
     from tlscale.commands.new import new
     from tlscale.commands.predict import predict
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "TlscaleError": "tlscale.errors",
+    "export": "tlscale.commands.export",
     "load_recipe": "tlscale.recipe.load",
     "new": "tlscale.commands.new",
     "predict": "tlscale.commands.predict",

@@ -208,6 +208,39 @@ def predict(run_dir: str, places: Sequence[str], **options: Any) -> None:  # noq
 
 
 @main.command()
+@click.argument("run_dir", metavar="RUN")
+@click.option("--to", required=True, metavar="FORMAT", help="One of onnx, torch-export, timm, hub.")
+@click.option("--out", required=True, metavar="DIR", help="A folder for it; an export to FORMAT there is replaced.")
+@click.option("--images", multiple=True, metavar="PATH", help="Compare on these images.  [default: the run's own]")
+@click.option("--licence", default="unknown", metavar="NAME", help="For the model card.  [default: unknown]")
+@click.option("--with-training-codes", is_flag=True, help="Export nearest neighbours with the features they compare.")
+@reports_errors
+def export(run_dir: str, **options: Any) -> None:  # noqa: ANN401 (click's own)
+    """Write the model of RUN for use elsewhere, and compare it with the run's on real images.
+
+    onnx: model.onnx, with classes and preprocessing in its metadata. torch-export: model.pt2, which needs torch alone.
+    timm: a folder that timm.create_model loads. hub: the same with a model card; nothing is uploaded. A file that
+    gives other logits or another accuracy than the run's model is not written.
+
+    Exit codes: 0 done, 1 no file that gives what the model gives, 2 wrong run, images or folder.
+
+    \b
+    Examples:
+      tlscale export runs/photos --to onnx --out photos_onnx
+      tlscale export runs/photos --to hub --out photos_hub --licence cc-by-4.0
+    """
+    from tlscale.commands.export import export as write
+    from tlscale.commands.export import show
+
+    try:
+        show(write(run_dir, **options))
+    except TlscaleError as error:
+        if error.key in options:  # named as in Python
+            error.key = f"--{error.key.replace('_', '-')}"
+        raise
+
+
+@main.command()
 @click.argument("recipe_files", nargs=-1, required=True, metavar="RECIPE...")
 @click.option("--strategies", callback=listed, metavar="A,B", help="Of one recipe.  [default: all six]")
 @click.option("--sizes", callback=numbers, metavar="N,M|all", help="Training images.  [default: the recipe's]")

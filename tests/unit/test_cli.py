@@ -69,7 +69,7 @@ def test_help_needs_no_torch_and_is_quick():
 
 
 def test_every_verb_has_a_help_page():
-    for verb in ("run", "plan", "evaluate", "recipes"):
+    for verb in ("run", "plan", "evaluate", "export", "recipes"):
         code, text, _ = invoke(verb, "--help")
         assert code == 0
         assert text.startswith("Usage:")

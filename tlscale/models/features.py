@@ -281,15 +281,16 @@ class _Hooked:
         if layer in self.strides:
             problem = f"'{layer}' of {kind} runs more than once in a pass"
             raise ModelError(problem, key="codes.layer", remedy="Name a module around it.")
-        tensors = [one for one in value if isinstance(one, Tensor)] if isinstance(value, tuple | list) else [value]
-        if len(tensors) != 1 or not isinstance(tensors[0], Tensor):
+        tensor = only_tensor(value)
+        if tensor is None:
             inside = ", ".join(f"'{layer}.{name}'" for name, _ in module.named_children())
             raise ModelError(
                 f"'{layer}' of {kind} gives a {type(value).__name__}, not one tensor",
                 key="codes.layer",
                 remedy=f"Name a module {f'in it ({inside}), or ' if inside else ''}after it.",
             )
-        found = _in_positions(_at_least_float32(tensors[0]), layer, self.backbone, self.images_shape)
+        tensor = at_least_float32(tensor)
+        found = layout_of(tensor, layer, self.backbone, self.images_shape).positions(tensor)
         self.strides[layer] = None if found.height is None else round(self.images_shape[2] / found.height)
         for pool in self.pools[layer]:
             self.codes[layer, pool] = found.pooled(pool, layer)
@@ -302,14 +303,41 @@ class _Hooked:
             raise ModelError(f"{type(self.backbone).__name__} gives {shape}, not one vector an image", key="backbone")
         self.strides[PENULTIMATE] = None
         for pool in self.pools[PENULTIMATE]:
-            self.codes[PENULTIMATE, pool] = _at_least_float32(features)
+            self.codes[PENULTIMATE, pool] = at_least_float32(features)
 
 
-def _at_least_float32(value: Tensor) -> Tensor:
+def at_least_float32(value: Tensor) -> Tensor:
+    """Raise half precision to float32."""
     return value if value.dtype == torch.float64 else value.float()
 
 
-def _in_positions(value: Tensor, layer: str, backbone: nn.Module, images_shape: torch.Size) -> _Positions:
+class Layout(NamedTuple):
+    """How what a layer gives is to be read, by network and size of images: K of tokens, the channels' side of maps."""
+
+    num_dims: int
+    num_prefix: int = 0
+    channel_dim: int = 1
+
+    def positions(self, value: Tensor) -> _Positions:
+        """Read the positions and the prefix tokens."""
+        if self.num_dims == 2:
+            return _Positions(value.unsqueeze(1), value.new_zeros(len(value), 0, value.shape[1]), None)
+        if self.num_dims == 3:
+            num_positions = value.shape[1] - self.num_prefix
+            side = math.isqrt(num_positions)
+            height = side if side**2 == num_positions else None
+            return _Positions(value[:, self.num_prefix :], value[:, : self.num_prefix], height)
+        value = value.movedim(self.channel_dim, 1)
+        positions = value.flatten(2).transpose(1, 2)
+        return _Positions(positions, positions[:, :0], value.shape[2], is_map=True)
+
+
+def layout_of(value: Tensor, layer: str, backbone: nn.Module, images_shape: torch.Size) -> Layout:
+    """Find out how what a layer gave is to be read.
+
+    Raises:
+        ModelError: it cannot be read as one vector an image, or in two ways.
+    """
     if value.ndim not in (2, 3, 4) or value.shape[0] != images_shape[0]:
         raise ModelError(
             f"'{layer}' of {type(backbone).__name__} gives {tuple(value.shape)} for {images_shape[0]} images: neither "
@@ -317,16 +345,15 @@ def _in_positions(value: Tensor, layer: str, backbone: nn.Module, images_shape: 
             key="codes.layer",
             remedy=f"Name a module around it, or a stage: {', '.join(stages(backbone))}.",
         )
-    if value.ndim == 2:
-        return _Positions(value.unsqueeze(1), value.new_zeros(len(value), 0, value.shape[1]), None)
     if value.ndim == 3:
-        num_prefix = _num_prefix(value, layer, backbone, images_shape)
-        num_positions = value.shape[1] - num_prefix
-        side = math.isqrt(num_positions)
-        return _Positions(value[:, num_prefix:], value[:, :num_prefix], side if side**2 == num_positions else None)
-    value = value.movedim(_channel_dim(value, layer, backbone), 1)
-    positions = value.flatten(2).transpose(1, 2)
-    return _Positions(positions, positions[:, :0], value.shape[2], is_map=True)
+        return Layout(3, num_prefix=_num_prefix(value, layer, backbone, images_shape))
+    return Layout(value.ndim, channel_dim=_channel_dim(value, layer, backbone) if value.ndim == 4 else 1)
+
+
+def only_tensor(value: object) -> Tensor | None:
+    """Return the one tensor that a layer gave; None where it gave none, or several."""
+    tensors = [one for one in value if isinstance(one, Tensor)] if isinstance(value, tuple | list) else [value]
+    return tensors[0] if len(tensors) == 1 and isinstance(tensors[0], Tensor) else None
 
 
 def _num_prefix(value: Tensor, layer: str, backbone: nn.Module, images_shape: torch.Size) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tlscale.errors import ModelError
 
-_VOTE_TEMPERATURE = 0.07  # as in DINO (Caron et al. 2021), after Wu et al. 2018
+VOTE_TEMPERATURE = 0.07  # as in DINO (Caron et al. 2021), after Wu et al. 2018
 _MOST_SIMILARITIES = 2**24  # kept at a time: 64 MiB
 
 
@@ -87,7 +87,7 @@ class KnnHead(nn.Module):
     def votes(self, cosines_BK: Tensor, labels_BK: Tensor) -> Tensor:
         """Compute logits (B, C) from some nearest neighbours."""
         k = cosines_BK.shape[1]
-        weights_BK = (cosines_BK / _VOTE_TEMPERATURE).softmax(dim=1) * k
+        weights_BK = (cosines_BK / VOTE_TEMPERATURE).softmax(dim=1) * k
         votes_BC = weights_BK.new_full((len(labels_BK), self.num_classes), 1 / self.num_classes)
         for neighbour in range(k):  # one at a time: a scatter of many adds in no fixed order on a GPU
             votes_BC.scatter_add_(1, labels_BK[:, neighbour, None], weights_BK[:, neighbour, None])

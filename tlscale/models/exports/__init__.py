@@ -1,0 +1,1 @@
+"""The trained model in formats of others: one file a format, and the check that all of them pass."""

@@ -1,0 +1,124 @@
+"""Write a model as an ONNX file: `images` (N, C, H, W), normalised float32, to `logits` (N, classes), N free.
+
+Promise: what is left on the disk was run by ONNX Runtime and compared with the model of the run. torch has two
+exporters, and each is wrong or fails for networks that the other exports well: one is tried after the other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tlscale.models.exports.check import Evidence, WrongExportError, require
+from tlscale.models.exports.network import exportable
+from tlscale.models.weights import first_line
+
+FILE = "model.onnx"
+OPSET = 18
+"""That in which torch's new exporter writes natively; ONNX Runtime reads it from version 1.14 on."""
+_MOST_BYTES = 1_900_000_000  # of one file; the format ends at 2 GiB, and then tensors have a file of their own
+_BIG_FILE = f"{FILE}.data"
+
+
+def write_onnx(folder: Path, evidence: Evidence, about: Mapping[str, str]) -> dict[str, Any]:
+    """Write `model.onnx`.
+
+    Returns:
+        What the check found, the exporter and the opset.
+
+    Raises:
+        TlscaleError: packages are missing, or no exporter gives a file that gives the logits of the run.
+    """
+    require("onnx", "onnxruntime", "onnxscript")
+    network = exportable(evidence.trained.model, evidence.example)
+    path, failures = folder / FILE, []
+    for name, exporter in EXPORTERS.items():
+        try:
+            with quiet():
+                exporter(network, evidence.example, path)
+            _finish(path, about)
+            return {"exporter": name, "opset": OPSET, **evidence.compare(_session(path))}
+        except WrongExportError as error:
+            failures.append(f"{name}: {error}")
+        except Exception as error:  # each network fails in its own way, in the exporter or in ONNX Runtime
+            failures.append(f"{name}: {type(error).__name__}: {first_line(error)}")
+        for left in folder.glob(f"{FILE}*"):
+            left.unlink()
+    listed = "".join(f"\n  {failure}" for failure in failures)
+    raise WrongExportError(
+        f"no exporter makes an ONNX file that gives what the run's model gives:{listed}",
+        key="to",
+        remedy="Nothing was written. Try 'torch-export' or 'timm'",
+    )
+
+
+def _with_torchscript(network: nn.Module, example: Tensor, path: Path) -> None:
+    free = {0: "N"}
+    _export(network, example, path, dynamo=False, dynamic_axes={"images": free, "logits": free})
+
+
+def _with_dynamo(network: nn.Module, example: Tensor, path: Path) -> None:
+    _export(network, example, path, dynamo=True, dynamic_shapes=({0: torch.export.Dim("N", min=1)},), verbose=False)
+
+
+def _export(network: nn.Module, example: Tensor, path: Path, **options: Any) -> None:  # noqa: ANN401 (torch's own)
+    with torch.no_grad():
+        torch.onnx.export(
+            network,
+            (example,),
+            path,
+            input_names=["images"],
+            output_names=["logits"],
+            opset_version=OPSET,
+            **options,
+        )
+
+
+EXPORTERS: dict[str, Callable[[nn.Module, Tensor, Path], None]] = {
+    # First the one that takes a fraction of a second, where the other takes many.
+    "torchscript": _with_torchscript,
+    "dynamo": _with_dynamo,
+}
+
+
+def _finish(path: Path, about: Mapping[str, str]) -> None:
+    """Put the metadata in, and all tensors into the one file, if it can hold them."""
+    import onnx
+
+    model = onnx.load(path)
+    for left in path.parent.glob(f"{FILE}*"):
+        left.unlink()
+    onnx.helper.set_model_props(model, dict(about))
+    big = sum(tensor.ByteSize() for tensor in model.graph.initializer) > _MOST_BYTES
+    onnx.save_model(model, path, save_as_external_data=big, location=_BIG_FILE if big else None)
+
+
+def _session(path: Path) -> Callable[[Tensor], Tensor]:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 4  # what fails is told by us
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Let exporters not talk: of what they warn, the check finds what matters."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
