@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import wraps
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -103,27 +104,43 @@ class _CodesGroup(click.Group):
         return super().resolve_command(context, args)
 
 
-@click.group(cls=_CodesGroup, subcommand_metavar="RECIPE [KEY.PATH=VALUE]... | list | verify | prune")
+@click.group(cls=_CodesGroup, subcommand_metavar="RECIPE [KEY.PATH=VALUE]... [--out FILE] | list | verify | prune")
 def codes() -> None:
     """Compute the codes that RECIPE needs, ahead of its run; or look after those that are cached.
 
     Codes are cached features: a run does not compute what it finds there. They are stored in $TLSCALE_CACHE/codes (by
-    default ~/.cache/tlscale/codes).
+    default ~/.cache/tlscale/codes). --out FILE (.parquet, .npy) writes them for other tools; see `tlscale codes compute
+    --help`.
+
+    \b
+    Examples:
+      tlscale codes photos.yaml
+      tlscale codes photos.yaml --out codes.parquet "codes.layer=[layer3, penultimate]"
     """
 
 
 @codes.command("compute", hidden=True)
 @takes_recipe
+@click.option("--out", metavar="FILE", help="Write the codes to this .parquet or .npy file as well.")
 @reports_errors
-def codes_compute(recipe: str, overrides: Sequence[str]) -> None:
-    """Compute and cache the codes of RECIPE's images: of codes.layer, or of what it freezes."""
+def codes_compute(recipe: str, overrides: Sequence[str], out: str | None) -> None:
+    """Compute and cache the codes of RECIPE's images: of codes.layer, or of what it freezes.
+
+    With --out FILE those of codes.layer (by default penultimate) are written for other tools. Parquet: path, split,
+    label, row, and a column for each layer. NumPy (.npy): the matrix of one layer, and the other columns as .csv.
+
+    \b
+    Examples:
+      tlscale codes photos.yaml --out codes.parquet "codes.layer=[layer3, penultimate]"
+      tlscale codes photos.yaml backbone.weights=run:runs/photos --out codes.npy
+    """
     at_s = began_s()
     loaded = load(recipe, overrides)
     from tlscale.commands.codes import compute_codes
     from tlscale.distributed.signals import stop_with_launcher
 
     stop_with_launcher()
-    compute_codes(loaded, Stopwatch(at_s))
+    compute_codes(loaded, Stopwatch(at_s), out=None if out is None else Path(out))
 
 
 @codes.command("list")

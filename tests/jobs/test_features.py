@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import csv
+import re
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from click.testing import CliRunner
 from PIL import Image
 
 import tlscale
 from tests.small_runs import put_small_folder, small_recipe
-from tlscale.errors import DataError, ModelError
+from tlscale.cli import main
+from tlscale.errors import EXIT_BAD_INPUT, DataError, ModelError
 
 RESNET = {"name": "test_resnet"}
 RUNS = {
@@ -107,3 +111,54 @@ def test_wrong_layers_are_named_as_in_python(trained, data):
         model.features(data / "test", pool="mean")
     with pytest.raises(DataError, match=r"^batch_size: 0 is no number"):
         model.features(data / "test", batch_size=0)
+
+
+# -- tlscale codes RECIPE --out ---------------------------------------------------------------------------------------
+
+
+def codes(*words):
+    return CliRunner().invoke(main, ["codes", *map(str, words)])
+
+
+def test_codes_of_all_splits_in_a_file(trained, data, tmp_path):
+    """What the probe was fitted to, under the names of its images."""
+    model = trained("early")
+    recipe = model.folder.parent / "early.yaml"
+    done = codes(recipe, "--out", tmp_path / "codes.parquet", "codes.layer=[layer2, penultimate]")
+    assert done.exit_code == 0, done.output
+    table = pq.read_table(tmp_path / "codes.parquet")
+    assert table.column_names == ["path", "split", "label", "row", "layer2 avgmax", "penultimate"]
+    assert table.schema.field("penultimate").type.list_size == 96
+    counts = {name: table["split"].to_pylist().count(name) for name in ("train", "validation", "test")}
+    assert counts == {"train": 32, "validation": 8, "test": 20}
+    assert table["label"].to_pylist() == [path.split("/")[1] for path in table["path"].to_pylist()]
+    found = model.features([data / path for path in table["path"].to_pylist()], layer="layer2", pool="avgmax")
+    np.testing.assert_array_equal(np.array(table["layer2 avgmax"].to_pylist(), np.float32), found)
+    scored = pq.read_table(model.folder / "predictions.parquet", columns=["path", "row"])
+    assert scored.to_pylist() == table.select(["path", "row"]).slice(40).to_pylist()
+
+
+def test_codes_as_a_matrix_of_a_recipe_that_trains(trained, tmp_path):
+    recipe = trained("finetune").folder.parent / "finetune.yaml"
+    done = codes(recipe, "--out", tmp_path / "codes.npy")
+    assert done.exit_code == 0, done.output
+    matrix = np.load(tmp_path / "codes.npy")
+    assert (matrix.shape, matrix.dtype) == ((60, 96), np.float32)
+    assert np.isfinite(matrix).all()
+    assert len(np.unique(matrix, axis=0)) > 50
+    with (tmp_path / "codes.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["split"] for row in rows] == ["train"] * 32 + ["validation"] * 8 + ["test"] * 20
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["codes.csv", "codes.npy"]
+
+
+def test_files_that_cannot_be_written_are_refused_before_anything_is_computed(trained, tmp_path):
+    recipe = trained("finetune").folder.parent / "finetune.yaml"
+    for words, said in [
+        (["--out", tmp_path / "codes.txt"], "--out: '.*codes.txt' has no ending"),
+        (["--out", tmp_path / "none" / "codes.npy"], "--out: there is no folder"),
+        (["--out", tmp_path / "codes.npy", "codes.layer=[layer1, layer2]"], "--out: a .npy file holds codes of one"),
+    ]:
+        done = codes(recipe, *words)
+        assert done.exit_code == EXIT_BAD_INPUT
+        assert re.search(said, done.stderr), done.stderr

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from contextlib import closing
+from pathlib import Path
 
 from tlscale.codes.cache import CodesCache
 from tlscale.codes.entry import Entry
 from tlscale.codes.parts import partition_parts, wanted_layers
 from tlscale.codes.reader import Codes
 from tlscale.codes.store import CodesStore
+from tlscale.commands.codes_file import check_file, rows_file, write_codes
 from tlscale.data.sources.open import ImageSplit
 from tlscale.distributed.processes import Processes, start_processes
 from tlscale.distributed.signals import StopRequest
@@ -24,17 +26,24 @@ from tlscale.training.specs import ask_teacher, cache_spec, open_codes_cache
 _GIB = 2**30
 
 
-def compute_codes(recipe: Recipe, watch: Stopwatch | None = None) -> int:
+def compute_codes(recipe: Recipe, watch: Stopwatch | None = None, *, out: Path | None = None) -> int:
     """Compute and cache the codes of all images of the recipe's data; what is cached is not computed again.
 
     They are those of `codes.layer`, or what a probe takes by default; and for a recipe that trains, those that its
     (first stage's) frozen part gives, or its teacher. Return how many images went through the network, over all
     processes.
 
+    Args:
+        out: a .parquet or .npy file that takes the codes of `codes.layer` (by default the penultimate ones), whatever
+            the recipe does with them.
+
     Raises:
         TlscaleError: wrong input, codes that cannot be cached, or `Stopped` after a signal.
     """
     watch = watch or Stopwatch()
+    wanted = wanted_layers(recipe.codes)
+    if out is not None:
+        check_file(out, len(wanted))
     processes = start_processes(recipe.compute.without_engine())
     console = Console(enabled=processes.is_main)
     with closing(processes), StopRequest(peers=processes.peers()), console.shows_progress():
@@ -45,14 +54,19 @@ def compute_codes(recipe: Recipe, watch: Stopwatch | None = None) -> int:
         codes_cache.store.spare.must_cache = True
         data = setup.data
         others = [split for split in (data.validation, data.test) if split is not None]
-        if recipe.probe is not None or recipe.codes.layer is not None:
-            wanted = wanted_layers(recipe.codes)
-            _show(codes_cache.layer_codes(setup.classifier.backbone, wanted, [data.train, *others]), console)
+        if out is not None or recipe.probe is not None or recipe.codes.layer is not None:
+            splits = [data.train, *others]
+            codes = codes_cache.layer_codes(setup.classifier.backbone, wanted, splits)
+            _show(codes, console)
+            if out is not None:
+                processes.run_on_main(write_codes, out, splits, codes, data.classes)
         elif (targets := ask_teacher(setup, processes, codes_cache)) is not None:
             _show(targets.codes(), console)
         else:
             _frozen_codes(setup, processes, codes_cache, others)
         console.say(f"{codes_cache.num_computed:,} images were computed; all codes are in '{codes_cache.store.root}'")
+        if out is not None:
+            console.say(f"wrote '{out}'" + (f", and its rows to '{rows_file(out)}'" if rows_file(out) else ""))
         console.say("seconds: " + describe_seconds(watch.figures(parts=("start", "scan", "decode", "codes"))))
         return codes_cache.num_computed
 
