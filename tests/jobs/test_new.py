@@ -1,8 +1,11 @@
 """`tlscale new`: from a folder of own pictures to a recipe that runs."""
 
 import csv
+import re
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 from PIL import Image
@@ -127,3 +130,42 @@ def test_another_backbone_has_its_own_layers_and_freezing(backbone, tmp_path, mo
     tlscale.run(tuned, tmp_path / "run")
     figures = result(tmp_path / "run")
     assert 0.2 < figures["trainable_params"] / figures["total_params"] < 0.999
+
+
+def test_images_that_a_table_names_by_absolute_paths_are_left_out(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    photos = pictures(tmp_path / "photos")
+    (photos / "ash" / "1.png").write_bytes(b"no image")
+    rows = [f"{photos}/{label}/{i}.png,{label}" for label in ("ash", "oak") for i in range(6)]
+    for folder in ("photos", "elsewhere"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / "mine.csv").write_text("\n".join(["path,label", *rows, "/no/such.png,oak"]) + "\n")
+        recipe = new(f"{folder}/mine.csv", out=f"recipes/{folder}/r.yaml")  # folders that are not there yet
+        assert len(listed(recipe.data.exclude)) == 2
+        data = open_data(recipe.data, recipe.seed)
+        assert len(data.train) + len(data.validation) == 11
+
+
+def test_runs_are_kept_out_of_the_class_folders(tmp_path, monkeypatch):
+    photos = pictures(tmp_path / "photos")
+    for place, data in ((photos, "."), (photos / "ash", "..")):
+        monkeypatch.chdir(place)
+        before = sorted(photos.rglob("*"))
+        with pytest.raises(DataError, match=re.escape(f"Go to another folder, such as '{tmp_path}'")):
+            new(data, out="r.yaml")
+        assert sorted(photos.rglob("*")) == before
+    with pytest.raises(DataError, match="'' does not exist"):
+        new("")
+
+
+def test_what_is_noted_of_the_data_is_shown(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pictures(tmp_path / "photos")
+    rows = [f"photos/{label}/{i}.png,{label},{'train' if i else 'test'}" for label in ("ash", "oak") for i in range(6)]
+    (tmp_path / "t.csv").write_text("\n".join(["path,label,subset", *rows]) + "\n")
+    said = CliRunner().invoke(main, ["new", "t.csv"], catch_exceptions=False).output
+    assert "SPLITS IGNORED" in said
+    raw = [(tmp_path / row.split(",")[0]).read_bytes() for row in rows]
+    pq.write_table(pa.table({"image": [*raw, b"junk"], "label": [*("ash",) * 6, *("oak",) * 7]}), "b.parquet")
+    said = CliRunner().invoke(main, ["new", "b.parquet"], catch_exceptions=False).output
+    assert "1 images cannot be read" in said

@@ -16,7 +16,7 @@ from tlscale.models.backbone import build_backbone
 from tlscale.models.features import early_layers
 from tlscale.recipe.load import parse_recipe
 from tlscale.recipe.schema import BackboneSection, Recipe
-from tlscale.storage.files import write_text
+from tlscale.storage.files import make_folder, write_text
 from tlscale.tracking.console import Console
 
 _INDENT = 10  # of what is said, behind the words that begin a block
@@ -63,6 +63,8 @@ def _write(data: str, backbone: str, out: Path | None, command: str) -> tuple[Re
     layers = ([], None) if backbone == BUNDLED else _layers(backbone)
     seen = survey(data, exclude)
     try:
+        if out is not None:
+            make_folder(out.parent)
         text, words = recipe_text(name, seen, backbone, layers, command)
         recipe = parse_recipe(text, str(out or name))
         open_data(recipe.data, recipe.seed, tries_images=False)

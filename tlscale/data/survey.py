@@ -24,10 +24,11 @@ from tlscale.data.decode import FORMATS, decode_image
 from tlscale.data.folder_layout import lay_out, tables_in
 from tlscale.data.sources.excluded import write_excluded
 from tlscale.data.sources.open import read_source, recognised_source
+from tlscale.data.sources.split_names import split_keys
 from tlscale.data.sources.tables import RawStore, Role, Source, SourceSplit
-from tlscale.data.table_layout import guess_columns, rows_to_leave_out
+from tlscale.data.table_layout import guess_columns, name_splits, rows_to_leave_out
 from tlscale.data.workers import map_in_threads
-from tlscale.errors import DataError
+from tlscale.errors import DataError, one_line
 from tlscale.recipe.schema import DataSection
 from tlscale.recipe.sources import SOURCES
 from tlscale.tracking.console import Pace
@@ -137,12 +138,14 @@ def _survey(keys: dict[str, Any], left_out: dict[str, str], notes: tuple[str, ..
 
     section = leave_out({})
     source = read_source(section)
+    notes = (*notes, *source.notes)
     seen = _look_at_all(source, section)
     if not seen.sizes:
         first = next(iter(seen.bad.items()), ("", "no image"))
         raise DataError(f"{source.place}: none of {seen.num_bad:,} images can be read; the first: {': '.join(first)}")
     if seen.num_bad > len(seen.bad):  # not files of their own
         keys["on_bad_image"] = "skip"
+        notes = (*notes, f"{seen.num_bad:,} images cannot be read; each run skips and counts them")
     equal = [places for places in seen.places.values() if len(places) > 1]
     copies = _copies(equal) if seen.has_files else {}
     bad = seen.bad | copies
@@ -163,9 +166,13 @@ def _survey(keys: dict[str, Any], left_out: dict[str, str], notes: tuple[str, ..
 
 def _keys_of(place: str) -> tuple[dict[str, Any], dict[str, str], tuple[str, ...]]:
     """Return the keys of `data` for a place, what is left out (before an image is read), and notes."""
-    kind = recognised_source(place)
+    kind = recognised_source(place) if place else None
     if kind is None:
-        wrong = "is neither a folder nor a table of images" if Path(place).expanduser().exists() else "does not exist"
+        wrong = (
+            "is neither a folder nor a table of images"
+            if place and Path(place).expanduser().exists()
+            else "does not exist"
+        )
         raise DataError(f"'{place}' {wrong}", remedy="Name a folder, or a table (.csv, .tsv, .parquet), of images")
     if kind == "folder":
         return _keys_of_folder(place)
@@ -183,16 +190,30 @@ def _keys_of_folder(place: str) -> tuple[dict[str, Any], dict[str, str], tuple[s
         if len(tables) != 1:
             raise
         return _keys_of_table(str(Path(place) / tables[0]))
-    keys: dict[str, Any] = {"source": "folder", "path": place}
-    defaults = {"train": "train", "test": "test", "validation": None}
-    keys |= {f"{role}_split": name for role, name in layout.splits.items() if name != defaults[role]}
+    _refuse_to_write_among_classes(root, list(layout.splits.values()))
+    keys: dict[str, Any] = {"source": "folder", "path": place, **split_keys(layout.splits)}
     if layout.class_folder is not None:
         keys["class_folder"] = layout.class_folder
     return keys, dict(layout.left_out), layout.notes
 
 
+def _refuse_to_write_among_classes(root: Path, splits: list[str]) -> None:
+    """Refuse a current folder that is among the class folders, where a recipe and `runs` would be taken for data."""
+    here = Path().resolve()
+    for base in (root / split for split in splits or ["."]):
+        if here.is_relative_to(base.resolve()):
+            problem = f"the current folder is in '{one_line(base)}', where the runs would lie among the class folders"
+            outside = root.resolve()
+            remedy = (
+                f"Go to another folder, such as '{one_line(outside.parent)}', and name this one: '{one_line(outside)}'"
+            )
+            raise DataError(problem, remedy=remedy)
+
+
 def _keys_of_table(place: str) -> tuple[dict[str, Any], dict[str, str], tuple[str, ...]]:
-    keys: dict[str, Any] = {"source": "manifest", "path": place, **guess_columns(Path(place).expanduser())}
+    file = Path(place).expanduser()
+    keys: dict[str, Any] = {"source": "manifest", "path": place, **guess_columns(file)}
+    keys |= name_splits(DataSection(**keys))
     return keys, rows_to_leave_out(DataSection(**keys)), ()
 
 

@@ -10,17 +10,19 @@ import stat
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
 from tlscale.data.sources.columns import LABEL_COLUMNS
+from tlscale.data.sources.folder import is_image_name
 from tlscale.data.sources.labels import is_text
 from tlscale.data.sources.manifest import FIRST_ROWS, IMAGE_COLUMNS, read_table
 from tlscale.data.sources.paths import local_path
-from tlscale.data.sources.split_names import SPLIT_COLUMN
+from tlscale.data.sources.split_names import SPLIT_COLUMN, Role, role_of, split_keys
 from tlscale.data.sources.stores import kind_of_file
 from tlscale.distributed.signals import check_stop
-from tlscale.errors import DataError, first_few, quoted
+from tlscale.errors import DataError, first_few, one_line, quoted
 from tlscale.recipe.schema import DataSection
 
 
@@ -37,6 +39,9 @@ def guess_columns(file: Path) -> dict[str, str]:
     except (pa.ArrowException, OSError, UnicodeError) as error:
         raise DataError(f"{file}: cannot be read as a table: {error}") from None
     columns = table.column_names
+    if any(_is_file(file, name) for name in columns):
+        problem = f"{file}: its first line names an image, and no columns"
+        raise DataError(problem, remedy="Write path,label above it, or what the columns are called")
     usual = {
         key: [name for name in columns if name.strip().lower() in names]
         for key, names in (("image", IMAGE_COLUMNS), ("label", LABEL_COLUMNS))
@@ -53,6 +58,32 @@ def guess_columns(file: Path) -> dict[str, str]:
     return {
         f"{what}_column": found[0] for what, found in (("image", images), ("label", labels)) if found != usual[what]
     }
+
+
+def name_splits(section: DataSection) -> dict[str, str]:
+    """Return the keys of `data` for the splits of a table, however they are spelt: 'Train', 'VAL'.
+
+    Raises:
+        DataError: two values of the column may be the same split, or there is nothing to train on.
+    """
+    file = local_path(section)
+    table, _ = read_table(section, file)
+    if table.num_columns == 2:
+        return {}
+    column = table.column_names[2]
+    names = sorted(pc.unique(table[column].cast(pa.large_string())).drop_null().to_pylist())
+    by_role: dict[Role, str] = {}
+    for name in names:
+        role = role_of(name)
+        if role in by_role:
+            problem = f"{file}, column {column!r}: {by_role[role]!r} and {name!r} may both be the {role} split"
+            raise DataError(problem, remedy="Write them alike")
+        if role is not None:
+            by_role[role] = name
+    if by_role and "train" not in by_role:
+        problem = f"{file}, column {column!r}: nothing to train on, as it holds {first_few(quoted(names))} alone"
+        raise DataError(problem, remedy="Write 'train' into the rows of images to train on")
+    return split_keys(by_role)
 
 
 def _head(file: Path) -> pa.Table:
@@ -72,7 +103,11 @@ def _names_files(file: Path, column: pa.ChunkedArray) -> bool:
     if not is_text(column.type):
         return False
     first = next((text for text in column.to_pylist() if text and text.strip()), None)
-    return first is not None and "\0" not in first and (file.parent / first).is_file()
+    return first is not None and _is_file(file, first)
+
+
+def _is_file(file: Path, name: str) -> bool:
+    return bool(name.strip()) and "\0" not in name and is_image_name(name) and (file.parent / name).is_file()
 
 
 def rows_to_leave_out(section: DataSection) -> dict[str, str]:
@@ -82,7 +117,7 @@ def rows_to_leave_out(section: DataSection) -> dict[str, str]:
     image, label = table.column_names[:2]
     if not is_text(table[image].type):
         return {}
-    left_out = {}
+    left_out: dict[str, str] = {}
     labels = table[label].cast(pa.large_string()).to_pylist()
     for row, (path, text) in enumerate(zip(table[image].to_pylist(), labels, strict=True)):
         check_stop("scanning files")
@@ -93,6 +128,10 @@ def rows_to_leave_out(section: DataSection) -> dict[str, str]:
             problem = "it has no label"
         if problem is not None:
             left_out[path] = problem
+    if left_out and len(left_out) == len(pc.unique(table[image])):
+        path, problem = next(iter(left_out.items()))
+        remedy = f"Paths are relative to '{one_line(file.parent)}', with / between folders, and each row has a label"
+        raise DataError(f"{file}: none of its images is of use; the first: {path}: {problem}", remedy=remedy)
     return left_out
 
 

@@ -153,6 +153,8 @@ class TextFile:
         return self._path.exists() and not self._mark.exists and self._is_ours()
 
     def _is_ours(self) -> bool:
+        if not self._path.is_file():  # to open a pipe waits for ever
+            return False
         with self._path.open("rb") as file:
             return file.read(len(self._form.known_by)) in (b"", self._form.known_by.encode())
 

@@ -53,6 +53,8 @@ class ParquetFile:
         self._mark.put()
 
     def _is_ours(self) -> bool:
+        if not self._path.is_file():  # to open a pipe waits for ever
+            return False
         try:
             return bool(pq.read_schema(self._path).names[:3] == self._columns.names[:3])
         except (pa.ArrowException, OSError):

@@ -29,11 +29,12 @@ def test_any_path_comes_back_and_none_is_a_formula(tmp_path_factory, paths):
         assert not (tmp_path / "x.csv").exists()
         return
     shortest = {os.path.normpath(path) for path in paths}
+    root = tmp_path / "photos"
     if any(path == "." or path.split("/")[0] == ".." for path in shortest):
         with pytest.raises(DataError, match="not below the data"):
-            excluded_paths(section(tmp_path))
+            excluded_paths(section(tmp_path), root)
     else:
-        assert excluded_paths(section(tmp_path)) == shortest
+        assert excluded_paths(section(tmp_path), root) == {str(root / path) for path in shortest}
     with open(tmp_path / "x.csv", newline="", encoding="utf-8") as file:
         cells = [row[0] for row in csv.reader(file)]
     assert [cell for cell in cells if cell[:1] in ("=", "+", "-", "@", "\t", "\r")] == []
@@ -59,6 +60,28 @@ def test_rows_of_a_table_are_left_out_before_their_files_are_looked_for(tmp_path
     write_excluded(tmp_path / "x.csv", [("gone.jpg", "not there"), ("2.jpg", "bad")])
     with pytest.raises(DataError, match="one class only"):
         open_data(section(tmp_path, "manifest", "t.csv"), 0)
+
+
+@pytest.mark.parametrize("listed", ["a/1.jpg", "./a/1.jpg", "{root}/a/1.jpg"])
+@pytest.mark.parametrize("named", ["a/1.jpg", "b/../a/1.jpg", "{root}/a/1.jpg"])
+def test_a_table_of_images_may_name_them_in_any_spelling(listed, named, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made(tmp_path, "a/1.jpg", "a/2.jpg", "b/3.jpg")
+    (tmp_path / "t.csv").write_text(f"path,label\n{named.format(root=tmp_path)},ash\na/2.jpg,ash\nb/3.jpg,oak\n")
+    write_excluded(tmp_path / "x.csv", [(listed.format(root=tmp_path), "bad")])
+    for path in ("t.csv", str(tmp_path / "t.csv")):
+        data = open_data(section(tmp_path, "manifest").model_copy(update={"path": path}), 0)
+        assert len(data.train) == 2
+
+
+@pytest.mark.parametrize("path", [".", "../photos", "../photos/", "{root}/x/../photos"])
+def test_a_folder_leaves_out_by_whichever_name_it_is_called(path, tmp_path, monkeypatch):
+    made(tmp_path / "photos", "ash/1.jpg", "ash/2.jpg", "oak/1.jpg")
+    (tmp_path / "x").mkdir()
+    monkeypatch.chdir(tmp_path / "photos")
+    write_excluded(tmp_path / "x.csv", [("ash/2.jpg", "bad")])
+    data = open_data(section(tmp_path).model_copy(update={"path": path.format(root=tmp_path)}), 0)
+    assert len(data.train) == 2
 
 
 @pytest.mark.parametrize(

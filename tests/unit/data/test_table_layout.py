@@ -5,7 +5,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.unit.data.test_folder_layout import made
-from tlscale.data.table_layout import guess_columns, rows_to_leave_out
+from tlscale.data.table_layout import guess_columns, name_splits, rows_to_leave_out
 from tlscale.errors import DataError
 from tlscale.recipe.schema import DataSection
 
@@ -50,3 +50,28 @@ def test_rows_of_no_use_are_listed_with_their_reason(tmp_path):
     assert set(left_out) == {"2.jpg", "gone.jpg", "folder.jpg"}
     assert left_out["2.jpg"] == "it has no label"
     assert "folder" in left_out["folder.jpg"]
+
+
+def test_a_table_without_a_header_or_with_paths_of_elsewhere_is_told_apart(tmp_path):
+    made(tmp_path, "a/1.jpg", "a/2.jpg")
+    (tmp_path / "bare.csv").write_text("a/1.jpg,ash\na/2.jpg,oak\n")
+    with pytest.raises(DataError, match="first line names an image"):
+        guess_columns(tmp_path / "bare.csv")
+    (tmp_path / "windows.csv").write_text("path,label\na\\1.jpg,ash\na\\2.jpg,oak\n")
+    with pytest.raises(DataError, match="none of its images is of use.*with / between folders"):
+        rows_to_leave_out(DataSection(source="manifest", path=str(tmp_path / "windows.csv")))
+
+
+def test_splits_are_named_however_they_are_spelt(tmp_path):
+    def named(*values) -> dict[str, str]:
+        rows = [f"{number}.jpg,ash,{value}" for number, value in enumerate(values)]
+        (tmp_path / "t.csv").write_text("\n".join(["path,label,Split", *rows]) + "\n")
+        return name_splits(DataSection(source="manifest", path=str(tmp_path / "t.csv")))
+
+    assert named("train", "test", "train") == {}
+    keys = {"train_split": "Train", "validation_split": "VAL", "test_split": "testing"}
+    assert named("VAL", "Train", "testing", "Train") == keys
+    with pytest.raises(DataError, match="may both be the test split"):
+        named("train", "test", "Test")
+    with pytest.raises(DataError, match="nothing to train on"):
+        named("val", "test")

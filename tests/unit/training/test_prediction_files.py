@@ -4,6 +4,7 @@ import csv
 import io
 import itertools
 import json
+import os
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -23,6 +24,14 @@ STARTS = ["", "=", 'say "', "two\nlines", "\r", "a,b", "@", "-", "é", "+", "\ud
 PATHS = [f"{start}{number}.png" for number, start in enumerate(STARTS)]
 CHUNK = 4
 ABOUT = {"model": "m", "columns": COLUMNS.names}
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
+def test_a_pipe_is_refused_and_not_waited_for(ending, tmp_path):
+    os.mkfifo(tmp_path / f"p.{ending}")
+    with pytest.raises(RunFolderError, match="is not replaced"):
+        sink_of(tmp_path / f"p.{ending}").begin()
+    assert not sink_of(tmp_path / f"p.{ending}").is_complete
 
 
 def answers_of(paths):

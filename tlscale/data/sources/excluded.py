@@ -14,13 +14,18 @@ from pathlib import Path, PurePosixPath
 
 from tlscale.errors import DataError, first_few, one_line, quoted
 from tlscale.recipe.schema import DataSection
-from tlscale.storage.files import replacing
+from tlscale.storage.files import make_folder, replacing
 
 COLUMNS = ("path", "reason")
 
 
-def excluded_paths(section: DataSection) -> frozenset[str]:
-    """Return the paths in the table that `data.exclude` names, in their shortest form; none without such a table.
+def excluded_paths(section: DataSection, root: Path, *, anywhere: bool = False) -> frozenset[str]:
+    """Return the files and folders that the table of `data.exclude` names, as `whole_path`; none without such a table.
+
+    Args:
+        section: of the data.
+        root: the folder that they are below.
+        anywhere: they may be elsewhere, too, as a table of images may name them.
 
     Raises:
         DataError: no such table, no column `path`, or a path that is absolute or leads out of the data.
@@ -40,10 +45,15 @@ def excluded_paths(section: DataSection) -> frozenset[str]:
         raise DataError(f"{one_line(place)} cannot be read: {why}", key="data.exclude") from None
     shortest = [PurePosixPath(os.path.normpath(path)) for path in paths if path]
     outside = [str(path) for path in shortest if path.is_absolute() or path.parts[:1] in ((), ("..",))]
-    if outside:
+    if outside and not anywhere:
         problem = f"{one_line(place)}: not below the data: {first_few(quoted(outside))}"
         raise DataError(problem, key="data.exclude", remedy="Write paths as they are below the folder of the data")
-    return frozenset(map(str, shortest))
+    return frozenset(whole_path(root, str(path)) for path in shortest)
+
+
+def whole_path(root: Path, path: str) -> str:
+    """Return a path in the one spelling by which what is left out is known, whether it begins at `root` or at `/`."""
+    return os.path.normpath(os.path.join(os.path.abspath(root), path))
 
 
 def write_excluded(place: Path, rows: Iterable[tuple[str, str]]) -> None:
@@ -56,6 +66,7 @@ def write_excluded(place: Path, rows: Iterable[tuple[str, str]]) -> None:
     table = csv.writer(text, lineterminator="\r\n")  # a name may hold either, and both are put in quotes then
     table.writerow(COLUMNS)
     table.writerows((_no_formula(path), one_line(reason)) for path, reason in lines)
+    make_folder(place.parent)
     with replacing(place) as aside:
         aside.write_bytes(text.getvalue().encode("utf-8", "surrogateescape"))
 

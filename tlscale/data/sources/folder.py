@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from tlscale.data.content import digest_of_parts, file_stamp
 from tlscale.data.decode import EXTENSIONS
-from tlscale.data.sources.excluded import excluded_paths
+from tlscale.data.sources.excluded import excluded_paths, whole_path
 from tlscale.data.sources.labels import sort_labels
 from tlscale.data.sources.paths import local_folder
 from tlscale.data.sources.same_files import number_files
@@ -55,7 +55,7 @@ def read_folder_source(section: DataSection) -> Source:
         DataError: no folder, no classes, an empty class, files that are no images, a split that is not there.
     """
     root = local_folder(section)
-    tree = _Tree(root, frozenset(str(root / path) for path in excluded_paths(section)), section.class_folder)
+    tree = _Tree(root, excluded_paths(section, root), section.class_folder)
     picked = _pick(section, tree)
     notes = []
     if picked:
@@ -85,7 +85,10 @@ class _Tree:
 
     def visible(self, folder: Path) -> list[os.DirEntry[str]]:
         """List a folder by name, without hidden entries and what desktops leave behind."""
-        return [entry for entry in visible_entries(folder) if entry.path not in self.left_out]
+        return [entry for entry in visible_entries(folder) if not self._is_left_out(entry)]
+
+    def _is_left_out(self, entry: os.DirEntry[str]) -> bool:
+        return bool(self.left_out) and whole_path(Path(), entry.path) in self.left_out
 
 
 def _pick(section: DataSection, tree: _Tree) -> dict[Role, str] | None:

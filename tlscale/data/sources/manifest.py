@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 
 from tlscale.data.content import digest_of_parts, file_stamp
 from tlscale.data.sources.columns import LABEL_COLUMNS, column_note, pick_column
-from tlscale.data.sources.excluded import excluded_paths
+from tlscale.data.sources.excluded import excluded_paths, whole_path
 from tlscale.data.sources.labels import encode_labels, is_text
 from tlscale.data.sources.paths import local_path
 from tlscale.data.sources.same_files import number_files
@@ -65,9 +65,11 @@ def read_manifest_source(section: DataSection) -> Source:
         raise DataError(f"{file} {'is not a file' if file.exists() else 'does not exist'}{hint}", key="data.path")
     table, notes = read_table(section, file)
     image, label = table.column_names[:2]
+    num_rows = len(table)
     table = _without_excluded(section, table, image)
     if len(table) == 0:
-        raise DataError(f"{file} has no rows")
+        why = f": data.exclude leaves out all of its {num_rows:,}" if num_rows else ""
+        raise DataError(f"{file} has no rows{why}")
     rows = _rows_of_splits(section, file, table)
     column = _image_column(table[image], f"{file}, column {image!r}")
     looked_ns, stats_N5 = time.time_ns(), _stats(file, column)
@@ -101,13 +103,14 @@ def read_table(section: DataSection, file: Path) -> tuple[pa.Table, tuple[str, .
 
 def _without_excluded(section: DataSection, table: pa.Table, image: str) -> pa.Table:
     """Leave out the rows of files that `data.exclude` names."""
-    left_out = excluded_paths(section)
+    root = local_path(section).parent
+    left_out = excluded_paths(section, root, anywhere=True)
     if not left_out:
         return table
     if not is_text(table[image].type):
         remedy = "Leave rows out of the table itself, or write data.on_bad_image: skip for those that cannot be read"
         raise DataError("names files, but the table holds the images themselves", key="data.exclude", remedy=remedy)
-    kept = [path is None or os.path.normpath(path) not in left_out for path in table[image].to_pylist()]
+    kept = [path is None or whole_path(root, path) not in left_out for path in table[image].to_pylist()]
     return table.filter(pa.array(kept))
 
 

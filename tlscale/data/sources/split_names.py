@@ -7,7 +7,7 @@ the readers check here before they skip anything.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 from tlscale.errors import DataError, quoted_list, sentences, suggestion
@@ -87,6 +87,12 @@ def _held(values: Iterable[str | None]) -> list[str]:
 
 def _is_flag(column: str, held: Iterable[str]) -> bool:
     return role_within(column) is not None and {value.strip().lower() for value in held} <= _YES_AND_NO
+
+
+def split_keys(names: Mapping[Role, str]) -> dict[str, str]:
+    """Return the keys of `data` that name these splits, without those that are found by default."""
+    defaults = {"train": "train", "test": "test", "validation": None}
+    return {f"{role}_split": name for role, name in names.items() if name != defaults[role]}
 
 
 class ScoredSection(DataSection):
