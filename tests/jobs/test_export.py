@@ -1,8 +1,13 @@
 """`tlscale export` and `tlscale.export`: files for elsewhere that give what the run's model gives, or no file."""
 
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 
+import numpy as np
 import onnx
 import onnxruntime
 import pytest
@@ -14,7 +19,7 @@ from torch import nn
 
 import tlscale
 from tests.small_models import noise
-from tests.small_runs import put_small_folder, sample_images, small_recipe
+from tests.small_runs import REPO, environment, put_small_folder, sample_images, small_recipe
 from tlscale.cli import main
 from tlscale.errors import EXIT_BAD_INPUT, EXIT_FAILED, RunFolderError
 from tlscale.models.exports import onnx_file, torch_program
@@ -24,6 +29,7 @@ pytestmark = pytest.mark.slow  # exporters take seconds
 RESNET = {"name": "test_resnet", "weights": "none", "in_chans": 1}
 KINDS = {
     "finetune": {"backbone": RESNET, "duration": "1 epochs"},
+    "wide": {"backbone": {"name": "test_resnet", "weights": "none"}, "duration": "1 epochs", "data": {"crop_pct": 0.8}},
     "mlp": {"freeze": ".*", "head": [{"linear": 16}, "layernorm", "relu", {"dropout": 0.3}, "linear"]},
     "logistic": {"probe": {"kind": "logistic"}, "backbone": RESNET},
     "early": {"probe": {"kind": "ridge"}, "backbone": RESNET, "codes": {"layer": "layer2", "pool": "max"}},
@@ -48,7 +54,7 @@ def trained(data, tmp_path_factory):
     def run(name):
         out = folder / name.replace(" ", "_")
         if not out.exists():
-            changes = {**KINDS[name], "data": {"source": "folder"}}
+            changes = {**KINDS[name], "data": {"source": "folder", **KINDS[name].get("data", {})}}
             tlscale.run(small_recipe(folder / f"{out.name}.yaml", data, **changes), out)
         return out
 
@@ -334,7 +340,14 @@ def test_the_card_of_nasty_names_is_harmless(nasty, tmp_path, monkeypatch):
     assert re.search(r"Accuracy \(top 1\) 0\.\d{4}, 95 % interval 0\.\d{4} to", card)
     assert card.count("|---|---|---|") == 1
     assert len(re.findall(r"^\| .* \|$", card, flags=re.MULTILINE)) == 1 + len(NASTY)
-    for path in (tmp_path / "out").iterdir():
+    # Without its data, too, of which then a note tells.
+    shutil.copytree(nasty, tmp_path / "canary-run")
+    recipe = (nasty / "recipe.yaml").read_text()
+    (tmp_path / "canary-run" / "recipe.yaml").write_text(recipe.replace("images.parquet", "gone.parquet"))
+    again = tlscale.export(tmp_path / "canary-run", to="hub", out=tmp_path / "again")
+    assert "compared on random images" in notes_of(again)["notes"][0]
+    assert "gone.parquet" in notes_of(again)["notes"][0]
+    for path in (*(tmp_path / "out").iterdir(), *again.iterdir()):
         content = path.read_bytes()
         for canary in (b"canary", str(tmp_path).encode(), b"/tmp/", b"/home/"):
             assert canary not in content, (path.name, canary)
@@ -369,3 +382,34 @@ def test_an_unknown_format_lists_those_there_are(trained, tmp_path):
     done = invoke(trained("finetune"), "--to", "tflite", "--out", tmp_path / "out")
     assert done.exit_code == EXIT_BAD_INPUT
     assert "--to: there is no 'tflite'. There are: onnx, torch-export, timm, hub" in done.stderr
+
+
+# -- docs/serve.md ----------------------------------------------------------------------------------------------------
+
+
+def test_the_page_on_serving_runs_word_for_word(trained, data, tmp_path):
+    page = (REPO / "docs" / "serve.md").read_text()
+    (tmp_path / "classify.py").write_text(re.search(r"```python\n(import json.*?)```", page, flags=re.DOTALL)[1])
+    shell, classify = re.findall(r"```bash\n(.*?)```", page, flags=re.DOTALL)
+    shown = [line.strip() for line in invoke("--help").output.split("Examples:")[1].splitlines()[1:3]]
+    assert shell.splitlines() == shown
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "photos").symlink_to(trained("wide"))
+    (tmp_path / "new_photos").mkdir()
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    for name, path in zip("ab", sorted((data / "test").rglob("*.png"))[::20], strict=False):
+        picture = Image.open(path).convert("RGB").resize((61, 45))
+        picture.save(tmp_path / "new_photos" / f"{name}.jpg", exif=turned)
+    (tmp_path / "tlscale").write_text(f'#!/bin/sh\nexec {sys.executable} -m tlscale.cli "$@"\n')
+    (tmp_path / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    for name in ("tlscale", "python"):
+        (tmp_path / name).chmod(0o755)
+    env = environment(PATH=f"{tmp_path}:{os.environ['PATH']}")
+    subprocess.run(["bash", "-ec", shell], cwd=tmp_path, env=env, check=True)
+    done = subprocess.run(["bash", "-ec", classify], cwd=tmp_path, env=env, check=True, capture_output=True, text=True)
+    rows = [line.split("\t") for line in done.stdout.splitlines()]
+    made = tlscale.load(trained("wide")).predict([tmp_path / path for path, _, _ in rows])
+    assert [path for path, _, _ in rows] == ["new_photos/a.jpg", "new_photos/b.jpg"]
+    assert [label for _, label, _ in rows] == made.labels
+    np.testing.assert_allclose([float(chance) for *_, chance in rows], made.probabilities.max(1), atol=1e-4)

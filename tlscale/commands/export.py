@@ -223,6 +223,7 @@ def _make_aside(target: Path) -> Path:
             shutil.rmtree(left, ignore_errors=True)
     else:
         aside = target.with_name(f".{target.name}{_ASIDE}.{os.getpid()}")
+        shutil.rmtree(aside, ignore_errors=True)
     make_folder(aside)
     return aside
 

@@ -6,6 +6,7 @@ Promise: names of classes and of data are text in it, whatever they hold; no pla
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def write_card(run: Path, folder: Path, trained: TrainedModel, *, whole: bool, l
         _use(whole),
         _data(trained, recipe, info),
         _figures(trained, result),
-        _limits(result, licence),
+        _limits(result, licence, [] if recipe is None else places_of(recipe)),
         _recipe(recipe),
     ]
     write_text(folder / FILE, "\n\n".join(part for part in parts if part) + "\n")
@@ -112,14 +113,14 @@ def _share(value: object) -> str:
     return f"{value:.4f}" if isinstance(value, float) else ""
 
 
-def _limits(result: dict[str, Any], licence: str) -> str:
+def _limits(result: dict[str, Any], licence: str, places: Sequence[str]) -> str:
     lines = ["## Limits", "", "- It knows these classes alone, and answers with one of them whatever the image shows."]
     lines.append("- Figures hold for images like those scored; from another camera, place or year they may be worse.")
     if result.get("selected_on"):
         lines.append("- The scored images also chose the weights or settings: the figures are too good by that.")
     if result.get("scored_model") == "before_refit":
         lines.append("- The figures are of a classifier from before the last fit, which took the scored images in.")
-    lines += [f"- {escaped(note)}" for note in result.get("notes", ())]
+    lines += [f"- {escaped(redact(without_places(note, places)))}" for note in result.get("notes", ())]
     if licence == "unknown":
         lines.append("- Licence: not given. Those of the data and of the pretrained weights may bind its use.")
     return "\n".join(lines)

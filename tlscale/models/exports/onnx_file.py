@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -26,6 +27,7 @@ OPSET = 18
 """That in which torch's new exporter writes natively; ONNX Runtime reads it from version 1.14 on."""
 _MOST_BYTES = 1_900_000_000  # of one file; the format ends at 2 GiB, and then tensors have a file of their own
 _BIG_FILE = f"{FILE}.data"
+Exporter = Callable[[nn.Module, Tensor, Path], None]
 
 
 def write_onnx(folder: Path, evidence: Evidence, about: Mapping[str, str]) -> dict[str, Any]:
@@ -39,13 +41,11 @@ def write_onnx(folder: Path, evidence: Evidence, about: Mapping[str, str]) -> di
     """
     require("onnx", "onnxruntime", "onnxscript")
     network = exportable(evidence.trained.model, evidence.example)
-    path, failures = folder / FILE, []
+    failures = []
     for name, exporter in EXPORTERS.items():
         try:
-            with quiet():
-                exporter(network, evidence.example, path)
-            _finish(path, about)
-            return {"exporter": name, "opset": OPSET, **evidence.compare(_session(path))}
+            _draft(exporter, network, evidence.example, folder, about)
+            return {"exporter": name, "opset": OPSET, **evidence.compare(_session(folder / FILE))}
         except WrongExportError as error:
             failures.append(f"{name}: {error}")
         except Exception as error:  # each network fails in its own way, in the exporter or in ONNX Runtime
@@ -82,23 +82,28 @@ def _export(network: nn.Module, example: Tensor, path: Path, **options: Any) -> 
         )
 
 
-EXPORTERS: dict[str, Callable[[nn.Module, Tensor, Path], None]] = {
+EXPORTERS: dict[str, Exporter] = {
     # First the one that takes a fraction of a second, where the other takes many.
     "torchscript": _with_torchscript,
     "dynamo": _with_dynamo,
 }
 
 
-def _finish(path: Path, about: Mapping[str, str]) -> None:
-    """Put the metadata in, and all tensors into the one file, if it can hold them."""
+def _draft(exporter: Exporter, network: nn.Module, example: Tensor, folder: Path, about: Mapping[str, str]) -> None:
+    """Export; put the metadata in, and all tensors into one file, if it can hold them.
+
+    Exporters write large networks to many files, and have a folder of their own for these.
+    """
     import onnx
 
-    model = onnx.load(path)
-    for left in path.parent.glob(f"{FILE}*"):
-        left.unlink()
+    with tempfile.TemporaryDirectory(dir=folder) as drafts:
+        path = Path(drafts) / FILE
+        with quiet():
+            exporter(network, example, path)
+        model = onnx.load(path)
     onnx.helper.set_model_props(model, dict(about))
     big = sum(tensor.ByteSize() for tensor in model.graph.initializer) > _MOST_BYTES
-    onnx.save_model(model, path, save_as_external_data=big, location=_BIG_FILE if big else None)
+    onnx.save_model(model, folder / FILE, save_as_external_data=big, location=_BIG_FILE if big else None)
 
 
 def _session(path: Path) -> Callable[[Tensor], Tensor]:
