@@ -241,20 +241,31 @@ def export(run_dir: str, **options: Any) -> None:  # noqa: ANN401 (click's own)
 
 
 @main.command()
-@click.argument("recipe_files", nargs=-1, required=True, metavar="RECIPE...")
+@click.argument("words", nargs=-1, required=True, metavar="RECIPE [KEY.PATH=VALUE]... | RECIPE... | RUN...")
 @click.option("--strategies", callback=listed, metavar="A,B", help="Of one recipe.  [default: all six]")
+@click.option("--backbones", callback=listed, metavar="A,B", help="In place of strategies, with the recipe's own.")
 @click.option("--sizes", callback=numbers, metavar="N,M|all", help="Training images.  [default: the recipe's]")
 @click.option("--seeds", callback=numbers, metavar="N,M", help="[default: the recipe's]")
 @click.option("--set", "changes", multiple=True, metavar="NAME.KEY.PATH=VALUE", help="Change one strategy or recipe.")
 @click.option("--min-steps", type=click.IntRange(0), help="Least steps of training at --sizes.  [default: 200]")
-@click.option("--out", metavar="DIR", help="[default: runs/compare_<recipe name>]")
+@click.option("--out", metavar="DIR", help="[default: runs/compare_<recipe name>; of RUNs: none]")
 @click.option("--resume", is_flag=True, help="Keep the complete runs in DIR, and resume the others.")
+@click.option("--print-jobs", is_flag=True, help="Run nothing; print a `tlscale run` line for each run.")
 @reports_errors
-def compare(recipe_files: Sequence[str], seeds: list[int | None], **options: Any) -> None:
+def compare(words: Sequence[str], seeds: list[int | None], **options: Any) -> None:
     """Run the strategies codes, early_codes, mlp, head, finetune and scratch of one RECIPE side by side, or several
     RECIPEs as they are: one table and one picture of accuracy, its interval, time and what was trained.
 
+    RUNs are folders of finished runs, which are tabulated in the same way. The lines of --print-jobs are independent
+    of each other, for a queue or several machines; what gathers their table is printed to standard error.
+
     Exit codes: 0 done, 1 a run failed (the others are in the table), 2 wrong recipe or data, 75 stopped by a signal.
+
+    \b
+    Examples:
+      tlscale compare photos.yaml --sizes 50,all
+      tlscale compare photos.yaml duration="5 epochs" --backbones resnet18,convnext_nano --print-jobs
+      tlscale compare runs/*
     """
     at_s = began_s()
     from tlscale.commands.compare import compare as start
@@ -263,7 +274,9 @@ def compare(recipe_files: Sequence[str], seeds: list[int | None], **options: Any
 
     stop_with_launcher()
     given = [seed for seed in seeds if seed is not None]
-    start(recipe_files, run=run_one, seeds=given, watch=Stopwatch(at_s), **options)
+    overrides = [word for word in words if "=" in word and not os.path.exists(word)]
+    places = [word for word in words if word not in overrides]
+    start(places, run=run_one, overrides=overrides, seeds=given, watch=Stopwatch(at_s), **options)
 
 
 @main.command()

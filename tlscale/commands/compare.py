@@ -1,4 +1,4 @@
-"""`tlscale compare`: the strategies, or several recipes, side by side on the same images.
+"""`tlscale compare`: strategies, backbones, several recipes, or finished runs, side by side on the same images.
 
 Chapters: what is compared; all recipes, checked before the first one runs; the runs; table and picture. Every run is an
 ordinary run in a folder of its own, so `--resume` resumes those that are not complete and repeats none.
@@ -7,6 +7,8 @@ ordinary run in a folder of its own, so `--resume` resumes those that are not co
 from __future__ import annotations
 
 import os
+import shlex
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -22,6 +24,7 @@ from tlscale.commands.compare_report import (
     to_rows,
     write_comparison,
 )
+from tlscale.commands.compare_runs import compare_runs
 from tlscale.commands.compare_variants import (
     Plan,
     Variant,
@@ -35,14 +38,17 @@ from tlscale.commands.paired_tests import paired_tests
 from tlscale.distributed.processes import start_processes
 from tlscale.distributed.signals import check_stop
 from tlscale.errors import LaunchError, RecipeError, ResumeError, RunFolderError, Stopped, TlscaleError
-from tlscale.recipe.load import as_recipe, diff_recipes, recipe_digest
+from tlscale.recipe.load import as_recipe, diff_recipes, dump_recipe, load_recipe, recipe_digest
 from tlscale.recipe.schema import NO_EFFECT_BESIDE, Recipe
+from tlscale.storage.files import make_folder, naming_disk_errors, write_text
 from tlscale.storage.run_folder import RunFolder
-from tlscale.tracking.console import Console
+from tlscale.tracking.console import Console, visible
 from tlscale.tracking.stopwatch import Stopwatch
 
 # What a person has to put right, and what would befall every run in the same way.
 _ENDS_IT_ALL = (Stopped, RecipeError, RunFolderError, ResumeError, LaunchError)
+_RECIPES = "recipes"
+"""The folder of the recipes of jobs, which another start may write again."""
 Run = Callable[..., Mapping[str, Any]]
 
 
@@ -50,45 +56,69 @@ def compare(
     recipes: Sequence[Recipe | str | Path],
     *,
     run: Run,
+    overrides: Sequence[str] = (),
     strategies: Sequence[str] = (),
+    backbones: Sequence[str] = (),
     sizes: Sequence[int | None] = (),
     seeds: Sequence[int] = (),
     changes: Sequence[str] = (),
     min_steps: int | None = None,
     out: str | Path | None = None,
     resume: bool = False,
+    print_jobs: bool = False,
     watch: Stopwatch | None = None,
-) -> Comparison:
-    """Run the strategies of one recipe, or several recipes, and put the figures into one table and one picture.
+) -> Comparison | None:
+    """Put strategies of one recipe, several recipes or finished runs into one table and one picture.
 
     Args:
-        recipes: recipes, or their files. One: its strategies are derived from it. Several: each is run as it is.
+        recipes: recipes, or their files. One: its strategies are derived from it. Several: each is run as it is. Or
+            folders of finished runs, which are only tabulated.
         run: runs one recipe, as `tlscale.run` does: `run(recipe, folder, resume=resume)`.
-        strategies, sizes, seeds, changes, min_steps: see `Plan`.
-        out: a folder, with a run folder for each; by default `runs/compare_<recipe name>`.
+        overrides: `key.path=value`, of one recipe.
+        strategies, backbones, sizes, seeds, changes, min_steps: see `Plan`.
+        out: a folder, with a run folder for each; by default `runs/compare_<recipe name>`. Of finished runs: for the
+            table and the picture, which by default are not written.
         resume: keep the complete runs that are there, and resume the others.
+        print_jobs: run nothing, and print a command line for each run.
 
     Returns:
-        What `compare.json` holds, and the folder of the comparison.
+        What `compare.json` holds, and the folder of the comparison; None where jobs were printed.
 
     Raises:
         TlscaleError: wrong input, before anything runs; one or more of the runs failed, when all is written;
             `Stopped` after a signal.
     """
     watch = watch or Stopwatch()
-    is_main, is_launched = int(os.environ.get("RANK", "0")) == 0, int(os.environ.get("WORLD_SIZE", "1")) > 1
+    is_main = int(os.environ.get("RANK", "0")) == 0
     console = Console(enabled=is_main)
-    plan = Plan([as_recipe(recipe) for recipe in recipes], strategies, sizes, seeds, changes, min_steps)
-    names = [base.name for base in plan.bases]
+    if folders := _run_folders(recipes):
+        _refuse_idle(overrides, strategies, backbones, sizes, seeds, changes, min_steps, resume, print_jobs)
+        return compare_runs(folders, Path(out) if out is not None and is_main else None, console)
+    bases = _bases(recipes, overrides)
+    plan = Plan(bases, strategies, sizes, seeds, changes, min_steps, backbones)
+    names = [base.name for base in bases]
     root = Path(out) if out is not None else Path("runs") / f"compare_{'_'.join(names)}"[:120]
-    check_choice(plan)
-    labelled = labelled_recipes(plan)
-    variants = list(list_variants(plan, labelled, root))
-    refuse_other_data(variants)
-    if is_main and not resume and root.is_dir() and any(root.iterdir()):
-        remedy = "--resume resumes a comparison there; --out DIR is another folder"
-        raise RunFolderError(f"'{root}' is not empty", remedy=remedy)
-    _show_variants(plan.bases, labelled, variants, console)
+    labelled, variants = _planned(plan, root)
+    if is_main and not resume:
+        _refuse_used(root)
+    if print_jobs:
+        _print_jobs(variants if is_main else (), root)
+        return None
+    _show_variants(plan, labelled, variants, console)
+    outcomes = _run_all(run, variants, console, watch, resume=resume, is_main=is_main)
+    # The other processes wait for the table and the picture.
+    title = f"Comparison of {', '.join(names)}"
+    with closing(start_processes(plan.bases[0].compute.without_engine())) as processes:
+        figures = processes.run_on_main(_conclude, title, outcomes, _remarks(plan), root, console, watch)
+    _refuse_failures(outcomes, root)
+    return Comparison(figures, root)
+
+
+def _run_all(
+    run: Run, variants: Sequence[Variant], console: Console, watch: Stopwatch, *, resume: bool, is_main: bool
+) -> list[Outcome]:
+    """Run one variant after the other."""
+    is_launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
     outcomes = []
     for position, variant in enumerate(variants, start=1):
         if not is_launched:  # several processes hear it in the run, all of them or none
@@ -96,12 +126,77 @@ def compare(
         console.say(f"run {position} of {len(variants)}: {variant.recipe.name}, in '{variant.folder}'", style="bold")
         with watch("runs"):
             outcomes.append(_outcome(run, variant, console, resume=resume, is_main=is_main))
-    # The other processes wait for the table and the picture.
-    title = f"Comparison of {', '.join(names)}"
-    with closing(start_processes(plan.bases[0].compute.without_engine())) as processes:
-        figures = processes.run_on_main(_conclude, title, outcomes, _remarks(plan), root, console, watch)
-    _refuse_failures(outcomes, root)
-    return Comparison(figures, root)
+    return outcomes
+
+
+def _refuse_used(root: Path) -> None:
+    if root.is_dir() and any(entry.name != _RECIPES for entry in root.iterdir()):
+        remedy = "--resume resumes a comparison there; --out DIR is another folder"
+        raise RunFolderError(f"'{root}' is not empty", remedy=remedy)
+
+
+def _run_folders(places: Sequence[Recipe | str | Path]) -> list[str | Path]:
+    """Return the places where they are folders, and none where they are recipes.
+
+    Raises:
+        RecipeError: some are recipes, and some are not.
+    """
+    folders = [place for place in places if not isinstance(place, Recipe) and Path(place).is_dir()]
+    if folders and len(folders) < len(places):
+        other = next(place for place in places if place not in folders)
+        raise RecipeError(
+            f"'{folders[0]}' is a folder, and {other!r} a recipe: runs that are finished are only tabulated",
+            remedy="Name recipes or runs, and not both",
+        )
+    return folders
+
+
+def _refuse_idle(*given: object) -> None:
+    """Refuse options that choose what is run."""
+    names = ("key=value", "strategies", "backbones", "sizes", "seeds", "set", "min-steps", "resume", "print-jobs")
+    for name, value in zip(names, given, strict=True):
+        if value not in (None, False) and value != () and value != []:
+            key = name if "=" in name else f"--{name}"
+            raise RecipeError("it has no effect on runs that are finished", key=key, remedy="Take it out")
+
+
+def _bases(recipes: Sequence[Recipe | str | Path], overrides: Sequence[str]) -> list[Recipe]:
+    """Read recipes; overrides are of the only one."""
+    if not overrides:
+        return [as_recipe(recipe) for recipe in recipes]
+    if len(recipes) != 1:
+        remedy = "Write --set NAME.key.path=value for one of them"
+        problem = "it changes one recipe, and several are compared as they are"
+        raise RecipeError(problem, key=overrides[0], remedy=remedy)
+    (only,) = recipes
+    return [only.override(list(overrides)) if isinstance(only, Recipe) else load_recipe(only, overrides)]
+
+
+def _planned(plan: Plan, root: Path) -> tuple[dict[str, Recipe], list[Variant]]:
+    """Derive and check all recipes, before the first one runs."""
+    check_choice(plan)
+    labelled = labelled_recipes(plan)
+    variants = list(list_variants(plan, labelled, root))
+    refuse_other_data(variants)
+    return labelled, variants
+
+
+def _print_jobs(variants: Sequence[Variant], root: Path) -> None:
+    """Write the recipe of each run, and print the line that runs it; people are told the line that gathers the table.
+
+    The lines depend on nothing of each other, and each may be given again: it goes on where it was.
+    """
+    if not variants:
+        return
+    with naming_disk_errors(root):
+        make_folder(root / _RECIPES)
+        for variant in variants:
+            path = root / _RECIPES / f"{variant.folder.name}.yaml"
+            write_text(path, dump_recipe(variant.recipe))
+            print(shlex.join(["tlscale", "run", str(path), "--out", str(variant.folder), "--resume"]))
+    folders = [str(variant.folder) for variant in variants]
+    gather = shlex.join(["tlscale", "compare", *folders, "--out", str(root / "table")])
+    print(f"then: {visible(gather)}", file=sys.stderr)
 
 
 def _outcome(run: Run, variant: Variant, console: Console, *, resume: bool, is_main: bool) -> Outcome:
@@ -150,13 +245,13 @@ def _conclude(
     return figures
 
 
-def _show_variants(
-    bases: Sequence[Recipe], labelled: dict[str, Recipe], variants: Sequence[Variant], console: Console
-) -> None:
+def _show_variants(plan: Plan, labelled: dict[str, Recipe], variants: Sequence[Variant], console: Console) -> None:
     """Show what each variant changes of the recipe it comes from; then what a size or --set changes further."""
+    bases = plan.bases
     if len(bases) == 1:
+        kind, kinds = ("backbone", "backbones") if plan.backbones else ("strategy", "strategies")
         rows = [(label, *row) for label, recipe in labelled.items() for row in _differences(bases[0], recipe)]
-        console.table(f"The strategies, as changes of {bases[0].name}", ("strategy", "key", "recipe", "here"), rows)
+        console.table(f"The {kinds}, as changes of {bases[0].name}", (kind, "key", "recipe", "here"), rows)
         _warn_of_heads_rate(bases[0], labelled, console)
     runs_of: dict[tuple[str, str, str], list[str]] = {}
     for variant in variants:

@@ -371,14 +371,26 @@ def write_comparison(
         write_text(text_file, markdown(title, outcomes, extra, pairs))
         if rows := to_rows(outcomes):
             draw(rows, pictures)
+    figures = to_plain(title, outcomes, extra, pairs, times=times())
+    with naming_disk_errors(out):
+        write_text(plain, json.dumps(figures, indent=2, allow_nan=False) + "\n")
+    return figures
+
+
+def to_plain(
+    title: str,
+    outcomes: Sequence[Outcome],
+    extra: Sequence[str] = (),
+    pairs: Sequence[Pair] = (),
+    *,
+    times: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Return what `compare.json` holds, as JSON has it."""
     figures = {
         "name": title,
-        **times(),
+        **(times or {}),
         "notes": [*notes(outcomes, pairs), *extra],
         "runs": [asdict(outcome) for outcome in outcomes],
         "pairs": [pair.to_plain() for pair in pairs],
     }
-    text = json.dumps(figures, indent=2, allow_nan=False) + "\n"
-    with naming_disk_errors(out):
-        write_text(plain, text)
-    return dict(json.loads(text))
+    return dict(json.loads(json.dumps(figures)))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from torch import nn
 
 from tlscale.data.sources.open import open_data
 from tlscale.errors import DataError, RecipeError, sentences, suggestion
@@ -12,7 +15,7 @@ from tlscale.models.backbone import build_backbone
 from tlscale.models.features import early_layers
 from tlscale.recipe.load import diff_recipes, override_recipe
 from tlscale.recipe.schema import BackboneSection, Recipe
-from tlscale.recipe.strategies import STRATEGIES, at_size, derive, fit_to_size, with_seed
+from tlscale.recipe.strategies import STRATEGIES, at_size, derive, fit_to_size, with_backbone, with_seed
 
 MIN_STEPS = 200
 """Least steps of a training run at a size of `--sizes`."""
@@ -50,6 +53,8 @@ class Plan:
     """`strategy.key.path=value`, or `recipe_name.key...`, for that variant only."""
     min_steps: int | None
     """Least steps of training at `sizes`; None: `MIN_STEPS`."""
+    backbones: Sequence[str] = ()
+    """Of one recipe, in place of strategies: each is compared with the recipe's own. Empty: strategies are."""
 
     @property
     def least_steps(self) -> int:
@@ -69,11 +74,16 @@ def check_choice(plan: Plan) -> None:
     if len(names) > 1 and plan.strategies:
         problem = "it derives them from one recipe, and several are compared as they are"
         raise RecipeError(problem, key="--strategies")
+    if plan.backbones and (len(names) > 1 or plan.strategies):
+        problem = "each is compared with the strategy of one recipe"
+        other = "several recipes" if len(names) > 1 else "--strategies"
+        raise RecipeError(problem, key="--backbones", remedy=f"Give them without {other}")
     if len(set(names)) != len(names):
         problem = f"recipes of one name cannot be told apart in a table: {', '.join(names)}"
         raise RecipeError(problem, key="name", remedy="Rename one")
-    if len(set(plan.strategies)) != len(plan.strategies):
-        raise RecipeError(f"it names one twice: {', '.join(plan.strategies)}", key="--strategies")
+    for option, labels in (("--strategies", plan.strategies), ("--backbones", plan.backbones)):
+        if len(set(labels)) != len(labels):
+            raise RecipeError(f"it names one twice: {', '.join(labels)}", key=option)
     for option, least, numbers in (("--sizes", 1, plan.sizes), ("--seeds", 0, plan.seeds)):
         wrong = [number for number in numbers if number is not None and number < least]
         if wrong:
@@ -88,13 +98,22 @@ def labelled_recipes(plan: Plan) -> dict[str, Recipe]:
     if len(plan.bases) > 1:
         return {base.name: base for base in plan.bases}
     base = plan.bases[0]
+    if plan.backbones:
+        recipes = {name: with_backbone(base, name) for name in plan.backbones}
+        for recipe in recipes.values():  # each must be there before the first one runs
+            _without_weights(recipe)
+        return recipes
     ordered = sorted(plan.strategies or STRATEGIES, key=lambda name: name != "early_codes")
-    # Random weights do: only names are needed.
-    section = BackboneSection(name=base.backbone.name, weights="none", in_chans=base.backbone.in_chans)
-    backbone, _ = build_backbone(section, image_size=base.data.image_size, seed=0)
+    backbone = _without_weights(base)
     parameters = [name for name, _ in backbone.named_parameters()]
     early = early_layers(backbone)
     return {name: derive(base, name, early_layers=early, parameter_names=parameters) for name in ordered}
+
+
+def _without_weights(recipe: Recipe) -> nn.Module:
+    """Build a recipe's backbone with random weights: only names are needed."""
+    section = BackboneSection(name=recipe.backbone.name, weights="none", in_chans=recipe.backbone.in_chans)
+    return build_backbone(section, image_size=recipe.data.image_size, seed=0)[0]
 
 
 def list_variants(plan: Plan, labelled: dict[str, Recipe], root: Path) -> Iterator[Variant]:
@@ -107,7 +126,12 @@ def list_variants(plan: Plan, labelled: dict[str, Recipe], root: Path) -> Iterat
         for seed in seeds_or_own:
             for label, base in labelled.items():
                 recipe, suffix = _at(base, size, seed, plan.least_steps)
-                yield Variant(label, _changed(recipe, label, own[label]), root / f"{label}{suffix}")
+                yield Variant(label, _changed(recipe, label, own[label]), root / f"{_file_name(label)}{suffix}")
+
+
+def _file_name(label: str) -> str:
+    """Return a label as the name of a folder: a backbone may be `hf-hub:somebody/something`."""
+    return re.sub("[/:]+", "_", label)
 
 
 def _at(recipe: Recipe, size: Sequence[int | None], seed: Sequence[int], min_steps: int) -> tuple[Recipe, str]:

@@ -117,6 +117,7 @@ def compare(
     recipes: RecipeOrFile | Sequence[RecipeOrFile],
     *,
     strategies: Sequence[str] = (),
+    backbones: Sequence[str] = (),
     sizes: Sequence[int | None] = (),
     seeds: Sequence[int] = (),
     changes: Sequence[str] = (),
@@ -124,16 +125,19 @@ def compare(
     out: str | os.PathLike[str] | None = None,
     resume: bool = False,
 ) -> Comparison:
-    """Run the strategies of one recipe, or several recipes, and put the figures into one table and one picture.
+    """Put strategies of one recipe, several recipes or finished runs into one table and one picture.
 
     Args:
-        recipes: one recipe (or its file), whose strategies are compared; or several, each of which is run as it is.
+        recipes: one recipe (or its file), whose strategies are compared; or several, each of which is run as it is; or
+            folders of finished runs, which are only tabulated.
         strategies: some of codes, early_codes, mlp, head, finetune and scratch; by default all.
+        backbones: names of timm's, each of which is compared with the recipe's strategy, in place of strategies.
         sizes: numbers of training images, each of which is compared; None stands for all.
         seeds: each of which is compared; by default the recipe's.
         changes: `strategy.key.path=value`, or `recipe_name.key...`, for that one only.
         min_steps: least steps of training at `sizes`; by default 200.
-        out: a folder, with a run folder for each; by default `runs/compare_<recipe name>`.
+        out: a folder, with a run folder for each; by default `runs/compare_<recipe name>`. Of finished runs: for the
+            table and the picture, which by default are not written.
         resume: keep the complete runs that are there, and resume the others.
 
     Returns:
@@ -144,10 +148,11 @@ def compare(
             `Stopped` after a signal.
     """
     several = [recipes] if isinstance(recipes, Recipe | str | os.PathLike) else list(recipes)
-    return compare_command.compare(
-        [as_recipe(recipe) for recipe in several],
+    made = compare_command.compare(
+        [recipe if isinstance(recipe, Recipe) else os.fspath(recipe) for recipe in several],
         run=run_command.run,
         strategies=strategies,
+        backbones=backbones,
         sizes=sizes,
         seeds=seeds,
         changes=changes,
@@ -155,3 +160,5 @@ def compare(
         out=None if out is None else Path(out),
         resume=resume,
     )
+    assert made is not None, "no jobs were printed"
+    return made

@@ -8,6 +8,7 @@ back to its default, and whatever else it changes is a value of `STRATEGIES`' ow
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
@@ -95,6 +96,24 @@ def as_probe(recipe: Recipe) -> Recipe:
     plain = recipe.to_plain()
     plain["name"] = _named(recipe.name[:_LONGEST_STEM], "_codes")
     _probe(plain, recipe.codes.layer or ["penultimate"])
+    return Recipe.model_validate(plain)
+
+
+def with_backbone(recipe: Recipe, name: str) -> Recipe:
+    """Return the recipe with another backbone; one that ships with tlscale has its weights alone, others timm's.
+
+    Raises:
+        RecipeError: the recipe's weights are those of a file or a run, which fit one backbone.
+    """
+    plain = recipe.to_plain()
+    plain["name"] = _named(recipe.name[:_LONGEST_STEM], f"_{re.sub('[^A-Za-z0-9._-]+', '_', name)}")
+    if name != recipe.backbone.name:
+        if recipe.backbone.weights not in ("pretrained", "bundled", "none"):
+            problem = f"{recipe.backbone.weights!r} fits '{recipe.backbone.name}' alone, and '{name}' is compared too"
+            raise RecipeError(problem, key="backbone.weights", remedy="Write backbone.weights=pretrained")
+        if recipe.backbone.weights == "bundled":
+            plain["backbone"]["weights"] = "pretrained"
+        plain["backbone"]["name"] = name
     return Recipe.model_validate(plain)
 
 
