@@ -16,6 +16,7 @@ from tlscale.cli import main
 from tlscale.errors import EXIT_BAD_INPUT, DataError, RecipeError, RunFolderError
 from tlscale.recipe.load import load_recipe
 
+pytestmark = pytest.mark.slow  # six runs
 PROBE = {"probe": {"kind": "ridge"}, "backbone": {"name": "test_resnet"}}
 
 
@@ -82,7 +83,6 @@ def test_what_cannot_be_tabulated_is_refused(runs, idx, tmp_path):
     assert (done.exit_code, "key=value: it has no effect" in done.stderr) == (EXIT_BAD_INPUT, True)
 
 
-@pytest.mark.slow
 def test_backbones_with_overrides_as_jobs_whose_table_is_gathered(runs, tmp_path):
     """Each line runs by itself, in any order, and their table is that of a comparison that ran them."""
     out, recipe = tmp_path / "out", runs.parent / "photos.yaml"

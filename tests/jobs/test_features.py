@@ -18,6 +18,7 @@ from tests.small_runs import put_small_folder, small_recipe
 from tlscale.cli import main
 from tlscale.errors import EXIT_BAD_INPUT, DataError, ModelError
 
+pytestmark = pytest.mark.slow  # four runs
 RESNET = {"name": "test_resnet"}
 RUNS = {
     "probe": {"probe": {"kind": "logistic"}, "backbone": RESNET},
