@@ -49,7 +49,7 @@ def new_file(data: str, *, backbone: str, out: str | None, console: Console) -> 
         recipe, seen, words = _write(data, backbone, place, f"tlscale new {one_line(data)}")
     shown = one_line(data)
     _block(console, shown, [*describe(seen), *describe_left_out(seen), *_held_out(seen, recipe)])
-    listed = f", with {len(seen.left_out):,} paths in {recipe.data.exclude}" if seen.left_out else ""
+    listed = f", with {len(seen.left_out):,} paths in {seen.keys['exclude']}" if seen.left_out else ""
     _block(console, "wrote", [f"{place}: {words}{listed}"])
     _block(console, "next", [f"tlscale run {place}", f"tlscale compare {place}   for a choice by evidence"])
 
