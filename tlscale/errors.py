@@ -27,6 +27,7 @@ _MOST_SHOWN = 100  # mistakes of a recipe
 _LONGEST_NAME, _MOST_NAMES = 200, 20_000  # that are compared with one that does not exist: a second's work
 _COMMAND = re.compile(r"tlscale (run|evaluate|compare|predict) (?:\.\.\. )?--(resume|overwrite)")
 _OPTION = re.compile(r"(?<![\w-])--([a-z][a-z-]*)(?: (DIR|FILE|DATA)\b)?")
+_QUOTED = re.compile(r"('tlscale [^']*'|`tlscale [^`]*`)")
 _FLAGS = ("resume", "overwrite", "check-images", "all-probabilities")
 _ARGUMENTS = {"set": "changes"}  # options of another name than the argument's
 P = ParamSpec("P")
@@ -244,4 +245,6 @@ def as_python(text: str) -> str:
         value = "True" if option[1] in _FLAGS else option[2]
         return f"{name}={value}" if value else name
 
-    return _OPTION.sub(argument, _COMMAND.sub(r"tlscale.\1(..., \2=True)", text))
+    # What is quoted is a line for the command line, and stays one.
+    parts = _QUOTED.split(_COMMAND.sub(r"tlscale.\1(..., \2=True)", text))
+    return "".join(part if number % 2 else _OPTION.sub(argument, part) for number, part in enumerate(parts))

@@ -173,7 +173,7 @@ def test_notes_on_the_data_name_no_place_of_the_machine(changes, tmp_path):
 
 def test_a_layer_without_effect_in_training_is_refused(data, tmp_path):
     recipe = small_recipe(tmp_path / "recipe.yaml", data, backbone=RESNET, codes={"layer": "layer3"})
-    with pytest.raises(RecipeError, match=r"codes\.layer has no effect in training"):
+    with pytest.raises(RecipeError, match=r"codes\.layer: has no effect in training"):
         tlscale.run(recipe, tmp_path / "run")
 
 
