@@ -5,10 +5,10 @@ import pytest
 from tests.dist.launches import facts_of
 from tests.small_runs import assert_same_runs, put_small_folder
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.long]
 
 
-@pytest.fixture(scope="module", params=["ddp", pytest.param("fsdp2", marks=pytest.mark.long)])
+@pytest.fixture(scope="module", params=["ddp", "fsdp2"])
 def by_two(request, tmp_path_factory):
     """The folder, the engine, and what each of the processes saw."""
     folder = tmp_path_factory.mktemp("damaged")

@@ -22,7 +22,7 @@ PHASES = {
     "fit": (PROBE, "fitting the probe@9"),
     "codes": (PROBE, "computing codes:1"),
 }
-LONG = ("decode", "scan of the first", "fit", "codes")
+LONG = ("decode", "scan", "scan of the first", "fit", "codes")
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,10 @@ def test_a_table_and_splits_and_many_images(tmp_path, monkeypatch):
     assert recipe.freeze
 
 
-@pytest.mark.parametrize("backbone", ["resnet18", "vit_tiny_patch16_224", "convnext_atto"])
+OTHERS = [pytest.param(name, marks=pytest.mark.long) for name in ("vit_tiny_patch16_224", "convnext_atto")]
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", *OTHERS])
 def test_another_backbone_has_its_own_layers_and_freezing(backbone, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     photos = pictures(tmp_path / "photos")

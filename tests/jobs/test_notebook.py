@@ -9,7 +9,7 @@ import pytest
 from tests.small_runs import REPO, environment
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_notebook_of_own_photos_runs(tmp_path, monkeypatch):
     """On a kernel of its own: from a messy folder to neighbours of the same class, and two pictures."""
     for name, value in environment(PYTHONPATH=f"{REPO}:{REPO / 'examples'}", IPYTHONDIR=str(tmp_path)).items():
