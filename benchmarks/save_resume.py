@@ -36,16 +36,18 @@ def times_of(num_times: int, folder: Path) -> dict[str, tuple[float, float]]:
     from tlscale.models.export import export_model
     from tlscale.storage.run_folder import RunFolder
     from tlscale.tracking.metrics_log import MetricsFile
+    from tlscale.training.checkpoint import files
     from tlscale.training.checkpoint.files import (
         Checkpoint,
         list_checkpoints,
         load_checkpoint,
         load_newest,
-        mark_best,
         prune,
         save_checkpoint,
     )
 
+    # Commits before 2026-11-28 have a function of its own for this pointer.
+    mark_best = getattr(files, "mark_best", None) or (lambda root, step: files.point(root, "BEST", step))
     run = RunFolder(folder / "run")
     run.path.mkdir(parents=True)
     network = Classifier(timm.create_model("resnet18", num_classes=0), torch.nn.Sequential(torch.nn.Linear(512, 10)))
