@@ -232,3 +232,14 @@ def start(*words: str, log: Path, **changes: str) -> subprocess.Popen:
     with log.open("w") as file:
         command = [sys.executable, "-m", "tlscale.cli", *words]
         return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment(**changes), cwd=REPO)
+
+
+def run_once(folder: Path, data: Path, name: str, changes: dict) -> Path:
+    """Run a recipe on a folder of images where that was not done before; its run folder."""
+    import tlscale
+
+    out = folder / name.replace(" ", "_")
+    if not out.exists():
+        changes = {**changes, "data": {"source": "folder", **changes.get("data", {})}}
+        tlscale.run(small_recipe(folder / f"{out.name}.yaml", data, **changes), out)
+    return out

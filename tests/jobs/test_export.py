@@ -19,7 +19,7 @@ from torch import nn
 
 import tlscale
 from tests.small_models import noise
-from tests.small_runs import REPO, environment, put_small_folder, sample_images, small_recipe
+from tests.small_runs import REPO, environment, put_small_folder, run_once, sample_images, small_recipe
 from tlscale.cli import main
 from tlscale.errors import EXIT_BAD_INPUT, EXIT_FAILED, RunFolderError
 from tlscale.models.exports import onnx_file, torch_program
@@ -52,11 +52,7 @@ def trained(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
 
     def run(name):
-        out = folder / name.replace(" ", "_")
-        if not out.exists():
-            changes = {**KINDS[name], "data": {"source": "folder", **KINDS[name].get("data", {})}}
-            tlscale.run(small_recipe(folder / f"{out.name}.yaml", data, **changes), out)
-        return out
+        return run_once(folder, data, name, KINDS[name])
 
     return run
 

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 import tlscale
-from tests.small_runs import REPO, environment, put_small_folder, sample_images, small_recipe, wait_until
+from tests.small_runs import REPO, environment, put_small_folder, run_once, sample_images, small_recipe, wait_until
 from tests.unit.data.test_given import put_odd_images
 from tlscale.cli import main
 from tlscale.errors import EXIT_BAD_INPUT, EXIT_STOPPED
@@ -59,11 +59,7 @@ def trained(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
 
     def run(name):
-        out = folder / name.replace(" ", "_")
-        if not out.exists():
-            changes = {**STRATEGIES[name], "data": {"source": "folder"}}
-            tlscale.run(small_recipe(folder / f"{out.name}.yaml", data, **changes), out)
-        return out
+        return run_once(folder, data, name, STRATEGIES[name])
 
     return run
 

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
 from tlscale.data.sources.manifest import TABLE_ENDINGS
-from tlscale.data.sources.open import recognised_source
-from tlscale.errors import DataError, RecipeError
+from tlscale.data.sources.open import source_of
+from tlscale.errors import RecipeError
 from tlscale.recipe.schema import DataSection, Recipe
 from tlscale.recipe.schema_keys import all_keys
 from tlscale.recipe.sources import SOURCE_KEYS, SOURCES
@@ -83,10 +82,7 @@ def _as_overrides(data: str, source: str | None) -> list[str]:
     path = f"data.path={json.dumps(data)}"  # in quotes, as a path may look like anything
     if source is not None:
         return [path]
-    found = recognised_source(data)
-    if found is not None:
-        return [f"data.source={found}", *([] if SOURCES[found].path == "none" else [path])]
-    wrong = "is neither a folder nor a table of images" if Path(data).expanduser().exists() else "does not exist"
     kinds = f"a folder, a table ({', '.join(TABLE_ENDINGS)}) or fashion_mnist"
     remedy = f"It takes {kinds}; for a data set of the hub add data.source=hub"
-    raise DataError(f"'{data}' {wrong}", key="--data", remedy=remedy)
+    found = source_of(data, key="--data", remedy=remedy)
+    return [f"data.source={found}", *([] if SOURCES[found].path == "none" else [path])]

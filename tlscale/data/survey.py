@@ -23,7 +23,7 @@ from tlscale.data.content import content_digest
 from tlscale.data.decode import FORMATS, decode_image
 from tlscale.data.folder_layout import lay_out, tables_in
 from tlscale.data.sources.excluded import write_excluded
-from tlscale.data.sources.open import read_source, recognised_source
+from tlscale.data.sources.open import read_source, source_of
 from tlscale.data.sources.split_names import split_keys
 from tlscale.data.sources.tables import RawStore, Role, Source, SourceSplit
 from tlscale.data.table_layout import guess_columns, name_splits, rows_to_leave_out
@@ -166,14 +166,7 @@ def _survey(keys: dict[str, Any], left_out: dict[str, str], notes: tuple[str, ..
 
 def _keys_of(place: str) -> tuple[dict[str, Any], dict[str, str], tuple[str, ...]]:
     """Return the keys of `data` for a place, what is left out (before an image is read), and notes."""
-    kind = recognised_source(place) if place else None
-    if kind is None:
-        wrong = (
-            "is neither a folder nor a table of images"
-            if place and Path(place).expanduser().exists()
-            else "does not exist"
-        )
-        raise DataError(f"'{place}' {wrong}", remedy="Name a folder, or a table (.csv, .tsv, .parquet), of images")
+    kind = source_of(place, remedy="Name a folder, or a table (.csv, .tsv, .parquet), of images")
     if kind == "folder":
         return _keys_of_folder(place)
     if kind == "manifest":

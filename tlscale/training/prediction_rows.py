@@ -31,12 +31,12 @@ from tlscale.codes.shards import BLOCK
 from tlscale.data.given import Given, read_given
 from tlscale.data.loader import stacked
 from tlscale.data.sampler import Ints
+from tlscale.data.sources.excluded import FORMULAS
 from tlscale.distributed.processes import Processes
 from tlscale.training.predictions import NO_ANSWER, answers
 from tlscale.training.run_path import FeaturesPath, RunPath
 
 NO_NUMBER = "the network gives no number for it (NaN)"
-_FORMULAS = tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")  # the last four are those of wide scripts
 Cell = str | float | None
 T = TypeVar("T")
 R = TypeVar("R")
@@ -162,7 +162,7 @@ def csv_cell(cell: Cell) -> str:
     """Write a cell as CSV that no spreadsheet runs."""
     if not isinstance(cell, str):
         return "" if cell is None else repr(cell)
-    text = f"'{cell}" if cell.startswith(_FORMULAS) else cell
+    text = f"'{cell}" if cell.startswith(FORMULAS) else cell
     if any(mark in text for mark in ',"\r\n'):
         return '"' + text.replace('"', '""') + '"'
     return text

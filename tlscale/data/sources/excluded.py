@@ -17,6 +17,8 @@ from tlscale.recipe.schema import DataSection
 from tlscale.storage.files import make_folder, replacing
 
 COLUMNS = ("path", "reason")
+FORMULAS = tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")  # the last four are those of wide scripts
+"""What a cell begins with that a spreadsheet would run."""
 
 
 def excluded_paths(section: DataSection, root: Path, *, anywhere: bool = False) -> frozenset[str]:
@@ -73,4 +75,4 @@ def write_excluded(place: Path, rows: Iterable[tuple[str, str]]) -> None:
 
 def _no_formula(path: str) -> str:
     """Return the same path such that no spreadsheet runs it."""
-    return f"./{path}" if path[:1] in ("=", "+", "-", "@", "\t", "\r") else path
+    return f"./{path}" if path.startswith(FORMULAS) else path

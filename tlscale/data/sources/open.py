@@ -136,6 +136,25 @@ def recognised_source(data: str) -> str | None:
     return next((name for name, reader in SOURCES.items() if reader.recognises(data)), None)
 
 
+def source_of(data: str, *, remedy: str, key: str | None = None) -> str:
+    """Return the name of the source that reads `data`.
+
+    Args:
+        data: a place or a name.
+        remedy: what else to name, for the message.
+        key: the option that named it.
+
+    Raises:
+        DataError: it is not there, or nothing recognises it.
+    """
+    found = recognised_source(data) if data else None
+    if found is None:
+        exists = data and Path(data).expanduser().exists()
+        wrong = "is neither a folder nor a table of images" if exists else "does not exist"
+        raise DataError(f"'{data}' {wrong}", key=key, remedy=remedy)
+    return found
+
+
 def _identity(section: DataSection, source: Source, chosen: Chosen) -> dict[str, object]:
     splits = chosen.splits
     return {
