@@ -1,5 +1,6 @@
 """The seconds that a run reports: the whole process, in parts that add up; and no decoding of what is not used."""
 
+import io
 import json
 import os
 import re
@@ -12,6 +13,7 @@ from functools import partial
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console as RichConsole
 
 import tlscale
 from tests.small_runs import When, assert_same_bits, exported, last_checkpoint, logged, result, small_recipe
@@ -23,7 +25,8 @@ from tlscale.data.loader import ImageStore
 from tlscale.data.sampler import micro_batches
 from tlscale.errors import DataError, Stopped
 from tlscale.recipe.duration import Duration
-from tlscale.tracking.console import Pace
+from tlscale.tracking.console import Console
+from tlscale.tracking.progress import Pace
 from tlscale.tracking.stopwatch import PARTS
 from tlscale.training.setup import set_up
 
@@ -255,17 +258,18 @@ def test_the_last_steps_of_a_resumed_run_decode_what_they_see(pictures, tmp_path
 
 
 def test_long_work_says_how_far_it_is():
-    now_s, said = [0.0], []
-    pace = Pace(1000, said.append, "decoding train", every_s=5.0, clock=lambda: now_s[0])
+    now_s, file = [0.0], io.StringIO()
+    console = Console(console=RichConsole(file=file, force_terminal=False))
+    pace = Pace(1000, "decoding train", console, every_s=5.0, clock=lambda: now_s[0])
     for _ in range(100):
         now_s[0] += 0.3
         pace.add(10)
+    said = file.getvalue().splitlines()
     assert len(said) == 5, "30 s, a line in every 5.1"
     assert said[0] == "decoding train: 170 of 1,000 images, 33 images/s, eta 25s"
-    said.clear()
-    pace = Pace(1000, said.append, "decoding train", clock=lambda: now_s[0])
+    pace = Pace(1000, "decoding train", console, clock=lambda: now_s[0])
     pace.add(1000)
-    assert said == []
+    assert len(file.getvalue().splitlines()) == 5
 
 
 @pytest.mark.parametrize("augment", [[], ["flip", {"crop": 0.5}]])

@@ -67,7 +67,6 @@ class CodesCache:
     def __post_init__(self) -> None:
         """Open the store; nothing is read yet."""
         self._loaded_bytes = 0
-        self.images.say = lambda text: self.console.say(text)  # the console changes during the run
         self.store = CodesStore(limit_bytes=round(self.spec.section.cache_gib * 2**30))
 
     def codes(self, module: nn.Module, parts: Sequence[Part], split: ImageSplit) -> Codes:

@@ -30,7 +30,9 @@ from tlscale.data.content import Digests, digest_bytes
 from tlscale.distributed.processes import Processes
 from tlscale.distributed.signals import check_stop
 from tlscale.errors import TlscaleError
-from tlscale.tracking.console import Console, Pace, format_duration
+from tlscale.tracking.console import Console
+from tlscale.tracking.progress import Pace
+from tlscale.tracking.stopwatch import format_duration
 
 _WAIT_S = 0.5
 _REPORT_EVERY_S = 10.0
@@ -209,7 +211,7 @@ def _compute(work: Extraction, processes: Processes, say: Callable[[str], None],
         )
     )
     say(f"codes of {title}: {_announced(work, len(todo_P), may_be_there=may_be_there)}")
-    began_s, pace = time.monotonic(), Pace(len(todo_P), say, f"codes of {title}", every_s=_REPORT_EVERY_S)
+    began_s, pace = time.monotonic(), Pace(len(todo_P), f"codes of {title}", every_s=_REPORT_EVERY_S)
 
     def on_block(num_images: int) -> None:
         processes.watchdog.beat()
@@ -218,8 +220,9 @@ def _compute(work: Extraction, processes: Processes, say: Callable[[str], None],
     inventories = zip(work.keys, work.inventories, strict=True)
     spared = {(key.digest(), name) for key, inventory in inventories for name in inventory.used}
     shards = plan_shards(todo_P, rows_per_shard(work.row_bytes, store.shard_bytes))
-    for positions_P in shards_of(shards, processes.rank, processes.world_size):
-        spared |= _round(work, positions_P, spared, processes, say, on_block)
+    with pace:  # the other processes' last images are not counted by this one
+        for positions_P in shards_of(shards, processes.rank, processes.world_size):
+            spared |= _round(work, positions_P, spared, processes, say, on_block)
     if num_computed := len(work.done):
         took_s = max(time.monotonic() - began_s, 1e-9)
         speed = f"{num_computed / took_s:.0f} images/s"

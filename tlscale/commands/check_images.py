@@ -10,7 +10,8 @@ from tlscale.data.sources.bad_images import find_bad
 from tlscale.data.sources.open import read_source
 from tlscale.errors import DataError
 from tlscale.recipe.schema import DataSection
-from tlscale.tracking.console import Console, Pace
+from tlscale.tracking.console import Console
+from tlscale.tracking.progress import Pace
 
 
 def check_images(section: DataSection, console: Console) -> None:
@@ -22,7 +23,7 @@ def check_images(section: DataSection, console: Console) -> None:
     """
     splits = read_source(section).splits
     num_images = sum(len(split.store) for split in splits.values())
-    pace = Pace(num_images, console.say, "checking images")
+    pace = Pace(num_images, "checking images", console)
     bad_images = find_bad(section, splits, on_images=pace.add)
     for reason in bad_images.reasons():
         console.say(reason)

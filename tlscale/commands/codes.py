@@ -17,8 +17,8 @@ from tlscale.distributed.processes import Processes, start_processes
 from tlscale.distributed.signals import StopRequest
 from tlscale.errors import ModelError, TlscaleError
 from tlscale.recipe.schema import Recipe
-from tlscale.tracking.console import Console, format_duration
-from tlscale.tracking.stopwatch import Stopwatch, describe_seconds
+from tlscale.tracking.console import Console
+from tlscale.tracking.stopwatch import Stopwatch, describe_seconds, format_duration
 from tlscale.training.cache_decision import agree_on_partition
 from tlscale.training.setup import RunSetup, set_up
 from tlscale.training.specs import ask_teacher, cache_spec, open_codes_cache

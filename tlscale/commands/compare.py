@@ -238,7 +238,7 @@ def _conclude(
         figures = write_comparison(
             root, title, outcomes, remarks, pairs, times=lambda: watch.figures(parts=("start", "runs", "report"))
         )
-    console.table(title, COLUMNS, table(outcomes, pairs))
+    console.table(title, COLUMNS, table(outcomes, pairs), num_keys=2)
     for line in figures["notes"]:
         console.say(line)
     console.say(f"table: {root / 'compare.md'}   picture: {root / 'compare.png'}   figures: {root / 'compare.json'}")

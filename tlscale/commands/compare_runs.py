@@ -60,7 +60,7 @@ def compare_runs(places: Sequence[str | os.PathLike[str]], out: Path | None, con
     ]
     refuse_other_images(outcomes)
     pairs = paired_tests(to_rows(outcomes))
-    console.table(_TITLE, COLUMNS, table(outcomes, pairs))
+    console.table(_TITLE, COLUMNS, table(outcomes, pairs), num_keys=2)
     if out is None:
         figures = to_plain(_TITLE, outcomes, notes, pairs)
     else:

@@ -11,6 +11,7 @@ from tlscale.commands.doctor_checks import Finding, examine
 from tlscale.tracking.console import Console
 
 _MARKS = {"ok": "ok  ", "note": "note", "wrong": "WRONG"}
+_INDENT = 25
 
 
 def doctor(*, as_json: bool = False) -> bool:
@@ -32,6 +33,6 @@ def doctor(*, as_json: bool = False) -> bool:
 
 def _show(finding: Finding, console: Console) -> None:
     style = {"ok": None, "note": "yellow", "wrong": "bold red"}[finding.state]
-    console.say(f"{_MARKS[finding.state]:<6}{finding.subject:<18} {finding.what}", style)
+    console.say(f"{_MARKS[finding.state]:<6}{finding.subject:<18} {finding.what}", style, indent=_INDENT)
     if finding.remedy:
-        console.say(f"{'':<24} {finding.remedy}")
+        console.say(f"{'':<{_INDENT}}{finding.remedy}", indent=_INDENT)

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console as RichConsole
 
 from tlscale.commands.evaluation_images import FinishedRun, Scored, other_images, own_split, read_json
 from tlscale.commands.evaluation_keys import changes_for_evaluation
@@ -34,7 +33,8 @@ from tlscale.models.export import TrainedModel, load
 from tlscale.recipe.load import load_stored_recipe
 from tlscale.recipe.schema import LossSection, Recipe
 from tlscale.storage.files import make_folder, write_json
-from tlscale.tracking.console import Console, Pace, number, visible
+from tlscale.tracking.console import Console, number, visible
+from tlscale.tracking.progress import Pace
 from tlscale.tracking.redact import places_of, without_places
 from tlscale.tracking.stopwatch import Stopwatch, describe_seconds
 from tlscale.training.evaluate import evaluate
@@ -89,7 +89,7 @@ def evaluate_run(
     with (
         closing(start_processes(recipe.compute.without_engine())) as processes,
         StopRequest(peers=processes.peers()),
-        Console(enabled=processes.is_main, console=RichConsole(stderr=True)).shows_progress(),
+        Console(enabled=processes.is_main, stderr=True).shows_progress(),
     ):
         with watch("scan"):
             if is_other:
@@ -119,7 +119,7 @@ def _figures(
     """Compute all figures, and collect this process's predictions."""
     split = scored.split
     with watch("decode"):
-        pace = Pace(len(split), None, f"decoding {split.name}")
+        pace = Pace(len(split), f"decoding {split.name}")
         store = processes.run_on_all(ImageStore, split, recipe.data, trained.input_spec, on_images=pace.add)
     dtype = torch.float64 if recipe.compute.precision == "fp64" else torch.float32
     workers = default_workers(

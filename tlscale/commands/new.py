@@ -110,4 +110,4 @@ def _block(console: Console, head: str, lines: list[str]) -> None:
         console.say(head)
         head = ""
     for number, line in enumerate(lines):
-        console.say(f"{head if number == 0 else '':<{_INDENT}}{line}")
+        console.say(f"{head if number == 0 else '':<{_INDENT}}{line}", indent=_INDENT)

@@ -131,7 +131,7 @@ def _run(
             setup = set_up(recipe, world_size=processes.world_size, bad_images=bad_images, watch=watch)
 
         # -- plan -------------------------------------------------------------------------------------------------
-        show_plan(setup, console, device=str(processes.device))
+        show_plan(setup, console, device=str(processes.device), whole=False)
         if run_info is not None:
             run_info = processes.run_on_main(_checked_run_info, run_info, setup, folder, console)
         processes.run_on_main(folder.stopped.unlink, missing_ok=True)

@@ -11,18 +11,24 @@ from typing import Any
 from tlscale.data.sampler import DataOrder
 from tlscale.models.features import PENULTIMATE
 from tlscale.recipe.schema import Recipe
-from tlscale.tracking.console import Console, format_duration, number
-from tlscale.tracking.stopwatch import describe_seconds
+from tlscale.tracking.console import Console, number
+from tlscale.tracking.stopwatch import describe_seconds, format_duration
 from tlscale.training.distillation.student import Student
 from tlscale.training.setup import RunSetup, strategy_of
 from tlscale.training.stages import Stage, to_steps
 
 _WORST_SHOWN = 5
+_IN_SHORT = ("strategy", "data", "backbone", "weights", "teacher", "trainable", "steps", "probe", "device")
 CLASS_COLUMNS = ("class", "images", "accuracy", "F1")
 
 
-def show_plan(setup: RunSetup, console: Console, *, device: str) -> None:
-    """Show what is about to happen, with the arithmetic of every derived number."""
+def show_plan(setup: RunSetup, console: Console, *, device: str, whole: bool = True) -> None:
+    """Show what is about to happen, with the arithmetic of every derived number.
+
+    Args:
+        device: that it happens on.
+        whole: else what is trained, on what and for how long, which is enough where it happens at once.
+    """
     recipe, data = setup.recipe, setup.data
     for note in data.notes:
         is_loud = note.split(":")[0].isupper()
@@ -33,8 +39,9 @@ def show_plan(setup: RunSetup, console: Console, *, device: str) -> None:
         console.say("the frozen layers are random: backbone.weights is none", style="yellow")
     for note in setup.weights.notes:
         console.say(f"backbone.weights: {note}", style="bold yellow")
-    console.table("Plan", ("what", "how"), _plan_rows(setup, device))
-    for stage in setup.stages:
+    rows = _plan_rows(setup, device)
+    console.table("Plan", ("what", "how"), rows if whole else [row for row in rows if row[0] in _IN_SHORT])
+    for stage in setup.stages if whole else ():
         _show_stage(stage, setup, console)
 
 

@@ -37,7 +37,7 @@ from tlscale.data.workers import load_in_order, map_in_threads
 from tlscale.distributed.signals import check_stop
 from tlscale.errors import DataError
 from tlscale.recipe.schema import DataSection
-from tlscale.tracking.console import Pace
+from tlscale.tracking.progress import Pace
 from tlscale.tracking.stopwatch import Stopwatch
 
 _MIB = 2**20
@@ -212,8 +212,6 @@ class ImageCache:
     """Training cuts its images at random, and so needs them in their own size."""
     watch: Stopwatch
     """Measures decoding."""
-    say: Callable[[str], None] = lambda text: None
-    """Reports the progress of decoding."""
     _stores: dict[str, ImageStore] = field(default_factory=dict)
 
     def train(self, num_seen: int | None = None) -> ImageStore:
@@ -244,10 +242,9 @@ class ImageCache:
 
     def _store(self, name: str, split: ImageSplit, *, crops: bool = False, keep: bool = True) -> ImageStore:
         if name not in self._stores:
-            # Looked up when it is called: `say` changes with the console.
-            pace = Pace(len(split), lambda text: self.say(text), f"decoding {split.name}")
+            pace = Pace(len(split), f"decoding {split.name}")
             make = partial(ImageStore, split, self.section, self.spec, crops=crops, keep=keep, on_images=pace.add)
-            with self.watch("decode"):
+            with self.watch("decode"), pace:
                 self._stores[name] = make()
         return self._stores[name]
 

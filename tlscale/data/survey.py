@@ -31,7 +31,7 @@ from tlscale.data.workers import map_in_threads
 from tlscale.errors import DataError, one_line
 from tlscale.recipe.schema import DataSection
 from tlscale.recipe.sources import SOURCES
-from tlscale.tracking.console import Pace
+from tlscale.tracking.progress import Pace
 
 _GREY_STRIDE = 4  # every so many pixels are looked at for colour
 
@@ -214,7 +214,7 @@ def _look_at_all(source: Source, section: DataSection) -> _Seen:
     seen = _Seen()
     max_pixels = round(section.max_megapixels * 1e6)
     total = sum(len(split.store) for split in source.splits.values())
-    pace = Pace(total, None, "looking at images")
+    pace = Pace(total, "looking at images")
     for role, split in source.splits.items():
         store, names = split.store, (*split.label_names, "")  # NO_LABEL is the last one
         look = partial(_look, store, max_pixels)

@@ -78,6 +78,12 @@ class Stopwatch:
         self._spent_s[part] = self._spent_s.get(part, 0.0) + now_s - self._since_s
         self._since_s = now_s
 
+    def this_start(self) -> dict[str, Any]:
+        """Return `wall_s` and `seconds` of this start alone, for `describe_seconds`."""
+        self._settle()
+        seconds = {part: spent_s for part, spent_s in self._spent_s.items() if part != _WAITING}
+        return {"wall_s": sum(self._spent_s.values()), "seconds": seconds}
+
     def figures(self, images_seen: int | None = None, parts: Iterable[str] = PARTS) -> dict[str, Any]:
         """Return the keys of `result.json` that are about time.
 
@@ -95,6 +101,17 @@ class Stopwatch:
             speed = images_seen / max(spent_s["train"], 1e-9)
             figures |= {"waiting_s": round(waiting_s, 3), "images_per_s": round(speed, 1)}
         return figures
+
+
+def format_duration(seconds: float) -> str:
+    """Format seconds as `42s`, `5m12s`, `3h07m` or `2d04h`."""
+    minutes, rest = divmod(max(0, round(seconds)), 60)
+    if minutes < 1:
+        return f"{rest}s"
+    if minutes < 60:
+        return f"{minutes}m{rest:02d}s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours < 24 else f"{hours // 24}d{hours % 24:02d}h"
 
 
 def describe_seconds(figures: Mapping[str, Any]) -> str:

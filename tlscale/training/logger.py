@@ -14,6 +14,7 @@ from tlscale.recipe.schema import Recipe
 from tlscale.storage.run_folder import RunFolder
 from tlscale.tracking.console import Console, number
 from tlscale.tracking.redact import REDACTED, places_of, without_places
+from tlscale.tracking.stopwatch import describe_seconds
 from tlscale.tracking.trackers import MetricsFile, Trackers, open_trackers
 from tlscale.training.evaluate import scalars
 from tlscale.training.loop_state import LoopState
@@ -37,6 +38,7 @@ class RunLogger:
         recipe = setup.recipe
         self._order, self._loop, self._console = setup.order, loop, console
         self._watch, self._train_s, self._window_images = setup.watch, setup.watch.train_s(), 0
+        self._has_trained = False
         self._metrics = MetricsFile(folder.metrics) if processes.is_main else None
         seen = (
             self._metrics.truncate_after(loop.step, owes_evaluation=loop.awaits_evaluation)
@@ -74,6 +76,9 @@ class RunLogger:
     def trained(self, num_images: int) -> None:
         """Count a step over so many images, of all processes."""
         self._window_images += num_images
+        if not self._has_trained:
+            self._has_trained = True
+            self._console.say(f"first step after {describe_seconds(self._watch.this_start())}")
         faults.at("step")
 
     def write_training(self, loss: float, lr: float, grad_norm: Tensor | None) -> None:

@@ -17,7 +17,8 @@ from tlscale.errors import RecipeError
 from tlscale.recipe.duration import parse_duration
 from tlscale.recipe.schema import Recipe, ScheduleSection
 from tlscale.recipe.seeds import derive_seed
-from tlscale.tracking.console import Console, Pace
+from tlscale.tracking.console import Console
+from tlscale.tracking.progress import Pace
 from tlscale.training.loop import train_step
 from tlscale.training.loop_state import LoopState
 from tlscale.training.optimizer import set_lr
@@ -98,8 +99,8 @@ def _losses(setup: RunSetup, processes: Processes, console: Console) -> list[flo
     (stage,) = setup.stages
     state, losses = build_train_state(setup, processes, console, stage), list[float]()
     enter_stage(state, LoopState())
-    pace = Pace(setup.order.images_seen(stage.num_steps), console.say, "trying learning rates")
-    with closing(state.inputs.steps(0, stage.num_steps)) as batches:
+    pace = Pace(setup.order.images_seen(stage.num_steps), "trying learning rates", console)
+    with closing(state.inputs.steps(0, stage.num_steps)) as batches, pace:
         for step, micro_batches in enumerate(batches):
             check_stop("trying learning rates")
             set_lr(state.optimizer, stage.lr_factor(step))

@@ -13,7 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console as RichConsole
 
-from tlscale.tracking.console import Console, format_duration, visible
+from tlscale.tracking.console import Console, visible
+from tlscale.tracking.progress import Pace, each
+from tlscale.tracking.stopwatch import format_duration
 
 SHOW_CURSOR, HIDE_CURSOR = "\x1b[?25h", "\x1b[?25l"
 
@@ -163,6 +165,7 @@ def test_an_exception_leaves_the_terminal_as_it_was(error):
 @pytest.mark.parametrize("make", [terminal, plain])
 def test_text_is_shown_as_it_is(make):
     console = make()
+    console.width = 100
     name = "[bold]cat[/bold] [link=x]y \x1b[31mred\x1b[0m \x9b2J \u202eabc :smile: {0} é"
     with Console(console=console).begin(10) as progress:
         progress.update(1, **figures())
@@ -276,3 +279,130 @@ def test_in_a_real_terminal_prints_of_others_go_above_the_display_and_the_cursor
     assert text.rindex(SHOW_CURSOR) > text.rindex(HIDE_CURSOR)
     assert "from elsewhere\r\n" in text
     assert text.rindex("5/10") > text.index("said")
+
+
+def test_long_work_is_a_bar_on_a_terminal_and_leaves_nothing():
+    output, clock = terminal(width=80), FakeClock()
+    console = Console(console=output, clock=clock)
+    with console.shows_progress():
+        Pace(10, "short", clock=clock).add(10)
+        pace = Pace(2000, "decoding train", clock=clock)
+        for done in range(1, 2001):
+            clock.now += 0.001
+            pace.add(1)
+            if done == 1500:
+                console.say("a note")
+    shown = text_of(output)
+    assert "short" not in shown
+    assert 4 <= shown.count("decoding train") <= 12, "after half a second, and five times a second"
+    assert "1000 images/s" in shown
+    assert "━" in shown
+    assert shown.count(HIDE_CURSOR) == shown.count(SHOW_CURSOR) == 1
+    last = shown[shown.rindex("decoding train") :]
+    assert "\x1b[2K" in last, "the line is erased"
+    assert "\n" not in last
+
+
+def test_a_bar_of_unknown_length_and_one_that_fails_are_taken_away():
+    output, clock = terminal(width=80), FakeClock()
+    console = Console(console=output)
+
+    def work():
+        with Pace(None, "scanning a", clock=clock) as pace:
+            clock.now += 1
+            pace.add(5)
+        assert text_of(output).count(SHOW_CURSOR) == 1
+        pace = Pace(100, "scanning b", clock=clock)
+        clock.now += 1
+        pace.add(5)
+        raise OSError("gone")
+
+    with pytest.raises(OSError, match="gone"), console.shows_progress():
+        work()
+    shown = text_of(output)
+    assert "scanning a: 5 images, 5 images/s" in shown
+    assert "5 of 100 images" in shown
+    assert shown.count(HIDE_CURSOR) == shown.count(SHOW_CURSOR) == 2
+
+
+def test_long_work_within_training_is_shown_below_its_figures():
+    output, clock = terminal(width=80), FakeClock()
+    console = Console(console=output, clock=clock)
+    with console.shows_progress(), console.begin(940):
+        console.update(120, **figures())
+        pace = Pace(100, "codes of train", clock=clock)
+        clock.now += 1
+        pace.add(50)
+        both = text_of(output)
+        pace.add(50)
+        console.update(940, **figures())
+    assert both.index("120/940") < both.index("codes of train")
+    assert text_of(output).rindex("codes of train") < text_of(output).index("940/940")
+    assert text_of(output).count(HIDE_CURSOR) == 1, "one display"
+
+
+@pytest.mark.parametrize("make", [terminal, plain])
+def test_each_of_several_fits_is_shown(make):
+    output = make()
+    with Console(console=output).shows_progress():
+        assert list(each([1, 2], lambda strength: f"probe: strength {strength}")) == [1, 2]
+    shown = text_of(output)
+    assert shown.index("probe: strength 1") < shown.index("probe: strength 2")
+    assert "2 of 2" in shown
+    assert list(each([1, 2], str)) == [1, 2], "without a console"
+
+
+def test_data_on_standard_output_stay_apart_from_a_bar(monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    console, clock = Console(stderr=True), FakeClock()
+    pace = Pace(10, "scanning", console, clock=clock)
+    clock.now += 1
+    stdout = sys.stdout
+    pace.add(1)
+    assert sys.stdout is stdout
+    assert sys.stderr is not sys.__stderr__
+    console.end_work()
+
+
+ROWS = [
+    ("early_codes", "1,000", "0.8840 (0.8712 to 0.8901)", "best, with 95 % confidence", "0.88", "12.5", "layer3")
+] * 2
+HEADS = ("strategy", "images", "top1", "against the best", "held-out top1", "seconds", "layer of the codes")
+
+
+@pytest.mark.parametrize("make", [terminal, plain])
+@pytest.mark.parametrize("width", [36, 50, 80, 200])
+def test_a_table_fits_the_screen(make, width):
+    console = make()
+    console.width = width
+    Console(console=console).table("Side by side", HEADS, ROWS, num_keys=2)
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", text_of(console)).splitlines()
+    assert max(map(len, lines)) <= width
+    words = {word for row in (HEADS, *ROWS) for cell in row for word in cell.split()}
+    assert words <= set(" ".join(lines).split()), "no word is broken where the columns are wide enough"
+    heads = [line for line in lines if "strategy" in line]
+    assert len(heads) == {36: 5, 50: 4, 80: 1, 200: 1}[width]
+    assert all("images" in line for line in heads)
+    assert sum("Side by side" in line for line in lines) == 1
+
+
+def test_only_a_terminal_breaks_words():
+    for make in (terminal, plain):
+        console = make()
+        console.width = 40
+        Console(console=console).table("", ("file", "why"), [("a" * 50, "no")])
+        text = re.sub(r"\x1b\[[0-9;]*m", "", text_of(console))
+        assert ("a" * 50 in text) == (make is plain)
+        assert text.count("a") == 50
+
+
+def test_a_long_line_on_a_terminal_is_indented():
+    console = terminal(width=40)
+    Console(console=console).say("ok    disk      " + "many words " * 8, indent=16)
+    lines = text_of(console).splitlines()
+    assert lines[0].startswith("ok    disk      many")
+    assert all(line.startswith(" " * 16 + "many") or line.startswith(" " * 16 + "words") for line in lines[1:])
+    console = plain()
+    Console(console=console).say("word " * 60, indent=16)
+    assert len(text_of(console).splitlines()) == 1

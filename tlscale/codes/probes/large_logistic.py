@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tlscale.codes.probes.blockwise import HeadsFit, Rotation, blocks, by_class_order, to_compute
-from tlscale.tracking.console import progress
+from tlscale.tracking.progress import each, progress
 
 TOLERANCE = 0.03
 """Most relative error of W, as in `logistic`: the search stops when |gradient| <= TOLERANCE * lam * |W|, by a gradient
@@ -61,8 +61,7 @@ def fit_large_logistic(
     elif len(images.labels_N) >= SAMPLE * _LEAST_OF_CLASS * len(present_C):
         begin, path = _reject(images, path, begin)
     solved = {}
-    for number, lam in enumerate(path, start=1):
-        progress(f"probe: strength {lam:g} on {len(labels_N):,} images ({number} of {len(path)})")
+    for lam in each(path, lambda lam: f"probe: strength {lam:g} on {len(labels_N):,} images"):
         begin, is_solved = _solve(images, lam, begin, TOLERANCE)
         params_QC = begin.params_QC
         if len(present_C) < num_classes:

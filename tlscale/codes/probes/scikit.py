@@ -16,7 +16,7 @@ from tlscale.codes.probes.blockwise import DOING
 from tlscale.codes.probes.linear import LinearPath
 from tlscale.distributed.signals import stoppable
 from tlscale.errors import RecipeError
-from tlscale.tracking.console import progress
+from tlscale.tracking.progress import each
 
 _MOST_STEPS = 2000
 
@@ -34,9 +34,8 @@ def sklearn_path(codes_ND: Tensor, labels_N: Tensor, num_classes: int, strengths
     images = len(labels_N) / (2 if num_classes == 2 else 1)
     codes, labels = codes_ND.cpu().numpy(), labels_N.cpu().numpy()
     models: list[Any] = []
-    for strength in strengths:
+    for strength in each(strengths, lambda strength: f"probe: scikit-learn, strength {strength:g}"):
         model = LogisticRegression(C=1 / (strength * images), max_iter=_MOST_STEPS)
-        progress(f"probe: scikit-learn, strength {strength:g} ({len(models) + 1} of {len(strengths)})")
         with warnings.catch_warnings(), stoppable(DOING):
             # What it would say is in `converged`.
             warnings.simplefilter("ignore", ConvergenceWarning)

@@ -28,7 +28,7 @@ from tlscale.errors import DataError, Stopped
 from tlscale.recipe.schema import DataSection
 from tlscale.storage.cache import cache_root, make_cache_folder, say_not_cached, share_with_group
 from tlscale.storage.files import replacing, text_sha256
-from tlscale.tracking.console import Pace
+from tlscale.tracking.progress import Pace
 
 _DOING = "checking images"
 _BLOCK = 256  # images that a thread takes at once
@@ -136,7 +136,7 @@ def find_bad_images(
     rows = range(len(images)) if rows is None else rows
     blocks = [rows[start : start + _BLOCK] for start in range(0, len(rows), _BLOCK)]
     found: list[tuple[int, str]] = []
-    pace = Pace(len(rows), None, _DOING)
+    pace = Pace(len(rows), _DOING)
     for block, (bad, sound) in zip(blocks, map_in_threads(try_block, blocks, most=num_cores()), strict=True):
         found += bad
         if known is not None:

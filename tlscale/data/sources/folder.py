@@ -38,7 +38,8 @@ from tlscale.data.sources.tables import Ints, Role, Source, SourceSplit
 from tlscale.distributed.signals import check_stop
 from tlscale.errors import DataError, first_few, is_unicode, one_line, quoted, quoted_list, sentences, suggestion
 from tlscale.recipe.schema import DataSection
-from tlscale.tracking.console import Pace, visible
+from tlscale.tracking.console import visible
+from tlscale.tracking.progress import Pace
 
 LEFT_BY_DESKTOPS = frozenset(("Thumbs.db", "desktop.ini", "__MACOSX"))
 
@@ -208,16 +209,17 @@ def _collect(tree: _Tree, name: str, tops: list[str]) -> tuple[SourceSplit, Ints
     chunks, counts, stats = [], [], []
     parts: list[str | bytes] = []
     problems: list[str] = []
-    pace = Pace(None, None, f"scanning {visible(split)}")
-    for label in order:
-        paths, stats_N5, wrong = _read_class(tree, name, folders[label], pace)
-        problems.extend(wrong)
-        if not paths and not wrong:
-            problems.append(f"{one_line(split / folders[label][0])} is empty: a class needs at least one image")
-        chunks.append(pa.array(paths, type=pa.large_string()))
-        counts.append(len(paths))
-        stats.append(stats_N5)
-        parts.extend(("\0".join(paths), stats_N5[:, 2:4].astype("<i8").tobytes()))  # sizes, times of the last write
+    with Pace(None, f"scanning {visible(split)}") as pace:
+        for label in order:
+            paths, stats_N5, wrong = _read_class(tree, name, folders[label], pace)
+            problems.extend(wrong)
+            if not paths and not wrong:
+                problems.append(f"{one_line(split / folders[label][0])} is empty: a class needs at least one image")
+            chunks.append(pa.array(paths, type=pa.large_string()))
+            counts.append(len(paths))
+            stats.append(stats_N5)
+            # Sizes, and times of the last write.
+            parts.extend(("\0".join(paths), stats_N5[:, 2:4].astype("<i8").tobytes()))
     if problems:
         rest = len(problems) - 5
         more = [f"and {rest:,} more of this kind"] if rest > 0 else []

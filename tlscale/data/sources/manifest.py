@@ -38,7 +38,8 @@ from tlscale.data.sources.tables import RawStore, Role, Source, SourceSplit
 from tlscale.distributed.signals import check_stop
 from tlscale.errors import DataError, did_you_mean, first_few, quoted
 from tlscale.recipe.schema import DataSection
-from tlscale.tracking.console import Pace, visible
+from tlscale.tracking.console import visible
+from tlscale.tracking.progress import Pace
 
 Stats = npt.NDArray[np.int64]
 IMAGE_COLUMNS = ("image", "img", "path", "file", "filename", "file_name", "filepath", "file_path", "image_path")
@@ -247,7 +248,7 @@ def _stats(file: Path, column: pa.ChunkedArray) -> Stats | None:
     missing: list[str] = []
     strange: list[str] = []
     stats_N5 = np.zeros((len(column), 5), dtype=np.int64)
-    pace = Pace(len(column), None, f"scanning the images of {visible(file.name)}")
+    pace = Pace(len(column), f"scanning the images of {visible(file.name)}")
     for row, path in enumerate(_paths(column)):
         check_stop("scanning files")
         pace.add(1)

@@ -24,7 +24,7 @@ from tlscale.data.content import ContentIndex, Contents, Digests
 from tlscale.data.sources.split_names import Role as Role
 from tlscale.data.workers import map_in_threads
 from tlscale.distributed.signals import check_stop
-from tlscale.tracking.console import Pace
+from tlscale.tracking.progress import Pace
 
 Ints = npt.NDArray[np.int64]
 Raw = bytes | npt.NDArray[Any]
@@ -175,7 +175,7 @@ class ImageSplit:
         """
         unread_N = ~self.known_digests()[1]
         unread = np.flatnonzero(unread_N if wanted_N is None else unread_N & wanted_N).tolist()
-        pace = Pace(len(unread), None, f"hashing {self.name}")
+        pace = Pace(len(unread), f"hashing {self.name}")
         try:
             for _ in map_in_threads(self.read, unread, "hashing images"):
                 pace.add(1)

@@ -1,0 +1,81 @@
+"""What the commands show on 80 columns, on a terminal and in a file; and life from the first second."""
+
+import os
+import pty
+import re
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+
+from tests.small_runs import small_recipe
+from tlscale.cli import main
+
+TERMINAL = {"FORCE_COLOR": "1", "TERM": "xterm"}
+FROZEN = r"(conv1|bn1|layer[12])\..*"
+CODES = {"codes": {"keep": "always"}, "backbone": {"name": "test_resnet", "weights": "none", "in_chans": 1}}
+
+
+def show(*words, **variables):
+    done = CliRunner(env={"COLUMNS": "80", **variables}).invoke(main, [str(word) for word in words])
+    assert done.exit_code == 0, done.output
+    return done
+
+
+@pytest.mark.parametrize("screen", ["file", "terminal"])
+def test_tables_fit_80_columns(screen, idx, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = tmp_path / "r.yaml"
+    small_recipe(recipe, idx, name="a_long_name_of_a_recipe", duration="2 steps", freeze=FROZEN, **CODES)
+    commands = {
+        "run": ("run", recipe, "--out", "run"),
+        "plan": ("plan", recipe),
+        "evaluate": ("evaluate", "run"),
+        "compare": ("compare", "run"),
+        "codes": ("codes", "list"),
+    }
+    for name, words in commands.items():
+        said = show(*words, **(TERMINAL if screen == "terminal" else {})).stdout
+        lines = re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", said))
+        tables = lines if screen == "terminal" else [line for line in lines if line.startswith(" ")]
+        assert max(map(len, tables)) <= 80, name
+        assert any("──" in line for line in tables), f"{name} has a table"
+
+
+def test_a_run_shows_a_short_plan_and_plan_the_whole_one(idx, tmp_path):
+    small_recipe(tmp_path / "r.yaml", idx, duration="2 steps", freeze=FROZEN, **CODES)
+    run, plan = show("run", tmp_path / "r.yaml", "--out", tmp_path / "run"), show("plan", tmp_path / "r.yaml")
+    short, whole = run.stdout.split("first step")[0], plan.stdout
+    for word in ("trainable", "steps", "backbone", "data "):
+        assert word in short
+        assert word in whole
+    for word in ("freeze rule", "Groups of adamw", "Memory of a process", "schedule"):
+        assert word not in short
+        assert word in whole
+    assert re.search(r"^first step after [0-9.]+ s: start [0-9.]+", run.stdout, re.MULTILINE)
+    assert run.stdout.count("first step") == 1
+    assert run.stderr.startswith("loading PyTorch and timm\n")
+    assert plan.stderr == ""
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_on_a_terminal_there_is_a_line_while_libraries_are_loaded(rank):
+    program = "from tlscale.cli_parts import loading\nwith loading():\n    pass\nprint('done')\n"
+    master, slave = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm", "RANK": rank}
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=slave, stderr=slave, env=environment)
+    os.close(slave)
+    shown = b""
+    while True:
+        try:
+            chunk = os.read(master, 4096)
+        except OSError:  # the other end is closed
+            break
+        if not chunk:
+            break
+        shown += chunk
+    os.close(master)
+    assert process.wait() == 0
+    line = b"loading PyTorch and timm\r\x1b[K" if rank == "0" else b""
+    assert shown == line + b"done\r\n"
