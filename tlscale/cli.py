@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tlscale import __version__
-from tlscale.cli_parts import began_s, codes, listed, load, numbers, reports_errors, takes_recipe
+from tlscale.cli_completion import completion, files, recipe_keys
+from tlscale.cli_parts import began_s, codes, listed, load, loading, numbers, reports_errors, takes_recipe
 from tlscale.errors import TlscaleError
 from tlscale.tracking.stopwatch import Stopwatch, process_began_s
 
@@ -67,7 +68,7 @@ def main() -> None:
 
 
 @main.command()
-@click.argument("data")
+@click.argument("data", shell_complete=files)
 @click.option("--backbone", default="resnet10t", show_default=True, metavar="NAME", help="A timm model.")
 @click.option("--out", metavar="FILE.yaml", help="The recipe.  [default: named after DATA, here]")
 @reports_errors
@@ -83,8 +84,9 @@ def new(data: str, backbone: str, out: str | None) -> None:
       tlscale new photos/
       tlscale new labels.csv --out flowers.yaml
     """
-    from tlscale.commands.new import new_file
-    from tlscale.tracking.console import Console
+    with loading():
+        from tlscale.commands.new import new_file
+        from tlscale.tracking.console import Console
 
     new_file(data, backbone=backbone, out=out, console=Console())
 
@@ -109,16 +111,26 @@ def run(recipe: str, overrides: Sequence[str], out: str | None, resume: bool, ov
 @takes_recipe
 @click.option("--processes", type=click.IntRange(1), help="Plan for so many processes.  [default: the recipe's, or 1]")
 @click.option("--check-images", is_flag=True, help="Decode every image first, and list those that cannot be read.")
+@click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
 @reports_errors
-def plan(recipe: str, overrides: Sequence[str], processes: int | None, check_images: bool) -> None:
+def plan(recipe: str, overrides: Sequence[str], processes: int | None, check_images: bool, as_json: bool) -> None:
     """Show what `run` would do, and train nothing: freezing, parameters, steps, batches, memory.
 
+    With --json, standard output has one JSON object and nothing else; its keys are in docs/guide.md.
+
     Exit codes: 0 done, 2 wrong recipe or data (with --check-images also a damaged image), 75 stopped by a signal.
+
+    \b
+    Examples:
+      tlscale plan photos.yaml
+      tlscale plan photos.yaml optim.lr=3e-4 --json
     """
     loaded = load(recipe, overrides)
-    from tlscale.commands.plan import plan as show
+    with loading():
+        from tlscale.commands.plan import plan as show
 
-    show(loaded, world_size=processes or loaded.compute.num_processes or 1, checks_images=check_images)
+    world_size = processes or loaded.compute.num_processes or 1
+    show(loaded, world_size=world_size, checks_images=check_images, as_json=as_json)
 
 
 @main.command()
@@ -142,8 +154,8 @@ def probe(recipe: str, overrides: Sequence[str], out: str | None, resume: bool, 
 
 
 @main.command()
-@click.argument("run_dir", metavar="RUN")
-@click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")
+@click.argument("run_dir", metavar="RUN", shell_complete=files)
+@click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...", shell_complete=recipe_keys)
 @click.option(
     "--data", metavar="DATA", help="Other images: a folder, a table (.csv, .tsv, .parquet), or fashion_mnist."
 )
@@ -167,14 +179,15 @@ def evaluate(run_dir: str, overrides: Sequence[str], data: str | None, split: An
       tlscale evaluate runs/photos --data more_photos/ --json
     """
     at_s = began_s()
-    from tlscale.commands.evaluate import evaluate_run
+    with loading():
+        from tlscale.commands.evaluate import evaluate_run
 
     evaluate_run(run_dir, overrides, data=data, split_name=split, watch=Stopwatch(at_s), **options)
 
 
 @main.command()
-@click.argument("run_dir", metavar="RUN")
-@click.argument("places", nargs=-1, metavar="[PATH]...")
+@click.argument("run_dir", metavar="RUN", shell_complete=files)
+@click.argument("places", nargs=-1, metavar="[PATH]...", shell_complete=files)
 @click.option("--out", metavar="FILE", help="Write to this .csv, .jsonl or .parquet file.  [default: CSV to stdout]")
 @click.option("--top-k", type=click.IntRange(1), default=1, metavar="K", help="So many labels an image.  [default: 1]")
 @click.option("--all-probabilities", is_flag=True, help="Add a column for each class.")
@@ -195,8 +208,9 @@ def predict(run_dir: str, places: Sequence[str], **options: Any) -> None:  # noq
       tlscale predict runs/photos new_photos/ --out labels.csv
       find new_photos -name '*.jpg' | tlscale predict runs/photos - --top-k 3 > labels_3.csv
     """
-    from tlscale.commands.predict import predict_for_people
-    from tlscale.distributed.signals import stop_with_launcher
+    with loading():
+        from tlscale.commands.predict import predict_for_people
+        from tlscale.distributed.signals import stop_with_launcher
 
     stop_with_launcher()
     try:
@@ -208,7 +222,7 @@ def predict(run_dir: str, places: Sequence[str], **options: Any) -> None:  # noq
 
 
 @main.command()
-@click.argument("run_dir", metavar="RUN")
+@click.argument("run_dir", metavar="RUN", shell_complete=files)
 @click.option("--to", required=True, metavar="FORMAT", help="One of onnx, torch-export, timm, hub.")
 @click.option("--out", required=True, metavar="DIR", help="A folder for it; an export to FORMAT there is replaced.")
 @click.option("--images", multiple=True, metavar="PATH", help="Compare on these images.  [default: the run's own]")
@@ -229,8 +243,9 @@ def export(run_dir: str, **options: Any) -> None:  # noqa: ANN401 (click's own)
       tlscale export runs/photos --to onnx --out photos_onnx
       tlscale export runs/photos --to hub --out photos_hub --licence cc-by-4.0
     """
-    from tlscale.commands.export import export as write
-    from tlscale.commands.export import show
+    with loading():
+        from tlscale.commands.export import export as write
+        from tlscale.commands.export import show
 
     try:
         show(write(run_dir, **options))
@@ -241,7 +256,13 @@ def export(run_dir: str, **options: Any) -> None:  # noqa: ANN401 (click's own)
 
 
 @main.command()
-@click.argument("words", nargs=-1, required=True, metavar="RECIPE [KEY.PATH=VALUE]... | RECIPE... | RUN...")
+@click.argument(
+    "words",
+    nargs=-1,
+    required=True,
+    metavar="RECIPE [KEY.PATH=VALUE]... | RECIPE... | RUN...",
+    shell_complete=lambda *asked: [*recipe_keys(*asked), *files(*asked)],
+)
 @click.option("--strategies", callback=listed, metavar="A,B", help="Of one recipe.  [default: all six]")
 @click.option("--backbones", callback=listed, metavar="A,B", help="In place of strategies, with the recipe's own.")
 @click.option("--sizes", callback=numbers, metavar="N,M|all", help="Training images.  [default: the recipe's]")
@@ -268,9 +289,10 @@ def compare(words: Sequence[str], seeds: list[int | None], **options: Any) -> No
       tlscale compare runs/*
     """
     at_s = began_s()
-    from tlscale.commands.compare import compare as start
-    from tlscale.commands.run import run as run_one
-    from tlscale.distributed.signals import stop_with_launcher
+    with loading(is_long=True):
+        from tlscale.commands.compare import compare as start
+        from tlscale.commands.run import run as run_one
+        from tlscale.distributed.signals import stop_with_launcher
 
     stop_with_launcher()
     given = [seed for seed in seeds if seed is not None]
@@ -297,8 +319,9 @@ def lr(recipe: str, overrides: Sequence[str], out: str | None, **options: Any) -
       tlscale lr photos.yaml optim.name=sgd --steps 200
     """
     loaded = load(recipe, overrides)
-    from tlscale.commands.lr import lr as start
-    from tlscale.distributed.signals import stop_with_launcher
+    with loading(is_long=True):
+        from tlscale.commands.lr import lr as start
+        from tlscale.distributed.signals import stop_with_launcher
 
     stop_with_launcher()
     start(loaded, out, **options)
@@ -318,7 +341,8 @@ def doctor(as_json: bool) -> None:
       tlscale doctor
       tlscale doctor --json
     """
-    from tlscale.commands.doctor import doctor as show
+    with loading():
+        from tlscale.commands.doctor import doctor as show
 
     if not show(as_json=as_json):
         sys.exit(1)
@@ -351,14 +375,16 @@ def recipes_copy(name: str, path: str | None) -> None:
 def _start(recipe: Recipe, out: str | None, at_s: float, *, resume: bool, overwrite: bool) -> None:
     if resume and overwrite:
         raise click.UsageError("--resume resumes a run, --overwrite replaces it: give one of them")
-    from tlscale.commands.run import run as start
-    from tlscale.distributed.signals import stop_with_launcher
+    with loading(is_long=True):
+        from tlscale.commands.run import run as start
+        from tlscale.distributed.signals import stop_with_launcher
 
     stop_with_launcher()
     start(recipe, out, resume=resume, overwrite=overwrite, watch=Stopwatch(at_s))
 
 
 main.add_command(codes)
+main.add_command(completion)
 
 if __name__ == "__main__":
     main(prog_name="tlscale")

@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from tlscale.cli_completion import files, recipe_keys
 from tlscale.distributed.signals import StopRequest
 from tlscale.errors import TlscaleError
 from tlscale.tracking.stopwatch import Stopwatch
@@ -62,6 +63,24 @@ def _as_ours(error: TlscaleError | OSError) -> TlscaleError | None:
     return None if isinstance(error, BrokenPipeError) else disk_error(error)
 
 
+@contextmanager
+def loading(*, is_long: bool = False) -> Iterator[None]:
+    """Tell, while a verb imports, what takes so long: PyTorch and timm take seconds, and minutes from a network's disk.
+
+    Args:
+        is_long: the verb itself takes long, so that a log has this line as well; on a terminal it vanishes again.
+    """
+    is_main, is_terminal = os.environ.get("RANK", "0") == "0", sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+    what = "loading PyTorch and timm"
+    if is_main and (is_terminal or is_long):
+        click.echo(what, err=True, nl=not is_terminal)
+    try:
+        yield
+    finally:
+        if is_main and is_terminal:
+            click.echo("\r\x1b[K", err=True, nl=False)
+
+
 def began_s() -> float:
     """Return when this process began, or this call where a program of somebody else's made it."""
     at_s = click.get_current_context().find_root().obj
@@ -77,8 +96,8 @@ def load(recipe: str, overrides: Sequence[str], out: str | None = None, *, resum
 
 def takes_recipe(verb: Callable[..., None]) -> Callable[..., None]:
     """Give a verb the arguments RECIPE and KEY.PATH=VALUE."""
-    overrides = click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...")
-    return click.argument("recipe")(overrides(verb))
+    overrides = click.argument("overrides", nargs=-1, metavar="[KEY.PATH=VALUE]...", shell_complete=recipe_keys)
+    return click.argument("recipe", shell_complete=files)(overrides(verb))
 
 
 def listed(_context: click.Context, _option: click.Parameter, text: str | None) -> list[str]:
@@ -136,8 +155,9 @@ def codes_compute(recipe: str, overrides: Sequence[str], out: str | None) -> Non
     """
     at_s = began_s()
     loaded = load(recipe, overrides)
-    from tlscale.commands.codes import compute_codes
-    from tlscale.distributed.signals import stop_with_launcher
+    with loading(is_long=True):
+        from tlscale.commands.codes import compute_codes
+        from tlscale.distributed.signals import stop_with_launcher
 
     stop_with_launcher()
     compute_codes(loaded, Stopwatch(at_s), out=None if out is None else Path(out))

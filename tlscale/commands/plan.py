@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
+from typing import Any
 
+import click
 import torch
 from torch import Tensor, nn
 
@@ -17,13 +20,15 @@ from tlscale.codes.probes.kinds import kind_of
 from tlscale.codes.probes.select import given_values, refuse_wrong_probe
 from tlscale.codes.store import CodesStore
 from tlscale.commands.check_images import check_images
+from tlscale.commands.plan_data import plan_of
 from tlscale.commands.tables import show_plan
 from tlscale.distributed.fsdp import trained_bytes, unsharded_bytes
 from tlscale.distributed.signals import check_stop
 from tlscale.models.features import LayerCodes
 from tlscale.models.partition.partition import Partition
-from tlscale.recipe.schema import ComputeSection, ProbeSection, Recipe
-from tlscale.tracking.console import Console, format_duration
+from tlscale.recipe.schema import CodesSection, ComputeSection, ProbeSection, Recipe
+from tlscale.tracking.console import Console
+from tlscale.tracking.stopwatch import format_duration
 from tlscale.training.cache_decision import choose_partition, refuse_codes_of_a_probe, row_bytes, sample_images
 from tlscale.training.compiler import check_compiler
 from tlscale.training.optimizer import build_optimizer
@@ -36,87 +41,141 @@ _TIMED_IMAGES = 16
 _CPU = torch.device("cpu")
 
 
-def plan(recipe: Recipe, *, world_size: int, checks_images: bool = False) -> None:
+def plan(recipe: Recipe, *, world_size: int, checks_images: bool = False, as_json: bool = False) -> None:
     """Show what `run` would do with `world_size` processes; nothing is trained, and no codes are computed.
 
     Args:
         recipe: of the run.
         world_size: its processes.
         checks_images: decode every image first.
+        as_json: print it to standard output as JSON, and all else to standard error.
 
     Raises:
         TlscaleError: the recipe, its data or its weights are wrong, or images that were checked cannot be read.
         Stopped: it was asked to stop while it checked images.
     """
     check_compiler(recipe.compute)
-    console = Console()
-    if checks_images:
-        check_images(recipe.data, console)
-    if recipe.probe is None:
-        refuse_codes_of_a_probe(recipe.codes)
+    console = Console(stderr=as_json)
     with console.shows_progress():
+        if checks_images:
+            check_images(recipe.data, console)
+        if recipe.probe is None:
+            refuse_codes_of_a_probe(recipe.codes)
         setup = set_up(recipe, world_size=world_size, tries_images=False)
-    show_plan(setup, console, device=f"planned for {world_size} process{'es' if world_size > 1 else ''}")
+    tables = Console(enabled=not as_json)
+    show_plan(setup, tables, device=f"planned for {world_size} process{'es' if world_size > 1 else ''}")
+    plain = plan_of(setup)
     if recipe.probe is not None:
-        refuse_wrong_probe(recipe.probe, recipe.codes, len(setup.data.train), len(setup.data.validation or ()))
-        rows = _layer_rows(setup)
-        console.table("Codes", ("layer", "pool", "stride", "width", "MiB"), rows)
-        console.table("Fit, on this machine's CPU", ("what", "about", "why"), _fit_rows(setup, recipe.probe, rows))
-    for stage in setup.stages:
-        check_stop("planning")
-        build_optimizer(stage.groups, stage.optim)
-        apply_freezing(setup.classifier, stage)
-        of = f" of stage {stage.number + 1}" if len(setup.stages) > 1 else ""
-        console.table(f"Frozen part{of}", ("what", "how"), _frozen_rows(stage, setup, recipe.compute))
-        console.table(f"Memory of a process{of}", ("what", "MiB"), _memory_rows(setup, recipe.compute))
+        plain["probe"] = _plan_probe(recipe.probe, recipe.codes, setup, tables)
+    for stage, known in zip(setup.stages, plain["stages"], strict=True):
+        known |= _plan_stage(stage, setup, recipe.compute, tables)
+    if as_json:
+        click.echo(json.dumps(plain, indent=1))
 
 
-def _layer_rows(setup: RunSetup) -> list[tuple[str, ...]]:
-    """List what a probe computes of each image, by one pass of two images."""
+def _plan_probe(probe: ProbeSection, section: CodesSection, setup: RunSetup, console: Console) -> dict[str, Any]:
+    """Return and show what a probe computes and fits."""
+    refuse_wrong_probe(probe, section, len(setup.data.train), len(setup.data.validation or ()))
+    codes = _codes_of_probe(section, setup)
+    console.table("Codes", ("layer", "pool", "stride", "width", "MiB"), map(_codes_row, codes))
+    fits = _fits(setup, probe, codes)
+    console.table("Fit, on this machine's CPU", ("what", "about", "why"), _fit_rows(fits))
+    return {"kind": probe.kind, "codes": codes, "fits": fits}
+
+
+def _plan_stage(stage: Stage, setup: RunSetup, compute: ComputeSection, console: Console) -> dict[str, Any]:
+    """Return and show what is frozen in a stage, and the memory that it takes."""
+    check_stop("planning")
+    build_optimizer(stage.groups, stage.optim)
+    apply_freezing(setup.classifier, stage)
+    of = f" of stage {stage.number + 1}" if len(setup.stages) > 1 else ""
+    codes = _frozen(stage, setup, compute)
+    console.table(f"Frozen part{of}", ("what", "how"), _frozen_rows(codes))
+    bytes_of = _memory(setup, compute)
+    console.table(f"Memory of a process{of}", ("what", "MiB"), _memory_rows(bytes_of, setup))
+    return {"codes": codes, "memory_bytes": bytes_of}
+
+
+def _codes_of_probe(section: CodesSection, setup: RunSetup) -> list[dict[str, Any]]:
+    """Describe what a probe computes of each image, by one pass of two images."""
     images_BCHW = sample_images(input_path(setup, _CPU), count=_SAMPLE_IMAGES)
     data = setup.data
     num_images = sum(len(split) for split in (data.train, data.validation, data.test) if split is not None)
     return [
-        (row.layer, row.pool, str(row.stride or "-"), f"{row.width:,}", f"{num_images * row.width * 4 / 2**20:,.1f}")
-        for row in LayerCodes(setup.classifier.backbone, wanted_layers(setup.recipe.codes)).describe(images_BCHW)
+        {
+            "layer": row.layer,
+            "pool": row.pool,
+            "stride": row.stride or None,
+            "width": row.width,
+            "bytes": num_images * row.width * 4,
+        }
+        for row in LayerCodes(setup.classifier.backbone, wanted_layers(section)).describe(images_BCHW)
     ]
 
 
-def _fit_rows(setup: RunSetup, probe: ProbeSection, layers: Sequence[tuple[str, ...]]) -> list[tuple[str, str, str]]:
+def _codes_row(codes: dict[str, Any]) -> tuple[str, ...]:
+    size = f"{codes['bytes'] / 2**20:,.1f}"
+    return codes["layer"], codes["pool"], str(codes["stride"] or "-"), f"{codes['width']:,}", size
+
+
+def _fits(setup: RunSetup, probe: ProbeSection, codes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Estimate how long the probe will be fitted to each set of codes, by a pass that is measured here."""
-    data, rows, total_s = setup.data, [], 0.0
+    data, fits = setup.data, []
     num_held, num_tested = len(data.validation or ()), len(data.test or ())
     values = kind_of(probe.kind).setting.values(given_values(probe), len(data.train), num_held)
-    for layer, pool, _, width, _ in layers:
+    for one in codes:
         check_stop("planning")
         fit = estimate_fit(
             probe.kind,
             len(data.train) + num_held,
-            int(width.replace(",", "")),
+            one["width"],
             len(data.classes),
             len(values),
             num_held + num_tested,
         )
-        total_s += fit.seconds
-        about = f"{format_duration(max(fit.seconds, 1))}, {fit.num_bytes / 2**20:,.0f} MiB"
-        rows.append((f"{layer} {pool}", about, fit.basis))
+        about = {"seconds": fit.seconds, "memory_bytes": round(fit.num_bytes), "why": fit.basis}
+        fits.append({"layer": one["layer"], "pool": one["pool"], **about})
+    return fits
+
+
+def _fit_rows(fits: Sequence[dict[str, Any]]) -> list[tuple[str, str, str]]:
+    rows = []
+    for fit in fits:
+        about = f"{format_duration(max(fit['seconds'], 1))}, {fit['memory_bytes'] / 2**20:,.0f} MiB"
+        rows.append((f"{fit['layer']} {fit['pool']}", about, fit["why"]))
+    total_s = sum(fit["seconds"] for fit in fits)
     return rows if len(rows) == 1 else [*rows, ("all", format_duration(max(total_s, 1)), "one after the other")]
 
 
-def _frozen_rows(stage: Stage, setup: RunSetup, compute: ComputeSection) -> list[tuple[str, str]]:
-    """Show where the network is split, what is cached there, and what that saves."""
+def _frozen(stage: Stage, setup: RunSetup, compute: ComputeSection) -> dict[str, Any]:
+    """Find where the network is split, what is cached there, and what that saves."""
     half = compute.precision in ("bf16", "fp16")
     autocast = partial(torch.autocast, "cpu", torch.bfloat16) if half else nullcontext
     spec = cache_spec(setup, stage, _CPU)
     choice = choose_partition(setup.classifier, spec, autocast, CodesStore())
     if choice.partition is None:
-        return [("codes", f"computed in every step: {choice.why}")]
-    images, num_bytes = spec.num_rows, row_bytes(choice.partition, spec.section)
-    mib = images * num_bytes / 2**20
+        return {"cached": False, "why": choice.why}
     whole_s, rest_s = step_seconds(setup, choice.partition)
+    return {
+        "cached": True,
+        "why": choice.why,
+        "what": choice.partition.describe(),
+        "bytes_per_image": row_bytes(choice.partition, spec.section),
+        "images": spec.num_rows,
+        "step_s_per_image": rest_s,
+        "step_s_per_image_uncached": whole_s,
+    }
+
+
+def _frozen_rows(codes: dict[str, Any]) -> list[tuple[str, str]]:
+    if not codes["cached"]:
+        return [("codes", f"computed in every step: {codes['why']}")]
+    images, num_bytes = codes["images"], codes["bytes_per_image"]
+    mib = images * num_bytes / 2**20
+    whole_s, rest_s = codes["step_s_per_image_uncached"], codes["step_s_per_image"]
     return [
-        ("codes", f"computed once: {choice.partition.describe()}"),
-        ("size", f"{num_bytes:,} bytes an image x {images:,} images and views = {mib:,.1f} MiB; {choice.why}"),
+        ("codes", f"computed once: {codes['what']}"),
+        ("size", f"{num_bytes:,} bytes an image x {images:,} images and views = {mib:,.1f} MiB; {codes['why']}"),
         (
             "saves",
             f"a step over codes takes {1e3 * rest_s:.2f} ms an image, over images {1e3 * whole_s:.2f} "
@@ -152,26 +211,30 @@ def _median_step_s(module: nn.Module, inputs: Callable[[], tuple[Tensor, ...]]) 
     return statistics.median(seconds[1:]) / _TIMED_IMAGES  # the first one warms up
 
 
-def _memory_rows(setup: RunSetup, compute: ComputeSection) -> list[tuple[str, str]]:
+def _memory(setup: RunSetup, compute: ComputeSection) -> dict[str, int]:
     network = setup.classifier
     trained = trained_bytes(network)
     frozen = sum(param.numel() * param.element_size() for param in network.parameters()) - trained
     is_spread = compute.engine == "fsdp2"
     gradients = trained / (setup.split.world_size if is_spread else 1)
-    micro = setup.split.micro_batch_size
-    activations = activation_bytes(setup) * micro
     bytes_of = {
         "weights": frozen + gradients,
-        **(
-            {"unsharded parameters during compute (root + largest block)": unsharded_bytes(network)}
-            if is_spread
-            else {}
-        ),
+        **({"unsharded": unsharded_bytes(network)} if is_spread else {}),
         "gradients": gradients,
-        "optimizer, two values a parameter (as Adam)": 2 * gradients,
-        f"activations of {micro} images, measured on {_SAMPLE_IMAGES} in {setup.dtype}": activations,
+        "optimizer": 2 * gradients,
+        "activations": activation_bytes(setup) * setup.split.micro_batch_size,
     }
-    rows = [(what, f"{count / 2**20:,.1f}") for what, count in bytes_of.items()]
+    return {what: round(num_bytes) for what, num_bytes in bytes_of.items()}
+
+
+def _memory_rows(bytes_of: dict[str, int], setup: RunSetup) -> list[tuple[str, str]]:
+    measured = f"measured on {_SAMPLE_IMAGES} in {setup.dtype}"
+    words = {
+        "unsharded": "unsharded parameters during compute (root + largest block)",
+        "optimizer": "optimizer, two values a parameter (as Adam)",
+        "activations": f"activations of {setup.split.micro_batch_size} images, {measured}",
+    }
+    rows = [(words.get(what, what), f"{count / 2**20:,.1f}") for what, count in bytes_of.items()]
     return [*rows, ("sum, without the libraries' own", f"{sum(bytes_of.values()) / 2**20:,.1f}")]
 
 

@@ -19,10 +19,17 @@ from tlscale.recipe.rules import Rule, match_rules
 class FreezeRow:
     """One line of the table that is printed: what a rule took."""
 
-    rule: str
+    pattern: str | None
+    """None: no rule matches these."""
+    is_frozen: bool
     num_tensors: int
     num_params: int
     norm_mode: str
+
+    @property
+    def rule(self) -> str:
+        """Return the rule as it is shown."""
+        return f"{self.pattern or 'no rule'}{'' if self.is_frozen else '  (train)'}"
 
 
 def freeze_parameters(backbone: nn.Module, rules: Sequence[Rule[bool]], where: str = "freeze") -> list[FreezeRow]:
@@ -46,14 +53,14 @@ def freeze_parameters(backbone: nn.Module, rules: Sequence[Rule[bool]], where: s
     rows = []
     for rule in rules:
         names = [name for name, by in chosen.items() if by is rule]
-        rows.append(_row(backbone, f"{rule.pattern}{'' if rule.value else '  (train)'}", names))
+        rows.append(_row(backbone, rule.pattern, names, is_frozen=rule.value))
     rest = [name for name in params if name not in chosen]
     if rest:
-        rows.append(_row(backbone, "no rule  (train)", rest))
+        rows.append(_row(backbone, None, rest, is_frozen=False))
     return rows
 
 
-def _row(backbone: nn.Module, label: str, names: Iterable[str]) -> FreezeRow:
+def _row(backbone: nn.Module, pattern: str | None, names: Iterable[str], *, is_frozen: bool) -> FreezeRow:
     params = {name: backbone.get_parameter(name) for name in names}
     owners = {name.rpartition(".")[0] for name in params}
     norms = [owner for owner in owners if is_norm(backbone.get_submodule(owner))]
@@ -62,7 +69,7 @@ def _row(backbone: nn.Module, label: str, names: Iterable[str]) -> FreezeRow:
         mode = "no norm"
     else:
         mode = "eval" if len(frozen) == len(norms) else "train" if not frozen else f"eval {len(frozen)}/{len(norms)}"
-    return FreezeRow(label, len(params), sum(param.numel() for param in params.values()), mode)
+    return FreezeRow(pattern, is_frozen, len(params), sum(param.numel() for param in params.values()), mode)
 
 
 def is_norm(module: nn.Module) -> bool:
