@@ -1,4 +1,4 @@
-"""Write docs/recipe.md from the schema; with --freeze also the keys and defaults that the tests hold fast.
+"""Write docs/recipe.md and docs/recipe.schema.json; with --freeze also the keys and defaults that the tests hold fast.
 
     python scripts/make_recipe_reference.py [--freeze]
 
@@ -17,10 +17,12 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from tlscale.recipe.editor_schema import editor_schema  # noqa: E402
 from tlscale.recipe.field_types import AUGMENTATIONS, HEAD_LAYERS  # noqa: E402
 from tlscale.recipe.schema_keys import Key, all_keys  # noqa: E402
 
 REFERENCE = ROOT / "docs" / "recipe.md"
+EDITOR_SCHEMA = ROOT / "docs" / "recipe.schema.json"
 FROZEN = ROOT / "tests" / "assets" / "recipe_schema.json"
 
 EXAMPLE = r"""# Fine-tune the upper half of a ResNet-18 on grey 32 px images.
@@ -49,6 +51,14 @@ and shows what a run would do, without training.
 
 ```yaml
 {EXAMPLE}```
+
+An editor with a YAML language server completes keys, shows what they are, and marks mistakes, where the recipe begins
+with this line ([recipe.schema.json](recipe.schema.json) lies beside this page; `tlscale recipes schema >
+recipe.schema.json` writes it elsewhere):
+
+```
+# yaml-language-server: $schema=recipe.schema.json
+```
 
 ## How a recipe is read
 
@@ -163,6 +173,10 @@ def frozen_schema() -> dict[str, dict[str, Any]]:
     }
 
 
+def editor_schema_text() -> str:
+    return json.dumps(editor_schema(), indent=1) + "\n"
+
+
 def frozen_text() -> str:
     return json.dumps(frozen_schema(), indent=1) + "\n"
 
@@ -171,7 +185,8 @@ def main(arguments: list[str]) -> None:
     if arguments not in ([], ["--freeze"]):
         raise SystemExit(__doc__)
     REFERENCE.write_text(reference(), encoding="utf-8")
-    print(f"wrote {REFERENCE.relative_to(ROOT)}")
+    EDITOR_SCHEMA.write_text(editor_schema_text(), encoding="utf-8")
+    print(f"wrote {REFERENCE.relative_to(ROOT)} and {EDITOR_SCHEMA.relative_to(ROOT)}")
     if arguments:
         FROZEN.write_text(frozen_text(), encoding="utf-8")
         print(f"wrote {FROZEN.relative_to(ROOT)}")

@@ -13,7 +13,7 @@ import click
 
 from tlscale import __version__
 from tlscale.cli_completion import completion, files, recipe_keys
-from tlscale.cli_parts import began_s, codes, listed, load, loading, numbers, reports_errors, takes_recipe
+from tlscale.cli_parts import began_s, codes, listed, load, loading, numbers, recipes, reports_errors, takes_recipe
 from tlscale.errors import TlscaleError
 from tlscale.tracking.stopwatch import Stopwatch, process_began_s
 
@@ -348,30 +348,6 @@ def doctor(as_json: bool) -> None:
         sys.exit(1)
 
 
-@main.group(invoke_without_command=True)
-@click.pass_context
-@reports_errors
-def recipes(context: click.Context) -> None:
-    """List the recipes that ship with tlscale; `copy` one to change it."""
-    if context.invoked_subcommand is not None:
-        return
-    from tlscale.recipe.shipped import recipe_summary, shipped_recipes
-
-    for name, path in shipped_recipes().items():
-        click.echo(f"{name:<28} {recipe_summary(path)}")
-
-
-@recipes.command("copy")
-@click.argument("name")
-@click.argument("path", required=False)
-@reports_errors
-def recipes_copy(name: str, path: str | None) -> None:
-    """Copy the shipped recipe NAME to PATH (by default NAME.yaml here)."""
-    from tlscale.recipe.shipped import copy_recipe
-
-    click.echo(f"copied to {copy_recipe(name, path or f'{name}.yaml')}")
-
-
 def _start(recipe: Recipe, out: str | None, at_s: float, *, resume: bool, overwrite: bool) -> None:
     if resume and overwrite:
         raise click.UsageError("--resume resumes a run, --overwrite replaces it: give one of them")
@@ -384,6 +360,7 @@ def _start(recipe: Recipe, out: str | None, at_s: float, *, resume: bool, overwr
 
 
 main.add_command(codes)
+main.add_command(recipes)
 main.add_command(completion)
 
 if __name__ == "__main__":

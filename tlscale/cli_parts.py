@@ -1,7 +1,8 @@
-"""Parts of the command line: what all its verbs share, and the group of verbs `codes`."""
+"""Parts of the command line: what all its verbs share, and the groups of verbs `codes` and `recipes`."""
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
@@ -199,3 +200,36 @@ def codes_prune(digests: tuple[str, ...], keep_gib: float | None, everything: bo
     from tlscale.commands.codes import prune_codes
 
     prune_codes(digests, keep_gib=keep_gib, everything=everything)
+
+
+@click.group(invoke_without_command=True)
+@click.pass_context
+@reports_errors
+def recipes(context: click.Context) -> None:
+    """List the recipes that ship with tlscale; `copy` one to change it."""
+    if context.invoked_subcommand is not None:
+        return
+    from tlscale.recipe.shipped import recipe_summary, shipped_recipes
+
+    for name, path in shipped_recipes().items():
+        click.echo(f"{name:<28} {recipe_summary(path)}")
+
+
+@recipes.command("schema")
+@reports_errors
+def recipes_schema() -> None:
+    """Print the JSON Schema of recipes, for editors."""
+    from tlscale.recipe.editor_schema import editor_schema
+
+    click.echo(json.dumps(editor_schema(), indent=1))
+
+
+@recipes.command("copy")
+@click.argument("name")
+@click.argument("path", required=False)
+@reports_errors
+def recipes_copy(name: str, path: str | None) -> None:
+    """Copy the shipped recipe NAME to PATH (by default NAME.yaml here)."""
+    from tlscale.recipe.shipped import copy_recipe
+
+    click.echo(f"copied to {copy_recipe(name, path or f'{name}.yaml')}")

@@ -25,7 +25,7 @@ _UNITS: dict[str, Unit] = {
     "%": "%",
     "percent": "%",
 }
-_FORM = re.compile(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?)\s*(%|[A-Za-z]+)\s*")
+FORM = re.compile(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?)\s*(%|[A-Za-z]+)\s*")
 _MAX_CHARS = 300
 MOST = 10**15
 REMEDY = "Write a number and a unit: '10 epochs', '500 steps', '64000 images' or '5%'."
@@ -81,7 +81,7 @@ def parse_duration(value: object) -> Duration:
         return value
     if not isinstance(value, str):
         raise InvalidValueError("a duration needs a unit", REMEDY)
-    match = _FORM.fullmatch(value)
+    match = FORM.fullmatch(value)
     if match is None:
         raise InvalidValueError("not a duration", REMEDY)
     number, word = match.groups()

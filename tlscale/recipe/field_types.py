@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, PlainSerializer, WithJsonSchema
 
 from tlscale.errors import sentences, suggestion
+from tlscale.recipe.duration import FORM as _DURATION_FORM
 from tlscale.recipe.duration import Duration, parse_duration
 from tlscale.recipe.mistakes import InvalidValueError
 from tlscale.recipe.rules import Rule, parse_rule
@@ -39,6 +40,11 @@ class Number:
         """Return whether a number is allowed."""
         is_in_range = self.lowest <= number < self.highest if self.is_below else self.lowest <= number <= self.highest
         return is_in_range and (isinstance(number, int) or not self.is_whole)
+
+    def json_schema(self) -> dict[str, Any]:
+        most = {"exclusiveMaximum" if self.is_below else "maximum": self.highest}
+        what = {"type": "integer" if self.is_whole else "number", "description": str(self)}
+        return {**what, "minimum": self.lowest, **most}
 
     def __str__(self) -> str:
         kind, to = "a whole number, " if self.is_whole else "", "below " if self.is_below else ""
@@ -214,7 +220,30 @@ def _positive(duration: Duration) -> Duration:
     return duration
 
 
-_DURATION_JSON = WithJsonSchema({"type": "string", "examples": ["10 epochs", "500 steps", "64000 images", "5%"]})
+def _one_or_list(item: dict[str, Any]) -> dict[str, Any]:
+    return {"anyOf": [item, {"type": "array", "items": item}]}
+
+
+def _mapping_to(value: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "object", "additionalProperties": value}
+
+
+def _named_json(known: Mapping[str, Number | None]) -> dict[str, Any]:
+    """Return the JSON Schema of `name` or `{name: number}`."""
+    names = [name for name, number in known.items() if number is None or not number.is_required]
+    numbers = {name: number.json_schema() for name, number in known.items() if number is not None}
+    one = {"type": "object", "properties": numbers, "additionalProperties": False, "minProperties": 1}
+    return {"anyOf": [{"enum": names}, {**one, "maxProperties": 1}]}
+
+
+# What editors complete and check; a shorthand that a validator reads is allowed there, too.
+_DURATION_JSON = WithJsonSchema(
+    {
+        "type": "string",
+        "pattern": rf"^{_DURATION_FORM.pattern}$",
+        "examples": ["10 epochs", "500 steps", "64000 images", "5%"],
+    }
+)
 _plain_duration = PlainSerializer(str, return_type=str)
 AnyDuration = Annotated[Duration, BeforeValidator(parse_duration), _plain_duration, _DURATION_JSON]
 PositiveDuration = Annotated[AnyDuration, AfterValidator(_positive)]
@@ -222,15 +251,34 @@ Pools = Annotated[
     list[Literal[POOLS]],  # type: ignore[valid-type]
     BeforeValidator(one_or_more),
     AfterValidator(different),
+    WithJsonSchema(_one_or_list({"enum": list(POOLS)})),
 ]
-Names = Annotated[list[str], BeforeValidator(one_or_more), AfterValidator(different)]
+Names = Annotated[
+    list[str],
+    BeforeValidator(one_or_more),
+    AfterValidator(different),
+    WithJsonSchema(_one_or_list({"type": "string"})),
+]
 _plain_rules = PlainSerializer(lambda rules: [{rule.pattern: rule.value} for rule in rules])
-_RULES_JSON = WithJsonSchema({"type": "array", "items": {"type": "object"}})
-FreezeRules = Annotated[tuple[Rule[bool], ...], BeforeValidator(_freeze_rules), _plain_rules, _RULES_JSON]
+_FREEZE_JSON = WithJsonSchema(_one_or_list({"anyOf": [{"type": "string"}, _mapping_to({"type": "boolean"})]}))
+_RULES_JSON = WithJsonSchema(_one_or_list(_mapping_to({"type": "number", "minimum": 0, "maximum": MOST_OF_A_RULE})))
+FreezeRules = Annotated[tuple[Rule[bool], ...], BeforeValidator(_freeze_rules), _plain_rules, _FREEZE_JSON]
 NumberRules = Annotated[tuple[Rule[float], ...], BeforeValidator(_number_rules), _plain_rules, _RULES_JSON]
-Head = Annotated[list[Annotated[HeadLayer, BeforeValidator(_head_layer)]], AfterValidator(_head)]
+Head = Annotated[
+    list[
+        Annotated[
+            HeadLayer,
+            BeforeValidator(_head_layer),
+            WithJsonSchema(_named_json({name: kind.number for name, kind in HEAD_LAYERS.items()})),
+        ]
+    ],
+    AfterValidator(_head),
+]
 Augment = Annotated[
     list[Annotated[Augmentation, BeforeValidator(_augmentation)]],
     BeforeValidator(lambda value: [] if value == "none" or value is None else value),
     AfterValidator(_augment_set),
+    WithJsonSchema(
+        {"anyOf": [{"enum": ["none"]}, {"type": "null"}, {"type": "array", "items": _named_json(AUGMENTATIONS)}]}
+    ),
 ]

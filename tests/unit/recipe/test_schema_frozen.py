@@ -40,6 +40,12 @@ def test_the_reference_is_up_to_date(script):
     )
 
 
+def test_the_schema_for_editors_is_up_to_date(script):
+    assert script.EDITOR_SCHEMA.read_text(encoding="utf-8") == script.editor_schema_text(), (
+        "docs/recipe.schema.json is not what the schema says; run `python scripts/make_recipe_reference.py`"
+    )
+
+
 def test_the_example_of_the_reference_is_a_recipe(script, tmp_path):
     (tmp_path / "example.yaml").write_text(script.EXAMPLE)
     assert load_recipe(tmp_path / "example.yaml").optim.lr_rules[0].value == 0.1
