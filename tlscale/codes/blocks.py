@@ -8,8 +8,8 @@ Shape letters: N images that are requested, P positions among them, R images of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -23,6 +23,7 @@ from tlscale.codes.shards import BLOCK, DTYPES, Ints, ValueSpec
 from tlscale.codes.store import Bools, CodesStore, Inventory
 from tlscale.data.content import Digests, digest_array
 from tlscale.distributed.device import CopyToCpu
+from tlscale.distributed.settings import cpu_threads
 from tlscale.distributed.signals import is_stopping
 from tlscale.errors import DataError, ModelError
 
@@ -218,18 +219,13 @@ class Extraction:
         return stored
 
 
-@contextmanager
-def fixed_threads() -> Iterator[None]:
+def fixed_threads() -> AbstractContextManager[None]:
     """Compute with 1, 2 or 4 threads, the most that are allowed: with these a row's bits are the same at every place.
 
     With 3 threads, and with 8 and more, some kernels divide a block unevenly, and then bits hang on threads and place.
     """
-    before = torch.get_num_threads()
-    torch.set_num_threads(next(number for number in _THREADS if number <= before))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    allowed = torch.get_num_threads()
+    return cpu_threads(next(number for number in _THREADS if number <= allowed))
 
 
 def spec_of(name: str, value_B: Tensor, dtype: str, num_images: int = BLOCK) -> ValueSpec:

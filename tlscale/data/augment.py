@@ -22,6 +22,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
 from tlscale.data.transforms import InputSpec
+from tlscale.distributed.settings import cpu_threads
 
 _RANDAUGMENT_OPERATIONS = 2
 Box = tuple[int, int, int, int]
@@ -150,10 +151,9 @@ def _own_randomness() -> Iterator[torch.Generator]:
     One thread, as in a worker process: so that no sum has another order there than here.
     """
     generator = torch.default_generator
-    state, num_threads = generator.get_state(), torch.get_num_threads()
-    torch.set_num_threads(1)
+    state = generator.get_state()
     try:
-        yield generator
+        with cpu_threads(1):
+            yield generator
     finally:
         generator.set_state(state)
-        torch.set_num_threads(num_threads)

@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 
 _WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"  # of deterministic algorithms on CUDA
+
+
+@contextmanager
+def cpu_threads(number: int) -> Iterator[None]:
+    """Compute with so many CPU threads for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def keep_settings() -> Callable[[], None]:

@@ -94,6 +94,31 @@ def test_the_passes_are_few(large, monkeypatch):
     assert sum(rows) / 4000 < 20
 
 
+def test_few_images_of_each_of_many_classes_are_solved_from_strength_to_strength(monkeypatch):
+    """Side by side it is thousands of steps, each of many short operations for which threads wait for each other."""
+    codes_ND, labels_N = draw(300, num_classes=150, width=120, noise=3.0)
+    threads, loss = [], large_logistic.Images.loss
+
+    def counted(images, *args):
+        threads.append(torch.get_num_threads())
+        return loss(images, *args)
+
+    monkeypatch.setattr(large_logistic.Images, "loss", counted)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        fit = PROBE_KINDS["logistic"].fit_by_size(codes_ND, labels_N, 150, STRENGTHS)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert 0 < len(threads) < 400
+    assert set(threads) == {1}
+    assert fit.converged == (True,) * len(STRENGTHS)
+    for index, strength in enumerate(STRENGTHS):
+        found = relative_gradient(fit.head(index), codes_ND, labels_N, strength)
+        assert found <= 1.02 * large_logistic.TOLERANCE
+
+
 def test_what_needs_more_passes_than_there_are_says_so(large, monkeypatch):
     codes_ND, labels_N = draw(960)
     monkeypatch.setattr(large_logistic, "MOST_PASSES", 4)
@@ -145,6 +170,11 @@ def test_any_beginning_of_the_order_holds_each_class_in_its_proportion():
 def test_where_the_limit_lies():
     assert not is_large(10_000, 1280, 10), "the shipped recipes are solved exactly"
     assert is_large(10_000, 512, 100)
+    logistic, ridge = PROBE_KINDS["logistic"], PROBE_KINDS["ridge"]
+    assert logistic.is_by_blocks(320, 128, 200), "1.6 images a class"
+    assert not logistic.is_by_blocks(1600, 128, 200), "8 images a class"
+    assert not logistic.is_by_blocks(79, 2048, 10), "small"
+    assert not ridge.is_by_blocks(320, 128, 200), "in closed form"
 
 
 @pytest.mark.parametrize("kind", ["logistic", "ridge", "sklearn"])

@@ -16,6 +16,11 @@ from tlscale.distributed.signals import check_stop
 MOST_EXACT = 250_000_000
 """Images x features x classes up to which a fit holds everything at once, and solves it as exactly as it can."""
 
+_FEW = 8  # images of a class
+_MOST_EXACT_OF_FEW = 5_000_000
+"""The same, for searches where classes have few images. There weak strengths take hundreds of steps, and these are of
+small products: minutes in all where other processes keep the cores busy."""
+
 _MOST_NUMBERS = 2**22  # of a block: 16 MiB in float32
 DOING = "fitting the probe"
 
@@ -23,6 +28,11 @@ DOING = "fitting the probe"
 def is_large(num_images: int, width: int, num_classes: int) -> bool:
     """Report whether a fit is made block by block."""
     return num_images * width * num_classes > MOST_EXACT
+
+
+def has_few_of_class(num_images: int, width: int, num_classes: int) -> bool:
+    """Report whether a search is made from strength to strength because classes have few images."""
+    return num_images < _FEW * num_classes and num_images * width * num_classes > _MOST_EXACT_OF_FEW
 
 
 def blocks(num_images: int, width: int) -> Iterator[slice]:

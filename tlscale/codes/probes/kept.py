@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tlscale.codes.probes.select import FittedProbe, PathRow
 from tlscale.storage.files import replacing
 
-_RULES = 1  # raise it when a fit of the same numbers comes to end in another classifier
+_RULES = 2  # raise it when a fit of the same numbers comes to end in another classifier
 _BLOCK = 65536  # images that are hashed at once
 _HEADS = ("head", "before_refit")
 

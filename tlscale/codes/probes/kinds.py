@@ -15,7 +15,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from tlscale.codes.probes.blockwise import is_large
+from tlscale.codes.probes.blockwise import has_few_of_class, is_large
 from tlscale.codes.probes.knn import fit_knn
 from tlscale.codes.probes.large_logistic import fit_large_logistic
 from tlscale.codes.probes.linear import fit_linear
@@ -101,6 +101,13 @@ class ProbeKind:
     """Its head is cast to the dtype of the run; False: it works in float32, whatever the run's is."""
     fit_large: Callable[[Tensor, Tensor, int, Sequence[float], nn.Module | None], Fit] | None = None
     """The same for more than `blockwise.MOST_EXACT`, and from a classifier of nearly the same images; None: `fit`."""
+    searches: bool = False
+    """`fit` goes on step by step; `fit_large` takes its place where classes have few images, too."""
+
+    def is_by_blocks(self, num_images: int, width: int, num_classes: int) -> bool:
+        """Report whether so many images, features and classes are fitted by `fit_large`."""
+        size = num_images, width, num_classes
+        return self.fit_large is not None and (is_large(*size) or (self.searches and has_few_of_class(*size)))
 
     def fit_by_size(
         self,
@@ -111,14 +118,14 @@ class ProbeKind:
         near: nn.Module | None = None,
     ) -> Fit:
         """Fit in the way that is for so many images, features and classes."""
-        if self.fit_large is not None and is_large(codes_ND.shape[0], codes_ND.shape[1], num_classes):
+        if self.fit_large is not None and self.is_by_blocks(codes_ND.shape[0], codes_ND.shape[1], num_classes):
             return self.fit_large(codes_ND, labels_N, num_classes, values, near)
         return self.fit(codes_ND, labels_N, num_classes, values)
 
 
 PROBE_KINDS: dict[str, ProbeKind] = {
     # quasi-Newton, all strengths side by side; where there is much, few of them, block by block
-    "logistic": ProbeKind(partial(fit_linear, logistic_path), _STRENGTH, fit_large=fit_large_logistic),
+    "logistic": ProbeKind(partial(fit_linear, logistic_path), _STRENGTH, fit_large=fit_large_logistic, searches=True),
     # one eigendecomposition; scaled so that the softmax of the scores is a probability
     "ridge": ProbeKind(partial(fit_linear, ridge_path), _STRENGTH, fit_large=fit_large_ridge),
     # scikit-learn's LogisticRegression, once for each strength; needs scikit-learn

@@ -1,5 +1,6 @@
 """Fit multinomial logistic regression to many images and classes: in float32, block by block, in tens of passes.
 
+So are few images of each of many classes, where a pass is short, and which needs most of them (`has_few_of_class`).
 A sample rejects most strengths; the others are solved on all images, each from the solution of the stronger one before.
 Every one is solved to `TOLERANCE`, or its `converged` is False.
 
@@ -17,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tlscale.codes.probes.blockwise import HeadsFit, Rotation, blocks, by_class_order, to_compute
+from tlscale.codes.probes.blockwise import HeadsFit, Rotation, blocks, by_class_order, is_large, to_compute
+from tlscale.distributed.settings import cpu_threads
 from tlscale.tracking.progress import each, progress
 
 TOLERANCE = 0.03
@@ -30,10 +32,13 @@ MOST_CARRIED = 3
 """Strengths that are solved on all images: the best on the sample, and weaker ones, which more images ask for."""
 MOST_PASSES = 60
 """Over the images, for one strength."""
+MOST_PASSES_OF_FEW = 400
+"""The same, where classes have few images."""
+MEMORY = 10
+"""Pairs of the quasi-Newton history."""
 
 _ROUGH = 0.1  # the tolerance on the sample
 _LEAST_OF_CLASS = 4  # images of each class in the sample; with fewer there is none, and nothing is rejected
-_MEMORY = 10  # pairs of the quasi-Newton history
 _STEPS_TO = (30.0, 10.0, 3.0)  # times as strong: where the way to a single strength begins
 
 
@@ -42,6 +47,9 @@ def fit_large_logistic(
 ) -> HeadsFit:
     """Fit a classifier for each strength that a sample does not reject.
 
+    Where classes have few images, one thread computes: threads would wait for each other after each of many short
+    operations, and that for as long as another process keeps one of their cores.
+
     Args:
         codes_ND: as they came.
         labels_N: int64.
@@ -49,20 +57,34 @@ def fit_large_logistic(
         strengths: `lam` of `linear`, each above 0.
         near: a classifier of nearly the same images, from which a single strength begins.
     """
+    if is_large(codes_ND.shape[0], codes_ND.shape[1], num_classes):
+        return _fit(codes_ND, labels_N, num_classes, strengths, near, MOST_PASSES)
+    with cpu_threads(1):
+        return _fit(codes_ND, labels_N, num_classes, strengths, near, MOST_PASSES_OF_FEW)
+
+
+def _fit(
+    codes_ND: Tensor,
+    labels_N: Tensor,
+    num_classes: int,
+    strengths: Sequence[float],
+    near: nn.Module | None,
+    most_passes: int,
+) -> HeadsFit:
     codes_ND, labels_N = to_compute(codes_ND, labels_N)
     present_C, labels_N = torch.unique(labels_N, return_inverse=True)
     rotation, order_N = Rotation.of(codes_ND), by_class_order(labels_N).to(codes_ND.device)
     images = Images(rotation.whole(codes_ND, order_N), labels_N[order_N], len(present_C))
     bound_Q1 = torch.cat([rotation.variances_R, rotation.variances_R.new_ones(1)])[:, None].float() / 2
     path = sorted(strengths, reverse=True)
-    begin = _Point(images.start(), _History(bound_Q1), math.nan)
+    begin = _Point(images.start(), History(bound_Q1), math.nan)
     if isinstance(near, nn.Linear) and len(path) == 1:
-        begin = _Point(rotation.params_of(near)[:, present_C], _History(bound_Q1), path[0])
+        begin = _Point(rotation.params_of(near)[:, present_C], History(bound_Q1), path[0])
     elif len(images.labels_N) >= SAMPLE * _LEAST_OF_CLASS * len(present_C):
         begin, path = _reject(images, path, begin)
     solved = {}
     for lam in each(path, lambda lam: f"probe: strength {lam:g} on {len(labels_N):,} images"):
-        begin, is_solved = _solve(images, lam, begin, TOLERANCE)
+        begin, is_solved = _solve(images, lam, begin, TOLERANCE, most_passes)
         params_QC = begin.params_QC
         if len(present_C) < num_classes:
             params_QC = images.with_absent(params_QC, present_C, num_classes)
@@ -131,7 +153,7 @@ class Images:
 
 
 @dataclass(eq=False)
-class _History:
+class History:
     """Estimate the inverse Hessian by the last steps, and what they changed in the gradient (Nocedal 1980)."""
 
     bound_Q1: Tensor
@@ -140,9 +162,9 @@ class _History:
 
     def add(self, step_QC: Tensor, change_QC: Tensor) -> None:
         if float((step_QC * change_QC).sum()) > 0:
-            self.pairs = [*self.pairs[1 - _MEMORY :], (step_QC, change_QC)]
+            self.pairs = [*self.pairs[1 - MEMORY :], (step_QC, change_QC)]
 
-    def at(self, more: float) -> _History:
+    def at(self, more: float) -> History:
         """Return what it would be with so much more regularisation."""
         changed = []
         for step_QC, change_QC in self.pairs:
@@ -150,7 +172,7 @@ class _History:
             change_QC[:-1] += more * step_QC[:-1]
             changed.append((step_QC, change_QC))
         kept = [(step, change) for step, change in changed if float((step * change).sum()) > 0]
-        return _History(self.bound_Q1, kept)
+        return History(self.bound_Q1, kept)
 
     def direction(self, gradient_QC: Tensor, lam: float) -> Tensor:
         """Compute minus the estimated inverse Hessian times the gradient."""
@@ -174,11 +196,11 @@ class _Point:
     """Hold where a search is, and what it knows."""
 
     params_QC: Tensor
-    history: _History
+    history: History
     lam: float
     """That it was found with."""
 
-    def towards(self, lam: float) -> _History:
+    def towards(self, lam: float) -> History:
         return self.history if math.isnan(self.lam) else self.history.at(lam - self.lam)
 
 
@@ -194,7 +216,7 @@ def _reject(images: Images, strengths: list[float], begin: _Point) -> tuple[_Poi
     single = [factor * strengths[0] for factor in _STEPS_TO] if len(strengths) == 1 else []
     points, scored = {}, []
     for lam in [*single, *strengths]:
-        begin, _ = _solve(sample, lam, begin, _ROUGH)
+        begin, _ = _solve(sample, lam, begin, _ROUGH, MOST_PASSES)
         points[lam] = begin
         scored.append((*others.figures(begin.params_QC), -lam))
     best = strengths.index(-min(scored[len(single) :])[2])
@@ -204,7 +226,7 @@ def _reject(images: Images, strengths: list[float], begin: _Point) -> tuple[_Poi
     return points[carried[0]], carried
 
 
-def _solve(images: Images, lam: float, begin: _Point, tolerance: float) -> tuple[_Point, bool]:
+def _solve(images: Images, lam: float, begin: _Point, tolerance: float, most_passes: int) -> tuple[_Point, bool]:
     """Minimise the loss for one strength; return where it ended, and whether that is within the tolerance."""
     history, params_QC = begin.towards(lam), begin.params_QC
     loss, gradient_QC = images.loss(params_QC, lam)
@@ -212,11 +234,11 @@ def _solve(images: Images, lam: float, begin: _Point, tolerance: float) -> tuple
     while True:
         least = max(tolerance * lam * float(params_QC[:-1].norm()), 10 * torch.finfo(torch.float32).eps)
         is_solved = float(gradient_QC.norm()) <= least
-        if is_solved or passes >= MOST_PASSES:
+        if is_solved or passes >= most_passes:
             return _Point(params_QC, history, lam), is_solved
         direction_QC = history.direction(gradient_QC, lam)
         slope, length = float((gradient_QC * direction_QC).sum()), 1.0
-        for _ in range(MOST_PASSES - passes):
+        for _ in range(most_passes - passes):
             step_QC = length * direction_QC
             new_loss, new_gradient_QC = images.loss(params_QC + step_QC, lam)
             passes += 1
