@@ -172,3 +172,25 @@ def test_what_is_noted_of_the_data_is_shown(tmp_path, monkeypatch):
     pq.write_table(pa.table({"image": [*raw, b"junk"], "label": [*("ash",) * 6, *("oak",) * 7]}), "b.parquet")
     said = CliRunner().invoke(main, ["new", "b.parquet"], catch_exceptions=False).output
     assert "1 images cannot be read" in said
+
+
+def test_long_pictures_are_shown_whole(tmp_path, monkeypatch, capsys):
+    """Of 240 x 80 pixels, with what tells the classes apart at one end: a crop from the middle does not see it."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for label, color in (("blue", (40, 40, 220)), ("red", (220, 40, 40))):
+        (tmp_path / "long" / label).mkdir(parents=True)
+        for number in range(30):
+            pixels = rng.integers(0, 256, (80, 240, 3), dtype=np.uint8)
+            left = int(rng.choice([8, 192]))
+            pixels[20:60, left : left + 40] = color
+            Image.fromarray(pixels).save(tmp_path / "long" / label / f"{number}.png")
+    new("long", out="long.yaml")
+    assert "33% of a typical image" in (tmp_path / "long.yaml").read_text()
+    whole = tlscale.run("long.yaml", tmp_path / "whole")
+    assert "in the middle" not in capsys.readouterr().out
+    cropped = tlscale.run(tlscale.load_recipe("long.yaml", ["data.crop_mode=center"]), tmp_path / "cropped")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "the network is shown 33%, in the middle; data.crop_mode=squash or border shows all of it" in said
+    assert whole["top1"] == 1.0
+    assert cropped["top1"] < 0.85

@@ -229,6 +229,24 @@ WRONG_RECIPES: list[tuple[str, str, list[str], list[str]]] = [
         [f"{AT}:5: optim: has no effect with 'probe': a probe trains nothing. Remove it."],
     ),
     (
+        "two_policies",
+        f"{NAME}\ndata: {{source: fashion_mnist, augment: [randaugment, trivialaugment_geometric]}}\n{BACKBONE}\n",
+        [],
+        ["trivialaugment_geometric and randaugment are policies for the same thing. Name one."],
+    ),
+    (
+        "too_far_a_rotation",
+        f"{NAME}\ndata: {{source: fashion_mnist, augment: [{{rotation: 200}}]}}\n{BACKBONE}\n",
+        [],
+        [f"{AT}:2: data.augment", "'rotation' takes the most degrees to either side, from 0 to 180, not 200"],
+    ),
+    (
+        "crop_mode",
+        f"{NAME}\ndata: {{source: fashion_mnist, crop_mode: stretch}}\n{BACKBONE}\n",
+        [],
+        [f"{AT}:2: data.crop_mode = 'stretch': must be"],
+    ),
+    (
         "probe_and_augment",
         f"{NAME}\ndata: {{source: fashion_mnist, augment: [flip]}}\n{BACKBONE}\nprobe: {{}}\n",
         [],

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tlscale.data.sampler import DataOrder
+from tlscale.data.transforms import InputSpec
 from tlscale.models.features import PENULTIMATE
 from tlscale.recipe.schema import Recipe
 from tlscale.tracking.console import Console, number
@@ -18,6 +19,7 @@ from tlscale.training.setup import RunSetup, strategy_of
 from tlscale.training.stages import Stage, to_steps
 
 _WORST_SHOWN = 5
+_SMALL_SHARE = 0.5  # of an image: a photo of 4:3 under the usual crop keeps more
 _IN_SHORT = ("strategy", "data", "backbone", "weights", "teacher", "trainable", "steps", "probe", "device")
 CLASS_COLUMNS = ("class", "images", "accuracy", "F1")
 
@@ -39,6 +41,9 @@ def show_plan(setup: RunSetup, console: Console, *, device: str, whole: bool = T
         console.say("the frozen layers are random: backbone.weights is none", style="yellow")
     for note in setup.weights.notes:
         console.say(f"backbone.weights: {note}", style="bold yellow")
+    if setup.seen_share < _SMALL_SHARE:
+        shown = f"of a typical image the network is shown {setup.seen_share:.0%}, in the middle"
+        console.say(f"{shown}; data.crop_mode=squash or border shows all of it", style="yellow")
     rows = _plan_rows(setup, device)
     console.table("Plan", ("what", "how"), rows if whole else [row for row in rows if row[0] in _IN_SHORT])
     for stage in setup.stages if whole else ():
@@ -67,11 +72,7 @@ def _plan_rows(setup: RunSetup, device: str) -> list[tuple[str, str]]:
         ("strategy", strategy_of(setup)),
         ("data", f"{recipe.data.source}: " + ", ".join(f"{split.name} {len(split):,}" for split in splits)),
         ("classes", f"{len(data.classes)}: {', '.join(data.classes[:10])}{' ...' if len(data.classes) > 10 else ''}"),
-        (
-            "input",
-            f"{spec.in_chans} x {spec.image_size} x {spec.image_size}, {spec.interpolation}, crop_pct "
-            f"{spec.crop_pct:g}, mean {_numbers(spec.mean)}, std {_numbers(spec.std)}",
-        ),
+        ("input", _describe_input(spec, setup.seen_share)),
         ("augment", ", ".join(_augmentation(*item) for item in setup.augment.items()) or "none"),
         ("backbone", f"{recipe.backbone.name}, {setup.code_width} features"),
         ("weights", str(setup.weights)),
@@ -79,6 +80,14 @@ def _plan_rows(setup: RunSetup, device: str) -> list[tuple[str, str]]:
         *(_training_rows(setup, order, trained, total) if setup.stages else _probe_rows(recipe)),
         ("device", f"{device}, {recipe.compute.precision}"),
     ]
+
+
+def _describe_input(spec: InputSpec, seen_share: float) -> str:
+    return (
+        f"{spec.in_chans} x {spec.image_size} x {spec.image_size}, {spec.interpolation}, crop_pct {spec.crop_pct:g}, "
+        f"{spec.crop_mode} (shows {seen_share:.0%} of a typical image), mean {_numbers(spec.mean)}, "
+        f"std {_numbers(spec.std)}"
+    )
 
 
 def _training_rows(setup: RunSetup, order: DataOrder, trained: int, total: int) -> list[tuple[str, str]]:

@@ -10,6 +10,7 @@ Shape letters: B images of a batch, C channels, H height, W width, S image size,
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -130,16 +131,54 @@ def _tensors_have_lanczos() -> bool:
     return True
 
 
+def _fill(spec: InputSpec) -> list[float]:
+    return [float(value) for value in spec.mean_color]
+
+
+def _blur(number: float, spec: InputSpec) -> Callable[[Tensor], Tensor]:
+    # As SimCLR does it (Chen et al. 2020, appendix A): a kernel of a tenth of the image, sigma from 0.1 to 2 pixels.
+    kernel_px = max(3, spec.image_size // 10 | 1)
+    return v2.RandomApply([v2.GaussianBlur(kernel_px, sigma=(0.1, 2.0))], p=number)  # type: ignore[no-any-return]
+
+
+# The space of TrivialAugment Wide (Mueller and Hutter 2021, table 1) without the operations on color: the largest
+# strength of each; a shift is a share of the side, so that a small image is not moved out of sight: 32 pixels of 224.
+# One operation an image, each as likely as the others, at a strength between none and the largest.
+_MOVES = {"identity": 0.0, "shear_x": 0.99, "shear_y": 0.99, "shift_x": 1 / 7, "shift_y": 1 / 7, "rotate": 135.0}
+_NUM_STRENGTHS = 31
+
+
+def _move(image_CHW: Tensor, fill: list[float]) -> Tensor:
+    """Shear, shift or rotate an image by a strength and in a direction that are drawn."""
+    operation, strength, sign = (int(torch.randint(many, ())) for many in (len(_MOVES), _NUM_STRENGTHS, 2))
+    name = list(_MOVES)[operation]
+    by = _MOVES[name] * strength / (_NUM_STRENGTHS - 1) * (1 if sign else -1)
+    if by == 0:
+        return image_CHW
+    angle = by if name == "rotate" else 0.0
+    height, width = image_CHW.shape[1:]
+    shift = [round(by * width) if name == "shift_x" else 0, round(by * height) if name == "shift_y" else 0]
+    shear = [math.degrees(math.atan(by)) if name == f"shear_{axis}" else 0.0 for axis in "xy"]
+    moved: Tensor = v2.functional.affine(image_CHW, angle, shift, 1.0, shear, interpolation=_BILINEAR, fill=fill)
+    return moved
+
+
 _BILINEAR = InterpolationMode.BILINEAR
 STEPS: dict[str, Callable[[float, InputSpec], Callable[[Tensor], Tensor]]] = {
     "crop": _crop,
     "flip": lambda number, spec: v2.RandomHorizontalFlip(number),
+    "vertical_flip": lambda number, spec: v2.RandomVerticalFlip(number),
+    "rotation": lambda number, spec: v2.RandomRotation(number, interpolation=_BILINEAR, fill=_fill(spec)),
+    "color_jitter": lambda number, spec: v2.ColorJitter(brightness=number, contrast=number, saturation=number),
     "trivialaugment": lambda number, spec: v2.TrivialAugmentWide(interpolation=_BILINEAR),
+    "trivialaugment_geometric": lambda number, spec: functools.partial(_move, fill=_fill(spec)),
     "randaugment": lambda number, spec: v2.RandAugment(_RANDAUGMENT_OPERATIONS, round(number), interpolation=_BILINEAR),
-    "erasing": lambda number, spec: v2.RandomErasing(number, value=[float(value) for value in spec.mean_color]),
+    "blur": _blur,
+    "erasing": lambda number, spec: v2.RandomErasing(number, value=_fill(spec)),
 }
 """By name, a function from (number, 0 for those that take none; the spec of the images) to what is done to each image;
-in the order in which they are applied, the usual one: crop, flip, policy, and what is erased last of all.
+in the order in which they are applied, the usual one: crop, flips, rotation, color, policy, blur,
+and what is erased last of all.
 
 A new augmentation is a row here (or in `MIXES`) and a row in `tlscale.recipe.field_types.AUGMENTATIONS`."""
 

@@ -18,8 +18,8 @@ from tlscale.errors import DataError
 MOST_HEADERS = 256
 
 
-def median_side_px(table: LabelledTable) -> int:
-    """Return the median of the shorter sides of at most `MOST_HEADERS` images, evenly spaced over the table.
+def sampled_sizes(table: LabelledTable) -> list[tuple[int, int]]:
+    """Return height and width of at most `MOST_HEADERS` images, evenly spaced over the table.
 
     An image whose header cannot be read does not count: it is for those who decode it to find it bad.
 
@@ -27,25 +27,30 @@ def median_side_px(table: LabelledTable) -> int:
         DataError: none of the headers can be read.
     """
     rows = np.unique(np.linspace(0, len(table) - 1, min(MOST_HEADERS, len(table))).round().astype(np.int64)).tolist()
-    sides: list[int] = []
+    sizes: list[tuple[int, int]] = []
     errors: list[DataError] = []
     for row in rows:
         try:
-            sides.append(_shorter_side(table, row))
+            sizes.append(_size(table, row))
         except DataError as error:
             errors.append(error)
-    if not sides:
+    if not sizes:
         raise DataError(f"none of {len(rows)} training images can be read; the first: {errors[0]}")
-    return statistics.median_low(sides)
+    return sizes
 
 
-def _shorter_side(table: LabelledTable, row: int) -> int:
+def median_side_px(sizes: list[tuple[int, int]]) -> int:
+    """Return the median of the shorter sides."""
+    return statistics.median_low([min(size) for size in sizes])
+
+
+def _size(table: LabelledTable, row: int) -> tuple[int, int]:
     where, path = table.where(row), table.file_of(row)
     if path is not None:
         try:
             with path.open("rb") as file:  # a header is a small part of a photo
-                return min(header_hw(file, where))
+                return header_hw(file, where)
         except OSError as error:
             raise BadImageError(f"{where}: cannot be read: {error.strerror or error}") from None
     raw = table.read(row)
-    return int(min(raw.shape[:2])) if isinstance(raw, np.ndarray) else min(header_hw(io.BytesIO(raw), where))
+    return raw.shape[:2] if isinstance(raw, np.ndarray) else header_hw(io.BytesIO(raw), where)

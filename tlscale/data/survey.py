@@ -61,6 +61,11 @@ class Survey:
         """Return the median of the shorter sides."""
         return int(np.median(self.sizes_N2.min(axis=1)))
 
+    @property
+    def shown_by_centre_crop(self) -> float:
+        """Return the share of a typical image that the largest square in its middle shows."""
+        return float(np.median(self.sizes_N2.min(axis=1) / self.sizes_N2.max(axis=1)))
+
 
 @dataclass(frozen=True, slots=True)
 class Place:

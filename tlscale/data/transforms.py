@@ -45,6 +45,7 @@ _FILTERS = {
 MOST_RESIZED_PIXELS = 1 << 25
 """Larger results of a resize are cropped piece by piece."""
 _CROP_MODES = ("center", "squash", "border")
+_SHOW_ALL = ("squash", "border")  # who names one of them in a recipe wants nothing cut off
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +85,7 @@ def resolve_input(
     the first filters are summed over theirs and so see a grey image as an RGB image with equal channels.
 
     Args:
-        section: its `image_size`, `interpolation`, `crop_pct`, `mean` and `std` win.
+        section: its `image_size`, `interpolation`, `crop_mode`, `crop_pct`, `mean` and `std` win.
         pretrained_cfg: timm's, as a mapping; keys that are missing or None have timm's defaults. A model that cannot
             take another size than its own reports that itself, when it is built.
         image_hw: height and width that stand for those of all images (`sizes.median_side_px`). Images smaller than the
@@ -97,7 +98,9 @@ def resolve_input(
     known = _DEFAULTS | {key: value for key, value in pretrained_cfg.items() if value is not None}
     image_size = section.image_size or _square(known["input_size"])
     crop_pct = section.crop_pct
-    if crop_pct is None:
+    if crop_pct is None and section.crop_mode in _SHOW_ALL:
+        crop_pct = 1.0
+    elif crop_pct is None:
         crop_pct = float(known["crop_pct"])
         crop_pct = crop_pct if min(image_hw) >= math.ceil(image_size / crop_pct) else 1.0
     return InputSpec(
@@ -107,7 +110,7 @@ def resolve_input(
         std=_per_channel(section.std or known["std"], in_chans),
         interpolation=_interpolation(section.interpolation, known["interpolation"]),
         crop_pct=crop_pct,
-        crop_mode=known["crop_mode"] if known["crop_mode"] in _CROP_MODES else "center",
+        crop_mode=_crop_mode(section.crop_mode, known["crop_mode"]),
     )
 
 
@@ -119,6 +122,12 @@ def _square(input_size: tuple[int, int, int]) -> int:
             remedy=f"Set data.image_size, such as {min(height, width)}, if the backbone can take it.",
         )
     return height
+
+
+def _crop_mode(asked: str, pretrained: str) -> str:
+    if asked != "auto":
+        return asked
+    return pretrained if pretrained in _CROP_MODES else "center"
 
 
 def _interpolation(asked: str, pretrained: str) -> str:
@@ -159,6 +168,12 @@ def eval_transform(image_HWC: Pixels, spec: InputSpec) -> Pixels:
     if image_HWC.shape[:2] != (spec.image_size, spec.image_size):
         image_HWC = _center_crop(_pad(image_HWC, spec), (spec.image_size, spec.image_size))
     return image_HWC
+
+
+def seen_share(height: int, width: int, spec: InputSpec) -> float:
+    """Return the share of an image's area that the evaluation transform shows the network."""
+    resized_h, resized_w = _resized_hw(height, width, spec)
+    return min(1.0, spec.image_size / resized_h) * min(1.0, spec.image_size / resized_w)
 
 
 def _resized_hw(height: int, width: int, spec: InputSpec) -> tuple[int, int]:

@@ -76,13 +76,20 @@ HEAD_LAYERS: dict[str, HeadLayerKind] = {
 # A new augmentation is a row here and one in `tlscale.data.augment`; None: it takes no number.
 AUGMENTATIONS: dict[str, Number | None] = {
     "flip": Number("probability of a left-right flip", 0.0, 1.0, default=0.5),
+    "vertical_flip": Number("probability of a top-bottom flip", 0.0, 1.0, default=0.5),
     "crop": Number("least share of the image's area that a crop keeps", 0.01, 1.0, default=0.35),
+    "rotation": Number("most degrees to either side", 0.0, 180.0, default=15.0),
+    "color_jitter": Number("largest change of brightness, contrast and saturation, as a share", 0.0, 1.0, default=0.4),
     "trivialaugment": None,
+    "trivialaugment_geometric": None,
     "randaugment": Number("magnitude of each of the two operations", 0.0, 30.0, default=9.0),
+    "blur": Number("probability of a Gaussian blur", 0.0, 1.0, default=0.5),
     "erasing": Number("probability that a rectangle is erased", 0.0, 1.0, default=0.25),
     "mixup": Number("alpha of the Beta distribution", 0.01, 10.0, default=0.2),
     "cutmix": Number("alpha of the Beta distribution", 0.01, 10.0, default=1.0),
 }
+# Each moves and colors an image by draws of its own: one of them.
+_POLICIES = ("trivialaugment", "trivialaugment_geometric", "randaugment")
 POOLS = ("avg", "max", "avgmax", "token", "none")
 TRACKERS = ("wandb", "tensorboard", "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "trackio")
 
@@ -182,8 +189,8 @@ def _augment_set(items: list[Augmentation]) -> list[Augmentation]:
     names = list(augmentation_values(items))
     if len(names) != len(items):
         raise InvalidValueError("an augmentation is named twice", "Name each once.")
-    if "trivialaugment" in names and "randaugment" in names:
-        raise InvalidValueError("trivialaugment and randaugment are two policies for the same thing", "Name one.")
+    if len(policies := [name for name in _POLICIES if name in names]) > 1:
+        raise InvalidValueError(f"{' and '.join(policies)} are policies for the same thing", "Name one.")
     return items
 
 

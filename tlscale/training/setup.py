@@ -6,15 +6,16 @@ Promise: whatever is wrong with the recipe, the data or the model is found here,
 from __future__ import annotations
 
 import re
+import statistics
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from tlscale.data.sampler import BatchSplit, DataOrder, least_in_a_pass, split_batch_size
-from tlscale.data.sizes import median_side_px
+from tlscale.data.sizes import median_side_px, sampled_sizes
 from tlscale.data.sources.open import BadImages, ImageData, open_data
-from tlscale.data.transforms import InputSpec, resolve_input
+from tlscale.data.transforms import InputSpec, resolve_input, seen_share
 from tlscale.distributed.signals import check_stop
 from tlscale.errors import DataError, ModelError, RecipeError
 from tlscale.models.backbone import build_backbone
@@ -62,6 +63,8 @@ class RunSetup:
     stages: list[Stage]
     teacher: Teacher | None = None
     watch: Stopwatch = field(default_factory=Stopwatch)
+    seen_share: float = 1.0
+    """Share of a typical training image that the network is shown in an evaluation."""
 
     @property
     def bad_images(self) -> BadImages:
@@ -163,7 +166,8 @@ def set_up(
     check_stop("setting up")
     backbone, weights, earlier = _backbone(recipe)
     check_stop("setting up")
-    spec = _input_spec(recipe, data, backbone)
+    sizes = sampled_sizes(data.train.table)
+    spec = _input_spec(recipe, sizes, backbone)
     teacher = _teacher(recipe, data, spec)
     classifier, code_width = _assemble(recipe, data, backbone, spec, teacher)
     if earlier is not None and recipe.probe is None:
@@ -174,6 +178,7 @@ def set_up(
     split = split_batch_size(batch_size, world_size, recipe.compute.micro_batch_size)
     stages = _plan_stages(recipe, classifier, order, spec) if recipe.probe is None else []
     setup = RunSetup(recipe, data, spec, classifier, weights, code_width, order, split, stages, teacher, watch)
+    setup.seen_share = statistics.median(seen_share(*size, spec) for size in sizes)
     if bad_images is None:  # a run that began earlier goes on as it began
         _refuse_random_frozen(setup)
         if stages:
@@ -232,9 +237,9 @@ def _refuse_idle_rates(backbone: BackboneSection, stages: list[Stage]) -> None:
             raise RecipeError("has no effect: the whole backbone is frozen, and so in eval mode", key=f"backbone.{key}")
 
 
-def _input_spec(recipe: Recipe, data: ImageData, backbone: torch.nn.Module) -> InputSpec:
+def _input_spec(recipe: Recipe, sizes: list[tuple[int, int]], backbone: torch.nn.Module) -> InputSpec:
     cfg: dict[str, Any] = backbone.pretrained_cfg  # type: ignore[assignment]
-    side_px = median_side_px(data.train.table)
+    side_px = median_side_px(sizes)
     return resolve_input(
         recipe.data, in_chans=recipe.backbone.in_chans, pretrained_cfg=cfg, image_hw=(side_px, side_px)
     )

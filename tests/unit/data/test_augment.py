@@ -21,10 +21,18 @@ RECIPES = {
     "none": [],
     "flip": ["flip"],
     "crop": [{"crop": 0.2}],
+    "vertical_flip": ["vertical_flip"],
+    "rotation": [{"rotation": 45.0}],
+    "color_jitter": ["color_jitter"],
     "trivialaugment": ["trivialaugment"],
+    "trivialaugment_geometric": ["trivialaugment_geometric"],
+    "blur": [{"blur": 1.0}],
     "randaugment": [{"randaugment": 30.0}],
     "erasing": [{"erasing": 1.0}],
-    "all": ["flip", "crop", "randaugment", "erasing", "mixup", "cutmix"],
+    "all": [
+        *("flip", "vertical_flip", "crop", "rotation", "color_jitter", "randaugment", "blur", "erasing"),
+        *("mixup", "cutmix"),
+    ],
 }
 GOLDEN_PARTNERS = [915, 412, 898, 99]
 GOLDEN_LAM = [0.7417203, 0.7802572, 0.9975, 1.87e-05]
@@ -62,7 +70,7 @@ def test_epochs_and_images_differ(name):
     augment, some = augmenter(RECIPES[name]), images(1).expand(64, -1, -1, -1)
     first, second = augment.augment(some, keys(range(64))), augment.augment(some, keys(range(64), epoch=1))
     assert not torch.equal(first, second)
-    assert len({image.numpy().tobytes() for image in first}) >= (2 if name == "flip" else 12)
+    assert len({image.numpy().tobytes() for image in first}) >= (2 if "flip" in name else 12)
 
 
 def test_without_augmentation_images_are_left_alone():
@@ -108,6 +116,56 @@ def test_flip_flips_as_often_as_asked():
         flipped = augmenter([{"flip": probability}]).augment(some, keys(range(1000)))
         share = (flipped == some[0].flip(-1)).flatten(1).all(1).float().mean().item()
         assert abs(share - probability) <= 4 * (probability * (1 - probability) / 1000) ** 0.5
+
+
+def test_a_vertical_flip_turns_an_image_over_as_often_as_asked():
+    some = images(1).expand(1000, -1, -1, -1)
+    flipped = augmenter([{"vertical_flip": 0.3}]).augment(some, keys(range(1000)))
+    share = (flipped == some[0].flip(-2)).flatten(1).all(1).float().mean().item()
+    assert abs(share - 0.3) <= 4 * (0.3 * 0.7 / 1000) ** 0.5
+
+
+def test_a_rotation_turns_up_to_so_many_degrees_and_fills_with_the_mean_color():
+    """A bar through the middle, white on black: its direction after the rotation is its angle."""
+    size = 61
+    bar = torch.zeros(3, size, size, dtype=torch.uint8)
+    bar[:, size // 2 - 1 : size // 2 + 2] = 255
+    values = augmentation_values([{"rotation": 30.0}])
+    spec = InputSpec(size, 3, (0.2, 0.4, 0.6), (1.0, 1.0, 1.0), "bilinear", crop_pct=1.0)
+    rotated = Augmenter(values, spec).augment(bar.expand(300, -1, -1, -1), keys(range(300)))
+    y_H1, x_W = torch.arange(size)[:, None] - size // 2, torch.arange(size) - size // 2
+    white = (rotated[:, 0] > 200) & (y_H1**2 + x_W**2 <= (size // 2) ** 2)
+    degrees = [float(torch.rad2deg(torch.atan2((w * x_W * y_H1).sum(), (w * x_W**2).sum()))) for w in white.double()]
+    assert max(map(abs, degrees)) <= 31
+    assert min(degrees) < -24 < 24 < max(degrees)
+    corners = rotated[np.abs(degrees) > 15][:, :, 0, 0]
+    assert (corners == torch.tensor(spec.mean_color, dtype=torch.uint8)).all()
+
+
+def test_geometric_trivialaugment_invents_no_color_and_keeps_grey_images_grey():
+    """Nothing but moves: each color of an image of one color is that color or what stands for nothing."""
+    augment = augmenter(["trivialaugment_geometric"], interpolation="nearest")
+    plain = torch.tensor([200, 30, 90], dtype=torch.uint8)[:, None, None].expand(3, SIZE, SIZE)
+    moved = augment.augment([plain] * 400, keys(range(400)))
+    share = (moved == plain).all(1).flatten(1).all(1).float().mean().item()
+    assert 1 / 6 < share < 0.4, "untouched: one in six is left alone, and a weak move is none"
+    outside = torch.tensor([100, 110, 120], dtype=torch.uint8)[:, None, None]  # the mean
+    sound = (moved == plain).all(1) | (moved == outside).all(1)
+    assert sound.float().mean() > 0.9, "all but the pixels at an edge that is not straight"
+    assert (moved == outside).all(1).any()
+    grey = images(1).expand(-1, 3, -1, -1).clone()
+    grey[:] = grey[:, :1]
+    spec = InputSpec(SIZE, 3, (0.5,) * 3, (1.0,) * 3, "bicubic", crop_pct=1.0)
+    values = augmentation_values(["trivialaugment_geometric"])
+    turned = Augmenter(values, spec).augment(grey.expand(100, -1, -1, -1), keys(range(100)))
+    assert torch.equal(turned[:, :1].expand_as(turned), turned)
+
+
+def test_color_jitter_changes_brightness_within_its_bounds():
+    grey = torch.full((1, 3, SIZE, SIZE), 100, dtype=torch.uint8).expand(500, -1, -1, -1)
+    levels = augmenter([{"color_jitter": 0.2}]).augment(grey, keys(range(500)))[:, 0, 0, 0].float()
+    assert 77 < levels.min() < 85
+    assert 115 < levels.max() < 123
 
 
 def test_a_crop_takes_originals_of_any_size_and_keeps_at_least_its_share():

@@ -13,7 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tlscale.data.transforms import ImageBatch, InputSpec, eval_transform, normalise, resolve_input, to_input
+from tlscale.data.transforms import (
+    ImageBatch,
+    InputSpec,
+    eval_transform,
+    normalise,
+    resolve_input,
+    seen_share,
+    to_input,
+)
 from tlscale.errors import RecipeError
 from tlscale.recipe.schema import DataSection
 
@@ -105,6 +113,40 @@ def test_the_recipe_wins():
     asked = section(image_size=40, mean=[0.1, 0.2, 0.3], std=[1.0, 1.0, 0.2], crop_pct=0.5, interpolation="lanczos")
     spec = resolve_input(asked, in_chans=3, pretrained_cfg=IMAGENET, image_hw=(10, 10))
     assert spec == InputSpec(40, 3, (0.1, 0.2, 0.3), (1.0, 1.0, 0.2), "lanczos", 0.5, "center")
+
+
+@pytest.mark.parametrize(
+    ("mode", "crop_pct", "expected"),
+    [
+        ("auto", None, ("border", 0.875)),
+        ("center", None, ("center", 0.875)),
+        ("squash", None, ("squash", 1.0)),
+        ("border", None, ("border", 1.0)),
+        ("squash", 0.9, ("squash", 0.9)),
+    ],
+)
+def test_who_asks_to_see_all_of_an_image_sees_all_of_it(mode, crop_pct, expected):
+    asked = section(crop_mode=mode, crop_pct=crop_pct)
+    spec = resolve_input(asked, in_chans=3, pretrained_cfg=IMAGENET | {"crop_mode": "border"}, image_hw=(500, 500))
+    assert (spec.crop_mode, spec.crop_pct) == expected
+
+
+@given(
+    height=st.integers(8, 90), width=st.integers(8, 90), crop_pct=st.floats(0.3, 1.0),
+    crop_mode=st.sampled_from(["center", "squash", "border"]),
+)  # fmt: skip
+@settings(max_examples=60, deadline=None)
+def test_the_share_that_is_seen_is_that_of_the_pixels(height, width, crop_pct, crop_mode):
+    """Rows and columns are numbered by their values, so that the first and last that are seen tell how many are."""
+    spec = spec_of(64, 3, crop_pct=crop_pct, crop_mode=crop_mode, interpolation="nearest", mean=(0.0, 0.0, 0.0))
+    image = np.zeros((height, width, 3), np.uint8)
+    image[:, :, 0] = np.arange(1, height + 1)[:, None]
+    image[:, :, 1] = np.arange(1, width + 1)
+    seen = eval_transform(image, spec)
+    rows, columns = (np.unique(seen[:, :, chan][seen[:, :, chan] > 0]).tolist() for chan in (0, 1))
+    # Nearest pixels: of an edge one may be missed or seen in part.
+    share = (rows[-1] - rows[0] + 1) * (columns[-1] - columns[0] + 1) / (height * width)
+    assert share == pytest.approx(seen_share(height, width, spec), abs=3 / min(height, width))
 
 
 @pytest.mark.parametrize(

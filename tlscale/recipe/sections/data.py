@@ -57,15 +57,19 @@ class DataSection(Section):
     """Height and width the backbone sees, in pixels; by default the size it was pretrained at."""
     interpolation: Literal["auto", "nearest", "bilinear", "bicubic", "lanczos"] = "auto"
     """How images are resized; `auto`: as the backbone was pretrained."""
+    crop_mode: Literal["auto", "center", "squash", "border"] = "auto"
+    """How an image that is no square becomes one: `center` cuts off what is beside the middle, `squash` changes its
+    proportions, `border` pads it with the mean color; `auto`: as the backbone was pretrained, mostly `center`."""
     crop_pct: float | None = Field(None, ge=0.1, le=1.0)
     """Share of the resized image that the evaluation's centre crop keeps; by default the backbone's, or 1 where the
-    images are no larger than that crop."""
+    images are no larger than that crop or `crop_mode` says to show all of them."""
     mean: list[Annotated[float, Field(ge=0.0, le=1.0)]] | None = None
     """Mean of each channel, 0..1; by default the backbone's."""
     std: list[Annotated[float, Field(ge=1e-4, le=1.0)]] | None = None
     """Standard deviation of each channel, 0..1; by default the backbone's."""
     augment: Augment = []
-    """`none`, or a list of flip, crop, trivialaugment, randaugment, erasing, mixup, cutmix, each with or without its
+    """`none`, or a list of flip, vertical_flip, crop, rotation, color_jitter, trivialaugment, trivialaugment_geometric
+    (moves only: for grey and medical images), randaugment, blur, erasing, mixup, cutmix, each with or without its
     number, such as `[flip, {crop: 0.5}, {mixup: 0.2}]`."""
     workers: int | None = Field(None, ge=0, le=256)
     """Processes that read images for each training process; by default 0 when the images are cached and not
