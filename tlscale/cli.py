@@ -289,7 +289,7 @@ def compare(words: Sequence[str], seeds: list[int | None], **options: Any) -> No
       tlscale compare runs/*
     """
     at_s = began_s()
-    with loading(is_long=True):
+    with loading(is_long=not options["print_jobs"]):  # what gathers their table is alone on standard error
         from tlscale.commands.compare import compare as start
         from tlscale.commands.run import run as run_one
         from tlscale.distributed.signals import stop_with_launcher
