@@ -22,7 +22,8 @@ from tlscale.distributed.signals import StopRequest
 from tlscale.errors import DataError, Stopped, first_few, speaks_python
 from tlscale.models.model_folder import CONFIG_FILE
 from tlscale.storage.files import file_sha256, reporting_disk_errors
-from tlscale.tracking.console import visible
+from tlscale.tracking.console import Console, visible
+from tlscale.tracking.progress import Pace
 from tlscale.training.image_classifier import (
     ImageClassifier,
     Images,
@@ -35,7 +36,7 @@ from tlscale.training.prediction_files import SUFFIXES, Screen, Sink, TextFile, 
 from tlscale.training.prediction_rows import Answers, Columns, answer
 from tlscale.training.run_path import Batching, RunPath, computing
 
-_SAY_EVERY_S = 10.0
+_SAY_EVERY_S = 10.0  # where there is no terminal
 _LONG_CHUNK = 1024  # images; a shorter one is finished when a signal comes
 
 
@@ -121,7 +122,10 @@ def write_rows(
         processes = stack.enter_context(computing(trained.facts))
         stop = stack.enter_context(StopRequest())
         path = RunPath(trained, trained.facts, processes)
-        work = _Work(path, processes, stop)
+        # Rows on the terminal are the progress that somebody sees there.
+        shown = processes.is_main and (out is not None or not sys.stdout.isatty())
+        pace = Pace(None, "predicting", Console(enabled=shown, stderr=True), every_s=_SAY_EVERY_S)
+        work = _Work(path, processes, stop, stack.enter_context(pace))
         sink = _sink(out, columns, trained, path.batching)
         if wanted.resume and processes.run_on_main(lambda: sink.is_complete):
             _say(processes, f"'{out}' is complete already")
@@ -201,17 +205,15 @@ class _Work:
     path: RunPath
     processes: Processes
     stop: StopRequest
+    pace: Pace
     paths: _Paths | None = None
     images: Iterator[str] = field(default_factory=lambda: iter(()))
     num_given: int = 0
     num_read: int = 0
     num_resumed: int = 0
-    num_new: int = 0
-    """Of this start, over all processes, as far as this one knows: they have about equal shares."""
     first_error: tuple[str, str | None] = ("", None)
     chunks: Iterator[list[int]] = field(init=False)
     _began_s: float = field(default_factory=time.monotonic)
-    _said_s: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
         """Begin with the first chunk."""
@@ -282,11 +284,7 @@ class _Work:
         # Nobody waits for minutes after a signal; several processes have to end at the same place.
         if self.stop.requested and self.path.batching.size > _LONG_CHUNK and self.processes.world_size == 1:
             raise Stopped(f"stopped after {self.num_given:,} images and a part of a batch; a file can be resumed")
-        self.num_new += num_images * self.processes.world_size
-        now_s = time.monotonic()
-        if now_s - self._said_s >= _SAY_EVERY_S:
-            self._said_s = now_s
-            _say(self.processes, f"{self.num_resumed + self.num_new:,} images, {self._speed(self.num_new)}")
+        self.pace.add(num_images * self.processes.world_size)  # they have about equal shares
 
     def _speed(self, num_images: int) -> str:
         return f"{num_images / max(time.monotonic() - self._began_s, 1e-9):.0f} images/s"

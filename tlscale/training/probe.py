@@ -33,6 +33,7 @@ from tlscale.recipe.schema import ProbeSection
 from tlscale.storage.files import naming_disk_errors
 from tlscale.storage.run_folder import RunFolder
 from tlscale.tracking.console import Console, number
+from tlscale.tracking.progress import each
 from tlscale.training.evaluate import scalars
 from tlscale.training.logger import RunLogger
 from tlscale.training.loop_state import LoopState
@@ -142,7 +143,8 @@ class _Probe:
 
     def _candidates(self) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
         """Yield one layer and pooling after the other, so that one at a time is in memory."""
-        for at, pair in enumerate(self.wanted):
+        kind = self.section.kind
+        for at, pair in each(list(enumerate(self.wanted)), lambda item: f"probe: {kind} on {layer_name(item[1])}"):
             train_ND = self._values("train", at)
             held_MD = train_ND[:0] if self.setup.data.validation is None else self._values("validation", at)
             yield layer_name(pair), (train_ND, held_MD)
