@@ -190,6 +190,45 @@ def bomb_png(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
 
 
+def _table(tmp: Path, head: str, *rows: str) -> str:
+    put_folder(tmp, cat=3, dog=3)
+    (tmp / "list.csv").write_text("\n".join([f"path,label,{head}", *rows]) + "\n")
+    return str(tmp / "list.csv")
+
+
+def group_in_two_splits(tmp: Path) -> dict[str, Any]:
+    rows = ("cat/0.png,cat,p1,train", "dog/0.png,dog,p2,train", "cat/1.png,cat,p3,test", "dog/1.png,dog,p2,test")
+    return {"source": "manifest", "path": _table(tmp, "patient,split", *rows), "group_column": "patient"}
+
+
+def no_group_column(tmp: Path) -> dict[str, Any]:
+    path = _table(tmp, "patient", "cat/0.png,cat,1", "dog/0.png,dog,2")
+    return {"source": "manifest", "path": path, "group_column": "patients"}
+
+
+def empty_group_column(tmp: Path) -> dict[str, Any]:
+    path = _table(tmp, "patient", "cat/0.png,cat,", "dog/0.png,dog, ")
+    return {"source": "manifest", "path": path, "group_column": "patient"}
+
+
+def groups_are_labels(tmp: Path) -> dict[str, Any]:
+    path = _table(tmp, "patient", "cat/0.png,cat,1", "dog/0.png,dog,2")
+    return {"source": "manifest", "path": path, "group_column": "label"}
+
+
+def one_group_a_class(tmp: Path) -> dict[str, Any]:
+    rows = ("cat/0.png,cat,1", "cat/1.png,cat,1", "dog/0.png,dog,2", "dog/1.png,dog,2")
+    return {"source": "manifest", "path": _table(tmp, "patient", *rows), "group_column": "patient"}
+
+
+def regex_of_some(tmp: Path) -> dict[str, Any]:
+    return {"source": "folder", "path": str(put_folder(tmp, cat=2, dog=4)), "group_regex": r"(dog/\d)"}
+
+
+def regex_of_none(tmp: Path) -> dict[str, Any]:
+    return {"source": "folder", "path": str(put_folder(tmp, cat=2, dog=4)), "group_regex": r"patient(\d+)"}
+
+
 WRONG_DATA: list[WrongData] = [
     WrongData("no folder", no_folder, ("nowhere", "does not exist")),
     WrongData("empty class", empty_class, ("cow", "is empty")),
@@ -212,6 +251,13 @@ WRONG_DATA: list[WrongData] = [
     WrongData("hub not reachable", not_on_hub, ("nobody-at-all/no-such-images", "cache", "Ways out")),
     WrongData("limit too large", limit_too_large, ("data.train_limit: 7", "6 training images")),
     WrongData("label outside classes", label_outside_classes, ("'dog'", "Did you mean 'dgo'")),
+    WrongData("group in two splits", group_in_two_splits, ("data.groups_across_splits", "'p2'", "dog/1.png", "allow")),
+    WrongData("no group column", no_group_column, ("data.group_column", "'patients'", "Did you mean 'patient'")),
+    WrongData("no groups in the column", empty_group_column, ("data.group_column", "all 2 rows are empty")),
+    WrongData("groups are the labels", groups_are_labels, ("data.group_column", "'label' holds the labels")),
+    WrongData("one group a class", one_group_a_class, ("none can be held out", "each class has one training group")),
+    WrongData("regex of some", regex_of_some, ("data.group_regex", "matches only 4 of the 6 paths", "'cat/0.png'")),
+    WrongData("regex of none", regex_of_none, ("data.group_regex", "matches none of the 6 paths", "'cat/0.png'")),
     WrongData("images cut short", cut_short, ("cat", ".png", "damaged or cut short"), at_decode=True),
     WrongData("PostScript in a .png", postscript, ("dog", ".png", "PostScript"), at_decode=True),
     WrongData("bomb", bomb, ("dog", ".png", "81.0 megapixels", "data.max_megapixels"), at_decode=True),

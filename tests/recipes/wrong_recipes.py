@@ -21,6 +21,42 @@ WRONG_RECIPES: list[tuple[str, str, list[str], list[str]]] = [
         [],
         [f"{AT}:5: qqqq: unknown key. The keys of the top level are: name"],
     ),
+    (
+        "group_column_of_folder",
+        f"{NAME}\ndata: {{source: folder, path: p, group_column: patient}}\n{BACKBONE}\n",
+        [],
+        [f"{AT}:2: data.group_column: has no effect with source 'folder'", "manifest, hub, disk"],
+    ),
+    (
+        "group_regex_of_hub",
+        f"{NAME}\ndata: {{source: hub, path: p, group_regex: a}}\n{BACKBONE}\n",
+        [],
+        [f"{AT}:2: data.group_regex: has no effect with source 'hub'", "folder, manifest"],
+    ),
+    (
+        "group_regex_wrong",
+        f"{NAME}\ndata: {{source: folder, path: p, group_regex: '(a'}}\n{BACKBONE}\n",
+        [],
+        [f"{AT}:2: data.group_regex = '(a': '(a' is not a regular expression"],
+    ),
+    (
+        "groups_named_twice",
+        f"{NAME}\ndata: {{source: manifest, path: p, group_regex: a, group_column: b}}\n{BACKBONE}\n",
+        [],
+        [f"{AT}:2: data.group_regex: both name the groups. Write one of them."],
+    ),
+    (
+        "groups_allowed_without_groups",
+        f"{NAME}\ndata: {{source: folder, path: p, groups_across_splits: allow}}\n{BACKBONE}\n",
+        [],
+        [f"{AT}:2: data.groups_across_splits: has no effect without groups. Name the groups"],
+    ),
+    (
+        "groups_across_splits_unknown",
+        f"{NAME}\ndata: {{source: folder, path: p, groups_across_splits: warn}}\n{BACKBONE}\n",
+        [],
+        [f"{AT}:2: data.groups_across_splits = 'warn': must be one of error, allow"],
+    ),
     ("engine_synonym", GOOD + "fsdp: true\n", [], [f"{AT}:4: fsdp: unknown key. Did you mean 'compute.engine'?"]),
     ("engine_unknown", GOOD + "compute: {engine: fsdp}\n", [], [f"{AT}:4: compute.engine = 'fsdp': must be"]),
     (

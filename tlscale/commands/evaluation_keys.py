@@ -46,9 +46,9 @@ def changes_for_evaluation(own: Recipe, overrides: Sequence[str], data: str | No
     source = next((text.partition("=")[2] for text in reversed(texts) if text.startswith("data.source=")), None)
     forgotten: Sequence[str] = ()  # what belongs to the run's own data
     if source not in (None, own.data.source):
-        forgotten = [key for key in _PLACE if key != "source"]
+        forgotten = [*(key for key in _PLACE if key != "source"), "groups_across_splits"]
     elif "data.path" in keys:
-        forgotten = ("config", "revision", "exclude")
+        forgotten = ("config", "revision", "exclude", "group_column", "group_regex", "groups_across_splits")
     return [*(f"data.{key}={_default(key)}" for key in forgotten), *texts], True
 
 

@@ -2,7 +2,8 @@
 
 Promise: two digests. Equal digests mean the same splits, row by row and in order, with the same labels and the same
 images. An image is its content where that is known of all of them; else its name and its size. So copies of files with
-new times are the same data, other pixels under equal names are not, and neither is another choice of rows.
+new times are the same data, other pixels under equal names are not, and neither is another choice of rows. Where groups
+decide which rows are drawn, they belong to what is used.
 
 Shape letters: N images of a split.
 """
@@ -41,7 +42,9 @@ def used_identity(data: ImageData, by: By | None = None, *, without: Collection[
     Raises:
         DataError: an image cannot be read.
     """
-    return _identity(data.classes, [split for split in (data.train, data.validation) if split is not None], by, without)
+    splits = [split for split in (data.train, data.validation) if split is not None]
+    decide = data.groups is not None and data.groups.draw
+    return _identity(data.classes, splits, by, without, with_groups=decide)
 
 
 def scored_identity(data: ImageData, by: By | None = None) -> Identity:
@@ -100,6 +103,8 @@ def _identity(
     splits: Sequence[ImageSplit],
     by: By | None,
     without: Collection[tuple[str, int]] = (),
+    *,
+    with_groups: bool = False,
 ) -> Identity:
     if by is None:
         by = "content" if all(split.known_digests()[1].all() for split in splits) else "place"
@@ -107,6 +112,8 @@ def _identity(
     for split in splits:
         split.table.remember()  # what the run has read by now
         parts += [split.name, str(len(split)), split.labels_N.astype("<i8").tobytes()]
+        if with_groups and split.groups_N is not None:
+            parts.append("\0".join("" if name is None else f"+{name}" for name in split.groups_N.to_pylist()))
         parts += _images(split, by, [position for name, position in without if name == split.name])
     return Identity(digest_of_parts(parts), by)
 

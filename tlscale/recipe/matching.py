@@ -18,10 +18,10 @@ from tlscale.errors import RecipeError
 LIMIT_S = 5.0
 _TRIAL = """
 import json, re, sys
-pattern, names = json.load(sys.stdin)
+pattern, names, searches = json.load(sys.stdin)
 compiled = re.compile(pattern)
 for name in names:
-    compiled.fullmatch(name) or compiled.match(name)
+    compiled.search(name) if searches else compiled.fullmatch(name) or compiled.match(name)
 """
 _ESCAPED = re.compile(r"\\[^1-9]|\[\^?\]?(?:\\.|[^\]\\])*\]")  # stands for one sign; a back-reference does not
 _UNBOUNDED = re.compile(r"[*+]|\{\d*,\d*\}")
@@ -34,8 +34,8 @@ def is_quick(pattern: str) -> bool:
 
 
 @lru_cache(maxsize=256)
-def check_time(pattern: str, names: tuple[str, ...], where: str) -> None:
-    """Check that an expression is matched against all names within `LIMIT_S`.
+def check_time(pattern: str, names: tuple[str, ...], where: str, *, searches: bool = False) -> None:
+    """Check that an expression is matched against all names, or searched for in them, within `LIMIT_S`.
 
     Raises:
         RecipeError: it takes longer.
@@ -45,7 +45,7 @@ def check_time(pattern: str, names: tuple[str, ...], where: str) -> None:
     try:
         subprocess.run(
             [sys.executable, "-I", "-S", "-c", _TRIAL],
-            input=json.dumps([pattern, names]).encode(),
+            input=json.dumps([pattern, names, searches]).encode(),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             timeout=LIMIT_S,

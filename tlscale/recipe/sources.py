@@ -33,12 +33,12 @@ class SourceKeys:
         return self.path in ("folder", "file")
 
 
-_COLUMNS = frozenset(("image_column", "label_column"))
+_COLUMNS = frozenset(("image_column", "label_column", "group_column"))
 
 SOURCES: dict[str, SourceKeys] = {
     "fashion_mnist": SourceKeys("the data set, found by its name", "none", frozenset(("fallback",))),
-    "folder": SourceKeys("a folder per class", "folder", frozenset(("class_folder", "exclude"))),
-    "manifest": SourceKeys("a CSV or Parquet table", "file", _COLUMNS | {"exclude"}),
+    "folder": SourceKeys("a folder per class", "folder", frozenset(("class_folder", "exclude", "group_regex"))),
+    "manifest": SourceKeys("a CSV or Parquet table", "file", _COLUMNS | {"exclude", "group_regex"}),
     "idx": SourceKeys("(gzipped) IDX files", "folder"),
     "hub": SourceKeys("a data set of the Hugging Face hub", "name", _COLUMNS | {"config", "revision"}),
     "disk": SourceKeys("a data set that `datasets` saved with `save_to_disk`", "folder", _COLUMNS),

@@ -55,6 +55,7 @@ def make_result(
         "num_classes": len(setup.data.classes),
         **{key: value for key, value in figures.items() if key not in ("step", "confusion", "per_class")},
         **own,
+        **({} if setup.data.groups is None else {"groups": setup.data.groups.to_plain()}),
         "is_sample": setup.data.is_sample,
         "notes": without_places(list(setup.data.notes), places_of(setup.recipe)),
         "num_bad_images": len(setup.bad_images),

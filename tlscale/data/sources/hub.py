@@ -26,6 +26,7 @@ import pyarrow.compute as pc
 
 from tlscale.data.content import digest_of_parts, file_stamp, stamp_bytes
 from tlscale.data.sources.columns import LABEL_COLUMNS, column_note, pick_column
+from tlscale.data.sources.groups import groups_of_column, refuse_wrong_columns
 from tlscale.data.sources.labels import encode_labels
 from tlscale.data.sources.paths import local_folder
 from tlscale.data.sources.split_names import may_name_splits, pick_splits, split_values
@@ -224,19 +225,21 @@ def _source(section: DataSection, loaded: Mapping[str, Dataset], place: str, ide
     train = loaded[next(iter(picked.values()))]  # the training split; where there is none, another
     image = _column(datasets.Image, section.image_column, IMAGE_COLUMNS, train, "image_column", place)
     label = _column(datasets.ClassLabel, section.label_column, LABEL_COLUMNS, train, "label_column", place)
+    group = section.group_column
+    refuse_wrong_columns(group, {image: "images", label: "labels"}, place)
     splits: dict[Role, SourceSplit] = {}
     for role, name in picked.items():
-        splits[role] = _read_split(loaded[name], name, image, label, f"{place}, split {name!r}")
+        splits[role] = _read_split(loaded[name], name, (image, label, group), f"{place}, split {name!r}")
     unused = [name for name in loaded if name not in picked.values()]
     notes = [f"{place}: splits that are not used: {first_few(quoted(unused))}"] if unused else []
     for name in picked.values():
-        notes.extend(_unread_columns(loaded[name], (image, label), f"{place}, split {name!r}"))
+        notes.extend(_unread_columns(loaded[name], (image, label, group), f"{place}, split {name!r}"))
     feature = train.features[label]
     declared = tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else None
     return Source(place, splits, declared, identity, tuple(notes))
 
 
-def _unread_columns(split: Dataset, read: tuple[str, str], where: str) -> list[str]:
+def _unread_columns(split: Dataset, read: tuple[str | None, ...], where: str) -> list[str]:
     """Return notes on columns that name splits and are not read: here splits are those of the data set."""
     notes = []
     for name in (column for column in split.column_names if column not in read):
@@ -269,13 +272,19 @@ def _distinct(column: pa.ChunkedArray) -> list[str | None]:
     return list(pc.unique(column.cast(pa.large_string())).to_pylist())
 
 
-def _read_split(split: Dataset, name: str, image: str, label: str, where: str) -> SourceSplit:
+def _read_split(split: Dataset, name: str, columns: tuple[str, str, str | None], where: str) -> SourceSplit:
     import datasets
 
-    for column in (image, label):
-        if column not in split.column_names:
-            raise DataError(f"{where} has no column {column!r}; it has {first_few(quoted(split.column_names), 20)}")
+    image, label, group = columns
+    for key, column in zip(("image_column", "label_column", "group_column"), columns, strict=True):
+        if column is not None and column not in split.column_names:
+            has = first_few(quoted(split.column_names), 20)
+            raise DataError(f"{where} has no column {column!r}; it has {has}", key=f"data.{key}")
     label_names, label_ids_N = _labels(split, label, where)
+    groups_N = None
+    if group is not None:
+        column = split.select_columns([group]).with_format("arrow")[:][group]
+        groups_N = groups_of_column(column, f"{where}, column {group!r}")
     if isinstance(split.features[image], datasets.Image):
         split = split.cast_column(image, datasets.Image(decode=False))
     elif not _is_bytes(split.features[image]):
@@ -284,7 +293,7 @@ def _read_split(split: Dataset, name: str, image: str, label: str, where: str) -
     files = [(file["filename"], os.stat(file["filename"]).st_size) for file in split.cache_files]
     content = digest_of_parts([split._fingerprint, repr([(os.path.basename(file), size) for file, size in files])])
     store = HubStore(images, image, where, content, _container(images, image))
-    return SourceSplit(name, store, label_names, label_ids_N)
+    return SourceSplit(name, store, label_names, label_ids_N, None, groups_N)
 
 
 def _container(images: Dataset, column: str) -> bytes | None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
 from tlscale.data.content import content_digest, digest_of_parts
 from tlscale.data.sources.labels import is_integer
@@ -21,6 +22,7 @@ from tlscale.data.sources.split_names import ScoredSection
 from tlscale.data.sources.splits import name_labels, number_labels
 from tlscale.data.sources.tables import (
     NO_LABEL,
+    GroupNames,
     ImageSplit,
     Ints,
     LabelledTable,
@@ -151,8 +153,13 @@ def _joined(name: Role, tables: Sequence[LabelledTable], splits: Sequence[Source
     """Make one split of the labelled rows of all tables."""
     labels_N = np.concatenate([table.labels_N for table in tables])
     label_ids_N = np.concatenate([split.label_ids_N for split in splits])
-    table = LabelledTable(_JoinedStore([split.store for split in splits]), labels_N)
+    table = LabelledTable(_JoinedStore([split.store for split in splits]), labels_N, _joined_groups(tables))
     return ImageSplit(name, table, np.flatnonzero(label_ids_N != NO_LABEL).astype(np.int64))
+
+
+def _joined_groups(tables: Sequence[LabelledTable]) -> GroupNames | None:
+    groups = [table.groups_N for table in tables if table.groups_N is not None]
+    return pa.concat_arrays(groups) if groups else None  # the recipe names them of all splits, or of none
 
 
 def count_shared(scored: ImageSplit, other: ImageSplit) -> int:

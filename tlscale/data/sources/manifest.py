@@ -29,6 +29,7 @@ import pyarrow.parquet as pq
 from tlscale.data.content import digest_of_parts, file_stamp
 from tlscale.data.sources.columns import LABEL_COLUMNS, column_note, pick_column
 from tlscale.data.sources.excluded import excluded_paths, whole_path
+from tlscale.data.sources.groups import groups_of_column, refuse_wrong_columns
 from tlscale.data.sources.labels import encode_labels, is_text
 from tlscale.data.sources.paths import local_path
 from tlscale.data.sources.same_files import number_files
@@ -76,6 +77,8 @@ def read_manifest_source(section: DataSection) -> Source:
     looked_ns, stats_N5 = time.time_ns(), _stats(file, column)
     content = _content(file, column, stats_N5)
     numbers = None if stats_N5 is None else number_files([stats_N5])
+    group = section.group_column
+    groups = None if group is None else groups_of_column(table[group], f"{file}, column {group!r}")
     splits: dict[Role, SourceSplit] = {}
     store: RawStore
     for role, (name, rows_N) in rows.items():
@@ -85,12 +88,15 @@ def read_manifest_source(section: DataSection) -> Source:
         else:
             paths_N = column.take(rows_N).combine_chunks()
             store = FileStore(str(file.parent), paths_N, content, stats_N5[rows_N], looked_ns)
-        splits[role] = SourceSplit(name, store, names, label_ids_N, None if numbers is None else numbers[0][rows_N])
+        files_N = None if numbers is None else numbers[0][rows_N]
+        splits[role] = SourceSplit(
+            name, store, names, label_ids_N, files_N, None if groups is None else groups.take(rows_N)
+        )
     return Source(str(file), splits, notes=notes)
 
 
 def read_table(section: DataSection, file: Path) -> tuple[pa.Table, tuple[str, ...]]:
-    """Read the columns image, label and, where there is one, split, in this order; and notes on other columns."""
+    """Read the columns image, label, split (where there is one), group (where named), in this order; and notes."""
     read = {".csv": _read_csv, ".tsv": _read_csv, ".parquet": _read_parquet, ".pq": _read_parquet}
     if file.suffix.lower() in read:
         try:
@@ -123,7 +129,12 @@ def _columns(section: DataSection, columns: list[str], file: Path) -> list[str]:
     label = pick_column(section.label_column, LABEL_COLUMNS, columns, "label_column", str(file))
     if image == label:
         raise DataError(f"{file}: column {image!r} cannot be both data.image_column and data.label_column")
-    return [image, label, *_split_column([name for name in columns if name not in (image, label)], file)]
+    split = _split_column([name for name in columns if name not in (image, label)], file)
+    if section.group_column is None:
+        return [image, label, *split]
+    group = pick_column(section.group_column, (), columns, "group_column", str(file))
+    refuse_wrong_columns(group, {image: "images", label: "labels", **dict.fromkeys(split, "splits")}, str(file))
+    return [image, label, *split, group]
 
 
 def _split_column(columns: list[str], file: Path) -> list[str]:
@@ -198,7 +209,7 @@ def _read_parquet(section: DataSection, file: Path) -> tuple[pa.Table, tuple[str
 
 
 def _rows_of_splits(section: DataSection, file: Path, table: pa.Table) -> dict[Role, tuple[str, npt.NDArray[np.int64]]]:
-    if table.num_columns == 2:
+    if table.num_columns == (2 if section.group_column is None else 3):
         picked = pick_splits(section, [section.train_split], f"{file} (it has no column {SPLIT_COLUMN!r})")
         return {"train": (picked["train"], np.arange(len(table), dtype=np.int64))}
     column = table.column_names[2]

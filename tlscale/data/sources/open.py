@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tlscale.data.content import digest_of_parts
 from tlscale.data.sources.bad_images import BadImages, find_bad
 from tlscale.data.sources.fashion_mnist import is_fashion_mnist, read_fashion_mnist
 from tlscale.data.sources.folder import is_folder_source, read_folder_source
+from tlscale.data.sources.groups import Groups, name_by_path
 from tlscale.data.sources.hub import is_disk_source, is_hub_source, read_disk_source, read_hub_source
 from tlscale.data.sources.idx import is_idx_source, read_idx_source
 from tlscale.data.sources.manifest import is_manifest_source, read_manifest_source
@@ -72,6 +73,8 @@ class ImageData:
     """The shipped sample stands in for the real data set."""
     bad_images: BadImages = field(default_factory=BadImages)
     """Those that are skipped."""
+    groups: Groups | None = None
+    """None: the recipe names none."""
 
 
 def open_data(
@@ -104,6 +107,7 @@ def open_data(
         notes=(*source.notes, *skip_notes, *chosen.notes),
         is_sample=source.is_sample,
         bad_images=bad_images,
+        groups=chosen.groups,
     )
 
 
@@ -128,7 +132,8 @@ def read_source(section: DataSection) -> Source:
     """Read all splits of a source, as they are stored; what is missing or wrong is a `DataError`."""
     if section.source not in SOURCES:
         raise DataError(f"there is no '{section.source}'", remedy=f"There are: {', '.join(SOURCES)}", key="data.source")
-    return SOURCES[section.source].read(section)
+    source = SOURCES[section.source].read(section)
+    return source if section.group_regex is None else replace(source, splits=name_by_path(section, source.splits))
 
 
 def recognised_source(data: str) -> str | None:
@@ -166,6 +171,7 @@ def _identity(section: DataSection, source: Source, chosen: Chosen) -> dict[str,
         "labels_sha256": _sha256(chosen, dict.fromkeys(chosen.tables, "")),
         "num_classes": len(chosen.classes),
         "num_images": {role: len(splits[role]) for role in ROLES if role in splits},
+        **({} if chosen.groups is None else {"groups": chosen.groups.to_plain()}),
     }
 
 

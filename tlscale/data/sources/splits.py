@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
+from tlscale.data.sources.groups import GroupedDraw, Groups, check_groups, describe_groups, notes_on_groups
 from tlscale.data.sources.labels import check_alike, is_integer, sort_labels
 from tlscale.data.sources.same_files import check_files
 from tlscale.data.sources.tables import NO_LABEL, ImageSplit, Ints, LabelledTable, Role, Source, SourceSplit
@@ -37,6 +38,7 @@ class Chosen:
     """Whole splits of the source."""
     splits: Mapping[Role, ImageSplit]
     notes: tuple[str, ...]
+    groups: Groups | None = None
 
 
 def choose_splits(
@@ -64,12 +66,15 @@ def choose_splits(
     good = {role: _good_rows(table, role, (bad or {}).get(role, ())) for role, table in tables.items()}
     files = {role: split.files_N for role, split in labelled.items()}
     notes += (*check_files(tables, files, classes, source.place), *_absences(classes, tables, good))
+    shared = check_groups(section, tables, source.place)
     rows_N, held_N, divided = _divide_train(section, tables, good["train"], classes, files["train"], seed)
     splits = {role: ImageSplit(role, table, good[role]) for role, table in tables.items()}
     splits["train"] = ImageSplit("train", tables["train"], rows_N)
     if held_N is not None:
         splits["validation"] = ImageSplit("validation", tables["train"], held_N)
-    return Chosen(classes, tables, splits, (*notes, *divided))
+    groups = describe_groups(section, tables, shared, draw=held_N is not None or section.train_limit is not None)
+    notes += () if groups is None else tuple(notes_on_groups(groups, tables))
+    return Chosen(classes, tables, splits, (*notes, *divided), groups)
 
 
 def stratified_subset(labels_N: Ints, rows_N: Ints, count: int, seed: int, *, keep_all_classes: bool) -> Ints:
@@ -180,7 +185,7 @@ def number_labels(split: SourceSplit, classes: tuple[str, ...], role: Role, plac
             f"the {len(classes)} classes are {first_few(quoted(classes), 10)}.{did_you_mean(outside[0], classes)}"
         )
     numbers_C = np.array([number.get(name, NO_LABEL) for name in split.label_names], dtype=np.int64)
-    return LabelledTable(split.store, numbers_C[split.label_ids_N])
+    return LabelledTable(split.store, numbers_C[split.label_ids_N], split.groups_N)
 
 
 def _good_rows(table: LabelledTable, role: Role, bad: Sequence[int]) -> Ints:
@@ -212,12 +217,16 @@ def _divide_train(
 ) -> tuple[Ints, Ints | None, list[str]]:
     """Divide `rows_N` of train: rows to train on, rows held out for validation, and notes."""
     labels_N = tables["train"].labels_N
+    draw = (
+        _ImageDraw(labels_N, files_N)
+        if tables["train"].groups_N is None
+        else GroupedDraw(tables["train"], files_N, rows_N)
+    )
     notes = []
     if section.train_limit is not None:
         _check_limit(section.train_limit, labels_N[rows_N])
         count, limit_seed = len(rows_N), derive_seed(seed, "data", "train_limit")
-        kept = stratified_subset(labels_N[rows_N], rows_N, section.train_limit, limit_seed, keep_all_classes=True)
-        rows_N = rows_N[kept]
+        rows_N = rows_N[draw.subset(rows_N, section.train_limit, limit_seed)]
         notes.append(f"train: {len(rows_N):,} of {count:,} images, stratified (data.train_limit)")
     fraction = section.validation_fraction
     if "validation" in tables:
@@ -230,28 +239,47 @@ def _divide_train(
         return rows_N, None, notes
     if fraction == 0.0:
         return rows_N, None, [*notes, "no validation split, and none is held out (data.validation_fraction: 0)"]
-    held = _holdout_by_file(labels_N, rows_N, files_N, fraction, derive_seed(seed, "data", "validation"))
+    held = draw.holdout(rows_N, fraction, derive_seed(seed, "data", "validation"))
     if not len(held):
         raise DataError(
-            "no validation split, and none can be held out: each class has one training image",
+            f"no validation split, and none can be held out: each class has one training {draw.unit}",
             remedy="Bring a validation split, more images, or set data.validation_fraction: 0",
         )
     held_N = rows_N[held]
-    notes.append(f"validation: {len(held_N):,} images held out of train, stratified (data.validation_fraction)")
-    single = [classes[i] for i in np.flatnonzero(np.bincount(labels_N[rows_N], minlength=len(classes)) == 1)]
+    of = "" if draw.unit == "image" else f" in {draw.num_units(held_N):,} {draw.unit}s"
+    notes.append(f"validation: {len(held_N):,} images{of} held out of train, stratified (data.validation_fraction)")
+    single = [classes[i] for i in draw.classes_of_one(rows_N)]
     if single:
-        notes.append(f"validation: none of {first_few(quoted(single))}, whose only training image stays in train")
+        notes.append(f"validation: none of {first_few(quoted(single))}, whose only training {draw.unit} stays in train")
     return np.delete(rows_N, held), held_N, notes
 
 
-def _holdout_by_file(labels_N: Ints, rows_N: Ints, files_N: Ints | None, fraction: float, seed: int) -> Ints:
-    """Return positions in `rows_N` of the held-out rows; all rows of a file go where the first of them goes."""
-    if files_N is None:
-        return stratified_holdout(labels_N[rows_N], rows_N, fraction, seed)
-    _, firsts, files = np.unique(files_N[rows_N], return_index=True, return_inverse=True)
-    order = np.sort(firsts)  # one row a file, ascending: without repeated files all rows
-    held = order[stratified_holdout(labels_N[rows_N[order]], rows_N[order], fraction, seed)]
-    return np.flatnonzero(np.isin(files.reshape(-1), files.reshape(-1)[held])).astype(np.int64)
+@dataclass(frozen=True, eq=False)
+class _ImageDraw:
+    """Draw images; those of a file stay together. `GroupedDraw` is the other way."""
+
+    labels_N: Ints
+    files_N: Ints | None
+    unit = "image"
+
+    def subset(self, rows_N: Ints, count: int, seed: int) -> Ints:
+        return stratified_subset(self.labels_N[rows_N], rows_N, count, seed, keep_all_classes=True)
+
+    def holdout(self, rows_N: Ints, fraction: float, seed: int) -> Ints:
+        """Return positions in `rows_N` of the held-out rows; all rows of a file go where the first of them goes."""
+        if self.files_N is None:
+            return stratified_holdout(self.labels_N[rows_N], rows_N, fraction, seed)
+        _, firsts, files = np.unique(self.files_N[rows_N], return_index=True, return_inverse=True)
+        order = np.sort(firsts)  # one row a file, ascending: without repeated files all rows
+        held = order[stratified_holdout(self.labels_N[rows_N[order]], rows_N[order], fraction, seed)]
+        return np.flatnonzero(np.isin(files.reshape(-1), files.reshape(-1)[held])).astype(np.int64)
+
+    def num_units(self, rows_N: Ints) -> int:
+        return len(rows_N)
+
+    def classes_of_one(self, rows_N: Ints) -> list[int]:
+        """Return the classes of which there is one image."""
+        return [int(label) for label in np.flatnonzero(np.bincount(self.labels_N[rows_N]) == 1)]
 
 
 def _check_limit(limit: int, labels_N: Ints) -> None:

@@ -15,10 +15,11 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from tlscale.data.content import ContentIndex, Contents, Digests
 from tlscale.data.sources.split_names import Role as Role
@@ -27,6 +28,8 @@ from tlscale.distributed.signals import check_stop
 from tlscale.tracking.progress import Pace
 
 Ints = npt.NDArray[np.int64]
+GroupNames: TypeAlias = pa.LargeStringArray
+"""The name of the group of each row; null of an image that is a group of its own."""
 Raw = bytes | npt.NDArray[Any]
 NO_LABEL = -1
 
@@ -56,6 +59,16 @@ class RawStore(Protocol):
         """Return what the index of contents knows each image by; None where all images are in memory anyway."""
 
 
+def number_groups(groups_N: GroupNames) -> Ints:
+    """Return the number of the group of each row, from 0; rows without one have a number each."""
+    encoded = groups_N.dictionary_encode()
+    numbers_N: Ints = encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+    alone_M = np.flatnonzero(numbers_N < 0)
+    numbers_N = numbers_N.copy()
+    numbers_N[alone_M] = len(encoded.dictionary) + np.arange(len(alone_M))
+    return numbers_N
+
+
 @dataclass(frozen=True, eq=False)
 class LabelledTable:
     """A whole split as the source holds it, with class numbers."""
@@ -63,6 +76,8 @@ class LabelledTable:
     store: RawStore
     labels_N: Ints
     """Class numbers by row."""
+    groups_N: GroupNames | None = None
+    """None: the recipe names no groups."""
 
     @cached_property
     def _contents(self) -> Contents:
@@ -136,6 +151,12 @@ class ImageSplit:
         """Class numbers by position."""
         return self.table.labels_N[self.rows_N]
 
+    @cached_property
+    def groups_N(self) -> GroupNames | None:  # noqa: N802
+        """Names of the groups by position; None where the recipe names no groups."""
+        groups_N = self.table.groups_N
+        return None if groups_N is None else groups_N.take(pa.array(self.rows_N))
+
     def __len__(self) -> int:
         return len(self.rows_N)
 
@@ -203,6 +224,8 @@ class SourceSplit:
     """Places in `label_names`, by row; `NO_LABEL` where the source withholds the label."""
     files_N: Ints | None = None
     """Number of the file of each row, equal for equal files of all splits; None: each row is a file of its own."""
+    groups_N: GroupNames | None = None
+    """None: the recipe names no groups."""
 
     def used_names(self) -> list[str]:
         """Return the label texts that occur, in the order of `label_names`."""

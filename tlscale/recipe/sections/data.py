@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from tlscale.recipe.field_types import Augment
 from tlscale.recipe.mistakes import InvalidValueError
+from tlscale.recipe.rules import parse_rule
 from tlscale.recipe.sections.section import Section
 from tlscale.recipe.sources import SOURCE_KEYS, SOURCES, check_source_keys
 
@@ -31,6 +32,14 @@ class DataSection(Section):
     class_folder: Literal["top", "parent"] | None = None
     """Which folder is the class where a folder per class has folders in it: `top`, the one below the split (or below
     `path`, without splits), or `parent`, the one that an image lies in; by default there must be none."""
+    group_column: str | None = Field(None, min_length=1)
+    """Column that tells which images belong together, such as photos of one patient or scene: a held-out split never
+    cuts a group, and intervals of scores are over groups. An image without one (empty) is a group of its own."""
+    group_regex: str | None = Field(None, min_length=1)
+    """The same from the path below the data, such as `(patient[0-9]+)_`: the group is what the brackets match, or
+    without any the whole match. It is searched for, and has to be found in every path."""
+    groups_across_splits: Literal["error", "allow"] = "error"
+    """A group in two splits of the source: an error, or taken as it is, which the result then says."""
     exclude: str | None = Field(None, min_length=1)
     """CSV file with the columns `path` and `reason`: what is left out of a folder or a table, files or whole folders,
     as paths below that folder or that of the table. Relative to the folder tlscale is started in."""
@@ -78,11 +87,21 @@ class DataSection(Section):
     cache_mib: int = Field(2048, ge=0, le=10**9)
     """Images are decoded once and cached as uint8 when all of them need no more than this, in MiB; 0: never."""
 
+    @field_validator("group_regex")
+    @classmethod
+    def _check_regex(cls, value: str | None) -> str | None:
+        return value if value is None else parse_rule(value, True).pattern
+
     @model_validator(mode="after")
     def _check(self) -> DataSection:
         check_source_keys(self.source, [key for key in SOURCE_KEYS if getattr(self, key) is not None])
         if self.classes is not None and len(set(self.classes)) != len(self.classes):
             raise InvalidValueError("names a class twice", "Name each class once.", keys=["classes"])
+        if self.group_column is not None and self.group_regex is not None:
+            raise InvalidValueError("both name the groups", "Write one of them.", keys=["group_regex", "group_column"])
+        if self.groups_across_splits != "error" and self.group_column is None and self.group_regex is None:
+            remedy = "Name the groups (data.group_column, data.group_regex), or take it out."
+            raise InvalidValueError("has no effect without groups", remedy, keys=["groups_across_splits"])
         for key in ("mean", "std"):
             if getattr(self, key) is not None and len(getattr(self, key)) not in (1, 3):
                 raise InvalidValueError("takes one number per channel", "Write 1 number, or 3.", keys=[key])
