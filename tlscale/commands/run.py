@@ -34,6 +34,7 @@ from tlscale.tracking.stopwatch import Stopwatch
 from tlscale.training.checkpoint.files import list_checkpoints
 from tlscale.training.compiler import check_compiler
 from tlscale.training.corrections import refuse_uncorrected
+from tlscale.training.lengthening import lengthen, lengthens, other_steps, refuse_longer
 from tlscale.training.loop import train
 from tlscale.training.probe import probe
 from tlscale.training.read_contents import replaced_images
@@ -114,10 +115,12 @@ def _run(
         StopRequest(folder.stop if processes.is_main else None, processes.peers(), keeping),
         _marking_stop(folder, watch, is_main=processes.is_main),
     ):
+        is_longer = False
         run_info = None if mode == "overwrite" else processes.run_on_main(read_run_info, folder, _NEEDED)
         if run_info is not None:
-            recipe = with_values(recipe, processes.run_on_main(_refuse_other_recipe, recipe, folder, console))
-            if (done := processes.run_on_main(_earlier_result, folder, recipe, console)) is not None:
+            older, is_longer = processes.run_on_main(_refuse_other_recipe, recipe, folder, console)
+            recipe = with_values(recipe, older)
+            if not is_longer and (done := processes.run_on_main(_earlier_result, folder, recipe, console)) is not None:
                 processes.run_on_main(_tidy, folder)  # a process that was killed just after the result had not
                 console.say(f"'{folder.path}' is complete already; its figures are in {folder.result}")
                 return done
@@ -134,6 +137,8 @@ def _run(
         show_plan(setup, console, device=str(processes.device), whole=False)
         if run_info is not None:
             run_info = processes.run_on_main(_checked_run_info, run_info, setup, folder, console)
+            if is_longer:
+                run_info = processes.run_on_main(lengthen, setup, run_info, folder)
         processes.run_on_main(folder.stopped.unlink, missing_ok=True)
         job = train if recipe.probe is None else probe
         with naming_memory():
@@ -252,8 +257,14 @@ def _checked_run_info(run_info: dict[str, Any], setup: RunSetup, folder: RunFold
     return refuse_uncorrected(folder, setup, run_info)
 
 
-def _refuse_other_recipe(recipe: Recipe, folder: RunFolder, console: Console) -> dict[str, dict[str, object]]:
-    """Compare the recipe with that of the run; return, by section, what keys newer than the run are to be for it."""
+def _refuse_other_recipe(
+    recipe: Recipe, folder: RunFolder, console: Console
+) -> tuple[dict[str, dict[str, object]], bool]:
+    """Compare the recipe with that of the run.
+
+    Returns:
+        By section, what keys newer than the run are to be for it; and whether the run is to become longer.
+    """
     stored, older, notes = load_stored_recipe(folder.recipe)
     for note in notes:
         console.say(note)
@@ -261,17 +272,23 @@ def _refuse_other_recipe(recipe: Recipe, folder: RunFolder, console: Console) ->
         for key, value in keys.items():
             console.say(f"{section}.{key}: {value}, as the run began: it is older than this key")
     changes = [
-        f"{key}: {old!r} -> {new!r}"
+        (key, old, new)
         for key, old, new in diff_recipes(stored, with_values(recipe, older))
         if not key.startswith(MAY_CHANGE) or (key == "codes.keep" and _sees_other_views(stored, recipe))
     ]
+    if lengthens(stored, recipe, changes):
+        why = other_steps(stored)
+        if why is None:
+            return older, True
+        if folder.result.exists():
+            refuse_longer(why, changes, folder)
     if changes:
-        lines = "\n  ".join(changes)
+        lines = "\n  ".join(f"{key}: {old!r} -> {new!r}" for key, old, new in changes)
         raise ResumeError(
             f"'{folder.path}' cannot be resumed with another recipe:\n  {lines}",
             remedy=f"Its own recipe is '{folder.recipe}'; another recipe wants another folder: --out DIR",
         )
-    return older
+    return older, False
 
 
 def _sees_other_views(stored: Recipe, recipe: Recipe) -> bool:
