@@ -43,19 +43,20 @@ _ZSH = """\
 #compdef %(prog_name)s
 %(complete_func)s() {
     local -a response whole open
-    local type key descr
+    local type key descr found=1
     (( ! $+commands[%(prog_name)s] )) && return 1
     response=("${(@f)$(env COMP_WORDS="${words[*]}" COMP_CWORD=$((CURRENT-1)) \
 %(complete_var)s=zsh_complete %(prog_name)s)}")
-    for type key descr in ${response}; do
+    for type key descr in "${(@)response}"; do
         case $type in
-            dir) _path_files -/ ;;
-            file) _path_files -f ;;
+            dir) _path_files -/ && found=0 ;;
+            file) _path_files -f && found=0 ;;
             plain) if [[ $key == *[=.] ]]; then open+=("$key"); else whole+=("$key"); fi ;;
         esac
     done
-    (( $#whole )) && compadd -U -V unsorted -a whole
-    (( $#open )) && compadd -U -V unsorted -S '' -a open
+    (( $#whole )) && compadd -U -V unsorted -a whole && found=0
+    (( $#open )) && compadd -U -V unsorted -S '' -a open && found=0
+    return found
 }
 if [[ $zsh_eval_context[-1] == loadautofunc ]]; then
     %(complete_func)s "$@"

@@ -71,15 +71,17 @@ def loading(*, is_long: bool = False) -> Iterator[None]:
     Args:
         is_long: the verb itself takes long, so that a log has this line as well; on a terminal it vanishes again.
     """
-    is_main, is_terminal = os.environ.get("RANK", "0") == "0", sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
-    what = "loading PyTorch and timm"
-    if is_main and (is_terminal or is_long):
-        click.echo(what, err=True, nl=not is_terminal)
+    is_terminal = sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+    is_shown = (is_terminal or is_long) and os.environ.get("RANK", "0") == "0"
+    if is_shown:
+        with suppress(OSError):  # nobody has to hear it
+            click.echo("loading PyTorch and timm", err=True, nl=not is_terminal)
     try:
         yield
     finally:
-        if is_main and is_terminal:
-            click.echo("\r\x1b[K", err=True, nl=False)
+        if is_shown and is_terminal:
+            with suppress(OSError):
+                click.echo("\r\x1b[K", err=True, nl=False)
 
 
 def began_s() -> float:

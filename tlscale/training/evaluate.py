@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tlscale import faults
 from tlscale.distributed.processes import Processes
 from tlscale.distributed.signals import check_stop
+from tlscale.tracking.progress import Pace
 from tlscale.training.loss import Batch, Loss, cross_entropy
 from tlscale.training.metrics import Tally, error_of_mean, standard_error, summary
 from tlscale.training.predictions import Predictions
@@ -45,8 +46,7 @@ def evaluate(
         batches: this process's share of the split.
         inputs: from a batch to what the network takes, on its device.
         num_images: of the split, over all processes.
-        loss_fn: knows which outputs are logits, and the auxiliary losses. The `loss` is plain cross-entropy whatever
-            is trained on.
+        loss_fn: tells logits from auxiliary losses; the `loss` is plain cross-entropy, whatever is trained on.
         error_of: the figure whose standard error is wanted, too: top1, loss, macro_f1 or an auxiliary loss.
         predictions: takes this process's logits, image by image.
 
@@ -72,9 +72,10 @@ def evaluate(
             if predictions is not None:
                 predictions.add(batch.rows_B, logits_BC)
             processes.local.mark_step()
+            pace.add(len(batch.labels_B) * processes.world_size)  # they have about equal shares
 
     try:
-        with processes.without_gradients(), processes.accelerator.autocast():
+        with Pace(num_images, "evaluating") as pace, processes.without_gradients(), processes.accelerator.autocast():
             # One that cannot read an image must not leave the others waiting for its counts.
             processes.run_on_all(count)
     finally:
