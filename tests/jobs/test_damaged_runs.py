@@ -10,7 +10,7 @@ import pytest
 import tlscale
 from tests.mutations import mutate
 from tests.small_runs import put_small_idx, result, small_recipe
-from tlscale.commands.compare_report import finished
+from tlscale.commands.compare_outcomes import finished
 from tlscale.commands.evaluate import evaluate_run
 from tlscale.commands.paired_tests import read_scored
 from tlscale.errors import RunFolderError, TlscaleError

@@ -15,7 +15,8 @@ from tests.older_runs import put_older_runs
 from tests.recompute import assert_follows
 from tests.small_runs import put_small_folder, put_small_idx, put_teacher, result, small_recipe
 from tlscale.codes.probes.kinds import PROBE_KINDS
-from tlscale.commands.compare_report import finished, table, to_rows
+from tlscale.commands.compare_outcomes import finished
+from tlscale.commands.compare_report import table, to_rows
 from tlscale.commands.evaluate import evaluate_run
 from tlscale.commands.paired_tests import paired_tests
 from tlscale.storage.run_folder import RunFolder

@@ -15,10 +15,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from tlscale.commands.compare_outcomes import Outcome, finished
 from tlscale.commands.compare_report import (
     COLUMNS,
-    Outcome,
-    finished,
     refuse_other_images,
     table,
     to_rows,

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from tlscale.storage.files import replacing
 
 if TYPE_CHECKING:
-    from tlscale.commands.compare_report import Row
+    from tlscale.commands.compare_outcomes import Row
 
 # Okabe and Ito's colours that keep apart for the colour-blind and on white; a marker says the same without colour.
 _STYLES = (

@@ -8,172 +8,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from tlscale.commands.compare_outcomes import Outcome, Row
 from tlscale.commands.compare_plot import draw
 from tlscale.commands.paired_tests import LEVEL, Pair
-from tlscale.errors import DataError, RunFolderError
-from tlscale.models.features import PENULTIMATE
+from tlscale.errors import DataError
 from tlscale.storage.files import naming_disk_errors, remove_left_overs, write_text
-from tlscale.storage.run_folder import RunFolder
 from tlscale.tracking.console import number
-from tlscale.tracking.metrics_log import read_metrics
-from tlscale.training.metrics import wilson
-from tlscale.training.run_files import read_run_info
 
 COLUMNS = (
     *("strategy", "images", "top1", "95% interval", "against the best", "held-out top1"),
     *("seconds", "trainable", "steps", "images seen", "layer"),
 )
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Hold the outcome of one run; figures are None where it failed, and `error` has the reason."""
-
-    variant: str
-    """A strategy, or the name of a recipe."""
-    size: int
-    """Labelled training images, those that are held out included."""
-    seed: int
-    folder: str
-    recipe_sha256: str
-    error: str | None = None
-    top1: float | None = None
-    interval95: tuple[float, float] | None = None
-    held_out_top1: float | None = None
-    wall_s: float | None = None
-    trainable_params: int | None = None
-    steps: int | None = None
-    images_seen: int | None = None
-    """Images that went through the backbone while codes were computed or the network was trained."""
-    found_codes: bool = False
-    """Codes that another run had computed were used, so that `wall_s` is without that."""
-    seconds: dict[str, float] | None = None
-    """The parts of `wall_s`; None of a run of an older version."""
-    layer: str | None = None
-    split: str | None = None
-    num_images: int | None = None
-    fingerprint: str | None = None
-    scored_sha256: str | None = None
-    """Of the scored images by content; None of a run of an older version."""
-    selected_on: str | None = None
-    """The split of the score, where its images also chose the step, layer or strength."""
-    scored_model: str | None = None
-    """`exported`, or `before_refit`: then the exported model has no score of its own."""
-    majority: dict[str, Any] | None = None
-    """`label` and `top1` of always saying the most frequent class of the training images."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """Summarise a variant at one size over its seeds; `low` and `high` span the intervals and the seeds."""
-
-    variant: str
-    size: int
-    runs: tuple[Outcome, ...]
-    """Those that did not fail, of which there is at least one."""
-
-    def mean(self, name: str) -> float | None:
-        values = [value for run in self.runs if (value := getattr(run, name)) is not None]
-        return fmean(values) if values else None
-
-    @property
-    def tops(self) -> list[float]:
-        return [run.top1 for run in self.runs if run.top1 is not None]
-
-    @property
-    def top1(self) -> float:
-        return fmean(self.tops)
-
-    @property
-    def majority_top1(self) -> float | None:
-        shares = [run.majority["top1"] for run in self.runs if run.majority is not None]
-        return fmean(shares) if shares else None
-
-    @property
-    def found_codes(self) -> bool:
-        return any(run.found_codes for run in self.runs)
-
-    @property
-    def low(self) -> float:
-        return min(*self.tops, fmean(run.interval95[0] for run in self.runs if run.interval95 is not None))
-
-    @property
-    def high(self) -> float:
-        return max(*self.tops, fmean(run.interval95[1] for run in self.runs if run.interval95 is not None))
-
-
-def finished(variant: str, size: int | None, seed: int, folder: RunFolder, result: Mapping[str, Any]) -> Outcome:
-    """Read the outcome of a complete run; `size` None: as many training and held-out images as `run.json` counts."""
-    record = read_run_info(folder, ("data", "recipe_sha256"))
-    if record is None:
-        raise RunFolderError(f"'{folder.path}' has a result, but no run.json or recipe.yaml: it is no run folder")
-    counts, codes = record["data"]["num_images"], result.get("codes")
-    whole_is_frozen = result["strategy"] not in ("finetune", "stages", "scratch")
-    computed = codes["num_computed"] if codes is not None else None
-    score = _score(result, counts)
-    return Outcome(
-        variant=variant,
-        size=size if size is not None else counts["train"] + counts.get("validation", 0),
-        seed=seed,
-        folder=str(folder.path),
-        recipe_sha256=record["recipe_sha256"],
-        top1=score["top1"],
-        interval95=tuple(score["top1_interval95"]),
-        held_out_top1=_held_out_top1(folder, result),
-        wall_s=result["wall_s"],
-        seconds=result.get("seconds"),
-        trainable_params=result["trainable_params"],
-        steps=result["steps"],
-        images_seen=computed if computed is not None and whole_is_frozen else result["images_seen"],
-        found_codes=computed is not None and computed < sum(counts.values()),
-        layer=_layer(result),
-        split=result["split"],
-        num_images=result["num_images"],
-        fingerprint=record["data"]["fingerprint"],
-        scored_sha256=result.get("scored_sha256"),
-        selected_on=score.get("selected_on"),
-        scored_model=score.get("scored_model"),
-        majority=result.get("majority"),
-    )
-
-
-def _score(result: Mapping[str, Any], counts: dict[str, int]) -> Mapping[str, Any]:
-    """Return the figures of a run that may be shown.
-
-    An older tlscale scored a probe that it had fitted again, to the validation images as well, on these very images.
-    What they said of it before that is in the result, too.
-    """
-    probe = result.get("probe", {})
-    saw_them = result["split"] == "validation" and probe.get("num_images", 0) > counts["train"]
-    if "scored_model" in result or not saw_them:
-        return result
-    num_hits = round(probe["held_out_top1"] * result["num_images"])
-    return {
-        "top1": probe["held_out_top1"],
-        "top1_interval95": wilson(num_hits, result["num_images"]),
-        "scored_model": "before_refit",
-        "selected_on": "validation" if sum(map(len, probe["tried"].values())) > 1 else None,
-    }
-
-
-def _held_out_top1(folder: RunFolder, result: Mapping[str, Any]) -> float | None:
-    """Return the top1 of the exported weights on the images that chose them."""
-    if "probe" in result:
-        figure = result["probe"]["held_out_top1"]
-        return figure if figure is None else float(figure)
-    step = result["best"]["step"]
-    records = [record for record in read_metrics(folder.metrics) if record.get("split") == "validation"]
-    return next((float(record["top1"]) for record in records if record["step"] == step and "top1" in record), None)
-
-
-def _layer(result: Mapping[str, Any]) -> str | None:
-    probe = result.get("probe")
-    return probe and (PENULTIMATE if probe["layer"] == PENULTIMATE else f"{probe['layer']}, {probe['pool']}")
 
 
 def refuse_other_images(outcomes: Sequence[Outcome]) -> None:
@@ -285,9 +135,9 @@ def notes(outcomes: Sequence[Outcome], pairs: Sequence[Pair] = ()) -> list[str]:
         return ["No run came to its end.", *broken]
     rows = to_rows(outcomes)
     lines = [
-        f"top1 on {done[0].num_images:,} {done[0].split} images, with its 95% interval (Wilson): chance in which test "
-        "images were drawn. 'images': labelled training images, those held out to choose by included. 'images seen': "
-        "images that went through the backbone, to compute codes or to train.",
+        f"top1 on {done[0].num_images:,} {done[0].split} images, with its 95% interval ({_interval_by(done)}): chance "
+        "in which test images were drawn. 'images': labelled training images, those held out to choose by included. "
+        "'images seen': images that went through the backbone, to compute codes or to train.",
         *_notes_on_tests(rows, pairs),
     ]
     if max(len(row.runs) for row in rows) > 1:
@@ -300,11 +150,24 @@ def notes(outcomes: Sequence[Outcome], pairs: Sequence[Pair] = ()) -> list[str]:
     return [*lines, *broken]
 
 
+def _interval_by(done: Sequence[Outcome]) -> str:
+    numbers = {run.num_groups for run in done}
+    if numbers == {None}:
+        return "Wilson"
+    how = "a bootstrap over groups of images"
+    return f"Wilson, or {how}" if None in numbers else how
+
+
 def _notes_on_tests(rows: Sequence[Row], pairs: Sequence[Pair]) -> list[str]:
     lines = []
     if pairs:
+        of = (
+            "sign-flip tests over groups of images"
+            if any(pair.num_groups is not None for pair in pairs)
+            else "McNemar tests"
+        )
         lines.append(
-            "p: exact McNemar tests on the same images, corrected for the number of pairs of the same size (Holm). "
+            f"p: exact {of} on the same images, corrected for the number of pairs of the same size (Holm). "
             f"'Not distinguishable': p is {LEVEL:g} or more."
         )
     others = [row for row in rows if "no paired test" in against_best(row, rows, pairs)]

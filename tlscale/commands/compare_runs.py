@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tlscale.commands.compare_outcomes import finished
 from tlscale.commands.compare_report import (
     COLUMNS,
-    finished,
     refuse_other_images,
     table,
     to_plain,

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tlscale.commands.compare_report import COLUMNS, Outcome, table
+from tlscale.commands.compare_outcomes import Outcome
+from tlscale.commands.compare_report import COLUMNS, table
 from tlscale.commands.paired_tests import Pair
 from tlscale.commands.run_result import escaped, html_table
 from tlscale.errors import one_line

@@ -20,7 +20,7 @@ import torch
 from tlscale.commands.evaluation_images import FinishedRun, Scored, other_images, own_split, read_json
 from tlscale.commands.evaluation_keys import changes_for_evaluation
 from tlscale.commands.run_result import RunResult
-from tlscale.commands.tables import show_classes
+from tlscale.commands.tables import interval_text, show_classes
 from tlscale.data.loader import ImageStore, eval_batches
 from tlscale.data.sources.tables import Role
 from tlscale.data.transforms import InputPath
@@ -225,14 +225,13 @@ def _show(figures: dict[str, Any], notes: Sequence[str], *, as_json: bool) -> No
     console = Console()
     show_classes(figures, console)
     console.say(f"seconds: {describe_seconds(figures)}")
-    low, high = figures["top1_interval95"]
     of = f"{figures['split']} images" if figures["split"] != "all" else f"images of {figures['data']['name']}"
     chose = " (they chose the model)" if figures.get("selected_on") else ""
     often = figures["majority"]
     against = f" against {number(often['top1'])} for always saying {often['label']!r}" if often is not None else ""
     console.say(
         f"{figures['num_images']:,} {of}{chose}: top1 {number(figures['top1'])} "
-        f"(95% interval {low:.4f} to {high:.4f}){against}, loss {number(figures['loss'])}, "
+        f"({interval_text(figures)}){against}, loss {number(figures['loss'])}, "
         f"macro-F1 {number(figures['macro_f1'])}, ECE {number(figures['ece'])}",
         style="bold",
     )

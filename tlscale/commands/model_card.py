@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tlscale.commands.evaluation_images import data_name
+from tlscale.commands.tables import over_groups
 from tlscale.errors import DataError, one_line
 from tlscale.models.model_folder import TrainedModel
 from tlscale.recipe.load import load_stored_recipe
@@ -94,7 +95,7 @@ def _figures(trained: TrainedModel, result: dict[str, Any]) -> str:
     lines = [
         "## Figures",
         "",
-        f"Accuracy (top 1) {result['top1']:.4f}, 95 % interval {low:.4f} to {high:.4f}, on the "
+        f"Accuracy (top 1) {result['top1']:.4f}, 95 % interval {low:.4f} to {high:.4f}{over_groups(result)}, on the "
         f"{result['num_images']:,} images of the {escaped(result['split'])} split.",
     ]
     if often := result.get("majority"):

@@ -3,7 +3,9 @@
 Promise: two runs are paired only where the images and their true labels are the same, row by row: by content where
 both runs noted it, else by path. The test is exact
 (McNemar 1947): of the images on which only one of the two is right, under equal accuracy each run has half. Over
-several seeds an image counts once, for the run that is right more often on it. The p-values of a comparison are
+several seeds an image counts once, for the run that is right more often on it. Images of a group do not stand alone:
+where there are groups, each group's lead may as well be that of the other run (a test by flipping signs), which is
+McNemar's where each group has one image. The p-values of a comparison are
 corrected for the number of pairs (Holm 1979, "A simple sequentially rejective multiple test procedure").
 """
 
@@ -21,10 +23,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from tlscale.data.sources.tables import GroupNames, number_groups
 from tlscale.training.predictions import read_predictions
 
 if TYPE_CHECKING:
-    from tlscale.commands.compare_report import Row
+    from tlscale.commands.compare_outcomes import Row
 
 LEVEL = 0.05
 """Runs whose corrected p-value is at least this are not distinguishable."""
@@ -42,6 +45,8 @@ class Scored:
     """`scored_sha256` of the run: digest of their contents and true labels, in order; None of an older run."""
     keys: pa.Table
     is_right_N: npt.NDArray[np.bool_]
+    groups_N: GroupNames | None = None
+    """None: the run had no groups."""
 
     def has_images_of(self, other: Scored) -> bool:
         """Report whether both runs were scored on the same images: copies of files elsewhere are the same."""
@@ -63,6 +68,8 @@ class Pair:
     num_second_only: int
     p: float
     p_corrected: float
+    num_groups: int | None = None
+    """None: the test is over images."""
 
     @property
     def is_distinguishable(self) -> bool:
@@ -84,13 +91,15 @@ def read_scored(folder: Path, content: str | None = None) -> Scored | None:
     path = folder / "predictions.parquet"
     if not path.is_file():
         return None
-    table = read_predictions(path, (*_KEYS, "label")).combine_chunks()
+    table = read_predictions(path, (*_KEYS, "label"), if_there=("group",)).combine_chunks()
     total = hashlib.sha256()
     for name in _KEYS:
         for value in table[name].to_pylist():
             total.update(f"{value}\0".encode())
     is_right = pc.fill_null(pc.equal(table["label"], table["true_label"]), False)
-    return Scored(total.hexdigest(), content, table.select(_KEYS), is_right.to_numpy(zero_copy_only=False))
+    groups_N = table["group"].combine_chunks() if "group" in table.column_names else None
+    is_right_N = is_right.to_numpy(zero_copy_only=False)
+    return Scored(total.hexdigest(), content, table.select(_KEYS), is_right_N, groups_N)
 
 
 def paired_tests(rows: Sequence[Row]) -> list[Pair]:
@@ -119,26 +128,38 @@ def paired_test(size: int, first: str, second: str, runs: Sequence[tuple[Scored,
     """
     if not runs or not all(one.has_images_of(other) for one, other in runs):
         return None
-    leads_N = _leads(runs)
+    leads_N, groups_N = _leads(runs)
     num_first, num_second = int((leads_N > 0).sum()), int((leads_N < 0).sum())
-    p = exact_p(num_first, num_second)
-    return Pair(size, first, second, len(leads_N), num_first, num_second, p, p)
+    if groups_N is None:
+        p, num_groups = exact_p(num_first, num_second), None
+    else:
+        leads_G = np.bincount(groups_N, np.sign(leads_N)).astype(np.int64)
+        p, num_groups = exact_p_of_groups(leads_G), len(leads_G)
+    return Pair(size, first, second, len(leads_N), num_first, num_second, p, p, num_groups)
 
 
-def _leads(runs: Sequence[tuple[Scored, Scored]]) -> Hits:
-    """Count for each image in how many seeds more the first is right than the second."""
+def _leads(runs: Sequence[tuple[Scored, Scored]]) -> tuple[Hits, Hits | None]:
+    """Count for each image in how many seeds more the first is right than the second; and number its group."""
     leads = [one.is_right_N.astype(np.int64) - other.is_right_N for one, other in runs]
     first = runs[0][0]
     if all(one.has_images_of(first) for one, _ in runs):
         total_N: Hits = np.sum(leads, axis=0, dtype=np.int64)
-        return total_N
+        named = [run.groups_N for pair in runs for run in pair if run.groups_N is not None]
+        return total_N, number_groups(named[0]) if named else None
     # The seeds hold out other images: each that any of them has counts once.
     by_image: dict[tuple[object, ...], int] = {}
-    for (one, _), leads_N in zip(runs, leads, strict=True):
+    groups: dict[tuple[object, ...], str | None] = {}
+    for (one, other), leads_N in zip(runs, leads, strict=True):
         columns = (one.keys[name].to_pylist() for name in _KEYS)
-        for key, lead in zip(zip(*columns, strict=True), leads_N.tolist(), strict=True):
+        keys = list(zip(*columns, strict=True))
+        for key, lead in zip(keys, leads_N.tolist(), strict=True):
             by_image[key] = by_image.get(key, 0) + lead
-    return np.fromiter(by_image.values(), dtype=np.int64, count=len(by_image))
+        named = [run.groups_N for run in (one, other) if run.groups_N is not None]
+        groups |= dict(zip(keys, named[0].to_pylist(), strict=True)) if named else {}
+    leads_M = np.fromiter(by_image.values(), dtype=np.int64, count=len(by_image))
+    if not groups:
+        return leads_M, None
+    return leads_M, number_groups(pa.array([groups.get(key) for key in by_image], pa.large_string()))
 
 
 def exact_p(num_first: int, num_second: int) -> float:
@@ -147,6 +168,23 @@ def exact_p(num_first: int, num_second: int) -> float:
 
     total = num_first + num_second
     return float(binomtest(num_first, total).pvalue) if total else 1.0
+
+
+def exact_p_of_groups(leads_G: Hits) -> float:
+    """Compute the two-sided p-value of the groups' leads: of all choices of their signs, those with as large a sum."""
+    from scipy.signal import convolve
+    from scipy.stats import binom
+
+    sizes_K, counts_K = np.unique(np.abs(leads_G[leads_G != 0]), return_counts=True)
+    if len(sizes_K) <= 1:  # all equal, as where each group has one image
+        return exact_p(int((leads_G > 0).sum()), int((leads_G < 0).sum()))
+    shares_S = np.ones(1)  # of the choices, by the sum of the leads that are the first's
+    for size, count in zip(sizes_K.tolist(), counts_K.tolist(), strict=True):
+        own_S = np.zeros(size * count + 1)
+        own_S[::size] = binom.pmf(np.arange(count + 1), count, 0.5)
+        shares_S = np.maximum(convolve(shares_S, own_S), 0.0)
+    sums_S = 2 * np.arange(len(shares_S)) - (len(shares_S) - 1)
+    return min(1.0, float(shares_S[np.abs(sums_S) >= abs(int(leads_G.sum()))].sum()))
 
 
 def corrected(pairs: Sequence[Pair]) -> list[Pair]:

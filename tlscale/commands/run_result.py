@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tlscale.commands.tables import CLASS_COLUMNS, class_rows
+from tlscale.commands.tables import CLASS_COLUMNS, class_rows, over_groups
 from tlscale.errors import one_line
 from tlscale.tracking.console import number
 
@@ -54,7 +54,8 @@ class RunResult(dict[str, Any]):
         of = "" if self["split"] == "all" else f"{self['split']} "
         often = self.get("majority")
         against = "" if often is None else f", {number(often['top1'])} for always saying {one_line(often['label'])!r}"
-        return f"top1 {number(self.top1)} ({low:.4f} to {high:.4f}) on {self['num_images']:,} {of}images{against}"
+        interval = f"{low:.4f} to {high:.4f}{over_groups(self)}"
+        return f"top1 {number(self.top1)} ({interval}) on {self['num_images']:,} {of}images{against}"
 
     def _repr_html_(self) -> str:
         rows = class_rows(self)

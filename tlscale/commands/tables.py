@@ -146,10 +146,9 @@ def show_result(result: dict[str, Any], console: Console, *, folder: Path, how_t
     if result.get("choice") is not None:
         console.say(_choice(result["choice"]))
     show_classes(result, console)
-    low, high = result["top1_interval95"]
     how = f"with the {result['weights']} weights; {result['epochs']:g} epochs" if result["steps"] else "by the probe"
     console.say(
-        f"top1 {number(result['top1'])} (95% interval {low:.4f} to {high:.4f}) against {share} for always saying "
+        f"top1 {number(result['top1'])} ({interval_text(result)}) against {share} for always saying "
         f"{label!r}, {how} in {format_duration(result['wall_s'])}, {result['images_per_s']:.0f} images/s",
         style="bold",
     )
@@ -162,6 +161,18 @@ def show_result(result: dict[str, Any], console: Console, *, folder: Path, how_t
     console.say(f"next: tlscale predict {shlex.quote(str(folder))} NEW_IMAGES --out labels.csv")
     console.say(f"figures: {folder / 'result.json'}   curves: {folder / 'metrics.jsonl'}   model: {folder / 'model'}")
     console.say(f"load it with {how_to_load}")
+
+
+def interval_text(figures: Mapping[str, Any]) -> str:
+    """Return the interval of a score, and of how many groups it is made."""
+    low, high = figures["top1_interval95"]
+    return f"95% interval {low:.4f} to {high:.4f}{over_groups(figures)}"
+
+
+def over_groups(figures: Mapping[str, Any]) -> str:
+    """Return what is added to an interval that is over groups; an empty text for one over images."""
+    groups = figures.get("top1_interval95_by", {}).get("groups")
+    return "" if groups is None else f", over {groups:,} group{'s' if groups != 1 else ''}"
 
 
 def _show_what_the_score_is_of(result: dict[str, Any], console: Console) -> None:

@@ -51,8 +51,8 @@ def evaluate(
         predictions: takes this process's logits, image by image.
 
     Returns:
-        The dict of `metrics.summary`, the means of the auxiliary losses, and `<error_of>_se`; the same on every
-        process, as is the error of an image that one of them cannot read, or `Stopped`.
+        The dict of `metrics.summary` (with `predictions` of data with groups the interval is over these), the means of
+        the auxiliary losses, and `<error_of>_se`; the same on every process, as is an image's error, or `Stopped`.
     """
     tally, aux = Tally(len(classes), processes.device), _Sums(loss_fn.aux_names, processes.device)
     was_training = network.training
@@ -80,7 +80,7 @@ def evaluate(
             processes.run_on_all(count)
     finally:
         network.train(was_training)
-    figures = _over_all(tally, aux, loss_fn, classes, processes, error_of)
+    figures = _over_all(tally, aux, loss_fn, classes, processes, error_of, predictions)
     assert figures["num_images"] == num_images, f"evaluated {figures['num_images']} of {num_images} images"
     return figures
 
@@ -92,6 +92,7 @@ def _over_all(
     classes: Sequence[str],
     processes: Processes,
     error_of: str | None,
+    predictions: Predictions | None,
 ) -> dict[str, Any]:
     """Compute the figures of what all processes counted."""
     counts, sums = (processes.sum(part) for part in tally.state())
@@ -100,6 +101,7 @@ def _over_all(
     figures = summary(total, classes)
     num_images = figures["num_images"]
     figures |= aux.means(num_images, processes)
+    figures |= {} if predictions is None else predictions.group_figures(processes.sum)
     if error_of is not None:
         is_aux = error_of in loss_fn.aux_names
         error = aux.error(error_of, num_images, processes) if is_aux else standard_error(total, error_of)

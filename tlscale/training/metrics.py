@@ -199,7 +199,7 @@ def _ratio(part: float, whole: int) -> float | None:
     return part / whole if whole and math.isfinite(part) else None
 
 
-def wilson(hits: int, num_images: int) -> list[float] | None:
+def wilson(hits: float, num_images: int) -> list[float] | None:
     """Return the 95% score interval of a share (Wilson 1927); unlike the normal one it stays within 0..1."""
     if not num_images:
         return None

@@ -7,6 +7,7 @@ before `result.json`. The scored figures of `result.json` follow from it alone.
 |---|---|
 | `path` | the image's path below the data's root, or a place such as `table.parquet row 7` |
 | `row` | the image's row in its split of the source, from 0; a hold-out of train has rows of train |
+| `group` | of data with groups: the name of the image's group; null where it is a group of its own |
 | `true_label`, `label` | class names; `label` is null where the network gave no number (NaN) |
 | `probability` | of `label`: softmax in the precision of the run, which picks the bin of the calibration error |
 | `true_probability` | of `true_label`, in double precision: minus its logarithm is the cross-entropy of the image |
@@ -23,8 +24,9 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -35,11 +37,12 @@ from torch import Tensor
 from tlscale import faults
 from tlscale.data.sources.open import ImageSplit
 from tlscale.data.sources.stores import FileStore
-from tlscale.data.sources.tables import Ints
+from tlscale.data.sources.tables import Ints, number_groups
 from tlscale.distributed.device import CopyToCpu
 from tlscale.distributed.processes import Processes
 from tlscale.errors import RunFolderError, TlscaleError
 from tlscale.storage.files import naming_disk_errors, replacing
+from tlscale.training.group_interval import group_interval
 
 FORMAT = 1
 MOST_LOGITS = 1000
@@ -66,6 +69,8 @@ class Predictions:
         self.split, self.classes = split, tuple(classes)
         self._on_the_way: list[CopyToCpu] = []
         self._kept: list[dict[str, Tensor]] = []
+        self._groups_N = None if split.groups_N is None else number_groups(split.groups_N)
+        self._hits_G = torch.zeros(0 if self._groups_N is None else int(self._groups_N.max()) + 1, dtype=torch.int64)
 
     @torch.no_grad()
     def add(self, positions_B: Tensor, logits_BC: Tensor) -> None:
@@ -82,6 +87,9 @@ class Predictions:
         for batch in batches:
             positions_B, logits_BC, labels_B, probability_B = batch.wait()
             truth_B1 = torch.from_numpy(self.split.labels_N[positions_B.numpy()])[:, None]
+            if self._groups_N is not None:
+                groups_B = torch.from_numpy(self._groups_N[positions_B.numpy()])
+                self._hits_G.index_add_(0, groups_B, (labels_B == truth_B1[:, 0]).long())
             finite_BC = torch.nan_to_num(logits_BC).double()
             true_B = finite_BC.log_softmax(dim=1).gather(1, truth_B1)[:, 0].exp()
             kept = {"position": positions_B, "label": labels_B, "probability": probability_B.double(), "true": true_B}
@@ -92,10 +100,24 @@ class Predictions:
                 kept["top_logits"] = logits_BC.gather(1, kept["top"])
             self._kept.append(kept)
 
-    def tables(self) -> Iterator[pa.Table]:
-        """Give the rows of the images that this process has, in the order of the split, some at a time."""
+    def _keep_all(self) -> None:
         self._keep(self._on_the_way)
         self._on_the_way = []
+
+    def group_figures(self, total: Callable[[Tensor], Tensor] = lambda counts: counts) -> dict[str, Any]:
+        """Return the interval over groups and their number; empty where the recipe names no groups.
+
+        `total` sums counts over all processes, which then have to call this all.
+        """
+        if self._groups_N is None:
+            return {}
+        self._keep_all()
+        interval = group_interval(total(self._hits_G).numpy(), np.bincount(self._groups_N))
+        return {"top1_interval95": interval, "top1_interval95_by": {"groups": len(self._hits_G)}}
+
+    def tables(self) -> Iterator[pa.Table]:
+        """Give the rows of the images that this process has, in the order of the split, some at a time."""
+        self._keep_all()
         if not self._kept:
             return
         columns = {name: torch.cat([kept[name] for kept in self._kept]) for name in self._kept[0]}
@@ -110,6 +132,7 @@ class Predictions:
         arrays = {
             "path": pa.array(image_names(self.split, positions_B), pa.string()),
             "row": pa.array(self.split.rows_N[positions_B], pa.int64()),
+            **({} if self.split.groups_N is None else {"group": self.split.groups_N.take(pa.array(positions_B))}),
             "true_label": names.take(pa.array(self.split.labels_N[positions_B])),
             "label": names.take(labels_B),
             "probability": pa.array(columns["probability"], mask=is_none_B),
@@ -239,14 +262,18 @@ def _or_error(tables: Iterator[pa.Table]) -> Iterator[pa.Table | TlscaleError]:
         )
 
 
-def read_predictions(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+def read_predictions(path: Path, columns: Sequence[str] | None = None, *, if_there: Collection[str] = ()) -> pa.Table:
     """Read the predictions of a run, in the order of its scored split; `columns` of them, or all.
+
+    Args:
+        if_there: further columns that only some runs have.
 
     Raises:
         RunFolderError: the file is damaged.
     """
     try:
-        return pq.read_table(path, columns=None if columns is None else list(columns))
+        further = [name for name in pq.read_schema(path).names if name in if_there]
+        return pq.read_table(path, columns=None if columns is None else [*columns, *further])
     except (pa.ArrowException, OSError, ValueError, LookupError) as error:
         why = str(error).splitlines()[0]
         raise RunFolderError(f"'{path}' is damaged: {why}", remedy="Bring it back, or remove it") from error

@@ -11,12 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from tlscale.commands.compare_outcomes import Outcome, finished
 from tlscale.commands.compare_report import (
     COLUMNS,
-    Outcome,
     against_best,
     draw,
-    finished,
     markdown,
     notes,
     refuse_other_images,

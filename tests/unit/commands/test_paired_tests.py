@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from fractions import Fraction
 
@@ -14,11 +15,19 @@ from hypothesis import strategies as st
 
 from tests.unit.commands.test_compare_report import outcome
 from tlscale.commands.compare_report import against_best, notes, table, to_rows, write_comparison
-from tlscale.commands.paired_tests import Pair, corrected, exact_p, paired_test, paired_tests, read_scored
+from tlscale.commands.paired_tests import (
+    Pair,
+    corrected,
+    exact_p,
+    exact_p_of_groups,
+    paired_test,
+    paired_tests,
+    read_scored,
+)
 from tlscale.training.metrics import wilson
 
 
-def put(folder, is_right, *, labels=None, offset=0, content=None):
+def put(folder, is_right, *, labels=None, offset=0, content=None, groups=None):
     """Predictions of images, of which some are right."""
     count = len(is_right)
     labels = labels if labels is not None else ["a"] * count
@@ -29,6 +38,7 @@ def put(folder, is_right, *, labels=None, offset=0, content=None):
         "true_label": labels,
         "label": [label if right else "other" for label, right in zip(labels, is_right, strict=True)],
     }
+    columns |= {} if groups is None else {"group": pa.array(groups, pa.large_string())}
     pq.write_table(pa.table(columns), folder / "predictions.parquet")
     return read_scored(folder, content)
 
@@ -50,6 +60,35 @@ def test_the_p_value_is_the_share_of_coin_tosses_as_uneven(first, second):
     as_uneven = [k for k in range(total + 1) if abs(2 * k - total) >= abs(first - second)]
     expected = Fraction(sum(math.comb(total, k) for k in as_uneven), 2**total)
     assert exact_p(first, second) == pytest.approx(float(expected), rel=1e-9)
+
+
+@settings(deadline=None)  # as above
+@given(st.lists(st.integers(-6, 6), max_size=9))
+def test_the_p_value_of_groups_is_the_share_of_signs_with_as_large_a_sum(leads):
+    signs = list(itertools.product((-1, 1), repeat=len(leads)))
+    sums = [sum(sign * lead for sign, lead in zip(some, leads, strict=True)) for some in signs]
+    expected = np.mean([abs(total) >= abs(sum(leads)) for total in sums])
+    assert exact_p_of_groups(np.array(leads, dtype=np.int64)) == pytest.approx(expected, abs=1e-12)
+
+
+@given(st.integers(0, 30), st.integers(0, 30))
+def test_groups_of_one_image_have_the_p_value_of_images(first, second):
+    assert exact_p_of_groups(np.array([1] * first + [-1] * second + [0] * 3)) == exact_p(first, second)
+
+
+def test_images_of_one_group_count_together(tmp_path):
+    one, other = by_counts(10, 24, 0, 0)[0], [True] * 10 + [False] * 24
+    plain = paired_test(34, "a", "b", [(put(tmp_path / "1", one), put(tmp_path / "2", other))])
+    names = [None] * 10 + [f"patient{number // 8}" for number in range(24)]
+    grouped = [put(tmp_path / str(at), right, groups=names) for at, right in enumerate((one, other))]
+    pair = paired_test(34, "a", "b", [(grouped[0], grouped[1])])
+    assert plain.num_groups is None
+    assert plain.p < 1e-6
+    assert (pair.num_groups, pair.num_first_only, pair.p) == (13, 24, 0.25)  # three patients, all one way: 2 / 2**3
+    # Of seeds that hold out other images as well, and where only one of the two runs knew the groups.
+    later = put(tmp_path / "5", one, offset=34, groups=names), put(tmp_path / "6", other, offset=34)
+    both = paired_test(34, "a", "b", [(grouped[0], grouped[1]), later])
+    assert (both.num_groups, both.num_first_only, both.p) == (23, 48, 0.25)
 
 
 def test_p_values_at_the_ends():

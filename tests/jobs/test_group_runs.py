@@ -1,0 +1,127 @@
+"""Whole runs on data with groups: a leak is found, and figures, files and comparisons go by groups."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner
+
+import tlscale
+from tests.scenes import put_scenes, scene_of
+from tests.small_runs import result, small_recipe
+from tlscale.cli import main
+from tlscale.errors import ResumeError
+from tlscale.training.group_interval import group_interval
+
+REGEX = r"scene\d+"
+PROBE = {
+    "backbone": {"name": "test_resnet", "weights": "none"},
+    "probe": {"kind": "logistic", "strengths": [0.01], "refit": False},
+}
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    return put_scenes(tmp_path_factory.mktemp("scenes"))
+
+
+@pytest.fixture
+def recipe(tmp_path, scenes):
+    def make(name, changes, **data):
+        data = {"source": "folder", "path": str(scenes), "validation_fraction": 0.25, **data}
+        return small_recipe(tmp_path / f"{name}.yaml", scenes, data=data, **changes)
+
+    return make
+
+
+def test_a_planted_leak_is_gone_with_groups(recipe, tmp_path, capsys):
+    nearest = {"backbone": {"name": "resnet10t", "weights": "bundled"}, "probe": {"kind": "knn", "neighbours": [1]}}
+    leaking = tlscale.run(recipe("plain", nearest), tmp_path / "plain")
+    honest = tlscale.run(recipe("grouped", nearest, group_regex=REGEX), tmp_path / "grouped")
+    assert leaking.top1 > 0.8  # each held-out photo has others of its scene in train
+    low, high = honest.interval
+    assert low < 0.5 < high
+    assert honest.top1 < leaking.top1 - 0.2
+    assert honest["groups"]["by"] == "data.group_regex: scene\\d+"
+    assert honest["groups"]["num_groups"] == {"train": 40}
+    assert "groups" not in leaking
+    assert "top1_interval95_by" not in leaking
+    assert f"over {honest['top1_interval95_by']['groups']} groups)" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.fixture
+def grouped(recipe, tmp_path):
+    tlscale.run(recipe("grouped", PROBE, group_regex=REGEX), tmp_path / "grouped")
+    return tmp_path / "grouped"
+
+
+def counts_of(table) -> tuple[list[int], list[int]]:
+    hits, images = {}, {}
+    for row in table.to_pylist():
+        hits[row["group"]] = hits.get(row["group"], 0) + (row["label"] == row["true_label"])
+        images[row["group"]] = images.get(row["group"], 0) + 1
+    return list(hits.values()), list(images.values())
+
+
+def test_predictions_name_the_groups_and_evaluations_go_by_them(grouped):
+    table = pq.read_table(grouped / "predictions.parquet")
+    assert table["group"].to_pylist() == [scene_of(path) for path in table["path"].to_pylist()]
+    figures = result(grouped)
+    assert figures["top1_interval95"] == group_interval(*map(np.array, counts_of(table)))
+    done = CliRunner().invoke(main, ["evaluate", str(grouped)])
+    assert done.exit_code == 0, done.output
+    again = json.loads((grouped / "evaluations" / "validation" / "figures.json").read_text())
+    assert again["top1_interval95"] == figures["top1_interval95"]
+    assert again["top1_interval95_by"] == figures["top1_interval95_by"]
+    assert f"over {figures['top1_interval95_by']['groups']} groups" in " ".join(done.output.split())
+
+
+def test_other_data_need_no_groups(grouped, tmp_path):
+    other = put_scenes(tmp_path / "other", num_scenes=4, photos=2, seed=1)
+    for path in sorted(other.glob("*/*.png")):
+        path.rename(path.with_name(path.name.replace("scene", "")))
+    figures = tlscale.evaluate(grouped, data=str(other))
+    assert "top1_interval95_by" not in figures
+
+
+TRAINED = {"backbone": {"name": "test_resnet", "weights": "none"}, "duration": "2 steps", "freeze": ".*"}
+
+
+def test_a_run_is_not_resumed_with_other_groups(recipe, tmp_path, scenes):
+    rows = [f"{path},{path.parent.name},{scene_of(path.name)}" for path in sorted(scenes.glob("*/*.png"))]
+    table = tmp_path / "list.csv"
+    keys = {"source": "manifest", "path": str(table), "group_column": "scene"}
+
+    def put(rows):
+        table.write_text("\n".join(["path,label,scene", *rows]) + "\n")
+
+    put(rows)
+    made = recipe("table", TRAINED, **keys)
+    tlscale.run(made, tmp_path / "table")
+    (tmp_path / "table" / "result.json").unlink()
+    by_path = tlscale.run(recipe("paths", TRAINED, group_regex=REGEX), tmp_path / "paths")
+    assert tlscale.run(made, tmp_path / "table", resume=True).top1 == by_path.top1
+    (tmp_path / "table" / "result.json").unlink()
+    put([row.replace(",scene39", ",scene38") for row in rows])
+    with pytest.raises(ResumeError, match="its data are not those"):
+        tlscale.run(made, tmp_path / "table", resume=True)
+
+
+def test_compare_tests_over_groups(recipe, tmp_path):
+    runs = []
+    for name, strength in (("weak", 1e-4), ("strong", 10.0)):
+        changes = {**PROBE, "name": name, "probe": {**PROBE["probe"], "strengths": [strength]}}
+        tlscale.run(recipe(name, changes, group_regex=REGEX), tmp_path / name)
+        runs.append(str(tmp_path / name))
+    found = tlscale.compare(runs, out=tmp_path / "compared")
+    (pair,) = found["pairs"]
+    assert (
+        pair["num_groups"]
+        == found["runs"][0]["num_groups"]
+        == result(tmp_path / "weak")["top1_interval95_by"]["groups"]
+    )
+    assert "sign-flip tests over groups of images" in " ".join(found["notes"])
+    assert "a bootstrap over groups of images" in found["notes"][0]
