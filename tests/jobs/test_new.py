@@ -17,6 +17,7 @@ from tlscale.cli import main
 from tlscale.commands.new import new
 from tlscale.data.sources.open import open_data
 from tlscale.errors import DataError, ModelError, RecipeError
+from tlscale.recipe.schema import DataSection
 
 
 def listed(place) -> dict[str, str]:
@@ -159,6 +160,38 @@ def test_runs_are_kept_out_of_the_class_folders(tmp_path, monkeypatch):
         assert sorted(photos.rglob("*")) == before
     with pytest.raises(DataError, match="'' does not exist"):
         new("")
+
+
+@pytest.mark.parametrize("name", ["train", "Test", "val", "test_images", "Training"])
+def test_a_class_that_is_called_like_a_split(name, tmp_path, monkeypatch):
+    """`new` says so in the recipe, which reads it as a class; without that key the error says what to write."""
+    monkeypatch.chdir(tmp_path)
+    pictures(tmp_path / "photos", ("ash", "oak", name))
+    new("photos", out="photos.yaml")
+    assert f"# {name!r} is a class here, and no split" in (tmp_path / "photos.yaml").read_text()
+    recipe = tlscale.load_recipe("photos.yaml")
+    assert set(open_data(recipe.data, 0).classes) == {"ash", "oak", name}
+    usual = recipe.data.model_copy(update={"train_split": "train"})
+    with pytest.raises(DataError, match=rf"data.train_split: .*\('{name}'\).*\('ash', 'oak'\).*train_split: \. if"):
+        open_data(usual, 0)
+
+
+def test_folders_that_are_all_called_like_splits_are_no_classes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pictures(tmp_path / "photos", ("train", "test"))
+    with pytest.raises(DataError, match="'test', 'train' are called like splits, and hold no class folders"):
+        new("photos", out="photos.yaml")
+
+
+def test_a_split_by_name_where_all_folders_are_classes_is_refused(tmp_path):
+    section = DataSection(
+        source="folder",
+        path=str(pictures(tmp_path / "photos", ("ash", "val"))),
+        train_split=".",
+        validation_split="val",
+    )
+    with pytest.raises(DataError, match="data.validation_split: 'val' is a class where data.train_split is '.'"):
+        open_data(section, 0)
 
 
 def test_what_is_noted_of_the_data_is_shown(tmp_path, monkeypatch):

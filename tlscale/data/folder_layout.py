@@ -15,7 +15,15 @@ from typing import Literal
 
 from tlscale.data.sources.folder import is_dir, is_image_name, visible_entries
 from tlscale.data.sources.manifest import TABLE_ENDINGS
-from tlscale.data.sources.split_names import ROLES, Role, are_splits, role_of, role_within
+from tlscale.data.sources.split_names import (
+    ROLES,
+    Role,
+    are_splits,
+    is_split_name,
+    may_be_classes,
+    role_of,
+    role_within,
+)
 from tlscale.data.sources.stores import kind_of_file
 from tlscale.errors import DataError, first_few, is_unicode, one_line, quoted
 
@@ -30,6 +38,8 @@ class FolderLayout:
     """Folder of each split; empty where the classes are at the top."""
     class_folder: ClassFolder | None
     """As `data.class_folder`."""
+    is_whole: bool
+    """Whether classes are called like splits, so that the recipe has to say that they are none."""
     left_out: dict[str, str]
     """Path below the folder -> why it has no place."""
     notes: tuple[str, ...] = ()
@@ -77,7 +87,9 @@ def lay_out(root: Path) -> FolderLayout:
         elif splits and not any(folder.startswith(f"{base}/") for base in bases):
             left_out[folder.split("/")[0]] = f"a folder that is none of the splits {', '.join(bases)}"
     left_out |= dict.fromkeys(_without_images(found, bases), "a folder without an image")
-    return FolderLayout(splits, class_folder, left_out, notes)
+    called = [] if splits else _called_like_splits(root, found)
+    notes += tuple(f"{name!r} is a class here, and no split: it holds no class folders" for name in called)
+    return FolderLayout(splits, class_folder, bool(called), left_out, notes)
 
 
 def tables_in(root: Path) -> list[str]:
@@ -155,6 +167,23 @@ def _splits(root: Path, found: _Found) -> dict[Role, str]:
         remedy = f"Put the class folders ({first_few(quoted(others), 3)}) into a folder 'train' beside it"
         raise DataError(f"{one_line(root)}: class folders lie beside {held}, which is a split", remedy=remedy)
     return {role: by_role[role] for role in ROLES if role in by_role}
+
+
+def _called_like_splits(root: Path, found: _Found) -> list[str]:
+    """Return the class folders that are called like splits.
+
+    Raises:
+        DataError: all folders are called so; it cannot be told whether they are splits without classes.
+    """
+    tops = [folder for folder in found.folders if "/" not in folder and (folder in found.images or found.below(folder))]
+    called = [name for name in tops if is_split_name(name)]
+    if called and not may_be_classes(tops, [name for name in tops if found.below(name)]):
+        remedy = (
+            "Put the images of each split into a folder per class, or write data.train_split: . if they are classes"
+        )
+        problem = f"{one_line(root)}: {first_few(quoted(called))} are called like splits, and hold no class folders"
+        raise DataError(problem, remedy=remedy)
+    return called
 
 
 def _class_folder(folders_of_bases: list[list[str]]) -> tuple[ClassFolder | None, tuple[str, ...]]:

@@ -24,7 +24,7 @@ from tlscale.data.decode import FORMATS, decode_image
 from tlscale.data.folder_layout import lay_out, tables_in
 from tlscale.data.sources.excluded import write_excluded
 from tlscale.data.sources.open import read_source, source_of
-from tlscale.data.sources.split_names import split_keys
+from tlscale.data.sources.split_names import WHOLE, split_keys
 from tlscale.data.sources.tables import RawStore, Role, Source, SourceSplit
 from tlscale.data.table_layout import guess_columns, name_splits, rows_to_leave_out
 from tlscale.data.workers import map_in_threads
@@ -190,6 +190,8 @@ def _keys_of_folder(place: str) -> tuple[dict[str, Any], dict[str, str], tuple[s
         return _keys_of_table(str(Path(place) / tables[0]))
     _refuse_to_write_among_classes(root, list(layout.splits.values()))
     keys: dict[str, Any] = {"source": "folder", "path": place, **split_keys(layout.splits)}
+    if layout.is_whole:
+        keys["train_split"] = WHOLE
     if layout.class_folder is not None:
         keys["class_folder"] = layout.class_folder
     return keys, dict(layout.left_out), layout.notes

@@ -27,10 +27,12 @@ from tlscale.data.sources.paths import local_folder
 from tlscale.data.sources.same_files import number_files
 from tlscale.data.sources.split_names import (
     VALIDATION_NAMES,
+    WHOLE,
     ScoredSection,
     are_splits,
+    is_split_name,
+    may_be_classes,
     pick_splits,
-    role_of,
     role_within,
 )
 from tlscale.data.sources.stores import FileStore, kind_of_file
@@ -102,14 +104,18 @@ def _pick(section: DataSection, tree: _Tree) -> dict[Role, str] | None:
     visible = tree.visible(root)
     _refuse_lost_links(entry for entry in visible if role_within(entry.name) is not None)
     top = [entry.name for entry in visible if is_dir(entry)]
+    if section.train_split == WHOLE:
+        _refuse_splits_of_whole(section)
+        return None
     nested = [name for name in filter(None, named) if "/" in name and (root / name).is_dir()]
+    if not nested:
+        _refuse_classes_called_like_splits(tree, top, section)
     wanted = [section.train_split]
     if isinstance(section, ScoredSection):
         wanted += [section.test_split, section.validation_split or "", *VALIDATION_NAMES]
     if any(name in (*top, *nested) for name in wanted):
         return pick_splits(section, _available(tree, section.train_split, top, nested), str(root), any_word=True)
-    # A folder can hardly be a class: 'Test' and 'val' are no classes, but 'trains' may be.
-    certain = [name for name in top if role_of(name) in ("validation", "test") or name.lower() in ("train", "training")]
+    certain = [name for name in top if is_split_name(name)]
     telling = top if are_splits(top) else certain
     if isinstance(section, ScoredSection) and not telling:
         return None
@@ -117,9 +123,46 @@ def _pick(section: DataSection, tree: _Tree) -> dict[Role, str] | None:
         raise DataError(
             f"{root} has no folder {section.train_split!r}",
             key="data.train_split",
-            remedy=sentences(f"Its folders are {quoted_list(top)}.", suggestion(section.train_split, top)),
+            remedy=sentences(
+                f"Its folders are {quoted_list(top)}; {WHOLE} takes all of them for classes.",
+                suggestion(section.train_split, top),
+            ),
         )
     return None
+
+
+def _refuse_splits_of_whole(section: DataSection) -> None:
+    """Refuse splits by name where all folders are classes."""
+    for key, name, default in (
+        ("validation_split", section.validation_split, None),
+        ("test_split", section.test_split, "test"),
+    ):
+        if name != default and not isinstance(section, ScoredSection):
+            problem = f"{name!r} is a class where data.train_split is {WHOLE!r}, the folder with all classes in it"
+            raise DataError(problem, key=f"data.{key}", remedy="Take one of the two keys out")
+
+
+def _refuse_classes_called_like_splits(tree: _Tree, top: list[str], section: DataSection) -> None:
+    """Refuse folders called like splits that seem to be classes: neither reading is so sure that it is taken."""
+    kinds = {name: _kinds_in(tree, name) for name in top}
+    full = [name for name in top if kinds[name]]
+    called = may_be_classes(full, [name for name in top if False in kinds[name]])
+    others = [name for name in full if name not in called]
+    if called and section.train_split not in others:
+        raise DataError(
+            f"{one_line(tree.root)}: folders called like splits hold images and no class folders "
+            f"({first_few(quoted(called))}), and beside them lie folders called like classes "
+            f"({first_few(quoted(others), 3)})",
+            key="data.train_split",
+            remedy=f"Write data.train_split: {WHOLE} if all of them are classes, or put the images of a split into a "
+            "folder per class",
+        )
+
+
+def _kinds_in(tree: _Tree, name: str) -> set[bool]:
+    """Return whether a folder holds images (True), folders (False), or both."""
+    entries = tree.visible(tree.root / name)
+    return {not is_dir(entry) for entry in entries if is_dir(entry) or is_image_name(entry.name)}
 
 
 def _available(tree: _Tree, train: str, top: list[str], nested: list[str]) -> list[str]:

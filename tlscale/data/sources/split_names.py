@@ -19,6 +19,9 @@ ROLES: tuple[Role, ...] = ("train", "validation", "test")
 SPLIT_COLUMN = "split"
 """Column of a table with the split of each row; found in any case, with or without spaces around it."""
 
+WHOLE = "."
+"""As `data.train_split`: the folder itself, whose folders are all classes, whatever they are called."""
+
 VALIDATION_NAMES = ("validation", "valid", "val")
 """Names of a validation split that are found by default."""
 
@@ -38,6 +41,11 @@ _ENDS = ("s", "set", "sets", "split", "data", "images", "imgs")
 def role_of(name: str) -> Role | None:
     """Return the role that a name as a whole stands for: 'Test', ' testing', 'val2', 'TestSet'; None: none."""
     return _role_of_word(re.sub(r"[^a-z]", "", name.lower()))
+
+
+def is_split_name(name: str) -> bool:
+    """Return whether a folder of this name is hardly a class: 'Test' and 'val' are none, but 'trains' may be."""
+    return role_of(name) in ("validation", "test") or name.lower() in ("train", "training")
 
 
 def role_within(name: str) -> Role | None:
@@ -60,6 +68,18 @@ def are_splits(names: Sequence[str]) -> bool:
     """Return whether folders can only be splits: each has a role in its name, and there are two roles or more."""
     roles = [role_within(name) for name in names]
     return None not in roles and len(set(roles)) > 1
+
+
+def may_be_classes(names: Sequence[str], with_classes: Sequence[str]) -> list[str]:
+    """Return the folders that are called like splits and seem to be classes: they lie among classes, and hold none.
+
+    Args:
+        names: of all folders with images at one place.
+        with_classes: those of them that hold folders with images.
+    """
+    called = [name for name in names if is_split_name(name)]
+    is_so = len(called) < len(names) and not are_splits(names) and not set(called) & set(with_classes)
+    return called if is_so else []
 
 
 def split_values(column: str, values: Iterable[str | None]) -> list[str]:

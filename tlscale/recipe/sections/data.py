@@ -44,7 +44,7 @@ class DataSection(Section):
     """CSV file with the columns `path` and `reason`: what is left out of a folder or a table, files or whole folders,
     as paths below that folder or that of the table. Relative to the folder tlscale is started in."""
     train_split: str = "train"
-    """Name of the training split in the source."""
+    """Name of the training split in the source. `.`: the folder itself, whose folders are all classes, also `test`."""
     validation_split: str | None = None
     """Name of the validation split; by default `validation`, `valid` or `val` where one is there."""
     test_split: str = "test"
