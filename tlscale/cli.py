@@ -213,12 +213,7 @@ def predict(run_dir: str, places: Sequence[str], **options: Any) -> None:  # noq
         from tlscale.distributed.signals import stop_with_launcher
 
     stop_with_launcher()
-    try:
-        predict_for_people(run_dir, places, **options)
-    except TlscaleError as error:
-        if error.key in options:  # named as in Python
-            error.key = f"--{error.key.replace('_', '-')}"
-        raise
+    predict_for_people(run_dir, places, **options)
 
 
 @main.command()
@@ -247,12 +242,7 @@ def export(run_dir: str, **options: Any) -> None:  # noqa: ANN401 (click's own)
         from tlscale.commands.export import export as write
         from tlscale.commands.export import show
 
-    try:
-        show(write(run_dir, **options))
-    except TlscaleError as error:
-        if error.key in options:  # named as in Python
-            error.key = f"--{error.key.replace('_', '-')}"
-        raise
+    show(write(run_dir, **options))
 
 
 @main.command()

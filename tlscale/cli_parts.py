@@ -58,6 +58,7 @@ def _give_up_output() -> None:
 def _as_ours(error: TlscaleError | OSError) -> TlscaleError | None:
     """Return an error that is reported without a traceback; None for that of a reader of our output who has left."""
     if isinstance(error, TlscaleError):
+        error.in_python = False  # also of a function that is there for Python, too
         return error
     from tlscale.storage.files import disk_error
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import wraps
-from typing import TYPE_CHECKING, ParamSpec, Self, TypeVar
+from typing import TYPE_CHECKING, ParamSpec, Self, TypeAlias, TypeVar
 
 if TYPE_CHECKING:
     from tlscale.recipe.mistakes import Mistake
@@ -25,20 +26,57 @@ EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: saved, run the same line again w
 _OBEYED = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _MOST_SHOWN = 100  # mistakes of a recipe
 _LONGEST_NAME, _MOST_NAMES = 200, 20_000  # that are compared with one that does not exist: a second's work
-_COMMAND = re.compile(r"tlscale (run|evaluate|compare|predict) (?:\.\.\. )?--(resume|overwrite)")
-_OPTION = re.compile(r"(?<![\w-])--([a-z][a-z-]*)(?: (DIR|FILE|DATA)\b)?")
-_QUOTED = re.compile(r"('tlscale [^']*'|`tlscale [^`]*`)")
-_FLAGS = ("resume", "overwrite", "check-images", "all-probabilities")
-_ARGUMENTS = {"set": "changes"}  # options of another name than the argument's
 P = ParamSpec("P")
 R = TypeVar("R")
-_OWN_BREAK = re.compile(r"\n(?=  )")  # lines of ours after the first are indented, and no other line is ours
+E = TypeVar("E", bound="TlscaleError")
+_OWN_BREAK = "\n  "  # lines of ours after the first are indented, and no other line is ours
+
+
+@dataclass(frozen=True, slots=True)
+class Wording:
+    """Hold a text that names options in both of its forms. Other text is joined to it by `+`, not by an f-string."""
+
+    shell: str
+    """As the command line shows it: `--out DIR writes elsewhere`."""
+    python: str
+    """As Python shows it: `out=DIR writes elsewhere`."""
+
+    def __add__(self, other: Text) -> Wording:
+        return Wording(self.shell + _in_shell(other), self.python + _in_python(other))
+
+    def __radd__(self, other: str) -> Wording:
+        return Wording(other + self.shell, other + self.python)
+
+    def __str__(self) -> str:
+        return self.shell
+
+
+Text: TypeAlias = str | Wording
+
+
+def option(name: str, value: str = "", *, argument: str = "") -> Wording:
+    """Name an option of the command line: in Python it is an argument, by default of the same name."""
+    argument = argument or name.replace("-", "_")
+    return Wording(f"--{name} {value}", f"{argument}={value}") if value else Wording(f"--{name}", argument)
+
+
+def flag(name: str) -> Wording:
+    """Name an option that takes no value: in Python it is an argument that is True."""
+    return Wording(f"--{name}", f"{name.replace('-', '_')}=True")
+
+
+def _in_shell(text: Text) -> str:
+    return text if isinstance(text, str) else text.shell
+
+
+def _in_python(text: Text) -> str:
+    return text if isinstance(text, str) else text.python
 
 
 def render(problem: str, key: str | None = None, remedy: str | None = None) -> str:
     """Return `key: problem. remedy`, without the parts that are not there; after a list, on a line of its own."""
     about = problem if key is None else f"{key}: {problem}"
-    return f"{about}{chr(10) + '  ' if _OWN_BREAK.search(about) else '. '}{remedy}" if remedy else about
+    return f"{about}{_OWN_BREAK if _OWN_BREAK in about else '. '}{remedy}" if remedy else about
 
 
 def one_line(text: object) -> str:
@@ -57,7 +95,7 @@ def is_unicode(text: str) -> bool:
 
 def own_lines(text: object) -> str:
     """Return a message of ours as `one_line`, but for the breaks before its indented lines."""
-    return "\n".join(map(one_line, _OWN_BREAK.split(str(text))))
+    return _OWN_BREAK.join(map(one_line, str(text).split(_OWN_BREAK)))
 
 
 def sentences(*parts: str) -> str:
@@ -69,21 +107,41 @@ class TlscaleError(Exception):
     """Raised when a run fails for a reason that we can name.
 
     Attributes:
-        problem: what is wrong; without a full stop where there is a remedy.
-        key: what it is about: a key of the recipe (`optim.lr`), or an option of the command line.
-        remedy: what to do, as a sentence.
+        in_python: it is shown to a caller in Python, so it names arguments in place of options.
         reported_by_main: the main process raises it as well, and another need not report it again. True for what all
             processes find at once; set on what one process hands to the others.
     """
 
     exit_code = EXIT_FAILED
+    in_python = False
     reported_by_main = False
 
-    def __init__(self, problem: str, *, key: str | None = None, remedy: str | None = None) -> None:
-        super().__init__(problem)
-        self.problem = problem
-        self.key = key
-        self.remedy = remedy
+    def __init__(self, problem: Text, *, key: Text | None = None, remedy: Text | None = None) -> None:
+        super().__init__(str(problem))
+        self._said = problem, key, remedy
+
+    @property
+    def problem(self) -> str:
+        """Return what is wrong; without a full stop where there is a remedy."""
+        return self._shown(self._said[0])
+
+    @property
+    def key(self) -> str | None:
+        """Return what it is about: a key of the recipe (`optim.lr`), or an option of the command line."""
+        return None if self._said[1] is None else self._shown(self._said[1])
+
+    @property
+    def remedy(self) -> str | None:
+        """Return what to do, as a sentence."""
+        return None if self._said[2] is None else self._shown(self._said[2])
+
+    def _shown(self, text: Text) -> str:
+        return _in_python(text) if self.in_python else _in_shell(text)
+
+    def recast(self, kind: type[E], key: Text | None, *, before: str = "") -> E:
+        """Return the error as one of another kind, about `key`, with `before` put before its problem."""
+        problem, _, remedy = self._said
+        return kind(before + problem, key=key, remedy=remedy)
 
     def __str__(self) -> str:
         return own_lines(render(self.problem, self.key, self.remedy))
@@ -172,7 +230,7 @@ class NonFiniteLossError(TlscaleError):
 
     reported_by_main = True
 
-    def __init__(self, problem: str, step: int = 0, *, key: str | None = None, remedy: str | None = None) -> None:
+    def __init__(self, problem: Text, step: int = 0, *, key: Text | None = None, remedy: Text | None = None) -> None:
         super().__init__(problem, key=key, remedy=remedy)
         self.step = step
 
@@ -219,32 +277,15 @@ def quoted_list(names: Sequence[str], limit: int = 20) -> str:
 
 
 def speaks_python(function: Callable[P, R]) -> Callable[P, R]:
-    """Let the errors that leave `function` name arguments (`resume=True`) where they name options (`--resume`).
-
-    They are written once, for the command line, of which most people read them.
-    """
+    """Let the errors that leave `function` name arguments (`resume=True`) where they name options (`--resume`)."""
 
     @wraps(function)
     def wrapper(*args: P.args, **keys: P.kwargs) -> R:
         try:
             return function(*args, **keys)
         except TlscaleError as error:
-            error.problem, error.args = as_python(error.problem), (as_python(error.problem), *error.args[1:])
-            error.key = error.key and as_python(error.key)
-            error.remedy = error.remedy and as_python(error.remedy)
+            error.in_python = True
+            error.args = (error.problem, *error.args[1:])
             raise
 
     return wrapper
-
-
-def as_python(text: str) -> str:
-    """Return a message that names options of the command line with arguments of Python in their place."""
-
-    def argument(option: re.Match[str]) -> str:
-        name = _ARGUMENTS.get(option[1], option[1].replace("-", "_"))
-        value = "True" if option[1] in _FLAGS else option[2]
-        return f"{name}={value}" if value else name
-
-    # What is quoted is a line for the command line, and stays one.
-    parts = _QUOTED.split(_COMMAND.sub(r"tlscale.\1(..., \2=True)", text))
-    return "".join(part if number % 2 else _OPTION.sub(argument, part) for number, part in enumerate(parts))

@@ -157,8 +157,8 @@ def test_several_recipes_are_run_as_they_are(idx, tmp_path):
     [
         ({"strategies": ["head", "fintune"]}, "no strategy 'fintune'. Did you mean 'finetune'"),
         ({"strategies": ["head", "head"]}, "names one twice"),
-        ({"changes": ["head.optim.rate=1"]}, r"--set head\.optim\.rate=1: optim\.rate: unknown key"),
-        ({"changes": ["codes.freeze=.*"]}, r"--set codes\.freeze=\.\*: .*no effect with 'probe'"),
+        ({"changes": ["head.optim.rate=1"]}, r"change of head: optim\.rate=1: optim\.rate: unknown key"),
+        ({"changes": ["codes.freeze=.*"]}, r"change of codes: freeze=\.\*: .*no effect with 'probe'"),
         ({"changes": ["haed.optim.lr=1"]}, "no 'haed' in this comparison. Did you mean 'head'"),
         ({"changes": ["head.data.train_limit=10"]}, "on other images"),
         ({"changes": ["head.seed=4"]}, "on other images"),

@@ -12,7 +12,7 @@ import pytest
 import tlscale
 from tests.small_runs import put_small_folder, result, small_recipe
 from tlscale.commands.run_result import RunResult
-from tlscale.errors import RecipeError, RunFolderError, as_python
+from tlscale.errors import RecipeError, RunFolderError
 
 EVIL = "<img src=x onerror=alert(1)>"
 
@@ -111,9 +111,3 @@ def test_errors_name_arguments_and_no_options(made, tmp_path):
         tlscale.evaluate(folder / "run", name="../x")
     with pytest.raises(RecipeError, match=r"^min_steps: it lengthens runs at the sizes of sizes"):
         tlscale.compare(folder / "photos.yaml", min_steps=3)
-
-
-def test_what_is_no_option_stays():
-    for text in ("a--b", "1 -- 2", "--", "'accelerate launch' -m x", "git_--_x"):
-        assert as_python(text) == text
-    assert as_python("--all-probabilities, --images-from LIST") == "all_probabilities=True, images_from LIST"

@@ -10,7 +10,7 @@ import pytest
 
 import tlscale
 from tlscale import errors
-from tlscale.errors import NonFiniteLossError, RecipeError, TlscaleError
+from tlscale.errors import NonFiniteLossError, RecipeError, TlscaleError, flag, option
 from tlscale.recipe.load import load_recipe
 
 KINDS = [
@@ -42,6 +42,28 @@ def test_parts_that_are_not_there_are_not_rendered():
     assert str(TlscaleError("the disk is full")) == "the disk is full"
     assert str(TlscaleError("not a regex", key="freeze")) == "freeze: not a regex"
     assert str(TlscaleError("the disk is full", remedy="Free some space.")) == "the disk is full. Free some space."
+
+
+def test_options_are_shown_as_arguments_to_callers_in_python():
+    remedy = "Free some space, then " + flag("resume") + f" goes on; {option('images-from', 'LIST').python}, a--b -- c"
+
+    def fail():
+        raise TlscaleError("no " + option("data") + " x", key=option("top-k"), remedy=remedy)
+
+    with pytest.raises(TlscaleError) as caught:
+        fail()
+    assert (
+        str(caught.value) == "--top-k: no --data x. Free some space, then --resume goes on; images_from=LIST, a--b -- c"
+    )
+    assert caught.value.args == ("no --data x",)
+    other = caught.value.recast(RecipeError, "optim.lr", before="here: ")
+    assert str(other) == str(caught.value).replace("--top-k: ", "optim.lr: here: ")
+    with pytest.raises(TlscaleError) as caught:
+        errors.speaks_python(fail)()
+    for error in (caught.value, pickle.loads(pickle.dumps(caught.value))):
+        assert (error.key, error.problem, error.args) == ("top_k", "no data x", ("no data x",))
+        assert error.remedy == "Free some space, then resume=True goes on; images_from=LIST, a--b -- c"
+        assert "resume=True" in str(error)
 
 
 def test_an_error_comes_back_whole_from_another_process(tmp_path):

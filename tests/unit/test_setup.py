@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
+import click
 import pytest
 
-from tlscale import errors
+from tlscale import cli, errors
 
 REPO = Path(__file__).resolve().parents[2]
 PYPROJECT = tomllib.loads((REPO / "pyproject.toml").read_text())
@@ -155,6 +156,12 @@ def text_of(node: ast.expr) -> str:
     return "".join(str(value.value) if isinstance(value, ast.Constant) else "..." for value in values)
 
 
+def verbs_of(command: click.Command) -> list[click.Command]:
+    """A command and all below it."""
+    below = command.commands.values() if isinstance(command, click.Group) else ()
+    return [command, *(verb for group in below for verb in verbs_of(group))]
+
+
 def hidden_in_problems(source: str) -> list[str]:
     """Return the messages of our errors with a key of the recipe, or what to do, that is not handed over as such."""
     found = []
@@ -177,6 +184,44 @@ def test_errors_are_data():
 def test_keys_and_remedies_in_a_problem_are_found(problem: str):
     assert len(hidden_in_problems(f"raise RecipeError({problem!r})")) == 1
     assert hidden_in_problems("raise RecipeError('is 0; all are', key='optim.lr', remedy='Set it')") == []
+
+
+OPTIONS = {name for verb in verbs_of(cli.main) for option in verb.params for name in option.opts if name[:2] == "--"}
+
+
+def options_in_text(source: str) -> list[str]:
+    """Return the strings with an option of ours that Python's callers would read, too.
+
+    Docstrings, lines to type (in quotes) and the arguments of programs (in lists) are no such strings.
+    """
+    found, tree = [], ast.parse(source)
+    meant = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.List | ast.Tuple):
+            meant |= {id(item) for item in node.elts}
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            meant |= {id(argument) for argument in node.args if node.func.id == "Wording"}
+        if isinstance(node, ast.FormattedValue) and "option(" in (made := ast.unparse(node.value)):
+            found.append(f"{node.lineno} {made} in an f-string")
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in meant:
+            named = re.findall(r"(?<![\w-])--[a-z-]+", re.sub(r"'tlscale [^']*'|`tlscale [^`]*`", "", node.value))
+            found += [f"{node.lineno} {name}" for name in named if name in OPTIONS]
+    return found
+
+
+def test_errors_name_options_by_markers():
+    assert {"--resume", "--out", "--min-steps", "--keep-gib"} < OPTIONS
+    at_the_prompt = {"tlscale.cli", "tlscale.cli_parts"}  # there each option is made
+    texts = {dotted(path): options_in_text(path.read_text()) for path in MODULES if dotted(path) not in at_the_prompt}
+    assert {name: found for name, found in texts.items() if found} == {}
+
+
+@pytest.mark.parametrize(
+    "source", ['raise E("x", remedy="Give --out")', 'f"{x}: --resume goes on"', "f'{option(\"out\")} is x'"]
+)
+def test_options_in_text_are_found(source: str):
+    assert len(options_in_text(source)) == 1
+    assert options_in_text("f(\"'tlscale plan x --json'\", ['--out', x], 'Give ' + option('out'))") == []
 
 
 def test_docstrings_open_with_a_verb():

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from tlscale.codes.shards import Array, Ints, ValueSpec, as_array
-from tlscale.errors import TlscaleError
+from tlscale.errors import TlscaleError, flag
 
 _MOST_PIECES = 1024  # IOV_MAX of Linux
 _MOST_BYTES = 2**30  # of one call; Linux takes up to 2 GiB
@@ -179,5 +179,5 @@ def _copy_memory(from_B: Ints, size: int, into_B: Array) -> bool:
         return False
     raise TlscaleError(
         "codes that this run reads were cut short, or their disk does not give them any more",
-        remedy="What is corrupt is found and computed again by the next run: resume this one with --resume",
+        remedy="What is corrupt is found and computed again by the next run: resume this one with " + flag("resume"),
     )

@@ -30,7 +30,7 @@ import torch
 
 from tlscale.codes.reader import Codes
 from tlscale.data.sources.open import ImageSplit
-from tlscale.errors import DataError
+from tlscale.errors import DataError, option
 from tlscale.storage.files import replacing, reporting_disk_errors
 from tlscale.training.prediction_rows import csv_line
 from tlscale.training.predictions import image_names
@@ -48,12 +48,14 @@ def check_file(out: Path, num_layers: int) -> None:
     """
     if out.suffix.lower() not in SUFFIXES:
         remedy = f"End it in one of {', '.join(SUFFIXES)}"
-        raise DataError(f"'{out}' has no ending of a kind that is written", key="--out", remedy=remedy)
+        raise DataError(f"'{out}' has no ending of a kind that is written", key=option("out"), remedy=remedy)
     if not out.parent.is_dir():
-        raise DataError(f"there is no folder '{out.parent}'", key="--out", remedy="Make it first")
+        raise DataError(f"there is no folder '{out.parent}'", key=option("out"), remedy="Make it first")
     if out.suffix.lower() == ".npy" and num_layers > 1:
         remedy = "Name one layer and one pooling (codes.layer, codes.pool), or write .parquet"
-        raise DataError(f"a .npy file holds codes of one layer, and here are {num_layers}", key="--out", remedy=remedy)
+        raise DataError(
+            f"a .npy file holds codes of one layer, and here are {num_layers}", key=option("out"), remedy=remedy
+        )
 
 
 def rows_file(out: Path) -> Path | None:

@@ -27,6 +27,7 @@ from tlscale.commands.compare_runs import compare_runs
 from tlscale.commands.compare_variants import (
     Plan,
     Variant,
+    change_of,
     check_choice,
     labelled_recipes,
     list_variants,
@@ -36,7 +37,7 @@ from tlscale.commands.comparison import Comparison
 from tlscale.commands.paired_tests import paired_tests
 from tlscale.distributed.processes import start_processes
 from tlscale.distributed.signals import check_stop
-from tlscale.errors import LaunchError, RecipeError, ResumeError, RunFolderError, Stopped, TlscaleError
+from tlscale.errors import LaunchError, RecipeError, ResumeError, RunFolderError, Stopped, TlscaleError, flag, option
 from tlscale.recipe.load import as_recipe, diff_recipes, dump_recipe, load_recipe, recipe_digest
 from tlscale.recipe.schema import NO_EFFECT_BESIDE, Recipe
 from tlscale.storage.files import make_folder, naming_disk_errors, write_text
@@ -121,7 +122,7 @@ def _run_all(
     outcomes = []
     for position, variant in enumerate(variants, start=1):
         if not is_launched:  # several processes hear it in the run, all of them or none
-            check_stop("comparing", "--resume goes on; complete runs are kept")
+            check_stop("comparing", flag("resume") + " goes on; complete runs are kept")
         console.say(f"run {position} of {len(variants)}: {variant.recipe.name}, in '{variant.folder}'", style="bold")
         with watch("runs"):
             outcomes.append(_outcome(run, variant, console, resume=resume, is_main=is_main))
@@ -130,7 +131,7 @@ def _run_all(
 
 def _refuse_used(root: Path) -> None:
     if root.is_dir() and any(entry.name != _RECIPES for entry in root.iterdir()):
-        remedy = "--resume resumes a comparison there; --out DIR is another folder"
+        remedy = flag("resume") + " resumes a comparison there; " + option("out", "DIR") + " is another folder"
         raise RunFolderError(f"'{root}' is not empty", remedy=remedy)
 
 
@@ -155,7 +156,7 @@ def _refuse_idle(*given: object) -> None:
     names = ("key=value", "strategies", "backbones", "sizes", "seeds", "set", "min-steps", "resume", "print-jobs")
     for name, value in zip(names, given, strict=True):
         if value not in (None, False) and value != () and value != []:
-            key = name if "=" in name else f"--{name}"
+            key = name if "=" in name else option(name)
             raise RecipeError("it has no effect on runs that are finished", key=key, remedy="Take it out")
 
 
@@ -164,7 +165,7 @@ def _bases(recipes: Sequence[Recipe | str | Path], overrides: Sequence[str]) -> 
     if not overrides:
         return [as_recipe(recipe) for recipe in recipes]
     if len(recipes) != 1:
-        remedy = "Write --set NAME.key.path=value for one of them"
+        remedy = "Write " + change_of("NAME.key.path=value") + " for one of them"
         problem = "it changes one recipe, and several are compared as they are"
         raise RecipeError(problem, key=overrides[0], remedy=remedy)
     (only,) = recipes
@@ -220,7 +221,7 @@ def _refuse_failures(outcomes: Sequence[Outcome], root: Path) -> None:
     if broken:
         error = TlscaleError(
             f"{len(broken)} of {len(outcomes)} runs failed; the others are in '{root / 'compare.md'}'",
-            remedy=f"--resume tries again. The first is '{broken[0].folder}': {broken[0].error}",
+            remedy=flag("resume") + f" tries again. The first is '{broken[0].folder}': {broken[0].error}",
         )
         error.reported_by_main = True
         raise error
@@ -259,7 +260,8 @@ def _show_variants(plan: Plan, labelled: dict[str, Recipe], variants: Sequence[V
                 runs_of.setdefault(row, []).append(variant.folder.name)
     if runs_of:
         rows = [(", ".join(names), *row) for row, names in runs_of.items()]
-        console.table("What changes with the size, and by --set", ("runs", "key", "before", "here"), rows)
+        title = "What changes with the size, and by " + option("set").shell
+        console.table(title, ("runs", "key", "before", "here"), rows)
     console.say(f"{len(variants)} runs: {', '.join(variant.folder.name for variant in variants)}")
 
 
@@ -268,7 +270,7 @@ def _warn_of_heads_rate(base: Recipe, labelled: dict[str, Recipe], console: Cons
     if tuned is not None and base.freeze and not tuned.freeze:
         console.say(
             f"optim.lr: '{base.name}' freezes the whole backbone, so {base.optim.lr:g} was chosen for new layers, and "
-            "finetune and scratch use it too. To change it: --set finetune.optim.lr=...",
+            "finetune and scratch use it too. To change it: " + change_of("finetune.optim.lr=...").shell,
             style="yellow",
         )
 

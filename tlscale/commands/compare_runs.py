@@ -22,7 +22,7 @@ from tlscale.commands.compare_report import (
 )
 from tlscale.commands.comparison import Comparison
 from tlscale.commands.paired_tests import paired_tests
-from tlscale.errors import RunFolderError, first_few, one_line, quoted
+from tlscale.errors import RunFolderError, first_few, one_line, option, quoted
 from tlscale.recipe.load import load_stored_recipe, recipe_digest
 from tlscale.recipe.schema import Recipe
 from tlscale.storage.files import make_folder, naming_disk_errors
@@ -45,7 +45,9 @@ def compare_runs(places: Sequence[str | os.PathLike[str]], out: Path | None, con
         RunFolderError: none of them is finished, or `out` is a run folder.
     """
     if out is not None and RunFolder(out).run_json.exists():
-        raise RunFolderError(f"'{out}' is a run folder", key="--out", remedy="Give a folder of the comparison's own")
+        raise RunFolderError(
+            f"'{out}' is a run folder", key=option("out"), remedy="Give a folder of the comparison's own"
+        )
     found = [_read(Path(place)) for place in dict.fromkeys(os.fspath(place) for place in places)]
     runs = [run for run in found if not isinstance(run, str)]
     notes = [f"Passed over: {run}." for run in found if isinstance(run, str)]

@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import nn
 
 from tlscale.data.sources.open import open_data
-from tlscale.errors import DataError, RecipeError, sentences, suggestion
+from tlscale.errors import DataError, RecipeError, Text, Wording, option, sentences, suggestion
 from tlscale.models.backbone import build_backbone
 from tlscale.models.features import early_layers
 from tlscale.recipe.load import diff_recipes, override_recipe
@@ -74,24 +74,29 @@ def check_choice(plan: Plan) -> None:
         raise RecipeError("there is none", key="RECIPE", remedy=remedy)
     if len(names) > 1 and plan.strategies:
         problem = "it derives them from one recipe, and several are compared as they are"
-        raise RecipeError(problem, key="--strategies")
+        raise RecipeError(problem, key=option("strategies"))
     if plan.backbones and (len(names) > 1 or plan.strategies):
         problem = "each is compared with the strategy of one recipe"
-        other = "several recipes" if len(names) > 1 else "--strategies"
-        raise RecipeError(problem, key="--backbones", remedy=f"Give them without {other}")
+        other: Text = "several recipes" if len(names) > 1 else option("strategies")
+        raise RecipeError(problem, key=option("backbones"), remedy="Give them without " + other)
     if len(set(names)) != len(names):
         problem = f"recipes of one name cannot be told apart in a table: {', '.join(names)}"
         raise RecipeError(problem, key="name", remedy="Rename one")
-    for option, labels in (("--strategies", plan.strategies), ("--backbones", plan.backbones)):
+    for name, labels in (("strategies", plan.strategies), ("backbones", plan.backbones)):
         if len(set(labels)) != len(labels):
-            raise RecipeError(f"it names one twice: {', '.join(labels)}", key=option)
-    for option, least, numbers in (("--sizes", 1, plan.sizes), ("--seeds", 0, plan.seeds)):
+            raise RecipeError(f"it names one twice: {', '.join(labels)}", key=option(name))
+    for name, least, numbers in (("sizes", 1, plan.sizes), ("seeds", 0, plan.seeds)):
         wrong = [number for number in numbers if number is not None and number < least]
         if wrong:
-            raise RecipeError(f"{wrong[0]} is not a whole number of at least {least}", key=option)
+            raise RecipeError(f"{wrong[0]} is not a whole number of at least {least}", key=option(name))
     if plan.min_steps is not None and not plan.sizes:
-        problem = "it lengthens runs at the sizes of --sizes, and there are none"
-        raise RecipeError(problem, key="--min-steps", remedy="Take it out")
+        no_sizes = "it lengthens runs at the sizes of " + option("sizes") + ", and there are none"
+        raise RecipeError(no_sizes, key=option("min-steps"), remedy="Take it out")
+
+
+def change_of(text: str) -> Wording:
+    """Name a change of one variant, as it was given."""
+    return option("set", text, argument=f"changes=['{text}']")
 
 
 def labelled_recipes(plan: Plan) -> dict[str, Recipe]:
@@ -156,7 +161,7 @@ def _changes_by_label(labelled: dict[str, Recipe], changes: Sequence[str]) -> di
             word = change.partition(".")[0]
             raise RecipeError(
                 f"there is no '{word}' in this comparison",
-                key=f"--set {change}",
+                key=change_of(change),
                 remedy=sentences(
                     suggestion(word, labelled),
                     f"Write NAME.key.path=value, where NAME is one of: {', '.join(labelled)}",
@@ -168,12 +173,12 @@ def _changes_by_label(labelled: dict[str, Recipe], changes: Sequence[str]) -> di
 
 def _changed(recipe: Recipe, label: str, overrides: Sequence[str]) -> Recipe:
     """Apply overrides by the grammar of `tlscale run`, and check the recipe as a whole."""
-    changed = override_recipe(recipe, overrides, name=f"variant '{label}'", prefix=f"--set {label}.")
+    changed = override_recipe(recipe, overrides, name=f"variant '{label}'", prefix=f"change of {label}: ")
     for key, old, new in diff_recipes(recipe, changed):
         if key in _SAME_FOR_ALL:
             raise RecipeError(
                 f"{old!r} -> {new!r} would compare '{label}' on other images",
-                key=f"--set {label}.{key}",
+                key=change_of(f"{label}.{key}"),
                 remedy="Change the recipe, for all of them",
             )
     return changed

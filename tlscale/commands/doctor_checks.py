@@ -26,7 +26,7 @@ import yaml
 from packaging.requirements import Requirement
 
 from tlscale.distributed.host import num_cores
-from tlscale.errors import TlscaleError, one_line
+from tlscale.errors import TlscaleError, one_line, option
 from tlscale.storage.cache import cache_root, nearest_folder
 from tlscale.tracking.working_folder import wandb_files
 
@@ -193,7 +193,7 @@ def _disks() -> Iterator[Finding]:
 
 
 _DISK_REMEDIES = {
-    "runs": "Write runs elsewhere (--out DIR), or make room",
+    "runs": "Write runs elsewhere (" + option("out", "DIR").shell + "), or make room",
     "cache": "Set TLSCALE_CACHE to a folder with room that you may write to; `tlscale codes prune` makes room",
     "temporary files": "Set TMPDIR to a folder with room that you may write to",
 }

@@ -28,7 +28,7 @@ from tlscale.data.workers import default_workers
 from tlscale.distributed.device import naming_memory
 from tlscale.distributed.processes import Processes, start_processes
 from tlscale.distributed.signals import StopRequest
-from tlscale.errors import RecipeError, RunFolderError, TlscaleError
+from tlscale.errors import RecipeError, RunFolderError, TlscaleError, option
 from tlscale.models.export import TrainedModel, load
 from tlscale.recipe.load import load_stored_recipe
 from tlscale.recipe.schema import LossSection, Recipe
@@ -84,7 +84,7 @@ def evaluate_run(
     target = None if out is None else _checked_out(Path(out))
     if name is not None and not _NAME.fullmatch(name):
         remedy = "Write letters, digits, '.', '_' and '-'"
-        raise RecipeError(f"'{name}' is not the name of a folder", key="--name", remedy=remedy)
+        raise RecipeError(f"'{name}' is not the name of a folder", key=option("name"), remedy=remedy)
     finished = FinishedRun(folder, own, load(folder))
     with (
         closing(start_processes(recipe.compute.without_engine())) as processes,
@@ -163,13 +163,13 @@ def _checked_out(out: Path) -> Path:
     """
     if (out / "run.json").exists():
         remedy = "Give a folder of the evaluation's own"
-        raise RunFolderError(f"'{out}' is a run folder", key="--out", remedy=remedy)
+        raise RunFolderError(f"'{out}' is a run folder", key=option("out"), remedy=remedy)
     if (out / _FILE).exists() and "num_images" not in read_json(out / _FILE):
-        raise RunFolderError(f"'{out / _FILE}' is not from an evaluation, so it is not replaced", key="--out")
+        raise RunFolderError(f"'{out / _FILE}' is not from an evaluation, so it is not replaced", key=option("out"))
     if why := _disk_error(lambda: make_folder(out)):
-        raise RunFolderError(f"'{out}' cannot be made: {why}", key="--out")
+        raise RunFolderError(f"'{out}' cannot be made: {why}", key=option("out"))
     if not os.access(out, os.W_OK | os.X_OK):
-        raise RunFolderError(f"'{out}' cannot be written to: permission denied", key="--out")
+        raise RunFolderError(f"'{out}' cannot be written to: permission denied", key=option("out"))
     return out
 
 
@@ -201,10 +201,11 @@ def _write(
     if why is None:
         return f"figures: {target / _FILE}   predictions: {target / 'predictions.parquet'}"
     if asked_for:
-        error = TlscaleError(f"the figures cannot be written to '{target}': {why}", key="--out")
+        error = TlscaleError(f"the figures cannot be written to '{target}': {why}", key=option("out"))
         error.reported_by_main = True
         raise error
-    return f"the figures could not be written to '{target}' ({why}); --out DIR writes them elsewhere"
+    elsewhere = option("out", "DIR").shell + " writes them elsewhere"
+    return f"the figures could not be written to '{target}' ({why}); {elsewhere}"
 
 
 def _disk_error(write: Callable[[], None]) -> str | None:

@@ -16,7 +16,7 @@ from tlscale.data.sources.labelled import count_shared, open_labelled, own_image
 from tlscale.data.sources.open import BadImages, ImageData, ImageSplit, open_data
 from tlscale.data.sources.tables import Role
 from tlscale.distributed.processes import Processes
-from tlscale.errors import DataError
+from tlscale.errors import DataError, option
 from tlscale.models.export import TrainedModel
 from tlscale.recipe.schema import DataSection, Recipe
 from tlscale.storage.files import text_sha256
@@ -102,13 +102,14 @@ def own_split(run: FinishedRun, name: Role | None) -> Scored:
     name = name or next(iter(splits))
     if name not in splits:
         remedy = f"Name one of: {', '.join(splits)}"
-        raise DataError(f"the data of '{folder}' have no split '{name}'", key="--split", remedy=remedy)
+        raise DataError(f"the data of '{folder}' have no split '{name}'", key=option("split"), remedy=remedy)
     if name == "validation" and run.refitted:
         raise DataError(
             f"'{folder}': its probe was fitted once more on training and validation images together "
             "(probe.refit), so its own data have no image left to score it on",
-            remedy="Score it on other images (--data DATA), or run it again with a test split or with "
-            "probe.refit=false",
+            remedy="Score it on other images ("
+            + option("data", "DATA")
+            + "), or run it again with a test split or with probe.refit=false",
         )
     figures: dict[str, Any] = {"split": name, "source": section.source, "data": data_name(section), "own": True}
     notes = []
@@ -116,7 +117,8 @@ def own_split(run: FinishedRun, name: Role | None) -> Scored:
         changed = f"the data of '{folder}' are not those that it was trained on"
         if name != "test":
             raise DataError(
-                f"{changed}, so its {name} images are not known", remedy="Bring the data back, or give --data DATA"
+                f"{changed}, so its {name} images are not known",
+                remedy="Bring the data back, or give " + option("data", "DATA"),
             )
         notes.append(f"{changed}: the test images may be others as well")
     if name == "validation":

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from tlscale.data.sources.manifest import TABLE_ENDINGS
 from tlscale.data.sources.open import source_of
-from tlscale.errors import RecipeError
+from tlscale.errors import RecipeError, option
 from tlscale.recipe.schema import DataSection, Recipe
 from tlscale.recipe.schema_keys import all_keys
 from tlscale.recipe.sources import SOURCE_KEYS, SOURCES
@@ -35,7 +35,7 @@ def changes_for_evaluation(own: Recipe, overrides: Sequence[str], data: str | No
     given = {text.partition("=")[0].strip(): text.partition("=")[2].strip() for text in overrides}
     if data is not None and "data.path" in given:
         problem = "both name the place of the images"
-        raise RecipeError(problem, key="--data, data.path", remedy="Give one of them")
+        raise RecipeError(problem, key=option("data") + ", data.path", remedy="Give one of them")
     place = [] if data is None else _as_overrides(data, given.get("data.source"))
     keys = [text.partition("=")[0] for text in place] + list(given)
     is_other = any(key.removeprefix("data.") in _PLACE for key in keys if key.startswith("data."))
@@ -84,5 +84,5 @@ def _as_overrides(data: str, source: str | None) -> list[str]:
         return [path]
     kinds = f"a folder, a table ({', '.join(TABLE_ENDINGS)}) or fashion_mnist"
     remedy = f"It takes {kinds}; for a data set of the hub add data.source=hub"
-    found = source_of(data, key="--data", remedy=remedy)
+    found = source_of(data, key=option("data"), remedy=remedy)
     return [f"data.source={found}", *([] if SOURCES[found].path == "none" else [path])]

@@ -24,7 +24,7 @@ from tlscale.commands.model_card import write_card
 from tlscale.data.given import find_images, read_given
 from tlscale.data.loader import ImageStore, stacked
 from tlscale.data.sources.open import ImageSplit
-from tlscale.errors import DataError, RunFolderError, TlscaleError, one_line, speaks_python
+from tlscale.errors import DataError, RunFolderError, TlscaleError, flag, one_line, option, speaks_python
 from tlscale.models.classifier import CodesClassifier
 from tlscale.models.exports.check import Evidence, about
 from tlscale.models.exports.onnx_file import write_onnx
@@ -72,7 +72,7 @@ def export(
             model gives; then nothing is written.
     """
     if to not in TARGETS:
-        raise DataError(f"there is no '{to}'", key="to", remedy=f"There are: {', '.join(TARGETS)}")
+        raise DataError(f"there is no '{to}'", key=option("to"), remedy=f"There are: {', '.join(TARGETS)}")
     folder, target = Path(run), Path(os.path.abspath(out))
     trained = load(folder)
     _refuse_training_codes(trained, allowed=with_training_codes)
@@ -118,7 +118,7 @@ def _refuse_training_codes(trained: TrainedModel, *, allowed: bool) -> None:
         raise DataError(
             f"nearest neighbours are found among the training images: the export would carry the features of all "
             f"{num:,} ({width:,} numbers each), from which something of the images may be told",
-            key="with_training_codes",
+            key=flag("with-training-codes"),
             remedy="Switch it on where whoever gets the export may have them, or fit another probe (probe.kind=ridge)",
         )
 
@@ -153,7 +153,7 @@ def _named(folder: Path, trained: TrainedModel, places: list[str]) -> Evidence:
     pixels, why = read_given(found, trained.input_spec, RunFacts.of(folder).max_pixels)
     if not pixels:
         problem = f"none of them can be read; the first: {why[0]}" if found else "; ".join(notes) or "there are none"
-        raise DataError(problem, key="images", remedy="Name images like those that the model is for")
+        raise DataError(problem, key=option("images"), remedy="Name images like those that the model is for")
     return Evidence(trained, torch.from_numpy(stacked(pixels)), None, "images that were named")
 
 
@@ -201,18 +201,20 @@ def _refuse_foreign(target: Path, to: str) -> None:
         return
     remedy = "Give another folder"
     if not target.is_dir():
-        raise RunFolderError(f"'{target}' is there, and no folder", key="out", remedy=remedy)
+        raise RunFolderError(f"'{target}' is there, and no folder", key=option("out"), remedy=remedy)
     there = {path.name for path in target.iterdir() if not path.name.startswith(f"{_ASIDE}.")}
     ours = read_json(target / NOTES)
     if there and "tlscale" not in ours:
         raise RunFolderError(
-            f"'{target}' is not empty and no export of tlscale, so nothing is written there", key="out", remedy=remedy
+            f"'{target}' is not empty and no export of tlscale, so nothing is written there",
+            key=option("out"),
+            remedy=remedy,
         )
     if there and ours.get("to") != to:
-        raise RunFolderError(f"'{target}' holds an export to {ours.get('to')}", key="out", remedy=remedy)
+        raise RunFolderError(f"'{target}' holds an export to {ours.get('to')}", key=option("out"), remedy=remedy)
     if others := sorted(there - {NOTES, *ours.get("files", ())}):
         problem = f"'{target}' holds '{others[0]}' as well, which is no part of the export"
-        raise RunFolderError(problem, key="out", remedy=remedy)
+        raise RunFolderError(problem, key=option("out"), remedy=remedy)
 
 
 def _make_aside(target: Path) -> Path:

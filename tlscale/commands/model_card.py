@@ -12,7 +12,7 @@ from typing import Any
 
 from tlscale.commands.evaluation_images import data_name
 from tlscale.commands.tables import over_groups
-from tlscale.errors import DataError, one_line
+from tlscale.errors import DataError, one_line, option
 from tlscale.models.model_folder import TrainedModel
 from tlscale.recipe.load import load_stored_recipe
 from tlscale.recipe.schema import Recipe
@@ -47,7 +47,7 @@ def write_card(run: Path, folder: Path, trained: TrainedModel, *, whole: bool, l
     """
     if not _LICENCE.fullmatch(licence):
         remedy = "Give its short name, such as mit, apache-2.0 or cc-by-4.0"
-        raise DataError(f"'{one_line(licence)}' is not the name of a licence", key="licence", remedy=remedy)
+        raise DataError(f"'{one_line(licence)}' is not the name of a licence", key=option("licence"), remedy=remedy)
     place = RunFolder(run)
     recipe = load_stored_recipe(place.recipe).recipe if place.recipe.is_file() else None
     result, info = read_result(place) or {}, read_run_info(place) or {}

@@ -19,7 +19,7 @@ from typing import BinaryIO
 from tlscale.data.given import find_images, lines_of
 from tlscale.distributed.processes import Processes
 from tlscale.distributed.signals import StopRequest
-from tlscale.errors import DataError, Stopped, first_few, speaks_python
+from tlscale.errors import DataError, Stopped, first_few, flag, option, speaks_python
 from tlscale.models.model_folder import CONFIG_FILE
 from tlscale.storage.files import file_sha256, reporting_disk_errors
 from tlscale.tracking.console import Console, visible
@@ -91,7 +91,7 @@ def predict_for_people(
     """Do what the command line says: `-` among the places stands for paths on standard input."""
     if out is None and wanted["resume"]:
         remedy = "Name the file that is to go on"
-        raise DataError("only a file can be resumed", key="resume", remedy=remedy)
+        raise DataError("only a file can be resumed", key=flag("resume"), remedy=remedy)
     if not places and images_from is None:
         raise DataError("no image was named", remedy="Name files, folders or globs; - takes paths from standard input")
     write_rows(run, places, None if out is None else Path(out), _Wanted(**wanted), images_from)  # type: ignore[arg-type]
@@ -113,7 +113,7 @@ def write_rows(
     if out is not None and out.suffix.lower() not in SUFFIXES:
         raise DataError(
             f"'{out}' has no ending of a kind that is written",
-            key="out",
+            key=option("out"),
             remedy=f"End it in one of {', '.join(SUFFIXES)}",
         )
     trained = load(run)
@@ -181,7 +181,7 @@ class _Paths(ExitStack):
         try:
             return self.enter_context(open(name, "rb"))
         except OSError as error:
-            raise DataError(f"'{name}' cannot be read: {error.strerror or error}", key="images_from") from None
+            raise DataError(f"'{name}' cannot be read: {error.strerror or error}", key=option("images-from")) from None
 
     def _note(self, text: str) -> None:
         if len(self.notes) < 10:  # a list may name a million

@@ -23,7 +23,7 @@ from tlscale.distributed.device import choose_algorithms, naming_memory
 from tlscale.distributed.host import num_cores
 from tlscale.distributed.processes import Processes, start_processes
 from tlscale.distributed.signals import StopRequest, stopped_by
-from tlscale.errors import ResumeError, RunFolderError, Stopped
+from tlscale.errors import ResumeError, RunFolderError, Stopped, flag, option
 from tlscale.models.model_folder import fault_of_model
 from tlscale.recipe.load import diff_recipes, load_stored_recipe, with_values
 from tlscale.recipe.schema import Recipe
@@ -63,7 +63,7 @@ MAY_CHANGE = (
     "wandb",
 )
 
-_OTHER_DATA = "Bring them back, or start another: --out DIR"
+_OTHER_DATA = "Bring them back, or start another: " + option("out", "DIR")
 _NEEDED = ("data", "bad_images", "input", "weights")  # of `run.json`, to compare them with those of today
 
 _KEEP_EVERY_S = 10.0  # seconds of a start on disk
@@ -237,7 +237,7 @@ def _earlier_result(folder: RunFolder, recipe: Recipe, console: Console) -> dict
     if recipe.probe is None and not list_checkpoints(folder.checkpoints):
         raise RunFolderError(
             f"'{folder.path}' was complete, and is damaged; there is no checkpoint to finish it from: {fault}",
-            remedy="Copy it from where it is whole, or run the recipe again with --overwrite.",
+            remedy="Copy it from where it is whole, or run the recipe again with " + flag("overwrite") + ".",
         )
     console.say(f"WARNING: '{folder.path}' was complete, and is finished again: {fault}", style="bold red")
     return None
@@ -286,7 +286,7 @@ def _refuse_other_recipe(
         lines = "\n  ".join(f"{key}: {old!r} -> {new!r}" for key, old, new in changes)
         raise ResumeError(
             f"'{folder.path}' cannot be resumed with another recipe:\n  {lines}",
-            remedy=f"Its own recipe is '{folder.recipe}'; another recipe wants another folder: --out DIR",
+            remedy=f"Its own recipe is '{folder.recipe}'; another recipe wants another folder: " + option("out", "DIR"),
         )
     return older, False
 
@@ -307,7 +307,7 @@ def _refuse_other_transform(run_info: dict[str, Any], setup: RunSetup, folder: R
             f"'{folder.path}' cannot be resumed: its images would be fed in another way ({', '.join(changes)}). "
             "Versions of tlscale before this one took crop_pct from the size of the first training image; now it "
             "comes from the median size of the training split",
-            remedy=f"Start another run: --out DIR{keep}",
+            remedy="Start another run: " + option("out", "DIR") + keep,
         )
 
 

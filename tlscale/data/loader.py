@@ -148,7 +148,7 @@ class ImageStore:
                 where=self.split.where(row),
             )
         except DataError as error:
-            bad = BadImageError(error.problem, key=error.key, remedy=error.remedy)
+            bad = error.recast(BadImageError, error.key)
             bad.image = self.split.name, row
             raise bad from error
 

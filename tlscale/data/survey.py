@@ -28,7 +28,7 @@ from tlscale.data.sources.split_names import WHOLE, split_keys
 from tlscale.data.sources.tables import RawStore, Role, Source, SourceSplit
 from tlscale.data.table_layout import guess_columns, name_splits, rows_to_leave_out
 from tlscale.data.workers import map_in_threads
-from tlscale.errors import DataError, one_line
+from tlscale.errors import DataError, one_line, option
 from tlscale.recipe.schema import DataSection
 from tlscale.recipe.sources import SOURCES
 from tlscale.tracking.progress import Pace
@@ -124,7 +124,9 @@ def survey(place: str, exclude: Path) -> Survey:
         Stopped: it was asked to stop.
     """
     if exclude.exists():
-        raise DataError(f"'{exclude}' is there already", remedy="Name another recipe (--out), or remove that table")
+        raise DataError(
+            f"'{exclude}' is there already", remedy="Name another recipe (" + option("out") + "), or remove that table"
+        )
     keys, left_out, notes = _keys_of(place)
     try:
         return _survey(keys, left_out, notes, exclude)

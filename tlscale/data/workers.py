@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from tlscale import faults
 from tlscale.distributed.host import num_cores
 from tlscale.distributed.signals import check_stop, signal_when_parent_dies
-from tlscale.errors import TlscaleError, WorkerError
+from tlscale.errors import TlscaleError, WorkerError, flag
 from tlscale.recipe.schema import DataSection
 
 
@@ -100,7 +100,7 @@ def load_in_order(
             raise
         raise WorkerError(
             f"a process that reads images was killed ({error}), most likely for lack of memory",
-            remedy="Set fewer of them (data.workers=1; 0: none), and resume with --resume.",
+            remedy="Set fewer of them (data.workers=1; 0: none), and resume with " + flag("resume") + ".",
             key="data.workers",
         ) from error
     finally:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tlscale.distributed.processes import Processes
-from tlscale.errors import DesyncError
+from tlscale.errors import DesyncError, flag
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _POSITIONS = 2**20  # of a tensor that are summed at once, so that its copy as 64-bit integers stays small
@@ -54,7 +54,7 @@ def check_replicas_agree(tensors: Mapping[str, Tensor], processes: Processes, st
             f"the processes do not train the same network any more: after step {step}, {found}. Nothing was saved; the "
             "checkpoints before were compared in the same way. Either a device computes wrongly, or it is of another "
             "kind than the others, or code besides the loop changed weights there",
-            remedy="Check the device, then resume from the last checkpoint with --resume.",
+            remedy="Check the device, then resume from the last checkpoint with " + flag("resume") + ".",
         )
 
 

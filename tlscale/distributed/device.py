@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from tlscale.errors import DeviceMemoryError
+from tlscale.errors import DeviceMemoryError, Text, flag
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -66,14 +66,15 @@ def choose_algorithms(device: torch.device, *, deterministic: bool) -> None:
 _NO_MEMORY = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
 
 _LESS = (
-    "Set a lower one, or compute.gradient_checkpointing=true, and resume with --resume: nothing that was saved is "
-    "lost. Where it was an evaluation, set evaluate.batch_size. With a lower batch_size it is another training, in "
-    "another folder."
+    "Set a lower one, or compute.gradient_checkpointing=true, and resume with "
+    + flag("resume")
+    + ": nothing that was saved is lost. Where it was an evaluation, set evaluate.batch_size. With a lower "
+    "batch_size it is another training, in another folder."
 )
 
 
 @contextmanager
-def naming_memory(key: str = "compute.micro_batch_size", remedy: str = _LESS) -> Iterator[None]:
+def naming_memory(key: str = "compute.micro_batch_size", remedy: Text = _LESS) -> Iterator[None]:
     """Name the keys that save memory where the device has none left; by default those of a run.
 
     Raises:

@@ -21,7 +21,7 @@ from types import FrameType, TracebackType
 from typing import Any, Protocol
 
 from tlscale import faults
-from tlscale.errors import Stopped
+from tlscale.errors import Stopped, Text
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _LOOK_EVERY_S = 0.5  # between two looks at a disk or at other processes
@@ -161,7 +161,7 @@ def stopped_by() -> str:
     return (_active[-1].by if _active else "") or "a signal to another process"
 
 
-def check_stop(doing: str, kept: str = "") -> None:
+def check_stop(doing: str, kept: Text = "") -> None:
     """Raise `Stopped` if this process was asked to stop: long loops call it at least once a second, or a batch.
 
     Where processes wait for each other it is called within `Processes.run_on_all`, `run_on_main` or `main_first`, which

@@ -149,7 +149,7 @@ def _create(section: BackboneSection, size: dict[str, Any], *, pretrained: bool)
                 section.name, pretrained=pretrained, num_classes=0, in_chans=section.in_chans, **size, **rates
             )
     except ModelError as error:
-        raise ModelError(error.problem, key=error.key or "backbone.name", remedy=error.remedy) from error
+        raise error.recast(ModelError, error.key or "backbone.name") from error
     except TypeError as error:
         if not rates:
             raise
@@ -211,7 +211,7 @@ def _load_from_elsewhere(model: nn.Module, section: BackboneSection) -> WeightsR
             model.load_pretrained(str(path))  # type: ignore[operator]
             return WeightsReport(_pretrained_origin(model), 0, 0, state_digest(model.state_dict()))
     except ModelError as error:
-        raise ModelError(error.problem, key=error.key or "backbone.name", remedy=error.remedy) from error
+        raise error.recast(ModelError, error.key or "backbone.name") from error
     except Exception as error:
         raise _no_weights(section, error) from error
     report = load_file(model, section.model_copy(update={"weights": str(path)}))

@@ -40,7 +40,7 @@ def start_from_run(
     try:
         earlier = load(Path(section.run))
     except RunFolderError as error:
-        raise ModelError(error.problem, key=_KEY, remedy=error.remedy) from error
+        raise error.recast(ModelError, _KEY) from error
     theirs = _backbone_of(earlier.model)
     cfg = dict(cast(Any, theirs).pretrained_cfg)
     if not section.elsewhere and section.name.split(".")[0] != cfg["architecture"]:

@@ -22,7 +22,7 @@ from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
 from tlscale.data.transforms import InputSpec
-from tlscale.errors import ModelError, RunFolderError
+from tlscale.errors import ModelError, RunFolderError, Wording, flag
 from tlscale.models.classifier import Classifier, CodesClassifier, feature_width
 from tlscale.models.features import LayerCodes
 from tlscale.models.foreign import check_model_args
@@ -37,6 +37,8 @@ FORMAT = 2
 MODEL_FILE = "model.safetensors"
 HEAD_FILE = "head.safetensors"
 CONFIG_FILE = "config.json"
+_CHANGED = "It is damaged, or was changed: copy it again from where it is whole, or run the recipe again with "
+_FINISH = Wording("(tlscale run ... --resume)", "(tlscale.run(..., resume=True))")
 _MOST_CONFIG_BYTES = 64 * 2**20  # a million classes
 
 
@@ -199,8 +201,7 @@ def _read_config(path: Path) -> _Config:
     if checked.tlscale.sha256 is not None and checked.tlscale.config_sha256 not in (None, config_digest(config)):
         raise RunFolderError(
             f"the model in '{path.parent}' cannot be loaded: '{path}' is not the file that was exported",
-            remedy="It is damaged, or was changed: copy it again from where it is whole, or run the recipe again with "
-            "--overwrite",
+            remedy=_CHANGED + flag("overwrite"),
         )
     return checked
 
@@ -226,8 +227,7 @@ def _read_tensors(folder: Path, file: str, ours: _Ours) -> dict[str, Tensor]:
     if ours.sha256 is not None and (found := file_sha256(path)) != ours.sha256.get(file):
         raise ModelError(
             f"'{path}' is not the file that was exported (its SHA-256 is {found}, not {ours.sha256.get(file)})",
-            remedy="It is damaged, or was changed: copy it again from where it is whole, or run the recipe again with "
-            "--overwrite",
+            remedy=_CHANGED + flag("overwrite"),
         )
     return safetensors.torch.load_file(path)
 
@@ -272,9 +272,7 @@ def load(run: str | Path, *, as_stored: bool = False) -> TrainedModel:
     folder = folder / "model" if (folder / "model" / CONFIG_FILE).is_file() else folder
     path = folder / CONFIG_FILE
     if not path.is_file():
-        raise RunFolderError(
-            f"'{run}' holds no model: there is no '{path}'", remedy="Has the run ended? (tlscale run ... --resume)"
-        )
+        raise RunFolderError(f"'{run}' holds no model: there is no '{path}'", remedy="Has the run ended? " + _FINISH)
     config = _read_config(path)
     ours = config.tlscale
     with _cannot_be_loaded(folder), torch.random.fork_rng(devices=[]):

@@ -130,7 +130,7 @@ def read_state(path: Path, section: BackboneSection) -> dict[str, Tensor]:
         check_tensors(state, path)
         return state
     except ModelError as error:
-        raise ModelError(error.problem, key=error.key or _KEY, remedy=error.remedy) from error
+        raise error.recast(ModelError, error.key or _KEY) from error
     except pickle.UnpicklingError as error:
         raise ModelError(
             f"'{path}' holds more than tensors, so it is not read: {first_line(error)}", key=_KEY

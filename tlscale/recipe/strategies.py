@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
 
-from tlscale.errors import RecipeError, sentences, suggestion
+from tlscale.errors import RecipeError, option, sentences, suggestion
 from tlscale.recipe.duration import Duration, parse_duration
 from tlscale.recipe.rules import Rule
 from tlscale.recipe.schema import NO_EFFECT_BESIDE, Recipe
@@ -64,7 +64,8 @@ def derive(
             f"is none in recipe '{recipe.name}', but the strategy '{strategy}' transfers what a backbone has learned",
             key="backbone.weights",
             remedy="Name weights (pretrained, or the path of a file), or compare from scratch only: "
-            "--strategies scratch.",
+            + option("strategies", "scratch", argument="strategies=['scratch']")
+            + ".",
         )
     if strategy == "early_codes" and not early_layers:
         problem = f"'{recipe.backbone.name}' has no layers before the penultimate codes"

@@ -18,7 +18,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from tlscale import faults
-from tlscale.errors import TlscaleError
+from tlscale.errors import TlscaleError, flag
 
 _NOT_FLUSHED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
 
@@ -42,7 +42,7 @@ def naming_disk_errors(path: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         raise TlscaleError(
             f"cannot write to '{path}': {error}",
-            remedy="The checkpoints are untouched; make room and resume with --resume",
+            remedy="The checkpoints are untouched; make room and resume with " + flag("resume"),
         ) from error
 
 
@@ -77,7 +77,9 @@ def disk_error(error: OSError) -> TlscaleError:
     files = " and ".join(f"'{os.fsdecode(name)}'" for name in (error.filename, error.filename2) if name is not None)
     return TlscaleError(
         f"{files or 'a file'} cannot be read or written: {error.strerror or error}",
-        remedy="What is finished stays; make sure that the disk is well, and go on with the same line (run: --resume)",
+        remedy="What is finished stays; make sure that the disk is well, and go on with the same line (run: "
+        + flag("resume")
+        + ")",
     )
 
 

@@ -17,7 +17,7 @@ from typing import Literal
 from filelock import FileLock, Timeout
 
 from tlscale import faults
-from tlscale.errors import EXIT_BAD_INPUT, EXIT_FAILED, RunFolderError
+from tlscale.errors import EXIT_BAD_INPUT, EXIT_FAILED, RunFolderError, flag, option
 from tlscale.storage.cache import is_forbidden
 from tlscale.storage.files import flush, left_overs, make_folder, remove_left_overs
 
@@ -87,7 +87,7 @@ def forget_stop(folder: RunFolder) -> bool:
     except OSError as error:
         raise RunFolderError(
             f"'{folder.stop}' asks each run here to stop, and cannot be removed: {error.strerror or error}",
-            remedy="Remove it, or give another folder: --out DIR",
+            remedy="Remove it, or give another folder: " + option("out", "DIR"),
         ) from None
     return True
 
@@ -112,7 +112,8 @@ def claim(path: Path, mode: Mode) -> Iterator[RunFolder]:
         lock.acquire()
     except Timeout:
         raise RunFolderError(
-            f"another job is writing to '{path}'", remedy="Wait for it, or give this one a folder of its own: --out DIR"
+            f"another job is writing to '{path}'",
+            remedy="Wait for it, or give this one a folder of its own: " + option("out", "DIR"),
         ) from None
     except OSError as error:
         refused = RunFolderError(f"cannot write to the run folder '{path}': {error.strerror or error}")
@@ -126,7 +127,12 @@ def claim(path: Path, mode: Mode) -> Iterator[RunFolder]:
         if mode == "fresh" and _entries(folder):
             raise RunFolderError(
                 f"'{path}' already holds a run",
-                remedy="--resume resumes it, --overwrite replaces it, --out DIR writes elsewhere",
+                remedy=flag("resume")
+                + " resumes it, "
+                + flag("overwrite")
+                + " replaces it, "
+                + option("out", "DIR")
+                + " writes elsewhere",
             )
         faults.at("claimed")
         yield folder
@@ -145,7 +151,7 @@ def _refuse_foreign(folder: RunFolder) -> None:
     if _entries(folder) and not _is_run(folder):
         raise RunFolderError(
             f"'{folder.path}' is not empty and not a run of tlscale (it has no run.json), so nothing is written there",
-            remedy="Give another folder: --out DIR",
+            remedy="Give another folder: " + option("out", "DIR"),
         )
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from tlscale.errors import ResumeError
+from tlscale.errors import ResumeError, flag, option
 from tlscale.models.backbone import layer_depths
 from tlscale.models.partition.partition import NoPartition, find_partition
 from tlscale.models.partition.self_check import OF_BATCH_SIZE, OF_CALLS
@@ -178,7 +178,10 @@ def refuse_uncorrected(folder: RunFolder, setup: RunSetup, run_info: dict[str, A
         raise ResumeError(
             f"'{folder.path}' cannot be resumed: it began with a version of tlscale in which something was wrong, and "
             f"would be another training from step {clock['step']} on:\n  {lines}",
-            remedy="Finish it with the version that it began with, or begin it again: --overwrite, or --out DIR",
+            remedy="Finish it with the version that it began with, or begin it again: "
+            + flag("overwrite")
+            + ", or "
+            + option("out", "DIR"),
         )
     return run_info
 

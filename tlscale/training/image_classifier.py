@@ -22,7 +22,7 @@ from PIL import Image
 from tlscale.codes.shards import BLOCK
 from tlscale.data.given import Given, InMemory, find_images, name_of
 from tlscale.distributed.processes import Processes
-from tlscale.errors import DataError, ModelError, TlscaleError, first_few, speaks_python
+from tlscale.errors import DataError, ModelError, TlscaleError, first_few, option, speaks_python
 from tlscale.models import model_folder
 from tlscale.models.features import PENULTIMATE
 from tlscale.models.model_folder import TrainedModel
@@ -102,7 +102,9 @@ def checked_columns(classes: tuple[str, ...], top_k: int, *, all_probabilities: 
     """
     if not 1 <= top_k <= len(classes):
         remedy = f"Give 1 to {len(classes):,}"
-        raise DataError(f"{top_k} labels of a model that has {len(classes):,} classes", key="top_k", remedy=remedy)
+        raise DataError(
+            f"{top_k} labels of a model that has {len(classes):,} classes", key=option("top-k"), remedy=remedy
+        )
     return Columns(classes, top_k, all_probabilities)
 
 
@@ -193,8 +195,8 @@ class ImageClassifier(TrainedModel):
                 blocks = read_blocks(given, path, errors, block=path.block)
                 parts = [path(block_BCSS).float().cpu().numpy() for block_BCSS in blocks]
         except ModelError as error:
-            error.key = error.key and error.key.removeprefix("codes.")  # it is a key of recipes, too
-            raise
+            key = error.key and error.key.removeprefix("codes.")  # it is a key of recipes, too
+            raise error.recast(ModelError, key) from error
         sound_N = np.array([why is None for why in errors], dtype=bool)
         refuse_none_read(len(given), int(sound_N.sum()), name_of(given[0]), errors[0])
         values_ND = np.full((len(given), parts[0].shape[1]), np.nan, np.float32)

@@ -20,7 +20,7 @@ from tlscale.data.decode import BadImageError
 from tlscale.data.workers import most_workers
 from tlscale.distributed.processes import Processes
 from tlscale.distributed.signals import stopped_by
-from tlscale.errors import NonFiniteLossError, Stopped, WorkerError
+from tlscale.errors import NonFiniteLossError, Stopped, WorkerError, flag
 from tlscale.recipe.seeds import derive_seed
 from tlscale.storage.run_folder import RunFolder
 from tlscale.tracking.console import Console
@@ -382,5 +382,5 @@ def _stopped(loop: LoopState, setup: RunSetup, folder: RunFolder) -> Stopped:
     """Tell that the run was stopped, and by what."""
     return Stopped(
         f"stopped by {stopped_by()} after step {loop.step} of {setup.total_steps}; all is saved in '{folder.path}'",
-        remedy="The same line with --resume resumes it.",
+        remedy="The same line with " + flag("resume") + " resumes it.",
     )

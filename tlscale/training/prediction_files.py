@@ -16,7 +16,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
-from tlscale.errors import ResumeError, RunFolderError, one_line
+from tlscale.errors import ResumeError, RunFolderError, flag, one_line, option
 from tlscale.storage.files import flush, make_folder, write_json
 from tlscale.training.prediction_rows import Answers, Columns, csv_cell, csv_line, json_line
 from tlscale.training.predictions import readable
@@ -249,7 +249,7 @@ class Unfinished:
         """
         if self.exists:
             remedy = f"Resume it; or, to begin anew, remove '{self.path}'"
-            raise RunFolderError(f"'{file}' is unfinished", key="out", remedy=remedy)
+            raise RunFolderError(f"'{file}' is unfinished", key=option("out"), remedy=remedy)
 
     def refuse_other(self, file: Path) -> None:
         """Refuse to go on with another model or other columns.
@@ -266,16 +266,16 @@ class Unfinished:
         if names:
             remedy = f"Give what it was begun with; or, to begin anew, remove '{self.path}'"
             problem = f"'{file}' cannot be resumed: it was begun with another {', another '.join(names)}"
-            raise ResumeError(problem, key="resume", remedy=remedy)
+            raise ResumeError(problem, key=flag("resume"), remedy=remedy)
 
 
 def other_images(file: Path, number: int, path: str | None) -> ResumeError:
     """Make the error of a file that was begun with other images."""
     now = f"image {number:,} is now '{one_line(path)}'" if path is not None else f"there are now {number - 1:,} images"
     remedy = "Give the images that it was begun with, in the same order"
-    return ResumeError(f"'{file}' was begun with other images: {now}", key="resume", remedy=remedy)
+    return ResumeError(f"'{file}' was begun with other images: {now}", key=flag("resume"), remedy=remedy)
 
 
 def not_ours(file: Path) -> RunFolderError:
     """Make the error of a file that predictions would overwrite."""
-    return RunFolderError(f"'{file}' does not hold predictions, so it is not replaced", key="out")
+    return RunFolderError(f"'{file}' does not hold predictions, so it is not replaced", key=option("out"))

@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tlscale.errors import ResumeError
+from tlscale.errors import ResumeError, flag
 from tlscale.storage.files import flush, make_folder, replacing
 from tlscale.training.prediction_files import FORMAT, Ends, Resumed, Unfinished, not_ours, other_images
 from tlscale.training.prediction_rows import Answers, Cell, Columns
@@ -91,7 +91,7 @@ class ParquetFile:
 
     def _lost(self, part: Path, why: str) -> ResumeError:
         remedy = f"Bring it back; or, to begin anew, remove '{self._folder}'"
-        return ResumeError(f"'{part}' cannot be used: {why}", key="resume", remedy=remedy)
+        return ResumeError(f"'{part}' cannot be used: {why}", key=flag("resume"), remedy=remedy)
 
     def _compare(self, paths: Iterable[str], images: Iterator[str]) -> None:
         for number, then in enumerate(paths, self._num_written + 1):

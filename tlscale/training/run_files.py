@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from tlscale.data.sources.bad_images import BadImages
-from tlscale.errors import RunFolderError
+from tlscale.errors import RunFolderError, flag
 from tlscale.storage.run_folder import RunFolder
 from tlscale.training.computed import Computed
 
@@ -159,7 +159,8 @@ def _read(path: Path, facts: type[_Facts]) -> dict[str, Any] | None:
 def damaged(path: Path, why: str) -> RunFolderError:
     """Make the error of a file of a run folder that is not as the run left it."""
     return RunFolderError(
-        f"'{path}' is damaged, or was changed: {why}", remedy="Bring it back, or run the recipe again with --overwrite"
+        f"'{path}' is damaged, or was changed: {why}",
+        remedy="Bring it back, or run the recipe again with " + flag("overwrite"),
     )
 
 

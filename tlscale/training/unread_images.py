@@ -16,7 +16,7 @@ from tlscale.data.decode import BadImageError
 from tlscale.data.identity import used_identity
 from tlscale.data.sources.bad_images import find_bad_images
 from tlscale.distributed.processes import Processes
-from tlscale.errors import DataError
+from tlscale.errors import DataError, Text, flag
 from tlscale.storage.files import naming_disk_errors, write_json
 from tlscale.storage.run_folder import RunFolder
 from tlscale.training.loop_state import LoopState
@@ -82,7 +82,8 @@ def _unread_image(error: DataError, others: Unread, loop: LoopState, folder: Run
     also = f". {len(others):,} more, the first being {others[0][2]}" if others else ""
     saved = f"Up to step {loop.step} all is saved in '{folder.path}': repair" if loop.step else "Repair"
     what = "the images" if others else "the image"
-    remedy = f"{saved} {what}, and --resume goes on; {_FIND_ALL}. skip, in a run of its own, trains without them."
+    then = f" goes on; {_FIND_ALL}. skip, in a run of its own, trains without them."
+    remedy = f"{saved} {what}, and " + flag("resume") + then
     return _about_image(error, error.problem + also, remedy)
 
 
@@ -90,12 +91,13 @@ def unread_test_image(error: DataError, folder: RunFolder) -> DataError:
     """Tell that an image of the scored split cannot be read when the model is exported, and what to do."""
     remedy = (
         f"The model is in '{folder.model}', its figures are not written. Repair the image, or take it out, and "
-        f"--resume (or 'tlscale evaluate {folder.path}') computes them; {_FIND_ALL}."
+        + flag("resume")
+        + f" (or 'tlscale evaluate {folder.path}') computes them; {_FIND_ALL}."
     )
     return _about_image(error, error.problem, remedy)
 
 
-def _about_image(error: DataError, problem: str, remedy: str) -> DataError:
+def _about_image(error: DataError, problem: str, remedy: Text) -> DataError:
     told = DataError(problem, key=error.key or "data.on_bad_image", remedy=remedy)
     told.reported_by_main = error.reported_by_main
     return told

@@ -28,7 +28,7 @@ from tlscale.data.sources.manifest import is_manifest_source, read_manifest_sour
 from tlscale.data.sources.split_names import ROLES
 from tlscale.data.sources.splits import Chosen, choose_splits
 from tlscale.data.sources.tables import ImageSplit, Source
-from tlscale.errors import DataError
+from tlscale.errors import DataError, Text
 from tlscale.recipe.schema import DataSection
 
 __all__ = ["BadImages", "ImageData", "ImageSplit", "open_data"]
@@ -141,7 +141,7 @@ def recognised_source(data: str) -> str | None:
     return next((name for name, reader in SOURCES.items() if reader.recognises(data)), None)
 
 
-def source_of(data: str, *, remedy: str, key: str | None = None) -> str:
+def source_of(data: str, *, remedy: str, key: Text | None = None) -> str:
     """Return the name of the source that reads `data`.
 
     Args:

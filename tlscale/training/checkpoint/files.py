@@ -27,7 +27,7 @@ from torch import Tensor
 
 from tlscale import faults
 from tlscale.data.content import file_stamp
-from tlscale.errors import CheckpointError
+from tlscale.errors import CheckpointError, flag
 from tlscale.storage.files import flush, flush_and_hash, make_folder, remove_left_overs, write_text
 from tlscale.training.checkpoint.tensor_file import (
     CheckpointFile,
@@ -116,7 +116,7 @@ def cannot_save(root: Path, checkpoint: Checkpoint, error: BaseException) -> Che
     return CheckpointError(
         f"cannot save the checkpoint of step {checkpoint.step} ({num_bytes / 2**20:.1f} MiB) in '{root}': "
         f"{_reason(error)}",
-        remedy="The checkpoints before it are untouched; make room and resume with --resume.",
+        remedy="The checkpoints before it are untouched; make room and resume with " + flag("resume") + ".",
     )
 
 
@@ -232,7 +232,8 @@ def load_newest(folders: Sequence[Path], load: Callable[[Path], Checkpoint]) -> 
     if wrong:
         lines = "\n  ".join(wrong)
         none_left = CheckpointError(
-            f"no checkpoint in '{folders[0].parent}' can be used:\n  {lines}", remedy="--overwrite starts afresh."
+            f"no checkpoint in '{folders[0].parent}' can be used:\n  {lines}",
+            remedy=flag("overwrite") + " starts afresh.",
         )
         none_left.reported_by_main = True  # all processes come here together
         raise none_left
@@ -290,7 +291,7 @@ def point(root: Path, name: Literal["BEST", "LATEST"], step: int) -> None:
         write_text(pointer, f"{checkpoint_folder(root, step).name}\n")
     except OSError as error:
         raise CheckpointError(
-            f"cannot write '{pointer}': {_reason(error)}", remedy="Make room, then --resume."
+            f"cannot write '{pointer}': {_reason(error)}", remedy="Make room, then " + flag("resume") + "."
         ) from error
 
 

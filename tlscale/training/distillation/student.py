@@ -82,4 +82,4 @@ def _naming_the_key() -> Iterator[None]:
     except ModelError as error:
         if error.key != "codes.layer":
             raise
-        raise ModelError(f"student: {error.problem}", key="distill.match", remedy=error.remedy) from error
+        raise error.recast(ModelError, "distill.match", before="student: ") from error

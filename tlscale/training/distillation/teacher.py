@@ -115,7 +115,7 @@ def _asked(
     except ModelError as error:  # with the key that means the same of the teacher
         keys = {"codes.layer": "distill.match", "data.image_size": "distill.image_size"}
         key = keys.get(error.key or "", error.key)
-        raise ModelError(f"teacher: {error.problem}", key=key, remedy=error.remedy) from error
+        raise error.recast(ModelError, key, before="teacher: ") from error
     except Exception as error:  # each architecture complains in its own way about images too small for it
         why = (str(error).splitlines() or [type(error).__name__])[0]
         problem = f"the teacher cannot take images of {spec.image_size} pixels: {why}"
