@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tlscale import __version__
-from tlscale.cli_completion import completion, files, recipe_keys
 from tlscale.cli_parts import began_s, codes, listed, load, loading, numbers, recipes, reports_errors, takes_recipe
+from tlscale.commands.completion import completion, files, recipe_keys
 from tlscale.errors import TlscaleError
 from tlscale.tracking.stopwatch import Stopwatch, process_began_s
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tlscale.cli_completion import files, recipe_keys
+from tlscale.commands.completion import files, recipe_keys
 from tlscale.distributed.signals import StopRequest
 from tlscale.errors import TlscaleError
 from tlscale.tracking.stopwatch import Stopwatch

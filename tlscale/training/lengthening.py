@@ -10,7 +10,7 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
-from tlscale.errors import ResumeError
+from tlscale.errors import ResumeError, flag, option
 from tlscale.recipe.duration import Duration
 from tlscale.recipe.load import dump_recipe, load_stored_recipe, recipe_digest
 from tlscale.recipe.schema import Recipe
@@ -64,7 +64,11 @@ def refuse_longer(why: str, changes: Changes, folder: RunFolder) -> None:
     raise ResumeError(
         f"'{folder.path}' cannot be made longer: {why}",
         key=changes[0][0],
-        remedy=f"Train on from its weights in a run of its own: without --resume, and with --out DIR {weights}",
+        remedy="Train on from its weights in a run of its own: without "
+        + flag("resume")
+        + ", and with "
+        + option("out", "DIR")
+        + f" {weights}",
     )
 
 
@@ -83,7 +87,9 @@ def lengthen(setup: RunSetup, run_info: dict[str, Any], folder: RunFolder) -> di
         problem = (
             f"'{folder.path}' cannot be made longer: its {epochs:,} epochs saw fewer than codes.views={views} views"
         )
-        remedy = "Start another run, which standardises what the teacher gives over all of them: --out DIR"
+        remedy = "Start another run, which standardises what the teacher gives over all of them: " + option(
+            "out", "DIR"
+        )
         raise ResumeError(problem, key="duration", remedy=remedy)
     stored = load_stored_recipe(folder.recipe).recipe
     stored = stored.model_copy(update={"duration": longer.duration, "stages": longer.stages})
