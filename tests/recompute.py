@@ -7,8 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
+from scipy.stats import binomtest
 
-SCORED = ("num_images", "top1", "top5", "loss", "macro_f1", "ece", "num_without_answer", "per_class", "confusion")
+SCORED = (
+    *("num_images", "top1", "top5", "loss", "macro_f1", "balanced_accuracy", "ece"),
+    *("num_without_answer", "per_class", "confusion"),
+)
 
 
 def figures_from(path: Path) -> dict:
@@ -34,6 +38,7 @@ def figures_from(path: Path) -> dict:
         "top5": _top5(table, place, true_N, has_N) if num_classes > 5 else None,
         "loss": loss if np.isfinite(loss) else None,
         "macro_f1": float(np.mean(f1s)),
+        "balanced_accuracy": float(np.mean([hit_N[true_N == c].mean() for c in np.unique(true_N)])),
         "ece": _calibration_error(probability_N[has_N], hit_N[has_N]),
         "num_without_answer": int((~has_N).sum()),
         "per_class": per_class,
@@ -45,6 +50,7 @@ def _of_class(is_true_N, is_label_N, hit_N) -> dict:
     images, answers, hits = int(is_true_N.sum()), int(is_label_N.sum()), int((hit_N & is_true_N).sum())
     return {
         "accuracy": hits / images if images else None,
+        "accuracy_interval95": list(binomtest(hits, images).proportion_ci(0.95, "wilson")) if images else None,
         "precision": hits / answers if images and answers else None,
         "f1": 2 * hits / (images + answers) if images else None,
         "num_images": images,
@@ -74,9 +80,17 @@ def assert_follows(result: dict, path: Path, rel: float = 2e-6) -> None:
     import pytest
 
     found = figures_from(path)
-    exact = ("num_images", "top1", "top5", "num_without_answer", "confusion", "per_class")
+    for name, row in found["per_class"].items():  # the only floats of it that are not one division
+        interval = row.pop("accuracy_interval95")
+        there = result["per_class"][name].get("accuracy_interval95")
+        assert there == (interval if interval is None else pytest.approx(interval, abs=1e-9)), name
+    assert found["per_class"] == {
+        name: {key: value for key, value in row.items() if key != "accuracy_interval95"}
+        for name, row in result["per_class"].items()
+    }
+    exact = ("num_images", "top1", "top5", "num_without_answer", "confusion")
     for key in exact:
         assert found[key] == (pytest.approx(result[key]) if isinstance(result[key], float) else result[key]), key
-    for key in ("loss", "macro_f1", "ece"):
+    for key in ("loss", "macro_f1", "balanced_accuracy", "ece"):
         expected = result[key]
         assert found[key] == (expected if expected is None else pytest.approx(expected, rel=rel, abs=1e-7)), key

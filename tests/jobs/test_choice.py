@@ -26,7 +26,7 @@ def recipe_of(path, idx, select, choose=None, **changes):
 def whole(idx, tmp_path_factory):
     """A run for each figure that can choose, and one that takes the best."""
     folder = tmp_path_factory.mktemp("whole")
-    for name in ("top1", "loss", "macro_f1", "best"):
+    for name in ("top1", "loss", "macro_f1", "balanced_accuracy", "best"):
         select, choose = ("top1", "best") if name == "best" else (name, None)
         tlscale.run(recipe_of(folder / f"{name}.yaml", idx, select, choose), folder / name)
     return folder
@@ -41,7 +41,7 @@ def by_hand(out, select):
     return max(step for step, (figure, _) in figures.items() if figure >= least), best
 
 
-@pytest.mark.parametrize("select", ["top1", "loss", "macro_f1"])
+@pytest.mark.parametrize("select", ["top1", "loss", "macro_f1", "balanced_accuracy"])
 def test_the_latest_within_one_standard_error_is_exported(whole, select, capsys):
     out = whole / select
     chosen, best = by_hand(out, select)

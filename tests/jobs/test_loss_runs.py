@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import tlscale
+from tests.recompute import assert_follows
 from tests.small_runs import lines, put_teacher, result, small_recipe, tensors
 from tlscale.commands.evaluate import evaluate_run
 from tlscale.data.loader import train_batches
@@ -97,6 +98,43 @@ def test_one_step_is_the_formula(idx, tmp_path, weights, smoothing, augment, mic
         freeze=".*", codes={"keep": "never"},
     )  # fmt: skip
     assert_one_step_is_the_formula(recipe, tmp_path / "run", weights, smoothing)
+
+
+UNEQUAL = {"adjusted": {"logit_adjustment": 1.5}, "focal": {"kind": "focal", "focal_gamma": 2.0}}
+
+
+@pytest.mark.parametrize("name", UNEQUAL)
+def test_one_step_of_a_loss_for_unequal_classes_is_the_formula(idx, tmp_path, name):
+    """On real images, against torch's own gradient of the formula; what is reported is the plain cross-entropy."""
+    recipe = recipe_of(tmp_path / "r.yaml", idx, "none", 0.0, freeze=".*", codes={"keep": "never"})
+    recipe = recipe.with_(loss=UNEQUAL[name])
+    setup = set_up(recipe, world_size=1)
+    store, backbone = open_image_cache(setup).train(), setup.classifier.backbone.eval()
+    [[batch]] = train_batches(
+        store, setup.order, setup.split, 0, seed=0, augment=setup.augment, start_step=0, stop_step=1
+    )
+    weight_CD, bias_C = (part.detach().clone().requires_grad_() for part in setup.classifier.head.parameters())
+    with torch.no_grad():
+        codes_BD = backbone(to_input(batch, setup.spec, torch.float64))
+    logits_BC = codes_BD @ weight_CD.T + bias_C
+    counts_C = torch.bincount(torch.from_numpy(setup.data.train.labels_N), minlength=10).double()
+    if name == "adjusted":
+        logs_B = (
+            (logits_BC + 1.5 * torch.log(counts_C / counts_C.sum())).log_softmax(1).gather(1, batch.labels_B[:, None])
+        )
+        loss = -logs_B.mean()
+    else:
+        logs_B = logits_BC.log_softmax(1).gather(1, batch.labels_B[:, None])
+        loss = -((1 - logs_B.exp()) ** 2 * logs_B).mean()
+    loss.backward()
+    tlscale.run(recipe, tmp_path / "run")
+    last = tensors(tmp_path / "run" / "checkpoints" / "step_00000001" / "model.safetensors")
+    for part, before in (("weight", weight_CD), ("bias", bias_C)):
+        after = (before - LR * before.grad).detach()
+        np.testing.assert_allclose(last[f"head.0.{part}"].numpy(), after.numpy(), rtol=0, atol=1e-12)
+    [line] = lines(tmp_path / "run", "train")
+    assert line["loss"] == pytest.approx(float(loss.detach()), rel=1e-12)
+    assert_follows(result(tmp_path / "run"), tmp_path / "run" / "predictions.parquet")
 
 
 def test_beside_a_teacher_labels_weigh_the_same(idx, tmp_path, monkeypatch):

@@ -188,6 +188,27 @@ WRONG_RECIPES: list[tuple[str, str, list[str], list[str]]] = [
         ],
     ),
     (
+        "focal_gamma_of_nobody",
+        GOOD + "loss: {focal_gamma: 1.0}\n",
+        [],
+        [f"{AT}:4: loss.focal_gamma: has no effect with kind=cross_entropy. Remove it, or write kind: focal."],
+    ),
+    (
+        "focal_and_smoothing",
+        GOOD + "loss: {kind: focal, label_smoothing: 0.1}\n",
+        [],
+        [f"{AT}:4: loss.label_smoothing: is not supported with kind=focal. Remove it."],
+    ),
+    (
+        "twice_for_rare_classes",
+        GOOD + "loss: {logit_adjustment: 1, class_weights: balanced}\n",
+        [],
+        [
+            f"{AT}:4: loss.logit_adjustment: makes up for rare classes as class_weights does,",
+            "and both would do it twice. Remove one of them.",
+        ],
+    ),
+    (
         "distill_loss_of_nobody",
         GOOD + "evaluate: {select: distill_loss}\n",
         [],

@@ -233,6 +233,7 @@ def _show(figures: dict[str, Any], notes: Sequence[str], *, as_json: bool) -> No
     console.say(
         f"{figures['num_images']:,} {of}{chose}: top1 {number(figures['top1'])} "
         f"({interval_text(figures)}){against}, loss {number(figures['loss'])}, "
-        f"macro-F1 {number(figures['macro_f1'])}, ECE {number(figures['ece'])}",
+        f"macro-F1 {number(figures['macro_f1'])}, balanced accuracy {number(figures['balanced_accuracy'])}, "
+        f"ECE {number(figures['ece'])}",
         style="bold",
     )

@@ -100,7 +100,14 @@ def _figures(trained: TrainedModel, result: dict[str, Any]) -> str:
     ]
     if often := result.get("majority"):
         lines.append(f"Always saying {escaped(often['label'])} has {often['top1']:.4f}.")
-    others = [(name, result.get(key)) for name, key in (("macro-F1", "macro_f1"), ("calibration error", "ece"))]
+    others = [
+        (name, result.get(key))
+        for name, key in (
+            ("macro-F1", "macro_f1"),
+            ("balanced accuracy", "balanced_accuracy"),
+            ("calibration error", "ece"),
+        )
+    ]
     if told := [f"{name} {value:.4f}" for name, value in others if isinstance(value, float)]:
         lines.append(f"{', '.join(told)}.")
     rows = [(name, result.get("per_class", {}).get(name, {})) for name in trained.classes[:_MOST_CLASSES]]

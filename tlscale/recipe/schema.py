@@ -194,6 +194,9 @@ class Recipe(Section):
                 remedy = "Write another figure."
                 raise InvalidValueError("distill_loss needs 'distill'", remedy, keys=["evaluate.select", "distill"])
             return
+        if self.loss.kind != "cross_entropy":
+            problem = f"{self.loss.kind} is not supported with 'distill'"
+            raise InvalidValueError(problem, "Write cross_entropy.", keys=["loss.kind", "distill"])
         names = augmentation_values(self.data.augment)
         for name in ("mixup", "cutmix"):
             if name in names:

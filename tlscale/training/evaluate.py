@@ -47,7 +47,7 @@ def evaluate(
         inputs: from a batch to what the network takes, on its device.
         num_images: of the split, over all processes.
         loss_fn: tells logits from auxiliary losses; the `loss` is plain cross-entropy, whatever is trained on.
-        error_of: the figure whose standard error is wanted, too: top1, loss, macro_f1 or an auxiliary loss.
+        error_of: the figure whose standard error is wanted, too: one of `standard_error`, or an auxiliary loss.
         predictions: takes this process's logits, image by image.
 
     Returns:

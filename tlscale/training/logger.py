@@ -20,7 +20,7 @@ from tlscale.training.evaluate import scalars
 from tlscale.training.loop_state import LoopState
 from tlscale.training.setup import RunSetup
 
-_SHOWN = ("top1", "loss", "macro_f1", "distill_loss")  # of an evaluation; the last where there is a teacher
+_SHOWN = ("top1", "loss", "macro_f1", "distill_loss")  # of an evaluation, besides what chooses the weights
 
 
 class RunLogger:
@@ -102,8 +102,9 @@ class RunLogger:
     ) -> None:
         """Write a line on an evaluation; `error_of` is shown with its standard error, `is_best` is what is exported."""
         self._write("evaluate", {"split": split, **scalars(figures)})
-        errors = {key: f" ± {number(figures[f'{key}_se'])}" for key in _SHOWN if key == error_of}
-        shown = "  ".join(f"{key} {number(figures[key])}{errors.get(key, '')}" for key in _SHOWN if key in figures)
+        keys = [key for key in dict.fromkeys((*_SHOWN, error_of)) if key in figures]
+        errors = {key: f" ± {number(figures[f'{key}_se'])}" for key in keys if key == error_of}
+        shown = "  ".join(f"{key} {number(figures[key])}{errors.get(key, '')}" for key in keys)
         when = f" after step {self._loop.step}" if self._loop.step else ""  # a probe makes no steps
         rank = "best so far" if self._loop.chosen is None else "within one standard error of the best"
         self._console.say(f"{split}{when}: {shown}{f'  ({rank})' if is_best else ''}")

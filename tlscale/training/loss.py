@@ -2,7 +2,8 @@
 
 Promise: what is trained on is w[y] times the cross-entropy with the smoothed target, averaged over the images of the
 batch over all processes; w has a mean of 1 over the training images, so that it changes what an image weighs among
-others and not the size of the step. What is reported (`cross_entropy`) has neither weights nor smoothing.
+others and not the size of the step. What is reported (`cross_entropy`) has neither weights nor smoothing, and is of the
+network's own logits, without what `loss.logit_adjustment` adds to them in training.
 
 To add a loss, write it into a file of its own and add a row to `LOSSES`.
 
@@ -23,6 +24,7 @@ from torch import Tensor
 from tlscale.errors import RecipeError, sentences, suggestion
 from tlscale.recipe.schema import DistillSection, LossSection
 from tlscale.training.distillation.loss import DistillationLoss
+from tlscale.training.focal_loss import FocalLoss
 
 
 class Batch(Protocol):
@@ -69,13 +71,17 @@ def _at_least_float32(logits_BC: Tensor) -> Tensor:
 
 
 class CrossEntropyLoss:
-    """Compute cross-entropy with label smoothing, class weights and mixed labels."""
+    """Compute cross-entropy with label smoothing, class weights, adjusted logits and mixed labels."""
 
     aux_names: tuple[str, ...] = ()
 
-    def __init__(self, section: LossSection, class_weights_C: Tensor | None) -> None:
+    def __init__(
+        self, section: LossSection, class_weights_C: Tensor | None, log_priors_C: Tensor | None = None
+    ) -> None:
+        """`log_priors_C` is the logarithm of each class's share of the training images; None: do not adjust."""
         self._smoothing = section.label_smoothing
         self._class_weights_C = class_weights_C
+        self._shifts_C = None if log_priors_C is None else section.logit_adjustment * log_priors_C
 
     def __call__(self, outputs_BO: Tensor, batch: Batch) -> Tensor:
         if batch.partner_labels_B is None or batch.lam_B is None:
@@ -96,6 +102,9 @@ class CrossEntropyLoss:
         rare one more than to its own.
         """
         logits_BC = _at_least_float32(logits_BC)
+        if self._shifts_C is not None:
+            # The network learns what tells the classes apart, not how frequent they are: Menon et al. 2021, eq. 10.
+            logits_BC = logits_BC + self._shifts_C.to(logits_BC.dtype)
         losses_B = F.cross_entropy(logits_BC, labels_B, label_smoothing=self._smoothing, reduction="none")
         if self._class_weights_C is None:
             return losses_B
@@ -124,6 +133,7 @@ class LossSpec:
     distill: DistillSection | None
     class_weights_C: Tensor | None
     num_classes: int
+    log_priors_C: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -139,7 +149,7 @@ class LossKind:
 
 
 def _cross_entropy(spec: LossSpec) -> CrossEntropyLoss:
-    return CrossEntropyLoss(spec.section, spec.class_weights_C)
+    return CrossEntropyLoss(spec.section, spec.class_weights_C, spec.log_priors_C)
 
 
 def _distillation(spec: LossSpec) -> DistillationLoss:
@@ -149,13 +159,16 @@ def _distillation(spec: LossSpec) -> DistillationLoss:
 
 LOSSES: dict[str, LossKind] = {
     "cross_entropy": LossKind(_cross_entropy, is_linear_in_target=True),
+    "focal": LossKind(
+        lambda spec: FocalLoss(spec.section.focal_gamma, spec.class_weights_C), is_linear_in_target=False
+    ),
     "distillation": LossKind(_distillation, is_linear_in_target=True),
 }
 
 
-def loss_name(distill: DistillSection | None) -> str:
+def loss_name(section: LossSection, distill: DistillSection | None) -> str:
     """Return the row of `LOSSES` that a recipe trains with."""
-    return "cross_entropy" if distill is None else "distillation"
+    return section.kind if distill is None else "distillation"
 
 
 def refuse_mixed_targets(name: str, augment: Collection[str]) -> None:
@@ -192,6 +205,17 @@ def class_weights(section: LossSection, labels_N: np.ndarray, classes: Sequence[
         problem = "all weights of the training images are 0: there is nothing to learn"
         raise RecipeError(problem, key="loss.class_weights")
     return torch.from_numpy(weights_C / mean)
+
+
+def log_priors(section: LossSection, labels_N: np.ndarray, num_classes: int) -> Tensor | None:
+    """Return the logarithm of each class's share of the training images, (C,) float64; None where none is asked for.
+
+    A class without images counts as if it had one.
+    """
+    if section.logit_adjustment == 0:
+        return None
+    counts_C = np.maximum(np.bincount(labels_N, minlength=num_classes), 1).astype(np.float64)
+    return torch.from_numpy(np.log(counts_C / counts_C.sum()))
 
 
 def _weights_by_name(weights: dict[str, float], classes: Sequence[str]) -> np.ndarray:

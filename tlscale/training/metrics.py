@@ -13,7 +13,7 @@ Letters: B images of a batch, C classes (rows of the confusion matrix: true; col
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -145,26 +145,29 @@ def summary(tally: Tally, class_names: Sequence[str]) -> dict[str, Any]:
     None for each of its figures and is not part of `macro_f1`; a class that was never the answer has no precision.
 
     Returns:
-        `num_images`; `top1`; `top1_interval95` (Wilson 1927, [low, high]); `top5` (None with five classes or fewer,
-        where it says nothing); `loss` (mean over images); `macro_f1`; `ece` (expected calibration error over M
-        equal-width bins: Guo et al. 2017, "On Calibration of Modern Neural Networks", eq. 3; over the images that
-        have an answer); `num_without_answer` (rows of logits with a NaN); `per_class`: name -> `accuracy` (recall),
-        `precision`, `f1`, `num_images`; `confusion`: list of rows, one for each true class (None above
-        `MAX_CONFUSION_CLASSES`), in which images without an answer are in no column.
+        `num_images`; `top1`; `top1_interval95` (Wilson 1927, [low, high]); `top5` (None with five classes or
+        fewer, where it says nothing); `loss` (mean over images); `macro_f1`; `balanced_accuracy` (the mean of
+        the classes' accuracies: Brodersen et al. 2010); `ece` (expected calibration error over M equal-width
+        bins: Guo et al. 2017, "On Calibration of Modern Neural Networks", eq. 3; over the images that have an
+        answer); `num_without_answer` (rows of logits with a NaN); `per_class`: name -> `accuracy` (recall),
+        `accuracy_interval95` (Wilson's), `precision`, `f1`, `num_images`; `confusion`: list of rows, one for
+        each true class (None above `MAX_CONFUSION_CLASSES`), in which images without an answer are in no
+        column.
     """
     assert len(class_names) == tally.num_classes, "a name for each class"
     assert len(set(class_names)) == len(class_names), "class names differ"
     per_class = _per_class(tally, class_names)
     num_images = sum(figures["num_images"] for figures in per_class.values())
     hits = int(tally.hits_C.sum())
-    f1s = [figures["f1"] for figures in per_class.values() if figures["f1"] is not None]
+    there = [figures for figures in per_class.values() if figures["num_images"]]
     return {
         "num_images": num_images,
         "top1": _ratio(hits, num_images),
         "top1_interval95": wilson(hits, num_images),
         "top5": _ratio(int(tally.top5), num_images) if tally.num_classes > 5 else None,
         "loss": _ratio(float(tally.loss), num_images),
-        "macro_f1": _ratio(math.fsum(f1s), len(f1s)),
+        "macro_f1": _mean([figures["f1"] for figures in there]),
+        "balanced_accuracy": _mean([figures["accuracy"] for figures in there]),
         "ece": _ece(tally),
         "num_without_answer": num_images - int(tally.answers_C.sum()),
         "per_class": per_class,
@@ -177,6 +180,7 @@ def _per_class(tally: Tally, class_names: Sequence[str]) -> dict[str, dict[str, 
     return {
         name: {
             "accuracy": _ratio(hits, images),
+            "accuracy_interval95": wilson(hits, images),
             "precision": _ratio(hits, answers) if images else None,
             "f1": _ratio(2 * hits, images + answers) if images else None,
             "num_images": images,
@@ -197,6 +201,10 @@ def majority(train_labels_N: np.ndarray, scored_labels_N: np.ndarray, class_name
 
 def _ratio(part: float, whole: int) -> float | None:
     return part / whole if whole and math.isfinite(part) else None
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return _ratio(math.fsum(values), len(values))
 
 
 def wilson(hits: float, num_images: int) -> list[float] | None:
@@ -227,9 +235,9 @@ _RESAMPLING_SEED = 20_240
 def standard_error(tally: Tally, figure: str) -> float | None:
     """Return the standard error of a figure of `summary`: how far it moves from one draw of such images to another.
 
-    That of `top1` is binomial, that of `loss` the standard error of a mean, and that of `macro_f1` a bootstrap over
-    images with a fixed seed, so that a resumed run finds what an unbroken one does. None of no image, or of a loss that
-    is not finite.
+    That of `top1` is binomial, that of `loss` the standard error of a mean, and those of `macro_f1` and
+    `balanced_accuracy` a bootstrap over images with a fixed seed, so that a resumed run finds what an unbroken one
+    does. None of no image, or of a loss that is not finite.
     """
     num_images = tally.num_images
     if not num_images:
@@ -239,8 +247,7 @@ def standard_error(tally: Tally, figure: str) -> float | None:
         return math.sqrt(share * (1 - share) / num_images)
     if figure == "loss":
         return error_of_mean(float(tally.loss), float(tally.loss_squares), num_images)
-    assert figure == "macro_f1", f"no standard error of {figure}"
-    return _macro_f1_error(tally, num_images)
+    return _bootstrap_error(tally, num_images, _BY_CLASS[figure])
 
 
 def error_of_mean(total: float, total_squares: float, count: int) -> float | None:
@@ -250,8 +257,17 @@ def error_of_mean(total: float, total_squares: float, count: int) -> float | Non
     return math.sqrt(max(total_squares / count - (total / count) ** 2, 0.0) / (count - 1))
 
 
-def _macro_f1_error(tally: Tally, num_images: int) -> float:
-    """Compute the standard deviation of macro-F1 over draws of as many images, by kinds: (true class, answer)."""
+_BY_CLASS: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]] = {
+    "macro_f1": lambda images_C, answers_C, hits_C: 2 * hits_C / (images_C + answers_C),
+    "balanced_accuracy": lambda images_C, answers_C, hits_C: hits_C / images_C,
+}
+"""Figures that are means over classes: by images of a class, times that it was the answer, and both."""
+
+
+def _bootstrap_error(
+    tally: Tally, num_images: int, of_class: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+) -> float:
+    """Compute the standard deviation of a mean over classes over draws of as many images, by kinds: (class, answer)."""
     labels_K, answers_K, is_hit_K, counts_K = _kinds(tally)
     num_classes, found = tally.num_classes, []
     draws = np.random.default_rng(_RESAMPLING_SEED)
@@ -261,7 +277,7 @@ def _macro_f1_error(tally: Tally, num_images: int) -> float:
         answers_C = np.bincount(answers_K, drawn_K, num_classes + 1)[:num_classes]
         hits_C = np.bincount(labels_K, drawn_K * is_hit_K, num_classes)
         there_C = images_C > 0
-        found.append(float((2 * hits_C[there_C] / (images_C + answers_C)[there_C]).mean()))
+        found.append(float(of_class(images_C[there_C], answers_C[there_C], hits_C[there_C]).mean()))
     return float(np.std(found, ddof=1))
 
 

@@ -158,7 +158,7 @@ def set_up(
     """
     check_installed(recipe.track)
     check_optimizer(recipe.optim)
-    refuse_mixed_targets(loss_name(recipe.distill), augmentation_values(recipe.data.augment))
+    refuse_mixed_targets(loss_name(recipe.loss, recipe.distill), augmentation_values(recipe.data.augment))
     watch = watch or Stopwatch()
     with watch("scan"):
         data = open_data(recipe.data, recipe.seed, bad_images=bad_images, tries_images=tries_images)

@@ -15,7 +15,7 @@ from tlscale.training.cache_decision import CacheSpec
 from tlscale.training.distillation.targets import TeacherTargets
 from tlscale.training.input_pipeline import PipelineSpec
 from tlscale.training.loop_state import Due
-from tlscale.training.loss import LOSSES, Loss, LossSpec, class_weights, loss_name
+from tlscale.training.loss import LOSSES, Loss, LossSpec, class_weights, log_priors, loss_name
 from tlscale.training.setup import RunSetup
 from tlscale.training.stages import Stage
 
@@ -24,10 +24,13 @@ def make_loss(setup: RunSetup, device: torch.device) -> Loss:
     """Build the recipe's loss, its class weights on `device`."""
     recipe, data = setup.recipe, setup.data
     weights_C = class_weights(recipe.loss, data.train.labels_N, data.classes)
+    priors_C = log_priors(recipe.loss, data.train.labels_N, len(data.classes))
     if weights_C is not None:
         weights_C = weights_C.to(setup.dtype).to(device)
-    spec = LossSpec(recipe.loss, recipe.distill, weights_C, len(data.classes))
-    return LOSSES[loss_name(recipe.distill)].build(spec)
+    if priors_C is not None:
+        priors_C = priors_C.to(setup.dtype).to(device)
+    spec = LossSpec(recipe.loss, recipe.distill, weights_C, len(data.classes), priors_C)
+    return LOSSES[loss_name(recipe.loss, recipe.distill)].build(spec)
 
 
 def make_due(setup: RunSetup) -> Due:

@@ -1,6 +1,7 @@
 """The loss of each image, against the formula written out and against PyTorch's own sums."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from tlscale.errors import RecipeError
 from tlscale.recipe.schema import LossSection
 from tlscale.training import loss
+from tlscale.training.focal_loss import FocalLoss
 from tlscale.training.loss import (
     LOSSES,
     CrossEntropyLoss,
@@ -19,6 +21,7 @@ from tlscale.training.loss import (
     LossSpec,
     class_weights,
     cross_entropy,
+    log_priors,
     refuse_mixed_targets,
 )
 
@@ -29,6 +32,10 @@ def draw(seed=0, count=7, num_classes=4, dtype=torch.float64):
     generator = torch.Generator().manual_seed(seed)
     logits_BC = 3 * torch.randn(count, num_classes, generator=generator, dtype=dtype)
     return logits_BC, torch.randint(num_classes, (count,), generator=generator)
+
+
+def labelled(labels_B, partner_labels_B=None, lam_B=None):
+    return SimpleNamespace(labels_B=labels_B, partner_labels_B=partner_labels_B, lam_B=lam_B)
 
 
 def by_hand(logits_BC, labels_B, smoothing, weights=None):
@@ -197,6 +204,48 @@ def test_only_classes_with_images_count_for_nothing_to_learn():
     assert weigh(weights, (0, 1, 2, 3)).tolist() == [0, 0, 0, 4]
 
 
+# -- unequal classes ----------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 999), gamma=st.sampled_from([0.0, 0.5, 2.0, 5.0]), weights=WEIGHTS)
+def test_focal_loss_is_the_formula(seed, gamma, weights):
+    logits_BC, labels_B = draw(seed)
+    weights_C = None if weights is None else torch.tensor(weights, dtype=torch.float64)
+    plain_B = by_hand(logits_BC, labels_B, 0.0)
+    expected_B = (1 - torch.exp(-plain_B)) ** gamma * by_hand(logits_BC, labels_B, 0.0, weights)
+    torch.testing.assert_close(FocalLoss(gamma, weights_C)(logits_BC, labelled(labels_B)), expected_B)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.3, 1.0, 2.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_focal_loss_has_a_gradient_where_the_network_is_sure(gamma, dtype):
+    logits_BC = torch.tensor([[200.0, 0.0], [0.0, 200.0], [9.0, 0.0]], dtype=dtype, requires_grad=True)
+    losses_B = FocalLoss(gamma, None)(logits_BC, labelled(torch.zeros(3, dtype=torch.int64)))
+    assert losses_B.dtype == torch.float32
+    losses_B.sum().backward()
+    assert logits_BC.grad.isfinite().all()
+    assert losses_B[0] < 1e-6 < 100 < losses_B[1]
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 999), tau=st.sampled_from([0.5, 1.0, 2.0]), smoothing=SMOOTHING)
+def test_adjusted_logits_are_the_formula(seed, tau, smoothing):
+    """tau times the logarithm of a class's share is added in training, to mixed labels as well, and not to logits."""
+    logits_BC, labels_B = draw(seed)
+    section = LossSection(logit_adjustment=tau, label_smoothing=smoothing)
+    labels_N = np.array([0] * 60 + [1] * 30 + [2] * 10)  # none of the last class: as if it had one
+    loss_fn = CrossEntropyLoss(section, None, log_priors(section, labels_N, 4))
+    adjusted_BC = logits_BC + tau * torch.log(torch.tensor([60, 30, 10, 1], dtype=torch.float64) / 101)
+    expected_B = by_hand(adjusted_BC, labels_B, smoothing)
+    torch.testing.assert_close(loss_fn(logits_BC, labelled(labels_B)), expected_B)
+    partners_B, lam_B = (labels_B + 1) % 4, torch.full((len(labels_B),), 0.25, dtype=torch.float64)
+    expected_B = 0.25 * expected_B + 0.75 * by_hand(adjusted_BC, partners_B, smoothing)
+    torch.testing.assert_close(loss_fn(logits_BC, labelled(labels_B, partners_B, lam_B)), expected_B)
+    assert loss_fn.logits(logits_BC) is logits_BC
+    assert log_priors(LossSection(), labels_N, 4) is None
+
+
 # -- the table --------------------------------------------------------------------------------------------------------
 
 
@@ -222,6 +271,8 @@ def test_a_loss_that_is_not_linear_in_its_target_is_refused_with_mixed_images(sq
     refuse_mixed_targets("squared_error", {"flip": None})
     with pytest.raises(RecipeError, match=f"data.augment: {mixed} cannot be used with the loss 'squared_error'"):
         refuse_mixed_targets("squared_error", {"flip": None, mixed: 0.4})
+    with pytest.raises(RecipeError, match=f"{mixed} cannot be used with the loss 'focal'"):
+        refuse_mixed_targets("focal", {mixed: 0.4})
     for name in ("cross_entropy", "distillation"):
         refuse_mixed_targets(name, {mixed: 0.4})
 

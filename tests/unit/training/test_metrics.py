@@ -8,8 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import binomtest
 from sklearn.metrics import (
     accuracy_score,
+    balanced_accuracy_score,
     confusion_matrix,
     f1_score,
     log_loss,
@@ -53,6 +55,11 @@ def test_agrees_with_scikit_learn(num_images, num_classes):
     assert found["num_without_answer"] == 0
     assert found["top1"] == accuracy_score(truth, answers)
     assert found["macro_f1"] == pytest.approx(f1_score(truth, answers, average="macro"), abs=1e-12)
+    assert found["balanced_accuracy"] == pytest.approx(balanced_accuracy_score(truth, answers), abs=1e-12)
+    row = found["per_class"]["class 1"]
+    right, images = int(((answers == truth) & (truth == 1)).sum()), int((truth == 1).sum())
+    by_scipy = binomtest(right, images).proportion_ci(0.95, "wilson")
+    assert row["accuracy_interval95"] == pytest.approx(list(by_scipy), abs=1e-9)
     assert found["loss"] == pytest.approx(log_loss(truth, shares, labels=labels), abs=1e-5)
     assert found["confusion"] == confusion_matrix(truth, answers, labels=labels).tolist()
     if num_classes > 5:
@@ -129,18 +136,19 @@ def test_standard_errors_are_those_of_scores_and_means():
     assert standard_error(tally_of(logits_BC, labels_B), "loss") is None
 
 
+@pytest.mark.parametrize("figure", ["macro_f1", "balanced_accuracy"])
 @pytest.mark.parametrize("has_confusion", [True, False])
-def test_the_error_of_macro_f1_is_how_far_it_moves_from_draw_to_draw(has_confusion):
+def test_the_error_of_a_mean_over_classes_is_how_far_it_moves_from_draw_to_draw(has_confusion, figure):
     found, errors = [], []
     for seed in range(60):
         logits_BC, labels_B = draw(seed, 200, 5, used_classes=4)
         tally = tally_of(logits_BC, labels_B)
-        found.append(summary(tally, names(5))["macro_f1"])
+        found.append(summary(tally, names(5))[figure])
         if seed < 8:
             if not has_confusion:
                 tally.confusion_CC = tally.confusion_CC[:0, :0]
-            errors.append(standard_error(tally, "macro_f1"))
-            assert standard_error(tally, "macro_f1") == errors[-1], "the same seed each time"
+            errors.append(standard_error(tally, figure))
+            assert standard_error(tally, figure) == errors[-1], "the same seed each time"
     assert np.mean(errors) == pytest.approx(np.std(found), rel=0.25)
 
 
@@ -199,14 +207,16 @@ def test_classes_without_images_are_none_and_left_out_of_the_mean():
     found = summary(tally_of(logits_BC, labels_B), names(5))
     truth, answers = labels_B.numpy(), logits_BC.argmax(1).numpy()
     assert set(answers) > {0, 1, 2}
-    nothing = {"accuracy": None, "precision": None, "f1": None, "num_images": 0}
+    nothing = {"accuracy": None, "accuracy_interval95": None, "precision": None, "f1": None, "num_images": 0}
     assert found["per_class"]["class 3"] == found["per_class"]["class 4"] == nothing
     assert found["macro_f1"] == pytest.approx(f1_score(truth, answers, average="macro", labels=[0, 1, 2]))
 
 
 def test_a_class_that_is_never_the_answer_has_no_precision():
     found = summary(tally_of(torch.tensor([[1.0, 0.0]] * 4), torch.tensor([0, 0, 1, 1])), names(2))
-    assert found["per_class"]["class 1"] == {"accuracy": 0.0, "precision": None, "f1": 0.0, "num_images": 2}
+    figures = found["per_class"]["class 1"]
+    assert figures.pop("accuracy_interval95")[0] == 0.0
+    assert figures == {"accuracy": 0.0, "precision": None, "f1": 0.0, "num_images": 2}
     assert found["macro_f1"] == pytest.approx((2 * 2 / (2 + 4)) / 2)
 
 

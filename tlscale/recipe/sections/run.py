@@ -67,12 +67,14 @@ class EvaluateSection(Section):
     """How often; the last step is always evaluated."""
     batch_size: int | None = Field(None, ge=1, le=10_000_000)
     """Images per process and forward pass; by default what a process takes in training."""
-    select: Literal["top1", "loss", "macro_f1", "distill_loss"] = "top1"
-    """The validation figure by which weights are best; `distill_loss`: what `distill` adds to the loss."""
+    select: Literal["top1", "loss", "macro_f1", "balanced_accuracy", "distill_loss"] = "top1"
+    """The validation figure by which weights are best; `balanced_accuracy`: the mean of the classes' own accuracies;
+    `distill_loss`: what `distill` adds to the loss."""
     choose: Literal["latest_within_se", "best"] = "latest_within_se"
     """Which weights are exported: `best`: those of the best validation figure; `latest_within_se`: the latest ones
     whose figure is within one standard error of the best, since the best of many figures of few images is best by luck.
-    The error is binomial for `top1`, that of the mean for a loss, and by bootstrap for `macro_f1`."""
+    The error is binomial for `top1`, that of the mean for a loss, and by bootstrap for `macro_f1` and
+    `balanced_accuracy`."""
 
 
 class CheckpointSection(Section):

@@ -92,15 +92,38 @@ class StageSection(Section):
 
 
 class LossSection(Section):
-    """Cross-entropy, summed over the images and divided by their number over all processes: what is trained on. The
-    `loss` of every evaluation is plain cross-entropy, without weights and smoothing."""
+    """Summed over the images and divided by their number over all processes: what is trained on. The `loss` of every
+    evaluation is plain cross-entropy, without weights, smoothing and adjustment."""
 
+    kind: Literal["cross_entropy", "focal"] = "cross_entropy"
+    """`focal`: cross-entropy times (1 - p)^gamma, p the probability of an image's own class (Lin et al. 2017)."""
+    focal_gamma: float = Field(2.0, ge=0.0, le=10.0)
+    """How much less the images weigh that the network is sure of. For `focal`."""
+    logit_adjustment: float = Field(0.0, ge=0.0, le=3.0)
+    """For classes of unequal sizes: in training this times the logarithm of a class's share of the training images is
+    added to its logit, so that the network itself does not favor the frequent ones (Menon et al. 2021, who take 1)."""
     label_smoothing: float = Field(0.0, ge=0.0, lt=1.0)
     """Share of the target that is shared by all classes."""
     class_weights: Literal["none", "balanced"] | dict[str, Annotated[float, Field(ge=0.0, le=1e6)]] = "none"
     """`balanced`: inverse to each class's number of training images; or a weight for each class by name. An image's
     loss is multiplied by the weight of its own label; one mixed of two labels has a share of each label's weighted
     loss. Weights are scaled such that their mean over the training images is 1."""
+
+    @model_validator(mode="after")
+    def _check(self) -> LossSection:
+        if self.kind != "focal" and self.focal_gamma != 2.0:
+            problem = f"has no effect with kind={self.kind}"
+            raise InvalidValueError(problem, "Remove it, or write kind: focal.", keys=["focal_gamma", "kind"])
+        for key in ("label_smoothing", "logit_adjustment"):
+            if self.kind == "focal" and getattr(self, key) > 0:
+                raise InvalidValueError("is not supported with kind=focal", "Remove it.", keys=[key, "kind"])
+        if self.logit_adjustment > 0 and self.class_weights != "none":
+            raise InvalidValueError(
+                "makes up for rare classes as class_weights does, and both would do it twice",
+                "Remove one of them.",
+                keys=["logit_adjustment", "class_weights"],
+            )
+        return self
 
 
 class NonFiniteSection(Section):
