@@ -9,8 +9,9 @@ import sys
 import pytest
 from click.testing import CliRunner
 
-from tests.small_runs import small_recipe
+from tests.small_runs import put_small_folder, small_recipe
 from tlscale.cli import main
+from tlscale.tracking import progress
 
 TERMINAL = {"FORCE_COLOR": "1", "TERM": "xterm"}
 FROZEN = r"(conv1|bn1|layer[12])\..*"
@@ -41,6 +42,30 @@ def test_tables_fit_80_columns(screen, idx, tmp_path, monkeypatch):
         tables = lines if screen == "terminal" else [line for line in lines if line.startswith(" ")]
         assert max(map(len, tables)) <= 80, name
         assert any("──" in line for line in tables), f"{name} has a table"
+
+
+WORK = {
+    "codes": (
+        {"freeze": FROZEN, **CODES, "duration": "2 steps"},
+        ("scanning .*train", "codes of train", "codes of validation", "evaluating"),
+    ),
+    "images": ({"duration": "1 epochs"}, ("scanning .*train", "decoding train", "evaluating")),
+    "probe": ({"probe": {}, **CODES, "codes": {"layer": ["layer3", "penultimate"]}}, ("probe: logistic on layer3",)),
+}
+
+
+@pytest.mark.parametrize("name", WORK)
+def test_each_kind_of_long_work_has_a_bar(name, tmp_path, monkeypatch):
+    """As if all of it were long."""
+    monkeypatch.setattr(progress, "_BAR_AFTER_S", 0.0)
+    folder = put_small_folder(tmp_path / "pictures", train=340, test=40)
+    changes, expected = WORK[name]
+    small_recipe(tmp_path / "r.yaml", folder, data={"source": "folder"}, **changes)
+    said = show("run", tmp_path / "r.yaml", "--out", tmp_path / "run", **TERMINAL).stdout
+    bars = [line for line in re.split(r"[\r\n]+", said) if "images/s" in line or "━" in line]
+    for what in expected:
+        assert any(re.search(what, line) for line in bars), what
+    assert said.count("\x1b[?25l") == said.count("\x1b[?25h"), "the cursor is back"
 
 
 def test_a_run_shows_a_short_plan_and_plan_the_whole_one(idx, tmp_path):

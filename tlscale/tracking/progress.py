@@ -20,6 +20,7 @@ from tlscale.tracking.stopwatch import format_duration
 
 REFRESHES_PER_S = 5.0
 BAR_WIDTH = 40
+_LEAST_BAR = 4
 _BAR_AFTER_S = 0.5  # work that is over by then has no bar
 T = TypeVar("T")
 
@@ -36,16 +37,25 @@ class Work:
     """What else there is to tell."""
 
     def render(self, width: int) -> RenderableType:
-        """Return a bar, in a line of at most so many columns."""
+        """Return a bar, in a line of at most so many columns; a long path loses its middle, the figures nothing."""
+        rest = Text(self.rest, no_wrap=True, overflow="ellipsis")
         if self.total is None:
-            return Text(f"{self.what}: {self.rest}", no_wrap=True, overflow="ellipsis")
+            return Text(f"{_shortened(self.what, width - len(self.rest) - 2)}: ", no_wrap=True) + rest
         share = f"{math.floor(100 * self.done / max(self.total, 1))}%"
-        room = width - len(self.what) - len(share) - len(self.rest) - 6
-        bar = ProgressBar(total=max(self.total, 1), completed=self.done, width=max(4, min(BAR_WIDTH, room)))
-        what, rest = (Text(part, no_wrap=True, overflow="ellipsis") for part in (self.what, self.rest))
+        room = width - len(share) - len(self.rest) - 6
+        what = _shortened(self.what, room - _LEAST_BAR)
+        length = max(_LEAST_BAR, min(BAR_WIDTH, room - len(what)))
         row = Table.grid(padding=(0, 1))
-        row.add_row(what, bar, Text(share), rest)
+        bar = ProgressBar(total=max(self.total, 1), completed=self.done, width=length)
+        row.add_row(Text(what, no_wrap=True), bar, Text(share), rest)
         return row
+
+
+def _shortened(text: str, room: int) -> str:
+    if len(text) <= max(room, 10):
+        return text
+    half = max(room, 10) // 2
+    return f"{text[:half]}…{text[len(text) - half + 1 :]}"
 
 
 class Screen(Protocol):

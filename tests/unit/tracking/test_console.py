@@ -406,3 +406,15 @@ def test_a_long_line_on_a_terminal_is_indented():
     console = plain()
     Console(console=console).say("word " * 60, indent=16)
     assert len(text_of(console).splitlines()) == 1
+
+
+@pytest.mark.parametrize("total", [None, 2000])
+def test_a_long_path_costs_a_bar_no_figure(total):
+    output, clock = terminal(width=80), FakeClock()
+    pace = Pace(total, "scanning " + "/a/long/path" * 10 + "/train", Console(console=output), clock=clock)
+    clock.now += 1
+    pace.add(1500)
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text_of(output))
+    assert len(shown) == len(shown.splitlines()[0]) <= 80
+    assert re.search(r"scanning /a.*….*/train.*1,500 .*1500 images/s", shown)
+    pace.end()
