@@ -239,3 +239,37 @@ def test_array(cluster, recipe):
         assert f"seed: {seed}\n" in (folder / "recipe.yaml").read_text()
         assert json.loads((folder / "run.json").read_text())["world_size"] == 1
         assert result(folder)["steps"] == 20
+
+
+@pytest.mark.timeout(900)
+def test_comparison(cluster, recipe, tmp_path):
+    """Its runs as tasks of an array, one of which is queued again, and their table after the last of them."""
+    out = tmp_path / "compared"
+    script = [f"{REPO}/launch/slurm_compare.sh", "--nodes=1", f"--chdir={REPO}", "--", str(recipe)]
+    words = ["duration=200 steps", "--strategies", "scratch", "--seeds", "0,1,2", "--out", str(out)]
+    variables = {"PYTHON": sys.executable, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+    said = cluster.ask("bash", *script, *words, **variables)
+    array, table = re.findall(r"job (\d+)", said)
+
+    def states(number):
+        return set(re.findall(r"JobState=(\S+)", cluster.ask("scontrol", "show", "job", "-o", number)))
+
+    def wait_for(condition):
+        end = time.monotonic() + 600
+        while not condition():
+            assert time.monotonic() < end, f"{said}\n{states(array)} {states(table)}\n{cluster.logs()}"
+            time.sleep(0.2)
+
+    folders = [out / f"scratch_s{seed}" for seed in (0, 1, 2)]
+    wait_for(logged(folders[0], 40))
+    cluster.ask("scancel", "--signal=USR1", "--batch", f"{array}_1")
+    wait_for((folders[0] / "STOPPED").exists)
+    assert not (out / "table").exists()
+    wait_for(lambda: states(table) <= {"COMPLETED", "FAILED"})
+    output = (out / "jobs" / "1.out").read_text()
+    assert "queued again" in output
+    assert "resumed from" in output
+    assert states(table) == {"COMPLETED"}, (out / "jobs" / "table.out").read_text()
+    assert [result(folder)["steps"] for folder in folders] == [200] * 3
+    compared = json.loads((out / "table" / "compare.json").read_text())
+    assert [run["seed"] for run in compared["runs"]] == [0, 1, 2]
