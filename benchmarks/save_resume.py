@@ -31,7 +31,7 @@ def times_of(num_times: int, folder: Path) -> dict[str, tuple[float, float]]:
     import timm
     import torch
 
-    from tlscale.data.transforms import InputSpec
+    from tlscale.data.input_spec import InputSpec
     from tlscale.models.classifier import Classifier
     from tlscale.models.export import export_model
     from tlscale.storage.run_folder import RunFolder

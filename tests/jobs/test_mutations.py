@@ -18,7 +18,7 @@ from tests.small_models import classifier
 from tests.unit.codes.test_store import KEY, opened, put
 from tests.unit.codes.test_store import values_of as codes_of
 from tlscale.codes.store import CodesStore
-from tlscale.data.transforms import InputSpec
+from tlscale.data.input_spec import InputSpec
 from tlscale.errors import TlscaleError
 from tlscale.models.export import export_model, load
 from tlscale.training.checkpoint.files import (

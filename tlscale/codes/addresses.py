@@ -18,13 +18,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tlscale.data.augment import Augmenter
 from tlscale.data.content import Digests, digest_array, digest_bytes, digest_of_parts
 from tlscale.data.loader import HeldImages, ImageStore, eval_batch, train_batch
 from tlscale.data.sampler import Ints, MicroBatch, Stream, image_keys
 from tlscale.data.sources.open import ImageSplit
 from tlscale.data.sources.tables import Raw
-from tlscale.data.transforms import ImageBatch
+from tlscale.data.transforms import Augmenter, ImageBatch
 from tlscale.data.workers import map_in_threads
 
 Bools = npt.NDArray[np.bool_]

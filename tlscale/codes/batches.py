@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from tlscale.codes.reader import Codes
-from tlscale.data.augment import Augmenter
 from tlscale.data.sampler import (
     BatchSplit,
     DataOrder,
@@ -27,8 +26,9 @@ from tlscale.data.sampler import (
     image_keys,
     micro_batches,
 )
-from tlscale.data.transforms import TensorBatch
+from tlscale.data.transforms import Augmenter
 from tlscale.data.workers import load_in_order
+from tlscale.distributed.device import TensorBatch
 
 
 @dataclass(slots=True)

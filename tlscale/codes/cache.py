@@ -27,10 +27,9 @@ from tlscale.codes.parts import Part, layer_parts
 from tlscale.codes.reader import Codes
 from tlscale.codes.shards import BLOCK
 from tlscale.codes.store import CodesStore
-from tlscale.data.augment import Augmenter
 from tlscale.data.loader import ImageCache
 from tlscale.data.sources.open import ImageSplit
-from tlscale.data.transforms import ImageBatch, InputPath
+from tlscale.data.transforms import Augmenter, ImageBatch, InputPath
 from tlscale.distributed.host import versions_of
 from tlscale.distributed.processes import Processes
 from tlscale.models.features import LayerCodes

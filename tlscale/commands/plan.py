@@ -31,7 +31,6 @@ from tlscale.tracking.console import Console
 from tlscale.tracking.stopwatch import format_duration
 from tlscale.training.cache_decision import choose_partition, refuse_codes_of_a_probe, row_bytes, sample_images
 from tlscale.training.compiler import check_compiler
-from tlscale.training.optimizer import build_optimizer
 from tlscale.training.setup import RunSetup, set_up
 from tlscale.training.specs import cache_spec, input_path
 from tlscale.training.stages import Stage, apply_freezing
@@ -86,7 +85,7 @@ def _plan_probe(probe: ProbeSection, section: CodesSection, setup: RunSetup, con
 def _plan_stage(stage: Stage, setup: RunSetup, compute: ComputeSection, console: Console) -> dict[str, Any]:
     """Return and show what is frozen in a stage, and the memory that it takes."""
     check_stop("planning")
-    build_optimizer(stage.groups, stage.optim)
+    stage.build_optimizer()
     apply_freezing(setup.classifier, stage)
     of = f" of stage {stage.number + 1}" if len(setup.stages) > 1 else ""
     codes = _frozen(stage, setup, compute)

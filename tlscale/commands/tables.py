@@ -8,8 +8,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from tlscale.data.input_spec import InputSpec
 from tlscale.data.sampler import DataOrder
-from tlscale.data.transforms import InputSpec
 from tlscale.models.features import PENULTIMATE
 from tlscale.recipe.schema import Recipe
 from tlscale.tracking.console import Console, number

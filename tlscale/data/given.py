@@ -16,11 +16,12 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageFile
 
-from tlscale.data.decode import EXTENSIONS, decode_image
+from tlscale.data.decode import EXTENSIONS, Pixels, decode_image
+from tlscale.data.input_spec import InputSpec
 from tlscale.data.sources.folder import LEFT_BY_DESKTOPS
 from tlscale.data.sources.labels import sort_labels
 from tlscale.data.sources.stores import read_image_file
-from tlscale.data.transforms import InputSpec, Pixels, eval_transform
+from tlscale.data.transforms import eval_transform
 from tlscale.data.workers import map_in_threads
 from tlscale.errors import DataError, one_line
 

@@ -18,8 +18,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tlscale.data.augment import Augmenter
-from tlscale.data.decode import BadImageError, decode_image
+from tlscale.data.decode import BadImageError, Pixels, decode_image
+from tlscale.data.input_spec import InputSpec
 from tlscale.data.sampler import (
     BatchSplit,
     DataOrder,
@@ -32,7 +32,7 @@ from tlscale.data.sampler import (
 )
 from tlscale.data.sources.open import ImageData, ImageSplit
 from tlscale.data.sources.tables import Raw
-from tlscale.data.transforms import ImageBatch, InputSpec, Pixels, eval_transform
+from tlscale.data.transforms import Augmenter, ImageBatch, eval_transform
 from tlscale.data.workers import load_in_order, map_in_threads
 from tlscale.distributed.signals import check_stop
 from tlscale.errors import DataError

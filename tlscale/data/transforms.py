@@ -1,153 +1,41 @@
-"""Transform images to the input of a backbone (size, crop, interpolation, normalisation), in batches.
+"""Transform images on their way from the decoder to the network: resize and crop, augment, normalise and mix.
 
-Promise: the evaluation transform gives, pixel for pixel, what timm's own gives for the same backbone. Images stay
-uint8 up to the device, where `to_input` makes them numbers.
+Promise: the evaluation transform gives, pixel for pixel, what timm's own gives for the same backbone. What augmentation
+does to an image follows from its key alone (made from the seed, the epoch and the image's number), never from the
+worker, the process, the batch or the images before it; the random generators of Python, NumPy and torch are as before
+afterwards. Images stay uint8 up to the device, where `to_input` makes them numbers.
 
-Shape letters: B images of a batch, C channels, H height, W width, 4 the edges of a box.
+Shape letters: B images of a batch, C channels, H height, W width, S image size, 4 the edges of a box.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Self
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms import InterpolationMode, v2
 
-from tlscale.errors import RecipeError
-from tlscale.recipe.schema import DataSection
+from tlscale.data.decode import Pixels
+from tlscale.data.input_spec import FILTERS, InputSpec
+from tlscale.distributed.device import TensorBatch
+from tlscale.distributed.settings import cpu_threads
 
-Pixels = npt.NDArray[np.uint8]
-
-# What timm takes where a backbone's configuration is silent.
-_DEFAULTS: dict[str, Any] = {
-    "input_size": (3, 224, 224),
-    "mean": (0.485, 0.456, 0.406),
-    "std": (0.229, 0.224, 0.225),
-    "interpolation": "bicubic",
-    "crop_pct": 0.875,
-    "crop_mode": "center",
-}
-_FILTERS = {
-    "nearest": Image.Resampling.NEAREST,
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "lanczos": Image.Resampling.LANCZOS,
-    "hamming": Image.Resampling.HAMMING,
-    "box": Image.Resampling.BOX,
-}
+Box = tuple[int, int, int, int]
 MOST_RESIZED_PIXELS = 1 << 25
 """Larger results of a resize are cropped piece by piece."""
-_CROP_MODES = ("center", "squash", "border")
-_SHOW_ALL = ("squash", "border")  # who names one of them in a recipe wants nothing cut off
+_RANDAUGMENT_OPERATIONS = 2
 
 
-@dataclass(frozen=True, slots=True)
-class InputSpec:
-    """How an image file becomes the backbone's input."""
-
-    image_size: int  # height and width, in pixels
-    in_chans: int
-    mean: tuple[float, ...]  # of each channel, 0..1
-    std: tuple[float, ...]
-    interpolation: str
-    crop_pct: float
-    crop_mode: str = "center"  # timm's: keep the aspect and cut, `squash` it, or pad it with a `border`
-
-    def to_plain(self) -> dict[str, Any]:
-        """Return values that JSON and YAML know."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
-
-    @classmethod
-    def from_plain(cls, plain: Mapping[str, Any]) -> InputSpec:
-        """Read what `to_plain` gave, also after a trip through JSON."""
-        lists: dict[str, Any] = {key: tuple(value) for key, value in plain.items() if isinstance(value, list)}
-        return cls(**{**plain, **lists})
-
-    @property
-    def mean_color(self) -> tuple[int, ...]:
-        """The mean as a uint8 color: what normalisation makes (nearly) zero."""
-        return tuple(round(255 * value) for value in self.mean)
-
-
-def resolve_input(
-    section: DataSection, *, in_chans: int, pretrained_cfg: Mapping[str, Any], image_hw: tuple[int, int]
-) -> InputSpec:
-    """Resolve the input of a backbone: what the recipe says, else what the backbone was pretrained with.
-
-    For one channel, timm keeps the three numbers of its mean and std; here both are averaged over the channels, since
-    the first filters are summed over theirs and so see a grey image as an RGB image with equal channels.
-
-    Args:
-        section: its `image_size`, `interpolation`, `crop_mode`, `crop_pct`, `mean` and `std` win.
-        pretrained_cfg: timm's, as a mapping; keys that are missing or None have timm's defaults. A model that cannot
-            take another size than its own reports that itself, when it is built.
-        image_hw: height and width that stand for those of all images (`sizes.median_side_px`). Images smaller than the
-            resized image that a crop would be cut from are not cropped (crop_pct 1): enlarging them just to cut their
-            edges off helps nobody.
-
-    Raises:
-        RecipeError: the backbone's own size is not square, or its interpolation is unknown, and the recipe gives none.
-    """
-    known = _DEFAULTS | {key: value for key, value in pretrained_cfg.items() if value is not None}
-    image_size = section.image_size or _square(known["input_size"])
-    crop_pct = section.crop_pct
-    if crop_pct is None and section.crop_mode in _SHOW_ALL:
-        crop_pct = 1.0
-    elif crop_pct is None:
-        crop_pct = float(known["crop_pct"])
-        crop_pct = crop_pct if min(image_hw) >= math.ceil(image_size / crop_pct) else 1.0
-    return InputSpec(
-        image_size=image_size,
-        in_chans=in_chans,
-        mean=_per_channel(section.mean or known["mean"], in_chans),
-        std=_per_channel(section.std or known["std"], in_chans),
-        interpolation=_interpolation(section.interpolation, known["interpolation"]),
-        crop_pct=crop_pct,
-        crop_mode=_crop_mode(section.crop_mode, known["crop_mode"]),
-    )
-
-
-def _square(input_size: tuple[int, int, int]) -> int:
-    _, height, width = input_size
-    if height != width:
-        raise RecipeError(
-            f"the backbone was pretrained on images of {height} x {width} pixels, and tlscale feeds square ones",
-            remedy=f"Set data.image_size, such as {min(height, width)}, if the backbone can take it.",
-        )
-    return height
-
-
-def _crop_mode(asked: str, pretrained: str) -> str:
-    if asked != "auto":
-        return asked
-    return pretrained if pretrained in _CROP_MODES else "center"
-
-
-def _interpolation(asked: str, pretrained: str) -> str:
-    if asked != "auto":
-        return asked
-    if pretrained == "random":  # in training only; timm's evaluation has no such thing either
-        return "bicubic"
-    if pretrained not in _FILTERS:
-        raise RecipeError(
-            f"the backbone's configuration names the interpolation '{pretrained}', which is not one of "
-            f"{', '.join(_FILTERS)}",
-            remedy="Set data.interpolation.",
-        )
-    return pretrained
-
-
-def _per_channel(values: list[float] | tuple[float, ...], in_chans: int) -> tuple[float, ...]:
-    if len(values) == in_chans:
-        return tuple(float(value) for value in values)
-    return (sum(values) / len(values),) * in_chans
+# -- resize and crop --------------------------------------------------------------------------------------------------
 
 
 def eval_transform(image_HWC: Pixels, spec: InputSpec) -> Pixels:
@@ -189,7 +77,7 @@ def _resized_hw(height: int, width: int, spec: InputSpec) -> tuple[int, int]:
 
 def _resize(image_HWC: Pixels, target_hw: tuple[int, int], spec: InputSpec) -> Pixels:
     picture = Image.fromarray(image_HWC[:, :, 0] if spec.in_chans == 1 else image_HWC)
-    resized = np.asarray(picture.resize((target_hw[1], target_hw[0]), _FILTERS[spec.interpolation]))
+    resized = np.asarray(picture.resize((target_hw[1], target_hw[0]), FILTERS[spec.interpolation]))
     return resized[:, :, None] if spec.in_chans == 1 else resized
 
 
@@ -227,27 +115,179 @@ def _center_crop(image_HWC: Pixels, size_hw: tuple[int, int]) -> Pixels:
     return np.ascontiguousarray(image_HWC[top : top + size_hw[0], left : left + size_hw[1]])
 
 
-class TensorBatch:
-    """Move the tensors of a dataclass, and those in its tuples, as one."""
+# -- augment ----------------------------------------------------------------------------------------------------------
 
-    __slots__ = ()
 
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
-        """Copy the batch to `device`."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+@dataclass(frozen=True, slots=True)
+class Mixes:
+    """With which other image each image is mixed, and how."""
 
-    def pin_memory(self) -> Self:
-        """Copy the batch to page-locked memory; torch's loader calls this by its name."""
-        return self._each(lambda tensor: tensor.pin_memory())
+    partners_B: npt.NDArray[np.int64]
+    lam_B: npt.NDArray[np.float32]  # share of the image itself
+    boxes_B4: npt.NDArray[np.int64]  # y0 y1 x0 x1, pasted from the partner; all zero for mixup
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
-        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
-        for name, value in values.items():
-            if isinstance(value, Tensor):
-                values[name] = change(value)
-            elif isinstance(value, tuple):
-                values[name] = tuple(map(change, value))
-        return type(self)(**values)
+
+class Augmenter:
+    """The augmentations of a recipe."""
+
+    def __init__(self, augment: Mapping[str, float | None], spec: InputSpec) -> None:
+        """
+        Args:
+            augment: names with their numbers, as `augmentation_values` gives them; their order has no effect.
+            spec: of the images.
+        """
+        assert set(augment) <= {*STEPS, *MIXES}, f"the schema takes no others than {[*STEPS, *MIXES]}"
+        self._mix_alphas = {name: augment[name] or 0.0 for name in MIXES if name in augment}
+        self._image_size = spec.image_size
+        self._steps = [build(augment[name] or 0.0, spec) for name, build in STEPS.items() if name in augment]
+
+    @property
+    def mixes(self) -> bool:
+        """Whether each image needs a partner."""
+        return bool(self._mix_alphas)
+
+    def augment(self, images: Iterable[Tensor], keys_B: npt.NDArray[np.uint64]) -> Tensor:
+        """Augment images.
+
+        Args:
+            images: B uint8 tensors (C, H, W): of size S x S unless there is a crop.
+            keys_B: one key for each image.
+
+        Returns:
+            uint8 (B, C, S, S).
+        """
+        if not self._steps:
+            return images if isinstance(images, Tensor) else torch.stack(list(images))
+        augmented = []
+        with _own_randomness() as generator:
+            for image_CHW, key in zip(images, keys_B, strict=True):
+                # torch's CPU generator takes the low 32 bits of a seed: some images share their draws; no harm.
+                generator.manual_seed(int(key))
+                for step in self._steps:
+                    image_CHW = step(image_CHW)
+                augmented.append(image_CHW)
+        return torch.stack(augmented)
+
+    def draw_mixes(self, keys_B: npt.NDArray[np.uint64], num_images: int) -> Mixes:
+        """Draw a partner for each image among all `num_images` of the split, so that the batch has no part in it."""
+        draws = [self._draw_mix(int(key), num_images) for key in keys_B]
+        partners, lams, boxes = zip(*draws, strict=True)
+        return Mixes(np.array(partners, np.int64), np.array(lams, np.float32), np.array(boxes, np.int64))
+
+    def _draw_mix(self, key: int, num_images: int) -> tuple[int, float, Box]:
+        rng = np.random.Generator(np.random.Philox(key=key))
+        partner, kind, y, x = rng.random(4)
+        names = list(self._mix_alphas)
+        name = names[int(kind * len(names))]  # both named: each image takes one, by a coin
+        alpha = self._mix_alphas[name]
+        lam = float(rng.beta(alpha, alpha))
+        return int(partner * num_images), *MIXES[name](lam, y, x, self._image_size)
+
+
+def _cutmix(lam: float, y: float, x: float, size: int) -> tuple[float, Box]:
+    """Return the share and place of a square of area 1 - lam around a point anywhere in the image."""
+    side = int(size * (1.0 - lam) ** 0.5)
+    top, left = int(y * size) - side // 2, int(x * size) - side // 2
+    box = max(0, top), min(size, top + side), max(0, left), min(size, left + side)
+    # The box is cut off at the edges and has whole pixels, so its area is what counts (Yun et al. 2019, CutMix).
+    return 1.0 - (box[1] - box[0]) * (box[3] - box[2]) / size**2, box
+
+
+MIXES: dict[str, Callable[[float, float, float, int], tuple[float, Box]]] = {
+    "mixup": lambda lam, y, x, size: (lam, (0, 0, 0, 0)),
+    "cutmix": _cutmix,
+}
+"""By name, a function from (share of the image itself as drawn, place of the box down and across in 0..1, image size)
+to the share of the image itself and the box. Where both are named, the order decides which of them a draw takes."""
+
+
+def _crop(number: float, spec: InputSpec) -> Callable[[Tensor], Tensor]:
+    # Tensors have no `hamming` and `box`.
+    mode = InterpolationMode("bilinear" if spec.interpolation in ("hamming", "box") else spec.interpolation)
+    crop = v2.RandomResizedCrop(spec.image_size, scale=(number, 1.0), interpolation=mode, antialias=True)
+    if mode is InterpolationMode.LANCZOS and not _tensors_have_lanczos():
+        return lambda image_CHW: v2.functional.pil_to_tensor(crop(v2.functional.to_pil_image(image_CHW)))
+    return crop  # type: ignore[no-any-return]
+
+
+@functools.cache
+def _tensors_have_lanczos() -> bool:
+    """Return whether torch resizes tensors so; where it does not, as torch 2.11, Pillow does."""
+    try:
+        F.interpolate(torch.zeros(1, 1, 2, 2), size=1, mode="lanczos", antialias=True)
+    except (NotImplementedError, ValueError):
+        return False
+    return True
+
+
+def _fill(spec: InputSpec) -> list[float]:
+    return [float(value) for value in spec.mean_color]
+
+
+def _blur(number: float, spec: InputSpec) -> Callable[[Tensor], Tensor]:
+    # As SimCLR does it (Chen et al. 2020, appendix A): a kernel of a tenth of the image, sigma from 0.1 to 2 pixels.
+    kernel_px = max(3, spec.image_size // 10 | 1)
+    return v2.RandomApply([v2.GaussianBlur(kernel_px, sigma=(0.1, 2.0))], p=number)  # type: ignore[no-any-return]
+
+
+# The space of TrivialAugment Wide (Mueller and Hutter 2021, table 1) without the operations on color: the largest
+# strength of each; a shift is a share of the side, so that a small image is not moved out of sight: 32 pixels of 224.
+# One operation an image, each as likely as the others, at a strength between none and the largest.
+_MOVES = {"identity": 0.0, "shear_x": 0.99, "shear_y": 0.99, "shift_x": 1 / 7, "shift_y": 1 / 7, "rotate": 135.0}
+_NUM_STRENGTHS = 31
+
+
+def _move(image_CHW: Tensor, fill: list[float]) -> Tensor:
+    """Shear, shift or rotate an image by a strength and in a direction that are drawn."""
+    operation, strength, sign = (int(torch.randint(many, ())) for many in (len(_MOVES), _NUM_STRENGTHS, 2))
+    name = list(_MOVES)[operation]
+    by = _MOVES[name] * strength / (_NUM_STRENGTHS - 1) * (1 if sign else -1)
+    if by == 0:
+        return image_CHW
+    angle = by if name == "rotate" else 0.0
+    height, width = image_CHW.shape[1:]
+    shift = [round(by * width) if name == "shift_x" else 0, round(by * height) if name == "shift_y" else 0]
+    shear = [math.degrees(math.atan(by)) if name == f"shear_{axis}" else 0.0 for axis in "xy"]
+    moved: Tensor = v2.functional.affine(image_CHW, angle, shift, 1.0, shear, interpolation=_BILINEAR, fill=fill)
+    return moved
+
+
+_BILINEAR = InterpolationMode.BILINEAR
+STEPS: dict[str, Callable[[float, InputSpec], Callable[[Tensor], Tensor]]] = {
+    "crop": _crop,
+    "flip": lambda number, spec: v2.RandomHorizontalFlip(number),
+    "vertical_flip": lambda number, spec: v2.RandomVerticalFlip(number),
+    "rotation": lambda number, spec: v2.RandomRotation(number, interpolation=_BILINEAR, fill=_fill(spec)),
+    "color_jitter": lambda number, spec: v2.ColorJitter(brightness=number, contrast=number, saturation=number),
+    "trivialaugment": lambda number, spec: v2.TrivialAugmentWide(interpolation=_BILINEAR),
+    "trivialaugment_geometric": lambda number, spec: functools.partial(_move, fill=_fill(spec)),
+    "randaugment": lambda number, spec: v2.RandAugment(_RANDAUGMENT_OPERATIONS, round(number), interpolation=_BILINEAR),
+    "blur": _blur,
+    "erasing": lambda number, spec: v2.RandomErasing(number, value=_fill(spec)),
+}
+"""By name, a function from (number, 0 for those that take none; the spec of the images) to what is done to each image;
+in the order in which they are applied, the usual one: crop, flips, rotation, color, policy, blur,
+and what is erased last of all.
+
+A new augmentation is a row here (or in `MIXES`) and a row in `tlscale.recipe.field_types.AUGMENTATIONS`."""
+
+
+@contextmanager
+def _own_randomness() -> Iterator[torch.Generator]:
+    """Lend torchvision torch's CPU generator, which it draws from, and give it back as it was.
+
+    One thread, as in a worker process: so that no sum has another order there than here.
+    """
+    generator = torch.default_generator
+    state = generator.get_state()
+    try:
+        with cpu_threads(1):
+            yield generator
+    finally:
+        generator.set_state(state)
+
+
+# -- on the device ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(slots=True)

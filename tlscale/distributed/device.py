@@ -7,9 +7,10 @@ of its own and nowhere else.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from dataclasses import fields
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -113,3 +114,26 @@ class CopyToCpu:
 
 def _pinned_copy(tensor: Tensor) -> Tensor:
     return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+
+
+class TensorBatch:
+    """Move the tensors of a dataclass, and those in its tuples, as one."""
+
+    __slots__ = ()
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
+        """Copy the batch to `device`."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Self:
+        """Copy the batch to page-locked memory; torch's loader calls this by its name."""
+        return self._each(lambda tensor: tensor.pin_memory())
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                values[name] = change(value)
+            elif isinstance(value, tuple):
+                values[name] = tuple(map(change, value))
+        return type(self)(**values)

@@ -21,7 +21,7 @@ from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
 from tlscale import faults
-from tlscale.data.transforms import InputSpec
+from tlscale.data.input_spec import InputSpec
 from tlscale.errors import ModelError
 from tlscale.models.classifier import Classifier, CodesClassifier
 from tlscale.models.features import PENULTIMATE, LayerCodes

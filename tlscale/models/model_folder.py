@@ -21,7 +21,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
-from tlscale.data.transforms import InputSpec
+from tlscale.data.input_spec import InputSpec
 from tlscale.errors import ModelError, RunFolderError, Wording, flag
 from tlscale.models.classifier import Classifier, CodesClassifier, feature_width
 from tlscale.models.features import LayerCodes

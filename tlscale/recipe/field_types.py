@@ -73,7 +73,7 @@ HEAD_LAYERS: dict[str, HeadLayerKind] = {
     "layernorm": HeadLayerKind("normalisation"),
     "batchnorm": HeadLayerKind("normalisation"),
 }
-# A new augmentation is a row here and one in `tlscale.data.augment`; None: it takes no number.
+# A new augmentation is a row here and one in `tlscale.data.transforms`; None: it takes no number.
 AUGMENTATIONS: dict[str, Number | None] = {
     "flip": Number("probability of a left-right flip", 0.0, 1.0, default=0.5),
     "vertical_flip": Number("probability of a top-bottom flip", 0.0, 1.0, default=0.5),

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
+from tlscale.data.input_spec import InputSpec, median_side_px, resolve_input, sampled_sizes
 from tlscale.data.sampler import BatchSplit, DataOrder, least_in_a_pass, split_batch_size
-from tlscale.data.sizes import median_side_px, sampled_sizes
 from tlscale.data.sources.open import BadImages, ImageData, open_data
-from tlscale.data.transforms import InputSpec, resolve_input, seen_share
+from tlscale.data.transforms import seen_share
 from tlscale.distributed.signals import check_stop
 from tlscale.errors import DataError, ModelError, RecipeError
 from tlscale.models.backbone import build_backbone

@@ -20,7 +20,7 @@ from tlscale.recipe.duration import Duration
 from tlscale.recipe.matching import check_time
 from tlscale.recipe.rules import Rule, match_rules
 from tlscale.recipe.schema import OptimSection, ScheduleSection, StageSection
-from tlscale.training.optimizer import Group, parameter_groups
+from tlscale.training.optimizer import Group, build_optimizer, parameter_groups
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,10 @@ class Stage:
     @property
     def num_steps(self) -> int:
         return self.stop_step - self.start_step
+
+    def build_optimizer(self, groups: list[Group] | None = None) -> torch.optim.Optimizer:
+        """Build the stage's optimizer over its own groups, or over `groups`: the same ones, of sharded parameters."""
+        return build_optimizer(self.groups if groups is None else groups, self.optim)
 
 
 def plan_stages(

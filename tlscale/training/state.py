@@ -34,7 +34,6 @@ from tlscale.training.logger import RunLogger
 from tlscale.training.loop_state import Due, LoopState
 from tlscale.training.loss import Loss
 from tlscale.training.nonfinite import FiniteCheck
-from tlscale.training.optimizer import build_optimizer
 from tlscale.training.optimizer_trial import check_optimizer_shards
 from tlscale.training.predictions import Predictions
 from tlscale.training.read_contents import record_contents
@@ -139,7 +138,7 @@ def build_train_state(setup: RunSetup, processes: Processes, console: Console, s
         non_finite=recipe.non_finite,
         stage=stage,
         # Of what this stage trains alone: a frozen parameter in a group would decay.
-        optimizer=build_optimizer(stage.groups, stage.optim),
+        optimizer=stage.build_optimizer(),
     )
 
 
@@ -192,7 +191,7 @@ def _shard(state: TrainState, module: nn.Module) -> None:
     def rebuild(num_blocks: int) -> None:
         # The parameters are other objects now: the optimizer is built again, of shards.
         groups = sharded_groups(stage.groups, state.network.rule_names())
-        state.optimizer, state.ema = build_optimizer(groups, stage.optim), _averages(setup, stage)
+        state.optimizer, state.ema = stage.build_optimizer(groups), _averages(setup, stage)
         state.codes_cache.console.say(
             f"fsdp2: {setup.trainable_params:,} trained parameters sharded over {processes.world_size} processes, "
             f"{num_blocks} blocks unsharded one after the other"
@@ -219,7 +218,7 @@ def advance_stage(state: TrainState, stage: Stage) -> None:
     state.network.zero_grad(set_to_none=True)
     apply_freezing(state.network, stage)
     # Another one: groups and rates are the stage's. Moments of what was trained before are carried over.
-    optimizer = build_optimizer(stage.groups, stage.optim)
+    optimizer = stage.build_optimizer()
     carry_moments(state.optimizer, optimizer)
     state.stage, state.optimizer = stage, optimizer
     faults.at("stage")

@@ -19,12 +19,12 @@ from tlscale.codes.extract import extract_codes
 from tlscale.codes.shards import BLOCK
 from tlscale.codes.store import CodesStore
 from tlscale.data import content
-from tlscale.data.augment import Augmenter
+from tlscale.data.input_spec import InputSpec
 from tlscale.data.loader import ImageStore, train_batch
 from tlscale.data.sampler import MicroBatch
 from tlscale.data.sources.open import open_data
 from tlscale.data.sources.stores import FileStore
-from tlscale.data.transforms import InputSpec
+from tlscale.data.transforms import Augmenter
 from tlscale.distributed.processes import start_processes
 from tlscale.recipe.field_types import augmentation_values
 from tlscale.recipe.schema import ComputeSection, DataSection

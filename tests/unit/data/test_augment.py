@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tlscale.data.augment import MIXES, STEPS, Augmenter
+from tlscale.data.input_spec import InputSpec
 from tlscale.data.sampler import Stream, image_keys
-from tlscale.data.transforms import InputSpec
+from tlscale.data.transforms import MIXES, STEPS, Augmenter
 from tlscale.recipe.field_types import AUGMENTATIONS, augmentation_values
 from tlscale.recipe.schema import DataSection
 

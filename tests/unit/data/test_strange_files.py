@@ -14,8 +14,9 @@ from PIL import Image
 from tests.recipes.wrong_data import put_folder
 from tlscale.data import decode, transforms
 from tlscale.data.decode import FORMATS, BadImageError, decode_image, header_hw
+from tlscale.data.input_spec import InputSpec
 from tlscale.data.sources.open import open_data
-from tlscale.data.transforms import InputSpec, eval_transform
+from tlscale.data.transforms import eval_transform
 from tlscale.errors import DataError
 from tlscale.recipe.schema import DataSection
 

@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 
 from tests.small_models import section
-from tlscale.data.transforms import resolve_input
+from tlscale.data.input_spec import resolve_input
 from tlscale.errors import ModelError
 from tlscale.models import bundled as module
 from tlscale.models.backbone import build_backbone

@@ -12,7 +12,7 @@ from torch import nn
 
 import tlscale.models.classic.networks as classic
 from tests.small_models import loss_of, noise, section, state_of
-from tlscale.data.transforms import InputSpec
+from tlscale.data.input_spec import InputSpec
 from tlscale.errors import ModelError
 from tlscale.models.backbone import build_backbone, layer_depths
 from tlscale.models.classic.staged import StagedNet

@@ -13,7 +13,7 @@ from torch import nn
 
 import tlscale
 from tests.small_models import classifier, noise, section, state_of, train
-from tlscale.data.transforms import InputSpec
+from tlscale.data.input_spec import InputSpec
 from tlscale.errors import ModelError, RunFolderError
 from tlscale.models import export as export_module
 from tlscale.models.backbone import build_backbone

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tests.small_models import noise, section, state_of
-from tlscale.data.transforms import InputSpec
+from tlscale.data.input_spec import InputSpec
 from tlscale.errors import ModelError, RunFolderError
 from tlscale.models import export as export_module
 from tlscale.models.backbone import build_backbone

@@ -11,7 +11,8 @@ from torch import nn
 
 import tlscale.models.backbone  # noqa: F401 (knows the classic networks)
 from tests.small_runs import sample_images
-from tlscale.data.transforms import InputSpec, normalise
+from tlscale.data.input_spec import InputSpec
+from tlscale.data.transforms import normalise
 from tlscale.models.classifier import Classifier, CodesClassifier, feature_width
 from tlscale.models.exports import onnx_file
 from tlscale.models.exports.check import Evidence, about

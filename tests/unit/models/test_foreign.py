@@ -9,7 +9,7 @@ import timm
 import torch
 
 from tests.small_models import classifier
-from tlscale.data.transforms import InputSpec
+from tlscale.data.input_spec import InputSpec
 from tlscale.errors import ModelError, RunFolderError
 from tlscale.models.backbone import build_backbone
 from tlscale.models.export import export_model, load

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tlscale.data.transforms import InputSpec, normalise
+from tlscale.data.input_spec import InputSpec
+from tlscale.data.transforms import normalise
 from tlscale.errors import TlscaleError
 from tlscale.models.classifier import CodesClassifier
 from tlscale.models.knn import KnnHead

@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from tlscale.data.transforms import InputSpec, resolve_input
+from tlscale.data.input_spec import InputSpec, resolve_input
 from tlscale.errors import ModelError, RecipeError
 from tlscale.models.backbone import build_backbone, function_digest
 from tlscale.models.classifier import Classifier, CodesClassifier

@@ -1,0 +1,183 @@
+"""Resolve how images become the input of a backbone: size, crop, interpolation, normalisation.
+
+Promise: what stands for the size of all images depends on the training split as the source holds it, not on the seed, a
+limit, a hold-out or what is skipped, so that all runs on one data set see their images in the same way.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import statistics
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from tlscale.data.decode import BadImageError, header_hw
+from tlscale.data.sources.tables import LabelledTable
+from tlscale.errors import DataError, RecipeError
+from tlscale.recipe.schema import DataSection
+
+MOST_HEADERS = 256
+# What timm takes where a backbone's configuration is silent.
+_DEFAULTS: dict[str, Any] = {
+    "input_size": (3, 224, 224),
+    "mean": (0.485, 0.456, 0.406),
+    "std": (0.229, 0.224, 0.225),
+    "interpolation": "bicubic",
+    "crop_pct": 0.875,
+    "crop_mode": "center",
+}
+FILTERS = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+    "hamming": Image.Resampling.HAMMING,
+    "box": Image.Resampling.BOX,
+}
+_CROP_MODES = ("center", "squash", "border")
+_SHOW_ALL = ("squash", "border")  # who names one of them in a recipe wants nothing cut off
+
+
+@dataclass(frozen=True, slots=True)
+class InputSpec:
+    """How an image file becomes the backbone's input."""
+
+    image_size: int  # height and width, in pixels
+    in_chans: int
+    mean: tuple[float, ...]  # of each channel, 0..1
+    std: tuple[float, ...]
+    interpolation: str
+    crop_pct: float
+    crop_mode: str = "center"  # timm's: keep the aspect and cut, `squash` it, or pad it with a `border`
+
+    def to_plain(self) -> dict[str, Any]:
+        """Return values that JSON and YAML know."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> InputSpec:
+        """Read what `to_plain` gave, also after a trip through JSON."""
+        lists: dict[str, Any] = {key: tuple(value) for key, value in plain.items() if isinstance(value, list)}
+        return cls(**{**plain, **lists})
+
+    @property
+    def mean_color(self) -> tuple[int, ...]:
+        """The mean as a uint8 color: what normalisation makes (nearly) zero."""
+        return tuple(round(255 * value) for value in self.mean)
+
+
+def resolve_input(
+    section: DataSection, *, in_chans: int, pretrained_cfg: Mapping[str, Any], image_hw: tuple[int, int]
+) -> InputSpec:
+    """Resolve the input of a backbone: what the recipe says, else what the backbone was pretrained with.
+
+    For one channel, timm keeps the three numbers of its mean and std; here both are averaged over the channels, since
+    the first filters are summed over theirs and so see a grey image as an RGB image with equal channels.
+
+    Args:
+        section: its `image_size`, `interpolation`, `crop_mode`, `crop_pct`, `mean` and `std` win.
+        pretrained_cfg: timm's, as a mapping; keys that are missing or None have timm's defaults. A model that cannot
+            take another size than its own reports that itself, when it is built.
+        image_hw: height and width that stand for those of all images (`median_side_px`). Images smaller than the
+            resized image that a crop would be cut from are not cropped (crop_pct 1): enlarging them just to cut their
+            edges off helps nobody.
+
+    Raises:
+        RecipeError: the backbone's own size is not square, or its interpolation is unknown, and the recipe gives none.
+    """
+    known = _DEFAULTS | {key: value for key, value in pretrained_cfg.items() if value is not None}
+    image_size = section.image_size or _square(known["input_size"])
+    crop_pct = section.crop_pct
+    if crop_pct is None and section.crop_mode in _SHOW_ALL:
+        crop_pct = 1.0
+    elif crop_pct is None:
+        crop_pct = float(known["crop_pct"])
+        crop_pct = crop_pct if min(image_hw) >= math.ceil(image_size / crop_pct) else 1.0
+    return InputSpec(
+        image_size=image_size,
+        in_chans=in_chans,
+        mean=_per_channel(section.mean or known["mean"], in_chans),
+        std=_per_channel(section.std or known["std"], in_chans),
+        interpolation=_interpolation(section.interpolation, known["interpolation"]),
+        crop_pct=crop_pct,
+        crop_mode=_crop_mode(section.crop_mode, known["crop_mode"]),
+    )
+
+
+def _square(input_size: tuple[int, int, int]) -> int:
+    _, height, width = input_size
+    if height != width:
+        raise RecipeError(
+            f"the backbone was pretrained on images of {height} x {width} pixels, and tlscale feeds square ones",
+            remedy=f"Set data.image_size, such as {min(height, width)}, if the backbone can take it.",
+        )
+    return height
+
+
+def _crop_mode(asked: str, pretrained: str) -> str:
+    if asked != "auto":
+        return asked
+    return pretrained if pretrained in _CROP_MODES else "center"
+
+
+def _interpolation(asked: str, pretrained: str) -> str:
+    if asked != "auto":
+        return asked
+    if pretrained == "random":  # in training only; timm's evaluation has no such thing either
+        return "bicubic"
+    if pretrained not in FILTERS:
+        raise RecipeError(
+            f"the backbone's configuration names the interpolation '{pretrained}', which is not one of "
+            f"{', '.join(FILTERS)}",
+            remedy="Set data.interpolation.",
+        )
+    return pretrained
+
+
+def _per_channel(values: list[float] | tuple[float, ...], in_chans: int) -> tuple[float, ...]:
+    if len(values) == in_chans:
+        return tuple(float(value) for value in values)
+    return (sum(values) / len(values),) * in_chans
+
+
+def sampled_sizes(table: LabelledTable) -> list[tuple[int, int]]:
+    """Return height and width of at most `MOST_HEADERS` images, evenly spaced over the table.
+
+    An image whose header cannot be read does not count: it is for those who decode it to find it bad.
+
+    Raises:
+        DataError: none of the headers can be read.
+    """
+    rows = np.unique(np.linspace(0, len(table) - 1, min(MOST_HEADERS, len(table))).round().astype(np.int64)).tolist()
+    sizes: list[tuple[int, int]] = []
+    errors: list[DataError] = []
+    for row in rows:
+        try:
+            sizes.append(_size(table, row))
+        except DataError as error:
+            errors.append(error)
+    if not sizes:
+        raise DataError(f"none of {len(rows)} training images can be read; the first: {errors[0]}")
+    return sizes
+
+
+def median_side_px(sizes: list[tuple[int, int]]) -> int:
+    """Return the median of the shorter sides."""
+    return statistics.median_low([min(size) for size in sizes])
+
+
+def _size(table: LabelledTable, row: int) -> tuple[int, int]:
+    where, path = table.where(row), table.file_of(row)
+    if path is not None:
+        try:
+            with path.open("rb") as file:  # a header is a small part of a photo
+                return header_hw(file, where)
+        except OSError as error:
+            raise BadImageError(f"{where}: cannot be read: {error.strerror or error}") from None
+    raw = table.read(row)
+    return raw.shape[:2] if isinstance(raw, np.ndarray) else header_hw(io.BytesIO(raw), where)
