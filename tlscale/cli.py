@@ -13,8 +13,8 @@ import click
 
 from tlscale import __version__
 from tlscale.cli_parts import began_s, codes, listed, load, loading, numbers, recipes, reports_errors, takes_recipe
-from tlscale.commands.completion import completion, files, recipe_keys
 from tlscale.errors import TlscaleError
+from tlscale.recipe.completion import completion, files, recipe_keys
 from tlscale.tracking.stopwatch import Stopwatch, process_began_s
 
 if TYPE_CHECKING:

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tlscale.commands.completion import files, recipe_keys
 from tlscale.distributed.signals import StopRequest
 from tlscale.errors import TlscaleError
+from tlscale.recipe.completion import files, recipe_keys
 from tlscale.tracking.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
@@ -227,8 +227,14 @@ def recipes_schema() -> None:
     click.echo(json.dumps(editor_schema(), indent=1))
 
 
+def _shipped(_context: click.Context, _param: click.Parameter, incomplete: str) -> list[str]:
+    from tlscale.recipe.shipped import shipped_recipes
+
+    return [name for name in shipped_recipes() if name.startswith(incomplete)]
+
+
 @recipes.command("copy")
-@click.argument("name")
+@click.argument("name", shell_complete=_shipped)
 @click.argument("path", required=False)
 @reports_errors
 def recipes_copy(name: str, path: str | None) -> None:

@@ -36,6 +36,7 @@ QUESTIONS = {
     ("tlscale", "compare", "a.yaml", "durat"): ["plain,duration=", "file,durat"],
     ("tlscale", "predict", "runs/a", "im"): ["file,im"],
     ("tlscale", "completion", "f"): ["plain,fish"],
+    ("tlscale", "recipes", "copy", "lite0_h"): ["plain,lite0_head_fmnist"],
 }
 
 
