@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -125,3 +126,21 @@ def test_compare_tests_over_groups(recipe, tmp_path):
     )
     assert "sign-flip tests over groups of images" in " ".join(found["notes"])
     assert "a bootstrap over groups of images" in found["notes"][0]
+
+
+def test_a_run_drops_what_test_has_and_a_checked_plan_tells_of_it(recipe, tmp_path):
+    scenes = put_scenes(tmp_path / "data" / "train", num_scenes=8, photos=3)
+    test = put_scenes(tmp_path / "data" / "test", num_scenes=4, photos=2, seed=1)
+    shutil.copyfile(scenes / "a" / sorted(path.name for path in (scenes / "a").iterdir())[0], test / "a" / "copy.png")
+    path = {"path": str(tmp_path / "data")}
+    recipe("plain", PROBE, **path)
+    done = CliRunner().invoke(main, ["plan", str(tmp_path / "plain.yaml"), "--check-images"])
+    assert done.exit_code == 0, done.output
+    assert "LEAK: 1 of 9 images of test are, byte for byte, in validation too" in " ".join(done.output.split())
+    figures = tlscale.run(recipe("dropped", PROBE, duplicates="drop", **path), tmp_path / "dropped")
+    assert figures["duplicates"] == {"action": "drop", "in_two_splits": [], "num_dropped": {"train": 1}}
+    assert figures["num_images"] == 9
+    assert tlscale.evaluate(tmp_path / "dropped").top1 == figures.top1
+    (tmp_path / "dropped" / "result.json").unlink()
+    again = tlscale.run(recipe("dropped", PROBE, duplicates="drop", **path), tmp_path / "dropped", resume=True)
+    assert again.top1 == figures.top1

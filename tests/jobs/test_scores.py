@@ -207,7 +207,17 @@ def test_copies_of_training_images_among_the_scored_are_counted(changes, has_tes
             said.append(f"LEAK: {count} of {len(held[scored])} images of {scored} are, byte for byte, in {other} too")
     assert [note.split(":", 2)[1] for note in notes] == [text.split(":")[1] for text in said]
     assert notes
-    assert notes[0] in " ".join(capsys.readouterr().out.split())
+    shown = " ".join(capsys.readouterr().out.split())
+    assert all(note in shown for note in notes)
+    told = {tuple(row["splits"]): row for row in result(tmp_path / "run")["duplicates"]["in_two_splits"]}
+    assert told[scored, "train"]["num_images"] == sum(raw in held["train"] for raw in held[scored])
+    for row in told.values():
+        one, other = (data / path for path in row["examples"][0])
+        assert one.read_bytes() == other.read_bytes()
+    if has_test:  # copies among the images of train that a hold-out divides are told of, too
+        crossing = sum(raw in held["train"] for raw in held["validation"])
+        assert told["validation", "train"]["num_images"] == crossing > 0
+        assert f"DUPLICATES: {crossing} of {len(held['validation'])} images of validation" in shown
 
 
 def test_older_runs_are_compared_by_the_score_before_the_refit_and_without_a_test(tmp_path):

@@ -221,6 +221,12 @@ def one_group_a_class(tmp: Path) -> dict[str, Any]:
     return {"source": "manifest", "path": _table(tmp, "patient", *rows), "group_column": "patient"}
 
 
+def image_in_two_splits(tmp: Path) -> dict[str, Any]:
+    put_folder(tmp, train__cat=3, train__dog=3, test__dog=1)
+    put_image(tmp / "test" / "cat" / "copy.png", grey=(len("train__cat") * 40 + 1) % 256)
+    return {"source": "folder", "path": str(tmp), "duplicates": "error"}
+
+
 def regex_of_some(tmp: Path) -> dict[str, Any]:
     return {"source": "folder", "path": str(put_folder(tmp, cat=2, dog=4)), "group_regex": r"(dog/\d)"}
 
@@ -256,6 +262,7 @@ WRONG_DATA: list[WrongData] = [
     WrongData("no groups in the column", empty_group_column, ("data.group_column", "all 2 rows are empty")),
     WrongData("groups are the labels", groups_are_labels, ("data.group_column", "'label' holds the labels")),
     WrongData("one group a class", one_group_a_class, ("none can be held out", "each class has one training group")),
+    WrongData("image in two splits", image_in_two_splits, ("data.duplicates", "of 2 images of test", "copy.png")),
     WrongData("regex of some", regex_of_some, ("data.group_regex", "matches only 4 of the 6 paths", "'cat/0.png'")),
     WrongData("regex of none", regex_of_none, ("data.group_regex", "matches none of the 6 paths", "'cat/0.png'")),
     WrongData("images cut short", cut_short, ("cat", ".png", "damaged or cut short"), at_decode=True),

@@ -57,6 +57,12 @@ WRONG_RECIPES: list[tuple[str, str, list[str], list[str]]] = [
         [],
         [f"{AT}:2: data.groups_across_splits = 'warn': must be one of error, allow"],
     ),
+    (
+        "duplicates_unknown",
+        f"{NAME}\ndata: {{source: folder, path: p, duplicates: remove}}\n{BACKBONE}\n",
+        [],
+        [f"{AT}:2: data.duplicates = 'remove': must be one of warn, drop, error"],
+    ),
     ("engine_synonym", GOOD + "fsdp: true\n", [], [f"{AT}:4: fsdp: unknown key. Did you mean 'compute.engine'?"]),
     ("engine_unknown", GOOD + "compute: {engine: fsdp}\n", [], [f"{AT}:4: compute.engine = 'fsdp': must be"]),
     (

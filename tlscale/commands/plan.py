@@ -31,6 +31,7 @@ from tlscale.tracking.console import Console
 from tlscale.tracking.stopwatch import format_duration
 from tlscale.training.cache_decision import choose_partition, refuse_codes_of_a_probe, row_bytes, sample_images
 from tlscale.training.compiler import check_compiler
+from tlscale.training.duplicates import shared_images
 from tlscale.training.setup import RunSetup, set_up
 from tlscale.training.specs import cache_spec, input_path
 from tlscale.training.stages import Stage, apply_freezing
@@ -61,6 +62,11 @@ def plan(recipe: Recipe, *, world_size: int, checks_images: bool = False, as_jso
         if recipe.probe is None:
             refuse_codes_of_a_probe(recipe.codes)
         setup = set_up(recipe, world_size=world_size, tries_images=False)
+        if checks_images:
+            for split in setup.data.splits.values():
+                split.digests()  # known by now, but of files that were written just before
+            for note in shared_images(setup.data)[1]:
+                console.say(note, style="bold red")
     tables = Console(enabled=not as_json)
     show_plan(setup, tables, device=f"planned for {world_size} process{'es' if world_size > 1 else ''}")
     plain = plan_of(setup)

@@ -177,7 +177,7 @@ def over_groups(figures: Mapping[str, Any]) -> str:
 
 def _show_what_the_score_is_of(result: dict[str, Any], console: Console) -> None:
     for note in result["notes"]:
-        if note.startswith("LEAK"):
+        if note.startswith(("LEAK", "DUPLICATES")):
             console.say(note, style="bold red")
     if result["selected_on"] is not None:
         chosen = "layer, pooling or strength" if "probe" in result else "the step of these weights"

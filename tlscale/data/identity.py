@@ -14,8 +14,6 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
-
 from tlscale.data.content import digest_of_parts
 from tlscale.data.sources.open import ImageData
 from tlscale.data.sources.tables import ImageSplit
@@ -74,28 +72,6 @@ def _figures(used: Identity, scored: Identity) -> dict[str, Any]:
         "scored_sha256": scored.sha256,
         "scored_by": scored.by,
     }
-
-
-def shared_images(data: ImageData) -> list[str]:
-    """Return notes on scored images whose content, under whatever name, was trained on or has chosen.
-
-    It is for the end of a run: nothing is read for it, and what the run did not see is not compared.
-    """
-    notes: list[str] = []
-    scored = data.test or data.validation
-    assert scored is not None, "set_up refuses data that nothing can be evaluated on"
-    own_N, known_N = scored.noted_digests()
-    for other in (data.train, data.validation):
-        if other is None or other is scored:
-            continue
-        theirs_N, theirs_known_N = other.noted_digests()
-        count = int(np.count_nonzero(np.isin(own_N[known_N], theirs_N[theirs_known_N])))
-        if count:
-            notes.append(
-                f"LEAK: {count:,} of {len(scored):,} images of {scored.name} are, byte for byte, in {other.name} too: "
-                f"figures on {scored.name} are too good"
-            )
-    return notes
 
 
 def _identity(

@@ -13,11 +13,11 @@ from __future__ import annotations
 from typing import Any
 
 from tlscale import faults
-from tlscale.data.identity import shared_images
 from tlscale.data.sources.open import ImageSplit
 from tlscale.storage.files import naming_disk_errors, write_json
 from tlscale.storage.run_folder import RunFolder
 from tlscale.tracking.redact import places_of, without_places
+from tlscale.training.duplicates import shared_images
 from tlscale.training.metrics import majority
 from tlscale.training.setup import RunSetup, strategy_of
 
@@ -72,7 +72,11 @@ def write_result(result: dict[str, Any], folder: RunFolder, setup: RunSetup) -> 
     seconds are all that there were until this file. A full disk is a `TlscaleError`.
     """
     faults.at("result")
-    result["notes"] += shared_images(setup.data)
+    shared, notes = shared_images(setup.data)
+    result["notes"] += notes
+    action, dropped = setup.recipe.data.duplicates, dict(setup.data.num_dropped)
+    if shared or action != "warn":
+        result["duplicates"] = {"action": action, "in_two_splits": shared, "num_dropped": dropped}
     with naming_disk_errors(folder.result):
         result |= setup.watch.figures(result["images_seen"])
         write_json(folder.result, result)

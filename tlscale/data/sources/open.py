@@ -13,12 +13,13 @@ as other data unless it keeps the times; for data sets of the hub the fingerprin
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tlscale.data.content import digest_of_parts
 from tlscale.data.sources.bad_images import BadImages, find_bad
+from tlscale.data.sources.duplicates import drop_shared
 from tlscale.data.sources.fashion_mnist import is_fashion_mnist, read_fashion_mnist
 from tlscale.data.sources.folder import is_folder_source, read_folder_source
 from tlscale.data.sources.groups import Groups, name_by_path
@@ -27,7 +28,7 @@ from tlscale.data.sources.idx import is_idx_source, read_idx_source
 from tlscale.data.sources.manifest import is_manifest_source, read_manifest_source
 from tlscale.data.sources.split_names import ROLES
 from tlscale.data.sources.splits import Chosen, choose_splits
-from tlscale.data.sources.tables import ImageSplit, Source
+from tlscale.data.sources.tables import ImageSplit, Role, Source
 from tlscale.errors import DataError, Text
 from tlscale.recipe.schema import DataSection
 
@@ -75,6 +76,14 @@ class ImageData:
     """Those that are skipped."""
     groups: Groups | None = None
     """None: the recipe names none."""
+    num_dropped: Mapping[Role, int] = field(default_factory=dict)
+    """Images that are left out, as another split has them."""
+
+    @property
+    def splits(self) -> dict[Role, ImageSplit]:
+        """Return those that are there, by name."""
+        found = (self.train, self.validation, self.test)
+        return {split.name: split for split in found if split is not None}
 
 
 def open_data(
@@ -92,9 +101,11 @@ def open_data(
         DataError: missing or wrong, with the place and what to do.
     """
     source = read_source(section)
-    bad_images, skip_notes = _bad_images(section, source, bad_images, tries_images=tries_images)
+    known = bad_images
+    bad_images, skip_notes = _bad_images(section, source, known, tries_images=tries_images)
     early = {} if bad_images.is_late else bad_images.found
-    chosen = choose_splits(section, source, seed, {role: [row for row, _ in rows] for role, rows in early.items()})
+    bad = {role: [row for row, _ in rows] for role, rows in early.items()}
+    chosen, dropped, drop_notes = _chosen(section, source, seed, bad, reads_images=tries_images or known is not None)
     splits = dict(chosen.splits)
     if bad_images.is_late and len(bad_images):
         splits["train"] = splits["train"].without([position for position, _ in bad_images.found["train"]])
@@ -104,11 +115,28 @@ def open_data(
         validation=splits.get("validation"),
         test=splits.get("test"),
         identity=_identity(section, source, chosen),
-        notes=(*source.notes, *skip_notes, *chosen.notes),
+        notes=(*source.notes, *skip_notes, *drop_notes, *chosen.notes),
         is_sample=source.is_sample,
         bad_images=bad_images,
         groups=chosen.groups,
+        num_dropped=dropped,
     )
+
+
+def _chosen(
+    section: DataSection, source: Source, seed: int, bad: Mapping[Role, list[int]], *, reads_images: bool
+) -> tuple[Chosen, Mapping[Role, int], Sequence[str]]:
+    """Choose the splits; with how many images are dropped as another split has them, and notes on these."""
+    chosen = choose_splits(section, source, seed, bad)
+    if section.duplicates == "warn":
+        return chosen, {}, []
+    if not reads_images:
+        return chosen, {}, [f"data.duplicates: {section.duplicates}: images are compared when a run begins"]
+    found = drop_shared(section, chosen.tables, bad)
+    less = {role: sorted({*bad.get(role, ()), *found.rows.get(role, ())}) for role in {*bad, *found.rows}}
+    chosen = choose_splits(section, source, seed, less, contents_N=found.contents_N)
+    found.hand_over(chosen.tables)
+    return chosen, found.counts, found.notes
 
 
 def _bad_images(

@@ -42,12 +42,19 @@ class Chosen:
 
 
 def choose_splits(
-    section: DataSection, source: Source, seed: int, bad: Mapping[Role, Sequence[int]] | None = None
+    section: DataSection,
+    source: Source,
+    seed: int,
+    bad: Mapping[Role, Sequence[int]] | None = None,
+    *,
+    contents_N: Ints | None = None,
 ) -> Chosen:
     """Give the classes numbers, limit the training images, hold out a validation split.
 
     Args:
         bad: rows of the source's splits that are skipped: to what is drawn they are not there.
+        contents_N: numbers of the rows of train that are equal for images that are not to be divided; by default those
+            of their files.
 
     Raises:
         DataError: labels outside the classes, fewer than two classes, a limit or hold-out that is not possible.
@@ -67,7 +74,9 @@ def choose_splits(
     files = {role: split.files_N for role, split in labelled.items()}
     notes += (*check_files(tables, files, classes, source.place), *_absences(classes, tables, good))
     shared = check_groups(section, tables, source.place)
-    rows_N, held_N, divided = _divide_train(section, tables, good["train"], classes, files["train"], seed)
+    rows_N, held_N, divided = _divide_train(
+        section, tables, good["train"], classes, files["train"] if contents_N is None else contents_N, seed
+    )
     splits = {role: ImageSplit(role, table, good[role]) for role, table in tables.items()}
     splits["train"] = ImageSplit("train", tables["train"], rows_N)
     if held_N is not None:
