@@ -222,6 +222,21 @@ def check_codes(entry, root, seeds):
     print(dict(used))
 
 
+def test_a_folder_in_place_of_any_file_of_the_codes_is_removed(entry, tmp_path):
+    names = [path.name for path in sorted(entry.iterdir())]
+    assert len(names) >= 4
+    for name in names:
+        store = CodesStore(tmp_path / name)
+        shutil.copytree(entry, store.folder(KEY))
+        (store.folder(KEY) / name).unlink()
+        (store.folder(KEY) / name / "within").mkdir(parents=True)
+        put(store, range(25))
+        found = opened(store, range(25)).load().take(np.arange(25))
+        assert all(map(torch.equal, found, codes_of(np.arange(25)))), name
+        store.verify(), store.prune(0)
+        assert not (store.folder(KEY) / name).exists()
+
+
 def test_damaged_codes(entry, tmp_path):
     check_codes(entry, tmp_path, FEW)
 

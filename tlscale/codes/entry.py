@@ -32,6 +32,7 @@ from tlscale.codes.shards import (
     read_ids,
     read_record,
     remove_shard,
+    remove_whatever,
 )
 from tlscale.data.content import DIGEST, Digests
 from tlscale.distributed.host import num_cores
@@ -195,7 +196,7 @@ def remove_orphans(folder: Path, is_idle: Callable[[str], bool]) -> None:
     counting = set(record_names(folder))
     for path in folder.glob("*"):
         if path.name not in (OLDER_MANIFEST, _OLDER_USED) and _is_orphan(path, counting, is_idle):
-            path.unlink(missing_ok=True)
+            remove_whatever(path)
 
 
 def _is_orphan(path: Path, counting: set[str], is_idle: Callable[[str], bool]) -> bool:

@@ -18,6 +18,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -137,7 +138,7 @@ def write_shard(folder: Path, ids_R: Digests, values: Sequence[Tensor], writer: 
         files = {}
         for part, tensor in parts.items():
             path = _draft(folder, writer, name, part)
-            path.unlink(missing_ok=True)  # of the same writer, killed
+            remove_whatever(path)  # of the same writer, killed
             files[part] = _write_tensor(path, part, tensor)
     except OSError as error:
         for part in parts:
@@ -212,8 +213,16 @@ def _write_tensor(path: Path, name: str, tensor: Tensor) -> dict[str, Any]:
 
 def remove_shard(folder: Path, name: str) -> None:
     """Remove all files of this shard's name, first the one that makes it count."""
-    (folder / f"{name}.json").unlink(missing_ok=True)
+    remove_whatever(folder / f"{name}.json")
     for path in folder.glob(f"{name}.*{SUFFIX}"):
+        remove_whatever(path)
+
+
+def remove_whatever(path: Path) -> None:
+    """Remove what has the name of a file of the store: a folder in its place, too, would be in the way for ever."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
         path.unlink(missing_ok=True)
 
 
