@@ -145,8 +145,15 @@ def codes() -> None:
 @codes.command("compute", hidden=True)
 @takes_recipe
 @click.option("--out", metavar="FILE", help="Write the codes to this .parquet or .npy file as well.")
+@click.option(
+    "--near-duplicates",
+    "near",
+    type=click.FloatRange(0.0, 1.0, min_open=True),
+    metavar="COSINE",
+    help="Show images that look like one of another split: codes with at least this cosine, such as 0.98.",
+)
 @reports_errors
-def codes_compute(recipe: str, overrides: Sequence[str], out: str | None) -> None:
+def codes_compute(recipe: str, overrides: Sequence[str], out: str | None, near: float | None) -> None:
     """Compute and cache the codes of RECIPE's images: of codes.layer, or of what it freezes.
 
     With --out FILE those of codes.layer (by default penultimate) are written for other tools. Parquet: path, split,
@@ -156,6 +163,7 @@ def codes_compute(recipe: str, overrides: Sequence[str], out: str | None) -> Non
     Examples:
       tlscale codes photos.yaml --out codes.parquet "codes.layer=[layer3, penultimate]"
       tlscale codes photos.yaml backbone.weights=run:runs/photos --out codes.npy
+      tlscale codes photos.yaml --near-duplicates 0.98
     """
     at_s = began_s()
     loaded = load(recipe, overrides)
@@ -164,7 +172,7 @@ def codes_compute(recipe: str, overrides: Sequence[str], out: str | None) -> Non
         from tlscale.distributed.signals import stop_with_launcher
 
     stop_with_launcher()
-    compute_codes(loaded, Stopwatch(at_s), out=None if out is None else Path(out))
+    compute_codes(loaded, Stopwatch(at_s), out=None if out is None else Path(out), near=near)
 
 
 @codes.command("list")

@@ -20,7 +20,7 @@ from tlscale.data.sources.tables import ImageSplit, Ints, LabelledTable, Role
 from tlscale.errors import DataError
 from tlscale.recipe.schema import DataSection
 
-_PAIRS: tuple[tuple[Role, Role], ...] = (("test", "train"), ("test", "validation"), ("validation", "train"))
+PAIRS: tuple[tuple[Role, Role], ...] = (("test", "train"), ("test", "validation"), ("validation", "train"))
 """First the split whose figures are too good."""
 _KEY = "data.duplicates"
 
@@ -45,7 +45,7 @@ class Shared:
 
 def find_shared(splits: Mapping[Role, ImageSplit]) -> Iterator[Shared]:
     """Yield, for each pair of splits, the images that both have, as far as their contents are known here."""
-    for role, other_role in _PAIRS:
+    for role, other_role in PAIRS:
         one, other = splits.get(role), splits.get(other_role)
         if one is None or other is None:
             continue
