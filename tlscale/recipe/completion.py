@@ -1,6 +1,7 @@
 """Completion of the command line in bash, zsh and fish: verbs, options, files, and the keys of a recipe.
 
-Promise: nothing is imported that takes long; a recipe's keys are read off its schema. click has the rest.
+Promise: nothing is imported that takes long (so this does not lie in `commands`, whose package imports torch); a
+recipe's keys are read off its schema. click has the rest.
 """
 
 from __future__ import annotations
