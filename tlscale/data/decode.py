@@ -88,10 +88,19 @@ class BadImageError(DataError):
     """One image cannot be read, or is too large; the message starts with its place.
 
     Attributes:
+        why: the message without the place.
         image: its split and its position there, where it is of a run's data.
     """
 
+    why = ""
     image: tuple[str, int] | None = None
+
+    @classmethod
+    def at(cls, where: str, why: str, remedy: str | None = LEAVE_OUT) -> BadImageError:
+        """Return the error of the image at a place."""
+        error = cls(f"{where}: {why}", remedy=remedy)
+        error.why = why
+        return error
 
 
 def decode_image(raw: bytes | npt.NDArray[Any] | Image.Image, *, in_chans: int, max_pixels: int, where: str) -> Pixels:
@@ -113,10 +122,10 @@ def decode_image(raw: bytes | npt.NDArray[Any] | Image.Image, *, in_chans: int, 
     try:
         return _channels(_opened(raw, max_pixels), in_chans)
     except _BadError as error:
-        raise BadImageError(f"{where}: {error}", remedy=LEAVE_OUT) from None
+        raise BadImageError.at(where, str(error)) from None
     except Exception as error:  # on hostile bytes Pillow's decoders raise nearly anything
-        problem = f"{where}: the image is damaged or cut short ({type(error).__name__}: {error})"
-        raise BadImageError(problem, remedy=LEAVE_OUT) from error
+        why = f"the image is damaged or cut short ({type(error).__name__}: {error})"
+        raise BadImageError.at(where, why) from error
 
 
 def header_hw(file: BinaryIO, where: str) -> tuple[int, int]:
@@ -134,13 +143,11 @@ def header_hw(file: BinaryIO, where: str) -> tuple[int, int]:
             image = Image.open(file, formats=FORMATS)
         return image.height, image.width
     except UnidentifiedImageError:
-        raise BadImageError(f"{where}: {_NO_IMAGE}", remedy=LEAVE_OUT) from None
+        raise BadImageError.at(where, _NO_IMAGE) from None
     except _BadError as error:
-        raise BadImageError(f"{where}: {error}", remedy=LEAVE_OUT) from None
+        raise BadImageError.at(where, str(error)) from None
     except Exception as error:  # on hostile bytes Pillow's readers raise nearly anything
-        raise BadImageError(
-            f"{where}: the header cannot be read ({type(error).__name__}: {error})", remedy=LEAVE_OUT
-        ) from error
+        raise BadImageError.at(where, f"the header cannot be read ({type(error).__name__}: {error})") from error
 
 
 class _BadError(Exception):

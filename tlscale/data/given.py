@@ -16,14 +16,14 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageFile
 
-from tlscale.data.decode import EXTENSIONS, Pixels, decode_image
+from tlscale.data.decode import EXTENSIONS, BadImageError, Pixels, decode_image
 from tlscale.data.input_spec import InputSpec
 from tlscale.data.sources.folder import LEFT_BY_DESKTOPS
 from tlscale.data.sources.labels import sort_labels
 from tlscale.data.sources.stores import read_image_file
 from tlscale.data.transforms import eval_transform
 from tlscale.data.workers import map_in_threads
-from tlscale.errors import DataError, one_line
+from tlscale.errors import one_line
 
 InMemory = Image.Image | npt.NDArray[Any]
 Given = str | InMemory
@@ -130,8 +130,8 @@ def read_given(images: Sequence[Given], spec: InputSpec, max_pixels: int) -> tup
         try:
             pixels = decode_image(_raw(given, where), in_chans=spec.in_chans, max_pixels=max_pixels, where=where)
             return eval_transform(pixels, spec)
-        except DataError as error:
-            return error.problem.removeprefix(f"{where}: ")
+        except BadImageError as error:
+            return error.why
 
     read_B = list(map_in_threads(read, images))
     pixels_B = [pixels for pixels in read_B if not isinstance(pixels, str)]

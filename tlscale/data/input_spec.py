@@ -178,6 +178,6 @@ def _size(table: LabelledTable, row: int) -> tuple[int, int]:
             with path.open("rb") as file:  # a header is a small part of a photo
                 return header_hw(file, where)
         except OSError as error:
-            raise BadImageError(f"{where}: cannot be read: {error.strerror or error}") from None
+            raise BadImageError.at(where, f"cannot be read: {error.strerror or error}", None) from None
     raw = table.read(row)
     return raw.shape[:2] if isinstance(raw, np.ndarray) else header_hw(io.BytesIO(raw), where)

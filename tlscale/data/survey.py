@@ -20,7 +20,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from tlscale.data.content import content_digest
-from tlscale.data.decode import FORMATS, decode_image
+from tlscale.data.decode import FORMATS, BadImageError, decode_image
 from tlscale.data.folder_layout import lay_out, tables_in
 from tlscale.data.sources.excluded import write_excluded
 from tlscale.data.sources.open import read_source, source_of
@@ -256,7 +256,7 @@ def _look(store: RawStore, max_pixels: int, row: int) -> _Look:
         raw = store.read(row)
         pixels_HWC = decode_image(raw, in_chans=3, max_pixels=max_pixels, where=where)
     except DataError as error:
-        return _Look(problem=error.problem.removeprefix(f"{where}: "))
+        return _Look(problem=error.why if isinstance(error, BadImageError) else error.problem)
     height, width = pixels_HWC.shape[:2]
     few_HWC = pixels_HWC[::_GREY_STRIDE, ::_GREY_STRIDE].astype(np.int16)
     return _Look(content_digest(raw), _format(raw), (height, width), is_grey=bool((np.ptp(few_HWC, axis=2) <= 2).all()))

@@ -1,6 +1,6 @@
 """Stores: the images of one split, by row, as files, as cells of a table in memory, or as one array.
 
-Promise: a store holds buffers and no image objects, and an image that cannot be read is a `DataError` with its place.
+Promise: a store holds buffers and no image objects; an image that cannot be read is a `BadImageError` with its place.
 
 Shape letters: N rows, H height, W width, 5 the numbers of a `file_stamp`.
 """
@@ -16,8 +16,9 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from tlscale.data.content import stamp_bytes
+from tlscale.data.decode import BadImageError
 from tlscale.data.sources.tables import Ints
-from tlscale.errors import DataError, one_line
+from tlscale.errors import one_line
 
 MOST_FILE_BYTES = 2 << 30
 """A larger file is no image of a size that is read, and reading it would fill the memory."""
@@ -30,19 +31,19 @@ def read_image_file(path: Path, where: str) -> bytes:
         where: its place, for messages.
 
     Raises:
-        DataError: it is not there, no regular file (reading a pipe waits for ever), or too large for an image.
+        BadImageError: it is not there, no regular file (reading a pipe waits for ever), or too large for an image.
     """
     try:
         found = path.stat()
         if not stat.S_ISREG(found.st_mode):
-            raise DataError(f"{where} is {kind_of_file(found.st_mode)}, no regular file")
+            raise BadImageError.at(where, f"{kind_of_file(found.st_mode)}, no regular file", None)
         if found.st_size > MOST_FILE_BYTES:
-            raise DataError(
-                f"{where}: a file of {found.st_size / 2**30:,.1f} GiB is no image; the most is {MOST_FILE_BYTES >> 30}"
-            )
+            size = f"a file of {found.st_size / 2**30:,.1f} GiB"
+            raise BadImageError.at(where, f"{size} is no image; the most is {MOST_FILE_BYTES >> 30}", None)
         return path.read_bytes()
     except (OSError, ValueError) as error:  # a name with a zero in it
-        raise DataError(f"{where}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        why = f"cannot be read: {getattr(error, 'strerror', None) or error}"
+        raise BadImageError.at(where, why, None) from None
 
 
 def kind_of_file(mode: int) -> str:
