@@ -12,6 +12,7 @@ from PIL import Image
 
 import tlscale
 from examples.messy_photos import COUNTS, make_messy_folder
+from tests.scenes import put_scenes, scene_of
 from tests.small_runs import result
 from tlscale.cli import main
 from tlscale.commands.new import new
@@ -227,3 +228,26 @@ def test_long_pictures_are_shown_whole(tmp_path, monkeypatch, capsys):
     assert "the network is shown 33%, in the middle; data.crop_mode=squash or border shows all of it" in said
     assert whole["top1"] == 1.0
     assert cropped["top1"] < 0.85
+
+
+def test_names_that_look_like_groups_are_a_hint_and_no_more(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    put_scenes(tmp_path / "photos", num_scenes=12, photos=3)
+    ran = CliRunner().invoke(main, ["new", "photos"], catch_exceptions=False)
+    assert ran.exit_code == 0, ran.output
+    assert re.search(r"groups\? +names such as \S+scene\d+_0.png look like 12 groups of 3 images", ran.output)
+    text = (tmp_path / "photos.yaml").read_text()
+    assert tlscale.load_recipe("photos.yaml").data.group_regex is None
+    assert text.count("  # group_regex: ") == 1
+    (tmp_path / "grouped.yaml").write_text(text.replace("  # group_regex: ", "  group_regex: "))
+    recipe = tlscale.load_recipe("grouped.yaml")
+    data = open_data(recipe.data, recipe.seed)
+    scenes = [{scene_of(split.where(at)) for at in range(len(split))} for split in (data.train, data.validation)]
+    assert not scenes[0] & scenes[1]
+    rows = [
+        f"{path.relative_to(tmp_path)},{path.parent.name},{scene_of(path)}"
+        for path in (tmp_path / "photos").glob("*/*")
+    ]
+    (tmp_path / "list.csv").write_text("\n".join(["path,label,scene_id", *rows]))
+    assert CliRunner().invoke(main, ["new", "list.csv"], catch_exceptions=False).exit_code == 0
+    assert "  # group_column: scene_id\n" in (tmp_path / "list.yaml").read_text()

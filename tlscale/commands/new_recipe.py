@@ -57,6 +57,7 @@ def recipe_text(
         write_yaml({"name": name}),
         _comment(comment),
         write_yaml({"data": data}),
+        _groups_to_uncomment(survey),
         write_yaml({"backbone": network}),
         strategy,
     ]
@@ -80,7 +81,7 @@ def describe(survey: Survey) -> list[str]:
     if len(survey.counts) > 1:
         given = [f"{sum(counts.values()):,} {shown[role]}" for role, counts in survey.counts.items()]
         lines.append(f"splits: {', '.join(given)}")
-    return [one_line(line) for line in (*lines, *survey.notes, *_equal(survey.equal))]
+    return [one_line(line) for line in (*lines, *survey.notes, *_equal(survey.equal), *_groups(survey))]
 
 
 def describe_left_out(survey: Survey) -> list[str]:
@@ -94,6 +95,12 @@ def describe_left_out(survey: Survey) -> list[str]:
         lines.append(one_line(f"left out  {len(found):,}: {path}: {reason}{' (and others)' if len(found) > 1 else ''}"))
     rest = len(kinds) - _MOST_REASONS
     return [*lines, *([f"left out  for {rest} other reasons"] if rest > 0 else [])]
+
+
+def _groups(survey: Survey) -> list[str]:
+    if survey.groups is None:
+        return []
+    return [f"groups?   {survey.groups.about}: then data.{survey.groups.key} keeps each on one side of a hold-out"]
 
 
 def _counts(counts: Mapping[str, int]) -> str:
@@ -144,7 +151,20 @@ def _data_keys(survey: Survey, backbone: str, num_train: int) -> tuple[dict[str,
         keys["validation_fraction"] = 0.2 if num_train <= FEW_IMAGES else 0.1
         held = "validation_fraction: this share of the training images is held out to choose by"
         comment += [held + ("." if "test" in survey.counts else ", and the score is of it, as there is no test split.")]
+    if survey.groups is not None:
+        comment += [
+            f"{survey.groups.key}: {survey.groups.about}. Uncomment it where they are of one patient, animal or scene: "
+            "a hold-out that divides them makes scores too high."
+        ]
     return keys, comment
+
+
+def _groups_to_uncomment(survey: Survey) -> str:
+    """Return a comment that is a key of the section `data`, which is written just above it."""
+    if survey.groups is None:
+        return ""
+    _, line = write_yaml({"data": {survey.groups.key: survey.groups.value}}).splitlines()
+    return f"  # {line.strip()}\n"
 
 
 def _why(is_probe: bool, num_train: int) -> list[str]:

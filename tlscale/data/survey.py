@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,11 +23,14 @@ from PIL import Image
 from tlscale.data.content import content_digest
 from tlscale.data.decode import FORMATS, BadImageError, decode_image
 from tlscale.data.folder_layout import lay_out, tables_in
+from tlscale.data.group_hint import GroupHint, hint_by_column, hint_by_path
 from tlscale.data.sources.excluded import write_excluded
 from tlscale.data.sources.open import read_source, source_of
+from tlscale.data.sources.paths import local_path
 from tlscale.data.sources.split_names import WHOLE, split_keys
+from tlscale.data.sources.stores import FileStore
 from tlscale.data.sources.tables import RawStore, Role, Source, SourceSplit
-from tlscale.data.table_layout import guess_columns, name_splits, rows_to_leave_out
+from tlscale.data.table_layout import column_names, guess_columns, name_splits, rows_to_leave_out
 from tlscale.data.workers import map_in_threads
 from tlscale.errors import DataError, one_line, option
 from tlscale.recipe.schema import DataSection
@@ -55,6 +59,8 @@ class Survey:
     equal: list[list[Place]]
     """Images with equal content, two or more each, without those of `left_out`."""
     notes: tuple[str, ...]
+    groups: GroupHint | None = None
+    """That images may be in, several of one patient or scene."""
 
     @property
     def median_side_px(self) -> int:
@@ -157,10 +163,11 @@ def _survey(keys: dict[str, Any], left_out: dict[str, str], notes: tuple[str, ..
     copies = _copies(equal) if seen.has_files else {}
     bad = seen.bad | copies
     section = leave_out(bad | _classes_without(source, section, bad))
+    splits = read_source(section).splits
     equal = [left for places in equal if len(left := [place for place in places if place.path not in copies]) > 1]
     return Survey(
         keys=keys,
-        counts={role: _counts(split) for role, split in read_source(section).splits.items()},
+        counts={role: _counts(split) for role, split in splits.items()},
         formats=seen.formats,
         sizes_N2=np.array(seen.sizes, dtype=np.int64),
         num_grey=seen.num_grey,
@@ -168,7 +175,22 @@ def _survey(keys: dict[str, Any], left_out: dict[str, str], notes: tuple[str, ..
         num_bad=seen.num_bad,
         equal=equal,
         notes=notes,
+        groups=_group_hint(section, splits.values()),
     )
+
+
+def _group_hint(section: DataSection, splits: Iterable[SourceSplit]) -> GroupHint | None:
+    """Return groups that the names of the images, or a column of their table, look like."""
+    if section.source == "manifest" and (hint := hint_by_column(column_names(local_path(section)))) is not None:
+        return hint
+    paths: list[str] = []
+    labels: list[str] = []
+    for split in splits:
+        if not isinstance(split.store, FileStore):
+            return None
+        paths += split.store.paths_N.to_pylist()
+        labels += [split.label_names[label_id] for label_id in split.label_ids_N.tolist()]
+    return hint_by_path(paths, labels)
 
 
 def _keys_of(place: str) -> tuple[dict[str, Any], dict[str, str], tuple[str, ...]]:

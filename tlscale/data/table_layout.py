@@ -60,6 +60,11 @@ def guess_columns(file: Path) -> dict[str, str]:
     }
 
 
+def column_names(file: Path) -> list[str]:
+    """Return the columns of a table that was read before."""
+    return list(_head(file).column_names)
+
+
 def name_splits(section: DataSection) -> dict[str, str]:
     """Return the keys of `data` for the splits of a table, however they are spelt: 'Train', 'VAL'.
 
