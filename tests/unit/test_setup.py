@@ -244,6 +244,21 @@ def test_the_limits_find_what_is_over_them():
     assert found == {"A": False, "long": True}
 
 
+@pytest.mark.parametrize("name", ["loop", "state"])
+def test_the_loop_says_why(name: str):
+    """Of its lines of code, a comment goes with every seventh at least."""
+    source = (REPO / "tlscale" / "training" / f"{name}.py").read_text()
+    docstrings = {
+        number
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        for number in range(node.lineno, (node.end_lineno or node.lineno) + 1)
+    }
+    lines = [line.strip() for number, line in enumerate(source.splitlines(), 1) if number not in docstrings]
+    comments = sum(line.startswith("#") for line in lines)
+    assert comments >= 0.15 * (sum(map(bool, lines)) - comments)
+
+
 # The files that one opens for each, in docs/architecture.md.
 MOST_FILES = {"One training step": 6, "An image": 9, "A recipe key": 7, "A checkpoint": 8}
 

@@ -22,12 +22,12 @@ Wrapped = tuple[nn.Module, torch.optim.Optimizer]
 
 
 class Engine:
-    """Wrap what is trained, and do in a step what hangs on how it is wrapped.
+    """Wrap what is trained, and do the parts of a step that depend on how it is wrapped.
 
     Attributes:
         name: as `run.json` has it.
-        shards: whether a process holds shards alone of what is trained, and all have to evaluate in lockstep.
-        mesh: the processes over which is sharded; None: nothing is.
+        shards: whether each process holds only shards of what is trained, so that all have to evaluate in lockstep.
+        mesh: the processes over which parameters are sharded; None: they are not.
     """
 
     name: str
@@ -39,12 +39,12 @@ class Engine:
         self.name = "one process" if accelerator.num_processes == 1 else "ddp"
 
     def if_whole(self, make: Callable[[], T]) -> T | None:
-        """Make what is made of whole parameters, such as averages; None where it has to wait for `shard`."""
+        """Make what needs whole parameters, such as averages; return None where it is made of shards, in `shard`."""
         return make()
 
     @contextmanager
     def restoring(self, restore: Callable[[], None]) -> Iterator[None]:
-        """Put a checkpoint back around the entering of a stage: before it, into what is not wrapped yet."""
+        """Restore a checkpoint before the stage is entered within, while nothing is wrapped yet."""
         restore()
         yield
 
@@ -59,7 +59,8 @@ class Engine:
         """Shard what is trained of `module`, and so of `network`; do nothing where every process has all of it.
 
         `keep_fp32` are parameters that are exchanged in float32 where the others are in bfloat16. `rebuild` is called
-        with the number of blocks, to make of shards what was made of the parameters: the old ones are gone.
+        with the number of blocks: it builds the optimizer and the averages again, since the parameters are other
+        objects now.
         """
 
     def wrap(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> Wrapped:

@@ -52,7 +52,7 @@ class InputPipeline(Protocol):
     module: nn.Module
     """What Accelerate wraps and the loop trains; it shares its parameters with the run's network."""
     workers: int | None
-    """Processes that read images for this one in training; None: more could take nothing over."""
+    """Processes that read images for this one in training; None: more of them would not help."""
 
     def steps(self, start: int, stop: int) -> Generator[list[Any], None, None]:
         """Give this process's micro-batches of each step."""
@@ -175,7 +175,7 @@ def _fetch(batches: Iterator[list[ImageBatch]], processes: Processes) -> _Fetche
 def _in_step(
     batches: Generator[list[ImageBatch], None, None], processes: Processes
 ) -> Generator[list[ImageBatch], None, None]:
-    """Give each step's micro-batches when every process has its own.
+    """Yield each step's micro-batches once every process has its own.
 
     One that cannot read an image must not leave the others waiting in a step, nor let them make it without its images.
     The processes ask one another while they make the step before.
@@ -275,11 +275,11 @@ def open_pipeline(
     Args:
         caching: of the stage.
         title: of the stage, before its line on the console.
-        image_views: the augmented views of each training image, where it is fed with images; None: one an epoch.
-        num_seen: the training images that it sees then, and those after it.
-        decided: what an earlier start of this run decided for this stage; it is resumed in the same way.
-        last_split: evaluated when all is trained. A bad image is better found now; None: there is none, or it is too
-            late.
+        image_views: where it is fed with images, the number of augmented views of each; None: a new one each epoch.
+        num_seen: where it is fed with images, how many it and the stages after it see in training.
+        decided: whether an earlier start of this run chose codes for this stage, so that it is resumed in the same way.
+        last_split: evaluated after training, opened now to find a bad image before it; None: not evaluated, or training
+            is over.
 
     Raises:
         DataError: an image cannot be read, or codes are not finite.

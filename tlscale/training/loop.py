@@ -73,13 +73,16 @@ def train(
     # -- resume -------------------------------------------------------------------------------------------------------
     checkpoint = _newest_checkpoint(setup, folder, processes, run_info, console)
     loop = saved_loop_state(checkpoint) if checkpoint is not None else LoopState()
-    # What was decided for a stage, and is in no checkpoint yet.
+    # Decisions to train on codes that were made after this checkpoint are in run.json alone.
     loop.keeps_codes = {**(run_info or {}).get("keeps_codes", {}), **loop.keeps_codes}
+    # Now, as it enters each stage on trial: later the network is wrapped.
     depending = computed.depends_on_passes(setup)
-    # The stage of the last step made, and not of the next: a checkpoint at a boundary has the optimizer before it.
+    # The stage of the last step that was made, not of the next step: a checkpoint at the end of a stage holds the
+    # optimizer of that stage.
     state = build_train_state(setup, processes, console, stage_at(setup.stages, loop.step - 1))
     if checkpoint is not None:
-        # Whoever wrote the pointers may have been killed before, or what they point to may be corrupt.
+        # Written again: the process that saved may have been killed before it wrote LATEST and BEST, or they point to a
+        # checkpoint that is corrupt.
         processes.run_on_main(point_to, folder.checkpoints, loop)
         setup.watch.add_earlier(loop.spent_s)
         newest = checkpoint_folder(folder.checkpoints, loop.step)
@@ -88,7 +91,7 @@ def train(
         _begin(state, loop, checkpoint)
 
     # -- the loop -----------------------------------------------------------------------------------------------------
-    # The first file is written now, when all images are open: bad ones must not leave a half-begun run.
+    # The first file is written now, when all images are open: a bad image must not leave a half-begun run.
     if run_info is None:
         run_info = processes.run_on_main(begin_folder, folder, setup, processes.world_size, str(processes.device))
     split, engine = setup.split, processes.engine
@@ -96,8 +99,8 @@ def train(
     start = computed.Computed(loop.step, split.world_size, split.micro_batch_size, engine.name, checkpointing)
     run_info = processes.run_on_main(computed.note_start, folder, run_info, start, loop, depending, console)
     loop.run_id = run_info.get("id")
-    # The logger within the console, so that its last words are above the display; the watchdog within both, so that
-    # what is waited for at their end (trackers send the rest) is no hang.
+    # The logger is closed before the console, so that its last lines are above the display. The watchdog ends before
+    # both: while trackers send what is left, a long wait is no hang.
     with (
         console.begin(setup.total_steps, loop.step),
         RunLogger(setup, folder, processes, loop, run_info, console) as logger,
@@ -115,6 +118,7 @@ def _train_stages(state: TrainState, loop: LoopState, logger: RunLogger, folder:
     setup, processes, due = state.setup, state.processes, state.due
     meter, stop_poll = LossMeter(loop, processes), StopPoll(processes, loop.step)
     say = state.codes_cache.console.say
+    # The run ended in an evaluation (by a signal or a bad image): made up for before the next step changes the weights.
     if loop.awaits_evaluation:
         _rank_and_save(state, loop, logger, folder, is_due=True)
     for stage in setup.stages[state.stage.number :]:
@@ -133,6 +137,7 @@ def _train_stages(state: TrainState, loop: LoopState, logger: RunLogger, folder:
                 if not state.ddp_is_warm:
                     warm_up_ddp(state, micro_batches[-1])
                 num_images = setup.order.num_images_in(loop.step)
+                # A function of the step: there is no scheduler whose state a checkpoint would have to hold.
                 lr = set_lr(state.optimizer, stage.lr_factor(loop.step))
                 trained = train_step(
                     state.model,
@@ -145,34 +150,37 @@ def _train_stages(state: TrainState, loop: LoopState, logger: RunLogger, folder:
                     # The step's own, and not drawn one after the other: a resumed run has to draw the same.
                     seed=derive_seed(setup.seed, "step", loop.step),
                     clip_grad_norm=stage.optim.clip_grad_norm,
+                    # The check waits for the device in each step, so it is made only where the recipe asks for it.
                     check=finite_check(state) if state.non_finite.action == "skip" else None,
                 )
-                # Counted before anything is written: lines and checkpoints are of steps done, and the recipe's from 0.
+                # Counted before anything is written: log lines and checkpoints bear the number of steps done.
                 loop.step += 1
                 _count_step(trained, num_images, state, loop, meter, logger, folder)
 
                 # -- log, evaluate, save, stop: the host waits for the device only where one of them is due -----------
                 is_milestone = due.save(loop.step) or due.evaluate(loop.step)
-                # Asked before they begin: neither should delay a stop, and in both the processes wait anyway.
+                # Before an evaluation or a save, which a stop should not wait for, and where processes meet anyway.
                 stopping = stop_poll.is_stopping(loop.step, now=is_milestone)
                 may_save = is_milestone or stopping  # an evaluation may find the best so far, which is saved
                 if due.log(loop.step) or may_save:
+                    # Before the save: no checkpoint may hold weights that are not finite.
                     _refuse_non_finite(meter.settle(), state, loop, folder, may_save=may_save)
                 # No images: every step since the last line was skipped, and has a line of its own.
                 if due.log(loop.step) and loop.window_images:
                     reading.at_line(loop.step, meter.settled_s)
                     logger.write_training(meter.take_mean(), lr, None if trained is None else trained.grad_norm)
                 _rank_and_save(state, loop, logger, folder, is_due=due.save(loop.step) or stopping)
+                # After the last step nothing is left to resume: the model is exported in spite of the request.
                 if stopping and loop.step < setup.total_steps:
                     raise _stopped(loop, setup, folder)
 
 
 def _rank_and_save(state: TrainState, loop: LoopState, logger: RunLogger, folder: RunFolder, *, is_due: bool) -> None:
-    """Evaluate and rank the step where that is due, and save it where its rank says so or `is_due` does.
+    """Evaluate and rank the step where that is due; save it where its rank or `is_due` asks for it.
 
     Raises:
         DataError: a validation image cannot be read; the step is saved, and evaluated when the run is resumed.
-        Stopped: the run was asked to stop by then; so is it here.
+        Stopped: the run was asked to stop during the evaluation; the step is saved, and evaluated likewise.
     """
     is_kept = False
     # Before the save: a checkpoint holds the rank of its own step.
@@ -199,11 +207,12 @@ def _saving_before_errors(
     logger: RunLogger,
     folder: RunFolder,
 ) -> Iterator[list[Any]]:
-    """Give each step's micro-batches; where one cannot be had, what was trained is saved before the run ends."""
+    """Yield each step's micro-batches; where reading them fails, save what was trained before the run ends."""
     began_at = loop.step
     try:
         yield from steps
     except (BadImageError, WorkerError):
+        # Unless the newest checkpoint has all of it: made after the last step, or the one that this start began from.
         if loop.step > began_at and not state.due.save(loop.step):
             _refuse_non_finite(meter.settle(), state, loop, folder, may_save=True)
             save(state, loop, folder, logger)
@@ -211,10 +220,10 @@ def _saving_before_errors(
 
 
 class Trained(NamedTuple):
-    """Hold what a step was: the loss summed over this process's images, on the device, and the norm before clipping."""
+    """Hold the loss of a step, summed over this process's images, on the device, and the gradient's norm."""
 
     loss_sum: Tensor
-    grad_norm: Tensor | None  # None: it is not clipped
+    grad_norm: Tensor | None  # before clipping; None: it is not clipped, and so not computed
 
 
 def train_step(
@@ -298,7 +307,7 @@ def _newest_checkpoint(
     """Return the newest valid checkpoint of the run, or None where it begins."""
     if run_info is None:
         return None
-    # Of all processes together: one that cannot read the newest must not begin from another than the rest.
+    # Chosen by all processes together: where one cannot read the newest, none may begin from it.
     checkpoint, unusable = load_newest_on_all(folder.checkpoints, setup.trained, processes, run_info.get("id"))
     for why in unusable:
         console.say(f"WARNING: {why}", style="bold red")

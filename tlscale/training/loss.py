@@ -28,7 +28,7 @@ from tlscale.training.focal_loss import FocalLoss
 
 
 class Batch(Protocol):
-    """Tell of a batch, of images or of codes, what the loss needs, and which images of their split it has."""
+    """Give what a loss needs of a batch (of images or of codes), and the numbers of its images in their split."""
 
     @property
     def labels_B(self) -> Tensor: ...  # noqa: N802
@@ -45,7 +45,7 @@ class Loss(Protocol):
 
     @property
     def aux_names(self) -> tuple[str, ...]:
-        """Names of what `aux_losses` gives."""
+        """The keys of `aux_losses`."""
 
     def __call__(self, outputs_BO: Tensor, batch: Any) -> Tensor:  # noqa: ANN401 (of images, or of codes)
         """Return the loss of each image, shape (B,)."""

@@ -74,7 +74,7 @@ def build_optimizer(groups: list[Group], section: OptimSection) -> torch.optim.O
     }
     if (implementation := _implementation(groups, section)) is not None:
         options[implementation] = True
-    # An optimizer writes into its groups (some count their steps there), and these may be begun from again.
+    # Copies: an optimizer writes into its groups (some count steps there), and another may be built from the same ones.
     groups = [{**group} for group in groups]
     try:
         optimizer = create_optimizer_v2(groups, opt=section.name, lr=section.lr, weight_decay=0.0, **options)
@@ -87,9 +87,9 @@ def build_optimizer(groups: list[Group], section: OptimSection) -> torch.optim.O
 def _implementation(groups: list[Group], section: OptimSection) -> str | None:
     """Return which of torch's implementations to use; None for its default, or where there are none.
 
-    Fused, which does all of an update in one pass over the parameters: by default torch takes a loop over the tensors
-    (on a CPU), which benchmarks/optimizer_step.py compares. Of sharded tensors it knows that for Adam alone. The
-    recipe's own choice wins.
+    `fused` updates all parameters in one pass, where torch's default on a CPU is a loop over the tensors
+    (benchmarks/optimizer_step.py compares them). For sharded tensors torch has a fused Adam alone. What the recipe
+    chooses in `optim.options` wins.
     """
     optimizer_class = get_optimizer_info(_base_name(section.name)).opt_class
     if isinstance(optimizer_class, str) or not optimizer_class.__module__.startswith("torch.optim"):
@@ -104,7 +104,7 @@ def _implementation(groups: list[Group], section: OptimSection) -> str | None:
 
 
 def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> float:
-    """Set every group to its own peak times `factor`; returns the highest learning rate."""
+    """Set every group to its own peak times `factor`; return the highest learning rate."""
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
     return max(float(group["lr"]) for group in optimizer.param_groups)

@@ -144,7 +144,7 @@ def _optim(
 ) -> OptimSection:
     """Return the recipe's optimizer with what the stage has instead.
 
-    Rules of the recipe stand for all stages, so those that match nothing in this one are skipped in it; a stage's own
+    The recipe's rules are for all stages, so one that matches nothing in this stage is skipped here; a stage's own
     rules must match.
     """
     changes: dict[str, object] = {

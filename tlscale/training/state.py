@@ -120,7 +120,7 @@ class TrainState:
 
 def build_train_state(setup: RunSetup, processes: Processes, console: Console, stage: Stage) -> TrainState:
     """Build what a run begins with, in `stage`; nothing is wrapped yet."""
-    recipe = setup.recipe
+    recipe = setup.recipe  # each component gets its own section of it
     # Before the freezing and the optimizer: they are of the parameters on the device.
     network = processes.local.to_device(setup.classifier)
     apply_freezing(network, stage)
@@ -128,6 +128,7 @@ def build_train_state(setup: RunSetup, processes: Processes, console: Console, s
         setup,
         processes,
         network,
+        # Where parameters will be sharded, the averages are made of the shards, when the stage is entered.
         ema=processes.engine.if_whole(lambda: _averages(setup, stage)),
         loss_fn=make_loss(setup, processes.device),
         codes_cache=open_codes_cache(setup, processes, console),
@@ -151,10 +152,10 @@ def _averages(setup: RunSetup, stage: Stage) -> Ema | None:
 def enter_stage(state: TrainState, loop: LoopState, scaler_state: dict[str, Any] | None = None) -> None:
     """Open the pipeline of the stage, which may compute codes, and wrap what is trained."""
     setup, stage, processes = state.setup, state.stage, state.processes
-    engine, key = processes.engine, str(stage.number)
-    # Codes of the stage before are not read again: what they took of codes.memory_mib is free.
+    engine, key = processes.engine, str(stage.number)  # checkpoints are JSON, whose keys are text
+    # Codes of the stage before are not read again: give back what they took of codes.memory_mib.
     state.codes_cache.forget_loaded()
-    # Once for all stages: a teacher is asked of each image once.
+    # Once for all stages, so that the teacher computes each image once.
     if state.teacher_targets is None:
         state.teacher_targets = ask_teacher(setup, processes, state.codes_cache)
     # Before the wrapping: a partition is found in the bare network, and its suffix is what is wrapped.
@@ -176,6 +177,7 @@ def enter_stage(state: TrainState, loop: LoopState, scaler_state: dict[str, Any]
         state.pipeline.module.compile()  # before it is wrapped: DDP's hooks stay outside of the graph
     state.pipeline.module.train()
     _shard(state, state.pipeline.module)
+    # The pipeline's module, which on codes is the suffix alone: DDP then has no hooks on what is not trained.
     state.wrapped = engine.wrap(state.pipeline.module, state.optimizer)
     state.ddp_is_warm = not engine.needs_warm_up(state.wrapped[0])
     processes.local.mark_step()  # what was loaded; else the first step would be a program of its own
@@ -214,18 +216,20 @@ def advance_stage(state: TrainState, stage: Stage) -> None:
     state.processes.broadcast_buffers(state.network)
     if state.ema is not None:
         state.ema.settle([name for name in state.ema.averages if name not in stage.trained])
-    # While they are still trained: a frozen parameter's old gradient would still be clipped and stepped.
+    # Before freezing: the old gradient of a parameter that is frozen now would still be clipped and stepped.
     state.network.zero_grad(set_to_none=True)
     apply_freezing(state.network, stage)
     # Another one: groups and rates are the stage's. Moments of what was trained before are carried over.
     optimizer = stage.build_optimizer()
     carry_moments(state.optimizer, optimizer)
+    # Last, so that a process that fails above is still in the stage before.
     state.stage, state.optimizer = stage, optimizer
     faults.at("stage")
 
 
 def unwrap(state: TrainState) -> None:
     """Take off what was put around (and, for mixed precision, into) the module that was trained."""
+    # A run that is resumed at the end of a stage leaves that stage without having entered it.
     if state.pipeline is not None:
         state.processes.engine.unwrap(state.pipeline.module)
         state.pipeline, state.wrapped = None, None
@@ -233,6 +237,7 @@ def unwrap(state: TrainState) -> None:
 
 def finite_check(state: TrainState) -> FiniteCheck:
     """Return a check of the next pass, which can undo what the pass changed."""
+    # A GradScaler (fp16) makes gradients infinite on purpose, and skips those steps itself.
     scales_loss = state.processes.accelerator.scaler is not None
     return FiniteCheck(state.network, state.processes, state.stage.unchanging_keys, scales_loss=scales_loss)
 
@@ -241,7 +246,7 @@ def validate(state: TrainState, loop: LoopState, logger: RunLogger) -> bool:
     """Evaluate the validation split and rank the step; return whether its checkpoint is one to keep."""
     split, select = state.setup.data.validation, state.evaluation.select
     assert split is not None
-    # The same figure for all of a run, however it is trained: the averages, where they are kept.
+    # Steps are ranked by what would be exported: the averages, where they are kept.
     with state.setup.watch("evaluate"):
         figures = state.evaluate(split, state.inputs, error_of=select)
     is_kept = loop.rank_step(figures[select], state.evaluation, state.keeping, figures[f"{select}_se"])
@@ -258,9 +263,11 @@ def save(state: TrainState, loop: LoopState, folder: RunFolder, logger: RunLogge
     """
     processes, setup = state.processes, state.setup
     with setup.watch("save"):
+        # First, so that a run that is resumed from this checkpoint lacks no line of the log before it.
         processes.run_on_main(logger.sync)
+        # What was read so far, by content: when the run is resumed, a file that was replaced is noticed.
         processes.run_on_main(record_contents, folder, setup.data)
-        # The main process saves for all: first its buffers are those of all, then the rest is compared.
+        # The main process saves for all, so all take its buffers; parameters and averages must be equal by now.
         processes.broadcast_buffers(state.network)
         check_replicas_agree(replicated_tensors(state.network, state.ema), processes, loop.step)
         # By name and in the bare objects: any number of processes, with any engine, can resume from it.
@@ -281,6 +288,7 @@ def replicated_tensors(network: Classifier, ema: Ema | None) -> dict[str, Tensor
 
     What is sharded over the processes (`compute.engine: fsdp2`) is not among them: each has another shard of it.
     """
+    # What is frozen is not compared: nothing changes it.
     tensors = {name: param for name, param in network.rule_names().items() if param.requires_grad}
     buffers = {name.removeprefix("backbone."): buffer for name, buffer in network.named_buffers()}
     averages = {f"average of {name}": average for name, average in ema.averages.items()} if ema is not None else {}
