@@ -43,6 +43,7 @@ from tlscale.recipe.schema import NO_EFFECT_BESIDE, Recipe
 from tlscale.storage.files import make_folder, naming_disk_errors, write_text
 from tlscale.storage.run_folder import RunFolder
 from tlscale.tracking.console import Console, visible
+from tlscale.tracking.redact import about_secrets
 from tlscale.tracking.stopwatch import Stopwatch
 
 # What a person has to put right, and what would befall every run in the same way.
@@ -188,6 +189,8 @@ def _print_jobs(variants: Sequence[Variant], root: Path) -> None:
     """
     if not variants:
         return
+    for warning in sorted({warning for v in variants if (warning := about_secrets(v.recipe))}):
+        print(warning, file=sys.stderr)
     with naming_disk_errors(root):
         make_folder(root / _RECIPES)
         for variant in variants:

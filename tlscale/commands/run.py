@@ -30,6 +30,7 @@ from tlscale.recipe.schema import Recipe
 from tlscale.storage.files import naming_disk_errors, reporting_disk_errors, write_json
 from tlscale.storage.run_folder import Mode, RunFolder, claim, forget_stop
 from tlscale.tracking.console import Console
+from tlscale.tracking.redact import about_secrets
 from tlscale.tracking.stopwatch import Stopwatch
 from tlscale.training.checkpoint.files import list_checkpoints
 from tlscale.training.compiler import check_compiler
@@ -130,6 +131,8 @@ def _run(
             watch.add_earlier(spent_s)  # now: what is kept on disk from here on is of all starts
         # -- data, model and weights: whatever is wrong with them ends the run here -------------------------------
         bad_images = BadImages.from_plain(run_info["bad_images"]) if run_info else None
+        if run_info is None and (warning := about_secrets(recipe)):
+            console.say(warning, style="bold red")
         with processes.main_first():  # what a hub has to give is fetched once
             setup = set_up(recipe, world_size=processes.world_size, bad_images=bad_images, watch=watch)
 

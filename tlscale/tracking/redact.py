@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from tlscale.recipe.schema import BackboneSection, Recipe
@@ -46,6 +46,25 @@ def redact(value: Any) -> Any:  # noqa: ANN401 (plain YAML values)
     for secret in (_URL_SECRET, _PLAIN_SECRET):
         value = secret.sub(rf"\1{REDACTED}", value)
     return _URL_USER.sub("", value)
+
+
+def about_secrets(recipe: Recipe) -> str | None:
+    """Return a warning where values of the recipe hold what looks like a secret; None: there is none."""
+    keys = list(_keys_with_secrets(recipe.to_plain(), ""))
+    if not keys:
+        return None
+    return (
+        f"WARNING: {', '.join(keys)} holds what looks like a password or key. recipe.yaml keeps it, as it is needed to "
+        "run again; give keys by the environment, and never in a recipe"
+    )
+
+
+def _keys_with_secrets(plain: Mapping[str, Any], prefix: str) -> Iterator[str]:
+    for key, value in plain.items():
+        if isinstance(value, Mapping):
+            yield from _keys_with_secrets(value, f"{prefix}{key}.")
+        elif redact({key: value}) != {key: value}:
+            yield f"{prefix}{key}"
 
 
 def reason(error: Exception) -> str:
