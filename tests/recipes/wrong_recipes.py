@@ -304,6 +304,33 @@ WRONG_RECIPES: list[tuple[str, str, list[str], list[str]]] = [
         [f"{AT}:2: data.augment", "'rotation' takes the most degrees to either side, from 0 to 180, not 200"],
     ),
     (
+        "sampling_power",
+        f"{NAME}\ndata: {{source: fashion_mnist, sampling: 1.5}}\n{BACKBONE}\n",
+        [],
+        [f"{AT}:2: data.sampling = 1.5: must be"],
+    ),
+    (
+        "sampling_and_mixup",
+        f"{NAME}\ndata: {{source: fashion_mnist, sampling: balanced, augment: [mixup]}}\n{BACKBONE}\n",
+        [],
+        [
+            f"{AT}:2: data.sampling: is not supported with mixup, which draws the other image evenly.",
+            "Remove one of them.",
+        ],
+    ),
+    (
+        "sampling_and_weights",
+        f"{NAME}\ndata: {{source: fashion_mnist, sampling: balanced}}\n{BACKBONE}\nloss: {{class_weights: balanced}}\n",
+        [],
+        [f"{AT}:2: data.sampling: makes up for rare classes as loss.class_weights does, and both would do it twice."],
+    ),
+    (
+        "sampling_of_a_probe",
+        f"{NAME}\ndata: {{source: fashion_mnist, sampling: balanced}}\n{BACKBONE}\nprobe: {{}}\n",
+        [],
+        [f"{AT}:2: data.sampling: has no effect with 'probe': a probe trains nothing. Remove it."],
+    ),
+    (
         "crop_mode",
         f"{NAME}\ndata: {{source: fashion_mnist, crop_mode: stretch}}\n{BACKBONE}\n",
         [],

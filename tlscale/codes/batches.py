@@ -12,6 +12,7 @@ from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,7 +47,10 @@ class CodeBatch(TensorBatch):
 
 @dataclass(frozen=True)
 class CodeViews:
-    """Hold the codes of a split's images by view, positions as in the split; epoch e sees view e modulo `num_views`."""
+    """Hold the codes of a split's images by view, positions as in the split.
+
+    In epoch e, which may be an image's own, view e modulo `num_views` is seen.
+    """
 
     views: Mapping[int, Codes]
     labels_N: Ints
@@ -62,7 +66,7 @@ class CodeViews:
         """Take the codes of a micro-batch, of the view of its epoch."""
         view, rows_B = micro_batch.epoch % self.num_views, micro_batch.rows_B
         batch = CodeBatch(
-            self.views[view].take(rows_B),
+            self.views[view].take(rows_B) if isinstance(view, int) else self._take_each(view, rows_B),
             torch.from_numpy(self.labels_N[rows_B]),
             torch.from_numpy(rows_B),
             micro_batch.num_real,
@@ -73,6 +77,15 @@ class CodeViews:
             batch.partner_labels_B = torch.from_numpy(self.labels_N[mixes.partners_B])
             batch.lam_B = torch.from_numpy(mixes.lam_B)
         return batch
+
+    def _take_each(self, views_B: Ints, rows_B: Ints) -> tuple[Tensor, ...]:
+        """Take each image's codes of its own view."""
+        if (views_B == views_B[0]).all():
+            return self.views[int(views_B[0])].take(rows_B)
+        groups = [(view, np.flatnonzero(views_B == view)) for view in np.unique(views_B).tolist()]
+        order_B = torch.from_numpy(np.argsort(np.concatenate([here for _, here in groups])))
+        taken = zip(*(self.views[view].take(rows_B[here]) for view, here in groups), strict=True)
+        return tuple(torch.cat(parts).index_select(0, order_B) for parts in taken)
 
 
 def train_code_batches(

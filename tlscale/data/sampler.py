@@ -8,7 +8,7 @@ The order is a Feistel network on the smallest power of four that holds all posi
 cycle walking back into the range: Black and Rogaway, Ciphers with Arbitrary Finite Domains (CT-RSA 2002). Only 64-bit
 integer arithmetic, and no generator of a library, whose stream an upgrade could change; a test pins the order.
 
-Shape letters: N images of a data set, B images of a batch, P positions that are requested.
+Shape letters: N images of a data set, C classes, B images of a batch, P positions that are requested.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ def _mix_in(key: Keys, number: int | Ints) -> Keys:
     return _mix64((key ^ _mix64(added + np.uint64(_WEYL))) + np.uint64(_WEYL))
 
 
-def _epoch_key(seed: int, epoch: int) -> Keys:
+def _epoch_key(seed: int, epoch: int | Ints) -> Keys:
     return _mix_in(_mix_in(np.zeros(1, np.uint64), seed), epoch)
 
 
-def image_keys(seed: int, epoch: int, rows_B: Ints, stream: Stream) -> Keys:
-    """Make a 64-bit key for what is random about each image in this epoch: shape (B,)."""
+def image_keys(seed: int, epoch: int | Ints, rows_B: Ints, stream: Stream) -> Keys:
+    """Make a 64-bit key for what is random about each image in this epoch, or each in its own: shape (B,)."""
     return _mix_in(_mix_in(_epoch_key(seed, epoch), int(stream)), rows_B)
 
 
@@ -90,6 +90,68 @@ def _feistel(values_P: Keys, half_bits: int, round_keys: Keys) -> Keys:
     return (left << shift) | right
 
 
+class ClassDraw:
+    """Draw class c in proportion to n_c ** power of its n_c images: 0: all classes alike, 1: as they are.
+
+    In each epoch a class has its quota of places, exactly; over epochs each of its images is used as often as the
+    others, but for one time: an image comes again only after all others of its class.
+
+    Args:
+        labels_N: class numbers.
+        power: from 0 to 1.
+        seed: of the order of each class.
+    """
+
+    def __init__(self, labels_N: Ints, power: float, seed: int) -> None:
+        sizes_C = np.bincount(labels_N)
+        self._members = np.split(np.argsort(labels_N, kind="stable"), np.cumsum(sizes_C)[:-1])
+        self.quotas_C = quotas(sizes_C, power)
+        self._starts_C = np.concatenate([[0], np.cumsum(self.quotas_C)])
+        self._seeds = [_derived_seed(seed, number) for number in range(len(sizes_C))]
+
+    def at(self, places_P: Ints, epoch: int) -> tuple[Ints, Ints]:
+        """Return the image at each place, and how often it was used before, which stands for the epoch in its draws.
+
+        Args:
+            places_P: 0 <= place < N, after the order of the epoch.
+        """
+        rows_P, uses_P = np.empty_like(places_P), np.empty_like(places_P)
+        classes_P = np.searchsorted(self._starts_C, places_P, side="right") - 1
+        for number in np.unique(classes_P).tolist():
+            here = np.flatnonzero(classes_P == number)
+            members = self._members[number]
+            turns = epoch * self.quotas_C[number] + places_P[here] - self._starts_C[number]
+            uses_P[here], turns = np.divmod(turns, len(members))
+            for use in np.unique(uses_P[here]).tolist():
+                now = uses_P[here] == use
+                chosen = permute(turns[now], num_images=len(members), seed=self._seeds[number], epoch=use)
+                rows_P[here[now]] = members[chosen]
+        return rows_P, uses_P
+
+
+def quotas(sizes_C: Ints, power: float) -> Ints:
+    """Return the places of each class in an epoch of as many places as there are images, by largest remainders.
+
+    A class that has images has a place. Of equal remainders the first class is served.
+    """
+    shares_C = np.where(sizes_C > 0, np.maximum(sizes_C, 1).astype(np.float64) ** power, 0.0)
+    exact_C = shares_C / shares_C.sum() * sizes_C.sum()
+    quotas_C: Ints = np.maximum(np.floor(exact_C).astype(np.int64), sizes_C > 0)
+    rest = int(sizes_C.sum() - quotas_C.sum())
+    if rest > 0:
+        # Rounded: the shares of equal classes differ by what a sum in another order makes.
+        most_C = np.argsort(-np.round(exact_C - quotas_C, 9), kind="stable")
+        quotas_C[most_C[:rest]] += 1
+    for _ in range(-rest):  # taken by classes that would have had no place
+        quotas_C[np.argmax(quotas_C)] -= 1
+    return quotas_C
+
+
+def _derived_seed(seed: int, number: int) -> int:
+    """Return another seed for each number from 0."""
+    return int(_mix_in(_mix_in(np.zeros(1, np.uint64), seed), -1 - number)[0] >> np.uint64(1))
+
+
 @dataclass(frozen=True, slots=True)
 class DataOrder:
     """The training images in the order in which the steps take them, the same for any number of processes.
@@ -102,6 +164,8 @@ class DataOrder:
     batch_size: int  # over all processes
     seed: int
     drop_last: bool
+    draw: ClassDraw | None = None
+    """None: each image once an epoch."""
 
     def __post_init__(self) -> None:
         if self.num_images < 1:
@@ -136,14 +200,18 @@ class DataOrder:
         start = step % self.steps_per_epoch * self.batch_size
         return min(self.batch_size, self.num_images - start)
 
-    def rows_at(self, step: int, offsets_P: Ints) -> Ints:
-        """Return the images at these offsets (from 0) inside the global batch of `step`."""
-        start = step % self.steps_per_epoch * self.batch_size
-        return permute(start + offsets_P, num_images=self.num_images, seed=self.seed, epoch=self.epoch(step))
+    def at(self, step: int, offsets_P: Ints) -> tuple[Ints, int | Ints]:
+        """Return the images at these offsets (from 0) inside the global batch of `step`, and their epoch.
+
+        Where classes are drawn, each image has an epoch of its own: so often it was used before.
+        """
+        start, epoch = step % self.steps_per_epoch * self.batch_size, self.epoch(step)
+        places_P = permute(start + offsets_P, num_images=self.num_images, seed=self.seed, epoch=epoch)
+        return (places_P, epoch) if self.draw is None else self.draw.at(places_P, epoch)
 
     def rows(self, step: int) -> Ints:
         """Return the global batch of `step`, in order: int64 of shape (B,)."""
-        return self.rows_at(step, np.arange(self.num_images_in(step)))
+        return self.at(step, np.arange(self.num_images_in(step)))[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +262,8 @@ def split_batch_size(batch_size: int, world_size: int, limit: int | None) -> Bat
 class MicroBatch:
     """The images of one process in one forward pass; rows from `num_real` on are padding and weigh nothing."""
 
-    epoch: int
+    epoch: int | Ints
+    """Or each image's own, (B,)."""
     rows_B: Ints
     num_real: int
 
@@ -212,9 +281,13 @@ def micro_batches(order: DataOrder, step: int, split: BatchSplit, rank: int) -> 
     ]
     # Only this process's positions are permuted, all of them at once.
     offsets = [start + np.arange(first, last) if last > first else np.array([start]) for start, first, last in spans]
-    rows = np.split(order.rows_at(step, np.concatenate(offsets)), np.cumsum([len(part) for part in offsets])[:-1])
-    epoch = order.epoch(step)
-    return [MicroBatch(epoch, part, last - first) for part, (_, first, last) in zip(rows, spans, strict=True)]
+    rows, epoch = order.at(step, np.concatenate(offsets))
+    ends = np.cumsum([len(part) for part in offsets])
+    parts = [slice(end - len(part), end) for end, part in zip(ends, offsets, strict=True)]
+    return [
+        MicroBatch(epoch if isinstance(epoch, int) else epoch[part], rows[part], last - first)
+        for part, (_, first, last) in zip(parts, spans, strict=True)
+    ]
 
 
 def least_in_a_pass(order: DataOrder, split: BatchSplit, num_steps: int) -> int:

@@ -60,7 +60,8 @@ _PENULTIMATE = "penultimate"
 # optim and schedule are taken whole; of the others, only what differs from its default was asked for.
 NO_EFFECT_BESIDE = {
     "probe": (
-        *("freeze", "head", "duration", "drop_last", "optim", "schedule", "loss", "checkpoint", "data.augment"),
+        *("freeze", "head", "duration", "drop_last", "optim", "schedule", "loss", "checkpoint"),
+        *("data.augment", "data.sampling"),
         *("batch_size", "compute.micro_batch_size", "compute.gradient_checkpointing", "compute.compile", "evaluate"),
         *("compute.engine", "distill"),
         *("non_finite", "log_every", "codes.views", "codes.keep", "codes.disk_gib", "data.workers"),
@@ -134,6 +135,7 @@ class Recipe(Section):
         self._check_strategy()
         self._check_codes()
         self._check_distill()
+        self._check_sampling()
         if self.compute.engine == "fsdp2" and len(self.stages or ()) > 1:
             raise InvalidValueError(
                 "several stages are not supported with compute.engine=fsdp2, where parameters stay sharded to the end "
@@ -215,6 +217,23 @@ class Recipe(Section):
         if self.codes.keep != "auto":
             problem = "has no effect with 'distill', where the teacher's codes are cached in any case"
             raise InvalidValueError(problem, "Remove it.", keys=["codes.keep", "distill"])
+
+    def _check_sampling(self) -> None:
+        if self.data.sampling == "natural":
+            return
+        mixed = [name for name in ("mixup", "cutmix") if name in augmentation_values(self.data.augment)]
+        beside = {
+            "data.augment": mixed and f"{mixed[0]}, which draws the other image evenly",
+            "distill": self.distill is not None and "'distill'",
+        }
+        for key, what in beside.items():
+            if what:
+                problem = f"is not supported with {what}"
+                raise InvalidValueError(problem, "Remove one of them.", keys=["data.sampling", key])
+        for key in ("loss.class_weights", "loss.logit_adjustment"):
+            if asks_for(self, key):
+                problem = f"makes up for rare classes as {key} does, and both would do it twice"
+                raise InvalidValueError(problem, "Remove one of them.", keys=["data.sampling", key])
 
     def with_(self, **changes: Any) -> Recipe:
         """Return the recipe with other values, checked as a whole: `with_(duration="5 epochs", **{"optim.lr": 3e-4})`.

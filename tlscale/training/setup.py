@@ -13,7 +13,14 @@ from typing import Any
 import torch
 
 from tlscale.data.input_spec import InputSpec, median_side_px, resolve_input, sampled_sizes
-from tlscale.data.sampler import BatchSplit, DataOrder, least_in_a_pass, split_batch_size
+from tlscale.data.sampler import (
+    BatchSplit,
+    ClassDraw,
+    DataOrder,
+    Ints,
+    least_in_a_pass,
+    split_batch_size,
+)
 from tlscale.data.sources.open import BadImages, ImageData, open_data
 from tlscale.data.transforms import seen_share
 from tlscale.distributed.signals import check_stop
@@ -34,7 +41,7 @@ from tlscale.models.model_folder import TrainedModel
 from tlscale.models.weights import WeightsReport, named
 from tlscale.recipe.duration import Duration
 from tlscale.recipe.field_types import augmentation_values
-from tlscale.recipe.schema import BackboneSection, Recipe, StageSection
+from tlscale.recipe.schema import BackboneSection, DataSection, Recipe, StageSection
 from tlscale.recipe.sections.network import MIN_MATCHED
 from tlscale.recipe.seeds import derive_seed
 from tlscale.tracking.stopwatch import Stopwatch
@@ -172,7 +179,8 @@ def set_up(
     classifier, code_width = _assemble(recipe, data, backbone, spec, teacher)
     if earlier is not None and recipe.probe is None:
         weights = take_head(classifier.head, earlier, data.classes, weights)
-    order = DataOrder(len(data.train), recipe.batch_size, recipe.seed, recipe.drop_last)
+    draw = _class_draw(recipe.data, data.train.labels_N, recipe.seed)
+    order = DataOrder(len(data.train), recipe.batch_size, recipe.seed, recipe.drop_last, draw)
     # A probe takes no steps: its batches are of its own making.
     batch_size = recipe.batch_size if recipe.probe is None else world_size
     split = split_batch_size(batch_size, world_size, recipe.compute.micro_batch_size)
@@ -187,6 +195,12 @@ def set_up(
     if stages:
         _refuse_what_cannot_train(setup, world_size)
     return setup
+
+
+def _class_draw(section: DataSection, labels_N: Ints, seed: int) -> ClassDraw | None:
+    if section.sampling == "natural":
+        return None
+    return ClassDraw(labels_N, 0.0 if section.sampling == "balanced" else section.sampling, seed)
 
 
 def _backbone(recipe: Recipe) -> tuple[torch.nn.Module, WeightsReport, TrainedModel | None]:

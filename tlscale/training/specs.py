@@ -70,6 +70,8 @@ def cache_spec(setup: RunSetup, stage: Stage, device: torch.device) -> CacheSpec
     """Return what decides whether a stage trains on codes."""
     order, data, codes = setup.order, setup.data, setup.recipe.codes
     epochs = range(order.epoch(stage.start_step), order.epoch(stage.stop_step - 1) + 1)
+    if order.draw is not None:
+        epochs = range(codes.views)  # an image of a rare class has more epochs than there are
     return CacheSpec(
         section=codes,
         inputs=input_path(setup, device),

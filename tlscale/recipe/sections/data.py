@@ -83,6 +83,10 @@ class DataSection(Section):
     """`none`, or a list of flip, vertical_flip, crop, rotation, color_jitter, trivialaugment, trivialaugment_geometric
     (moves only: for grey and medical images), randaugment, blur, erasing, mixup, cutmix, each with or without its
     number, such as `[flip, {crop: 0.5}, {mixup: 0.2}]`."""
+    sampling: Literal["natural", "balanced"] | Annotated[float, Field(gt=0.0, lt=1.0)] = "natural"
+    """How often images of each class are trained on, in epochs of as many images as there are: `natural`: each once;
+    `balanced`: all classes equally often; a power such as 0.5: a class in proportion to its size to that power. An
+    image comes again, differently augmented, when all others of its class have come."""
     workers: int | None = Field(None, ge=0, le=256)
     """Processes that read images for each training process; by default 0 when the images are cached and not
     augmented, or when training runs on the CPU, whose cores they would take; else one a core but the last, up to
