@@ -177,7 +177,7 @@ def enter_stage(state: TrainState, loop: LoopState, scaler_state: dict[str, Any]
         state.pipeline.module.compile()  # before it is wrapped: DDP's hooks stay outside of the graph
     state.pipeline.module.train()
     _shard(state, state.pipeline.module)
-    # The pipeline's module, which on codes is the suffix alone: DDP then has no hooks on what is not trained.
+    # What the pipeline feeds is wrapped: with codes that is the suffix alone.
     state.wrapped = engine.wrap(state.pipeline.module, state.optimizer)
     state.ddp_is_warm = not engine.needs_warm_up(state.wrapped[0])
     processes.local.mark_step()  # what was loaded; else the first step would be a program of its own
@@ -222,7 +222,7 @@ def advance_stage(state: TrainState, stage: Stage) -> None:
     # Another one: groups and rates are the stage's. Moments of what was trained before are carried over.
     optimizer = stage.build_optimizer()
     carry_moments(state.optimizer, optimizer)
-    # Last, so that a process that fails above is still in the stage before.
+    # Only now: until here the moments were taken from the optimizer of the stage before.
     state.stage, state.optimizer = stage, optimizer
     faults.at("stage")
 
