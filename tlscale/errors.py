@@ -255,12 +255,6 @@ def suggestion(word: str, known: Iterable[str], limit: int = 3) -> str:
     return f"Did you mean {' or '.join(repr(name) for name in near)}?" if near else ""
 
 
-def did_you_mean(word: str, known: Iterable[str], limit: int = 3) -> str:
-    """Return a `suggestion` to append to a sentence: with a blank before it, or empty."""
-    meant = suggestion(word, known, limit)
-    return f" {meant}" if meant else ""
-
-
 def first_few(items: Sequence[str], limit: int = 5) -> str:
     """Return `a, b, c and 7 more`: no more names in a message than anybody reads."""
     rest = len(items) - limit

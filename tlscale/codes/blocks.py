@@ -251,7 +251,7 @@ def _refuse_non_finite(stored_B: Tensor, value_B: Tensor, spec: ValueSpec, place
     bad = [place for place, is_bad in zip(places, bad_B.tolist(), strict=True) if is_bad]
     shown = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
     if bool(torch.isfinite(value_B).all()):
-        why = f"too large for {spec.dtype}. Set codes.dtype to another dtype"
+        why, remedy = f"too large for {spec.dtype}", "Set codes.dtype to another dtype"
     else:
-        why = "NaN or infinite as the network gives them. Check its weights and compute.precision"
-    raise DataError(f"the codes '{spec.name}' of these images are {why}: {shown}")
+        why, remedy = "NaN or infinite as the network gives them", "Check its weights and compute.precision"
+    raise DataError(f"the codes '{spec.name}' of these images are {why}: {shown}", remedy=remedy)

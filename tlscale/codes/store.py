@@ -62,7 +62,7 @@ from tlscale.codes.shards import (
 )
 from tlscale.codes.spare import SpareFolder, obstacle
 from tlscale.data.content import Digests
-from tlscale.errors import TlscaleError, did_you_mean
+from tlscale.errors import TlscaleError, suggestion
 from tlscale.storage.cache import cache_root, make_cache_folder, nearest_folder, share_with_group
 
 Bools = npt.NDArray[np.bool_]
@@ -306,7 +306,7 @@ class CodesStore:
         if len(matching) != 1:
             what = f"several codes in '{self.root}' begin" if matching else f"no codes in '{self.root}' begin"
             names = ", ".join(digest[:12] for digest in matching or there) or "none"
-            raise TlscaleError(f"{what} with {start!r}; there are {names}.{did_you_mean(start, there)}")
+            raise TlscaleError(f"{what} with {start!r}; there are {names}", remedy=suggestion(start, there) or None)
         return matching[0]
 
     def _evict(self, limit_bytes: int, sparing: Collection[tuple[str, str]], mine: str, say: Say) -> int:

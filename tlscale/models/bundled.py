@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tlscale.errors import ModelError, did_you_mean
+from tlscale.errors import ModelError, sentences, suggestion
 
 FOLDER = Path(__file__).resolve().parents[1] / "weights"
 
@@ -30,11 +30,9 @@ def bundled(name: str) -> Bundled:
     """Return the bundled weights of a timm model; that none ship for it is a `ModelError`."""
     names = sorted(path.stem for path in FOLDER.glob("*.safetensors"))
     if name not in names:
-        raise ModelError(
-            f"no weights of '{name}' ship with tlscale.{did_you_mean(name, names)} There are: "
-            f"{', '.join(names) or 'none'}",
-            remedy="Take one of these as backbone.name, or other weights: pretrained, none, or the path of a file",
-            key="backbone.weights",
-        )
+        there_are = f"There are: {', '.join(names) or 'none'}."
+        instead = "Take one of these as backbone.name, or other weights: pretrained, none, or the path of a file"
+        remedy = sentences(suggestion(name, names), there_are, instead)
+        raise ModelError(f"no weights of '{name}' ship with tlscale", key="backbone.weights", remedy=remedy)
     info = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
     return Bundled(FOLDER / f"{name}.safetensors", info["sha256"], info["pretrained_cfg"])

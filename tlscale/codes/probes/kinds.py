@@ -22,7 +22,7 @@ from tlscale.codes.probes.linear import fit_linear
 from tlscale.codes.probes.logistic import logistic_path
 from tlscale.codes.probes.ridge import fit_large_ridge, ridge_path
 from tlscale.codes.probes.scikit import sklearn_path
-from tlscale.errors import RecipeError, did_you_mean
+from tlscale.errors import RecipeError, sentences, suggestion
 
 
 class Fit(Protocol):
@@ -47,8 +47,10 @@ class Setting:
     key: str
     """Its key under `probe`, a list of values."""
     defaults: tuple[float, ...]
-    problem: Callable[[float, int], str | None]
-    """Say what is wrong with a value for so many training images; None: nothing."""
+    is_right: Callable[[float, int], bool]
+    """Whether a value can be tried with so many training images."""
+    remedy: str
+    """What to do about one that cannot."""
 
     def values(self, given: Sequence[float] | None, num_images: int, num_held: int) -> tuple[float, ...]:
         """Return the values to try: those of the recipe, or else all defaults that are possible.
@@ -57,13 +59,14 @@ class Setting:
             RecipeError: a value is wrong, or there are several and no held-out image to choose by.
         """
         if given is None:
-            values = tuple(value for value in self.defaults if self.problem(value, num_images) is None)
+            values = tuple(value for value in self.defaults if self.is_right(value, num_images))
         else:
             values = tuple(float(value) for value in given)
-        problem = next(filter(None, (self.problem(value, num_images) for value in values)), None)
         key = f"probe.{self.key}"
-        if problem is not None:
-            raise RecipeError(problem, key=key)
+        for value in values:
+            if not self.is_right(value, num_images):
+                problem = f"{value:g} is not possible with {num_images:,} training images"
+                raise RecipeError(problem, key=key, remedy=self.remedy)
         if not values or len(set(values)) < len(values):
             raise RecipeError(f"{list(values)} must hold one value or more, all different", key=key)
         if len(values) > 1 and not num_held:
@@ -73,20 +76,19 @@ class Setting:
         return values
 
 
-def _problem_of_strength(value: float, num_images: int) -> str | None:
-    is_right = 0 < value < math.inf
-    return None if is_right else f"{value:g} is not a regularisation strength. Give a number above 0"
-
-
-def _problem_of_neighbours(value: float, num_images: int) -> str | None:
-    if value.is_integer() and 1 <= value <= num_images:
-        return None
-    return f"{value:g} is not a number of neighbours. Give 1 to the number of training images, here {num_images:,}"
-
-
-_STRENGTH = Setting("strength", "strengths", (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001), _problem_of_strength)
+_STRENGTH = Setting(
+    "strength",
+    "strengths",
+    (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001),
+    is_right=lambda value, num_images: 0 < value < math.inf,
+    remedy="Give numbers above 0",
+)
 _NEIGHBOURS = Setting(
-    "neighbours", "neighbours", (1.0, 3.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0), _problem_of_neighbours
+    "neighbours",
+    "neighbours",
+    (1.0, 3.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0),
+    is_right=lambda value, num_images: value.is_integer() and 1 <= value <= num_images,
+    remedy="Give whole numbers from 1 to the number of training images",
 )
 
 
@@ -138,6 +140,6 @@ PROBE_KINDS: dict[str, ProbeKind] = {
 def kind_of(name: str) -> ProbeKind:
     """Look a kind up; raise `RecipeError` where there is none of this name."""
     if name not in PROBE_KINDS:
-        suggestion = f"{did_you_mean(name, PROBE_KINDS)} Write one of {', '.join(PROBE_KINDS)}"
-        raise RecipeError(f"{name!r} is not a kind of probe.{suggestion}", key="probe.kind")
+        remedy = sentences(suggestion(name, PROBE_KINDS), f"Write one of {', '.join(PROBE_KINDS)}")
+        raise RecipeError(f"{name!r} is not a kind of probe", key="probe.kind", remedy=remedy)
     return PROBE_KINDS[name]

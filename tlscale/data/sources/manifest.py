@@ -37,7 +37,7 @@ from tlscale.data.sources.split_names import SPLIT_COLUMN, may_name_splits, pick
 from tlscale.data.sources.stores import BytesStore, FileStore, kind_of_file
 from tlscale.data.sources.tables import RawStore, Role, Source, SourceSplit
 from tlscale.distributed.signals import check_stop
-from tlscale.errors import DataError, did_you_mean, first_few, quoted
+from tlscale.errors import DataError, first_few, quoted, suggestion
 from tlscale.recipe.schema import DataSection
 from tlscale.tracking.console import visible
 from tlscale.tracking.progress import Pace
@@ -222,8 +222,8 @@ def _rows_of_splits(section: DataSection, file: Path, table: pa.Table) -> dict[R
         known = [section.train_split, section.validation_split or "validation", section.test_split]
         raise DataError(
             f"{file}, column {column!r}: unknown split {shown}; the splits are {', '.join(known)} "
-            "(data.train_split, data.validation_split, data.test_split)."
-            f"{did_you_mean(strange[0], known) if strange else ''}"
+            "(data.train_split, data.validation_split, data.test_split)",
+            remedy=(suggestion(strange[0], known) if strange else "") or None,
         )
     found = ((role, name, pc.indices_nonzero(pc.equal(names_N, name)).to_numpy()) for role, name in picked.items())
     return {role: (name, rows_N.astype(np.int64)) for role, name, rows_N in found}

@@ -22,7 +22,7 @@ from tlscale.data.sources.groups import GroupedDraw, Groups, check_groups, descr
 from tlscale.data.sources.labels import check_alike, is_integer, sort_labels
 from tlscale.data.sources.same_files import check_files
 from tlscale.data.sources.tables import NO_LABEL, ImageSplit, Ints, LabelledTable, Role, Source, SourceSplit
-from tlscale.errors import DataError, did_you_mean, first_few, quoted
+from tlscale.errors import DataError, first_few, quoted, suggestion
 from tlscale.recipe.schema import DataSection
 from tlscale.recipe.seeds import derive_seed
 
@@ -191,7 +191,8 @@ def number_labels(split: SourceSplit, classes: tuple[str, ...], role: Role, plac
         first = split.store.where(int(np.flatnonzero(split.label_ids_N == label_id)[0]))
         raise DataError(
             f"{place}: labels of the {role} split that are no class: {first_few(quoted(outside))} (first at {first}); "
-            f"the {len(classes)} classes are {first_few(quoted(classes), 10)}.{did_you_mean(outside[0], classes)}"
+            f"the {len(classes)} classes are {first_few(quoted(classes), 10)}",
+            remedy=suggestion(outside[0], classes) or None,
         )
     numbers_C = np.array([number.get(name, NO_LABEL) for name in split.label_names], dtype=np.int64)
     return LabelledTable(split.store, numbers_C[split.label_ids_N], split.groups_N)
