@@ -126,7 +126,7 @@ def test_folds_are_about_as_balanced_as_scikit_learns(table, seed, num_folds):
 
 
 def test_folds_are_better_balanced_than_scikit_learns_on_average():
-    draws, ours, theirs = np.random.default_rng(0), [], []
+    draws, ours, theirs, held = np.random.default_rng(0), [], [], []
     for seed in range(60):
         num_classes, num_folds = draws.integers(2, 6), int(draws.integers(2, 6))
         sizes = draws.integers(1, draws.integers(2, 15), size=draws.integers(8, 50))
@@ -139,7 +139,22 @@ def test_folds_are_better_balanced_than_scikit_learns_on_average():
             continue
         ours.append(off_balance(labels_N, grouped_folds(labels_N, units, num_folds, seed), num_folds))
         theirs.append(off_balance(labels_N, by_scikit_learn(labels_N, units, num_folds, seed), num_folds))
+        # A hold-out of one part in K, and the first of scikit-learn's folds.
+        by_rule = grouped_holdout(labels_N, units, 1 / num_folds, seed)
+        first = np.flatnonzero(by_scikit_learn(labels_N, units, num_folds, seed) == 0)
+        totals_C = np.bincount(labels_N)
+        held.append(
+            [
+                np.mean(
+                    np.abs(
+                        np.bincount(labels_N[some], minlength=len(totals_C)) / np.maximum(totals_C, 1) - 1 / num_folds
+                    )
+                )
+                for some in (by_rule, first)
+            ]
+        )
     assert len(ours) > 50
+    assert np.mean(held, axis=0)[0] < np.mean(held, axis=0)[1]
     assert np.mean(ours) < np.mean(theirs)
     assert np.mean(np.array(ours) <= np.array(theirs) + 1e-12) > 0.8
 

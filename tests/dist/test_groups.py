@@ -1,0 +1,38 @@
+"""Groups on two processes: the split, the figures and the predictions of one."""
+
+import json
+
+import pyarrow.parquet as pq
+import pytest
+
+import tlscale
+from tests.dist.launches import exit_code_of, launch
+from tests.scenes import put_scenes
+from tests.small_runs import REPO, result, small_recipe
+
+pytestmark = [pytest.mark.dist, pytest.mark.timeout(300)]
+
+
+def test_two_processes_hold_out_what_one_does_and_go_on_with_it(tmp_path):
+    scenes = put_scenes(tmp_path / "scenes", num_scenes=20, photos=3)
+    data = {"source": "folder", "path": str(scenes), "group_regex": r"scene\d+", "validation_fraction": 0.3}
+    place, log = tmp_path / "recipe.yaml", tmp_path / "log"
+    changes = {"duration": "4 steps", "checkpoint": {"every": "2 steps"}}
+    recipe = small_recipe(place, scenes, data={**data, "train_limit": 50}, **changes)
+    tlscale.run(recipe, tmp_path / "one")
+    command = REPO / "tlscale" / "run.py", place, "--out", tmp_path / "two"
+    with launch(2, *command, log=log, launcher="torchrun") as launched:
+        assert exit_code_of(launched, log) == 0, log.read_text()[-3000:]
+    assert "2 processes" in json.loads((tmp_path / "two" / "run.json").read_text())["batch"]
+    by_two = result(tmp_path / "two")
+    (tmp_path / "two" / "result.json").unlink()
+    tlscale.run(recipe, tmp_path / "two", resume=True)
+    assert result(tmp_path / "two")["top1_interval95"] == by_two["top1_interval95"]
+    one, two = (pq.read_table(tmp_path / name / "predictions.parquet") for name in ("one", "two"))
+    assert two["path"].equals(one["path"])
+    assert two["group"].equals(one["group"])
+    assert result(tmp_path / "two")["groups"] == result(tmp_path / "one")["groups"]
+    assert result(tmp_path / "two")["top1_interval95_by"] == result(tmp_path / "one")["top1_interval95_by"]
+    held = set(one["group"].to_pylist())
+    assert len(held) == result(tmp_path / "one")["top1_interval95_by"]["groups"] > 1
+    assert one.num_rows == 3 * len(held)  # whole groups
