@@ -71,6 +71,7 @@ def test_the_p_value_of_groups_is_the_share_of_signs_with_as_large_a_sum(leads):
     assert exact_p_of_groups(np.array(leads, dtype=np.int64)) == pytest.approx(expected, abs=1e-12)
 
 
+@settings(deadline=None)  # as above
 @given(st.integers(0, 30), st.integers(0, 30))
 def test_groups_of_one_image_have_the_p_value_of_images(first, second):
     assert exact_p_of_groups(np.array([1] * first + [-1] * second + [0] * 3)) == exact_p(first, second)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.recipes.wrong_data import put_image
@@ -34,6 +34,7 @@ def contents(split) -> set[bytes]:
     return {split.read(at) for at in range(len(split))}
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 6), max_size=12), st.lists(st.integers(0, 6), max_size=12), st.data())
 def test_equal_images_are_those_with_equal_known_contents(own, theirs, data):
     digests = [digest_array([bytes([value]) * 32 for value in values]) for values in (own, theirs)]

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tlscale.data.sources.open import ImageSplit
@@ -21,6 +21,7 @@ GROUPS = st.lists(st.tuples(st.integers(0, 6), st.integers(1, 6)), min_size=1, m
 )
 
 
+@settings(deadline=None, max_examples=50)
 @given(GROUPS, st.randoms())
 def test_it_holds_the_share_and_no_order_matters(counts_G2, random):
     low, high = group_interval(*counts_G2.T)
@@ -43,7 +44,7 @@ def test_groups_that_agree_within_count_as_one_image_each():
 
 def test_the_interval_covers_the_truth_where_wilsons_does_not():
     draws, covered, by_images = np.random.default_rng(0), 0, 0
-    for _ in range(200):
+    for _ in range(100):
         chance_G = draws.choice([0.3, 1.0], 60)  # a group is hard or easy: 0.65 on average
         images_G = draws.integers(2, 10, 60)
         hits_G = draws.binomial(images_G, chance_G)
@@ -51,8 +52,8 @@ def test_the_interval_covers_the_truth_where_wilsons_does_not():
         covered += low <= 0.65 <= high
         plain = wilson(int(hits_G.sum()), int(images_G.sum()))
         by_images += plain[0] <= 0.65 <= plain[1]
-    assert covered >= 180  # of 190 that are expected; standard deviation 3
-    assert by_images < 165
+    assert covered >= 88  # of 95 that are expected; standard deviation 2.2
+    assert by_images < 85
 
 
 @pytest.mark.parametrize(("hits_G", "as_images"), [([4, 2], (2, 2)), ([0, 0], (0, 2)), ([3], (0.75, 1))])

@@ -224,7 +224,7 @@ class GroupedDraw:
             rows_N: those that there are to draw from.
         """
         self._labels_N, self._keys = table.labels_N, image_keys(table.store)
-        self._units = _units(table, files_N, self._keys)
+        self._units = units_of(table, files_N)
         self._sizes_G = np.bincount(self._units.numbers_N[rows_N], minlength=len(self._units.names))
 
     def subset(self, rows_N: Ints, count: int, seed: int) -> Ints:
@@ -247,14 +247,15 @@ class GroupedDraw:
         return [int(label) for label in np.flatnonzero(np.bincount(pairs[0]) == 1)]
 
 
-def _units(table: LabelledTable, files_N: Ints | None, keys: Sequence[str]) -> Units:
+def units_of(table: LabelledTable, files_N: Ints | None) -> Units:
     """Return which rows of a table are never divided: those of a group, and those of a file."""
-    assert table.groups_N is not None
-    numbers_N = number_groups(table.groups_N)
+    keys = image_keys(table.store)
+    groups: list[str | None] = [None] * len(table) if table.groups_N is None else table.groups_N.to_pylist()
+    numbers_N = np.arange(len(table), dtype=np.int64) if table.groups_N is None else number_groups(table.groups_N)
     if files_N is not None and len(np.unique(files_N)) < len(files_N):
         numbers_N = _joined(numbers_N, files_N)
     names: dict[int, str] = {}
-    for unit, group, key in zip(numbers_N.tolist(), table.groups_N.to_pylist(), keys, strict=True):
+    for unit, group, key in zip(numbers_N.tolist(), groups, keys, strict=True):
         name = f"image {key}" if group is None else f"group {group}"
         names[unit] = min(names.get(unit, name), name)
     return Units(numbers_N, [names[unit] for unit in range(len(names))])
