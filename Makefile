@@ -41,7 +41,7 @@ $(VENV)/.tlscale-dev: $(VENV)/.tlscale
 
 demo: $(VENV)/.tlscale ## fine-tune the ResNet that ships with tlscale on Fashion-MNIST, from nothing to a model in runs/
 	bash scripts/get_fashion_mnist.sh
-	$(BIN)/accelerate launch tlscale/run.py $(RECIPE) --resume
+	$(BIN)/tlscale run $(RECIPE) --resume
 	@echo
 	@echo "Figures:  $(RUN)/result.json"
 	@echo "Model:    $(RUN)/model/  (tlscale.load('$(RUN)') loads it)"
