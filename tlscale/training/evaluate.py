@@ -101,7 +101,7 @@ def _over_all(
     figures = summary(total, classes)
     num_images = figures["num_images"]
     figures |= aux.means(num_images, processes)
-    figures |= {} if predictions is None else predictions.group_figures(processes.sum)
+    figures = figures if predictions is None else predictions.over_groups(figures, processes.sum)
     if error_of is not None:
         is_aux = error_of in loss_fn.aux_names
         error = aux.error(error_of, num_images, processes) if is_aux else standard_error(total, error_of)

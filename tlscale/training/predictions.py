@@ -37,12 +37,12 @@ from torch import Tensor
 from tlscale import faults
 from tlscale.data.sources.open import ImageSplit
 from tlscale.data.sources.stores import FileStore
-from tlscale.data.sources.tables import Ints, number_groups
+from tlscale.data.sources.tables import Ints
 from tlscale.distributed.device import CopyToCpu
 from tlscale.distributed.processes import Processes
 from tlscale.errors import RunFolderError, TlscaleError
 from tlscale.storage.files import naming_disk_errors, replacing
-from tlscale.training.group_interval import group_interval
+from tlscale.training.group_interval import GroupHits
 
 FORMAT = 1
 MOST_LOGITS = 1000
@@ -69,8 +69,7 @@ class Predictions:
         self.split, self.classes = split, tuple(classes)
         self._on_the_way: list[CopyToCpu] = []
         self._kept: list[dict[str, Tensor]] = []
-        self._groups_N = None if split.groups_N is None else number_groups(split.groups_N)
-        self._hits_G = torch.zeros(0 if self._groups_N is None else int(self._groups_N.max()) + 1, dtype=torch.int64)
+        self._group_hits = None if split.groups_N is None else GroupHits(split, split.groups_N)
 
     @torch.no_grad()
     def add(self, positions_B: Tensor, logits_BC: Tensor) -> None:
@@ -87,9 +86,8 @@ class Predictions:
         for batch in batches:
             positions_B, logits_BC, labels_B, probability_B = batch.wait()
             truth_B1 = torch.from_numpy(self.split.labels_N[positions_B.numpy()])[:, None]
-            if self._groups_N is not None:
-                groups_B = torch.from_numpy(self._groups_N[positions_B.numpy()])
-                self._hits_G.index_add_(0, groups_B, (labels_B == truth_B1[:, 0]).long())
+            if self._group_hits is not None:
+                self._group_hits.add(positions_B, labels_B == truth_B1[:, 0])
             finite_BC = torch.nan_to_num(logits_BC).double()
             true_B = finite_BC.log_softmax(dim=1).gather(1, truth_B1)[:, 0].exp()
             kept = {"position": positions_B, "label": labels_B, "probability": probability_B.double(), "true": true_B}
@@ -104,16 +102,17 @@ class Predictions:
         self._keep(self._on_the_way)
         self._on_the_way = []
 
-    def group_figures(self, total: Callable[[Tensor], Tensor] = lambda counts: counts) -> dict[str, Any]:
-        """Return the interval over groups and their number; empty where the recipe names no groups.
+    def over_groups(
+        self, figures: dict[str, Any], total: Callable[[Tensor], Tensor] = lambda counts: counts
+    ) -> dict[str, Any]:
+        """Return the figures with intervals over groups; as they are where the recipe names no groups.
 
         `total` sums counts over all processes, which then have to call this all.
         """
-        if self._groups_N is None:
-            return {}
+        if self._group_hits is None:
+            return figures
         self._keep_all()
-        interval = group_interval(total(self._hits_G).numpy(), np.bincount(self._groups_N))
-        return {"top1_interval95": interval, "top1_interval95_by": {"groups": len(self._hits_G)}}
+        return self._group_hits.over_groups(figures, self.classes, total)
 
     def tables(self) -> Iterator[pa.Table]:
         """Give the rows of the images that this process has, in the order of the split, some at a time."""

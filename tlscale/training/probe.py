@@ -223,4 +223,4 @@ def _figures(setup: RunSetup, head: nn.Module, codes_ND: Tensor, predictions: Pr
         logits_BC = head(codes_BD.to(setup.dtype))
         tally.update(logits_BC, labels_B, cross_entropy(logits_BC, labels_B))
         predictions.add(positions_B, logits_BC)
-    return summary(tally, setup.data.classes) | predictions.group_figures()
+    return predictions.over_groups(summary(tally, setup.data.classes))

@@ -79,10 +79,17 @@ def predictions_of(labels, answers, groups):
 def test_predictions_count_by_group_and_name_the_groups(tmp_path):
     groups = ["x", "x", "x", "y", None, "y", "z", None]
     predictions = predictions_of([0, 0, 0, 1, 1, 0, 1, 0], [0, 0, 0, 1, 0, 1, 1, 0], groups)
-    figures = predictions.group_figures()
+    plain = {"top1": 0.8, "per_class": {name: {"accuracy_interval95": wilson(1, 2), "f1": 0.5} for name in "ab"}}
+    figures = predictions.over_groups(plain)
+    assert figures["top1"] == 0.8
     # x 1 of 1, y 1 of 2, z 1 of 1, and two alone: 0 and 1 of 1
     assert figures["top1_interval95"] == group_interval(np.array([1, 1, 1, 0, 1]), np.array([1, 2, 1, 1, 1]))
     assert figures["top1_interval95_by"] == {"groups": 5}
+    # Of a x 1 of 1, y 0 of 1, and 1 of 1 alone; of b the others.
+    of_a, of_b = (figures["per_class"][name] for name in "ab")
+    assert of_a == {"accuracy_interval95": group_interval(np.array([1, 0, 1]), np.ones(3, np.int64)), "f1": 0.5}
+    assert of_b["accuracy_interval95"] == group_interval(np.array([1, 1, 0]), np.ones(3, np.int64))
+    assert plain["per_class"]["a"]["accuracy_interval95"] == wilson(1, 2), "left as it was"
     write_predictions(tmp_path / "p.parquet", predictions)
     assert read_predictions(tmp_path / "p.parquet")["group"].to_pylist() == groups[2:]
     assert read_predictions(tmp_path / "p.parquet", ("row",), if_there=("group", "none")).column_names == [
