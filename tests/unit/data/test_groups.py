@@ -104,6 +104,14 @@ def test_images_without_a_group_are_a_group_each(tmp_path):
     assert names(folder.validation) == names(data.validation)
 
 
+def test_a_limit_that_leaves_no_whole_group_to_hold_out_is_an_error(tmp_path):
+    put_patients(tmp_path)
+    with pytest.raises(DataError, match=r"none of 5 images can be held out: groups that the limit cuts") as caught:
+        open_source("folder", tmp_path, group_regex=r"patient\d+", train_limit=5)
+    assert caught.value.key == "data.train_limit"
+    assert len(open_source("folder", tmp_path, group_regex=r"patient\d+", train_limit=16).validation) == 4
+
+
 def test_groups_of_one_image_change_nothing_and_it_is_said(tmp_path):
     put_patients(tmp_path)
     data = open_source("folder", tmp_path, group_regex=r"patient\d+_\d+")

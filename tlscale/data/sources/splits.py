@@ -250,6 +250,13 @@ def _divide_train(
     if fraction == 0.0:
         return rows_N, None, [*notes, "no validation split, and none is held out (data.validation_fraction: 0)"]
     held = draw.holdout(rows_N, fraction, derive_seed(seed, "data", "validation"))
+    if not len(held) and section.train_limit is not None and draw.unit == "group":
+        raise DataError(
+            f"none of {len(rows_N):,} images can be held out: groups that the limit cuts, and the only one of a class, "
+            "stay in train",
+            key="data.train_limit",
+            remedy="Set a higher one, bring a validation split, or set data.validation_fraction: 0",
+        )
     if not len(held):
         raise DataError(
             f"no validation split, and none can be held out: each class has one training {draw.unit}",
