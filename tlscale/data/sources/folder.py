@@ -144,9 +144,14 @@ def _refuse_splits_of_whole(section: DataSection) -> None:
 
 def _refuse_classes_called_like_splits(tree: _Tree, top: list[str], section: DataSection) -> None:
     """Refuse folders called like splits that seem to be classes: neither reading is so sure that it is taken."""
-    kinds = {name: _kinds_in(tree, name) for name in top}
+    if not any(map(is_split_name, top)):
+        return  # nor are the folders listed, which takes long where there are many images
+    kinds = {name: _kinds_in(tree, name) for name in top if is_split_name(name)}
+    if any(False in kinds_of_one for kinds_of_one in kinds.values()):
+        return
+    kinds = {name: kinds.get(name) or _kinds_in(tree, name) for name in top}
     full = [name for name in top if kinds[name]]
-    called = may_be_classes(full, [name for name in top if False in kinds[name]])
+    called = may_be_classes(full, ())
     others = [name for name in full if name not in called]
     if called and section.train_split not in others:
         raise DataError(
