@@ -84,6 +84,22 @@ def one_line(text: object) -> str:
     return _OBEYED.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), str(text))
 
 
+def first_line(error: BaseException) -> str:
+    """Return what a library says in one line of at most 200 characters."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else "no message"
+
+
+def kind_and_line(error: BaseException) -> str:
+    """Return `OSError: ` and what it says in one line."""
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
+def first_sentence(error: BaseException) -> str:
+    """Return the first sentence of what a library says: what follows is its advice on its own options."""
+    return first_line(error).split(". ")[0]
+
+
 def is_unicode(text: str) -> bool:
     """Return whether text has a form in UTF-8: names of files may hold bytes that have not."""
     try:

@@ -105,3 +105,10 @@ def test_mistakes_of_a_recipe_are_data(tmp_path):
 def test_names_in_errors_do_not_reach_the_terminal_raw():
     error = TlscaleError("class 'a\x1b[31m\ntop1 1.0000\udce9' is empty:\n  x: 1", key="data.path", remedy="Fill it")
     assert str(error) == r"data.path: class 'a\x1b[31m\ntop1 1.0000\udce9' is empty:" + "\n  x: 1\n  Fill it"
+
+
+def test_what_a_library_says_is_one_line():
+    assert errors.first_line(ValueError("\n one. two \nthree")) == "one. two "
+    assert errors.first_sentence(ValueError("one. two\nthree")) == "one"
+    assert errors.kind_and_line(ValueError()) == "ValueError: no message"
+    assert len(errors.first_line(ValueError("x" * 300))) == 200

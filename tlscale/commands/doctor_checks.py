@@ -26,7 +26,7 @@ import yaml
 from packaging.requirements import Requirement
 
 from tlscale.distributed.host import num_cores
-from tlscale.errors import TlscaleError, one_line, option
+from tlscale.errors import TlscaleError, first_line, one_line, option
 from tlscale.storage.cache import cache_root, nearest_folder
 from tlscale.tracking.working_folder import wandb_files
 
@@ -244,7 +244,7 @@ def _accelerate() -> Iterator[Finding]:
         config = yaml.safe_load(place.read_text())
         kind, count = str(config.get("distributed_type", "NO")), int(config.get("num_processes", 1))
     except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
-        yield Finding("accelerate", "wrong", f"{shown} cannot be read: {one_line(str(error).splitlines()[0])}", remedy)
+        yield Finding("accelerate", "wrong", f"{shown} cannot be read: {one_line(first_line(error))}", remedy)
         return
     what = f"{shown}: `accelerate launch` starts {count} processes, {kind}"
     if kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):

@@ -15,7 +15,7 @@ from typing import Any, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
-from tlscale.errors import DeviceMemoryError, Text, flag
+from tlscale.errors import DeviceMemoryError, Text, first_line, flag
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -87,7 +87,7 @@ def naming_memory(key: str = "compute.micro_batch_size", remedy: Text = _LESS) -
         if not isinstance(error, torch.OutOfMemoryError) and not any(words in str(error) for words in _NO_MEMORY):
             raise
         raise DeviceMemoryError(
-            f"the device has no memory left ({str(error).splitlines()[0].strip()[:200]})",
+            f"the device has no memory left ({first_line(error)})",
             key=key,
             remedy=remedy,
         ) from error

@@ -19,11 +19,11 @@ from timm.models import load_model_config_from_hf
 from torch import nn
 
 import tlscale.models.classic  # noqa: F401 (registers its architectures with timm)
-from tlscale.errors import ModelError, sentences, suggestion
+from tlscale.errors import ModelError, first_sentence, sentences, suggestion
 from tlscale.models.bundled import bundled
 from tlscale.models.foreign import check_model_args, check_model_folder, weights_in
 from tlscale.models.hub import cache_only_when_unreachable, hub_weights
-from tlscale.models.weights import WeightsReport, first_line, load_file, state_digest
+from tlscale.models.weights import WeightsReport, load_file, state_digest
 from tlscale.recipe.schema import BackboneSection
 from tlscale.recipe.seeds import derive_seed
 from tlscale.storage.files import file_sha256, text_sha256
@@ -175,7 +175,7 @@ def _no_weights(section: BackboneSection, error: Exception) -> ModelError:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     if section.name.startswith("local-dir:"):
-        problem = f"'{section.name}' cannot be opened: {type(error).__name__}: {first_line(error)}"
+        problem = f"'{section.name}' cannot be opened: {type(error).__name__}: {first_sentence(error)}"
         return ModelError(problem, key="backbone.name")
     cfg = timm.get_pretrained_cfg(section.name) if not section.elsewhere else None
     if cfg is not None and not cfg.has_weights:
@@ -186,7 +186,7 @@ def _no_weights(section: BackboneSection, error: Exception) -> ModelError:
     offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
     return ModelError(
         f"the pretrained weights of '{section.name}' are not in the cache {HF_HUB_CACHE} and cannot be fetched from "
-        f"the hub{offline}: {type(error).__name__}: {first_line(error)}",
+        f"the hub{offline}: {type(error).__name__}: {first_sentence(error)}",
         key="backbone.weights",
         remedy="Run once where the hub can be reached and copy that folder here (HF_HOME is its place); give a file, "
         "backbone.weights=PATH.safetensors; or train from scratch, backbone.weights=none.",

@@ -17,11 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.module_tracker import ModuleTracker
 
-from tlscale.errors import ModelError
+from tlscale.errors import ModelError, first_sentence
 from tlscale.models.backbone import layer_depths, no_weight_decay
 from tlscale.models.features import LayerCodes
 from tlscale.models.freeze import frozen_modules, is_norm
-from tlscale.models.weights import first_line
 
 _TRACKER = ModuleTracker()  # only queried for whether a backward pass is under way
 
@@ -138,7 +137,7 @@ def _tried(backbone: nn.Module, images: Tensor, key: str, what: str, remedy: str
 
 def _cannot_take(backbone: nn.Module, what: str, error: Exception) -> str:
     name = (getattr(backbone, "pretrained_cfg", None) or {}).get("architecture", "")
-    said = f"{type(error).__name__}: {first_line(error)}"
+    said = f"{type(error).__name__}: {first_sentence(error)}"
     return f"{type(backbone).__name__} cannot take {what}: {said}{f' (backbone {name!r})' if name else ''}"
 
 

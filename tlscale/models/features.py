@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from tlscale.errors import ModelError, TlscaleError, sentences, suggestion
+from tlscale.errors import ModelError, TlscaleError, first_line, sentences, suggestion
 from tlscale.recipe.field_types import POOLS
 
 PENULTIMATE = "penultimate"
@@ -143,9 +143,8 @@ class LayerCodes(nn.Module):
             raise
         except Exception as error:  # each architecture complains in its own way about images too small for it
             size = " x ".join(str(pixels) for pixels in images_BCHW.shape[2:])
-            first = (str(error).splitlines() or [type(error).__name__])[0]
             raise ModelError(
-                f"{type(self.backbone).__name__} cannot take images of {size} pixels: {first}",
+                f"{type(self.backbone).__name__} cannot take images of {size} pixels: {first_line(error)}",
                 key="data.image_size",
                 remedy="Set it to a size that the backbone takes.",
             ) from error

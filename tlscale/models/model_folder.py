@@ -22,13 +22,13 @@ from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
 from tlscale.data.input_spec import InputSpec
-from tlscale.errors import ModelError, RunFolderError, Wording, flag
+from tlscale.errors import ModelError, RunFolderError, Wording, first_sentence, flag
 from tlscale.models.classifier import Classifier, CodesClassifier, feature_width
 from tlscale.models.features import LayerCodes
 from tlscale.models.foreign import check_model_args
 from tlscale.models.heads import build_head
 from tlscale.models.knn import KnnHead
-from tlscale.models.weights import filter_of, first_line, named
+from tlscale.models.weights import filter_of, named
 from tlscale.recipe.field_types import POOLS, Head
 from tlscale.storage.files import file_sha256, text_sha256
 
@@ -307,7 +307,7 @@ def _cannot_be_loaded(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        what = str(error) if isinstance(error, ModelError) else f"{type(error).__name__}: {first_line(error)}"
+        what = str(error) if isinstance(error, ModelError) else f"{type(error).__name__}: {first_sentence(error)}"
         raise RunFolderError(f"the model in '{folder}' cannot be loaded: {what}") from error
 
 

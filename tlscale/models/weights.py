@@ -21,7 +21,7 @@ import torch
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
-from tlscale.errors import ModelError
+from tlscale.errors import ModelError, first_sentence
 from tlscale.models.foreign import check_tensors, check_unpacked_size, is_pickle
 from tlscale.models.freeze import is_norm
 from tlscale.recipe.schema import BackboneSection
@@ -133,10 +133,12 @@ def read_state(path: Path, section: BackboneSection) -> dict[str, Tensor]:
         raise error.recast(ModelError, error.key or _KEY) from error
     except pickle.UnpicklingError as error:
         raise ModelError(
-            f"'{path}' holds more than tensors, so it is not read: {first_line(error)}", key=_KEY
+            f"'{path}' holds more than tensors, so it is not read: {first_sentence(error)}", key=_KEY
         ) from error
     except Exception as error:  # bytes that are no pickle break the unpickler in many ways
-        raise ModelError(f"'{path}' cannot be read: {type(error).__name__}: {first_line(error)}", key=_KEY) from error
+        raise ModelError(
+            f"'{path}' cannot be read: {type(error).__name__}: {first_sentence(error)}", key=_KEY
+        ) from error
 
 
 def _check_file(path: Path, section: BackboneSection) -> None:
@@ -158,12 +160,6 @@ def _check_file(path: Path, section: BackboneSection) -> None:
             remedy="Convert it to "
             "safetensors, or set backbone.allow_pickle=true to have torch's restricted unpickler read it.",
         )
-
-
-def first_line(error: Exception) -> str:
-    """Return the first sentence of what a library says."""
-    lines = str(error).strip().splitlines()
-    return lines[0].split(". ")[0][:200] if lines else "no message"
 
 
 def _flattened(loaded: object, path: Path) -> dict[str, Tensor]:

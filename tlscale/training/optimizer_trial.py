@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from tlscale.distributed.fsdp import local, shard_tensor
 from tlscale.distributed.processes import Processes
-from tlscale.errors import RecipeError
+from tlscale.errors import RecipeError, kind_and_line
 from tlscale.recipe.schema import OptimSection
 from tlscale.training.optimizer import build_optimizer
 
@@ -50,7 +50,7 @@ def _objection(section: OptimSection, mesh: DeviceMesh) -> str | None:
     except RecipeError:  # it cannot be made at all
         raise
     except Exception as error:  # optimizers raise whatever they like
-        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'its own check'}"
+        return kind_and_line(error)
     return None
 
 

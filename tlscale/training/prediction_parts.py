@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tlscale.errors import ResumeError, flag
+from tlscale.errors import ResumeError, first_line, flag
 from tlscale.storage.files import flush, make_folder, replacing
 from tlscale.training.prediction_files import FORMAT, Ends, Resumed, Unfinished, not_ours, other_images
 from tlscale.training.prediction_rows import Answers, Cell, Columns
@@ -84,7 +84,7 @@ class ParquetFile:
         try:
             table = pq.read_table(part, columns=["path", "error"])
         except (pa.ArrowException, OSError) as error:
-            raise self._lost(part, str(error).splitlines()[0]) from error
+            raise self._lost(part, first_line(error)) from error
         if part != self._part(self._num_written):
             raise self._lost(part, f"rows before it are missing, from {self._num_written:,} on")
         return table

@@ -40,7 +40,7 @@ from tlscale.data.sources.stores import FileStore
 from tlscale.data.sources.tables import Ints
 from tlscale.distributed.device import CopyToCpu
 from tlscale.distributed.processes import Processes
-from tlscale.errors import RunFolderError, TlscaleError
+from tlscale.errors import RunFolderError, TlscaleError, first_line
 from tlscale.storage.files import naming_disk_errors, replacing
 from tlscale.training.group_interval import GroupHits
 
@@ -274,5 +274,5 @@ def read_predictions(path: Path, columns: Sequence[str] | None = None, *, if_the
         further = [name for name in pq.read_schema(path).names if name in if_there]
         return pq.read_table(path, columns=None if columns is None else [*columns, *further])
     except (pa.ArrowException, OSError, ValueError, LookupError) as error:
-        why = str(error).splitlines()[0]
-        raise RunFolderError(f"'{path}' is damaged: {why}", remedy="Bring it back, or remove it") from error
+        problem = f"'{path}' is damaged: {first_line(error)}"
+        raise RunFolderError(problem, remedy="Bring it back, or remove it") from error

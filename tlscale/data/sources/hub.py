@@ -32,7 +32,7 @@ from tlscale.data.sources.paths import local_folder
 from tlscale.data.sources.split_names import may_name_splits, pick_splits, split_values
 from tlscale.data.sources.stores import read_image_file
 from tlscale.data.sources.tables import NO_LABEL, Ints, Role, Source, SourceSplit
-from tlscale.errors import DataError, first_few, quoted
+from tlscale.errors import DataError, first_few, kind_and_line, quoted
 from tlscale.recipe.schema import DataSection
 
 if TYPE_CHECKING:  # importing datasets takes a second; only these sources pay it
@@ -111,7 +111,9 @@ def read_disk_source(section: DataSection) -> Source:
     try:
         loaded = datasets.load_from_disk(str(folder))
     except Exception as error:  # whatever the library makes of a folder that somebody else filled
-        raise DataError(f"{folder}: not a data set that `save_to_disk` of datasets wrote: {_line(error)}") from None
+        raise DataError(
+            f"{folder}: not a data set that `save_to_disk` of datasets wrote: {kind_and_line(error)}"
+        ) from None
     splits = loaded if isinstance(loaded, datasets.DatasetDict) else {section.train_split: loaded}
     return _source(section, splits, str(folder), {})
 
@@ -167,7 +169,7 @@ def hub_commit(name: str, revision: str | None) -> str | None:
     try:
         return HfApi().dataset_info(name, revision=revision, timeout=TIMEOUT_S).sha
     except HFValidationError as error:
-        raise DataError(f"{name!r} is no name on the hub: {_line(error)}", key="data.path") from None
+        raise DataError(f"{name!r} is no name on the hub: {kind_and_line(error)}", key="data.path") from None
     except GatedRepoError:
         raise DataError(f"hub data set {name!r} asks for its terms to be accepted, on its page and logged in") from None
     except RevisionNotFoundError:
@@ -185,7 +187,7 @@ def _load(name: str, config: str | None, commit: str | None) -> Mapping[str, Dat
     try:
         loaded = datasets.load_dataset(name, config, revision=commit)
     except Exception as error:  # the library's errors for wrong configurations and broken files share no type
-        raise DataError(f"data set {name!r} cannot be loaded: {_line(error)}") from None
+        raise DataError(f"data set {name!r} cannot be loaded: {kind_and_line(error)}") from None
     return loaded  # type: ignore[no-any-return]
 
 
@@ -204,7 +206,7 @@ def _load_cached(name: str, config: str | None, revision: str | None) -> tuple[M
         loaded = builder.as_dataset()
     except Exception as error:
         raise DataError(
-            f"the hub cannot be reached, and data set {name!r} is not in the cache {cache} ({_line(error)})",
+            f"the hub cannot be reached, and data set {name!r} is not in the cache {cache} ({kind_and_line(error)})",
             remedy=ways_out,
         ) from None
     commit = str(builder.hash)
@@ -333,9 +335,3 @@ def _column(kind: type, given: str | None, usual: Sequence[str], split: Dataset,
     if given is None and len(typed) == 1:
         return str(typed[0])
     return pick_column(given, usual, split.column_names, key, place)
-
-
-def _line(error: BaseException) -> str:
-    """Return the error's first line, with its type."""
-    first = str(error).strip().splitlines()[:1]
-    return f"{type(error).__name__}: {first[0][:300]}" if first else type(error).__name__

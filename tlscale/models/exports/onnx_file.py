@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tlscale.errors import first_sentence
 from tlscale.models.exports.check import Evidence, WrongExportError, require
 from tlscale.models.exports.network import exportable
-from tlscale.models.weights import first_line
 
 FILE = "model.onnx"
 OPSET = 18
@@ -49,7 +49,7 @@ def write_onnx(folder: Path, evidence: Evidence, about: Mapping[str, str]) -> di
         except WrongExportError as error:
             failures.append(f"{name}: {error}")
         except Exception as error:  # each network fails in its own way, in the exporter or in ONNX Runtime
-            failures.append(f"{name}: {type(error).__name__}: {first_line(error)}")
+            failures.append(f"{name}: {type(error).__name__}: {first_sentence(error)}")
         for left in folder.glob(f"{FILE}*"):
             left.unlink()
     listed = "".join(f"\n  {failure}" for failure in failures)

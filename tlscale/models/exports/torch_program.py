@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
+from tlscale.errors import first_sentence
 from tlscale.models.exports.check import Evidence, WrongExportError
 from tlscale.models.exports.network import exportable
 from tlscale.models.exports.onnx_file import quiet
-from tlscale.models.weights import first_line
 
 FILE = "model.pt2"
 
@@ -39,7 +39,7 @@ def write_program(folder: Path, evidence: Evidence, about: Mapping[str, str]) ->
         return evidence.compare(loaded)
     except Exception as error:  # each network fails in its own way
         path.unlink(missing_ok=True)
-        why = str(error) if isinstance(error, WrongExportError) else f"{type(error).__name__}: {first_line(error)}"
+        why = str(error) if isinstance(error, WrongExportError) else f"{type(error).__name__}: {first_sentence(error)}"
         raise WrongExportError(
             f"torch.export makes no program that gives what the run's model gives: {why}",
             key="to",

@@ -25,10 +25,11 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from tlscale.errors import kind_and_line
 from tlscale.models.partition.fingerprint import Fingerprints
 from tlscale.models.partition.min_cut import Analysis, analyse, goals, minimum_cut, output, with_inputs
 from tlscale.models.partition.self_check import TORCHS_OWN, check_partition
-from tlscale.models.partition.tracing import RECOMPUTED, NoPartition, Recomputed, first_line, module_of
+from tlscale.models.partition.tracing import RECOMPUTED, NoPartition, Recomputed, module_of
 
 __all__ = ["PartitionValue", "NoPartition", "Partition", "find_partition"]
 
@@ -121,7 +122,7 @@ def find_partition(network: nn.Module, images: Tensor) -> Partition:
     except NoPartition:
         raise
     except Exception as error:  # whatever a network does that we did not think of, it can be trained as a whole
-        raise NoPartition(f"the network cannot be partitioned: {first_line(error)}") from error
+        raise NoPartition(f"the network cannot be partitioned: {kind_and_line(error)}") from error
     partition.suffix.training = network.training
     return partition
 

@@ -24,6 +24,8 @@ import torch.utils.checkpoint
 from timm.models import get_notrace_functions, get_notrace_modules
 from torch import fx, nn
 
+from tlscale.errors import kind_and_line
+
 RECOMPUTED = "recomputed"  # in the meta of a node: it was called under gradient checkpointing
 
 # What timm lists as not traceable: functions, and kinds of modules.
@@ -137,7 +139,7 @@ def trace(network: nn.Module) -> fx.Graph:
     except NoPartition:
         raise
     except Exception as error:  # every network breaks a tracer in its own way
-        raise NoPartition(f"the network cannot be traced: {first_line(error)}") from error
+        raise NoPartition(f"the network cannot be traced: {kind_and_line(error)}") from error
     if random.getstate() != before[1] or not torch.equal(torch.get_rng_state(), before[0]):
         raise NoPartition("the network draws random numbers outside of tensor operations, which a trace would fix")
     if [node.op for node in graph.nodes].count("placeholder") != 1:
@@ -147,11 +149,6 @@ def trace(network: nn.Module) -> fx.Graph:
         if node.op == "call_function" and call_name(node) in ("_assert", "_assert_async"):
             graph.erase_node(node)
     return graph
-
-
-def first_line(error: Exception) -> str:
-    """Return kind and message of an error, for the middle of a sentence."""
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0][:200]}"
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tlscale.data.input_spec import InputSpec, resolve_input
-from tlscale.errors import ModelError, RecipeError
+from tlscale.errors import ModelError, RecipeError, first_line
 from tlscale.models.backbone import build_backbone, function_digest
 from tlscale.models.classifier import Classifier, CodesClassifier
 from tlscale.models.export import load
@@ -117,8 +117,7 @@ def _asked(
         key = keys.get(error.key or "", error.key)
         raise error.recast(ModelError, key, before="teacher: ") from error
     except Exception as error:  # each architecture complains in its own way about images too small for it
-        why = (str(error).splitlines() or [type(error).__name__])[0]
-        problem = f"the teacher cannot take images of {spec.image_size} pixels: {why}"
+        problem = f"the teacher cannot take images of {spec.image_size} pixels: {first_line(error)}"
         raise ModelError(problem, key="distill.image_size") from error
     digest = function_digest(backbone)
     if whole is not None:
