@@ -70,10 +70,11 @@ def built(name, keys, images_NCHW, spec):
         for tensor in backbone.state_dict().values():
             if tensor.is_floating_point():
                 tensor.add_(0.01 * torch.randn(tensor.shape))
-        # The statistics are those of the images: else a deep fresh network says the same of all of them.
+        # The images' own statistics, and no scale near 0: else a deep fresh network says the same of all of them.
         for module in backbone.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.momentum = 0.9
+                module.weight.normal_(1.0, 0.1)
         backbone.train()(normalise(images_NCHW[:32], spec, torch.float32))
     return backbone.eval().requires_grad_(False)
 
