@@ -3,11 +3,11 @@
     python scripts/same_bits.py OLD NEW [--only NAME,NAME]
 
 OLD and NEW are commits of this repository or folders that hold a checkout. For each, one process runs 13 recipes of a
-few steps on 48 small pictures (`tests/assets/older_runs/photos`), the last of them stopped half way and resumed. Equal
-must be: weights, the optimizer's tensors and the averages of the last checkpoint, the exported model, the predictions,
-the figures in `result.json`, and what `metrics.jsonl` logged, all but seconds and rates. A key that only one version
-writes is listed, and is a difference only where it holds a figure. Both versions run on this machine, one after the
-other, on one thread: other kinds of CPU round differently.
+few steps on 48 small pictures (`tests/assets/older_runs/photos`), the last of them stopped half way and resumed.
+Equal must be: weights, the optimizer's tensors and the averages of the last checkpoint, the exported model, the
+predictions, the figures in `result.json`, and what `metrics.jsonl` logged, all but seconds and rates. A key that only
+one version writes is listed; it is a difference where it holds a tensor, or a figure that NEW has no more. Both
+versions run on this machine, one after the other, on one thread: other kinds of CPU round differently.
 
 Exit codes: 0 all equal, 1 something differs.
 """
@@ -211,14 +211,15 @@ def equal(one: Any, other: Any) -> bool:
 
 
 def compare(old: Path, new: Path) -> list[str]:
-    """Return what differs between two run folders, a line each; keys of one side that hold no number only as a note."""
+    """Return what differs between two run folders, a line each; what NEW tells besides, only as a note."""
     one, other = contents(old), contents(new)
     assert any(isinstance(value, np.ndarray) for value in one.values()), f"{old} holds no weights"
     lines = [f"differs: {name}" for name in one if name in other and not equal(one[name], other[name])]
     for name in sorted(one.keys() ^ other.keys()):
         value, side = (one[name], "OLD") if name in one else (other[name], "NEW")
-        is_figure = isinstance(value, np.ndarray | float | int) and not isinstance(value, bool)
-        lines.append(f"{'differs' if is_figure else 'note'}: {name} only in {side}")
+        is_figure = isinstance(value, float | int) and not isinstance(value, bool)
+        is_lost = isinstance(value, np.ndarray) or (is_figure and side == "OLD")
+        lines.append(f"{'differs' if is_lost else 'note'}: {name} only in {side}")
     return lines
 
 
@@ -240,7 +241,7 @@ def main() -> int:
             differs = [line for line in lines if line.startswith("differs")]
             failed += bool(differs)
             print(f"{name:14} {'DIFFERS' if differs else 'equal'}")
-            for line in lines[:20]:
+            for line in sorted(lines)[:20]:
                 print(f"    {line}")
     print(f"{len(names) - failed} of {len(names)} equal")
     return 1 if failed else 0
