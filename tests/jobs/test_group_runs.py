@@ -14,7 +14,7 @@ import tlscale
 from tests.scenes import put_scenes, scene_of
 from tests.small_runs import result, small_recipe
 from tlscale.cli import main
-from tlscale.errors import ResumeError
+from tlscale.errors import DataError, ResumeError
 from tlscale.training.group_interval import group_interval
 
 REGEX = r"scene\d+"
@@ -89,6 +89,20 @@ def test_other_data_need_no_groups(grouped, tmp_path):
 
 
 TRAINED = {"backbone": {"name": "test_resnet", "weights": "none"}, "duration": "2 steps", "freeze": ".*"}
+
+
+def test_held_out_images_of_other_groups_are_not_scored_as_those_of_the_run(recipe, tmp_path, scenes):
+    """Groups decide which images are held out: with others, some of them were trained on."""
+    rows = [f"{path},{path.parent.name},{scene_of(path.name)}" for path in sorted(scenes.glob("*/*.png"))]
+    table = tmp_path / "list.csv"
+    table.write_text("\n".join(["path,label,scene", *rows]) + "\n")
+    keys = {"source": "manifest", "path": str(table), "group_column": "scene"}
+    run = tmp_path / "table"
+    first = tlscale.run(recipe("table", PROBE, **keys), run)
+    assert tlscale.evaluate(run, split="validation").top1 == first.top1
+    table.write_text("\n".join(["path,label,scene", *(row.replace(",scene", ",place") for row in rows)]) + "\n")
+    with pytest.raises(DataError, match="are not those that it was trained on"):
+        tlscale.evaluate(run, split="validation")
 
 
 def test_a_run_is_not_resumed_with_other_groups(recipe, tmp_path, scenes):

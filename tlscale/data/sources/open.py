@@ -7,7 +7,8 @@ The fingerprint is a SHA-256 over, for each whole split of the source (before li
 recipe and its seed): class names, labels by row, and the content. Content is the checksum where files are read whole
 (IDX, images inside a Parquet manifest); for image files their paths, sizes and times of change, so that a copy counts
 as other data unless it keeps the times; for data sets of the hub the fingerprint of `datasets` and its file sizes.
-`labels_sha256` leaves the content out: equal for copies.
+`labels_sha256` leaves the content out: equal for copies. Where groups or `data.duplicates` decide, too, which rows are
+trained on and held out, these rows are in it.
 """
 
 from __future__ import annotations
@@ -196,11 +197,19 @@ def _identity(section: DataSection, source: Source, chosen: Chosen) -> dict[str,
         "is_sample": source.is_sample,
         **source.identity,
         "fingerprint": _sha256(chosen, {role: table.store.content for role, table in chosen.tables.items()}),
-        "labels_sha256": _sha256(chosen, dict.fromkeys(chosen.tables, "")),
+        "labels_sha256": _sha256(chosen, {**dict.fromkeys(chosen.tables, ""), **_drawn(section, chosen)}),
         "num_classes": len(chosen.classes),
         "num_images": {role: len(splits[role]) for role in ROLES if role in splits},
         **({} if chosen.groups is None else {"groups": chosen.groups.to_plain()}),
     }
+
+
+def _drawn(section: DataSection, chosen: Chosen) -> dict[str, str]:
+    """Return a digest of the rows of train and validation, where these do not follow from labels, recipe and seed."""
+    if section.duplicates == "warn" and not (chosen.groups is not None and chosen.groups.draw):
+        return {}
+    rows = [chosen.splits[role].rows_N for role in ROLES if role != "test" and role in chosen.splits]
+    return {"train": digest_of_parts(rows_N.astype("<i8").tobytes() for rows_N in rows)}
 
 
 def _sha256(chosen: Chosen, contents: Mapping[str, str]) -> str:
