@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 
 import pytest
 from click.testing import CliRunner
@@ -77,6 +78,21 @@ def test_a_run_that_is_stopped_while_it_is_made_longer_is_no_complete_one(idx, t
         ran(tmp_path, idx, "run", longer, resume=True)
     ran(tmp_path, idx, "run", longer, resume=True)
     assert result(out)["steps"] == 10
+
+
+def test_a_run_that_is_killed_between_two_files_as_it_is_made_longer_goes_on(idx, tmp_path):
+    changes = {**CONSTANT, "duration": "1 epochs"}
+    out, longer = ran(tmp_path, idx, "run", changes), {**changes, "duration": "2 epochs"}
+    shutil.copytree(out, tmp_path / "done")
+    ran(tmp_path, idx, "done", longer, resume=True)
+    # run.json is written first; recipe.yaml is still that of the shorter run.
+    shutil.copyfile(tmp_path / "done" / "run.json", out / "run.json")
+    (out / "result.json").unlink()
+    ran(tmp_path, idx, "run", longer, resume=True)
+    assert result(out)["steps"] == 10
+    for file in ("recipe.yaml", "run.json"):
+        was, now = ((folder / file).read_text() for folder in (tmp_path / "done", out))
+        assert "2 epochs" in now or json.loads(now)["lengthened"] == json.loads(was)["lengthened"]
 
 
 def test_any_other_schedule_names_the_run_to_start_from(idx, tmp_path):

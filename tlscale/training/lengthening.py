@@ -79,6 +79,11 @@ def lengthen(setup: RunSetup, run_info: dict[str, Any], folder: RunFolder) -> di
         ResumeError: it is not longer, or what the student of a teacher learns would be another.
     """
     steps, longer = run_info["total_steps"], setup.recipe
+    stored = load_stored_recipe(folder.recipe).recipe
+    stored = stored.model_copy(update={"duration": longer.duration, "stages": longer.stages})
+    if run_info.get("lengthened") and run_info["recipe_sha256"] == recipe_digest(stored):
+        _write_recipe(stored, folder)  # it was killed between the two files
+        return run_info
     epochs, views = setup.order.epoch(steps - 1) + 1, longer.codes.views
     if setup.total_steps <= steps:
         problem = f"'{folder.path}' cannot be made longer: {_duration(longer)} are {setup.total_steps:,} steps, and it "
@@ -91,8 +96,6 @@ def lengthen(setup: RunSetup, run_info: dict[str, Any], folder: RunFolder) -> di
             "out", "DIR"
         )
         raise ResumeError(problem, key="duration", remedy=remedy)
-    stored = load_stored_recipe(folder.recipe).recipe
-    stored = stored.model_copy(update={"duration": longer.duration, "stages": longer.stages})
     earlier = [*run_info.get("lengthened", []), {"total_steps": steps, "recipe_sha256": run_info["recipe_sha256"]}]
     now = {"total_steps": setup.total_steps, "recipe_sha256": recipe_digest(stored), "lengthened": earlier}
     run_info = {**run_info, **now}
@@ -101,8 +104,13 @@ def lengthen(setup: RunSetup, run_info: dict[str, Any], folder: RunFolder) -> di
         folder.result.unlink(missing_ok=True)
         flush(folder.path)
         write_json(folder.run_json, run_info)
-        write_text(folder.recipe, dump_recipe(stored))
+    _write_recipe(stored, folder)
     return run_info
+
+
+def _write_recipe(recipe: Recipe, folder: RunFolder) -> None:
+    with naming_disk_errors(folder.path):
+        write_text(folder.recipe, dump_recipe(recipe))
 
 
 def _duration(recipe: Recipe) -> Duration:
