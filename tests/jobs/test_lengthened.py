@@ -9,7 +9,16 @@ from click.testing import CliRunner
 
 import tlscale
 from tests.jobs.test_resume import stop_at
-from tests.small_runs import assert_same_bits, exported, last_checkpoint, lines, result, small_recipe, tensors
+from tests.small_runs import (
+    assert_same_bits,
+    exported,
+    last_checkpoint,
+    lines,
+    put_small_folder,
+    result,
+    small_recipe,
+    tensors,
+)
 from tlscale.cli import main
 from tlscale.errors import EXIT_BAD_INPUT, ResumeError, Stopped
 from tlscale.recipe.load import diff_recipes
@@ -93,6 +102,21 @@ def test_a_run_that_is_killed_between_two_files_as_it_is_made_longer_goes_on(idx
     for file in ("recipe.yaml", "run.json"):
         was, now = ((folder / file).read_text() for folder in (tmp_path / "done", out))
         assert "2 epochs" in now or json.loads(now)["lengthened"] == json.loads(was)["lengthened"]
+
+
+def test_a_run_that_is_made_longer_has_chosen_by_the_images_that_score_it(idx, tmp_path):
+    """It was evaluated where it ended first and at its end, though no evaluation was due before that."""
+    rare = {
+        "schedule": {"warmup": "0 steps", "decay": "constant"},
+        "evaluate": {"every": "99 steps"},
+        "data": {"source": "folder", "path": str(tmp_path / "data")},
+    }
+    put_small_folder(tmp_path, train=60, test=20)
+    (tmp_path / "train").rename(tmp_path / "data")
+    out = ran(tmp_path, idx, "run", {**rare, "duration": "1 steps"})
+    assert result(out)["selected_on"] is None
+    ran(tmp_path, idx, "run", {**rare, "duration": "2 steps"}, resume=True)
+    assert result(out)["selected_on"] == "validation"
 
 
 def test_any_other_schedule_names_the_run_to_start_from(idx, tmp_path):

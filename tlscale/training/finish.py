@@ -59,7 +59,10 @@ def finish(
     except BadImageError as error:
         raise unread_test_image(error, folder) from error
     unwrap(state)
-    result = _result(state, loop, split, chosen, best=best, last=last)
+    # One evaluation, in the end, chooses nothing; a run that was made longer had one at each of its ends.
+    has_chosen = (state.due.evaluate_every or 0) < setup.total_steps or bool(run_info.get("lengthened"))
+    score = about_score(setup, split, has_chosen=has_chosen)
+    result = make_result(setup, split, best, score, _own(state, loop, chosen, best=best, last=last))
     result["computed_scores"] = _scoring(state, chosen.inputs)
     result["changes"] = run_info["changes"]  # of how it was computed, from start to start
     result |= identity
@@ -160,16 +163,12 @@ def _export(network: Classifier, state: TrainState, folder: RunFolder) -> str:
         )
 
 
-def _result(
-    state: TrainState, loop: LoopState, split: ImageSplit, chosen: _Chosen, *, best: Figures, last: Figures
-) -> dict[str, Any]:
-    """Return the final figures; those at the top are of the exported weights."""
+def _own(state: TrainState, loop: LoopState, chosen: _Chosen, *, best: Figures, last: Figures) -> dict[str, Any]:
+    """Return what `result.json` tells of training alone."""
     setup, order = state.setup, state.setup.order
     brief = {name: {"step": figures["step"], **scalars(figures)} for name, figures in (("best", best), ("last", last))}
     has_codes = any(loop.keeps_codes.values()) or state.teacher_targets is not None
-    # One evaluation, in the end, chooses nothing.
-    score = about_score(setup, split, has_chosen=(state.due.evaluate_every or 0) < setup.total_steps)
-    own = {
+    return {
         "weights": "last" if setup.data.validation is None or (chosen.lost and last is best) else "best",
         **({"lost_weights": chosen.lost} if chosen.lost else {}),
         "choice": loop.choice(state.evaluation),
@@ -182,4 +181,3 @@ def _result(
         "trainable_params": setup.trainable_params,
         "total_params": setup.total_params,
     }
-    return make_result(setup, split, best, score, own)
