@@ -192,6 +192,15 @@ def test_a_run_that_cannot_be_made_longer_stays_as_it_is(idx, tmp_path):
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
+def test_a_run_whose_checkpoints_are_gone_is_not_begun_again(idx, tmp_path):
+    changes = {"schedule": {"warmup": "0 steps", "decay": "constant"}, "duration": "1 steps"}
+    out = ran(tmp_path, idx, "run", changes)
+    shutil.rmtree(out / "checkpoints")
+    with pytest.raises(ResumeError, match="no checkpoint of it is left"):
+        ran(tmp_path, idx, "run", {**changes, "duration": "2 steps"}, resume=True)
+    assert result(out)["steps"] == 1
+
+
 @pytest.mark.slow
 def test_a_run_that_is_not_finished_becomes_longer_too_or_is_finished_first(idx, tmp_path):
     for name, changes in (("constant", CONSTANT), ("cosine", {})):

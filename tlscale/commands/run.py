@@ -281,6 +281,8 @@ def _refuse_other_recipe(
     ]
     if lengthens(stored, recipe, changes):
         why = other_steps(stored)
+        if why is None and folder.result.exists() and not list_checkpoints(folder.checkpoints):
+            why = "no checkpoint of it is left, so that it would begin again"
         if why is None:
             return older, True
         if folder.result.exists():
