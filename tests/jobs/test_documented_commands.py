@@ -45,7 +45,7 @@ NO_COMMANDS = {
 """Blocks of no language that are no commands, by their first words."""
 
 HERE = [
-    *(("README.md", f"tlscale {verb}") for verb in ("new", "run", "predict", "evaluate", "export")),
+    *(("README.md", f"tlscale {verb}") for verb in ("new", "run photos", "predict", "evaluate", "export")),
     *(
         ("docs/own_photos.md", words)
         for words in ("tlscale new", "tlscale run", "tlscale predict", "cat", "tlscale export")
@@ -63,7 +63,11 @@ OF_TEST_EXPORT = "tests/jobs/test_export.py::test_the_page_on_serving_runs_word_
 SIX_STRATEGIES = "trains 12 networks; its verb: tests/jobs/test_compare.py"
 NOT_HERE = {
     ("README.md", "make demo"): "minutes of training; a release runs it",
-    ("README.md", "accelerate launch tlscale/run.py recipes/"): "what `make demo` runs",
+    ("README.md", "tlscale run recipes/"): "what `make demo` runs",
+    (
+        "README.md",
+        "accelerate launch tlscale/run.py recipes/",
+    ): "the same behind the launcher: tests/jobs/test_launcher.py",
     ("README.md", "make test"): "is what runs this test",
     ("docs/guide.md", "python3 -m venv env"): "needs a package registry; `make test` makes such an environment",
     ("docs/guide.md", "pip install -c constraints.txt"): "needs a package registry",
