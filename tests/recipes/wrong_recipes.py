@@ -160,6 +160,12 @@ WRONG_RECIPES: list[tuple[str, str, list[str], list[str]]] = [
         [f"{AT}:4: distill.temperature: has no effect with logits=0. Remove it."],
     ),
     (
+        "distill_idle_loss",
+        GOOD + "distill: {run: r, codes: 0, logits: 1, labels: 0}\nloss: {logit_adjustment: 1}\n",
+        [],
+        [f"{AT}:5: loss: has no effect with distill.labels=0: nothing is learned from labels. Remove it."],
+    ),
+    (
         "distill_mixup",
         GOOD + "distill: {run: r, match: {layer1: layer1}}\n",
         ["data.augment=[mixup]"],

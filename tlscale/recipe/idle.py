@@ -50,6 +50,11 @@ _IDLE = (
         ),
         "as all its weights are equal, and they are scaled to a mean of 1",
     ),
+    _Idle(
+        ("loss",),
+        lambda recipe: recipe.distill is not None and recipe.distill.labels == 0 and recipe.distill.logits > 0,
+        "with distill.labels=0: nothing is learned from labels",
+    ),
 )
 
 
