@@ -127,3 +127,14 @@ def test_a_plan_reads_nothing_to_compare_it(copied):
     assert len(data.train) == 15
     assert not data.train.noted_digests()[1].any()
     assert any("images are compared when a run begins" in note for note in data.notes)
+
+
+def test_a_file_that_is_dropped_is_no_leak(tmp_path):
+    root = put_images(tmp_path, train__a=4, train__b=4, test__a=2, test__b=2)
+    (root / "train/a/x.png").hardlink_to(root / "test/a/0.png")
+    told = [note for note in open_folder(root).notes if note.startswith("LEAK")]
+    assert len(told) == 1
+    assert "1 file in both train and test" in told[0]
+    dropped = open_folder(root, duplicates="drop")
+    assert dropped.num_dropped == {"train": 1}
+    assert not [note for note in dropped.notes if note.startswith("LEAK")]

@@ -34,9 +34,16 @@ def number_files(stamps: Sequence[Ints]) -> list[Ints] | None:
 
 
 def check_files(
-    tables: Mapping[Role, LabelledTable], files: Mapping[Role, Ints | None], classes: Sequence[str], place: str
+    tables: Mapping[Role, LabelledTable],
+    files: Mapping[Role, Ints | None],
+    good: Mapping[Role, Ints],
+    classes: Sequence[str],
+    place: str,
 ) -> list[str]:
     """Return notes on files that several rows name.
+
+    Args:
+        good: rows that are not left out; the notes are on these.
 
     Raises:
         DataError: one file has two labels.
@@ -59,10 +66,10 @@ def check_files(
             f"{place}: {len(clash):,} file{'s have' if len(clash) > 1 else ' has'} two labels: {both}",
             remedy="Keep the row (or the link) that is right",
         )
-    return _notes(tables, numbered)
+    return _notes(tables, {role: numbers_N[good[role]] for role, numbers_N in numbered.items()}, good)
 
 
-def _notes(tables: Mapping[Role, LabelledTable], numbered: Mapping[Role, Ints]) -> list[str]:
+def _notes(tables: Mapping[Role, LabelledTable], numbered: Mapping[Role, Ints], good: Mapping[Role, Ints]) -> list[str]:
     """Return notes on files that several rows of a split name, and on those that two splits share."""
     notes = []
     for role, files_N in numbered.items():
@@ -74,7 +81,7 @@ def _notes(tables: Mapping[Role, LabelledTable], numbered: Mapping[Role, Ints]) 
     for one, other in combinations(numbered, 2):
         shared = np.intersect1d(numbered[one], numbered[other])
         if len(shared):
-            row = int(np.flatnonzero(numbered[other] == shared[0])[0])
+            row = int(good[other][np.flatnonzero(numbered[other] == shared[0])[0]])
             notes.append(
                 f"LEAK: rows name {len(shared):,} file{'s' * (len(shared) > 1)} in both {one} and {other}, such as "
                 f"{tables[other].where(row)}: figures on {other} are too good"

@@ -72,7 +72,7 @@ def choose_splits(
     }
     good = {role: _good_rows(table, role, (bad or {}).get(role, ())) for role, table in tables.items()}
     files = {role: split.files_N for role, split in labelled.items()}
-    notes += (*check_files(tables, files, classes, source.place), *_absences(classes, tables, good))
+    notes += (*check_files(tables, files, good, classes, source.place), *_absences(classes, tables, good))
     shared = check_groups(section, tables, source.place)
     rows_N, held_N, divided = _divide_train(
         section, tables, good["train"], classes, files["train"] if contents_N is None else contents_N, seed
