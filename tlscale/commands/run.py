@@ -305,13 +305,18 @@ def _sees_other_views(stored: Recipe, recipe: Recipe) -> bool:
 def _refuse_other_transform(run_info: dict[str, Any], setup: RunSetup, folder: RunFolder) -> None:
     """Refuse a run of an older version, which took the size of the first training image for that of all."""
     then, now = run_info["input"], setup.spec.to_plain()
-    changes = [f"{key}: {then.get(key)!r} -> {value!r}" for key, value in now.items() if then.get(key) != value]
+    changes = {key: f"{then.get(key)!r} -> {value!r}" for key, value in now.items() if then.get(key) != value}
     if changes:
-        keep = f", with data.crop_pct={then['crop_pct']:g} to have it as it was" if "crop_pct" in then else ""
+        listed = ", ".join(f"{key}: {change}" for key, change in changes.items())
+        why = keep = ""
+        if "crop_pct" in changes and "crop_pct" in then:
+            why = (
+                ". Versions of tlscale before this one took crop_pct from the size of the first training image; now it "
+                "comes from the median size of the training split"
+            )
+            keep = f", with data.crop_pct={then['crop_pct']:g} to have it as it was"
         raise ResumeError(
-            f"'{folder.path}' cannot be resumed: its images would be fed in another way ({', '.join(changes)}). "
-            "Versions of tlscale before this one took crop_pct from the size of the first training image; now it "
-            "comes from the median size of the training split",
+            f"'{folder.path}' cannot be resumed: its images would be fed in another way ({listed}){why}",
             remedy="Start another run: " + option("out", "DIR") + keep,
         )
 
