@@ -20,7 +20,7 @@ from tlscale.training.stages import Stage, to_steps
 
 _WORST_SHOWN = 5
 _SMALL_SHARE = 0.5  # of an image: a photo of 4:3 under the usual crop keeps more
-_IN_SHORT = ("strategy", "data", "backbone", "weights", "teacher", "trainable", "steps", "probe", "device")
+_IN_SHORT = ("strategy", "data", "backbone", "weights", "teacher", "trainable", "batch", "steps", "probe", "device")
 CLASS_COLUMNS = ("class", "images", "accuracy", "F1")
 
 
