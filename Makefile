@@ -87,7 +87,7 @@ test-gpu: $(VENV)/.tlscale-dev ## the tests of a GPU, on a machine that has one 
 test-floors: ## the fast tests on the lowest versions that pyproject.toml allows; the first time that is several GB
 	test -x $(FLOORS)/bin/pip || $(PYTHON) -m venv $(FLOORS)
 	$(PYTHON) scripts/floors.py > $(FLOORS)/floors.txt
-	$(FLOORS)/bin/python -m pip install --quiet -c $(FLOORS)/floors.txt -e '.[tensorboard,heif,export]' pytest pytest-timeout pytest-xdist hypothesis
+	$(FLOORS)/bin/python -m pip install --quiet -c $(FLOORS)/floors.txt -e '.[tensorboard,heif,export]' pytest pytest-timeout pytest-xdist hypothesis jsonschema
 	$(MAKE) --no-print-directory BIN=$(FLOORS)/bin -o $(VENV)/.tlscale-dev test-fast
 
 # Those that take minutes, and are not in `make test`.
