@@ -1,7 +1,6 @@
 """What the commands show on 80 columns, on a terminal and in a file; and life from the first second."""
 
 import os
-import pty
 import re
 import subprocess
 import sys
@@ -10,6 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from tests.small_runs import put_small_folder, small_recipe
+from tests.terminals import on_a_terminal
 from tlscale.cli import main
 from tlscale.tracking import progress
 
@@ -87,21 +87,8 @@ def test_a_run_shows_a_short_plan_and_plan_the_whole_one(idx, tmp_path):
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_on_a_terminal_there_is_a_line_while_libraries_are_loaded(rank):
     program = "from tlscale.cli_parts import loading\nwith loading():\n    pass\nprint('done')\n"
-    master, slave = pty.openpty()
-    environment = {**os.environ, "TERM": "xterm", "RANK": rank}
-    process = subprocess.Popen([sys.executable, "-c", program], stdout=slave, stderr=slave, env=environment)
-    os.close(slave)
-    shown = b""
-    while True:
-        try:
-            chunk = os.read(master, 4096)
-        except OSError:  # the other end is closed
-            break
-        if not chunk:
-            break
-        shown += chunk
-    os.close(master)
-    assert process.wait() == 0
+    code, shown = on_a_terminal(program, RANK=rank)
+    assert code == 0
     line = b"loading PyTorch and timm\r\x1b[K" if rank == "0" else b""
     assert shown == line + b"done\r\n"
 

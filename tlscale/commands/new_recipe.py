@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tlscale.data.input_spec import SMALL_SHARE
 from tlscale.data.survey import Place, Survey
 from tlscale.errors import first_few, one_line
 from tlscale.recipe.yaml_text import write_yaml
@@ -24,7 +25,6 @@ _MOST_REASONS = 8
 _WIDTH = 110
 _LEAST_PX, _MOST_PX = 48, 96  # of the bundled network, which was pretrained at 48
 _PROBED = {"layer": ["layer2", "layer3", "layer4"], "pool": ["avg", "max"]}
-_SMALL_SHARE = 0.5  # of an image
 _EARLY = r"(conv1|bn1|layer[12])\..*"
 
 
@@ -143,7 +143,7 @@ def _data_keys(survey: Survey, backbone: str, num_train: int) -> tuple[dict[str,
     if backbone == BUNDLED:
         keys["image_size"] = min(max(-(-survey.median_side_px // 16) * 16, _LEAST_PX), _MOST_PX)
         comment += [f"image_size: more than {_MOST_PX} pixels show more detail, and take longer."]
-    if (share := survey.shown_by_centre_crop) < _SMALL_SHARE:
+    if (share := survey.shown_by_centre_crop) < SMALL_SHARE:
         keys["crop_mode"] = "squash"
         shown = f"crop_mode: the usual centre crop would show {share:.0%} of a typical image, squash shows all"
         comment += [f"{shown}; border does without changing its proportions."]

@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from tlscale.data.input_spec import InputSpec
+from tlscale.data.input_spec import SMALL_SHARE, InputSpec
 from tlscale.data.sampler import DataOrder
 from tlscale.models.features import PENULTIMATE
 from tlscale.recipe.schema import Recipe
@@ -19,7 +19,6 @@ from tlscale.training.setup import RunSetup, strategy_of
 from tlscale.training.stages import Stage, to_steps
 
 _WORST_SHOWN = 5
-_SMALL_SHARE = 0.5  # of an image: a photo of 4:3 under the usual crop keeps more
 _IN_SHORT = ("strategy", "data", "backbone", "weights", "teacher", "trainable", "batch", "steps", "probe", "device")
 CLASS_COLUMNS = ("class", "images", "accuracy", "F1")
 
@@ -41,7 +40,7 @@ def show_plan(setup: RunSetup, console: Console, *, device: str, whole: bool = T
         console.say("the frozen layers are random: backbone.weights is none", style="yellow")
     for note in setup.weights.notes:
         console.say(f"backbone.weights: {note}", style="bold yellow")
-    if setup.seen_share < _SMALL_SHARE:
+    if setup.seen_share < SMALL_SHARE:
         shown = f"of a typical image the network is shown {setup.seen_share:.0%}, in the middle"
         console.say(f"{shown}; data.crop_mode=squash or border shows all of it", style="yellow")
     rows = _plan_rows(setup, device)

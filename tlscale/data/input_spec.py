@@ -22,6 +22,8 @@ from tlscale.errors import DataError, RecipeError
 from tlscale.recipe.schema import DataSection
 
 MOST_HEADERS = 256
+SMALL_SHARE = 0.5
+"""Of an image: who shows the network less of it should know. A photo of 4:3 under the usual crop keeps more."""
 # What timm takes where a backbone's configuration is silent.
 _DEFAULTS: dict[str, Any] = {
     "input_size": (3, 224, 224),

@@ -24,7 +24,6 @@ from torch import Tensor
 from tlscale.errors import RecipeError, sentences, suggestion
 from tlscale.recipe.schema import DistillSection, LossSection
 from tlscale.training.distillation.loss import DistillationLoss
-from tlscale.training.focal_loss import FocalLoss
 
 
 class Batch(Protocol):
@@ -106,6 +105,9 @@ class CrossEntropyLoss:
             # The network learns what tells the classes apart, not how frequent they are: Menon et al. 2021, eq. 10.
             logits_BC = logits_BC + self._shifts_C.to(logits_BC.dtype)
         losses_B = F.cross_entropy(logits_BC, labels_B, label_smoothing=self._smoothing, reduction="none")
+        return self._weighted(losses_B, labels_B)
+
+    def _weighted(self, losses_B: Tensor, labels_B: Tensor) -> Tensor:
         if self._class_weights_C is None:
             return losses_B
         return self._class_weights_C.to(losses_B.dtype)[labels_B] * losses_B
@@ -120,6 +122,25 @@ class CrossEntropyLoss:
         lam_B = lam_B.to(logits_BC.dtype if logits_BC.dtype == torch.float64 else torch.float32)
         own_B = self.losses(logits_BC, labels_B)
         return lam_B * own_B + (1 - lam_B) * self.losses(logits_BC, partner_labels_B)
+
+
+class FocalLoss(CrossEntropyLoss):
+    """Compute w[y] (1 - p)^gamma times the cross-entropy of each image, p the probability of its own class.
+
+    It turns to the images that the network is least sure of (Lin et al. 2017). It is not linear in its target, and so
+    has no meaning for images that are mixed of two labels.
+    """
+
+    def __init__(self, section: LossSection, class_weights_C: Tensor | None) -> None:
+        super().__init__(section, class_weights_C)
+        self._gamma = section.focal_gamma
+
+    def losses(self, logits_BC: Tensor, labels_B: Tensor) -> Tensor:
+        """Compute the loss of each image, in float32 at least; shape (B,)."""
+        losses_B = cross_entropy(logits_BC, labels_B)
+        # 1 - p from the loss itself: exact where p is all but 1, where the difference would be rounded to 0.
+        missing_B = (-torch.expm1(-losses_B)).clamp_min(torch.finfo(losses_B.dtype).tiny)
+        return self._weighted(missing_B**self._gamma * losses_B, labels_B)
 
 
 # -- the table ------------------------------------------------------------------------------------------------------
@@ -159,9 +180,7 @@ def _distillation(spec: LossSpec) -> DistillationLoss:
 
 LOSSES: dict[str, LossKind] = {
     "cross_entropy": LossKind(_cross_entropy, is_linear_in_target=True),
-    "focal": LossKind(
-        lambda spec: FocalLoss(spec.section.focal_gamma, spec.class_weights_C), is_linear_in_target=False
-    ),
+    "focal": LossKind(lambda spec: FocalLoss(spec.section, spec.class_weights_C), is_linear_in_target=False),
     "distillation": LossKind(_distillation, is_linear_in_target=True),
 }
 

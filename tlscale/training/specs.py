@@ -25,10 +25,8 @@ def make_loss(setup: RunSetup, device: torch.device) -> Loss:
     recipe, data = setup.recipe, setup.data
     weights_C = class_weights(recipe.loss, data.train.labels_N, data.classes)
     priors_C = log_priors(recipe.loss, data.train.labels_N, len(data.classes))
-    if weights_C is not None:
-        weights_C = weights_C.to(setup.dtype).to(device)
-    if priors_C is not None:
-        priors_C = priors_C.to(setup.dtype).to(device)
+    of_classes = (None if one_C is None else one_C.to(setup.dtype).to(device) for one_C in (weights_C, priors_C))
+    weights_C, priors_C = of_classes
     spec = LossSpec(recipe.loss, recipe.distill, weights_C, len(data.classes), priors_C)
     return LOSSES[loss_name(recipe.loss, recipe.distill)].build(spec)
 

@@ -1,10 +1,7 @@
 """The display on a terminal, as plain lines, and switched off; text of others; a terminal that is given back."""
 
 import io
-import os
-import pty
 import re
-import subprocess
 import sys
 import threading
 
@@ -13,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console as RichConsole
 
+from tests.terminals import on_a_terminal
 from tlscale.tracking.console import Console, visible
 from tlscale.tracking.progress import Pace, each
 from tlscale.tracking.stopwatch import format_duration
@@ -260,21 +258,8 @@ def test_in_a_real_terminal_prints_of_others_go_above_the_display_and_the_cursor
         "    progress.say('said')\n"
         "    raise SystemExit(3)\n"
     )
-    master, slave = pty.openpty()
-    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "80"}
-    process = subprocess.Popen([sys.executable, "-c", program], stdout=slave, stderr=slave, env=environment)
-    os.close(slave)
-    shown = b""
-    while True:
-        try:
-            chunk = os.read(master, 4096)
-        except OSError:  # the other end is closed
-            break
-        if not chunk:
-            break
-        shown += chunk
-    os.close(master)
-    assert process.wait() == 3
+    code, shown = on_a_terminal(program, COLUMNS="80")
+    assert code == 3
     text = shown.decode()
     assert text.rindex(SHOW_CURSOR) > text.rindex(HIDE_CURSOR)
     assert "from elsewhere\r\n" in text

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from tlscale.errors import RecipeError
 from tlscale.recipe.schema import LossSection
 from tlscale.training import loss
-from tlscale.training.focal_loss import FocalLoss
 from tlscale.training.loss import (
     LOSSES,
     CrossEntropyLoss,
+    FocalLoss,
     LossKind,
     LossSpec,
     class_weights,
@@ -207,6 +207,10 @@ def test_only_classes_with_images_count_for_nothing_to_learn():
 # -- unequal classes ----------------------------------------------------------------------------------------------
 
 
+def focal(gamma, weights_C):
+    return FocalLoss(LossSection(kind="focal", focal_gamma=gamma), weights_C)
+
+
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 999), gamma=st.sampled_from([0.0, 0.5, 2.0, 5.0]), weights=WEIGHTS)
 def test_focal_loss_is_the_formula(seed, gamma, weights):
@@ -214,14 +218,14 @@ def test_focal_loss_is_the_formula(seed, gamma, weights):
     weights_C = None if weights is None else torch.tensor(weights, dtype=torch.float64)
     plain_B = by_hand(logits_BC, labels_B, 0.0)
     expected_B = (1 - torch.exp(-plain_B)) ** gamma * by_hand(logits_BC, labels_B, 0.0, weights)
-    torch.testing.assert_close(FocalLoss(gamma, weights_C)(logits_BC, labelled(labels_B)), expected_B)
+    torch.testing.assert_close(focal(gamma, weights_C)(logits_BC, labelled(labels_B)), expected_B)
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.3, 1.0, 2.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_focal_loss_has_a_gradient_where_the_network_is_sure(gamma, dtype):
     logits_BC = torch.tensor([[200.0, 0.0], [0.0, 200.0], [9.0, 0.0]], dtype=dtype, requires_grad=True)
-    losses_B = FocalLoss(gamma, None)(logits_BC, labelled(torch.zeros(3, dtype=torch.int64)))
+    losses_B = focal(gamma, None)(logits_BC, labelled(torch.zeros(3, dtype=torch.int64)))
     assert losses_B.dtype == torch.float32
     losses_B.sum().backward()
     assert logits_BC.grad.isfinite().all()
