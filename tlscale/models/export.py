@@ -27,7 +27,7 @@ from tlscale.models.classifier import Classifier, CodesClassifier
 from tlscale.models.features import PENULTIMATE, LayerCodes
 from tlscale.models.heads import is_single_linear
 from tlscale.models.knn import KnnHead
-from tlscale.models.model_folder import CONFIG_FILE, FORMAT, HEAD_FILE, MODEL_FILE, config_digest
+from tlscale.models.model_folder import CONFIG_FILE, HEAD_FILE, MODEL_FILE, config_digest, format_of
 from tlscale.models.model_folder import TrainedModel as TrainedModel  # what is exported is found where it is exported
 from tlscale.models.model_folder import load as load
 from tlscale.recipe.field_types import HeadLayer
@@ -44,6 +44,7 @@ def export_model(
     classes: Sequence[str],
     spec: InputSpec,
     fitted: Mapping[str, Any] | None = None,
+    thresholds: Sequence[float] | None = None,
 ) -> str:
     """Write `config.json` and `model.safetensors` (and `head.safetensors` for any but a linear head) to `folder`.
 
@@ -56,6 +57,7 @@ def export_model(
         spec: what images the network was trained on.
         fitted: for `config.json`: `fitted_on`, the splits that it learned from, and `scored_on`, the split that its
             score in `result.json` is of; None where it has no score of its own.
+        thresholds: of several labels: the probability of each class from which on an image has it.
 
     Returns:
         How the folder is to be loaded, in words.
@@ -69,6 +71,8 @@ def export_model(
     body = as_timm if as_timm is not None else plain.backbone
     ours = {**_own_config(plain, head), "classes": list(classes), "input": spec.to_plain(), "whole": whole}
     ours |= fitted or {}
+    ours |= {} if thresholds is None else {"task": "multi_label", "thresholds": list(thresholds)}
+    ours = {"format": format_of(ours), **ours}
     files = {MODEL_FILE: body.state_dict(), **({} if whole else {HEAD_FILE: plain.head.state_dict()})}
     make_folder(folder)
     for file in (CONFIG_FILE, MODEL_FILE, HEAD_FILE):
@@ -111,9 +115,9 @@ def _plain_copy(classifier: Classifier | CodesClassifier) -> Classifier | CodesC
 
 def _own_config(plain: Classifier | CodesClassifier, head: Sequence[HeadLayer]) -> dict[str, Any]:
     if isinstance(plain, Classifier):
-        return {"format": 1, "head": list(head)}
+        return {"head": list(head)}
     layers = {"knn": {"k": plain.head.k}} if isinstance(plain.head, KnnHead) else list(head)
-    return {"format": FORMAT, "layer": plain.layer, "pool": plain.pool, "head": layers}
+    return {"layer": plain.layer, "pool": plain.pool, "head": layers}
 
 
 def _write_tensors(state: Mapping[str, Tensor], path: Path) -> None:

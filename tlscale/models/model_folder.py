@@ -32,8 +32,10 @@ from tlscale.models.weights import filter_of, named
 from tlscale.recipe.field_types import POOLS, Head
 from tlscale.storage.files import file_sha256, text_sha256
 
-# 1: layers on what the backbone gives, and written for these still. 2: other codes, or nearest neighbours.
-FORMAT = 2
+# The format in which a key of `config.json` came: a version that does not know it must refuse it, not pass over it.
+# 2: other codes than what the backbone gives, or nearest neighbours. 3: several labels.
+_SINCE = {"layer": 2, "pool": 2, "task": 3, "thresholds": 3}
+FORMAT = 3
 MODEL_FILE = "model.safetensors"
 HEAD_FILE = "head.safetensors"
 CONFIG_FILE = "config.json"
@@ -49,6 +51,8 @@ class TrainedModel:
     model: nn.Module
     classes: tuple[str, ...]
     input_spec: InputSpec
+    thresholds: tuple[float, ...] | None = None
+    """Of several labels: the probability of each class from which on an image has it. None: an image has one class."""
 
 
 # -- settings ---------------------------------------------------------------------------------------------------------
@@ -95,6 +99,8 @@ class _Ours(_Settings):
     whole: bool
     layer: str | None = None
     pool: Literal[POOLS] | None = None  # type: ignore[valid-type]
+    task: Literal["single_label", "multi_label"] = "single_label"
+    thresholds: list[Annotated[float, Field(ge=0.0, le=1.0)]] | None = None
     fitted_on: list[str] = []
     scored_on: str | None = None
     sha256: dict[str, str] | None = None
@@ -108,6 +114,10 @@ class _Ours(_Settings):
             raise ValueError("nearest neighbours are of a 'layer'")
         if len(set(self.classes)) < len(self.classes):
             raise ValueError("two classes have one name")
+        if (self.task == "multi_label") != (self.thresholds is not None):
+            raise ValueError("'task' and 'thresholds' do not go together")
+        if self.thresholds is not None and len(self.thresholds) != len(self.classes):
+            raise ValueError(f"{len(self.thresholds)} thresholds are not those of {len(self.classes)} classes")
         return self
 
 
@@ -157,6 +167,11 @@ class _Config(_Settings):
         if not num_classes == self.num_classes == self.pretrained_cfg.num_classes == of_args:
             raise ValueError("the numbers of classes differ")
         return self
+
+
+def format_of(ours: Mapping[str, Any]) -> int:
+    """Return the lowest format that has a place for what `export_model` notes: older versions load what they can."""
+    return max(_SINCE.get(key, 1) for key in ours)
 
 
 def config_digest(config: Mapping[str, Any]) -> str:
@@ -286,7 +301,8 @@ def load(run: str | Path, *, as_stored: bool = False) -> TrainedModel:
             model = _with_head(model, states[1], ours, spec)
         if as_stored:
             _take_as_stored(model, states)
-    return TrainedModel(model.eval(), tuple(ours.classes), spec)
+    thresholds = None if ours.thresholds is None else tuple(ours.thresholds)
+    return TrainedModel(model.eval(), tuple(ours.classes), spec, thresholds)
 
 
 def fault_of_model(folder: Path) -> str | None:

@@ -276,4 +276,4 @@ def load(run: str | os.PathLike[str]) -> ImageClassifier:
         RunFolderError: there is no model there, a damaged one, or one of a newer format.
     """
     loaded = model_folder.load(Path(run))
-    return ImageClassifier(loaded.model, loaded.classes, loaded.input_spec, Path(run))
+    return ImageClassifier(loaded.model, loaded.classes, loaded.input_spec, loaded.thresholds, Path(run))

@@ -19,8 +19,10 @@ from tlscale.models import export as export_module
 from tlscale.models.backbone import build_backbone
 from tlscale.models.classifier import Classifier, enable_gradient_checkpointing, feature_width
 from tlscale.models.export import export_model, load
+from tlscale.models.model_folder import FORMAT
 
 CLASSES = ("<b>bold</b>", "T-shirt/top 👕", 'a "quoted" one', "ünïcode", "\\n")
+THRESHOLDS = [0.5, 0.25, 0.7, 1.0, 0.0]
 
 
 def spec(image_size=32, in_chans=3) -> InputSpec:
@@ -267,9 +269,37 @@ def test_no_model_there(tmp_path):
 def test_a_model_of_a_newer_format(tmp_path):
     export(classifier(), tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    config["tlscale"]["format"] = 3
+    config["tlscale"]["format"] = FORMAT + 1
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(RunFolderError, match="has format 3, this tlscale reads up to 2. Update tlscale"):
+    with pytest.raises(RunFolderError, match=f"has format {FORMAT + 1}, this tlscale reads up to {FORMAT}. Update"):
+        load(tmp_path)
+
+
+def test_the_format_is_the_lowest_that_has_a_place_for_what_is_written(tmp_path):
+    """So that older versions load what they can, and refuse what they would pass over."""
+    export(classifier(), tmp_path / "plain")
+    export_model(classifier(), tmp_path / "several", classes=CLASSES, spec=spec(), thresholds=THRESHOLDS)
+    formats = [json.loads((tmp_path / name / "config.json").read_text())["tlscale"] for name in ("plain", "several")]
+    assert [ours["format"] for ours in formats] == [1, 3]
+    assert load(tmp_path / "plain").thresholds is None
+    assert load(tmp_path / "several").thresholds == tuple(THRESHOLDS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"thresholds": [0.5]}, "1 thresholds are not those of 5 classes"),
+        ({"thresholds": [0.5, 0.5, 0.5, 0.5, 2.0]}, "less than or equal to 1"),
+        ({"task": "single_label"}, "'task' and 'thresholds' do not go together"),
+        ({"task": "regression"}, "task"),
+    ],
+)
+def test_thresholds_that_do_not_fit(changes, why, tmp_path):
+    export_model(classifier(), tmp_path, classes=CLASSES, spec=spec(), thresholds=THRESHOLDS)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["tlscale"] |= changes
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RunFolderError, match=f"is damaged: .*{why}"):
         load(tmp_path)
 
 
