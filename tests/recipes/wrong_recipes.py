@@ -22,6 +22,18 @@ WRONG_RECIPES: list[tuple[str, str, list[str], list[str]]] = [
         [f"{AT}:5: qqqq: unknown key. The keys of the top level are: name"],
     ),
     (
+        "regression",
+        f"{NAME}\ndata: {{source: manifest, path: p, task: regression}}\n{BACKBONE}\n",
+        [],
+        [f"{AT}:2: data.task = 'regression': regression is not supported", "Divide the numbers into classes"],
+    ),
+    (
+        "task_of_folder",
+        f"{NAME}\ndata: {{source: folder, path: p, task: single_label}}\n{BACKBONE}\n",
+        [],
+        [f"{AT}:2: data.task: has no effect with source 'folder'", "manifest, hub, disk"],
+    ),
+    (
         "group_column_of_folder",
         f"{NAME}\ndata: {{source: folder, path: p, group_column: patient}}\n{BACKBONE}\n",
         [],

@@ -16,7 +16,7 @@ from tlscale.recipe.schema_keys import all_keys
 from tlscale.recipe.sources import SOURCE_KEYS, SOURCES
 
 # What an evaluation depends on: where its images are, how they are read, how it is computed. Nothing else.
-_PLACE = ("source", *SOURCE_KEYS, "train_split", "validation_split", "test_split")
+_PLACE = ("source", *(key for key in SOURCE_KEYS if key != "task"), "train_split", "validation_split", "test_split")
 _ALLOWED = frozenset(
     (
         *(f"data.{key}" for key in (*_PLACE, "on_bad_image", "max_megapixels", "workers", "cache_mib")),

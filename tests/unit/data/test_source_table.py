@@ -24,6 +24,7 @@ def test_a_source_takes_its_own_keys_and_no_others(source, key):
         "path": "somewhere",
         "fallback": "sample",
         "class_folder": "top",
+        "task": "single_label",
         **dict.fromkeys(("config", "revision"), "one"),
     }
     given = {"path": "somewhere"} if SOURCES[source].path != "none" else {}

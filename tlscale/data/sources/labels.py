@@ -21,6 +21,7 @@ from tlscale.errors import DataError, first_few, quoted
 _INTEGER = re.compile(r"0|-?[1-9][0-9]{0,999}")
 _WHOLE = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.0+)?")
 _MISSING = frozenset(("nan", "na", "<na>", "n/a", "none", "null"))
+REGRESSION = "Regression is not supported: divide the numbers into classes, such as 'under 18' and '18 and over'"
 _VARIATION_SELECTORS = "\ufe0e\ufe0f"
 
 
@@ -86,7 +87,7 @@ def encode_labels(labels_N: pa.ChunkedArray, where: str) -> tuple[tuple[str, ...
     except pa.ArrowInvalid as error:
         raise DataError(f"{where}: labels are not readable as text: {error}") from None
     if not (is_text(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind)):
-        raise DataError(f"{where}: labels are of type {kind}; expected text or whole numbers")
+        raise DataError(f"{where}: labels are of type {kind}; expected text or whole numbers", remedy=_other_task(kind))
     text_N = labels_N.cast(pa.large_string()).combine_chunks()
     empty = len(text_N) - (pc.sum(pc.not_equal(pc.utf8_trim_whitespace(text_N), "")).as_py() or 0)
     if empty:
@@ -105,6 +106,15 @@ def encode_labels(labels_N: pa.ChunkedArray, where: str) -> tuple[tuple[str, ...
     place = {name: i for i, name in enumerate(names)}
     sorted_C = np.array([place[text] for text in texts], dtype=np.int64)
     return names, sorted_C[encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64)]
+
+
+def _other_task(kind: pa.DataType) -> str | None:
+    """Return what to do about labels whose type is that of another task."""
+    if pa.types.is_floating(kind) or pa.types.is_decimal(kind):
+        return REGRESSION
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        return "Several labels an image are not supported: keep one of each list"
+    return None
 
 
 def _refuse_missing(names: tuple[str, ...], where: str) -> None:

@@ -19,12 +19,14 @@ import numpy as np
 import numpy.typing as npt
 
 from tlscale.data.sources.groups import GroupedDraw, Groups, check_groups, describe_groups, notes_on_groups
-from tlscale.data.sources.labels import check_alike, is_integer, sort_labels
+from tlscale.data.sources.label_kinds import are_numbers, separator_of
+from tlscale.data.sources.labels import REGRESSION, check_alike, is_integer, sort_labels
 from tlscale.data.sources.same_files import check_files
 from tlscale.data.sources.tables import NO_LABEL, ImageSplit, Ints, LabelledTable, Role, Source, SourceSplit
 from tlscale.errors import DataError, first_few, quoted, suggestion
 from tlscale.recipe.schema import DataSection
 from tlscale.recipe.seeds import derive_seed
+from tlscale.recipe.sources import SOURCES
 
 _DEFAULT_FRACTION = DataSection.model_fields["validation_fraction"].default
 
@@ -66,6 +68,8 @@ def choose_splits(
             f"{source.place}: the training split has one class only, {used[0]!r}; a classifier needs two or more"
         )
     classes = tuple(section.classes or source.declared_classes or sort_labels(used))
+    if section.task is None and section.classes is None and source.declared_classes is None:
+        _refuse_other_tasks(section, labelled["train"], source.place)
     tables = {
         role: number_labels(split, classes, role, source.place)
         for role, split in name_labels(labelled, classes).items()
@@ -163,6 +167,30 @@ def _with_labels(source: Source) -> tuple[dict[Role, SourceSplit], tuple[str, ..
             )
         kept[role] = split
     return kept, notes
+
+
+def _refuse_other_tasks(section: DataSection, train: SourceSplit, place: str) -> None:
+    """Refuse labels of a column that look like no classes.
+
+    Raises:
+        DataError: they look like several labels an image, or like numbers.
+    """
+    if "task" not in SOURCES[section.source].keys:
+        return
+    counts_C = np.bincount(train.label_ids_N, minlength=len(train.label_names)).tolist()
+    counts = {name: count for name, count in zip(train.label_names, counts_C, strict=True) if count}
+    as_classes = "Where they are classes all the same, write data.task: single_label"
+    if (separator := separator_of(counts)) is not None:
+        joined = [name for name in counts if separator in name]
+        raise DataError(
+            f"{place}: labels look like several an image, with {separator!r} between them: {first_few(quoted(joined))}",
+            remedy=f"Several labels an image are not supported: keep one of each. {as_classes}",
+        )
+    if are_numbers(counts, section.label_column):
+        raise DataError(
+            f"{place}: labels look like numbers, of which there are {len(counts):,}: {first_few(quoted(list(counts)))}",
+            remedy=f"{REGRESSION}. {as_classes}",
+        )
 
 
 def name_labels(splits: Mapping[Role, SourceSplit], classes: tuple[str, ...]) -> dict[Role, SourceSplit]:

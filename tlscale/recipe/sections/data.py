@@ -51,6 +51,9 @@ class DataSection(Section):
     """Name of the test split; never used to choose anything. Without one, results are those of the validation."""
     validation_fraction: float = Field(0.1, ge=0.0, le=0.5)
     """Share of the training images that becomes the validation split, stratified, where the source has none."""
+    task: Literal["single_label"] | None = None
+    """What the labels of a column are: by default the class of an image, and labels that look like several an image
+    (`young;female`) or like numbers (an age) are refused. `single_label`: they are classes whatever they look like."""
     classes: list[str] | None = Field(None, min_length=2)
     """Class names in the order of their numbers; by default those of the training split, sorted."""
     train_limit: int | None = Field(None, ge=1, le=10**12)
@@ -93,6 +96,14 @@ class DataSection(Section):
     16."""
     cache_mib: int = Field(2048, ge=0, le=10**9)
     """Images are decoded once and cached as uint8 when all of them need no more than this, in MiB; 0: never."""
+
+    @field_validator("task", mode="before")
+    @classmethod
+    def _refuse_regression(cls, value: object) -> object:
+        if value == "regression":
+            remedy = "Divide the numbers into classes, such as 'under 18' and '18 and over'."
+            raise InvalidValueError("regression is not supported: what is learned is classes", remedy)
+        return value
 
     @field_validator("group_regex")
     @classmethod
