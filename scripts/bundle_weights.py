@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import tlscale
 from tlscale.models.bundled import FOLDER
+from tlscale.recipe.image_size import height_width
 
 MOST_BYTES = 12 * 10**6
 """What ships with every installation has to be small."""
@@ -54,7 +55,7 @@ def difference(model: nn.Module, state: dict[str, Tensor], name: str, spec: Any)
     """Root mean square of how far the features move, as a share of their deviation over random images."""
     other = timm.create_model(name, num_classes=0, in_chans=spec.in_chans).eval()
     other.load_state_dict({key: value.float() for key, value in state.items()})
-    images = torch.randn(64, spec.in_chans, spec.image_size, spec.image_size, generator=torch.Generator())
+    images = torch.randn(64, *spec.shape_CHW, generator=torch.Generator())
     with torch.no_grad():
         one, two = model.eval()(images), other(images)
     return float((one - two).square().mean().sqrt() / one.std())
@@ -77,9 +78,9 @@ def main() -> None:
     path = FOLDER / f"{name}.safetensors"
     save_file(state, path, metadata={"format": "pt"})
     path.chmod(0o644)
-    size = options.image_size or spec.image_size
+    height, width = height_width(options.image_size or spec.image_size)
     cfg = {
-        "input_size": [spec.in_chans, size, size],
+        "input_size": [spec.in_chans, height, width],
         "mean": list(spec.mean),
         "std": list(spec.std),
         "interpolation": spec.interpolation,

@@ -9,6 +9,7 @@ from tlscale.models.backbone import build_backbone
 from tlscale.models.classifier import Classifier, feature_width
 from tlscale.models.freeze import freeze_parameters
 from tlscale.models.heads import build_head
+from tlscale.recipe.image_size import height_width
 from tlscale.recipe.schema import BackboneSection, Recipe
 
 # Seven ways to build a network, each a few hundred thousand parameters; all take 32 pixels.
@@ -82,7 +83,7 @@ def classifier(
 
 
 def noise(seed=0, count=4, in_chans=3, image_size=32) -> torch.Tensor:
-    return torch.randn(count, in_chans, image_size, image_size, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(count, in_chans, *height_width(image_size), generator=torch.Generator().manual_seed(seed))
 
 
 def loss_of(network: nn.Module, images: torch.Tensor) -> torch.Tensor:

@@ -349,6 +349,27 @@ WRONG_RECIPES: list[tuple[str, str, list[str], list[str]]] = [
         [f"{AT}:2: data.sampling: has no effect with 'probe': a probe trains nothing. Remove it."],
     ),
     (
+        "image_size_of_three",
+        f"{NAME}\ndata: {{source: fashion_mnist, image_size: [3, 64, 96]}}\n{BACKBONE}\n",
+        [],
+        [
+            f"{AT}:2: data.image_size = [3, 64, 96]: takes two sides, height and width, each",
+            "Write [64, 128], for example",
+        ],
+    ),
+    (
+        "image_size_too_small",
+        f"{NAME}\ndata: {{source: fashion_mnist, image_size: [4, 96]}}\n{BACKBONE}\n",
+        [],
+        [f"{AT}:2: data.image_size = [4, 96]: takes two sides, height and width, each a whole number from 8 to 2048"],
+    ),
+    (
+        "image_size_as_text",
+        f"{NAME}\ndata: {{source: fashion_mnist, image_size: 64x96}}\n{BACKBONE}\n",
+        [],
+        [f"{AT}:2: data.image_size = '64x96': must be a whole number from 8 to 2048 or [height, width], or null"],
+    ),
+    (
         "crop_mode",
         f"{NAME}\ndata: {{source: fashion_mnist, crop_mode: stretch}}\n{BACKBONE}\n",
         [],

@@ -20,6 +20,7 @@ from tlscale.data.sources.tables import Role
 from tlscale.distributed.processes import Processes, start_processes
 from tlscale.distributed.signals import StopRequest
 from tlscale.errors import ModelError, TlscaleError
+from tlscale.recipe.image_size import image_size_of, pixels_in_words
 from tlscale.recipe.schema import Recipe
 from tlscale.tracking.console import Console
 from tlscale.tracking.stopwatch import Stopwatch, describe_seconds, format_duration
@@ -151,10 +152,16 @@ def _row(entry: Entry) -> tuple[str, ...]:
     spec = key.get("transform", {}).get("input", {})
     view = ", augmented" if "augment" in key.get("transform", {}) else ""
     age = format_duration(max(time.time() - entry.last_used_s, 0))
-    size = f"{spec.get('image_size', '?')} px{view}"
+    size = f"{_pixels(spec.get('image_size'))}{view}"
     images, mib = f"{entry.num_rows:,}", f"{entry.num_bytes / 2**20:,.1f}"
     state = "older format, not used" if entry.is_older else "" if entry.complete else "corrupt"
     return entry.digest[:12], layers, size, images, mib, f"{age} ago", state
+
+
+def _pixels(image_size: int | list[int] | None) -> str:
+    if image_size is None:
+        return "? px"
+    return pixels_in_words(image_size if isinstance(image_size, int) else image_size_of(*image_size))
 
 
 def verify_codes(digest: str | None) -> None:

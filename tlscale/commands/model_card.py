@@ -14,6 +14,7 @@ from tlscale.commands.evaluation_images import data_name
 from tlscale.commands.tables import over_groups
 from tlscale.errors import DataError, one_line, option
 from tlscale.models.model_folder import TrainedModel
+from tlscale.recipe.image_size import size_in_words
 from tlscale.recipe.load import load_stored_recipe
 from tlscale.recipe.schema import Recipe
 from tlscale.recipe.yaml_text import write_yaml
@@ -83,7 +84,7 @@ def _data(trained: TrainedModel, recipe: Recipe | None, info: dict[str, Any]) ->
         lines.append(f"- source: {escaped(recipe.data.source)}, {escaped(data_name(recipe.data)['name'])}")
     counts = (info.get("data") or {}).get("num_images") or {}
     lines += [f"- {escaped(split)}: {count:,} images" for split, count in counts.items()]
-    lines.append(f"- input: {spec.in_chans} x {spec.image_size} x {spec.image_size}, {escaped(spec.interpolation)}")
+    lines.append(f"- input: {spec.in_chans} x {size_in_words(spec.image_size)}, {escaped(spec.interpolation)}")
     lines.append(f"- {len(trained.classes):,} classes, in the order of the logits (all of them: `config.json`)")
     return "\n".join(lines)
 

@@ -256,7 +256,7 @@ def activation_bytes(setup: RunSetup) -> float:
         return tensor
 
     buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
-    images = torch.zeros(_SAMPLE_IMAGES, spec.in_chans, spec.image_size, spec.image_size, dtype=setup.dtype)
+    images = torch.zeros(_SAMPLE_IMAGES, *spec.shape_CHW, dtype=setup.dtype)
     with torch.random.fork_rng(devices=[]), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         outputs = network(images)
     del outputs

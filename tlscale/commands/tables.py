@@ -11,6 +11,7 @@ from typing import Any
 from tlscale.data.input_spec import SMALL_SHARE, InputSpec
 from tlscale.data.sampler import DataOrder
 from tlscale.models.features import PENULTIMATE
+from tlscale.recipe.image_size import size_in_words
 from tlscale.recipe.schema import Recipe
 from tlscale.tracking.console import Console, number
 from tlscale.tracking.stopwatch import describe_seconds, format_duration
@@ -83,7 +84,7 @@ def _plan_rows(setup: RunSetup, device: str) -> list[tuple[str, str]]:
 
 def _describe_input(spec: InputSpec, seen_share: float) -> str:
     return (
-        f"{spec.in_chans} x {spec.image_size} x {spec.image_size}, {spec.interpolation}, crop_pct {spec.crop_pct:g}, "
+        f"{spec.in_chans} x {size_in_words(spec.image_size)}, {spec.interpolation}, crop_pct {spec.crop_pct:g}, "
         f"{spec.crop_mode} (shows {seen_share:.0%} of a typical image), mean {_numbers(spec.mean)}, "
         f"std {_numbers(spec.std)}"
     )

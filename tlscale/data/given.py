@@ -122,7 +122,7 @@ def read_given(images: Sequence[Given], spec: InputSpec, max_pixels: int) -> tup
     """Read images as a run reads those that it evaluates.
 
     Returns:
-        Those that can be read, each (image_size, image_size, C); and for each given one why it cannot, or None.
+        Those that can be read, each as `eval_transform` gives it; and for each given one why it cannot, or None.
     """
 
     def read(given: Given) -> Pixels | str:

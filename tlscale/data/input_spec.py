@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from PIL import Image
 from tlscale.data.decode import BadImageError, header_hw
 from tlscale.data.sources.tables import LabelledTable
 from tlscale.errors import DataError, RecipeError
+from tlscale.recipe.image_size import ImageSize, height_width, image_size_of
 from tlscale.recipe.schema import DataSection
 
 MOST_HEADERS = 256
@@ -49,7 +50,7 @@ _SHOW_ALL = ("squash", "border")  # who names one of them in a recipe wants noth
 class InputSpec:
     """How an image file becomes the backbone's input."""
 
-    image_size: int  # height and width, in pixels
+    image_size: ImageSize  # in pixels: one number for a square, else height and width
     in_chans: int
     mean: tuple[float, ...]  # of each channel, 0..1
     std: tuple[float, ...]
@@ -68,13 +69,23 @@ class InputSpec:
         return cls(**{**plain, **lists})
 
     @property
+    def image_hw(self) -> tuple[int, int]:
+        """Height and width, in pixels."""
+        return height_width(self.image_size)
+
+    @property
+    def shape_CHW(self) -> tuple[int, int, int]:  # noqa: N802
+        """The shape of one image."""
+        return (self.in_chans, *self.image_hw)
+
+    @property
     def mean_color(self) -> tuple[int, ...]:
         """The mean as a uint8 color: what normalisation makes (nearly) zero."""
         return tuple(round(255 * value) for value in self.mean)
 
 
 def resolve_input(
-    section: DataSection, *, in_chans: int, pretrained_cfg: Mapping[str, Any], image_hw: tuple[int, int]
+    section: DataSection, *, in_chans: int, pretrained_cfg: Mapping[str, Any], sizes: Sequence[tuple[int, int]]
 ) -> InputSpec:
     """Resolve the input of a backbone: what the recipe says, else what the backbone was pretrained with.
 
@@ -85,21 +96,21 @@ def resolve_input(
         section: its `image_size`, `interpolation`, `crop_mode`, `crop_pct`, `mean` and `std` win.
         pretrained_cfg: timm's, as a mapping; keys that are missing or None have timm's defaults. A model that cannot
             take another size than its own reports that itself, when it is built.
-        image_hw: height and width that stand for those of all images (`median_side_px`). Images smaller than the
-            resized image that a crop would be cut from are not cropped (crop_pct 1): enlarging them just to cut their
-            edges off helps nobody.
+        sizes: heights and widths that stand for those of all images (`sampled_sizes`). If most are smaller than the
+            resized image that a crop would be cut from, nothing is cropped (crop_pct 1): enlarging images just to cut
+            their edges off helps nobody.
 
     Raises:
-        RecipeError: the backbone's own size is not square, or its interpolation is unknown, and the recipe gives none.
+        RecipeError: the backbone's interpolation is unknown, and the recipe gives none.
     """
     known = _DEFAULTS | {key: value for key, value in pretrained_cfg.items() if value is not None}
-    image_size = section.image_size or _square(known["input_size"])
+    image_size = section.image_size or image_size_of(*known["input_size"][1:])
     crop_pct = section.crop_pct
     if crop_pct is None and section.crop_mode in _SHOW_ALL:
         crop_pct = 1.0
     elif crop_pct is None:
         crop_pct = float(known["crop_pct"])
-        crop_pct = crop_pct if min(image_hw) >= math.ceil(image_size / crop_pct) else 1.0
+        crop_pct = crop_pct if _are_larger(sizes, height_width(image_size), crop_pct) else 1.0
     return InputSpec(
         image_size=image_size,
         in_chans=in_chans,
@@ -111,14 +122,10 @@ def resolve_input(
     )
 
 
-def _square(input_size: tuple[int, int, int]) -> int:
-    _, height, width = input_size
-    if height != width:
-        raise RecipeError(
-            f"the backbone was pretrained on images of {height} x {width} pixels, and tlscale feeds square ones",
-            remedy=f"Set data.image_size, such as {min(height, width)}, if the backbone can take it.",
-        )
-    return height
+def _are_larger(sizes: Sequence[tuple[int, int]], image_hw: tuple[int, int], crop_pct: float) -> bool:
+    """Return whether at least half of the images are as large as what a crop would be cut from, on both sides."""
+    least_hw = [math.ceil(side / crop_pct) for side in image_hw]
+    return statistics.median_low([min(height - least_hw[0], width - least_hw[1]) for height, width in sizes]) >= 0
 
 
 def _crop_mode(asked: str, pretrained: str) -> str:
@@ -166,11 +173,6 @@ def sampled_sizes(table: LabelledTable) -> list[tuple[int, int]]:
     if not sizes:
         raise DataError(f"none of {len(rows)} training images can be read; the first: {errors[0]}")
     return sizes
-
-
-def median_side_px(sizes: list[tuple[int, int]]) -> int:
-    """Return the median of the shorter sides."""
-    return statistics.median_low([min(size) for size in sizes])
 
 
 def _size(table: LabelledTable, row: int) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 Promise: the batches of a step are the same whatever the workers, the cache and the step that the run began with. A
 bad image is an error here, never another image in its place.
 
-Shape letters: N images of a split, B images of a batch, C channels, H height, W width, S image size.
+Shape letters: N images of a split, B images of a batch, C channels, H height, W width.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from tlscale.data.transforms import Augmenter, ImageBatch, eval_transform
 from tlscale.data.workers import load_in_order, map_in_threads
 from tlscale.distributed.signals import check_stop
 from tlscale.errors import DataError
+from tlscale.recipe.image_size import size_in_words
 from tlscale.recipe.schema import DataSection
 from tlscale.tracking.progress import Pace
 from tlscale.tracking.stopwatch import Stopwatch
@@ -88,7 +89,7 @@ class ImageStore:
         self._section, self._keep = section, keep
         # Not an attribute: workers get the store, and could not get what shows things.
         on_images = on_images or (lambda num_images: None)
-        self._prepared_NCSS = self._keep_prepared(on_images) if keep and not crops else None
+        self._prepared_NCHW = self._keep_prepared(on_images) if keep and not crops else None
         self._originals = self._keep_originals(on_images) if keep and crops and section.cache_mib else None
 
     def __len__(self) -> int:
@@ -97,13 +98,13 @@ class ImageStore:
     @property
     def cached(self) -> bool:
         """Whether all images are in memory."""
-        return self._prepared_NCSS is not None or self._originals is not None
+        return self._prepared_NCHW is not None or self._originals is not None
 
     @property
     def kept_mib(self) -> float:
         """Memory of the images that are cached, in MiB."""
-        if self._prepared_NCSS is not None:
-            return self._prepared_NCSS.nbytes / _MIB
+        if self._prepared_NCHW is not None:
+            return self._prepared_NCHW.nbytes / _MIB
         return self._originals.pixels.nbytes / _MIB if self._originals is not None else 0.0
 
     def describe(self) -> str:
@@ -113,7 +114,7 @@ class ImageStore:
             return f"{what}, of which few are used, each decoded when it is"
         if not self.cached:
             return f"{what}, decoded each time they are used (data.cache_mib is {self._section.cache_mib})"
-        size = f"{self.spec.image_size} x {self.spec.image_size} x {self.spec.in_chans}"
+        size = f"{size_in_words(self.spec.image_size)} x {self.spec.in_chans}"
         return (
             f"{what}, decoded once and cached {'as they are' if self.crops else f'as {size}'}: {self.kept_mib:.1f} MiB"
         )
@@ -129,10 +130,10 @@ class ImageStore:
             raws: what was read of some of them; those are not read again.
 
         Returns:
-            (B, C, S, S); or, where training crops, a list of B tensors (C, H, W), each of its own size.
+            (B, C, H, W); or, where training crops, a list of B tensors (C, H, W), each of its own size.
         """
-        if self._prepared_NCSS is not None:
-            return torch.from_numpy(self._prepared_NCSS).index_select(0, torch.from_numpy(rows_B))
+        if self._prepared_NCHW is not None:
+            return torch.from_numpy(self._prepared_NCHW).index_select(0, torch.from_numpy(rows_B))
         if self._originals is not None:
             return [_as_chw(self._originals[row]) for row in rows_B.tolist()]
         images = map_in_threads(partial(self._decode if self.crops else self._prepare, raws=raws), rows_B.tolist())
@@ -156,18 +157,18 @@ class ImageStore:
         return eval_transform(self._decode(row, raws), self.spec)
 
     def _keep_prepared(self, on_images: Callable[[int], None]) -> Pixels | None:
-        shape_CSS = (self.spec.in_chans, self.spec.image_size, self.spec.image_size)
-        if len(self) * int(np.prod(shape_CSS)) > self._section.cache_mib * _MIB:
+        shape_CHW = self.spec.shape_CHW
+        if len(self) * int(np.prod(shape_CHW)) > self._section.cache_mib * _MIB:
             return None
-        kept_NCSS = np.empty((len(self), *shape_CSS), np.uint8)
+        kept_NCHW = np.empty((len(self), *shape_CHW), np.uint8)
 
         def fill(rows: range) -> None:
-            kept_NCSS[rows.start : rows.stop] = stacked(self._prepare(row) for row in _asked(rows))
+            kept_NCHW[rows.start : rows.stop] = stacked(self._prepare(row) for row in _asked(rows))
 
         blocks = _blocks(len(self))
         for block, _ in zip(blocks, map_in_threads(fill, blocks), strict=True):
             on_images(len(block))
-        return kept_NCSS
+        return kept_NCHW
 
     def _keep_originals(self, on_images: Callable[[int], None]) -> _Originals | None:
         budget = self._section.cache_mib * _MIB

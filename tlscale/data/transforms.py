@@ -5,7 +5,7 @@ does to an image follows from its key alone (made from the seed, the epoch and t
 worker, the process, the batch or the images before it; the random generators of Python, NumPy and torch are as before
 afterwards. Images stay uint8 up to the device, where `to_input` makes them numbers.
 
-Shape letters: B images of a batch, C channels, H height, W width, S image size, 4 the edges of a box.
+Shape letters: B images of a batch, C channels, H height, W width, 4 the edges of a box.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def eval_transform(image_HWC: Pixels, spec: InputSpec) -> Pixels:
         image_HWC: uint8, C as in the spec.
 
     Returns:
-        uint8 of shape (image_size, image_size, C); the very same array where there is nothing to do.
+        uint8 of the height and width of the spec, and C; the very same array where there is nothing to do.
     """
     height, width = image_HWC.shape[:2]
     target_hw = _resized_hw(height, width, spec)
@@ -53,26 +53,30 @@ def eval_transform(image_HWC: Pixels, spec: InputSpec) -> Pixels:
         image_HWC = _resize_strip(image_HWC, target_hw, spec)
     elif (height, width) != target_hw:
         image_HWC = _resize(image_HWC, target_hw, spec)
-    if image_HWC.shape[:2] != (spec.image_size, spec.image_size):
-        image_HWC = _center_crop(_pad(image_HWC, spec), (spec.image_size, spec.image_size))
+    if image_HWC.shape[:2] != spec.image_hw:
+        image_HWC = _center_crop(_pad(image_HWC, spec), spec.image_hw)
     return image_HWC
 
 
 def seen_share(height: int, width: int, spec: InputSpec) -> float:
     """Return the share of an image's area that the evaluation transform shows the network."""
-    resized_h, resized_w = _resized_hw(height, width, spec)
-    return min(1.0, spec.image_size / resized_h) * min(1.0, spec.image_size / resized_w)
+    resized_hw = _resized_hw(height, width, spec)
+    shown_h, shown_w = (min(1.0, side / resized) for side, resized in zip(spec.image_hw, resized_hw, strict=True))
+    return shown_h * shown_w
 
 
 def _resized_hw(height: int, width: int, spec: InputSpec) -> tuple[int, int]:
-    resized = math.floor(spec.image_size / spec.crop_pct)
+    """Return to which height and width an image is resized before it is cropped: those that timm resizes it to."""
+    target_h, target_w = (math.floor(side / spec.crop_pct) for side in spec.image_hw)
     if spec.crop_mode == "squash":
-        return resized, resized
-    if spec.crop_mode == "border":
-        ratio = max(height / resized, width / resized)
+        return target_h, target_w
+    if spec.crop_mode == "border" or target_h != target_w:
+        choose = max if spec.crop_mode == "border" else min
+        ratio = choose(height / target_h, width / target_w)
         return max(1, round(height / ratio)), max(1, round(width / ratio))
-    longer = int(resized * max(height, width) / min(height, width))
-    return (resized, longer) if height <= width else (longer, resized)
+    # timm has torchvision resize to a square, which rounds the longer side down.
+    longer = int(target_h * max(height, width) / min(height, width))
+    return (target_h, longer) if height <= width else (longer, target_h)
 
 
 def _resize(image_HWC: Pixels, target_hw: tuple[int, int], spec: InputSpec) -> Pixels:
@@ -88,17 +92,17 @@ def _resize_strip(image_HWC: Pixels, target_hw: tuple[int, int], spec: InputSpec
         The centre of what `_resize` gives, by the same pixels: Pillow resizes the rows first and then the columns,
         each line for itself, and so it can be done in pieces that are cropped at once.
     """
-    size = spec.image_size
-    image_HWC = _center_crop(_resize(image_HWC, (image_HWC.shape[0], target_hw[1]), spec), (image_HWC.shape[0], size))
+    height, width = spec.image_hw
+    image_HWC = _center_crop(_resize(image_HWC, (image_HWC.shape[0], target_hw[1]), spec), (image_HWC.shape[0], width))
     columns = max(1, MOST_RESIZED_PIXELS // (2 * target_hw[0]))
-    pieces = [image_HWC[:, start : start + columns] for start in range(0, size, columns)]
+    pieces = [image_HWC[:, start : start + columns] for start in range(0, width, columns)]
     resized = (_resize(np.ascontiguousarray(piece), (target_hw[0], piece.shape[1]), spec) for piece in pieces)
-    return np.concatenate([_center_crop(piece, (size, piece.shape[1])) for piece in resized], axis=1)
+    return np.concatenate([_center_crop(piece, (height, piece.shape[1])) for piece in resized], axis=1)
 
 
 def _pad(image_HWC: Pixels, spec: InputSpec) -> Pixels:
     """Pad an image that is smaller than the crop with the mean color (`border` only)."""
-    missing_h, missing_w = (max(0, spec.image_size - side) for side in image_HWC.shape[:2])
+    missing_h, missing_w = (max(0, side - own) for side, own in zip(spec.image_hw, image_HWC.shape[:2], strict=True))
     if not missing_h and not missing_w:
         return image_HWC
     top, left = missing_h // 2, missing_w // 2
@@ -138,7 +142,7 @@ class Augmenter:
         """
         assert set(augment) <= {*STEPS, *MIXES}, f"the schema takes no others than {[*STEPS, *MIXES]}"
         self._mix_alphas = {name: augment[name] or 0.0 for name in MIXES if name in augment}
-        self._image_size = spec.image_size
+        self._image_hw = spec.image_hw
         self._steps = [build(augment[name] or 0.0, spec) for name, build in STEPS.items() if name in augment]
 
     @property
@@ -150,11 +154,11 @@ class Augmenter:
         """Augment images.
 
         Args:
-            images: B uint8 tensors (C, H, W): of size S x S unless there is a crop.
+            images: B uint8 tensors (C, H, W): of the spec's size unless there is a crop.
             keys_B: one key for each image.
 
         Returns:
-            uint8 (B, C, S, S).
+            uint8 (B, C, H, W).
         """
         if not self._steps:
             return images if isinstance(images, Tensor) else torch.stack(list(images))
@@ -181,30 +185,35 @@ class Augmenter:
         name = names[int(kind * len(names))]  # both named: each image takes one, by a coin
         alpha = self._mix_alphas[name]
         lam = float(rng.beta(alpha, alpha))
-        return int(partner * num_images), *MIXES[name](lam, y, x, self._image_size)
+        return int(partner * num_images), *MIXES[name](lam, y, x, self._image_hw)
 
 
-def _cutmix(lam: float, y: float, x: float, size: int) -> tuple[float, Box]:
-    """Return the share and place of a square of area 1 - lam around a point anywhere in the image."""
-    side = int(size * (1.0 - lam) ** 0.5)
-    top, left = int(y * size) - side // 2, int(x * size) - side // 2
-    box = max(0, top), min(size, top + side), max(0, left), min(size, left + side)
+def _cutmix(lam: float, y: float, x: float, image_hw: tuple[int, int]) -> tuple[float, Box]:
+    """Return the share and place of a box of area 1 - lam and the image's proportions, around any of its points."""
+    height, width = image_hw
+    box_h, box_w = (int(side * (1.0 - lam) ** 0.5) for side in image_hw)
+    top, left = int(y * height) - box_h // 2, int(x * width) - box_w // 2
+    box = max(0, top), min(height, top + box_h), max(0, left), min(width, left + box_w)
     # The box is cut off at the edges and has whole pixels, so its area is what counts (Yun et al. 2019, CutMix).
-    return 1.0 - (box[1] - box[0]) * (box[3] - box[2]) / size**2, box
+    return 1.0 - (box[1] - box[0]) * (box[3] - box[2]) / (height * width), box
 
 
-MIXES: dict[str, Callable[[float, float, float, int], tuple[float, Box]]] = {
-    "mixup": lambda lam, y, x, size: (lam, (0, 0, 0, 0)),
+MIXES: dict[str, Callable[[float, float, float, tuple[int, int]], tuple[float, Box]]] = {
+    "mixup": lambda lam, y, x, image_hw: (lam, (0, 0, 0, 0)),
     "cutmix": _cutmix,
 }
-"""By name, a function from (share of the image itself as drawn, place of the box down and across in 0..1, image size)
-to the share of the image itself and the box. Where both are named, the order decides which of them a draw takes."""
+"""By name, a function from (share of the image itself as drawn, place of the box down and across in 0..1, the image's
+height and width) to the share of the image itself and the box. Where both are named, the order decides which of them a
+draw takes."""
 
 
 def _crop(number: float, spec: InputSpec) -> Callable[[Tensor], Tensor]:
     # Tensors have no `hamming` and `box`.
     mode = InterpolationMode("bilinear" if spec.interpolation in ("hamming", "box") else spec.interpolation)
-    crop = v2.RandomResizedCrop(spec.image_size, scale=(number, 1.0), interpolation=mode, antialias=True)
+    # The usual range of a square crop's proportions, so that a picture is never distorted more than that.
+    proportions = spec.image_hw[1] / spec.image_hw[0]
+    ratio = (3 / 4 * proportions, 4 / 3 * proportions)
+    crop = v2.RandomResizedCrop(spec.image_hw, scale=(number, 1.0), ratio=ratio, interpolation=mode, antialias=True)
     if mode is InterpolationMode.LANCZOS and not _tensors_have_lanczos():
         return lambda image_CHW: v2.functional.pil_to_tensor(crop(v2.functional.to_pil_image(image_CHW)))
     return crop  # type: ignore[no-any-return]
@@ -226,7 +235,7 @@ def _fill(spec: InputSpec) -> list[float]:
 
 def _blur(number: float, spec: InputSpec) -> Callable[[Tensor], Tensor]:
     # As SimCLR does it (Chen et al. 2020, appendix A): a kernel of a tenth of the image, sigma from 0.1 to 2 pixels.
-    kernel_px = max(3, spec.image_size // 10 | 1)
+    kernel_px = max(3, min(spec.image_hw) // 10 | 1)
     return v2.RandomApply([v2.GaussianBlur(kernel_px, sigma=(0.1, 2.0))], p=number)  # type: ignore[no-any-return]
 
 

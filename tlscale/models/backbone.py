@@ -16,24 +16,27 @@ from typing import Any
 import timm
 import torch
 from timm.models import load_model_config_from_hf
-from torch import nn
+from torch import Tensor, nn
 
 import tlscale.models.classic  # noqa: F401 (registers its architectures with timm)
 from tlscale.errors import ModelError, first_sentence, sentences, suggestion
 from tlscale.models.bundled import bundled
 from tlscale.models.foreign import check_model_args, check_model_folder, weights_in
 from tlscale.models.hub import cache_only_when_unreachable, hub_weights
-from tlscale.models.weights import WeightsReport, load_file, state_digest
+from tlscale.models.weights import WeightsReport, interpolated, load_file, state_digest
+from tlscale.recipe.image_size import ImageSize, size_in_words
 from tlscale.recipe.schema import BackboneSection
 from tlscale.recipe.seeds import derive_seed
 from tlscale.storage.files import file_sha256, text_sha256
 
 
-def build_backbone(section: BackboneSection, *, image_size: int | None, seed: int) -> tuple[nn.Module, WeightsReport]:
+def build_backbone(
+    section: BackboneSection, *, image_size: ImageSize | None, seed: int
+) -> tuple[nn.Module, WeightsReport]:
     """Build a backbone that gives pooled features, (B, C, H, W) to (B, D).
 
     Args:
-        image_size: pixels; matters to architectures that are built for one size (most vision transformers).
+        image_size: in pixels; matters to architectures that are built for one size (most vision transformers).
         seed: of the initial weights where they are random; the global generator is left as it was.
 
     Raises:
@@ -46,7 +49,9 @@ def build_backbone(section: BackboneSection, *, image_size: int | None, seed: in
     if not section.elsewhere:
         _check_name(section.name)
     with torch.random.fork_rng(devices=[]):
-        size = {"img_size": image_size} if image_size is not None and _is_built_for_one_size(section) else {}
+        size: dict[str, Any] = {}
+        if image_size is not None and _is_built_for_one_size(section):
+            size = {"img_size": image_size}
         torch.manual_seed(derive_seed(seed, "backbone"))
         # What others put into a folder or on the hub is loaded as a file is, and reported so.
         model = _create(section, size, pretrained=section.weights == "pretrained" and not section.elsewhere)
@@ -55,8 +60,10 @@ def build_backbone(section: BackboneSection, *, image_size: int | None, seed: in
     if section.weights == "pretrained" and section.elsewhere:
         return model, _load_from_elsewhere(model, section)
     if not section.from_file:
-        origin = "random weights, by seed" if section.weights == "none" else _pretrained_origin(model)
-        return model, WeightsReport(origin, 0, 0, state_digest(model.state_dict()))
+        is_random = section.weights == "none"
+        origin = "random weights, by seed" if is_random else _pretrained_origin(model)
+        notes = () if is_random or not size else interpolated(_tensors_of_own_size(section), model)
+        return model, WeightsReport(origin, 0, 0, state_digest(model.state_dict()), notes=notes)
     return model, load_file(model, section)
 
 
@@ -67,6 +74,12 @@ def _is_built_for_one_size(section: BackboneSection) -> bool:
         return bool(model.pretrained_cfg.get("fixed_input_size", False))  # type: ignore[union-attr, operator]
     cfg = timm.get_pretrained_cfg(section.name)
     return cfg is not None and bool(cfg.fixed_input_size)
+
+
+def _tensors_of_own_size(section: BackboneSection) -> Mapping[str, Tensor]:
+    """Return the parameters of the architecture as it is built for the images that it was pretrained on."""
+    with torch.random.fork_rng(devices=[]):
+        return dict(_create(section, {}, pretrained=False).named_parameters())
 
 
 def no_weight_decay(model: nn.Module) -> frozenset[str]:
@@ -155,10 +168,29 @@ def _create(section: BackboneSection, size: dict[str, Any], *, pretrained: bool)
             raise
         raise ModelError(f"'{section.name}' does not take {' and '.join(rates)}: {error}", key="backbone") from error
     except Exception as error:
+        if size and not _takes(section, size):
+            words = size_in_words(size["img_size"])
+            problem = f"'{section.name}' cannot be built for images of {words} pixels: {first_sentence(error)}"
+            raise ModelError(problem, key="data.image_size", remedy=_other_size(section)) from error
         # Hub, disk and network each raise their own; none of them tells the user what to do.
         if pretrained or section.elsewhere:
             raise _no_weights(section, error) from error
         raise ModelError(f"timm cannot build '{section.name}': {error}", key="backbone") from error
+
+
+def _takes(section: BackboneSection, size: dict[str, Any]) -> bool:
+    """Return whether the architecture can be built for a size, whatever else failed."""
+    try:
+        timm.create_model(section.name, pretrained=False, num_classes=0, in_chans=section.in_chans, **size)
+    except Exception:
+        return False
+    return True
+
+
+def _other_size(section: BackboneSection) -> str:
+    cfg = timm.get_pretrained_cfg(section.name) if not section.elsewhere else None
+    own = f", such as {cfg.input_size[-1]}, which it was made for" if cfg is not None else ""
+    return f"Set it to a size that it takes{own}, or choose another backbone.name"
 
 
 def _check_settings(name: str) -> None:

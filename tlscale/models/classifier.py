@@ -21,6 +21,7 @@ from tlscale.errors import ModelError, first_sentence
 from tlscale.models.backbone import layer_depths, no_weight_decay
 from tlscale.models.features import LayerCodes
 from tlscale.models.freeze import frozen_modules, is_norm
+from tlscale.recipe.image_size import ImageSize, height_width, image_size_of, size_in_words
 
 _TRACKER = ModuleTracker()  # only queried for whether a backward pass is under way
 
@@ -96,21 +97,22 @@ class CodesClassifier(nn.Module):
         return cast(Tensor, self.head(codes))
 
 
-def feature_width(backbone: nn.Module, *, in_chans: int, image_size: int) -> int:
+def feature_width(backbone: nn.Module, *, in_chans: int, image_size: ImageSize) -> int:
     """Measure D by one forward pass: the widths that timm notes of its models are not always what they give."""
     backbone.eval()
-    made_for = max((getattr(backbone, "pretrained_cfg", None) or {}).get("input_size") or (image_size,))
+    hw = (getattr(backbone, "pretrained_cfg", None) or {}).get("input_size", ())[1:]
+    made_for = image_size_of(*hw) if hw else image_size
     own = f", such as {made_for}, which it was made for" if made_for != image_size else ""
     remedy = f"Set data.image_size to a size that it takes{own}, or choose another backbone.name."
-    images = torch.zeros(1, in_chans, image_size, image_size)
-    features = _tried(backbone, images, "backbone", f"images of {image_size} x {image_size} pixels", remedy)
+    images = torch.zeros(1, in_chans, *height_width(image_size))
+    features = _tried(backbone, images, "data.image_size", f"images of {size_in_words(image_size)} pixels", remedy)
     if not isinstance(features, Tensor) or features.ndim != 2:
         shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
         raise ModelError(f"{type(backbone).__name__} gives {shape}, not one vector an image", key="backbone")
     return int(features.shape[1])
 
 
-def put_channels_last(classifier: Classifier, *, in_chans: int, image_size: int) -> None:
+def put_channels_last(classifier: Classifier, *, in_chans: int, image_size: ImageSize) -> None:
     """Put the network's weights in channels-last order, and try it by one pass in eval mode.
 
     Raises:
@@ -119,7 +121,7 @@ def put_channels_last(classifier: Classifier, *, in_chans: int, image_size: int)
     key, what = "compute.channels_last", "the channels-last order"
     remedy = "Take the key out, or choose another backbone.name."
     param = next(classifier.parameters())
-    images = torch.zeros(1, in_chans, image_size, image_size, dtype=param.dtype)
+    images = torch.zeros(1, in_chans, *height_width(image_size), dtype=param.dtype)
     try:
         classifier.to(memory_format=torch.channels_last)
     except RuntimeError as error:
@@ -141,7 +143,7 @@ def _cannot_take(backbone: nn.Module, what: str, error: Exception) -> str:
     return f"{type(backbone).__name__} cannot take {what}: {said}{f' (backbone {name!r})' if name else ''}"
 
 
-def enable_gradient_checkpointing(classifier: Classifier, *, in_chans: int, image_size: int) -> None:
+def enable_gradient_checkpointing(classifier: Classifier, *, in_chans: int, image_size: ImageSize) -> None:
     """Switch it on and prove that it acts: some layer must run again in the backward pass.
 
     timm's switch is accepted and ignored by some architectures and an assertion in others, so it is not believed.
@@ -208,7 +210,7 @@ def _take_back(own: dict[str, Tensor], module: nn.Module, *_: object) -> None:
     own.clear()
 
 
-def _recomputed_layers(classifier: Classifier, in_chans: int, image_size: int) -> int:
+def _recomputed_layers(classifier: Classifier, in_chans: int, image_size: ImageSize) -> int:
     """Count the layers that run again in a backward pass; the network is left as it was."""
     calls = 0
 
@@ -229,14 +231,14 @@ def _recomputed_layers(classifier: Classifier, in_chans: int, image_size: int) -
     return calls
 
 
-def unused_parameters(classifier: Classifier, *, in_chans: int, image_size: int) -> list[str]:
+def unused_parameters(classifier: Classifier, *, in_chans: int, image_size: ImageSize) -> list[str]:
     """Return rule names of parameters that require a gradient and get none; the network is left as it was."""
     with _on_trial(classifier):
         torch.autograd.backward(_trial_output(classifier, in_chans, image_size))
         return [name for name, param in classifier.rule_names().items() if param.requires_grad and param.grad is None]
 
 
-def trains_on_one_image(classifier: Classifier, *, in_chans: int, image_size: int) -> bool:
+def trains_on_one_image(classifier: Classifier, *, in_chans: int, image_size: ImageSize) -> bool:
     """Return whether training mode takes a single image: batch norm of one value a channel does not."""
     with _on_trial(classifier):
         try:
@@ -262,7 +264,7 @@ def _on_trial(classifier: Classifier) -> Iterator[None]:
         classifier.train(was_training)
 
 
-def _trial_output(classifier: Classifier, in_chans: int, image_size: int, count: int = 2) -> Tensor:
+def _trial_output(classifier: Classifier, in_chans: int, image_size: ImageSize, count: int = 2) -> Tensor:
     param = next(classifier.parameters())
-    images = torch.zeros(count, in_chans, image_size, image_size, device=param.device, dtype=param.dtype)
+    images = torch.zeros(count, in_chans, *height_width(image_size), device=param.device, dtype=param.dtype)
     return cast(Tensor, classifier(images)).sum()

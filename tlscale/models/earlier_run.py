@@ -19,19 +19,20 @@ from tlscale.models.classifier import Classifier, CodesClassifier
 from tlscale.models.features import PENULTIMATE
 from tlscale.models.model_folder import TrainedModel, load
 from tlscale.models.weights import WeightsReport, state_digest
+from tlscale.recipe.image_size import ImageSize
 from tlscale.recipe.schema import BackboneSection
 
 _KEY = "backbone.weights"
 
 
 def start_from_run(
-    section: BackboneSection, *, image_size: int | None, seed: int
+    section: BackboneSection, *, image_size: ImageSize | None, seed: int
 ) -> tuple[nn.Module, WeightsReport, TrainedModel]:
     """Build a backbone with the weights of a finished run, and return that run's model as well.
 
     Args:
         section: its `weights` name the run.
-        image_size: pixels; None: the run's.
+        image_size: in pixels; None: the run's.
         seed: as `build_backbone`.
 
     Raises:

@@ -132,7 +132,7 @@ def _write_tensors(state: Mapping[str, Tensor], path: Path) -> None:
 
 def _write_config(model: nn.Module, path: Path, ours: Mapping[str, Any], spec: InputSpec) -> None:
     keys = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
-    transform: dict[str, Any] = {"input_size": [spec.in_chans, spec.image_size, spec.image_size]}
+    transform: dict[str, Any] = {"input_size": list(spec.shape_CHW)}
     transform |= {key: spec.to_plain()[key] for key in keys}
     # Private, as timm's public `save_for_hf` writes the tensors too, and those that share memory not at all.
     save_config_for_hf(
@@ -184,7 +184,7 @@ def _difference(ours: nn.Module, other: nn.Module, spec: InputSpec) -> float:
     dtype = next(ours.parameters()).dtype
     other.to(dtype)
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(4, spec.in_chans, spec.image_size, spec.image_size, generator=generator).to(dtype)
+    images = torch.randn(4, *spec.shape_CHW, generator=generator).to(dtype)
     pairs = [(ours, other)]
     stored: list[tuple[Tensor, Tensor]] = []
     if isinstance(ours, CodesClassifier) and isinstance(ours.head, KnnHead) and isinstance(other, CodesClassifier):

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from tlscale.errors import ModelError, TlscaleError, first_line, sentences, suggestion
+from tlscale.models.positions import Positions, is_grid, num_rows
 from tlscale.recipe.field_types import POOLS
 
 PENULTIMATE = "penultimate"
@@ -228,37 +229,6 @@ class _EverythingTaken(Exception):  # noqa: N818 (the way out of a pass, no erro
 
 
 @dataclass
-class _Positions:
-    """What a layer gives, its positions apart from its prefix tokens.
-
-    `height` is the number of rows of positions, None where there are no rows. Maps are flattened channels first.
-    """
-
-    positions_BPD: Tensor
-    prefix_BKD: Tensor
-    height: int | None
-    is_map: bool = False
-
-    def pooled(self, pool: str, layer: str) -> Tensor:
-        """Pool to (B, D), in memory of its own: a later layer may work in place."""
-        match pool:
-            case "avg":
-                return self.positions_BPD.mean(1)
-            case "max":
-                return self.positions_BPD.amax(1)
-            case "avgmax":
-                return torch.cat([self.positions_BPD.mean(1), self.positions_BPD.amax(1)], 1)
-            case "none" if self.is_map:
-                return self.positions_BPD.transpose(1, 2).flatten(1).clone()
-            case "none":
-                return torch.cat([self.prefix_BKD, self.positions_BPD], 1).flatten(1)
-        if self.prefix_BKD.shape[1] == 0:
-            remedy = "Use avg, max, avgmax or none."
-            raise ModelError(f"'{layer}' has no class token", key="codes.pool", remedy=remedy)
-        return self.prefix_BKD[:, 0].clone()
-
-
-@dataclass
 class _Hooked:
     """The hooks of one pass, and what they took: codes are pooled at once, so that no map stays in memory."""
 
@@ -316,19 +286,19 @@ class Layout(NamedTuple):
     num_dims: int
     num_prefix: int = 0
     channel_dim: int = 1
+    images_hw: tuple[int, int] = (1, 1)
 
-    def positions(self, value: Tensor) -> _Positions:
+    def positions(self, value: Tensor) -> Positions:
         """Read the positions and the prefix tokens."""
         if self.num_dims == 2:
-            return _Positions(value.unsqueeze(1), value.new_zeros(len(value), 0, value.shape[1]), None)
+            return Positions(value.unsqueeze(1), value.new_zeros(len(value), 0, value.shape[1]), None)
         if self.num_dims == 3:
             num_positions = value.shape[1] - self.num_prefix
-            side = math.isqrt(num_positions)
-            height = side if side**2 == num_positions else None
-            return _Positions(value[:, self.num_prefix :], value[:, : self.num_prefix], height)
+            height = num_rows(num_positions, self.images_hw)
+            return Positions(value[:, self.num_prefix :], value[:, : self.num_prefix], height)
         value = value.movedim(self.channel_dim, 1)
         positions = value.flatten(2).transpose(1, 2)
-        return _Positions(positions, positions[:, :0], value.shape[2], is_map=True)
+        return Positions(positions, positions[:, :0], value.shape[2], is_map=True)
 
 
 def layout_of(value: Tensor, layer: str, backbone: nn.Module, images_shape: torch.Size) -> Layout:
@@ -345,8 +315,9 @@ def layout_of(value: Tensor, layer: str, backbone: nn.Module, images_shape: torc
             remedy=f"Name a module around it, or a stage: {', '.join(stages(backbone))}.",
         )
     if value.ndim == 3:
-        return Layout(3, num_prefix=_num_prefix(value, layer, backbone, images_shape))
-    return Layout(value.ndim, channel_dim=_channel_dim(value, layer, backbone) if value.ndim == 4 else 1)
+        num_prefix = _num_prefix(value, layer, backbone, images_shape)
+        return Layout(3, num_prefix=num_prefix, images_hw=(images_shape[2], images_shape[3]))
+    return Layout(value.ndim, channel_dim=_channel_dim(value, layer, backbone, images_shape) if value.ndim == 4 else 1)
 
 
 def only_tensor(value: object) -> Tensor | None:
@@ -377,8 +348,11 @@ def _num_prefix(value: Tensor, layer: str, backbone: nn.Module, images_shape: to
     )
 
 
-def _channel_dim(value: Tensor, layer: str, backbone: nn.Module) -> int:
-    """Return 1 for (B, C, H, W), 3 for (B, H, W, C): as timm notes of the stage, else by which two sides are alike."""
+def _channel_dim(value: Tensor, layer: str, backbone: nn.Module, images_shape: torch.Size) -> int:
+    """Return 1 for (B, C, H, W), 3 for (B, H, W, C): as timm notes of the stage, else by which two sides are alike.
+
+    Where images are not square: by which two have their proportions.
+    """
     num_chs = {known.channels for known in layer_names(backbone) if known.name == layer}
     by_width = [dim for dim in (1, 3) if value.shape[dim] in num_chs]
     if len(by_width) == 1:
@@ -387,9 +361,11 @@ def _channel_dim(value: Tensor, layer: str, backbone: nn.Module) -> int:
         return 3 if getattr(backbone, "output_fmt", None) == "NHWC" else 1
     _, one, two, three = value.shape
     wants_last = any(isinstance(module, nn.Linear | nn.LayerNorm) for module in backbone.modules())
-    if two == three and (one != two or not wants_last):
+    images_hw = (images_shape[2], images_shape[3])
+    may_be_first, may_be_last = is_grid((two, three), images_hw), is_grid((one, two), images_hw)
+    if may_be_first and not (may_be_last and wants_last):
         return 1
-    if one == two != three:
+    if may_be_last and not may_be_first:
         return 3
     raise ModelError(
         f"'{layer}' of {type(backbone).__name__} gives {tuple(value.shape)}, and which side is the channels' does "

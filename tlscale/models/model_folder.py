@@ -33,7 +33,8 @@ from tlscale.recipe.field_types import POOLS, Head
 from tlscale.storage.files import file_sha256, text_sha256
 
 # The format in which a key of `config.json` came: a version that does not know it must refuse it, not pass over it.
-# 2: other codes than what the backbone gives, or nearest neighbours. 3: several labels.
+# 2: other codes than what the backbone gives, or nearest neighbours. 3: several labels; images that are not
+# square.
 _SINCE = {"layer": 2, "pool": 2, "task": 3, "thresholds": 3}
 FORMAT = 3
 MODEL_FILE = "model.safetensors"
@@ -65,8 +66,11 @@ class _Settings(BaseModel):
 _Share = Annotated[float, Field(gt=0.0, le=2.0)]
 
 
+_Side = Annotated[int, Field(ge=1, le=2048)]
+
+
 class _Input(_Settings):
-    image_size: int = Field(ge=1, le=2048)
+    image_size: _Side | Annotated[list[_Side], Field(min_length=2, max_length=2)]
     in_chans: Literal[1, 3]
     mean: list[float]
     std: list[Annotated[float, Field(gt=0.0)]]
@@ -171,7 +175,8 @@ class _Config(_Settings):
 
 def format_of(ours: Mapping[str, Any]) -> int:
     """Return the lowest format that has a place for what `export_model` notes: older versions load what they can."""
-    return max(_SINCE.get(key, 1) for key in ours)
+    of_images = 1 if isinstance(ours["input"]["image_size"], int) else 3
+    return max(of_images, *(_SINCE.get(key, 1) for key in ours))
 
 
 def config_digest(config: Mapping[str, Any]) -> str:
@@ -359,7 +364,7 @@ def _with_head(
         assert not isinstance(ours.head, _Knn), "the settings were checked"
         return Classifier(backbone, _layers(ours.head, width, num_classes, state))
     codes = LayerCodes(backbone, [(ours.layer, ours.pool)])
-    (row,) = codes.describe(torch.zeros(2, spec.in_chans, spec.image_size, spec.image_size))
+    (row,) = codes.describe(torch.zeros(2, *spec.shape_CHW))
     if not isinstance(ours.head, _Knn):
         return CodesClassifier(codes, _layers(ours.head, row.width, num_classes, state))
     head = KnnHead(state, ours.head.knn.k, num_classes)

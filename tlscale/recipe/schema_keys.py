@@ -18,6 +18,7 @@ from pydantic.fields import FieldInfo
 from tlscale.errors import suggestion
 from tlscale.recipe.duration import Duration
 from tlscale.recipe.field_types import Augmentation, HeadLayer, one_or_more
+from tlscale.recipe.image_size import Side
 from tlscale.recipe.rules import Rule
 from tlscale.recipe.schema import Recipe, Section
 
@@ -188,6 +189,8 @@ def describe(annotation: Any, metadata: Sequence[Any] = ()) -> str:  # noqa: ANN
         return f"{words}, or null" if NoneType in args else words
     if origin is Literal:
         return f"one of {', '.join(map(str, args))}" if len(args) > 1 else f"'{args[0]}'"
+    if origin is tuple and args[0] == Side:
+        return "[height, width]"
     if origin is tuple:
         regex = "a regular expression, a list of them, or a list of {'regex': true | false}"
         return regex if args[0] == Rule[bool] else "a list of {'regex': number}"

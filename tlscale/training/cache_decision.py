@@ -171,8 +171,7 @@ _SAMPLE_IMAGES = 8
 def sample_images(inputs: InputPath, count: int = _SAMPLE_IMAGES) -> Tensor:
     """Make noise of the size and type of a batch: a partition must not depend on the data."""
     spec, generator = inputs.spec, torch.Generator().manual_seed(0)
-    shape = (count, spec.in_chans, spec.image_size, spec.image_size)
-    images_BCHW = torch.randn(*shape, generator=generator).to(inputs.device, inputs.dtype)
+    images_BCHW = torch.randn(count, *spec.shape_CHW, generator=generator).to(inputs.device, inputs.dtype)
     return images_BCHW.contiguous(memory_format=torch.channels_last) if inputs.channels_last else images_BCHW
 
 

@@ -98,8 +98,7 @@ def _is_split_no_more(past: Past) -> bool:
     """Return whether a stage ahead trains on codes of a network that counts calls, or computes with the batch size."""
     setup, decided = past.setup, past.clock.get("keeps_codes", {})
     spec, generator = setup.spec, torch.Generator().manual_seed(0)
-    shape = (4, spec.in_chans, spec.image_size, spec.image_size)
-    images_BCHW = torch.randn(*shape, generator=generator).to(setup.dtype)
+    images_BCHW = torch.randn(4, *spec.shape_CHW, generator=generator).to(setup.dtype)
     for stage in setup.stages:
         if stage.stop_step <= past.clock["step"] or not decided.get(str(stage.number)):
             continue

@@ -26,6 +26,7 @@ from tlscale.errors import DataError, ModelError, TlscaleError, first_few, optio
 from tlscale.models import model_folder
 from tlscale.models.features import PENULTIMATE
 from tlscale.models.model_folder import TrainedModel
+from tlscale.recipe.image_size import size_in_words
 from tlscale.storage.files import replacing, reporting_disk_errors
 from tlscale.training.prediction_rows import Answers, Columns, answer, csv_line, read_blocks
 from tlscale.training.predictions import NO_ANSWER, readable
@@ -131,7 +132,7 @@ class ImageClassifier(TrainedModel):
     def __repr__(self) -> str:
         spec = self.input_spec
         name = (getattr(getattr(self.model, "backbone", self.model), "pretrained_cfg", None) or {}).get("architecture")
-        size = f"{spec.image_size} x {spec.image_size} x {spec.in_chans}"
+        size = f"{size_in_words(spec.image_size)} x {spec.in_chans}"
         kind = name or type(self.model).__name__
         return f"ImageClassifier({str(self.folder)!r}: {kind}, {len(self.classes):,} classes, images of {size})"
 

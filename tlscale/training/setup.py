@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from tlscale.data.input_spec import InputSpec, median_side_px, resolve_input, sampled_sizes
+from tlscale.data.input_spec import InputSpec, resolve_input, sampled_sizes
 from tlscale.data.sampler import (
     BatchSplit,
     ClassDraw,
@@ -253,10 +253,7 @@ def _refuse_idle_rates(backbone: BackboneSection, stages: list[Stage]) -> None:
 
 def _input_spec(recipe: Recipe, sizes: list[tuple[int, int]], backbone: torch.nn.Module) -> InputSpec:
     cfg: dict[str, Any] = backbone.pretrained_cfg  # type: ignore[assignment]
-    side_px = median_side_px(sizes)
-    return resolve_input(
-        recipe.data, in_chans=recipe.backbone.in_chans, pretrained_cfg=cfg, image_hw=(side_px, side_px)
-    )
+    return resolve_input(recipe.data, in_chans=recipe.backbone.in_chans, pretrained_cfg=cfg, sizes=sizes)
 
 
 def _teacher(recipe: Recipe, data: ImageData, spec: InputSpec) -> Teacher | None:
@@ -297,7 +294,7 @@ def _refuse_what_cannot_train(setup: RunSetup, world_size: int) -> None:
     classifier, stages, trained = setup.classifier, setup.stages, setup.trained
     for name, param in classifier.rule_names().items():
         param.requires_grad_(name in trained)
-    size = {"in_chans": setup.spec.in_chans, "image_size": setup.spec.image_size}
+    size: dict[str, Any] = {"in_chans": setup.spec.in_chans, "image_size": setup.spec.image_size}
     least = least_in_a_pass(setup.order, setup.split, setup.total_steps)
     alone = least == 1 and not trains_on_one_image(classifier, **size)
     # Each process waits for the others' gradient of every trained parameter, and so each must get one.

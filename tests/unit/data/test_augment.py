@@ -73,6 +73,34 @@ def test_epochs_and_images_differ(name):
     assert len({image.numpy().tobytes() for image in first}) >= (2 if "flip" in name else 12)
 
 
+@pytest.mark.parametrize(("height", "width"), [(16, 48), (60, 20)])
+def test_images_that_are_not_square_keep_their_size_and_proportions(height, width):
+    """Crops distort a long picture no more than a square one: its sides by 3/4 to 4/3 of each other."""
+    values = augmentation_values(DataSection(source="fashion_mnist", augment=[{"crop": 0.5}]).augment)
+    spec = InputSpec((height, width), 3, (0.0,) * 3, (1.0,) * 3, "bilinear", crop_pct=1.0)
+    picture = torch.zeros(3, 4 * height, 4 * width, dtype=torch.uint8)
+    picture[0] = torch.arange(4 * height)[:, None]
+    picture[1] = torch.arange(4 * width)
+    out = Augmenter(values, spec).augment([picture] * 40, keys(range(40))).int()
+    assert out.shape == (40, 3, height, width)
+    down = (out[:, 0, -1, 0] - out[:, 0, 0, 0]) / (height - 1)
+    across = (out[:, 1, 0, -1] - out[:, 1, 0, 0]) / (width - 1)
+    assert ((across / down > 0.7) & (across / down < 1.42)).all()
+    assert (across / down).std() > 0.05
+    everything = DataSection(source="fashion_mnist", augment=RECIPES["all"]).augment
+    augment = Augmenter(augmentation_values(everything), spec)
+    assert augment.augment([picture] * 8, keys(range(8))).shape == (8, 3, height, width)
+
+
+def test_a_box_of_cutmix_has_the_proportions_of_the_image():
+    share, (top, bottom, left, right) = MIXES["cutmix"](0.75, 0.5, 0.5, (40, 80))
+    assert (bottom - top, right - left) == (20, 40)
+    assert share == 0.75
+    share, (top, bottom, left, right) = MIXES["cutmix"](0.0, 0.999, 0.0, (40, 80))
+    assert (top, bottom, left, right) == (19, 40, 0, 40)
+    assert share == 1 - 21 * 40 / 3200
+
+
 def test_without_augmentation_images_are_left_alone():
     some = images(3)
     assert augmenter([]).augment(some, keys(range(3))) is some

@@ -16,6 +16,7 @@ from PIL import Image
 from tlscale.data.input_spec import InputSpec, resolve_input
 from tlscale.data.transforms import ImageBatch, eval_transform, normalise, seen_share, to_input
 from tlscale.errors import RecipeError
+from tlscale.recipe.image_size import height_width
 from tlscale.recipe.schema import DataSection
 
 IMAGENET = {
@@ -43,7 +44,7 @@ def random_image(height: int, width: int, chans: int, seed: int = 0) -> np.ndarr
 
 def by_timm(image: np.ndarray, spec: InputSpec) -> np.ndarray:
     transform = timm.data.create_transform(
-        input_size=(spec.in_chans, spec.image_size, spec.image_size),
+        input_size=spec.shape_CHW,
         crop_pct=spec.crop_pct,
         crop_mode=spec.crop_mode,
         interpolation=spec.interpolation,
@@ -59,22 +60,22 @@ def by_timm(image: np.ndarray, spec: InputSpec) -> np.ndarray:
 @pytest.mark.parametrize(("height", "width"), [(28, 28), (41, 64), (97, 50), (16, 16), (9, 30)])
 def test_evaluation_is_timms(height, width, chans, crop_pct, crop_mode):
     image = random_image(height, width, chans)
-    for size, interpolation in ((16, "bicubic"), (32, "bilinear")):
+    for size, interpolation in ((16, "bicubic"), (32, "bilinear"), ((16, 24), "bicubic"), ((40, 13), "bilinear")):
         spec = spec_of(size, chans, crop_pct=crop_pct, crop_mode=crop_mode, interpolation=interpolation)
         ours = eval_transform(image, spec)
-        assert ours.shape == (size, size, chans)
+        assert ours.shape == (*height_width(size), chans)
         assert ours.dtype == np.uint8
         assert np.array_equal(ours, by_timm(image, spec))
 
 
 @given(
-    height=st.integers(1, 90), width=st.integers(1, 90), size=st.integers(8, 40),
+    height=st.integers(1, 90), width=st.integers(1, 90), size=st.tuples(st.integers(8, 40), st.integers(8, 40)),
     crop_pct=st.floats(0.3, 1.0), crop_mode=st.sampled_from(["center", "squash", "border"]),
 )  # fmt: skip
 @settings(max_examples=60, deadline=None)
 def test_any_image_has_the_size_of_the_spec(height, width, size, crop_pct, crop_mode):
     spec = spec_of(size, crop_pct=crop_pct, crop_mode=crop_mode, interpolation="nearest")
-    assert eval_transform(random_image(height, width, 3), spec).shape == (size, size, 3)
+    assert eval_transform(random_image(height, width, 3), spec).shape == (*size, 3)
 
 
 def test_an_image_of_the_right_size_is_left_alone():
@@ -88,15 +89,15 @@ def test_an_image_of_the_right_size_is_left_alone():
 def test_resolution_is_timms_for_three_channels(model):
     cfg = timm.get_pretrained_cfg(model).to_dict()
     wanted = timm.data.resolve_data_config(pretrained_cfg=cfg)
-    spec = resolve_input(section(), in_chans=3, pretrained_cfg=cfg, image_hw=(500, 400))
-    assert (spec.in_chans, spec.image_size, spec.image_size) == wanted["input_size"]
+    spec = resolve_input(section(), in_chans=3, pretrained_cfg=cfg, sizes=[(500, 400)])
+    assert spec.shape_CHW == wanted["input_size"]
     for key in ("mean", "std", "interpolation", "crop_pct", "crop_mode"):
         assert getattr(spec, key) == wanted[key]
 
 
 def test_one_channel_has_one_mean_and_one_std():
     """timm keeps three of each (pitfall T16)."""
-    spec = resolve_input(section(), in_chans=1, pretrained_cfg=IMAGENET, image_hw=(28, 28))
+    spec = resolve_input(section(), in_chans=1, pretrained_cfg=IMAGENET, sizes=[(28, 28)])
     assert spec.mean == pytest.approx((0.449,), abs=1e-12)
     assert spec.std == pytest.approx((0.226,), abs=1e-12)
     assert normalise(torch.zeros(2, 1, 4, 4, dtype=torch.uint8), spec, torch.float32).shape == (2, 1, 4, 4)
@@ -104,7 +105,7 @@ def test_one_channel_has_one_mean_and_one_std():
 
 def test_the_recipe_wins():
     asked = section(image_size=40, mean=[0.1, 0.2, 0.3], std=[1.0, 1.0, 0.2], crop_pct=0.5, interpolation="lanczos")
-    spec = resolve_input(asked, in_chans=3, pretrained_cfg=IMAGENET, image_hw=(10, 10))
+    spec = resolve_input(asked, in_chans=3, pretrained_cfg=IMAGENET, sizes=[(10, 10)])
     assert spec == InputSpec(40, 3, (0.1, 0.2, 0.3), (1.0, 1.0, 0.2), "lanczos", 0.5, "center")
 
 
@@ -120,18 +121,18 @@ def test_the_recipe_wins():
 )
 def test_who_asks_to_see_all_of_an_image_sees_all_of_it(mode, crop_pct, expected):
     asked = section(crop_mode=mode, crop_pct=crop_pct)
-    spec = resolve_input(asked, in_chans=3, pretrained_cfg=IMAGENET | {"crop_mode": "border"}, image_hw=(500, 500))
+    spec = resolve_input(asked, in_chans=3, pretrained_cfg=IMAGENET | {"crop_mode": "border"}, sizes=[(500, 500)])
     assert (spec.crop_mode, spec.crop_pct) == expected
 
 
 @given(
     height=st.integers(24, 90), width=st.integers(24, 90), crop_pct=st.floats(0.3, 1.0),
-    crop_mode=st.sampled_from(["center", "squash", "border"]),
+    crop_mode=st.sampled_from(["center", "squash", "border"]), size=st.sampled_from([64, (64, 90), (100, 64)]),
 )  # fmt: skip
 @settings(max_examples=60, deadline=None)
-def test_the_share_that_is_seen_is_that_of_the_pixels(height, width, crop_pct, crop_mode):
+def test_the_share_that_is_seen_is_that_of_the_pixels(height, width, crop_pct, crop_mode, size):
     """Rows and columns are numbered by their values, so that the first and last that are seen tell how many are."""
-    spec = spec_of(64, 3, crop_pct=crop_pct, crop_mode=crop_mode, interpolation="nearest", mean=(0.0, 0.0, 0.0))
+    spec = spec_of(size, 3, crop_pct=crop_pct, crop_mode=crop_mode, interpolation="nearest", mean=(0.0, 0.0, 0.0))
     image = np.zeros((height, width, 3), np.uint8)
     image[:, :, 0] = np.arange(1, height + 1)[:, None]
     image[:, :, 1] = np.arange(1, width + 1)
@@ -153,27 +154,54 @@ def test_the_share_that_is_seen_is_that_of_the_pixels(height, width, crop_pct, c
     ],
 )
 def test_small_images_are_not_cropped(image_hw, image_size, expected):
-    spec = resolve_input(section(image_size=image_size), in_chans=3, pretrained_cfg=IMAGENET, image_hw=image_hw)
+    spec = resolve_input(section(image_size=image_size), in_chans=3, pretrained_cfg=IMAGENET, sizes=[image_hw])
     assert spec.crop_pct == expected
     assert (min(image_hw) >= math.ceil(spec.image_size / 0.875)) == (expected < 1)
 
 
+@pytest.mark.parametrize(
+    ("image_hw", "expected"),
+    [((37, 220), 0.875), ((36, 220), 1.0), ((37, 219), 1.0), ((220, 37), 1.0), ((400, 400), 0.875)],
+)
+def test_images_smaller_than_the_crop_on_one_side_are_not_cropped(image_hw, expected):
+    spec = resolve_input(section(image_size=[32, 192]), in_chans=3, pretrained_cfg=IMAGENET, sizes=[image_hw])
+    assert (spec.image_size, spec.crop_pct) == ((32, 192), expected)
+
+
+def test_most_images_decide_whether_there_is_a_crop():
+    sizes = [(37, 220), (36, 600), (400, 400), (37, 219), (80, 240)]
+    for left, expected in ((sizes, 0.875), (sizes[:4], 1.0)):
+        spec = resolve_input(section(image_size=[32, 192]), in_chans=3, pretrained_cfg=IMAGENET, sizes=left)
+        assert spec.crop_pct == expected
+
+
+def test_a_square_is_one_number_however_it_is_written():
+    assert section(image_size=[64, 64]) == section(image_size=64)
+    spec = resolve_input(section(), in_chans=3, pretrained_cfg={"input_size": (3, 96, 96)}, sizes=[(9, 9)])
+    assert spec.to_plain()["image_size"] == 96
+    assert section(image_size=[64, 96]).model_dump()["image_size"] == [64, 96]
+
+
+def test_a_backbone_of_long_images_has_its_own_size():
+    spec = resolve_input(section(), in_chans=3, pretrained_cfg={"input_size": (3, 1024, 768)}, sizes=[(9, 9)])
+    assert (spec.image_size, spec.crop_mode) == ((1024, 768), "center")
+    assert InputSpec.from_plain(json.loads(json.dumps(spec.to_plain()))) == spec
+
+
 def test_a_silent_configuration_has_timms_defaults():
-    spec = resolve_input(section(), in_chans=3, pretrained_cfg={"mean": None, "crop_pct": None}, image_hw=(600, 600))
+    spec = resolve_input(section(), in_chans=3, pretrained_cfg={"mean": None, "crop_pct": None}, sizes=[(600, 600)])
     wanted = timm.data.resolve_data_config(pretrained_cfg={"architecture": "x"})
     assert spec == InputSpec(224, 3, wanted["mean"], wanted["std"], "bicubic", wanted["crop_pct"])
 
 
 def test_random_interpolation_is_bicubic():
     cfg = IMAGENET | {"interpolation": "random"}
-    assert resolve_input(section(), in_chans=3, pretrained_cfg=cfg, image_hw=(9, 9)).interpolation == "bicubic"
+    assert resolve_input(section(), in_chans=3, pretrained_cfg=cfg, sizes=[(9, 9)]).interpolation == "bicubic"
 
 
 def test_what_cannot_be_resolved_says_what_to_set():
-    with pytest.raises(RecipeError, match=r"1024 x 768.*data\.image_size"):
-        resolve_input(section(), in_chans=3, pretrained_cfg={"input_size": (3, 1024, 768)}, image_hw=(9, 9))
     with pytest.raises(RecipeError, match=r"'lanczos9'.*data\.interpolation"):
-        resolve_input(section(), in_chans=3, pretrained_cfg={"interpolation": "lanczos9"}, image_hw=(9, 9))
+        resolve_input(section(), in_chans=3, pretrained_cfg={"interpolation": "lanczos9"}, sizes=[(9, 9)])
 
 
 def test_a_spec_survives_json():

@@ -10,6 +10,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from timm.layers import resample_abs_pos_embed
 from timm.optim import param_groups_layer_decay
 
 from tests.small_models import TINY, noise, section
@@ -233,6 +234,38 @@ def test_positions_of_another_image_size_are_resized(tmp_path):
     assert torch.equal(backbone.pos_embed[:, 0], state["pos_embed"][:, 0])
     assert not torch.equal(backbone.pos_embed, build(section("test_vit"), 32)[0].pos_embed)
     assert torch.equal(backbone.blocks[0].attn.qkv.weight, state["blocks.0.attn.qkv.weight"])
+    note = "interpolated to the size of the images: pos_embed (1), such as (1, 101, 64) to (1, 5, 64)"
+    assert report.notes == (note,)
+    assert build(section("test_vit", path), 160)[1].notes == ()
+
+
+def test_positions_of_long_images_are_timms(tmp_path):
+    state = other_weights("test_vit", 160)
+    backbone, report = build(section("test_vit", write(tmp_path / "w.safetensors", state)), (48, 80))
+    expected = resample_abs_pos_embed(state["pos_embed"], (3, 5), (10, 10), num_prefix_tokens=1)
+    torch.testing.assert_close(backbone.pos_embed, expected)
+    assert "pos_embed" in report.notes[0]
+    assert backbone.eval()(noise(image_size=(48, 80))).shape == (4, 64)
+
+
+def test_pretrained_positions_that_are_interpolated_are_named(tmp_path, monkeypatch):
+    """As timm loads them, from a file that stands for the hub's."""
+    path = write(tmp_path / "w.safetensors", timm.create_model("test_vit").state_dict())
+    cfg = timm.get_pretrained_cfg("test_vit.r160_in1k")
+    monkeypatch.setattr(timm.models._registry._model_pretrained_cfgs["test_vit.r160_in1k"], "file", path)
+    assert cfg.input_size == (3, 160, 160)
+    for size, noted in ((160, False), (None, False), ((32, 64), True), (32, True)):
+        _, report = build(section("test_vit.r160_in1k", "pretrained"), size)
+        assert bool(report.notes) == noted
+    assert report.notes == (
+        "interpolated to the size of the images: pos_embed (1), such as (1, 101, 64) to (1, 5, 64)",
+    )
+
+
+def test_a_size_that_an_architecture_cannot_be_built_for_names_the_key():
+    wrong = r"data\.image_size: 'nest_tiny' cannot be built for images of 32 x 64 pixels: .*square.*such as 224"
+    with pytest.raises(ModelError, match=wrong):
+        build(section("nest_tiny"), (32, 64))
 
 
 def test_names_of_the_authors_of_an_architecture_are_understood(tmp_path):

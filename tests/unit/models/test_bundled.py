@@ -52,7 +52,7 @@ def test_the_input_is_the_one_it_was_made_with():
     model, _ = build()
     cfg = bundled("resnet10t").pretrained_cfg
     spec = resolve_input(
-        DataSection(source="fashion_mnist"), in_chans=3, pretrained_cfg=model.pretrained_cfg, image_hw=(28, 28)
+        DataSection(source="fashion_mnist"), in_chans=3, pretrained_cfg=model.pretrained_cfg, sizes=[(28, 28)]
     )
     assert [3, spec.image_size, spec.image_size] == cfg["input_size"]
     assert (list(spec.mean), list(spec.std)) == (cfg["mean"], cfg["std"])

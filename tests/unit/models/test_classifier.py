@@ -210,7 +210,7 @@ def test_nothing_to_checkpoint_in_a_frozen_backbone():
 
 def test_a_backbone_that_fails_without_a_word_is_named_with_what_to_change():
     backbone, _ = build_backbone(section("halonet26t"), image_size=None, seed=0)
-    wrong = r"ByobNet cannot take images of 64 x 64 pixels: AssertionError.*'halonet26t'.*data.image_size.*256"
+    wrong = r"data\.image_size: ByobNet cannot take images of 64 x 64 pixels: AssertionError.*'halonet26t'.*such as 256"
     with pytest.raises(ModelError, match=wrong):
         feature_width(backbone, in_chans=3, image_size=64)
 

@@ -87,6 +87,23 @@ def test_timm_gives_the_logits_of_the_run(name, image_size, keys, tmp_path):
     torch.testing.assert_close(features, logits_of(network.backbone, images), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
+def test_long_images_are_exported_for_timm_and_for_us(name, tmp_path):
+    network = classifier(name, image_size=(32, 64))
+    export(network, tmp_path / "model", image_size=(32, 64))
+    images = noise(image_size=(32, 64))
+    expected = logits_of(network, images)
+    found = from_timm(tmp_path / "model")
+    assert timm.data.resolve_model_data_config(found)["input_size"] == (3, 32, 64)
+    torch.testing.assert_close(logits_of(found, images), expected, rtol=1e-5, atol=1e-5)
+    trained = load(tmp_path)
+    assert trained.input_spec == spec((32, 64))
+    torch.testing.assert_close(logits_of(trained.model, images), expected, rtol=1e-5, atol=1e-5)
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert config["tlscale"]["format"] == 3  # an older tlscale asks to be updated
+    assert config["tlscale"]["input"]["image_size"] == [32, 64]
+
+
 def test_without_pretrained_timm_makes_random_weights(tmp_path):
     """Which is why every message of ours and the README say `pretrained=True`."""
     network = classifier()

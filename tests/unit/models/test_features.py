@@ -8,7 +8,7 @@ import timm
 import torch
 from torch import nn
 
-from tests.small_models import noise, state_of
+from tests.small_models import WrittenNetwork, noise, state_of
 from tlscale.errors import ModelError
 from tlscale.models.features import PENULTIMATE, LayerCodes, layer_names, stages
 from tlscale.recipe.field_types import POOLS
@@ -105,6 +105,38 @@ def test_every_stage_of_every_family(name):
     for layer, row in zip(layer_names(network), rows, strict=False):
         assert layer.channels in (None, row.width)
         assert layer.stride in (None, row.stride)
+
+
+def test_the_stages_of_long_images_agree_with_timms_intermediates():
+    torch.manual_seed(0)
+    keys = {"img_size": (64, 128)}
+    swin = timm.create_model(SWIN, num_classes=0, **(FAMILIES[SWIN][1] | keys)).eval()
+    for network in (backbone("test_resnet"), timm.create_model("test_vit", num_classes=0, **keys).eval(), swin):
+        images = noise(count=2, image_size=(64, 128))
+        names = [layer.name for layer in layer_names(network)]
+        codes = LayerCodes(network, [(name, "avg") for name in names])
+        with torch.no_grad():
+            maps = network.forward_intermediates(images, intermediates_only=True, output_fmt="NCHW")[-len(names) :]
+        for found, one, row in zip(codes(images), maps, codes.describe(images), strict=True):
+            torch.testing.assert_close(found, one.mean((2, 3)), rtol=1e-5, atol=1e-5)
+            assert row.stride == 64 // one.shape[2] == 128 // one.shape[3]
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 96), (97, 50), (33, 260), (64, 64)])
+def test_which_side_of_a_map_is_the_channels_follows_from_the_proportions(height, width):
+    """Of layers that timm does not list; each halves the map and rounds up."""
+    body = nn.Sequential(*(nn.Conv2d(3 if i == 0 else 5, 5, 3, stride=2, padding=1) for i in range(3)))
+
+    class Last(nn.Module):
+        def forward(self, x):
+            return x.permute(0, 2, 3, 1)
+
+    network = WrittenNetwork(lambda self, x: self.last(self.body(x)).mean((1, 2)), body=body, last=Last()).eval()
+    images = noise(count=2, image_size=(height, width))
+    for found, expected in zip(
+        codes_of(network, images, ("body", "avg"), ("last", "avg")), [network(images)] * 2, strict=True
+    ):
+        torch.testing.assert_close(found, expected.detach())
 
 
 def test_tokens():

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from tlscale.recipe.field_types import Augment
+from tlscale.recipe.image_size import SizeInRecipe
 from tlscale.recipe.mistakes import InvalidValueError
 from tlscale.recipe.rules import parse_rule
 from tlscale.recipe.sections.section import Section
@@ -68,13 +69,15 @@ class DataSection(Section):
     and leave it out of training and validation (never of test), or stop. Equal images of train then stay together."""
     max_megapixels: float = Field(64.0, ge=1e-4, le=89.0)
     """Larger images are bad images (a decompression bomb is one); 89 is the limit of the library that reads them."""
-    image_size: int | None = Field(None, ge=8, le=2048)
-    """Height and width the backbone sees, in pixels; by default the size it was pretrained at."""
+    image_size: SizeInRecipe = None
+    """What the backbone sees, in pixels: one number for a square, or `[height, width]`; by default the size it was
+    pretrained at. A vision transformer's position embeddings are interpolated to another size, which is reported."""
     interpolation: Literal["auto", "nearest", "bilinear", "bicubic", "lanczos"] = "auto"
     """How images are resized; `auto`: as the backbone was pretrained."""
     crop_mode: Literal["auto", "center", "squash", "border"] = "auto"
-    """How an image that is no square becomes one: `center` cuts off what is beside the middle, `squash` changes its
-    proportions, `border` pads it with the mean color; `auto`: as the backbone was pretrained, mostly `center`."""
+    """How an image of other proportions than `image_size` gets them: `center` cuts off what is beside the middle,
+    `squash` changes its proportions, `border` pads it with the mean color; `auto`: as the backbone was pretrained,
+    mostly `center`."""
     crop_pct: float | None = Field(None, ge=0.1, le=1.0)
     """Share of the resized image that the evaluation's centre crop keeps; by default the backbone's, or 1 where the
     images are no larger than that crop or `crop_mode` says to show all of them."""

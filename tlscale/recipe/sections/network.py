@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from tlscale.recipe.field_types import Names, Pools, weights_place
+from tlscale.recipe.image_size import SizeInRecipe
 from tlscale.recipe.mistakes import InvalidValueError
 from tlscale.recipe.sections.section import Section
 
@@ -131,8 +132,8 @@ class DistillSection(Section):
     """The teacher: a backbone with its weights, as in `backbone`."""
     run: str | None = Field(None, min_length=1)
     """In place of `teacher`: the folder of a run that has ended, whose logits can be matched too."""
-    image_size: int | None = Field(None, ge=8, le=2048)
-    """Height and width that the teacher sees, in pixels; by default what it was trained at."""
+    image_size: SizeInRecipe = None
+    """What the teacher sees, in pixels, as `data.image_size`; by default what it was trained at."""
     match: dict[str, Names] = {}
     """Layers of the teacher, each with the layer (or layers) of the student that its codes are predicted from:
     `{blocks.4: layer3, penultimate: penultimate}`. Codes are pooled by their mean over positions, and the teacher's

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tlscale.errors import ModelError
 from tlscale.models.classifier import Classifier
 from tlscale.models.features import LayerCodes, features_and_codes
+from tlscale.recipe.image_size import ImageSize, height_width
 
 
 class Student(Classifier):
@@ -41,7 +42,7 @@ class Student(Classifier):
         head: nn.Sequential,
         matches: Sequence[tuple[Sequence[str], int]],
         *,
-        image_size: int,
+        image_size: ImageSize,
         in_chans: int,
         labels_teach: bool,
         seed: int,
@@ -53,7 +54,7 @@ class Student(Classifier):
         self.projections = nn.ModuleList()
         if self._wanted:
             with _naming_the_key():
-                rows = LayerCodes(backbone, self._wanted).describe(torch.zeros(2, in_chans, image_size, image_size))
+                rows = LayerCodes(backbone, self._wanted).describe(torch.zeros(2, in_chans, *height_width(image_size)))
             width = {row.layer: row.width for row in rows}
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)

@@ -23,6 +23,7 @@ from tlscale.models.classifier import Classifier, CodesClassifier
 from tlscale.models.export import load
 from tlscale.models.features import LayerCodes
 from tlscale.models.weights import named, state_digest
+from tlscale.recipe.image_size import pixels_in_words
 from tlscale.recipe.schema import DataSection, DistillSection
 from tlscale.recipe.sections.network import MIN_MATCHED
 from tlscale.storage.files import text_sha256
@@ -55,7 +56,8 @@ class Teacher:
 
     def __str__(self) -> str:
         asked = [*self.layers, *([LOGITS] if self.asks_logits else [])]
-        return f"{self.origin}; at {self.spec.image_size} px; {', '.join(asked)}"
+        px = pixels_in_words(self.spec.image_size)
+        return f"{self.origin}; at {px}; {', '.join(asked)}"
 
     def to_plain(self) -> dict[str, Any]:
         """For `run.json`."""
@@ -82,8 +84,8 @@ def open_teacher(section: DistillSection, seed: int, classes: Sequence[str], stu
         cfg: dict[str, Any] = backbone.pretrained_cfg  # type: ignore[assignment]
         # Of these only the size and the crop are read; the mean and so on are the teacher's own.
         data = DataSection(source="fashion_mnist", image_size=section.image_size, crop_pct=student.crop_pct)
-        side = (student.image_size, student.image_size)
-        spec = resolve_input(data, in_chans=section.teacher.in_chans, pretrained_cfg=cfg, image_hw=side)
+        sizes = [student.image_hw]
+        spec = resolve_input(data, in_chans=section.teacher.in_chans, pretrained_cfg=cfg, sizes=sizes)
         return _asked(section, backbone, None, spec, None, f"{section.teacher.name}, {report}")
     trained = load(section.run)
     spec = replace(
@@ -105,7 +107,7 @@ def _asked(
     origin: str,
 ) -> Teacher:
     layers = tuple(section.match)
-    images_BCHW = torch.zeros(2, spec.in_chans, spec.image_size, spec.image_size)
+    images_BCHW = torch.zeros(2, *spec.shape_CHW)
     try:
         codes = LayerCodes(backbone, [(layer, "avg") for layer in layers]) if layers else None
         rows = codes.describe(images_BCHW) if codes is not None else []
@@ -117,7 +119,7 @@ def _asked(
         key = keys.get(error.key or "", error.key)
         raise error.recast(ModelError, key, before="teacher: ") from error
     except Exception as error:  # each architecture complains in its own way about images too small for it
-        problem = f"the teacher cannot take images of {spec.image_size} pixels: {first_line(error)}"
+        problem = f"the teacher cannot take images of {pixels_in_words(spec.image_size)}: {first_line(error)}"
         raise ModelError(problem, key="distill.image_size") from error
     digest = function_digest(backbone)
     if whole is not None:

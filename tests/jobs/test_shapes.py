@@ -1,0 +1,94 @@
+"""Images of other shapes than a square of 8-bit grey or RGB, from files to the exported model and back."""
+
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import timm
+import torch
+from click.testing import CliRunner
+from PIL import Image
+
+import tlscale
+from tests.small_runs import result, small_recipe
+from tlscale.cli import main
+from tlscale.codes.store import CodesStore
+from tlscale.models.exports.check import about
+
+RESNET = {"name": "test_resnet", "weights": "none", "in_chans": 1}
+LONG = {"image_size": [16, 48], "crop_mode": "squash"}
+
+
+def put_long_images(folder, per_class=(12, 6), seed=0):
+    """Grey pictures of 20 x 60 pixels with a bright square at one end: the class is which one."""
+    draws = np.random.default_rng(seed)
+    for split, count in zip(("train", "test"), per_class, strict=True):
+        for name, left in (("left", 2), ("right", 46)):
+            (folder / split / name).mkdir(parents=True)
+            for number in range(count):
+                image_HW = draws.integers(0, 60, (20, 60)).astype(np.uint8)
+                image_HW[4:16, left : left + 12] += 180
+                Image.fromarray(image_HW).save(folder / split / name / f"{number:02}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def long_images(tmp_path_factory):
+    return put_long_images(tmp_path_factory.mktemp("long"))
+
+
+def cli(*words):
+    return CliRunner().invoke(main, [*map(str, words)])
+
+
+def test_long_images_are_trained_on_predicted_and_exported(long_images, tmp_path, monkeypatch):
+    monkeypatch.setenv("TLSCALE_CACHE", str(tmp_path / "cache"))
+    recipe = small_recipe(
+        tmp_path / "recipe.yaml",
+        long_images,
+        data={"source": "folder", **LONG, "augment": [{"crop": 0.8}]},
+        backbone=RESNET,
+        freeze=r"(conv1|bn1|layer1)\..*",
+        codes={"keep": "always"},
+        batch_size=8,
+        duration="1 epochs",
+    )
+    run = tmp_path / "run"
+    tlscale.run(recipe, run)
+    assert json.loads((run / "run.json").read_text())["input"]["image_size"] == [16, 48]
+    assert "16 x 48 px" in cli("codes", "list").output
+    model = tlscale.load(run)
+    assert "images of 16 x 48 x 1)" in repr(model)
+    table = pq.read_table(run / "predictions.parquet")
+    made = model.predict(long_images / "test")
+    assert made.labels == table["label"].to_pylist()
+    figures = tlscale.evaluate(run, data=long_images / "test")
+    assert (figures["top1"], figures["num_images"]) == (result(run)["top1"], 12)
+    out = tlscale.export(run, to="timm", out=tmp_path / "timm")
+    found = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+    config = timm.data.resolve_model_data_config(found)
+    assert (config["input_size"], config["crop_mode"]) == ((1, 16, 48), "squash")
+    with torch.no_grad():
+        transform = timm.data.create_transform(**config, is_training=False)
+        pictures = [transform(Image.open(path)) for path in made.paths]
+        logits_NC = found(torch.stack(pictures))
+    np.testing.assert_allclose(logits_NC.softmax(1).numpy(), made.probabilities, atol=1e-4)
+    assert json.loads(about(model, "1", None)["input"])["size"] == [16, 48]
+    resumed = cli("run", tmp_path / "recipe.yaml", "data.image_size=[48, 16]", "--out", run, "--resume")
+    assert resumed.exit_code == 2
+    assert "data.image_size" in resumed.output + resumed.stderr
+
+
+def test_codes_of_a_square_keep_their_address_however_it_is_written(long_images, tmp_path, monkeypatch):
+    monkeypatch.setenv("TLSCALE_CACHE", str(tmp_path / "cache"))
+    for size, entries in ((16, 1), ([16, 16], 1), ([16, 48], 2)):
+        recipe = small_recipe(
+            tmp_path / "recipe.yaml",
+            long_images,
+            data={"source": "folder", **LONG, "image_size": size},
+            backbone=RESNET,
+            probe={"kind": "ridge"},
+        )
+        tlscale.run(recipe, tmp_path / f"run{size}")
+        assert len(CodesStore().entries()) == entries
