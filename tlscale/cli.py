@@ -253,7 +253,7 @@ def export(run_dir: str, **options: Any) -> None:  # noqa: ANN401 (click's own)
     metavar="RECIPE [KEY.PATH=VALUE]... | RECIPE... | RUN...",
     shell_complete=lambda *asked: [*recipe_keys(*asked), *files(*asked)],
 )
-@click.option("--strategies", callback=listed, metavar="A,B", help="Of one recipe.  [default: all six]")
+@click.option("--strategies", callback=listed, metavar="A,B", help="Of one recipe.  [default: all]")
 @click.option("--backbones", callback=listed, metavar="A,B", help="In place of strategies, with the recipe's own.")
 @click.option("--sizes", callback=numbers, metavar="N,M|all", help="Training images.  [default: the recipe's]")
 @click.option("--seeds", callback=numbers, metavar="N,M", help="[default: the recipe's]")
@@ -264,8 +264,9 @@ def export(run_dir: str, **options: Any) -> None:  # noqa: ANN401 (click's own)
 @click.option("--print-jobs", is_flag=True, help="Run nothing; print a `tlscale run` line for each run.")
 @reports_errors
 def compare(words: Sequence[str], seeds: list[int | None], **options: Any) -> None:
-    """Run the strategies codes, early_codes, mlp, head, finetune and scratch of one RECIPE side by side, or several
-    RECIPEs as they are: one table and one picture of accuracy, its interval, time and what was trained.
+    """Run the strategies codes, early_codes, mlp, head, finetune and scratch (lora, too, where it has adapters) of one
+    RECIPE side by side, or several RECIPEs as they are: one table and one picture of accuracy, its interval, time and
+    what was trained.
 
     RUNs are folders of finished runs, which are tabulated in the same way. The lines of --print-jobs are independent
     of each other, for a queue or several machines; what gathers their table is printed to standard error.

@@ -51,6 +51,7 @@ RUNS = {
     "split": {**EXACT, "compute": {"precision": "fp64", "micro_batch_size": 3, "gradient_checkpointing": True}},
     "codes": HALF,
     "images": {**HALF, "codes": {"keep": "never"}},
+    "adapters": {**HALF, "adapters": {"lora": {"layers": r"blocks\..*", "rank": 2}}},
     # Frozen in the middle of a stage and of a block; what is behind that is computed again in the backward pass.
     "convnext": {
         "compute": {"precision": "fp64", "gradient_checkpointing": True},

@@ -58,8 +58,17 @@ TAUGHT = {
         "match": {"layer2": "blocks.2", "penultimate": ["blocks.2", "penultimate"]},
     },
 }
+ADAPTERS = {
+    **RARELY,
+    "adapters": {"lora": {"layers": r"blocks\..*", "rank": 2}},
+    "freeze": r"blocks\.[012]\..*",
+    "codes": {"keep": "always"},
+    "compute": {"precision": "fp64"},
+    "optim": {"name": "momentum", "lr": 0.05, "ema_decay": 0.9},
+}
 RUNS = {
     "taught": (2, TAUGHT),
+    "adapters": (2, ADAPTERS),
     **MATRIX,
     "mixed": (2, MIXED),
     **{name: (2, {**changes, **OFTEN}) for name, changes in SAVED.items()},

@@ -149,6 +149,13 @@ def test_mixed_and_smoothed_labels_and_class_weights(trained, processes):
 
 
 @pytest.mark.parametrize("processes", PROCESSES)
+def test_adapters_behind_cached_codes(trained, processes):
+    files = ["ema", "model", "optimizer"]
+    assert_same_training((trained[1][0], "adapters"), (trained[processes][0], "adapters"), files)
+    assert any("lora_B" in name for name in saved(trained[processes][0], "adapters"))
+
+
+@pytest.mark.parametrize("processes", PROCESSES)
 def test_a_student_is_taught_the_same(trained, processes):
     assert_same_training((trained[1][0], "taught"), (trained[processes][0], "taught"), ["model", "optimizer"])
     last = [result(trained[number][0] / "taught") for number in (1, processes)]

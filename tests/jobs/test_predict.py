@@ -41,6 +41,13 @@ STRATEGIES = {
         ],
         "codes": {"keep": "always"},
     },
+    "lora": {
+        "adapters": {"lora": {"layers": r"blocks\..*", "rank": 2}},
+        "freeze": [{r"blocks\.3\.norm.*": False}, r"blocks\.[012]\..*"],
+        "codes": {"keep": "always"},
+        "optim": {"ema_decay": 0.5},
+    },
+    "lora of convolutions": {"adapters": {"lora": {"layers": r"layer3\..*conv.*", "rank": 3}}, "backbone": RESNET},
     "codes": {"probe": {"kind": "logistic"}, "backbone": RESNET},
     "early codes": {"probe": {"kind": "ridge"}, "backbone": RESNET, "codes": {"layer": "layer2", "pool": "max"}},
     "knn": {"probe": {"kind": "knn"}, "backbone": RESNET},

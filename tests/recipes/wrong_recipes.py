@@ -34,6 +34,36 @@ WRONG_RECIPES: list[tuple[str, str, list[str], list[str]]] = [
         [f"{AT}:2: data.task: has no effect with source 'folder'", "manifest, hub, disk"],
     ),
     (
+        "adapters_without_layers",
+        GOOD + "adapters: {lora: {rank: 4}}\n",
+        [],
+        [f"{AT}:4: adapters.lora.layers: missing"],
+    ),
+    (
+        "adapters_of_no_kind",
+        GOOD + "adapters: {}\n",
+        [],
+        [f"{AT}:4: adapters.lora: missing"],
+    ),
+    (
+        "adapters_of_a_wrong_regex",
+        GOOD + "adapters: {lora: {layers: '(a'}}\n",
+        [],
+        [f"{AT}:4: adapters.lora.layers = '(a': '(a' is not a regular expression"],
+    ),
+    (
+        "adapters_without_rank",
+        GOOD + "adapters: {lora: {layers: a, rank: 0}}\n",
+        [],
+        [f"{AT}:4: adapters.lora.rank = 0"],
+    ),
+    (
+        "adapters_beside_a_probe",
+        GOOD + "adapters: {lora: {layers: a}}\nprobe: {kind: ridge}\n",
+        [],
+        [f"{AT}:4: adapters: has no effect with 'probe': a probe trains nothing"],
+    ),
+    (
         "group_column_of_folder",
         f"{NAME}\ndata: {{source: folder, path: p, group_column: patient}}\n{BACKBONE}\n",
         [],

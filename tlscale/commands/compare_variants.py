@@ -15,7 +15,7 @@ from tlscale.models.backbone import build_backbone
 from tlscale.models.features import early_layers
 from tlscale.recipe.load import diff_recipes, override_recipe
 from tlscale.recipe.schema import BackboneSection, Recipe
-from tlscale.recipe.strategies import STRATEGIES, at_size, derive, fit_to_size, with_backbone, with_seed
+from tlscale.recipe.strategies import at_size, derive, fit_to_size, strategies_of, with_backbone, with_seed
 
 MIN_STEPS = 200
 """Least steps of a training run at a size of `--sizes`."""
@@ -45,7 +45,7 @@ class Plan:
     bases: Sequence[Recipe]
     """One: its strategies are compared. Several: they are, as they are."""
     strategies: Sequence[str]
-    """Some of `STRATEGIES`, of one recipe only. Empty: all."""
+    """Some of `strategies_of` one recipe. Empty: all."""
     sizes: Sequence[int | None]
     """Labelled training images, held-out ones included; None: all. Empty: the recipe's own."""
     seeds: Sequence[int]
@@ -109,7 +109,7 @@ def labelled_recipes(plan: Plan) -> dict[str, Recipe]:
         for recipe in recipes.values():  # each must be there before the first one runs
             _without_weights(recipe)
         return recipes
-    ordered = sorted(plan.strategies or STRATEGIES, key=lambda name: name != "early_codes")
+    ordered = sorted(plan.strategies or strategies_of(base), key=lambda name: name != "early_codes")
     backbone = _without_weights(base)
     parameters = [name for name, _ in backbone.named_parameters()]
     early = early_layers(backbone)

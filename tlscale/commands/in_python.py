@@ -130,7 +130,8 @@ def compare(
     Args:
         recipes: one recipe (or its file), whose strategies are compared; or several, each of which is run as it is; or
             folders of finished runs, which are only tabulated.
-        strategies: some of codes, early_codes, mlp, head, finetune and scratch; by default all.
+        strategies: some of codes, early_codes, mlp, head, lora, finetune and scratch; by default all
+            (lora where the recipe has adapters).
         backbones: names of timm's, each of which is compared with the recipe's strategy, in place of strategies.
         sizes: numbers of training images, each of which is compared; None stands for all.
         seeds: each of which is compared; by default the recipe's.

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from tlscale.errors import ModelError
+from tlscale.models.adapters import ALL_BUT_ADAPTERS
 from tlscale.recipe.rules import Rule, match_rules
 
 
@@ -29,7 +30,8 @@ class FreezeRow:
     @property
     def rule(self) -> str:
         """Return the rule as it is shown."""
-        return f"{self.pattern or 'no rule'}{'' if self.is_frozen else '  (train)'}"
+        rule = "all else but adapters" if self.pattern == ALL_BUT_ADAPTERS.pattern else self.pattern or "no rule"
+        return f"{rule}{'' if self.is_frozen else '  (train)'}"
 
 
 def freeze_parameters(backbone: nn.Module, rules: Sequence[Rule[bool]], where: str = "freeze") -> list[FreezeRow]:

@@ -80,7 +80,7 @@ def _idle_keys(recipe: Recipe) -> Iterator[tuple[str, str]]:
         if holds(recipe):
             yield from ((key, why) for key in keys if asks_for(recipe, key))
     for where, rules in [("freeze", recipe.freeze), *_stage_rules(recipe)]:
-        if rules and not rules[-1].value:
+        if rules and not rules[-1].value and recipe.adapters is None:
             yield where, f"in its last rule, '{rules[-1].pattern}: false': what no rule matches is trained anyway"
 
 

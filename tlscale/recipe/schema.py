@@ -24,7 +24,14 @@ from tlscale.recipe.field_types import (
 )
 from tlscale.recipe.mistakes import InvalidValueError
 from tlscale.recipe.sections.data import DataSection
-from tlscale.recipe.sections.network import BackboneSection, CodesSection, DistillSection, ProbeSection
+from tlscale.recipe.sections.network import (
+    AdaptersSection,
+    BackboneSection,
+    CodesSection,
+    DistillSection,
+    LoraSection,
+    ProbeSection,
+)
 from tlscale.recipe.sections.run import CheckpointSection, ComputeSection, EvaluateSection, WandbSection
 from tlscale.recipe.sections.section import Section, check_no_share
 from tlscale.recipe.sections.training import (
@@ -37,6 +44,7 @@ from tlscale.recipe.sections.training import (
 
 __all__ = [
     "NO_EFFECT_BESIDE",
+    "AdaptersSection",
     "BackboneSection",
     "CheckpointSection",
     "CodesSection",
@@ -44,6 +52,7 @@ __all__ = [
     "DataSection",
     "DistillSection",
     "EvaluateSection",
+    "LoraSection",
     "LossSection",
     "NonFiniteSection",
     "OptimSection",
@@ -60,7 +69,7 @@ _PENULTIMATE = "penultimate"
 # optim and schedule are taken whole; of the others, only what differs from its default was asked for.
 NO_EFFECT_BESIDE = {
     "probe": (
-        *("freeze", "head", "duration", "drop_last", "optim", "schedule", "loss", "checkpoint"),
+        *("freeze", "adapters", "head", "duration", "drop_last", "optim", "schedule", "loss", "checkpoint"),
         *("data.augment", "data.sampling"),
         *("batch_size", "compute.micro_batch_size", "compute.gradient_checkpointing", "compute.compile", "evaluate"),
         *("compute.engine", "distill"),
@@ -85,6 +94,8 @@ class Recipe(Section):
     freeze: FreezeRules = ()
     """Rules on the backbone's parameter names: a regex (or several) whose whole-name matches are frozen; or a list of
     `{regex: true | false}`, first match wins. The head is never matched."""
+    adapters: AdaptersSection | None = None
+    """Small trained parts beside the frozen backbone."""
     head: Head = ["linear"]
     """New layers on the pooled features, always freshly initialised: `linear` (with a width, except the last), an
     activation, `{dropout: p}`, `layernorm`, `batchnorm`."""

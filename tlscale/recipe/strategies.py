@@ -19,7 +19,7 @@ from tlscale.recipe.rules import Rule
 from tlscale.recipe.schema import NO_EFFECT_BESIDE, Recipe
 
 STRATEGIES = ("codes", "early_codes", "mlp", "head", "finetune", "scratch")
-"""In the order of the design: least of the network trained first."""
+"""In the order of the design: least of the network trained first. A recipe with adapters has one more, `lora`."""
 
 # New layers on fixed codes want other rates than a whole network. Of 7 settings each, these were the best or within 0.2
 # points of it at 90, 900 and 2,700 images (codes of EfficientNet-Lite0 at 64 px, Fashion-MNIST, 200 steps of 64 images,
@@ -34,6 +34,14 @@ _LONGEST_NAME = 100
 _LONGEST_STEM = 50  # leaves room for the strategy, a size and a seed
 
 
+def strategies_of(recipe: Recipe) -> tuple[str, ...]:
+    """Return the strategies that a recipe is compared with by default."""
+    if recipe.adapters is None:
+        return STRATEGIES
+    place = STRATEGIES.index("finetune")
+    return (*STRATEGIES[:place], "lora", *STRATEGIES[place:])
+
+
 def derive(
     recipe: Recipe, strategy: str, *, early_layers: Sequence[str] = (), parameter_names: Sequence[str] = ()
 ) -> Recipe:
@@ -43,7 +51,9 @@ def derive(
     - `early_codes`: the same on each of `early_layers`; the validation split chooses one.
     - `mlp`, `head`: all of the backbone is frozen; a small network, or one linear layer, is trained by AdamW with
       `NEW_LAYERS_OPTIM`. Schedule, loss, augmentation and length are the recipe's.
-    - `finetune`: the recipe's own `freeze` (or `stages`) and head; nothing is frozen where it freezes everything.
+    - `lora`: the recipe's own adapters, `freeze` (or `stages`) and head.
+    - `finetune`: without adapters; the recipe's own `freeze` (or `stages`) and head; nothing is frozen where it
+      freezes everything.
     - `scratch`: random weights, nothing frozen, the recipe's head; without layer decay and learning-rate rules, which
       are there to spare pretrained layers.
 
@@ -55,9 +65,38 @@ def derive(
     Raises:
         RecipeError: no such strategy; no weights to transfer; stages whose lengths cannot be added up.
     """
-    if strategy not in STRATEGIES:
-        there_are = f"There are: {', '.join(STRATEGIES)}."
-        remedy = sentences(suggestion(strategy, STRATEGIES), there_are)
+    _refuse_unfit(recipe, strategy, early_layers)
+    plain = recipe.to_plain()
+    plain["name"] = _named(recipe.name[:_LONGEST_STEM], f"_{strategy}")
+    match strategy:
+        case "codes":
+            _probe(plain, ["penultimate"])
+        case "early_codes":
+            _probe(plain, list(early_layers))
+        case "mlp":
+            _train_new_layers(recipe, plain, strategy, MLP_HEAD)
+        case "head":
+            _train_new_layers(recipe, plain, strategy, ["linear"])
+        case "lora":
+            _reset(plain, *_OF_PROBES)
+        case "finetune":
+            _reset(plain, "adapters")
+            _finetune(recipe, plain, parameter_names)
+        case "scratch":
+            _train(recipe, plain)
+            _untaught(plain)
+            plain["backbone"]["weights"] = "none"
+            _reset(plain, "backbone.sha256", "backbone.allow_pickle", "backbone.min_matched", "freeze", "adapters")
+            _reset(plain, "optim.layer_decay", "optim.lr_rules")
+    return Recipe.model_validate(plain)
+
+
+def _refuse_unfit(recipe: Recipe, strategy: str, early_layers: Sequence[str]) -> None:
+    """Refuse a strategy that there is not, or that the recipe has nothing for."""
+    known = (*STRATEGIES, "lora")
+    if strategy not in known:
+        there_are = f"There are: {', '.join(known)}."
+        remedy = sentences(suggestion(strategy, known), there_are)
         raise RecipeError(f"there is no strategy '{strategy}'", remedy=remedy)
     if strategy != "scratch" and recipe.backbone.weights == "none":
         raise RecipeError(
@@ -70,26 +109,9 @@ def derive(
     if strategy == "early_codes" and not early_layers:
         problem = f"'{recipe.backbone.name}' has no layers before the penultimate codes"
         raise RecipeError(problem, key="backbone.name", remedy="Leave the strategy early_codes out.")
-    plain = recipe.to_plain()
-    plain["name"] = _named(recipe.name[:_LONGEST_STEM], f"_{strategy}")
-    match strategy:
-        case "codes":
-            _probe(plain, ["penultimate"])
-        case "early_codes":
-            _probe(plain, list(early_layers))
-        case "mlp":
-            _train_new_layers(recipe, plain, strategy, MLP_HEAD)
-        case "head":
-            _train_new_layers(recipe, plain, strategy, ["linear"])
-        case "finetune":
-            _finetune(recipe, plain, parameter_names)
-        case "scratch":
-            _train(recipe, plain)
-            _untaught(plain)
-            plain["backbone"]["weights"] = "none"
-            _reset(plain, "backbone.sha256", "backbone.allow_pickle", "backbone.min_matched", "freeze")
-            _reset(plain, "optim.layer_decay", "optim.lr_rules")
-    return Recipe.model_validate(plain)
+    if strategy == "lora" and recipe.adapters is None:
+        problem = f"recipe '{recipe.name}' has none, which the strategy 'lora' is about"
+        raise RecipeError(problem, key="adapters", remedy="Write adapters.lora.layers")
 
 
 def as_probe(recipe: Recipe) -> Recipe:
@@ -219,7 +241,8 @@ def _probe(plain: dict[str, Any], layers: list[str]) -> None:
 def _train_new_layers(recipe: Recipe, plain: dict[str, Any], strategy: str, head: list[Any]) -> None:
     _train(recipe, plain)
     # Frozen layers are in eval mode and have no backward pass, so these would have no effect.
-    _reset(plain, "backbone.drop_rate", "backbone.drop_path_rate", "compute.gradient_checkpointing")
+    idle = ("backbone.drop_rate", "backbone.drop_path_rate", "compute.gradient_checkpointing", "adapters")
+    _reset(plain, *idle)
     _untaught(plain)
     plain |= {"freeze": ".*", "head": head, "optim": dict(NEW_LAYERS_OPTIM[strategy])}
 

@@ -40,6 +40,8 @@ STAND_INS: dict[str, Any] = {
     "data.source": "fashion_mnist",
     "backbone": {"name": "stand-in"},
     "backbone.name": "stand-in",
+    "adapters.lora": {"layers": ".*"},
+    "adapters.lora.layers": ".*",
     "distill.teacher.name": "stand-in",
     "stages.duration": "1 steps",
 }

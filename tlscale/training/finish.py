@@ -10,6 +10,7 @@ from tlscale.data.decode import BadImageError
 from tlscale.data.identity import result_identity
 from tlscale.data.sources.open import ImageSplit
 from tlscale.errors import CheckpointError
+from tlscale.models.adapters import merged
 from tlscale.models.classifier import Classifier
 from tlscale.models.export import export_model
 from tlscale.storage.files import flush, naming_disk_errors
@@ -149,7 +150,7 @@ def _take_weights_of(step: int, state: TrainState, loop: LoopState, folder: RunF
 
 def _export(network: Classifier, state: TrainState, folder: RunFolder) -> str:
     setup = state.setup
-    with naming_disk_errors(folder.model):
+    with naming_disk_errors(folder.model), merged(network):
         # A run that was complete is not until it is so again.
         folder.result.unlink(missing_ok=True)
         flush(folder.path)

@@ -26,6 +26,7 @@ from tlscale.data.sampler import eval_rows
 from tlscale.data.transforms import ImageBatch, InputPath
 from tlscale.distributed.device import choose_algorithms, naming_memory
 from tlscale.distributed.processes import Processes, start_processes
+from tlscale.models.adapters import add_adapters, freezing_beside
 from tlscale.models.classifier import Classifier, CodesClassifier
 from tlscale.models.features import PENULTIMATE, LayerCodes
 from tlscale.models.freeze import freeze_parameters
@@ -33,7 +34,7 @@ from tlscale.models.knn import KnnHead
 from tlscale.models.model_folder import TrainedModel, load
 from tlscale.models.partition.partition import NoPartition, find_partition
 from tlscale.recipe.load import load_stored_recipe
-from tlscale.recipe.schema import ComputeSection, DataSection, Recipe
+from tlscale.recipe.schema import ComputeSection, DataSection, LoraSection, Recipe
 from tlscale.storage.run_folder import RunFolder
 from tlscale.training.cache_decision import sample_images
 from tlscale.training.probe import HEAD_BATCH
@@ -80,6 +81,8 @@ class RunFacts:
     is_probe: bool = False
     frozen_by: tuple[Any, ...] | None = None
     """Rules; None where the scored images went through the whole network at once."""
+    adapters: LoraSection | None = None
+    """Of the run, whose model has them in its weights."""
     batching: Batching = Batching()
 
     @classmethod
@@ -103,7 +106,8 @@ class RunFacts:
         batching = Batching(scores["batch_size"], result.get("num_images", 0), scores["num_processes"])
         rules = recipe.stages[-1].freeze if recipe.stages else recipe.freeze
         frozen_by = tuple(rules) if scores["on_codes"] else None
-        return cls(run, compute, recipe.codes.dtype, max_pixels, frozen_by=frozen_by, batching=batching)
+        lora = None if recipe.adapters is None else recipe.adapters.lora
+        return cls(run, compute, recipe.codes.dtype, max_pixels, frozen_by=frozen_by, adapters=lora, batching=batching)
 
 
 def _scores_of_older(recipe: Recipe, info: dict[str, Any]) -> dict[str, Any]:
@@ -216,7 +220,10 @@ def _way(trained: TrainedModel, facts: RunFacts, processes: Processes) -> tuple[
     if facts.is_probe:
         codes = LayerCodes(parted.backbone, [(PENULTIMATE, "avg")])
         return _Frozen(codes, inputs, facts), _Rest(parted.head, inputs, (dtype,), autocasts=False)
-    freeze_parameters(parted.backbone, facts.frozen_by or ())
+    rules = facts.frozen_by or ()
+    if facts.adapters is not None:  # new ones change nothing, and part the network where the run's did
+        add_adapters(parted.backbone, facts.adapters, [rules], seed=0)
+    freeze_parameters(parted.backbone, freezing_beside(parted.backbone, rules))
     try:
         with processes.accelerator.autocast():
             partition = find_partition(parted.train(), sample_images(inputs))

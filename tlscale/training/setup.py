@@ -25,6 +25,7 @@ from tlscale.data.sources.open import BadImages, ImageData, open_data
 from tlscale.data.transforms import seen_share
 from tlscale.distributed.signals import check_stop
 from tlscale.errors import DataError, ModelError, RecipeError
+from tlscale.models.adapters import add_adapters, is_of_adapter
 from tlscale.models.backbone import build_backbone
 from tlscale.models.classifier import (
     Classifier,
@@ -176,6 +177,9 @@ def set_up(
     sizes = sampled_sizes(data.train.table)
     spec = _input_spec(recipe, sizes, backbone)
     teacher = _teacher(recipe, data, spec)
+    if recipe.adapters is not None:
+        freezing = [stage.freeze for stage in recipe.stages] if recipe.stages else [recipe.freeze]
+        add_adapters(backbone, recipe.adapters.lora, freezing, seed=recipe.seed)
     classifier, code_width = _assemble(recipe, data, backbone, spec, teacher)
     if earlier is not None and recipe.probe is None:
         weights = take_head(classifier.head, earlier, data.classes, weights)
@@ -299,11 +303,19 @@ def _refuse_what_cannot_train(setup: RunSetup, world_size: int) -> None:
     alone = least == 1 and not trains_on_one_image(classifier, **size)
     # Each process waits for the others' gradient of every trained parameter, and so each must get one.
     waits = world_size > 1 and any(stage.trains_backbone for stage in stages)
-    unused = unused_parameters(classifier, **size) if waits and not alone else []
+    has_adapters = any(map(is_of_adapter, trained))
+    unused = unused_parameters(classifier, **size) if (waits or has_adapters) and not alone else []
     apply_freezing(classifier, stages[0])
     if alone:
         raise _one_image(setup)
-    if unused:
+    if idle := [name for name in unused if is_of_adapter(name)]:
+        raise ModelError(
+            f"{type(classifier.backbone).__name__} reads the weight of '{idle[0].rpartition('.')[0]}' without calling "
+            "the layer, and so past its adapter",
+            key="adapters.lora.layers",
+            remedy="Leave this layer out",
+        )
+    if unused and waits:
         raise ModelError(
             f"{type(classifier.backbone).__name__} has {len(unused)} parameters that are trained but have no "
             f"part in what is learned: {', '.join(unused[:5])}{' ...' if len(unused) > 5 else ''}. They never "
@@ -327,7 +339,7 @@ def _one_image(setup: RunSetup) -> RecipeError:
 
 
 def strategy_of(setup: RunSetup) -> str:
-    """Return the strategy's name: codes, early_codes, mlp, head, finetune, stages, scratch or distill."""
+    """Return the strategy's name: codes, early_codes, mlp, head, lora, finetune, stages, scratch or distill."""
     recipe = setup.recipe
     if recipe.distill is not None:
         return "distill"
@@ -337,4 +349,6 @@ def strategy_of(setup: RunSetup) -> str:
         return "stages"
     if not setup.stages[0].trains_backbone:
         return "head" if is_single_linear(recipe.head) else "mlp"
+    if recipe.adapters is not None:
+        return "lora"
     return "finetune" if recipe.backbone.weights != "none" or setup.frozen_params else "scratch"

@@ -14,6 +14,7 @@ import torch
 
 from tlscale.data.sampler import DataOrder
 from tlscale.errors import RecipeError
+from tlscale.models.adapters import freezing_beside
 from tlscale.models.classifier import Classifier
 from tlscale.models.freeze import FreezeRow, check_trainable, freeze_parameters, unchanging_keys
 from tlscale.recipe.duration import Duration
@@ -71,7 +72,8 @@ def plan_stages(
         where = f"stages[{number}]." if sections else ""
         for param in learnable:
             param.requires_grad_(True)
-        rows = freeze_parameters(classifier.backbone, section.freeze, f"{where}freeze")
+        rules = freezing_beside(classifier.backbone, section.freeze)
+        rows = freeze_parameters(classifier.backbone, rules, f"{where}freeze")
         check_trainable(classifier.parameters(), section.freeze, f"{where}freeze")
         start = stages[-1].stop_step if stages else 0
         stages.append(_plan_stage(optim, schedule, section, classifier, order, rows, where, number, start))

@@ -9,10 +9,15 @@ from pydantic import AfterValidator, Field, model_validator
 from tlscale.recipe.field_types import Names, Pools, weights_place
 from tlscale.recipe.image_size import SizeInRecipe
 from tlscale.recipe.mistakes import InvalidValueError
+from tlscale.recipe.rules import parse_rule
 from tlscale.recipe.sections.section import Section
 
 MIN_MATCHED = 0.9
 RUN = "run:"
+
+
+def _regex(pattern: str) -> str:
+    return parse_rule(pattern, value=True).pattern
 
 
 class BackboneSection(Section):
@@ -70,6 +75,28 @@ class BackboneSection(Section):
                     keys=[key, "weights"],
                 )
         return self
+
+
+class LoraSection(Section):
+    """Low-rank adapters (Hu et al. 2021): beside a frozen weight W two small matrices A and B are trained, and the
+    layer computes with W + alpha / rank x B A. At the end they are merged into W: the model is none other than before.
+    """
+
+    layers: Annotated[str, AfterValidator(_regex)]
+    """Regex on names of layers, whole names (`blocks\\.(9|10|11)\\.attn\\.(qkv|proj)`). Linear layers and convolutions
+    without groups get an adapter, but for those that `freeze` freezes; others that it matches are left alone."""
+    rank: int = Field(8, ge=1, le=1024)
+    """Rows of A and columns of B."""
+    alpha: float | None = Field(None, gt=0.0, le=1e6)
+    """What the adapter adds is scaled by alpha / rank; by default alpha = rank."""
+
+
+class AdaptersSection(Section):
+    """Small trained parts beside a frozen backbone. With them, all of the backbone's own parameters are frozen but
+    those that `freeze` exempts (`{'.*norm.*': false}`)."""
+
+    lora: LoraSection
+    """Low-rank adapters."""
 
 
 class CodesSection(Section):
