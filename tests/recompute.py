@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from scipy.stats import binomtest
 
@@ -13,6 +14,7 @@ SCORED = (
     *("num_images", "top1", "top5", "loss", "macro_f1", "balanced_accuracy", "ece"),
     *("num_without_answer", "per_class", "confusion"),
 )
+RANKED = ("auroc", "average_precision")  # of each class
 
 
 def figures_from(path: Path) -> dict:
@@ -43,6 +45,46 @@ def figures_from(path: Path) -> dict:
         "num_without_answer": int((~has_N).sum()),
         "per_class": per_class,
         "confusion": confusion.tolist(),
+    }
+
+
+def ranked_from(path: Path) -> dict:
+    """`auroc` and `average_precision` of each class, by their definitions, of the images that have an answer."""
+    table = pq.read_table(path).filter(pc.is_valid(pc.field("label")))
+    classes = json.loads(table.schema.metadata[b"tlscale"])["classes"]
+    true_N = np.array(table["true_label"].to_pylist())
+    logits_NC = np.nan_to_num(np.array(table["logits"].to_pylist(), dtype=float).reshape(-1, len(classes)))
+    share_NC = np.exp(logits_NC - logits_NC.max(1, keepdims=True))
+    share_NC /= np.sort(share_NC, axis=1).sum(1, keepdims=True)  # in one order: what ties is not told by rounding
+    return {name: _ranked(true_N == name, share_NC[:, c]) for c, name in enumerate(classes)}
+
+
+def _ranked(is_true_N, score_N) -> dict:
+    own, others = score_N[is_true_N], score_N[~is_true_N]
+    pairs = (own[:, None] > others).sum() + (own[:, None] == others).sum() / 2
+    precisions = [is_true_N[score_N >= score].mean() for score in own]
+    return {
+        "auroc": pairs / len(own) / len(others) if len(own) and len(others) else None,
+        "average_precision": np.mean(precisions) if len(own) else None,
+    }
+
+
+def calibrated_from(path: Path) -> dict:
+    """`loss`, `ece` and the sets by the calibration that the file names, of the images that have an answer."""
+    table = pq.read_table(path).filter(pc.is_valid(pc.field("label")))
+    about = json.loads(table.schema.metadata[b"tlscale"])
+    true_N = np.array([about["classes"].index(name) for name in table["true_label"].to_pylist()])
+    logits_NC = np.nan_to_num(np.array(table["logits"].to_pylist(), dtype=float)) / about["calibration"]["temperature"]
+    share_NC = np.exp(logits_NC - logits_NC.max(1, keepdims=True))
+    share_NC /= share_NC.sum(1, keepdims=True)
+    sure_N, hit_N = share_NC.max(1), np.array(table["label"].to_pylist()) == np.array(table["true_label"].to_pylist())
+    np.testing.assert_allclose(table["calibrated_probability"].to_numpy(), sure_N, rtol=1e-12)
+    in_set_NC = (share_NC >= about["calibration"]["sets"]["threshold"] - 1e-12) | (share_NC == sure_N[:, None])
+    return {
+        "loss": -np.log(share_NC[np.arange(len(true_N)), true_N]).mean(),
+        "ece": _calibration_error(sure_N, hit_N),
+        "coverage": in_set_NC[np.arange(len(true_N)), true_N].mean(),
+        "mean_size": in_set_NC.sum(1).mean(),
     }
 
 
@@ -79,6 +121,19 @@ def assert_follows(result: dict, path: Path, rel: float = 2e-6) -> None:
     """Whatever `result` says of the scored split is what the predictions say."""
     import pytest
 
+    if (calibrated := result.get("calibration", {})).get("loss") is not None:
+        found = {**calibrated, **calibrated["sets"]}
+        for key, value in calibrated_from(path).items():
+            assert found[key] == pytest.approx(value, rel=rel, abs=1e-7), key
+    result = {**result, "per_class": {name: dict(row) for name, row in result["per_class"].items()}}
+    ranked = {name: {key: row.pop(key) for key in RANKED if key in row} for name, row in result["per_class"].items()}
+    if any(ranked.values()):
+        expected = ranked_from(path)
+        for name, row in ranked.items():
+            assert row == {key: value and pytest.approx(value, abs=1e-9) for key, value in expected[name].items()}, name
+        for key, name in (("auroc", "auroc"), ("mean_average_precision", "average_precision")):
+            values = [row[name] for row in expected.values() if row[name] is not None]
+            assert result[key] == (pytest.approx(np.mean(values), abs=1e-9) if values else None), key
     found = figures_from(path)
     for name, row in found["per_class"].items():  # the only floats of it that are not one division
         interval = row.pop("accuracy_interval95")

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import os
 import re
 import signal
@@ -79,8 +80,14 @@ def rows_of(text):
     return list(csv.DictReader(io.StringIO(text, newline="")))
 
 
+def given_by(table):
+    """The column that has what predict gives as the probability."""
+    return table["calibrated_probability" if "calibrated_probability" in table.column_names else "probability"]
+
+
 def softmax_of(table):
     logits_NC = np.array(table["logits"].to_pylist(), dtype=np.float64)
+    logits_NC /= json.loads(table.schema.metadata[b"tlscale"]).get("calibration", {}).get("temperature", 1.0)
     return np.exp(logits_NC) / np.exp(logits_NC).sum(1, keepdims=True)
 
 
@@ -94,12 +101,12 @@ def test_the_runs_own_test_images_get_its_very_bits(name, trained, data):
     rows = rows_of(done.stdout)
     assert [row["path"] for row in rows] == [str(data / path) for path in table["path"].to_pylist()]
     assert [row["label"] for row in rows] == table["label"].to_pylist()
-    assert [float(row["probability"]) for row in rows] == table["probability"].to_pylist()
+    assert [float(row["probability"]) for row in rows] == given_by(table).to_pylist()
     model = tlscale.load(run)
     made = model.predict(data / "test")
     assert made.labels == table["label"].to_pylist()
     assert made.probabilities.dtype == np.float32
-    np.testing.assert_array_equal(made.probabilities.max(1), table["probability"].to_numpy().astype(np.float32))
+    np.testing.assert_array_equal(made.probabilities.max(1), given_by(table).to_numpy().astype(np.float32))
     # In other batches, and from memory, up to rounding.
     backwards = [np.asarray(Image.open(path)) for path in reversed(made.paths)]
     other = model.predict(backwards, batch_size=3)
@@ -138,7 +145,7 @@ def test_python_takes_one_or_many_and_gives_a_frame(trained, data, tmp_path):
     assert model.predict(images_NHW[0]).labels == many.labels[:1] or len(set(many.labels)) > 1
     made = tlscale.predict(trained("finetune"), [data / "test" / "Bag", tmp_path / "gone.png"])
     frame = made.to_pandas(top_k=2)
-    assert list(frame) == ["path", "label", "probability", "label_2", "probability_2", "error"]
+    assert list(frame) == ["path", "label", "probability", "label_2", "probability_2", "set", "error"]
     made.to_csv(tmp_path / "own.csv", top_k=2)
     told = invoke(trained("finetune"), data / "test" / "Bag", tmp_path / "gone.png", "--top-k", 2)
     assert (tmp_path / "own.csv").read_text() == told.stdout

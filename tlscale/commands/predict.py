@@ -117,7 +117,9 @@ def write_rows(
             remedy=f"End it in one of {', '.join(SUFFIXES)}",
         )
     trained = load(run)
-    columns = checked_columns(trained.classes, wanted.top_k, all_probabilities=wanted.all_probabilities)
+    columns = checked_columns(
+        trained.classes, wanted.top_k, all_probabilities=wanted.all_probabilities, sets=trained.sets
+    )
     with ExitStack() as stack:
         processes = stack.enter_context(computing(trained.facts))
         stop = stack.enter_context(StopRequest())

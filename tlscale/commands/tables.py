@@ -152,6 +152,7 @@ def show_result(result: dict[str, Any], console: Console, *, folder: Path, how_t
         f"{label!r}, {how} in {format_duration(result['wall_s'])}, {result['images_per_s']:.0f} images/s",
         style="bold",
     )
+    console.say(_probabilities(result))
     console.say(f"seconds: {describe_seconds(result)}")
     _show_what_the_score_is_of(result, console)
     if result["is_sample"]:
@@ -163,10 +164,33 @@ def show_result(result: dict[str, Any], console: Console, *, folder: Path, how_t
     console.say(f"load it with {how_to_load}")
 
 
+def _probabilities(result: Mapping[str, Any]) -> str:
+    """Tell what the probabilities that `predict` gives are worth."""
+    told = result["calibration"]
+    own = f"calibration error {number(result['ece'])}{interval_of(result, 'ece')}"
+    if told["temperature"] is None:
+        return f"probabilities: {own}, not calibrated: {told['why']}"
+    chosen = f"temperature {told['temperature']:.3g}, chosen by {told['num_images']:,} validation images"
+    if told["ece"] is None:
+        return f"probabilities: {own} before {chosen}; after it not known, as these images chose it"
+    sets = told["sets"]
+    return (
+        f"probabilities: {own}, {number(told['ece'])}{interval_of(told, 'ece')} with {chosen}; sets for "
+        f"{sets['level']:.0%} hold the true label in {number(sets['coverage'])} of cases and "
+        f"{sets['mean_size']:.2f} labels on average"
+    )
+
+
 def interval_text(figures: Mapping[str, Any]) -> str:
     """Return the interval of a score, and of how many groups it is made."""
     low, high = figures["top1_interval95"]
     return f"95% interval {low:.4f} to {high:.4f}{over_groups(figures)}"
+
+
+def interval_of(figures: Mapping[str, Any], name: str) -> str:
+    """Return the interval of another figure, in brackets; an empty text where it has none."""
+    interval = figures.get(f"{name}_interval95")
+    return "" if interval is None else f" ({number(interval[0])} to {number(interval[1])})"
 
 
 def over_groups(figures: Mapping[str, Any]) -> str:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from tlscale import faults
 from tlscale.data.input_spec import InputSpec
 from tlscale.errors import ModelError
+from tlscale.models.calibration import Calibration
 from tlscale.models.classifier import Classifier, CodesClassifier
 from tlscale.models.features import PENULTIMATE, LayerCodes
 from tlscale.models.heads import is_single_linear
@@ -45,6 +46,7 @@ def export_model(
     spec: InputSpec,
     fitted: Mapping[str, Any] | None = None,
     thresholds: Sequence[float] | None = None,
+    calibration: Calibration | None = None,
 ) -> str:
     """Write `config.json` and `model.safetensors` (and `head.safetensors` for any but a linear head) to `folder`.
 
@@ -58,6 +60,7 @@ def export_model(
         fitted: for `config.json`: `fitted_on`, the splits that it learned from, and `scored_on`, the split that its
             score in `result.json` is of; None where it has no score of its own.
         thresholds: of several labels: the probability of each class from which on an image has it.
+        calibration: chosen on images that the network was not fitted to.
 
     Returns:
         How the folder is to be loaded, in words.
@@ -72,14 +75,25 @@ def export_model(
     ours = {**_own_config(plain, head), "classes": list(classes), "input": spec.to_plain(), "whole": whole}
     ours |= fitted or {}
     ours |= {} if thresholds is None else {"task": "multi_label", "thresholds": list(thresholds)}
+    ours |= {} if calibration is None else {"calibration": calibration.model_dump()}
     ours = {"format": format_of(ours), **ours}
     files = {MODEL_FILE: body.state_dict(), **({} if whole else {HEAD_FILE: plain.head.state_dict()})}
+    _write_files(folder, files, body, ours, spec)
+    difference = _difference(plain, load(folder).model, spec)
+    if not difference <= LOGITS_TOLERANCE:
+        raise ModelError(f"the exported model in {folder} gives other logits than the run (by {difference:.2g})")
+    return f"timm.create_model('local-dir:{folder}', pretrained=True)" if whole else f"tlscale.load('{folder}')"
+
+
+def _write_files(
+    folder: Path, files: Mapping[str, Mapping[str, Tensor]], model: nn.Module, ours: Mapping[str, Any], spec: InputSpec
+) -> None:
     make_folder(folder)
     for file in (CONFIG_FILE, MODEL_FILE, HEAD_FILE):
         remove_left_overs(folder / file)
     # The configuration gets its name last: it says what the others hold.
     with replacing(folder / CONFIG_FILE) as path:
-        _write_config(body, path, ours, spec)
+        _write_config(model, path, ours, spec)
         faults.at("export")
         for file in (MODEL_FILE, HEAD_FILE):
             (folder / file).unlink(missing_ok=True)
@@ -90,10 +104,6 @@ def export_model(
         config["tlscale"]["sha256"] = {file: file_sha256(folder / file) for file in files}
         config["tlscale"]["config_sha256"] = config_digest(config)
         path.write_text(json.dumps(config, indent=2) + "\n")
-    difference = _difference(plain, load(folder).model, spec)
-    if not difference <= LOGITS_TOLERANCE:
-        raise ModelError(f"the exported model in {folder} gives other logits than the run (by {difference:.2g})")
-    return f"timm.create_model('local-dir:{folder}', pretrained=True)" if whole else f"tlscale.load('{folder}')"
 
 
 def _plain_copy(classifier: Classifier | CodesClassifier) -> Classifier | CodesClassifier:

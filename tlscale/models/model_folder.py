@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from tlscale.data.input_spec import InputSpec
 from tlscale.errors import ModelError, RunFolderError, Wording, first_sentence, flag
+from tlscale.models.calibration import Calibration
 from tlscale.models.classifier import Classifier, CodesClassifier, feature_width
 from tlscale.models.features import LayerCodes
 from tlscale.models.foreign import check_model_args
@@ -33,9 +34,9 @@ from tlscale.recipe.field_types import POOLS, Head
 from tlscale.storage.files import file_sha256, text_sha256
 
 # The format in which a key of `config.json` came: a version that does not know it must refuse it, not pass over it.
-# 2: other codes than what the backbone gives, or nearest neighbours. 3: several labels; images that are not
-# square.
-_SINCE = {"layer": 2, "pool": 2, "task": 3, "thresholds": 3}
+# 2: other codes than what the backbone gives, or nearest neighbours. 3: several labels; images that are not square; a
+# calibration.
+_SINCE = {"layer": 2, "pool": 2, "task": 3, "thresholds": 3, "calibration": 3}
 FORMAT = 3
 MODEL_FILE = "model.safetensors"
 HEAD_FILE = "head.safetensors"
@@ -54,6 +55,8 @@ class TrainedModel:
     input_spec: InputSpec
     thresholds: tuple[float, ...] | None = None
     """Of several labels: the probability of each class from which on an image has it. None: an image has one class."""
+    calibration: Calibration | None = None
+    """None: probabilities are the softmax of the logits."""
 
 
 # -- settings ---------------------------------------------------------------------------------------------------------
@@ -107,6 +110,7 @@ class _Ours(_Settings):
     thresholds: list[Annotated[float, Field(ge=0.0, le=1.0)]] | None = None
     fitted_on: list[str] = []
     scored_on: str | None = None
+    calibration: Calibration | None = None
     sha256: dict[str, str] | None = None
     config_sha256: str | None = None
 
@@ -307,7 +311,7 @@ def load(run: str | Path, *, as_stored: bool = False) -> TrainedModel:
         if as_stored:
             _take_as_stored(model, states)
     thresholds = None if ours.thresholds is None else tuple(ours.thresholds)
-    return TrainedModel(model.eval(), tuple(ours.classes), spec, thresholds)
+    return TrainedModel(model.eval(), tuple(ours.classes), spec, thresholds, ours.calibration)
 
 
 def fault_of_model(folder: Path) -> str | None:

@@ -11,6 +11,7 @@ from tlscale.data.identity import result_identity
 from tlscale.data.sources.open import ImageSplit
 from tlscale.errors import CheckpointError
 from tlscale.models.adapters import merged
+from tlscale.models.calibration import Calibration
 from tlscale.models.classifier import Classifier
 from tlscale.models.export import export_model
 from tlscale.storage.files import flush, naming_disk_errors
@@ -22,8 +23,16 @@ from tlscale.training.evaluate import scalars
 from tlscale.training.input_pipeline import CodePipeline, ImagePipeline, InputPipeline
 from tlscale.training.logger import RunLogger
 from tlscale.training.loop_state import LoopState
-from tlscale.training.predictions import Predictions, write_predictions
-from tlscale.training.result import about_score, fitted, make_result, write_result
+from tlscale.training.prediction_figures import add_prediction_figures, calibration_by
+from tlscale.training.predictions import Predictions, gather_predictions, write_predictions
+from tlscale.training.result import (
+    about_calibration,
+    about_score,
+    fitted,
+    make_result,
+    why_not_calibrated,
+    write_result,
+)
 from tlscale.training.specs import pipeline_spec
 from tlscale.training.state import TrainState, unwrap
 from tlscale.training.unread_images import unread_test_image
@@ -36,6 +45,8 @@ def finish(
 ) -> tuple[dict[str, Any], str]:
     """Export the chosen weights, and score them and the last ones on the split that chose nothing, as for `train`.
 
+    The validation images are asked once more before, about the temperature that the model takes along.
+
     Raises:
         DataError: an image of that split cannot be read; the model is exported.
     """
@@ -44,18 +55,28 @@ def finish(
     assert split is not None, "set_up refuses data that nothing can be evaluated on"
     last_weights = _weights(state)
     chosen = _take_chosen_weights(state, loop, folder)
+    judged, calibration = _calibrate(state, chosen)
     # The model first: whatever becomes of the rest, the run was not for nothing.
     with state.averaged():
         network = processes.engine.gather(state.network, keep=processes.is_main)
-        how_to_load = processes.run_on_main(_export, network, state, folder)
+        how_to_load = processes.run_on_main(_export, network, state, folder, calibration)
     try:
-        best, predictions = _score(state, chosen.inputs, split, chosen.step)
+        if judged is not None and split is setup.data.validation:
+            best, predictions = judged
+        else:
+            best, predictions = _score(state, chosen.inputs, split, chosen.step)
+        predictions.calibration = calibration
         last = best
         if chosen.step != loop.step:
             restore_weights(last_weights, state.network, state.ema, setup.unchanging_keys)
             last, _ = _score(state, state.inputs, split, loop.step)
         # Before the result, which says that all is there.
         write_predictions(folder.predictions, predictions, processes)
+        with setup.watch("test"):
+            scored = processes.run_on_main(
+                add_prediction_figures, best, folder.predictions, have_chosen=split.name == "validation"
+            )
+        best, last = scored, scored if last is best else last
         identity = processes.run_on_main(result_identity, setup.data)
     except BadImageError as error:
         raise unread_test_image(error, folder) from error
@@ -65,6 +86,7 @@ def finish(
     score = about_score(setup, split, has_chosen=has_chosen)
     result = make_result(setup, split, best, score, _own(state, loop, chosen, best=best, last=last))
     result["computed_scores"] = _scoring(state, chosen.inputs)
+    result["calibration"] = about_calibration(setup, calibration, best, has_chosen=has_chosen)
     result["changes"] = run_info["changes"]  # of how it was computed, from start to start
     result |= identity
     processes.run_on_main(logger.sync)
@@ -77,6 +99,19 @@ def _score(state: TrainState, inputs: InputPipeline, split: ImageSplit, step: in
     predictions = Predictions(split, state.setup.data.classes)
     with state.setup.watch("test"):
         return {"step": step, **state.evaluate(split, inputs, predictions=predictions)}, predictions
+
+
+def _calibrate(state: TrainState, chosen: _Chosen) -> tuple[tuple[Figures, Predictions] | None, Calibration | None]:
+    """Score the validation images, and choose the temperature by them; None where that is not done."""
+    validation = state.setup.data.validation
+    if validation is None or why_not_calibrated(state.setup.data) is not None:
+        return None, None
+    try:
+        judged = _score(state, chosen.inputs, validation, chosen.step)
+    except BadImageError:  # gone since it was evaluated; the model is exported all the same
+        return None, None
+    table = gather_predictions(judged[1], state.processes)
+    return judged, state.processes.run_on_main(calibration_by, table)
 
 
 def _scoring(state: TrainState, inputs: InputPipeline) -> dict[str, Any]:
@@ -148,7 +183,7 @@ def _take_weights_of(step: int, state: TrainState, loop: LoopState, folder: RunF
     )
 
 
-def _export(network: Classifier, state: TrainState, folder: RunFolder) -> str:
+def _export(network: Classifier, state: TrainState, folder: RunFolder, calibration: Calibration | None) -> str:
     setup = state.setup
     with naming_disk_errors(folder.model), merged(network):
         # A run that was complete is not until it is so again.
@@ -161,6 +196,7 @@ def _export(network: Classifier, state: TrainState, folder: RunFolder) -> str:
             classes=setup.data.classes,
             spec=setup.spec,
             fitted=fitted(setup),
+            calibration=calibration,
         )
 
 

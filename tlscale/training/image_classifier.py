@@ -24,6 +24,7 @@ from tlscale.data.given import Given, InMemory, find_images, name_of
 from tlscale.distributed.processes import Processes
 from tlscale.errors import DataError, ModelError, TlscaleError, first_few, option, speaks_python
 from tlscale.models import model_folder
+from tlscale.models.calibration import LabelSets
 from tlscale.models.features import PENULTIMATE
 from tlscale.models.model_folder import TrainedModel
 from tlscale.recipe.image_size import size_in_words
@@ -49,6 +50,19 @@ class Predictions:
     errors: list[str | None]
     """Why there is no answer."""
     _answers: list[Answers]
+    _sets: LabelSets | None = None
+
+    @property
+    def sets(self) -> list[tuple[str, ...]] | None:
+        """Return a set of labels of each image, likeliest first; the true one is in it as often as it says.
+
+        That is 90 % of cases, for images like those of the run. None of a model without a calibration; an empty set
+        where there is no answer.
+        """
+        if self._sets is None:
+            return None
+        members = (numbers for some in self._answers for numbers in some.members(self._sets))
+        return [tuple(self.classes[number] for number in numbers) for numbers in members]
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -70,7 +84,7 @@ class Predictions:
             import pandas
         except ImportError:
             raise TlscaleError("pandas is not installed", remedy="Install it: pip install pandas") from None
-        columns = checked_columns(self.classes, top_k, all_probabilities=all_probabilities)
+        columns = checked_columns(self.classes, top_k, all_probabilities=all_probabilities, sets=self._sets)
         return pandas.DataFrame(list(self._rows(columns)), columns=columns.names)
 
     def to_csv(self, path: str | os.PathLike[str], *, top_k: int = 1, all_probabilities: bool = False) -> None:
@@ -79,7 +93,7 @@ class Predictions:
         Raises:
             TlscaleError: the file cannot be written, or more labels are wanted than there are classes.
         """
-        columns = checked_columns(self.classes, top_k, all_probabilities=all_probabilities)
+        columns = checked_columns(self.classes, top_k, all_probabilities=all_probabilities, sets=self._sets)
         with (
             reporting_disk_errors(),
             replacing(Path(path)) as aside,
@@ -95,7 +109,9 @@ class Predictions:
             start += len(answers)
 
 
-def checked_columns(classes: tuple[str, ...], top_k: int, *, all_probabilities: bool) -> Columns:
+def checked_columns(
+    classes: tuple[str, ...], top_k: int, *, all_probabilities: bool, sets: LabelSets | None
+) -> Columns:
     """Choose columns.
 
     Raises:
@@ -106,7 +122,7 @@ def checked_columns(classes: tuple[str, ...], top_k: int, *, all_probabilities: 
         raise DataError(
             f"{top_k} labels of a model that has {len(classes):,} classes", key=option("top-k"), remedy=remedy
         )
-    return Columns(classes, top_k, all_probabilities)
+    return Columns(classes, top_k, all_probabilities, sets)
 
 
 class Features(np.ndarray[tuple[int, int], np.dtype[np.float32]]):
@@ -135,6 +151,11 @@ class ImageClassifier(TrainedModel):
         size = f"{size_in_words(spec.image_size)} x {spec.in_chans}"
         kind = name or type(self.model).__name__
         return f"ImageClassifier({str(self.folder)!r}: {kind}, {len(self.classes):,} classes, images of {size})"
+
+    @property
+    def sets(self) -> LabelSets | None:
+        """Return how sets of labels are made; None of a model without a calibration."""
+        return None if self.calibration is None else self.calibration.sets
 
     @cached_property
     def facts(self) -> RunFacts:
@@ -224,6 +245,7 @@ class ImageClassifier(TrainedModel):
             np.concatenate([some.probabilities_NC for some in answers]).astype(np.float32),
             [why for some in answers for why in some.errors],
             answers,
+            self.sets,
         )
 
 
@@ -277,4 +299,4 @@ def load(run: str | os.PathLike[str]) -> ImageClassifier:
         RunFolderError: there is no model there, a damaged one, or one of a newer format.
     """
     loaded = model_folder.load(Path(run))
-    return ImageClassifier(loaded.model, loaded.classes, loaded.input_spec, loaded.thresholds, Path(run))
+    return ImageClassifier(**vars(loaded), folder=Path(run))

@@ -23,6 +23,9 @@ from torch import Tensor
 MAX_CONFUSION_CLASSES = 2048
 """With more classes than this the confusion matrix (classes x classes) is not kept; all other figures are."""
 
+NUM_BINS = 15
+"""Equal-width bins of the confidence for the calibration error."""
+
 _Z95 = 1.959963984540054  # 97.5% point of the normal distribution
 
 
@@ -36,7 +39,7 @@ class Tally:
         num_bins: M, equal-width bins of the confidence for the calibration error.
     """
 
-    def __init__(self, num_classes: int, device: torch.device | str, num_bins: int = 15) -> None:
+    def __init__(self, num_classes: int, device: torch.device | str, num_bins: int = NUM_BINS) -> None:
         assert num_classes >= 2, "a classifier has two classes or more"
         assert num_bins >= 1, "calibration needs a bin"
         self.num_classes = num_classes

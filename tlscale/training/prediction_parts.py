@@ -149,4 +149,4 @@ class ParquetFile:
 
 
 def _is_text(name: str) -> bool:
-    return name in ("path", "error") or name == "label" or (name.startswith("label_") and name[6:].isdecimal())
+    return name in ("path", "set", "error") or name == "label" or (name.startswith("label_") and name[6:].isdecimal())

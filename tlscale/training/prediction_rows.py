@@ -5,6 +5,7 @@
 | `path` | as it was given or found; bytes of a name that are no UTF-8 are escaped |
 | `label`, `probability` | the most likely class, and how likely; empty where there is no answer |
 | `label_2`, `probability_2`, ... | the next ones, where more than one is wanted |
+| `set` | where the model has a calibration: classes joined by a bar, one of them the true one in 90 % of cases |
 | `p_<class>` | how likely each class is, where all are wanted |
 | `error` | why there is no answer; else empty |
 
@@ -20,6 +21,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any, TypeVar
 
 import numpy as np
@@ -33,6 +35,7 @@ from tlscale.data.loader import stacked
 from tlscale.data.sampler import Ints
 from tlscale.data.sources.excluded import FORMULAS
 from tlscale.distributed.processes import Processes
+from tlscale.models.calibration import LabelSets
 from tlscale.training.predictions import NO_ANSWER, answers
 from tlscale.training.run_path import FeaturesPath, RunPath
 
@@ -63,6 +66,13 @@ class Answers:
         np.put_along_axis(key_NC, np.maximum(self.labels_N, 0)[:, None], np.inf, axis=1)  # the answer comes first
         return np.argsort(-key_NC, axis=1, kind="stable")[:, :top_k]
 
+    def members(self, sets: LabelSets) -> Iterator[list[int]]:
+        """Give the classes in the set of each image, most likely first; none where there is no answer."""
+        members_NC = sets.members(self.probabilities_NC, self.labels_N)
+        for label, members_C, shares_C in zip(self.labels_N.tolist(), members_NC, self.probabilities_NC, strict=True):
+            others = np.flatnonzero(members_C)
+            yield sorted(others.tolist(), key=lambda number: (number != label, -shares_C[number], number))
+
 
 def answer(
     given: Sequence[Given],
@@ -78,9 +88,11 @@ def answer(
     errors: list[str | None] = []
     blocks = read_blocks(given, path, errors, on_images=on_images)
     labels_N = np.full(len(given), NO_ANSWER, np.int64)
-    parts = [part.cpu().numpy() for part in answers(path.logits(blocks, sizes, processes))[1:]]
+    logits_BC, labels_B, softmax_BC = answers(path.logits(blocks, sizes, processes))
+    calibrated_BC = softmax_BC if path.calibration is None else path.calibration.probabilities(logits_BC)
+    probabilities_BC = calibrated_BC.cpu().numpy()
     sound_N = np.array([why is None for why in errors], dtype=bool)
-    labels_N[sound_N], probabilities_BC = parts
+    labels_N[sound_N] = labels_B.cpu().numpy()
     probabilities_NC = np.full((len(given), path.num_classes), np.nan, probabilities_BC.dtype)
     probabilities_NC[sound_N] = probabilities_BC
     for at in np.flatnonzero(sound_N & (labels_N == NO_ANSWER)).tolist():
@@ -132,13 +144,14 @@ class Columns:
     classes: tuple[str, ...]
     top_k: int = 1
     all_probabilities: bool = False
+    sets: LabelSets | None = None
 
     @property
     def names(self) -> list[str]:
         """Return their names, in order."""
         more = [f"{name}_{place}" for place in range(2, self.top_k + 1) for name in ("label", "probability")]
         each = [f"p_{name}" for name in self.classes] if self.all_probabilities else []
-        return ["path", "label", "probability", *more, *each, "error"]
+        return ["path", "label", "probability", *more, *(["set"] if self.sets else []), *each, "error"]
 
     def rows(self, paths: Sequence[str], answers: Answers) -> Iterator[list[Cell]]:
         """Give the cells of each image, in the order of the names; None for what is empty."""
@@ -146,10 +159,13 @@ class Columns:
         best_NK = np.take_along_axis(answers.probabilities_NC, np.maximum(ranked_NK, 0), axis=1)
         every_NC = answers.probabilities_NC if self.all_probabilities else best_NK[:, :0]
         tables = (ranked_NK.tolist(), *(table.astype(np.float64).tolist() for table in (best_NK, every_NC)))
-        for path, why, labels, best, every in zip(paths, answers.errors, *tables, strict=True):
+        sets: Iterable[list[int]] = repeat([], len(answers)) if self.sets is None else answers.members(self.sets)
+        for path, why, members, labels, best, every in zip(paths, answers.errors, sets, *tables, strict=True):
             row: list[Cell] = [path]
             for label, probability in zip(labels, best, strict=True):
                 row += [None, None] if why is not None else [self.classes[label], probability]
+            if self.sets is not None:
+                row.append(None if why is not None else "|".join(self.classes[number] for number in members))
             yield [*row, *(each if why is None else None for each in every), why]
 
 

@@ -11,10 +11,12 @@ before `result.json`. The scored figures of `result.json` follow from it alone.
 | `true_label`, `label` | class names; `label` is null where the network gave no number (NaN) |
 | `probability` | of `label`: softmax in the precision of the run, which picks the bin of the calibration error |
 | `true_probability` | of `true_label`, in double precision: minus its logarithm is the cross-entropy of the image |
+| `calibrated_probability` | where validation images chose a calibration: of `label`, as `tlscale predict` gives it |
 | `logits` | a list of C numbers, in the order of the classes: float32, or float64 of a run in fp64 |
 | `top_labels`, `top_logits` | with more than `MOST_LOGITS` classes, in place of `logits`: the best 5 |
 
-The metadata of the schema has under `tlscale` a JSON object: `format`, `classes` (names, in order), `split`.
+The metadata of the schema has under `tlscale` a JSON object: `format`, `classes` (names, in order), `split`; and
+`calibration`, where there is a calibrated probability: its temperature, and how sets of labels are made of it.
 
 Shapes: N images of the split, B images of a batch, C classes, K = 5 answers.
 """
@@ -26,7 +28,7 @@ import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -41,6 +43,7 @@ from tlscale.data.sources.tables import Ints
 from tlscale.distributed.device import CopyToCpu
 from tlscale.distributed.processes import Processes
 from tlscale.errors import RunFolderError, TlscaleError, first_line
+from tlscale.models.calibration import Calibration
 from tlscale.storage.files import naming_disk_errors, replacing
 from tlscale.training.group_interval import GroupHits
 
@@ -51,6 +54,7 @@ _TOP = 5
 _CHUNK = 4096  # images that are written, or handed to the main process, at once
 NO_ANSWER = -1
 """In place of a class number, where the network gave NaN."""
+T = TypeVar("T")
 _HOME = re.compile(r"^/(home|Users)/[^/]+/")
 
 
@@ -65,8 +69,9 @@ def answers(logits_BC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 class Predictions:
     """Collect this process's predictions on a split, on the CPU; with many classes only the best of each image."""
 
-    def __init__(self, split: ImageSplit, classes: Sequence[str]) -> None:
+    def __init__(self, split: ImageSplit, classes: Sequence[str], calibration: Calibration | None = None) -> None:
         self.split, self.classes = split, tuple(classes)
+        self.calibration = calibration
         self._on_the_way: list[CopyToCpu] = []
         self._kept: list[dict[str, Tensor]] = []
         self._group_hits = None if split.groups_N is None else GroupHits(split, split.groups_N)
@@ -137,12 +142,17 @@ class Predictions:
             "probability": pa.array(columns["probability"], mask=is_none_B),
             "true_probability": pa.array(columns["true"], mask=is_none_B),
         }
+        about: dict[str, Any] = {"format": FORMAT, "classes": list(self.classes), "split": self.split.name}
         if "logits" in columns:
+            if self.calibration is not None:
+                every_BC = self.calibration.probabilities(torch.from_numpy(columns["logits"])).numpy()
+                of_label_B = np.take_along_axis(every_BC, np.maximum(answers_B, 0)[:, None], axis=1)[:, 0]
+                arrays["calibrated_probability"] = pa.array(of_label_B, mask=is_none_B)
+                about["calibration"] = self.calibration.model_dump()
             arrays["logits"] = _lists(pa.array(columns["logits"].ravel()), len(self.classes))
         else:
             arrays["top_labels"] = _lists(names.take(pa.array(columns["top"].ravel())), _TOP)
             arrays["top_logits"] = _lists(pa.array(columns["top_logits"].ravel()), _TOP)
-        about = {"format": FORMAT, "classes": list(self.classes), "split": self.split.name}
         return pa.table(arrays).replace_schema_metadata({"tlscale": json.dumps(about, ensure_ascii=False)})
 
 
@@ -191,16 +201,30 @@ def write_predictions(path: Path, predictions: Predictions, processes: Processes
     Raises:
         TlscaleError: on every process, where the disk is full or fails.
     """
-    if processes is None:
+
+    def write(tables: Iterable[pa.Table]) -> None:
         with naming_disk_errors(path):
-            _write(path, predictions.tables(), predictions.split)
-        return
+            _write(path, tables, predictions.split)
+
+    _use_on_main(predictions, processes, write)
+
+
+def gather_predictions(predictions: Predictions, processes: Processes | None = None) -> pa.Table | None:
+    """Return all predictions, in the order of the split, on the main process; None on the others, which call it too."""
+    return _use_on_main(predictions, processes, pa.concat_tables)
+
+
+def _use_on_main(
+    predictions: Predictions, processes: Processes | None, use: Callable[[Iterable[pa.Table]], T]
+) -> T | None:
+    if processes is None:
+        return use(predictions.tables())
     tables = _from_all(predictions.tables(), processes)
     errors: list[Exception] = []
+    made = None
     try:
         if processes.is_main:
-            with naming_disk_errors(path):
-                _write(path, tables, predictions.split)
+            made = use(tables)
     except Exception as error:
         errors.append(error)
     try:
@@ -209,6 +233,7 @@ def write_predictions(path: Path, predictions: Predictions, processes: Processes
     except Exception as error:
         errors.append(error)
     processes.run_on_main(_raise_first, errors)
+    return made
 
 
 def _raise_first(errors: Sequence[Exception]) -> None:

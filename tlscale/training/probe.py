@@ -26,6 +26,7 @@ from tlscale.data.identity import result_identity
 from tlscale.data.sources.open import ImageSplit
 from tlscale.distributed.processes import Processes
 from tlscale.distributed.signals import check_stop
+from tlscale.models.calibration import Calibration
 from tlscale.models.classifier import CodesClassifier
 from tlscale.models.export import export_model
 from tlscale.models.features import LayerCodes
@@ -39,8 +40,16 @@ from tlscale.training.logger import RunLogger
 from tlscale.training.loop_state import LoopState
 from tlscale.training.loss import cross_entropy
 from tlscale.training.metrics import Tally, majority, summary
-from tlscale.training.predictions import Predictions, write_predictions
-from tlscale.training.result import about_score, fitted, make_result, write_result
+from tlscale.training.prediction_figures import add_prediction_figures, calibration_by
+from tlscale.training.predictions import Predictions, gather_predictions, write_predictions
+from tlscale.training.result import (
+    about_calibration,
+    about_score,
+    fitted,
+    make_result,
+    why_not_calibrated,
+    write_result,
+)
 from tlscale.training.run_info import begin_folder
 from tlscale.training.setup import RunSetup
 from tlscale.training.specs import open_codes_cache
@@ -119,14 +128,28 @@ class _Probe:
             figures = _figures(setup, scored, self._values(self.split.name, number_of_layer), predictions)
         logger.write_evaluation(self.split.name, figures, is_best=False)
 
+        calibration = self._calibration(choice, number_of_layer)
+        predictions.calibration = calibration
+
         # -- export ---------------------------------------------------------------------------------------------------
         chosen = self.wanted[number_of_layer]
         with setup.watch("export"):
-            how_to_load = _export(setup, choice, chosen, folder)
+            how_to_load = _export(setup, choice, chosen, folder, calibration)
             write_predictions(folder.predictions, predictions)
-        result = self._result(choice, chosen, figures) | result_identity(data)
+            figures = add_prediction_figures(figures, folder.predictions, have_chosen=data.test is None)
+        result = self._result(choice, chosen, figures, calibration) | result_identity(data)
         logger.sync()
         return write_result(result, folder, setup), how_to_load
+
+    def _calibration(self, choice: Choice, number_of_layer: int) -> Calibration | None:
+        """Choose a temperature by the held-out images, where the classifier was not fitted to them."""
+        setup = self.setup
+        if setup.data.validation is None or why_not_calibrated(setup.data, refitted=choice.probe.refitted) is not None:
+            return None
+        held = Predictions(setup.data.validation, setup.data.classes)
+        with setup.watch("test"):
+            _figures(setup, choice.probe.head, self._values("validation", number_of_layer), held)
+            return calibration_by(gather_predictions(held))
 
     def _choose(self, kept: KeptFits) -> Choice:
         data = self.setup.data
@@ -168,7 +191,9 @@ class _Probe:
         titles = ("codes", kind_of(kind).setting.name, "top1", "loss", "")
         console.table(f"Probe {kind}, by held-out images", titles, rows)
 
-    def _result(self, choice: Choice, chosen: tuple[str, str], figures: dict[str, Any]) -> dict[str, Any]:
+    def _result(
+        self, choice: Choice, chosen: tuple[str, str], figures: dict[str, Any], calibration: Calibration | None
+    ) -> dict[str, Any]:
         setup, fit = self.setup, choice.probe
         num_params = sum(param.numel() for param in fit.head.parameters())
         backbone_params = sum(param.numel() for param in setup.classifier.backbone.parameters())
@@ -196,6 +221,9 @@ class _Probe:
             "trainable_params": num_params,
             "total_params": backbone_params + num_params,
         }
+        own["calibration"] = about_calibration(
+            setup, calibration, figures, has_chosen=has_chosen, refitted=fit.refitted
+        )
         return make_result(setup, self.split, figures, score, own)
 
 
@@ -203,12 +231,25 @@ def _plain(row: PathRow) -> dict[str, Any]:
     return {"setting": row.setting, "held_out_top1": row.held_top1, "held_out_loss": row.held_loss}
 
 
-def _export(setup: RunSetup, choice: Choice, layer_and_pool: tuple[str, str], folder: RunFolder) -> str:
+def _export(
+    setup: RunSetup,
+    choice: Choice,
+    layer_and_pool: tuple[str, str],
+    folder: RunFolder,
+    calibration: Calibration | None,
+) -> str:
     """Write the model, and return how to load it."""
     model = CodesClassifier(LayerCodes(setup.classifier.backbone, [layer_and_pool]), choice.probe.head)
     with naming_disk_errors(folder.model):
         about = fitted(setup, refitted=choice.probe.refitted)
-        return export_model(model, folder.model, classes=setup.data.classes, spec=setup.spec, fitted=about)
+        return export_model(
+            model,
+            folder.model,
+            classes=setup.data.classes,
+            spec=setup.spec,
+            fitted=about,
+            calibration=calibration,
+        )
 
 
 @torch.no_grad()

@@ -13,13 +13,18 @@ from __future__ import annotations
 from typing import Any
 
 from tlscale import faults
-from tlscale.data.sources.open import ImageSplit
+from tlscale.data.sources.open import ImageData, ImageSplit
+from tlscale.models.calibration import Calibration
 from tlscale.storage.files import naming_disk_errors, write_json
 from tlscale.storage.run_folder import RunFolder
 from tlscale.tracking.redact import places_of, without_places
 from tlscale.training.duplicates import shared_images
 from tlscale.training.metrics import majority
+from tlscale.training.predictions import MOST_LOGITS
 from tlscale.training.setup import RunSetup, strategy_of
+
+_LONG = ("per_class", "confusion", "pr_curves")
+"""Figures that come last in the file."""
 
 
 def about_score(setup: RunSetup, split: ImageSplit, *, has_chosen: bool, refitted: bool = False) -> dict[str, Any]:
@@ -43,6 +48,41 @@ def fitted(setup: RunSetup, *, refitted: bool = False) -> dict[str, Any]:
     return {"fitted_on": ["train", "validation"] if refitted else ["train"], "scored_on": scored_on}
 
 
+def why_not_calibrated(data: ImageData, *, refitted: bool = False) -> str | None:
+    """Tell why no images are left to choose a temperature by; None where there are some."""
+    if data.validation is None:
+        return "there is no validation split"
+    if len(data.classes) > MOST_LOGITS:
+        return f"there are more than {MOST_LOGITS:,} classes"
+    if refitted:
+        return "the classifier was fitted to the validation images, too (probe.refit: false keeps them for it)"
+    return None
+
+
+def about_calibration(
+    setup: RunSetup,
+    calibration: Calibration | None,
+    figures: dict[str, Any],
+    *,
+    has_chosen: bool,
+    refitted: bool = False,
+) -> dict[str, Any]:
+    """Return what `result.json` tells of the probabilities that `predict` gives.
+
+    Returns:
+        `temperature` (None: none was chosen, and `why` tells why), `num_images` of the validation split that chose it,
+        `also_chose`: whether they chose the step, layer or strength before; `loss`, `ece` and `ece_interval95` with the
+        temperature, on the scored images: None where these chose it; `sets`: their `level` and `threshold`, and
+        `coverage`, `coverage_interval95` and `mean_size` on the scored images.
+    """
+    if calibration is None:
+        why = why_not_calibrated(setup.data, refitted=refitted) or "no validation image has an answer"
+        return {"temperature": None, "why": why}
+    told = figures.get("calibration", {})
+    chosen = {**calibration.model_dump(), "also_chose": has_chosen}
+    return {**chosen, **told, "sets": {**chosen["sets"], **told.get("sets", {})}}
+
+
 def make_result(
     setup: RunSetup, split: ImageSplit, figures: dict[str, Any], score: dict[str, Any], own: dict[str, Any]
 ) -> dict[str, Any]:
@@ -53,15 +93,14 @@ def make_result(
         "split": split.name,
         **score,
         "num_classes": len(setup.data.classes),
-        **{key: value for key, value in figures.items() if key not in ("step", "confusion", "per_class")},
+        **{key: value for key, value in figures.items() if key not in ("step", *_LONG)},
         **own,
         **({} if setup.data.groups is None else {"groups": setup.data.groups.to_plain()}),
         "is_sample": setup.data.is_sample,
         "notes": without_places(list(setup.data.notes), places_of(setup.recipe)),
         "num_bad_images": len(setup.bad_images),
         "skipped_images": setup.bad_images.counts,
-        "per_class": figures["per_class"],
-        "confusion": figures["confusion"],
+        **{key: figures[key] for key in _LONG if key in figures},
     }
 
 

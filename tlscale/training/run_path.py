@@ -140,6 +140,7 @@ class RunPath:
         `batch_size`: of what was trained, in place of the run's; then the last bits may be others.
         """
         self.facts, self.spec, self.num_classes = facts, trained.input_spec, len(trained.classes)
+        self.calibration = trained.calibration
         self.batching = facts.batching if batch_size is None else Batching(batch_size)
         self._way = _way(trained, facts, processes)
 

@@ -166,5 +166,11 @@ def about(trained: TrainedModel, version: str, run_id: str | None) -> dict[str, 
         "crop": spec.crop_pct,
         "crop_mode": spec.crop_mode,
     }
-    values = {"classes": list(trained.classes), "input": images, "tlscale": {"version": version, "run": run_id}}
+    values: dict[str, Any] = {
+        "classes": list(trained.classes),
+        "input": images,
+        "tlscale": {"version": version, "run": run_id},
+    }
+    if trained.calibration is not None:
+        values["calibration"] = trained.calibration.model_dump()
     return {key: json.dumps(value) for key, value in values.items()}

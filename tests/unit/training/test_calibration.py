@@ -1,0 +1,136 @@
+"""The temperature and the sets of labels: that of the least cross-entropy, and a sober one of few images."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import minimize_scalar
+
+from tlscale.models.calibration import Calibration, LabelSets
+from tlscale.training.calibration import choose_calibration, set_threshold
+
+
+def drawn(count, num_classes, temperature, seed=0):
+    """Logits, and labels that occur as often as the softmax with this temperature says."""
+    draws = np.random.default_rng(seed)
+    logits_NC = draws.normal(0, 3, (count, num_classes)).astype(np.float32)
+    return (logits_NC / temperature + draws.gumbel(size=logits_NC.shape)).argmax(1), logits_NC
+
+
+@pytest.mark.parametrize("temperature", [0.4, 1.0, 2.5])
+def test_the_temperature_of_the_labels_is_found(temperature):
+    labels_N, logits_NC = drawn(20_000, 5, temperature)
+    chosen = choose_calibration(labels_N, logits_NC)
+    assert chosen.temperature == pytest.approx(temperature, rel=0.03)
+    assert chosen.num_images == 20_000
+
+
+def test_it_has_the_least_cross_entropy_against_targets_of_a_little_less_than_one():
+    labels_N, logits_NC = drawn(50, 4, 1.7)
+    targets_NC = np.where(labels_N[:, None] == np.arange(4), 51 / 52, 1 / 52 / 3)
+
+    def loss(log_temperature):
+        scaled_NC = logits_NC.astype(float) / np.exp(log_temperature)
+        return float(-(targets_NC * (scaled_NC - np.log(np.exp(scaled_NC).sum(1, keepdims=True)))).sum())
+
+    best = float(np.exp(minimize_scalar(loss, bounds=(-3, 3), method="bounded", options={"xatol": 1e-10}).x))
+    assert choose_calibration(labels_N, logits_NC).temperature == pytest.approx(best, rel=1e-6)
+
+
+@pytest.mark.parametrize("count", [1, 20])
+def test_few_images_that_are_all_right_do_not_make_it_sure_of_all(count):
+    _, logits_NC = drawn(count, 3, 1.0)
+    chosen = choose_calibration(logits_NC.argmax(1), logits_NC)
+    sure_N = chosen.probabilities(torch.from_numpy(logits_NC)).amax(1)
+    assert 0.5 < float(sure_N.mean()) < (count + 2) / (count + 3)
+
+
+def test_labels_that_have_nothing_to_do_with_the_logits_take_all_sureness_away():
+    _, logits_NC = drawn(200, 3, 1.0)
+    wrong_N = logits_NC.argmin(1)
+    assert choose_calibration(wrong_N, logits_NC).temperature == pytest.approx(20, rel=1e-3)
+    assert choose_calibration(wrong_N[:0], logits_NC[:0]) is None
+
+
+def test_numbers_that_are_not_finite_do_no_harm():
+    labels_N, logits_NC = drawn(60, 3, 1.0)
+    logits_NC[0, 1], logits_NC[1, 2] = np.inf, -np.inf
+    chosen = choose_calibration(labels_N, logits_NC)
+    shares_NC = chosen.probabilities(torch.from_numpy(logits_NC))
+    assert 0.04 < chosen.temperature < 21
+    assert bool(torch.isfinite(shares_NC).all())
+
+
+def test_probabilities_are_those_of_divided_logits_whatever_the_batch():
+    logits_NC = torch.randn(40, 7, generator=torch.Generator().manual_seed(0))
+    calibration = Calibration(temperature=1.7, num_images=3, sets=LabelSets(level=0.9, threshold=0.1))
+    shares_NC = calibration.probabilities(logits_NC)
+    assert shares_NC.dtype == torch.float64
+    torch.testing.assert_close(shares_NC, (logits_NC.double() / 1.7).softmax(1))
+    assert torch.equal(torch.cat([calibration.probabilities(part) for part in logits_NC.split(3)]), shares_NC)
+
+
+# -- sets of labels ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_classes", [3, 30])
+def test_sets_have_the_true_label_as_often_as_they_say(num_classes):
+    """Over draws of 100 images that choose: the mean coverage is 0.9, or more where the label alone has it."""
+    labels_N, logits_NC = drawn(60_000, num_classes, 2.0)
+    covered = []
+    for start in range(0, 50_000, 1000):
+        chosen = choose_calibration(labels_N[start : start + 100], logits_NC[start : start + 100])
+        rest = slice(start + 100, start + 1000)
+        shares_NC = chosen.probabilities(torch.from_numpy(logits_NC[rest])).numpy()
+        members_NC = chosen.sets.members(shares_NC, logits_NC[rest].argmax(1))
+        covered.append(members_NC[np.arange(900), labels_N[rest]].mean())
+    assert 0.9 - 0.012 < np.mean(covered) < 0.9 + 0.02  # standard deviation of a draw 0.03, of 50 of them 0.004
+
+
+@pytest.mark.parametrize(("count", "rank"), [(8, None), (9, 9), (19, 18), (99, 90), (100, 91)])
+def test_the_threshold_has_the_correction_for_few_images(count, rank):
+    shares_N = np.random.default_rng(0).uniform(size=count)
+    assert set_threshold(shares_N) == (0.0 if rank is None else np.sort(shares_N)[-rank])
+
+
+def test_the_label_is_in_each_set_and_no_answer_has_none():
+    sets = LabelSets(level=0.9, threshold=0.4)
+    shares_NC = np.array([[0.3, 0.35, 0.35], [0.5, 0.45, 0.05], [np.nan] * 3])
+    members_NC = sets.members(shares_NC, np.array([1, 0, -1]))
+    assert members_NC.tolist() == [[False, True, False], [True, True, False], [False] * 3]
+
+
+def test_mapie_chooses_the_same_threshold_and_sets():
+    """Run it with MAPIE on the path: `pip install --no-deps --target DIR mapie`."""
+    classification = pytest.importorskip("mapie.classification")
+    from sklearn.base import BaseEstimator, ClassifierMixin
+
+    labels_N, logits_NC = drawn(1200, 5, 1.5)
+    chosen = choose_calibration(labels_N[:400], logits_NC[:400])
+
+    class Given(ClassifierMixin, BaseEstimator):
+        """Gives what it is given."""
+
+        classes_, is_fitted_ = np.arange(5), True
+
+        def fit(self, x, y):
+            return self
+
+        def predict_proba(self, x):
+            return chosen.probabilities(torch.from_numpy(x)).numpy()
+
+        def predict(self, x):
+            return x.argmax(1)
+
+        def __sklearn_is_fitted__(self):
+            return True
+
+    theirs = classification.SplitConformalClassifier(Given(), confidence_level=0.9, conformity_score="lac", prefit=True)
+    theirs.conformalize(logits_NC[:400], labels_N[:400])
+    answers_N, sets_NC1 = theirs.predict_set(logits_NC[400:])
+    shares_NC = chosen.probabilities(torch.from_numpy(logits_NC[400:])).numpy()
+    ours_NC = shares_NC >= chosen.sets.threshold
+    np.testing.assert_array_equal(ours_NC, sets_NC1[:, :, 0])
+    at_least_one_NC = chosen.sets.members(shares_NC, answers_N)
+    np.testing.assert_array_equal(at_least_one_NC, ours_NC | (answers_N[:, None] == np.arange(5)))

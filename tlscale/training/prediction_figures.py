@@ -1,0 +1,197 @@
+"""Compute the figures that take all scored images at once, from `predictions.parquet` alone.
+
+Promise: whatever the number of processes, they are those of the file. They go where `metrics.summary` goes, which adds
+up over batches: what needs sums alone is there.
+
+Shape letters: N images, C classes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+
+from tlscale.data.sources.tables import Ints, number_groups
+from tlscale.models.calibration import Calibration
+from tlscale.training.calibration import calibration_error, calibration_interval, choose_calibration
+from tlscale.training.metrics import wilson
+from tlscale.training.predictions import NO_ANSWER, read_predictions
+from tlscale.training.ranking import Bools, Floats, Ranking, mean_known
+
+_CHUNK = 4096  # images
+MOST_CURVES = 100
+"""With more classes than this no curves are told: they would be most of `result.json`."""
+
+
+@dataclass(frozen=True)
+class ScoredImages:
+    """Hold what a file of predictions tells, of the images that have an answer."""
+
+    classes: tuple[str, ...]
+    labels_N: Ints
+    is_hit_N: Bools
+    confidence_N: Floats
+    logits_NC: npt.NDArray[np.floating[Any]] | None
+    """As they were computed; None where the file has the best of each image alone."""
+    groups_N: Ints | None
+    """None of data without groups."""
+    calibrated_N: Floats | None
+    """Confidence with the temperature that validation images chose; None: there is none."""
+    calibration: Calibration | None
+
+    @classmethod
+    def read(cls, path: Path) -> ScoredImages:
+        """Read them.
+
+        Raises:
+            RunFolderError: the file is damaged.
+        """
+        optional = ("logits", "group", "calibrated_probability")
+        return cls.of(read_predictions(path, ["true_label", "label", "probability"], if_there=optional))
+
+    @classmethod
+    def of(cls, table: pa.Table) -> ScoredImages:
+        """Take them from a table such as the file has."""
+        about = json.loads(table.schema.metadata[b"tlscale"])
+        classes = about["classes"]
+        labels_N, answers_N = (_numbers(table[name], classes) for name in ("true_label", "label"))
+        kept_N = answers_N != NO_ANSWER
+        logits_NC = None
+        if "logits" in table.column_names:
+            logits_NC = table["logits"].combine_chunks().flatten().to_numpy().reshape(-1, len(classes))[kept_N]
+        groups_N = None
+        if "group" in table.column_names:
+            groups_N = number_groups(table["group"].combine_chunks().cast(pa.large_string()).filter(pa.array(kept_N)))
+        calibrated_N = None
+        if "calibrated_probability" in table.column_names:
+            calibrated_N = table["calibrated_probability"].to_numpy()[kept_N]
+        return cls(
+            tuple(classes),
+            labels_N[kept_N],
+            (labels_N == answers_N)[kept_N],
+            table["probability"].to_numpy()[kept_N],
+            logits_NC,
+            groups_N,
+            calibrated_N,
+            Calibration.model_validate(about["calibration"]) if "calibration" in about else None,
+        )
+
+    @cached_property
+    def _softmax_parts(self) -> tuple[Floats, Floats]:
+        """Return the largest logit of each image, and the sum over classes of exponentials of what they are below it.
+
+        Sums are in the order of size, so that images that differ in the order of their logits alone tie.
+        """
+        assert self.logits_NC is not None
+        largest_N, sums_N = np.zeros(len(self.logits_NC)), np.zeros(len(self.logits_NC))
+        for start in range(0, len(self.logits_NC), _CHUNK):
+            part = slice(start, start + _CHUNK)
+            sorted_BC = np.sort(np.nan_to_num(self.logits_NC[part]), axis=1).astype(np.float64)
+            largest_N[part] = sorted_BC[:, -1]
+            sums_N[part] = np.exp(sorted_BC - sorted_BC[:, -1:]).sum(axis=1)
+        return largest_N, sums_N
+
+    def probability(self, number: int) -> Floats:
+        """Return how likely a class is of each image, in double precision."""
+        assert self.logits_NC is not None
+        largest_N, sums_N = self._softmax_parts
+        shares_N: Floats = np.exp(np.nan_to_num(self.logits_NC[:, number]).astype(np.float64) - largest_N) / sums_N
+        return shares_N
+
+
+def _numbers(names: pa.ChunkedArray, classes: Sequence[str]) -> Ints:
+    found = pc.index_in(names, value_set=pa.array(classes, pa.string())).fill_null(NO_ANSWER)
+    numbers_N: Ints = found.to_numpy().astype(np.int64)
+    return numbers_N
+
+
+def calibration_by(table: pa.Table) -> Calibration | None:
+    """Choose the temperature by predictions on images that were not fitted; None where no image has an answer."""
+    images = ScoredImages.of(table)
+    assert images.logits_NC is not None
+    return choose_calibration(images.labels_N, images.logits_NC)
+
+
+def add_prediction_figures(figures: dict[str, Any], path: Path, *, have_chosen: bool = False) -> dict[str, Any]:
+    """Return the figures of `metrics.summary` with those that follow from the predictions in a file as well.
+
+    They are of the images that have an answer, one class against all others, by its probability: `auroc` and
+    `average_precision` of each class in `per_class` (None of a class without images), `auroc` and
+    `mean_average_precision`, the means over classes; `pr_curves`, of each class (with more than `MOST_CURVES` classes
+    none); `ece_interval95`. Of more classes than logits are stored of, only the last one. `calibration` has the loss
+    and the calibration error with the temperature, where there is one; None where the images `have_chosen` it.
+
+    Raises:
+        RunFolderError: the file is damaged.
+    """
+    images = ScoredImages.read(path)
+    interval = calibration_interval(images.confidence_N, images.is_hit_N, images.groups_N)
+    found = {**figures, "ece_interval95": None if interval is None else list(interval)}
+    if images.logits_NC is None:
+        return found
+    if images.calibrated_N is not None:
+        found["calibration"] = _calibration(images, have_chosen=have_chosen)
+    per_class = {name: dict(row) for name, row in figures["per_class"].items()}
+    curves = {}
+    for number, name in enumerate(images.classes):
+        ranking = Ranking.of(images.labels_N == number, images.probability(number))
+        per_class[name] |= {"auroc": ranking.auroc, "average_precision": ranking.average_precision}
+        if len(images.classes) <= MOST_CURVES:
+            curves[name] = ranking.curve()
+    return {
+        **found,
+        "auroc": mean_known([row["auroc"] for row in per_class.values()]),
+        "mean_average_precision": mean_known([row["average_precision"] for row in per_class.values()]),
+        "per_class": per_class,
+        **({"pr_curves": curves} if curves else {}),
+    }
+
+
+def _calibration(images: ScoredImages, *, have_chosen: bool) -> dict[str, Any]:
+    """Return the temperature, and the figures with it; those of images that chose it would be too good."""
+    calibration = images.calibration
+    assert calibration is not None
+    assert images.calibrated_N is not None
+    if have_chosen:
+        sets = dict.fromkeys(("coverage", "coverage_interval95", "mean_size"))
+        return {"temperature": calibration.temperature, "loss": None, "ece": None, "ece_interval95": None, "sets": sets}
+    interval = calibration_interval(images.calibrated_N, images.is_hit_N, images.groups_N)
+    return {
+        "temperature": calibration.temperature,
+        "ece": calibration_error(images.calibrated_N, images.is_hit_N),
+        "ece_interval95": None if interval is None else list(interval),
+        **_of_sets(images, calibration),
+    }
+
+
+def _of_sets(images: ScoredImages, calibration: Calibration) -> dict[str, Any]:
+    """Return the loss with the temperature, and how often the sets have the true label; image by image."""
+    assert images.logits_NC is not None
+    losses, covered, size = [0.0], 0, 0
+    for start in range(0, len(images.labels_N), _CHUNK):
+        part = slice(start, start + _CHUNK)
+        logits_BC, labels_B = images.logits_NC[part], images.labels_N[part]
+        shares_BC = calibration.probabilities(torch.from_numpy(logits_BC)).numpy()
+        members_BC = calibration.sets.members(shares_BC, np.nan_to_num(logits_BC).argmax(axis=1))
+        with np.errstate(divide="ignore"):
+            losses += (-np.log(np.take_along_axis(shares_BC, labels_B[:, None], axis=1))).ravel().tolist()
+        covered += int(np.take_along_axis(members_BC, labels_B[:, None], axis=1).sum())
+        size += int(members_BC.sum())
+    num_images, loss = len(images.labels_N), math.fsum(losses)
+    sets = {
+        "coverage": covered / num_images if num_images else None,
+        "coverage_interval95": wilson(covered, num_images),
+        "mean_size": size / num_images if num_images else None,
+    }
+    return {"loss": loss / num_images if num_images and math.isfinite(loss) else None, "sets": sets}
