@@ -1,7 +1,8 @@
 """One operation on files of one start fails, of any verb that writes: it must be said, and nothing be lost.
 
 The rule: no traceback; exit code 1 and a message with the file and the reason, or success with nothing missing; and the
-same line again, on a disk that is well, ends as if nothing had happened.
+same line again, on a disk that is well, ends as if nothing had happened. A success may leave what the disk refused to
+remove if it names it, and the same line again removes it.
 """
 
 from __future__ import annotations
@@ -115,11 +116,21 @@ def faults_of(forks: Forks, job: Job, whole: Job, failing: Failing) -> tuple[str
         wrong += _faults_of_message(code, said, failing)
         again, then_said = job.start(forks)
         wrong += [] if again == 0 else [f"not resumed ({again}): {then_said[-500:]}"]
+    elif left := _left_over(job, whole):
+        wrong += [f"left, and not named: {name}" for name in left if f"{name}' cannot be removed" not in said]
+        again, then_said = job.start(forks)
+        wrong += [] if again == 0 else [f"not tidied ({again}): {then_said[-500:]}"]
     try:
         job.assert_ended_as(whole)
     except (AssertionError, OSError) as error:
         wrong.append(f"{'success' if code == 0 else 'the same line again'}, and not the same end: {error}"[:500])
     return "success" if code == 0 else "error", wrong
+
+
+def _left_over(job: Job, whole: Job) -> list[str]:
+    """What a success left besides, outermost folders alone."""
+    more = sorted(set(_names(job.out)) - set(_names(whole.out)))
+    return [name for name in more if not any(name.startswith(f"{above}/") for above in more)]
 
 
 def _faults_of_message(code: int | str, said: str, failing: Failing) -> list[str]:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import json
 import os
 import signal
@@ -85,6 +86,7 @@ def main() -> None:
     import tlscale.cli
     import tlscale.commands.run  # noqa: F401 (the import is what this process is for)
 
+    _warm_up()
     # A fork has one thread: what another one held would be held for ever. PyArrow's allocator knows about forks.
     threads = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
     assert len([name for name in threads if name != "jemalloc_bg_thd"]) == 1, threads
@@ -105,6 +107,20 @@ def main() -> None:
         for pid in alive:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
+        gc.unfreeze()  # or modules of others would tell what they take for leaks
+
+
+def _warm_up() -> None:
+    """Do once what each fork would do again, and what no file that it writes depends on: half of a short run's time."""
+    import timm
+
+    from tlscale.models.partition.fingerprint import _source
+
+    for name in ("test_vit", "test_resnet"):
+        for module in timm.create_model(name).modules():
+            _source(type(module))  # parses the files of torch and timm for the code of a class
+    gc.collect()
+    gc.freeze()  # a collection in a fork would go through, and copy, all that was imported
 
 
 def _wait(pid: int, timeout_s: float) -> int | str:

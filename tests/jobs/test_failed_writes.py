@@ -43,3 +43,12 @@ def test_a_failed_operation_is_reported_and_loses_nothing(
     job = Job(tmp_path / "job", verb, idx)
     ended, wrong = faults_of(forks, job, wholes[verb], job.failing(at, name, lasting=lasting))
     assert (ended, wrong) == ("error", [])
+
+
+@pytest.mark.parametrize("lasting", [False, True])
+def test_what_cannot_be_removed_is_named_and_removed_by_the_same_line(forks, wholes, idx, tmp_path, lasting):
+    trace = wholes["probe"].trace()
+    at = next(n for n, (call, path, _) in enumerate(trace, 1) if call == "unlinkat" and "/.fits/" in path)
+    job = Job(tmp_path / "job", "probe", idx)
+    ended, wrong = faults_of(forks, job, wholes["probe"], job.failing(at, "ENOSPC", lasting=lasting))
+    assert (ended, wrong) == ("success", [])

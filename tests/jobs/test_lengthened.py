@@ -104,6 +104,27 @@ def test_a_run_that_is_killed_between_two_files_as_it_is_made_longer_goes_on(idx
         assert "2 epochs" in now or json.loads(now)["lengthened"] == json.loads(was)["lengthened"]
 
 
+def test_a_run_that_was_killed_as_it_was_made_longer_keeps_its_length_where_nobody_asks_for_more(idx, tmp_path):
+    changes = {**CONSTANT, "duration": "1 epochs"}
+    out, longer = ran(tmp_path, idx, "run", changes), {**changes, "duration": "3 epochs"}
+    before = json.loads((out / "run.json").read_text())
+    whole = result(out)
+    shutil.copytree(out, tmp_path / "done")
+    ran(tmp_path, idx, "done", longer, resume=True)
+    for then in (changes, {**changes, "duration": "2 epochs"}):
+        shutil.copyfile(tmp_path / "done" / "run.json", out / "run.json")
+        (out / "result.json").unlink()
+        ran(tmp_path, idx, "run", then, resume=True)
+        record = json.loads((out / "run.json").read_text())
+        if then is changes:
+            same = ("recipe_sha256", "total_steps", "lengthened")
+            assert {key: record.get(key) for key in same} == {key: before.get(key) for key in same}
+            assert (result(out)["steps"], result(out)["choice"]) == (5, whole["choice"])
+    earlier = {key: before[key] for key in ("total_steps", "recipe_sha256")}
+    assert (record["total_steps"], record["lengthened"]) == (10, [earlier])
+    assert result(out)["steps"] == 10
+
+
 def test_a_run_that_is_made_longer_has_chosen_by_the_images_that_score_it(idx, tmp_path):
     """It was evaluated where it ended first and at its end, though no evaluation was due before that."""
     rare = {

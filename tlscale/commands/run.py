@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from tlscale.tracking.stopwatch import Stopwatch
 from tlscale.training.checkpoint.files import list_checkpoints
 from tlscale.training.compiler import check_compiler
 from tlscale.training.corrections import refuse_uncorrected
-from tlscale.training.lengthening import lengthen, lengthens, other_steps, refuse_longer
+from tlscale.training.lengthening import lengthen, lengthens, other_steps, refuse_longer, settle_length
 from tlscale.training.loop import train
 from tlscale.training.probe import probe
 from tlscale.training.read_contents import replaced_images
@@ -122,7 +123,7 @@ def _run(
             older, is_longer = processes.run_on_main(_refuse_other_recipe, recipe, folder, console)
             recipe = with_values(recipe, older)
             if not is_longer and (done := processes.run_on_main(_earlier_result, folder, recipe, console)) is not None:
-                processes.run_on_main(_tidy, folder)  # a process that was killed just after the result had not
+                processes.run_on_main(_tidy, folder, console)  # a process that was killed just after the result had not
                 console.say(f"'{folder.path}' is complete already; its figures are in {folder.result}")
                 return done
 
@@ -140,22 +141,25 @@ def _run(
         show_plan(setup, console, device=str(processes.device), whole=False)
         if run_info is not None:
             run_info = processes.run_on_main(_checked_run_info, run_info, setup, folder, console)
-            if is_longer:
-                run_info = processes.run_on_main(lengthen, setup, run_info, folder)
+            settle = partial(lengthen, setup) if is_longer else settle_length
+            run_info = processes.run_on_main(settle, run_info, folder)
         processes.run_on_main(folder.stopped.unlink, missing_ok=True)
         job = train if recipe.probe is None else probe
         with naming_memory():
             result, how_to_load = job(setup, folder, processes, run_info, console)
-        processes.run_on_main(_tidy, folder)
+        processes.run_on_main(_tidy, folder, console)
         show_result(result, console, folder=folder.path, how_to_load=how_to_load)
         return result
 
 
-def _tidy(folder: RunFolder) -> None:
-    """Remove what is only needed while the run is at work."""
+def _tidy(folder: RunFolder, console: Console) -> None:
+    """Remove what is only needed while the run is at work; say what the disk refuses to remove."""
     with suppress(OSError):  # such as in a run folder that can only be read
         folder.spent.unlink(missing_ok=True)
     shutil.rmtree(folder.fits, ignore_errors=True)
+    for left in filter(os.path.lexists, (folder.spent, folder.fits)):
+        remedy = f"Remove it, or let the same line with {flag('resume').shell} do it"
+        console.say(f"'{left}' cannot be removed; the run is complete without it. {remedy}", style="yellow")
 
 
 def _take_threads(recipe: Recipe, run_info: dict[str, Any], processes: Processes, console: Console) -> None:

@@ -78,12 +78,14 @@ def lengthen(setup: RunSetup, run_info: dict[str, Any], folder: RunFolder) -> di
     Raises:
         ResumeError: it is not longer, or what the student of a teacher learns would be another.
     """
-    steps, longer = run_info["total_steps"], setup.recipe
+    longer = setup.recipe
     stored = load_stored_recipe(folder.recipe).recipe
     stored = stored.model_copy(update={"duration": longer.duration, "stages": longer.stages})
     if run_info.get("lengthened") and run_info["recipe_sha256"] == recipe_digest(stored):
         _write_recipe(stored, folder)  # it was killed between the two files
         return run_info
+    run_info = settle_length(run_info, folder)
+    steps = run_info["total_steps"]
     epochs, views = setup.order.epoch(steps - 1) + 1, longer.codes.views
     if setup.total_steps <= steps:
         problem = f"'{folder.path}' cannot be made longer: {_duration(longer)} are {setup.total_steps:,} steps, and it "
@@ -106,6 +108,22 @@ def lengthen(setup: RunSetup, run_info: dict[str, Any], folder: RunFolder) -> di
         write_json(folder.run_json, run_info)
     _write_recipe(stored, folder)
     return run_info
+
+
+def settle_length(run_info: dict[str, Any], folder: RunFolder) -> dict[str, Any]:
+    """Take back a lengthening that was killed between its two files, and that nobody asks for any more.
+
+    Returns:
+        What `run.json` holds from now on: the length that the recipe in the folder has.
+    """
+    *before, last = run_info.get("lengthened") or [None]
+    if last is None or recipe_digest(load_stored_recipe(folder.recipe).recipe) != last["recipe_sha256"]:
+        return run_info
+    kept = {key: value for key, value in run_info.items() if key != "lengthened"}
+    settled: dict[str, Any] = {**kept, **last, **({"lengthened": before} if before else {})}
+    with naming_disk_errors(folder.path):
+        write_json(folder.run_json, settled)
+    return settled
 
 
 def _write_recipe(recipe: Recipe, folder: RunFolder) -> None:
