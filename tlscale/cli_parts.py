@@ -152,8 +152,16 @@ def codes() -> None:
     metavar="COSINE",
     help="Show images that look like one of another split: codes with at least this cosine, such as 0.98.",
 )
+@click.option(
+    "--near-duplicates-to",
+    "near_file",
+    metavar="FILE",
+    help="Write those of train (or validation) to this .csv file, which data.exclude takes.",
+)
 @reports_errors
-def codes_compute(recipe: str, overrides: Sequence[str], out: str | None, near: float | None) -> None:
+def codes_compute(
+    recipe: str, overrides: Sequence[str], out: str | None, near: float | None, near_file: str | None
+) -> None:
     """Compute and cache the codes of RECIPE's images: of codes.layer, or of what it freezes.
 
     With --out FILE those of codes.layer (by default penultimate) are written for other tools. Parquet: path, split,
@@ -163,7 +171,7 @@ def codes_compute(recipe: str, overrides: Sequence[str], out: str | None, near: 
     Examples:
       tlscale codes photos.yaml --out codes.parquet "codes.layer=[layer3, penultimate]"
       tlscale codes photos.yaml backbone.weights=run:runs/photos --out codes.npy
-      tlscale codes photos.yaml --near-duplicates 0.98
+      tlscale codes photos.yaml --near-duplicates 0.98 --near-duplicates-to alike.csv
     """
     at_s = began_s()
     loaded = load(recipe, overrides)
@@ -172,7 +180,8 @@ def codes_compute(recipe: str, overrides: Sequence[str], out: str | None, near: 
         from tlscale.distributed.signals import stop_with_launcher
 
     stop_with_launcher()
-    compute_codes(loaded, Stopwatch(at_s), out=None if out is None else Path(out), near=near)
+    to, near_to = (None if name is None else Path(name) for name in (out, near_file))
+    compute_codes(loaded, Stopwatch(at_s), out=to, near=near, near_file=near_to)
 
 
 @codes.command("list")

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 
 from tlscale.codes.cache import CodesCache
 from tlscale.codes.entry import Entry
-from tlscale.codes.near_duplicates import near_duplicates
 from tlscale.codes.parts import partition_parts, wanted_layers
 from tlscale.codes.reader import Codes
 from tlscale.codes.store import CodesStore
 from tlscale.commands.codes_file import check_file, rows_file, write_codes
-from tlscale.data.sources.duplicates import PAIRS
+from tlscale.commands.near_duplicates import check_near_file, show_near, write_near
 from tlscale.data.sources.open import ImageSplit
-from tlscale.data.sources.tables import Role
 from tlscale.distributed.processes import Processes, start_processes
 from tlscale.distributed.signals import StopRequest
 from tlscale.errors import ModelError, TlscaleError
@@ -25,16 +22,19 @@ from tlscale.recipe.schema import Recipe
 from tlscale.tracking.console import Console
 from tlscale.tracking.stopwatch import Stopwatch, describe_seconds, format_duration
 from tlscale.training.cache_decision import agree_on_partition
-from tlscale.training.predictions import image_names
 from tlscale.training.setup import RunSetup, set_up
 from tlscale.training.specs import ask_teacher, cache_spec, open_codes_cache
 
 _GIB = 2**30
-_MOST_NEAR = 20  # pairs that are shown
 
 
 def compute_codes(
-    recipe: Recipe, watch: Stopwatch | None = None, *, out: Path | None = None, near: float | None = None
+    recipe: Recipe,
+    watch: Stopwatch | None = None,
+    *,
+    out: Path | None = None,
+    near: float | None = None,
+    near_file: Path | None = None,
 ) -> int:
     """Compute and cache the codes of all images of the recipe's data; what is cached is not computed again.
 
@@ -46,6 +46,7 @@ def compute_codes(
         out: a .parquet or .npy file that takes the codes of `codes.layer` (by default the penultimate ones), whatever
             the recipe does with them.
         near: show images that look like one of another split: by the cosine of the first of these codes, at least this.
+        near_file: a table for `data.exclude` that takes those that are not to be trained on, or chosen by, for that.
 
     Raises:
         TlscaleError: wrong input, codes that cannot be cached, or `Stopped` after a signal.
@@ -54,6 +55,7 @@ def compute_codes(
     wanted = wanted_layers(recipe.codes)
     if out is not None:
         check_file(out, len(wanted))
+    check_near_file(near_file, near)
     processes = start_processes(recipe.compute.without_engine())
     console = Console(enabled=processes.is_main)
     with closing(processes), StopRequest(peers=processes.peers()), console.shows_progress():
@@ -69,7 +71,9 @@ def compute_codes(
             codes = codes_cache.layer_codes(setup.classifier.backbone, wanted, splits)
             _show(codes, console)
             if near is not None:
-                processes.run_on_main(_show_near, {split.name: split for split in splits}, codes, near, console)
+                pairs = processes.run_on_main(show_near, data.splits, codes, near, console)
+                if near_file is not None:
+                    processes.run_on_main(write_near, near_file, recipe.data, data, pairs, console)
             if out is not None:
                 processes.run_on_main(write_codes, out, splits, codes, data.classes)
         elif (targets := ask_teacher(setup, processes, codes_cache)) is not None:
@@ -81,25 +85,6 @@ def compute_codes(
             console.say(f"wrote '{out}'" + (f", and its rows to '{rows_file(out)}'" if rows_file(out) else ""))
         console.say("seconds: " + describe_seconds(watch.figures(parts=("start", "scan", "decode", "codes"))))
         return codes_cache.num_computed
-
-
-def _show_near(splits: Mapping[Role, ImageSplit], codes: dict[str, Codes], least: float, console: Console) -> None:
-    """Show how many images of a split look like one of another, and the nearest of them."""
-    layer = codes["train"].values[0].name
-    for one, other in PAIRS:
-        if one not in splits or other not in splits:
-            continue
-        near = near_duplicates(codes[one], codes[other], least)
-        console.say(
-            f"{len(near.positions_M):,} of {len(splits[one]):,} images of {one} look like one of {other}: the cosine "
-            f"of their codes ({layer}) is {least:g} or more",
-            style="bold yellow" if len(near.positions_M) else None,
-        )
-        shown = slice(0, _MOST_NEAR)
-        names = image_names(splits[one], near.positions_M[shown]), image_names(splits[other], near.others_M[shown])
-        rows = zip((f"{cosine:.4f}" for cosine in near.cosines_M[shown].tolist()), *names, strict=True)
-        if len(near.positions_M):
-            console.table(f"The nearest images of {one} and {other}", ("cosine", one, other), list(rows))
 
 
 def _frozen_codes(setup: RunSetup, processes: Processes, codes_cache: CodesCache, others: list[ImageSplit]) -> None:

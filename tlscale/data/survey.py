@@ -24,7 +24,7 @@ from tlscale.data.content import content_digest
 from tlscale.data.decode import FORMATS, BadImageError, decode_image
 from tlscale.data.folder_layout import lay_out, tables_in
 from tlscale.data.group_hint import GroupHint, hint_by_column, hint_by_path
-from tlscale.data.sources.excluded import write_excluded
+from tlscale.data.sources.excluded import path_below, write_excluded
 from tlscale.data.sources.open import read_source, source_of
 from tlscale.data.sources.paths import local_path
 from tlscale.data.sources.split_names import WHOLE, split_keys
@@ -266,10 +266,7 @@ def _counts(split: SourceSplit) -> dict[str, int]:
 def _path_in(store: RawStore, row: int, place: str) -> str | None:
     """Return the path of an image below the data, as `data.exclude` names it; None of what is no file of its own."""
     file = store.file_of(row)
-    if file is None:
-        return None
-    root = Path(place) if Path(place).is_dir() else Path(place).parent
-    return str(file.relative_to(root)) if file.is_relative_to(root) else str(file)
+    return None if file is None else path_below(file, place)
 
 
 def _look(store: RawStore, max_pixels: int, row: int) -> _Look:

@@ -47,6 +47,7 @@ class _Data(_Facts):
     num_images: dict[str, _Count]
     fingerprint: str
     labels_sha256: str | None = None
+    tables_sha256: str | None = None
     # An older version wrote none of these.
     used_sha256: str = ""
     used_by: Literal["content", "place"] = "place"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,8 @@ from tests.small_runs import small_recipe
 from tlscale.cli import main
 from tlscale.codes import near_duplicates as near_module
 from tlscale.codes.near_duplicates import near_duplicates
+from tlscale.data.sources.excluded import read_excluded
+from tlscale.data.sources.open import open_data
 
 
 class Rows:
@@ -66,3 +70,35 @@ def test_codes_show_photos_of_one_scene_in_two_splits(tmp_path):
     assert f"test/a/brighter.png train/a/{first.name}" in shown
     done = CliRunner().invoke(main, ["codes", str(tmp_path / "r.yaml"), "--near-duplicates", "1.5"])
     assert done.exit_code == 2
+
+
+def test_what_looks_alike_is_written_for_data_exclude(tmp_path):
+    scenes, test = put_scenes(tmp_path / "data" / "train", num_scenes=6, photos=2), tmp_path / "data" / "test"
+    alike = sorted((scenes / "a").iterdir())[0]
+    near_HW = (np.asarray(Image.open(alike)).astype(int) + 1).clip(0, 255).astype(np.uint8)
+    for name in "ab":
+        (test / name).mkdir(parents=True)
+        Image.new("L", (32, 32), 9).save(test / name / "flat.png")
+    Image.fromarray(near_HW).save(test / "a" / "brighter.png")
+    shutil.copyfile(alike, scenes / "a" / "again.png")  # both of train are near, and one is nearest
+    (tmp_path / "before.csv").write_text("path,reason\ntrain/b/none.png,blurred\n")
+    keys = {"validation_fraction": 0.0, "exclude": str(tmp_path / "before.csv")}
+    data = {"source": "folder", "path": str(tmp_path / "data"), **keys}
+    recipe = small_recipe(
+        tmp_path / "r.yaml", tmp_path, data=data, backbone={"name": "resnet10t", "weights": "bundled"}
+    )
+    table = tmp_path / "alike.csv"
+    line = ["codes", str(tmp_path / "r.yaml"), "--near-duplicates", "0.99", "--near-duplicates-to"]
+    done = CliRunner().invoke(main, [*line, str(table)])
+    assert done.exit_code == 0, done.output
+    rows = dict(read_excluded(table))
+    assert rows.keys() == {f"train/a/{alike.name}", "train/a/again.png", "train/b/none.png"}
+    assert rows["train/a/again.png"].startswith("looks like test/a/brighter.png of test (cosine ")
+    left = open_data(recipe.data.model_copy(update={"exclude": str(table)}), 0)
+    assert len(left.train) == len(open_data(recipe.data, 0).train) - 2
+    assert len(left.test) == 3
+    other = tmp_path / "r.yaml"
+    for words, says in (([*line, str(other)], "no table of data.exclude"), ([*line[:2], line[4], "x"], "no effect")):
+        wrong = CliRunner().invoke(main, words)
+        assert wrong.exit_code == 2
+        assert says in " ".join(wrong.output.split())

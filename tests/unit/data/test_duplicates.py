@@ -138,3 +138,61 @@ def test_a_file_that_is_dropped_is_no_leak(tmp_path):
     dropped = open_folder(root, duplicates="drop")
     assert dropped.num_dropped == {"train": 1}
     assert not [note for note in dropped.notes if note.startswith("LEAK")]
+
+
+def put_two_labels(root: Path, split: str = "") -> None:
+    """Two of a are there as b, too, and one of a twice."""
+    for one, copy in (("a/0", "b/x"), ("a/1", "b/y"), ("a/2", "a/z")):
+        shutil.copyfile(root / split / f"{one}.png", root / split / f"{copy}.png")
+
+
+def names_in(*splits) -> set[str]:
+    return {"/".join(Path(split.where(at)).parts[-2:]) for split in splits for at in range(len(split))}
+
+
+@pytest.mark.parametrize("keys", [{}, {"group_regex": r"\d|[xyz]"}], ids=str)
+def test_equal_images_under_two_labels_are_dropped_all(tmp_path, keys):
+    put_two_labels(put_images(tmp_path, a=8, b=8))
+    for seed in range(3):
+        data = open_folder(tmp_path, seed, duplicates="drop", validation_fraction=0.3, **keys)
+        both = names_in(data.train, data.validation)
+        assert not both & {"a/0.png", "b/x.png", "a/1.png", "b/y.png"}
+        assert {"a/2.png", "a/z.png"} <= both
+        assert data.num_dropped == {"train": 4}
+    (note,) = [note for note in data.notes if note.startswith("DROPPED")]
+    assert "4 of 19 images of train are, byte for byte, there under another label too" in note
+    assert "a/0.png is 'a' and " in note
+    assert "b/x.png is 'b'" in note
+
+
+def test_equal_images_under_two_labels_are_an_error_on_request(tmp_path):
+    put_two_labels(put_images(tmp_path, a=8, b=8))
+    with pytest.raises(DataError, match=r"4 of 19 .* under another label too: .*a/0.png is 'a' and .*b/x.png is 'b'"):
+        open_folder(tmp_path, duplicates="error")
+
+
+def test_test_images_under_two_labels_stay_and_are_named(tmp_path):
+    put_two_labels(put_images(tmp_path, train__a=8, train__b=8, test__a=3, test__b=3), "test")
+    data = open_folder(tmp_path, duplicates="drop")
+    assert len(data.test) == 9
+    (note,) = [note for note in data.notes if note.startswith("LABELS")]
+    assert "4 of 9 images of test" in note
+
+
+def test_what_is_left_out_puts_no_group_into_two_splits(tmp_path):
+    """Dropped or skipped, a photo of a patient of test is not in train."""
+    root = put_images(tmp_path, train__a=4, train__b=4, test__a=2, test__b=2)
+    for number, path in enumerate(sorted(root.glob("*/*/*.png"))):
+        path.rename(path.with_name(f"p{number}.png"))
+    keys = {"group_regex": r"p\d+", "validation_fraction": 0.25}
+    of_test = sorted((root / "test" / "a").iterdir())
+    shutil.copyfile(of_test[0], root / "train" / "a" / of_test[0].name)
+    (root / "train" / "a" / of_test[1].name).write_bytes(b"damaged")
+    with pytest.raises(DataError, match="2 groups are in both train and test"):
+        open_folder(root, **keys)
+    with pytest.raises(DataError, match="1 group is in both train and test"):
+        open_folder(root, on_bad_image="skip", **keys)
+    data = open_folder(root, on_bad_image="skip", duplicates="drop", **keys)
+    assert data.num_dropped == {"train": 1}
+    assert data.groups.to_plain()["num_groups"] == {"train": 8, "test": 4}
+    assert any("train: 8 images in 8 groups" in note for note in data.notes)

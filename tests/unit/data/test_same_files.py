@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.recipes.wrong_data import put_folder
 from tlscale.data.sources.open import ImageData, open_data
-from tlscale.data.sources.splits import choose_splits
+from tlscale.data.sources.splits import choose_splits, number_source
 from tlscale.data.sources.stores import ArrayStore
 from tlscale.data.sources.tables import Source, SourceSplit
 from tlscale.errors import EXIT_BAD_INPUT, DataError
@@ -94,7 +94,11 @@ def test_draws_are_as_they_were_where_no_file_comes_twice(labels, seed):
     section = DataSection.model_validate({"source": "folder", "path": "p", "train_limit": len(labels_N) - 2})
     plain, with_numbers = (
         choose_splits(
-            section, Source("p", {"train": SourceSplit("train", store, tuple("abcd"), labels_N, files_N)}), seed
+            section,
+            number_source(
+                section, Source("p", {"train": SourceSplit("train", store, tuple("abcd"), labels_N, files_N)})
+            ),
+            seed,
         )
         for files_N in (None, np.random.default_rng(seed).permutation(len(labels_N)).astype(np.int64))
     )

@@ -8,7 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tlscale.data.sources.labels import sort_labels
-from tlscale.data.sources.splits import choose_splits, draw_lots, stratified_holdout, stratified_subset
+from tlscale.data.sources.splits import (
+    choose_splits,
+    draw_lots,
+    number_source,
+    stratified_holdout,
+    stratified_subset,
+)
 from tlscale.data.sources.stores import ArrayStore
 from tlscale.data.sources.tables import NO_LABEL, Source, SourceSplit
 from tlscale.errors import DataError
@@ -31,7 +37,7 @@ def source_split(labels: list[str], name: str = "train") -> SourceSplit:
 def choose(labels: list[str], seed: int = 0, others: dict | None = None, declared=None, **keys):
     section = DataSection.model_validate({"source": "folder", "path": "p", **keys})
     splits = {"train": source_split(labels), **{k: source_split(v, k) for k, v in (others or {}).items()}}
-    return choose_splits(section, Source("place", splits, declared), seed)
+    return choose_splits(section, number_source(section, Source("place", splits, declared)), seed)
 
 
 @given(LABELS, SEEDS, st.data())
@@ -168,11 +174,12 @@ def test_declared_classes_may_lack_images():
 def test_withheld_labels():
     blind = SourceSplit("test", ArrayStore("x", np.zeros((2, 2, 2), np.uint8), "s"), ("a", "b"), np.full(2, NO_LABEL))
     section = DataSection.model_validate({"source": "folder", "path": "p"})
-    chosen = choose_splits(section, Source("place", {"train": source_split(["a", "b"] * 3), "test": blind}), 0)
+    both = Source("place", {"train": source_split(["a", "b"] * 3), "test": blind})
+    chosen = choose_splits(section, number_source(section, both), 0)
     assert "test" not in chosen.splits
     assert any("withheld" in note for note in chosen.notes)
     with pytest.raises(DataError, match=r"2 of 2 images of the train split have no label, the first is x image 0"):
-        choose_splits(section, Source("place", {"train": blind}), 0)
+        number_source(section, Source("place", {"train": blind}))
 
 
 def test_without_leaves_positions_out():

@@ -1,8 +1,8 @@
 """Find images that are in two splits, byte for byte and under whatever name, and leave them out where that is wanted.
 
 Promise: nothing is read only to compare it, unless the recipe asks for `data.duplicates: drop` or `error`, which hold
-before anything is drawn; under these equal images of train are never divided by a hold-out, and no test image is
-dropped.
+before anything is drawn; under these equal images of train are never divided by a hold-out and have one label, and no
+test image is dropped.
 
 Shape letters: N images of a split, M of them that are in another one, too.
 """
@@ -76,23 +76,22 @@ class Dropped:
     contents_N: Ints
     """By row of train: equal for equal images."""
     notes: tuple[str, ...]
-    digests: Mapping[Role, tuple[Ints, Digests]]
-    """Rows that were read, and their contents."""
 
     @property
     def counts(self) -> dict[Role, int]:
         return {role: len(rows) for role, rows in self.rows.items() if len(rows)}
 
-    def hand_over(self, tables: Mapping[Role, LabelledTable]) -> None:
-        """Give the contents to tables that were opened since."""
-        for role, (rows_N, digests_N) in self.digests.items():
-            tables[role].take_digests(rows_N, digests_N)
-
 
 def drop_shared(
-    section: DataSection, tables: Mapping[Role, LabelledTable], bad: Mapping[Role, Sequence[int]]
+    section: DataSection,
+    tables: Mapping[Role, LabelledTable],
+    classes: Sequence[str],
+    bad: Mapping[Role, Sequence[int]],
 ) -> Dropped:
-    """Read all images of the source's splits, and find those of train and validation that a split before has.
+    """Read all images of the source's splits, and find those of train and validation that are to be left out.
+
+    These are images that a split before has; and all that are equal within one split, but under different labels, as
+    one label at most is right and nothing tells which.
 
     Args:
         bad: rows that are skipped anyway.
@@ -104,7 +103,8 @@ def drop_shared(
         role: ImageSplit(role, table, np.delete(np.arange(len(table)), list(bad.get(role, ()))))
         for role, table in tables.items()
     }
-    digests = {role: (split.rows_N, split.digests()) for role, split in whole.items()}
+    for split in whole.values():
+        split.digests()
     rows: dict[Role, Ints] = {}
     notes = []
     for shared in find_shared(whole):
@@ -117,16 +117,53 @@ def drop_shared(
                 remedy=f"Take them out; drop leaves them out of {role}, and warn takes them as they are",
             )
         equal_N = np.isin(shared.other.noted_digests()[0], shared.one.noted_digests()[0][shared.positions_M])
-        found = np.union1d(rows.get(role, shared.other.rows_N[:0]), shared.other.rows_N[equal_N])
+        rows[role] = np.union1d(rows.get(role, shared.other.rows_N[:0]), shared.other.rows_N[equal_N])
         notes.append(
             f"DROPPED: {int(equal_N.sum()):,} of {len(shared.other):,} images of {role} are, byte for byte, in "
             f"{shared.one.name} too ({_KEY}: drop), such as {shared.example}"
         )
-        if len(found) == len(shared.other):
-            raise DataError(f"all {len(found):,} images of {role} are in other splits, byte for byte", key=_KEY)
-        rows[role] = found
+    for role, split in whole.items():
+        left = ImageSplit(role, split.table, np.setdiff1d(split.rows_N, rows.get(role, split.rows_N[:0])))
+        if len(clashing := _under_two_labels(left)):
+            notes.append(_clash_note(section, left, clashing, classes))
+            if role != "test":
+                rows[role] = np.union1d(rows.get(role, split.rows_N[:0]), left.rows_N[clashing])
+        if len(rows.get(role, ())) == len(split):
+            problem = f"all {len(split):,} images of {role} are in other splits, or under two labels, byte for byte"
+            raise DataError(problem, key=_KEY)
     plain = {role: found.tolist() for role, found in rows.items()}
-    return Dropped(plain, _number_contents(tables["train"]), tuple(notes), digests)
+    return Dropped(plain, _number_contents(tables["train"]), tuple(notes))
+
+
+def _under_two_labels(split: ImageSplit) -> Ints:
+    """Return the positions of images that another one of the split equals, under another label."""
+    _, of_image = np.unique(split.noted_digests()[0], return_inverse=True)
+    of_image = of_image.reshape(-1)
+    least, most = np.full(len(split), np.iinfo(np.int64).max), np.full(len(split), -1)
+    np.minimum.at(least, of_image, split.labels_N)
+    np.maximum.at(most, of_image, split.labels_N)
+    return np.flatnonzero((least < most)[of_image]).astype(np.int64)
+
+
+def _clash_note(section: DataSection, split: ImageSplit, clashing: Ints, classes: Sequence[str]) -> str:
+    """Return a note on images under two labels; where the recipe calls that an error, raise it."""
+    digests_N, labels_N = split.noted_digests()[0], split.labels_N
+    first = int(clashing[0])
+    equal_N = (digests_N[clashing] == digests_N[first]) & (labels_N[clashing] != labels_N[first])
+    other = int(clashing[equal_N][0])
+    pair = " and ".join(f"{split.where(at)} is {classes[labels_N[at]]!r}" for at in (first, other))
+    what = (
+        f"{len(clashing):,} of {len(split):,} images of {split.name} are, byte for byte, there under another label too"
+    )
+    if section.duplicates == "error":
+        raise DataError(
+            f"{what}: {pair}",
+            key=_KEY,
+            remedy="Keep the label that is right; drop leaves all of them out, and warn takes them as they are",
+        )
+    if split.name == "test":
+        return f"LABELS: {what}, so that not all can be answered right: {pair}"
+    return f"DROPPED: {what} ({_KEY}: drop): {pair}"
 
 
 def _number_contents(table: LabelledTable) -> Ints:

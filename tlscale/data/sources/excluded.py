@@ -34,23 +34,39 @@ def excluded_paths(section: DataSection, root: Path, *, anywhere: bool = False) 
     """
     if section.exclude is None:
         return frozenset()
-    place = Path(section.exclude).expanduser()
+    rows = read_excluded(Path(section.exclude).expanduser())
+    shortest = [PurePosixPath(os.path.normpath(path)) for path, _ in rows]
+    outside = [str(path) for path in shortest if path.is_absolute() or path.parts[:1] in ((), ("..",))]
+    if outside and not anywhere:
+        problem = f"{one_line(section.exclude)}: not below the data: {first_few(quoted(outside))}"
+        raise DataError(problem, key="data.exclude", remedy="Write paths as they are below the folder of the data")
+    return frozenset(whole_path(root, str(path)) for path in shortest)
+
+
+def read_excluded(place: Path) -> list[tuple[str, str]]:
+    """Read the rows `(path, reason)` of a table; an empty path is none.
+
+    Raises:
+        DataError: no such table, or no column `path`.
+    """
     try:
         with place.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             rows = csv.DictReader(file)
             if COLUMNS[0] not in (rows.fieldnames or ()):
                 remedy = "Write path,reason into the first line, and a file into each of the others"
                 raise DataError(f"{one_line(place)} has no column 'path'", key="data.exclude", remedy=remedy)
-            paths = [row["path"] or "" for row in rows]
+            return [(row["path"], row.get("reason") or "") for row in rows if row["path"]]
     except (OSError, csv.Error) as error:
         why = getattr(error, "strerror", None) or error
         raise DataError(f"{one_line(place)} cannot be read: {why}", key="data.exclude") from None
-    shortest = [PurePosixPath(os.path.normpath(path)) for path in paths if path]
-    outside = [str(path) for path in shortest if path.is_absolute() or path.parts[:1] in ((), ("..",))]
-    if outside and not anywhere:
-        problem = f"{one_line(place)}: not below the data: {first_few(quoted(outside))}"
-        raise DataError(problem, key="data.exclude", remedy="Write paths as they are below the folder of the data")
-    return frozenset(whole_path(root, str(path)) for path in shortest)
+
+
+def path_below(file: Path, place: str) -> str:
+    """Return a path as `data.exclude` names it: below the data at `place`, a folder or a table, if it is there."""
+    root = place if os.path.isdir(place) else os.path.dirname(os.path.abspath(place))
+    whole = os.path.abspath(file)
+    below = os.path.relpath(whole, os.path.abspath(root))
+    return whole if below.split(os.sep)[0] == os.pardir else below
 
 
 def whole_path(root: Path, path: str) -> str:

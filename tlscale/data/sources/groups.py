@@ -147,13 +147,18 @@ def _refuse_unmatched(regex: str, paths: Sequence[str], names: Sequence[str | No
         )
 
 
-def check_groups(section: DataSection, tables: Mapping[Role, LabelledTable], place: str) -> tuple[Shared, ...]:
+def check_groups(
+    section: DataSection, tables: Mapping[Role, LabelledTable], good: Mapping[Role, Ints], place: str
+) -> tuple[Shared, ...]:
     """Find groups that two splits of the source have.
+
+    Args:
+        good: rows that are not left out.
 
     Raises:
         DataError: there are some, and the recipe does not allow it.
     """
-    named = {role: _names_in(table) for role, table in tables.items() if table.groups_N is not None}
+    named = {role: _names_in(table, good[role]) for role, table in tables.items() if table.groups_N is not None}
     found = []
     for one, other in combinations(named, 2):
         both = sorted(named[one].keys() & named[other].keys())
@@ -171,21 +176,28 @@ def check_groups(section: DataSection, tables: Mapping[Role, LabelledTable], pla
     return tuple(shared for shared, _, _ in found)
 
 
-def _names_in(table: LabelledTable) -> dict[str, int]:
-    """Return the groups of a table, with the first row of each."""
+def _names_in(table: LabelledTable, rows_N: Ints) -> dict[str, int]:
+    """Return the groups of some rows of a table, with the first row of each."""
     rows: dict[str, int] = {}
     assert table.groups_N is not None
-    for row, name in enumerate(table.groups_N.to_pylist()):
+    for row, name in zip(rows_N.tolist(), table.groups_N.take(pa.array(rows_N)).to_pylist(), strict=True):
         if name is not None:
             rows.setdefault(name, row)
     return rows
 
 
 def describe_groups(
-    section: DataSection, tables: Mapping[Role, LabelledTable], shared: tuple[Shared, ...], *, draw: bool
+    section: DataSection,
+    tables: Mapping[Role, LabelledTable],
+    good: Mapping[Role, Ints],
+    shared: tuple[Shared, ...],
+    *,
+    draw: bool,
 ) -> Groups | None:
-    """Return what is known of the groups of all splits of the source; None where the recipe names none."""
-    named = {role: table.groups_N for role, table in tables.items() if table.groups_N is not None}
+    """Return what is known of the groups of all `good` rows of the source; None where the recipe names none."""
+    named = {
+        role: table.groups_N.take(pa.array(good[role])) for role, table in tables.items() if table.groups_N is not None
+    }
     if not named:
         return None
     key = "group_regex" if section.group_regex is not None else "group_column"
@@ -194,14 +206,14 @@ def describe_groups(
     return Groups(f"data.{key}: {getattr(section, key)}", counts, alone, shared, draw)
 
 
-def notes_on_groups(groups: Groups, tables: Mapping[Role, LabelledTable]) -> list[str]:
-    """Return what a person should know of them."""
+def notes_on_groups(groups: Groups, good: Mapping[Role, Ints]) -> list[str]:
+    """Return what a person should know of them; `good` are the rows that are not left out."""
     notes = []
     for role, count in groups.counts.items():
         alone = groups.alone[role]
-        note = f"{role}: {len(tables[role]):,} images in {count:,} groups ({groups.by})"
+        note = f"{role}: {len(good[role]):,} images in {count:,} groups ({groups.by})"
         notes.append(note + (f"; {alone:,} images without one are a group each" if alone else ""))
-    if groups.counts and all(groups.counts[role] + groups.alone[role] == len(tables[role]) for role in groups.counts):
+    if groups.counts and all(groups.counts[role] + groups.alone[role] == len(good[role]) for role in groups.counts):
         notes.append("groups: each has one image, so that they change nothing")
     for one in groups.shared:
         first, second = one.splits

@@ -7,8 +7,8 @@ The fingerprint is a SHA-256 over, for each whole split of the source (before li
 recipe and its seed): class names, labels by row, and the content. Content is the checksum where files are read whole
 (IDX, images inside a Parquet manifest); for image files their paths, sizes and times of change, so that a copy counts
 as other data unless it keeps the times; for data sets of the hub the fingerprint of `datasets` and its file sizes.
-`labels_sha256` leaves the content out: equal for copies. Where groups or `data.duplicates` decide, too, which rows are
-trained on and held out, these rows are in it.
+`tables_sha256` leaves the content out: equal for copies. So does `labels_sha256`; where groups or `data.duplicates`
+decide, too, which rows are trained on and held out, these rows are in it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tlscale.data.sources.hub import is_disk_source, is_hub_source, read_disk_so
 from tlscale.data.sources.idx import is_idx_source, read_idx_source
 from tlscale.data.sources.manifest import is_manifest_source, read_manifest_source
 from tlscale.data.sources.split_names import ROLES
-from tlscale.data.sources.splits import Chosen, choose_splits
+from tlscale.data.sources.splits import Chosen, choose_splits, number_source
 from tlscale.data.sources.tables import ImageSplit, Role, Source
 from tlscale.errors import DataError, Text
 from tlscale.recipe.schema import DataSection
@@ -128,15 +128,16 @@ def _chosen(
     section: DataSection, source: Source, seed: int, bad: Mapping[Role, list[int]], *, reads_images: bool
 ) -> tuple[Chosen, Mapping[Role, int], Sequence[str]]:
     """Choose the splits; with how many images are dropped as another split has them, and notes on these."""
-    chosen = choose_splits(section, source, seed, bad)
+    numbered = number_source(section, source)
     if section.duplicates == "warn":
-        return chosen, {}, []
+        return choose_splits(section, numbered, seed, bad), {}, []
     if not reads_images:
-        return chosen, {}, [f"data.duplicates: {section.duplicates}: images are compared when a run begins"]
-    found = drop_shared(section, chosen.tables, bad)
+        note = f"data.duplicates: {section.duplicates}: images are compared when a run begins"
+        return choose_splits(section, numbered, seed, bad), {}, [note]
+    # Before groups are looked at: what is left out is in no split, and so no group is by it.
+    found = drop_shared(section, numbered.tables, numbered.classes, bad)
     less = {role: sorted({*bad.get(role, ()), *found.rows.get(role, ())}) for role in {*bad, *found.rows}}
-    chosen = choose_splits(section, source, seed, less, contents_N=found.contents_N)
-    found.hand_over(chosen.tables)
+    chosen = choose_splits(section, numbered, seed, less, contents_N=found.contents_N)
     return chosen, found.counts, found.notes
 
 
@@ -198,6 +199,7 @@ def _identity(section: DataSection, source: Source, chosen: Chosen) -> dict[str,
         **source.identity,
         "fingerprint": _sha256(chosen, {role: table.store.content for role, table in chosen.tables.items()}),
         "labels_sha256": _sha256(chosen, {**dict.fromkeys(chosen.tables, ""), **_drawn(section, chosen)}),
+        "tables_sha256": _sha256(chosen, dict.fromkeys(chosen.tables, "")),
         "num_classes": len(chosen.classes),
         "num_images": {role: len(splits[role]) for role in ROLES if role in splits},
         **({} if chosen.groups is None else {"groups": chosen.groups.to_plain()}),

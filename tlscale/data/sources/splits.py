@@ -43,23 +43,23 @@ class Chosen:
     groups: Groups | None = None
 
 
-def choose_splits(
-    section: DataSection,
-    source: Source,
-    seed: int,
-    bad: Mapping[Role, Sequence[int]] | None = None,
-    *,
-    contents_N: Ints | None = None,
-) -> Chosen:
-    """Give the classes numbers, limit the training images, hold out a validation split.
+@dataclass(frozen=True)
+class Numbered:
+    """A source whose labels have numbers, before anything is chosen from it."""
 
-    Args:
-        bad: rows of the source's splits that are skipped: to what is drawn they are not there.
-        contents_N: numbers of the rows of train that are equal for images that are not to be divided; by default those
-            of their files.
+    place: str
+    classes: tuple[str, ...]
+    tables: Mapping[Role, LabelledTable]
+    files: Mapping[Role, Ints | None]
+    """`SourceSplit.files_N` of each."""
+    notes: tuple[str, ...]
+
+
+def number_source(section: DataSection, source: Source) -> Numbered:
+    """Give the classes numbers.
 
     Raises:
-        DataError: labels outside the classes, fewer than two classes, a limit or hold-out that is not possible.
+        DataError: labels outside the classes, or fewer than two classes.
     """
     labelled, notes = _with_labels(source)
     used = labelled["train"].used_names()
@@ -74,10 +74,32 @@ def choose_splits(
         role: number_labels(split, classes, role, source.place)
         for role, split in name_labels(labelled, classes).items()
     }
-    good = {role: _good_rows(table, role, (bad or {}).get(role, ())) for role, table in tables.items()}
     files = {role: split.files_N for role, split in labelled.items()}
+    return Numbered(source.place, classes, tables, files, notes)
+
+
+def choose_splits(
+    section: DataSection,
+    source: Numbered,
+    seed: int,
+    bad: Mapping[Role, Sequence[int]] | None = None,
+    *,
+    contents_N: Ints | None = None,
+) -> Chosen:
+    """Limit the training images, hold out a validation split.
+
+    Args:
+        bad: rows of the source's splits that are skipped: to what is drawn they are not there.
+        contents_N: numbers of the rows of train that are equal for images that are not to be divided; by default those
+            of their files.
+
+    Raises:
+        DataError: a group in two splits, or a limit or hold-out that is not possible.
+    """
+    classes, tables, files, notes = source.classes, source.tables, source.files, source.notes
+    good = {role: _good_rows(table, role, (bad or {}).get(role, ())) for role, table in tables.items()}
     notes += (*check_files(tables, files, good, classes, source.place), *_absences(classes, tables, good))
-    shared = check_groups(section, tables, source.place)
+    shared = check_groups(section, tables, good, source.place)
     rows_N, held_N, divided = _divide_train(
         section, tables, good["train"], classes, files["train"] if contents_N is None else contents_N, seed
     )
@@ -85,8 +107,9 @@ def choose_splits(
     splits["train"] = ImageSplit("train", tables["train"], rows_N)
     if held_N is not None:
         splits["validation"] = ImageSplit("validation", tables["train"], held_N)
-    groups = describe_groups(section, tables, shared, draw=held_N is not None or section.train_limit is not None)
-    notes += () if groups is None else tuple(notes_on_groups(groups, tables))
+    draw = held_N is not None or section.train_limit is not None
+    groups = describe_groups(section, tables, good, shared, draw=draw)
+    notes += () if groups is None else tuple(notes_on_groups(groups, good))
     return Chosen(classes, tables, splits, (*notes, *divided), groups)
 
 
