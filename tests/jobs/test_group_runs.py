@@ -125,6 +125,21 @@ def test_a_run_is_not_resumed_with_other_groups(recipe, tmp_path, scenes):
         tlscale.run(made, tmp_path / "table", resume=True)
 
 
+def test_the_error_of_what_chooses_the_weights_is_over_groups(recipe, tmp_path, capsys):
+    out = tmp_path / "run"
+    changes = {**TRAINED, "evaluate": {"every": "1 steps"}, "checkpoint": {"every": "1 steps", "keep": 9}}
+    choice = tlscale.run(recipe("run", changes, group_regex=REGEX), out)["choice"]
+    # There is no test split, so the predictions are of the chosen step on the images that chose it.
+    hits_G, images_G = map(np.array, counts_of(pq.read_table(out / "predictions.parquet")))
+    misses_G = hits_G - hits_G.sum() / images_G.sum() * images_G
+    error = (len(hits_G) / (len(hits_G) - 1) * (misses_G**2).sum()) ** 0.5 / images_G.sum()
+    assert choice["standard_error"] == pytest.approx(error)
+    assert choice["standard_error_by"] == {"groups": len(hits_G)}
+    share = choice["figure"]
+    assert abs(choice["standard_error"] - (share * (1 - share) / images_G.sum()) ** 0.5) > 1e-3
+    assert f"over {len(hits_G)} groups" in " ".join(capsys.readouterr().out.split()).partition("chose the weights")[2]
+
+
 def test_compare_tests_over_groups(recipe, tmp_path):
     runs = []
     for name, strength in (("weak", 1e-4), ("strong", 10.0)):
@@ -158,3 +173,8 @@ def test_a_run_drops_what_test_has_and_a_checked_plan_tells_of_it(recipe, tmp_pa
     (tmp_path / "dropped" / "result.json").unlink()
     again = tlscale.run(recipe("dropped", PROBE, duplicates="drop", **path), tmp_path / "dropped", resume=True)
     assert again.top1 == figures.top1
+    # What is in train has no part in the score: it is not read for it, and may be another image by now.
+    (scenes / "a" / sorted(path.name for path in (scenes / "a").iterdir())[0]).write_bytes(b"gone")
+    scored = tlscale.evaluate(tmp_path / "dropped")
+    assert scored.top1 == figures.top1
+    assert [note for note in scored["notes"] if "are not those" in note] == []

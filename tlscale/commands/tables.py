@@ -195,7 +195,11 @@ def interval_of(figures: Mapping[str, Any], name: str) -> str:
 
 def over_groups(figures: Mapping[str, Any]) -> str:
     """Return what is added to an interval that is over groups; an empty text for one over images."""
-    groups = figures.get("top1_interval95_by", {}).get("groups")
+    return _over(figures.get("top1_interval95_by"))
+
+
+def _over(by: Mapping[str, int] | None) -> str:
+    groups = (by or {}).get("groups")
     return "" if groups is None else f", over {groups:,} group{'s' if groups != 1 else ''}"
 
 
@@ -225,12 +229,12 @@ def _choice(choice: dict[str, Any]) -> str:
     def figure(of: dict[str, Any]) -> str:
         return f"{number(of['figure'])} ± {number(of['standard_error'])} at step {of['step']:,}"
 
-    best = figure(choice["best"])
+    best, over = figure(choice["best"]), _over(choice.get("standard_error_by"))
     if choice["step"] == choice["best"]["step"]:
-        return f"the best validation {choice['select']} chose the weights: {best}"
+        return f"the best validation {choice['select']} chose the weights: {best}{over}"
     return (
         f"the latest validation {choice['select']} within one standard error of the best chose the weights: "
-        f"{figure(choice)}; the best is {best}"
+        f"{figure(choice)}; the best is {best}{over}"
     )
 
 

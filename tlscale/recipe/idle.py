@@ -51,6 +51,11 @@ _IDLE = (
         "as all its weights are equal, and they are scaled to a mean of 1",
     ),
     _Idle(
+        ("loss.kind",),
+        lambda recipe: recipe.loss.kind == "focal" and recipe.loss.focal_gamma == 0,
+        "with loss.focal_gamma=0, which is cross_entropy",
+    ),
+    _Idle(
         ("loss",),
         lambda recipe: recipe.distill is not None and recipe.distill.labels == 0 and recipe.distill.logits > 0,
         "with distill.labels=0: nothing is learned from labels",

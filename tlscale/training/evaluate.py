@@ -16,6 +16,7 @@ from tlscale import faults
 from tlscale.distributed.processes import Processes
 from tlscale.distributed.signals import check_stop
 from tlscale.tracking.progress import Pace
+from tlscale.training.group_error import GroupError
 from tlscale.training.loss import Batch, Loss, cross_entropy
 from tlscale.training.metrics import Tally, error_of_mean, standard_error, summary
 from tlscale.training.predictions import Predictions
@@ -33,6 +34,7 @@ def evaluate(
     classes: Sequence[str],
     processes: Processes,
     error_of: str | None = None,
+    over_groups: GroupError | None = None,
     predictions: Predictions | None = None,
 ) -> dict[str, Any]:
     """Compute the figures of `network` on all images of a split, over all processes.
@@ -48,13 +50,14 @@ def evaluate(
         num_images: of the split, over all processes.
         loss_fn: tells logits from auxiliary losses; the `loss` is plain cross-entropy, whatever is trained on.
         error_of: the figure whose standard error is wanted, too: one of `standard_error`, or an auxiliary loss.
+        over_groups: computes that error, of images in groups.
         predictions: takes this process's logits, image by image.
 
     Returns:
         The dict of `metrics.summary` (with `predictions` of data with groups the interval is over these), the means of
         the auxiliary losses, and `<error_of>_se`; the same on every process, as is an image's error, or `Stopped`.
     """
-    tally, aux = Tally(len(classes), processes.device), _Sums(loss_fn.aux_names, processes.device)
+    counting = _Counting(len(classes), loss_fn, processes, over_groups, predictions)
     was_training = network.training
     network.eval()
 
@@ -65,12 +68,7 @@ def evaluate(
             outputs_BO = network(*args)
             if batch is None:
                 continue
-            logits_BC = loss_fn.logits(outputs_BO)
-            labels_B = batch.labels_B.to(outputs_BO.device, non_blocking=True)
-            tally.update(logits_BC, labels_B, cross_entropy(logits_BC, labels_B))
-            aux.add(loss_fn.aux_losses(outputs_BO, batch))
-            if predictions is not None:
-                predictions.add(batch.rows_B, logits_BC)
+            counting.add(outputs_BO, batch)
             processes.local.mark_step()
             pace.add(len(batch.labels_B) * processes.world_size)  # they have about equal shares
 
@@ -80,33 +78,54 @@ def evaluate(
             processes.run_on_all(count)
     finally:
         network.train(was_training)
-    figures = _over_all(tally, aux, loss_fn, classes, processes, error_of, predictions)
+    figures = counting.over_all(classes, error_of)
     assert figures["num_images"] == num_images, f"evaluated {figures['num_images']} of {num_images} images"
     return figures
 
 
-def _over_all(
-    tally: Tally,
-    aux: _Sums,
-    loss_fn: Loss,
-    classes: Sequence[str],
-    processes: Processes,
-    error_of: str | None,
-    predictions: Predictions | None,
-) -> dict[str, Any]:
-    """Compute the figures of what all processes counted."""
-    counts, sums = (processes.sum(part) for part in tally.state())
-    total = Tally(len(classes), "cpu")  # whose figures are read one by one
-    total.load_state(counts, sums)
-    figures = summary(total, classes)
-    num_images = figures["num_images"]
-    figures |= aux.means(num_images, processes)
-    figures = figures if predictions is None else predictions.over_groups(figures, processes.sum)
-    if error_of is not None:
-        is_aux = error_of in loss_fn.aux_names
-        error = aux.error(error_of, num_images, processes) if is_aux else standard_error(total, error_of)
-        figures[f"{error_of}_se"] = error
-    return figures
+class _Counting:
+    """Count what the network gives for this process's images."""
+
+    def __init__(
+        self,
+        num_classes: int,
+        loss_fn: Loss,
+        processes: Processes,
+        over_groups: GroupError | None,
+        predictions: Predictions | None,
+    ) -> None:
+        self._tally, self._aux = Tally(num_classes, processes.device), _Sums(loss_fn.aux_names, processes.device)
+        self._loss_fn, self._processes = loss_fn, processes
+        self._over_groups, self._predictions = over_groups, predictions
+
+    def add(self, outputs_BO: Tensor, batch: Batch) -> None:
+        logits_BC = self._loss_fn.logits(outputs_BO)
+        labels_B = batch.labels_B.to(outputs_BO.device, non_blocking=True)
+        losses_B, aux_losses = cross_entropy(logits_BC, labels_B), self._loss_fn.aux_losses(outputs_BO, batch)
+        self._tally.update(logits_BC, labels_B, losses_B)
+        self._aux.add(aux_losses)
+        if self._over_groups is not None:
+            self._over_groups.add(batch.rows_B, labels_B, logits_BC, {"loss": losses_B, **aux_losses})
+        if self._predictions is not None:
+            self._predictions.add(batch.rows_B, logits_BC)
+
+    def over_all(self, classes: Sequence[str], error_of: str | None) -> dict[str, Any]:
+        """Compute the figures of what all processes counted."""
+        processes = self._processes
+        counts, sums = (processes.sum(part) for part in self._tally.state())
+        total = Tally(len(classes), "cpu")  # whose figures are read one by one
+        total.load_state(counts, sums)
+        figures = summary(total, classes)
+        num_images = figures["num_images"]
+        figures |= self._aux.means(num_images, processes)
+        figures = figures if self._predictions is None else self._predictions.over_groups(figures, processes.sum)
+        if error_of is not None and self._over_groups is not None:
+            figures[f"{error_of}_se"] = self._over_groups.error(processes.sum)
+        elif error_of is not None:
+            is_aux = error_of in self._loss_fn.aux_names
+            error = self._aux.error(error_of, num_images, processes) if is_aux else standard_error(total, error_of)
+            figures[f"{error_of}_se"] = error
+        return figures
 
 
 class _Sums:

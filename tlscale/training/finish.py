@@ -20,6 +20,7 @@ from tlscale.training.checkpoint.files import Checkpoint, checkpoint_folder
 from tlscale.training.checkpoint.run_state import restore_weights
 from tlscale.training.checkpoint.sharded import load_on_all
 from tlscale.training.evaluate import scalars
+from tlscale.training.group_error import num_error_groups
 from tlscale.training.input_pipeline import CodePipeline, ImagePipeline, InputPipeline
 from tlscale.training.logger import RunLogger
 from tlscale.training.loop_state import LoopState
@@ -200,6 +201,22 @@ def _export(network: Classifier, state: TrainState, folder: RunFolder, calibrati
         )
 
 
+def _choice(state: TrainState, loop: LoopState) -> dict[str, Any] | None:
+    """Return what chose the weights, and over how many groups its standard errors are."""
+    choice, validation = loop.choice(state.evaluation), state.setup.data.validation
+    groups = None if validation is None else num_error_groups(validation.groups_N)
+    return choice if choice is None or groups is None else {**choice, "standard_error_by": {"groups": groups}}
+
+
+def _stopped_early(state: TrainState, loop: LoopState) -> dict[str, Any] | None:
+    """Return where patience ended the run, and at what share of the peak learning rate; None: it made all its steps."""
+    if loop.step >= state.due.last_step:
+        return None
+    factor = state.stage.lr_factor(loop.step - 1)
+    steps = {"step": loop.step, "of_steps": state.due.last_step, "best_step": loop.best_step}
+    return {**steps, "patience": state.due.patience, "lr_factor": round(factor, 6)}
+
+
 def _own(state: TrainState, loop: LoopState, chosen: _Chosen, *, best: Figures, last: Figures) -> dict[str, Any]:
     """Return what `result.json` tells of training alone."""
     setup, order = state.setup, state.setup.order
@@ -208,7 +225,8 @@ def _own(state: TrainState, loop: LoopState, chosen: _Chosen, *, best: Figures, 
     return {
         "weights": "last" if setup.data.validation is None or (chosen.lost and last is best) else "best",
         **({"lost_weights": chosen.lost} if chosen.lost else {}),
-        "choice": loop.choice(state.evaluation),
+        "choice": _choice(state, loop),
+        **({} if state.due.patience is None else {"stopped_early": _stopped_early(state, loop)}),
         **brief,
         "epochs": round(loop.step / order.steps_per_epoch, 4),
         "steps": loop.step,

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
+
 from tlscale.data.sampler import DataOrder
 from tlscale.data.sources.open import ImageData
 from tlscale.errors import RecipeError
@@ -16,14 +18,35 @@ from tlscale.training.stages import Stage, to_steps
 
 
 def refuse_idle(recipe: Recipe, data: ImageData, classifier: Classifier, stages: list[Stage], order: DataOrder) -> None:
-    """Refuse the first key that does nothing in a run that trains.
+    """Refuse the first key that does nothing; `stages` are empty of a probe.
 
     Raises:
         RecipeError: there is one.
     """
-    found = (*_of_validation(recipe, data), *_of_layers(recipe, classifier, stages), *_of_stairs(stages, order))
+    found = [*_of_groups(recipe, data), *_of_classes(recipe, data)]
+    if stages:
+        found += _of_validation(recipe, data)
+        found += _of_patience(recipe, stages, order)
+        found += _of_layers(recipe, classifier, stages)
+        found += _of_stairs(stages, order)
     for key, why in found[:1]:
         raise RecipeError(f"has no effect: {why}", key=key, remedy="Take it out.")
+
+
+def _of_groups(recipe: Recipe, data: ImageData) -> Iterator[tuple[str, str]]:
+    key = "data.groups_across_splits"
+    if data.groups is not None and len(data.groups.counts) == 1 and asks_for(recipe, key):
+        yield key, "the source has one split, and what is drawn of it cuts no group"
+
+
+def _of_classes(recipe: Recipe, data: ImageData) -> Iterator[tuple[str, str]]:
+    """Give keys for classes of unequal sizes; a limit may make equal what is not, as one of a comparison's sizes."""
+    counts_C = np.bincount(data.train.labels_N, minlength=len(data.classes))
+    if recipe.data.train_limit is not None or counts_C.min() < counts_C.max():
+        return
+    for key in ("data.sampling", "loss.logit_adjustment"):
+        if asks_for(recipe, key):
+            yield key, f"each of the {len(counts_C):,} classes has {int(counts_C[0]):,} training images"
 
 
 def _of_validation(recipe: Recipe, data: ImageData) -> Iterator[tuple[str, str]]:
@@ -31,6 +54,24 @@ def _of_validation(recipe: Recipe, data: ImageData) -> Iterator[tuple[str, str]]
         for key in ("evaluate.select", "evaluate.choose", "checkpoint.keep_best"):
             if asks_for(recipe, key):
                 yield key, "there is no validation split to choose by, and the last weights are exported"
+        for key in ("evaluate.every", "evaluate.patience"):
+            if asks_for(recipe, key):
+                yield key, "there is no validation split to evaluate while the run trains"
+
+
+def _of_patience(recipe: Recipe, stages: list[Stage], order: DataOrder) -> Iterator[tuple[str, str]]:
+    patience, start, total = recipe.evaluate.patience, stages[-1].start_step, stages[-1].stop_step
+    if patience is None:
+        return
+    every = max(to_steps(recipe.evaluate.every, order, total), 1)
+    # The first evaluation of a run is its best so far; that of its last stage need not be.
+    if (start // every + patience + (not start)) * every >= total:
+        num = (total - 1) // every - start // every
+        yield (
+            "evaluate.patience",
+            f"before its last step the run is evaluated {num:,} times (evaluate.every: {recipe.evaluate.every}), so "
+            f"{patience:,} evaluations that are no better come with its end",
+        )
 
 
 def _of_layers(recipe: Recipe, classifier: Classifier, stages: list[Stage]) -> Iterator[tuple[str, str]]:

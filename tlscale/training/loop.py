@@ -47,6 +47,7 @@ from tlscale.training.state import (
     enter_stage,
     finite_check,
     save,
+    stops_early,
     validate,
 )
 from tlscale.training.stop_poll import StopPoll
@@ -108,7 +109,9 @@ def train(
         setup.watch("train"),
     ):
         with telling_of_unread_images(setup, loop, folder, processes):
-            _train_stages(state, loop, logger, folder)
+            # It may have been killed after the evaluation that it stopped early at.
+            if not stops_early(state, loop):
+                _train_stages(state, loop, logger, folder)
         with setup.watch("export"):
             return finish(state, loop, logger, folder, run_info)
 
@@ -116,11 +119,10 @@ def train(
 def _train_stages(state: TrainState, loop: LoopState, logger: RunLogger, folder: RunFolder) -> None:
     """Make every step that is left, stage by stage."""
     setup, processes, due = state.setup, state.processes, state.due
-    meter, stop_poll = LossMeter(loop, processes), StopPoll(processes, loop.step)
-    say = state.codes_cache.console.say
+    meter, stop_poll, say = LossMeter(loop, processes), StopPoll(processes, loop.step), state.codes_cache.console.say
     # The run ended in an evaluation (by a signal or a bad image): made up for before the next step changes the weights.
-    if loop.awaits_evaluation:
-        _rank_and_save(state, loop, logger, folder, is_due=True)
+    if loop.awaits_evaluation and _rank_and_save(state, loop, logger, folder, is_due=True):
+        return
     for stage in setup.stages[state.stage.number :]:
         if stage is not state.stage:  # the first one was entered before `run.json` was written
             with setup.watch("start"):
@@ -169,34 +171,36 @@ def _train_stages(state: TrainState, loop: LoopState, logger: RunLogger, folder:
                 if due.log(loop.step) and loop.window_images:
                     reading.at_line(loop.step, meter.settled_s)
                     logger.write_training(meter.take_mean(), lr, None if trained is None else trained.grad_norm)
-                _rank_and_save(state, loop, logger, folder, is_due=due.save(loop.step) or stopping)
+                if _rank_and_save(state, loop, logger, folder, is_due=due.save(loop.step) or stopping):
+                    return
                 # After the last step nothing is left to resume: the model is exported in spite of the request.
                 if stopping and loop.step < setup.total_steps:
                     raise _stopped(loop, setup, folder)
 
 
-def _rank_and_save(state: TrainState, loop: LoopState, logger: RunLogger, folder: RunFolder, *, is_due: bool) -> None:
-    """Evaluate and rank the step where that is due; save it where its rank or `is_due` asks for it.
+def _rank_and_save(state: TrainState, loop: LoopState, logger: RunLogger, folder: RunFolder, *, is_due: bool) -> bool:
+    """Evaluate and rank the step where that is due, and save it where needed; return whether the run stops early.
 
     Raises:
         DataError: a validation image cannot be read; the step is saved, and evaluated when the run is resumed.
         Stopped: the run was asked to stop during the evaluation; the step is saved, and evaluated likewise.
     """
-    is_kept = False
+    is_kept = is_over = False
     # Before the save: a checkpoint holds the rank of its own step.
     if state.due.evaluate(loop.step) or loop.awaits_evaluation:
         loop.awaits_evaluation = True
         try:
             is_kept = validate(state, loop, logger)
-        except BadImageError:
+        except (BadImageError, Stopped) as ended:
             save(state, loop, folder, logger)
+            if isinstance(ended, Stopped):
+                raise _stopped(loop, state.setup, folder) from None
             raise
-        except Stopped:
-            save(state, loop, folder, logger)
-            raise _stopped(loop, state.setup, folder) from None
         loop.awaits_evaluation = False
-    if is_kept or is_due:
+        is_over = stops_early(state, loop)
+    if is_kept or is_due or is_over:
         save(state, loop, folder, logger)
+    return is_over
 
 
 def _saving_before_errors(

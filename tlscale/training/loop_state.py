@@ -56,9 +56,14 @@ class LoopState:
         return cls(**{**saved, "best": best, "chosen": None if chosen is None else tuple(chosen)})
 
     @property
+    def best_step(self) -> int | None:
+        """The step of the best validation figure."""
+        return self.best[0][0] if self.best else None
+
+    @property
     def chosen_step(self) -> int | None:
         """The step whose weights would be exported now."""
-        return self.chosen[0] if self.chosen else self.best[0][0] if self.best else None
+        return self.chosen[0] if self.chosen else self.best_step
 
     def kept_steps(self, keeping: CheckpointSection) -> list[int]:
         """Return the steps whose checkpoints are kept whatever comes after: the chosen one, and the best."""
@@ -109,6 +114,8 @@ class Due:
     log_every: int
     save_every: int
     evaluate_every: int | None  # None: there is no validation split
+    patience: int | None = None  # evaluations in a row that may be no better; None: any
+    patient_from: int = 0  # the step that the last stage starts at
 
     def log(self, step: int) -> bool:
         return step % self.log_every == 0 or step == self.last_step
@@ -118,6 +125,13 @@ class Due:
 
     def evaluate(self, step: int) -> bool:
         return self.evaluate_every is not None and (step % self.evaluate_every == 0 or step == self.last_step)
+
+    def stop_early(self, step: int, best_step: int | None) -> bool:
+        """Report whether patience ends at the evaluation of `step`; a function of when the best one was."""
+        if self.patience is None or self.evaluate_every is None or not self.evaluate(step) or step >= self.last_step:
+            return False
+        since = max(best_step or 0, self.patient_from)
+        return step // self.evaluate_every - since // self.evaluate_every >= self.patience
 
 
 class LossMeter:

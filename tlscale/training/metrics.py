@@ -13,7 +13,7 @@ Letters: B images of a batch, C classes (rows of the confusion matrix: true; col
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -231,12 +231,14 @@ def _ece(tally: Tally) -> float | None:
 
 # -- uncertainty ------------------------------------------------------------------------------------------------------
 
-_NUM_RESAMPLED = 200
-_RESAMPLING_SEED = 20_240
+NUM_RESAMPLED = 200
+RESAMPLING_SEED = 20_240
 
 
 def standard_error(tally: Tally, figure: str) -> float | None:
     """Return the standard error of a figure of `summary`: how far it moves from one draw of such images to another.
+
+    Images in groups have another: `group_error`.
 
     That of `top1` is binomial, that of `loss` the standard error of a mean, and those of `macro_f1` and
     `balanced_accuracy` a bootstrap over images with a fixed seed, so that a resumed run finds what an unbroken one
@@ -250,7 +252,10 @@ def standard_error(tally: Tally, figure: str) -> float | None:
         return math.sqrt(share * (1 - share) / num_images)
     if figure == "loss":
         return error_of_mean(float(tally.loss), float(tally.loss_squares), num_images)
-    return _bootstrap_error(tally, num_images, _BY_CLASS[figure])
+    kinds, counts_K = _kinds(tally)
+    generator = np.random.default_rng(RESAMPLING_SEED)
+    draws = (generator.multinomial(num_images, counts_K / num_images) for _ in range(NUM_RESAMPLED))
+    return error_over_draws(draws, kinds, BY_CLASS[figure], tally.num_classes)
 
 
 def error_of_mean(total: float, total_squares: float, count: int) -> float | None:
@@ -260,22 +265,23 @@ def error_of_mean(total: float, total_squares: float, count: int) -> float | Non
     return math.sqrt(max(total_squares / count - (total / count) ** 2, 0.0) / (count - 1))
 
 
-_BY_CLASS: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]] = {
+OfClasses = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+BY_CLASS: dict[str, OfClasses] = {
     "macro_f1": lambda images_C, answers_C, hits_C: 2 * hits_C / (images_C + answers_C),
     "balanced_accuracy": lambda images_C, answers_C, hits_C: hits_C / images_C,
 }
 """Figures that are means over classes: by images of a class, times that it was the answer, and both."""
 
 
-def _bootstrap_error(
-    tally: Tally, num_images: int, of_class: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
-) -> float:
-    """Compute the standard deviation of a mean over classes over draws of as many images, by kinds: (class, answer)."""
-    labels_K, answers_K, is_hit_K, counts_K = _kinds(tally)
-    num_classes, found = tally.num_classes, []
-    draws = np.random.default_rng(_RESAMPLING_SEED)
-    for _ in range(_NUM_RESAMPLED):
-        drawn_K = draws.multinomial(num_images, counts_K / num_images)
+Kinds = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""True class, answer (C: none), and whether that is right, of each kind of images."""
+
+
+def error_over_draws(draws: Iterable[np.ndarray], kinds: Kinds, of_class: OfClasses, num_classes: int) -> float:
+    """Compute the standard deviation, over draws of so many images of each kind, of a mean over classes."""
+    labels_K, answers_K, is_hit_K = kinds
+    found = []
+    for drawn_K in draws:
         images_C = np.bincount(labels_K, drawn_K, num_classes)
         answers_C = np.bincount(answers_K, drawn_K, num_classes + 1)[:num_classes]
         hits_C = np.bincount(labels_K, drawn_K * is_hit_K, num_classes)
@@ -284,8 +290,8 @@ def _bootstrap_error(
     return float(np.std(found, ddof=1))
 
 
-def _kinds(tally: Tally) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Give true class, answer (C: none), whether it is right, and number of images, of each pair that occurs.
+def _kinds(tally: Tally) -> tuple[Kinds, np.ndarray]:
+    """Give the kinds of images that occur, and the number of each.
 
     Where there is no confusion matrix, wrong answers are given to the images without a right one in the order of the
     classes: each class has its own numbers, and only which one is taken for which is made up.
@@ -296,7 +302,7 @@ def _kinds(tally: Tally) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray
         table_CC = tally.confusion_CC.cpu().numpy()
         table_CA = np.concatenate([table_CC, (images_C - table_CC.sum(1))[:, None]], axis=1)
         labels_K, answers_K = table_CA.nonzero()
-        return labels_K, answers_K, labels_K == answers_K, table_CA[labels_K, answers_K]
+        return (labels_K, answers_K, labels_K == answers_K), table_CA[labels_K, answers_K]
     classes_C = np.arange(num_classes)
     missed_M = np.repeat(classes_C, images_C - hits_C)
     wrong_M = np.full(len(missed_M), num_classes)
@@ -304,4 +310,4 @@ def _kinds(tally: Tally) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray
     wrong_M[: len(given_M)] = given_M
     labels_K, answers_K = np.concatenate([classes_C, missed_M]), np.concatenate([classes_C, wrong_M])
     is_hit_K = np.arange(len(labels_K)) < num_classes
-    return labels_K, answers_K, is_hit_K, np.concatenate([hits_C, np.ones_like(missed_M)])
+    return (labels_K, answers_K, is_hit_K), np.concatenate([hits_C, np.ones_like(missed_M)])

@@ -40,6 +40,8 @@ def make_due(setup: RunSetup) -> Due:
         log_every=setup.to_steps(recipe.log_every),
         save_every=setup.to_steps(recipe.checkpoint.every),
         evaluate_every=setup.to_steps(recipe.evaluate.every) if setup.data.validation is not None else None,
+        patience=recipe.evaluate.patience,
+        patient_from=setup.stages[-1].start_step,
     )
 
 

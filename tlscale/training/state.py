@@ -29,6 +29,7 @@ from tlscale.training.checkpoint.run_state import snapshot, write_checkpoint
 from tlscale.training.distillation.targets import TeacherTargets
 from tlscale.training.ema import Ema
 from tlscale.training.evaluate import evaluate
+from tlscale.training.group_error import GroupError, num_error_groups
 from tlscale.training.input_pipeline import InputPipeline, open_pipeline
 from tlscale.training.logger import RunLogger
 from tlscale.training.loop_state import Due, LoopState
@@ -97,6 +98,11 @@ class TrainState:
 
         `inputs` is the pipeline of the network, or of its trained part; the rest is as `evaluate.evaluate` takes it.
         """
+        classes, groups_N, over_groups = self.setup.data.classes, split.groups_N, None
+        # Images of a group stand or fall together, and an error over images is too small by that. Where each group has
+        # one image they change nothing, to the last bit.
+        if error_of is not None and groups_N is not None and num_error_groups(groups_N) is not None:
+            over_groups = GroupError(groups_N, error_of, len(classes))
         # Batch statistics differ by rank; a figure has to be of one network.
         self.processes.broadcast_buffers(self.network)
         with self.averaged():
@@ -107,9 +113,10 @@ class TrainState:
                 inputs=inputs.inputs,
                 num_images=len(split),
                 loss_fn=self.loss_fn,
-                classes=self.setup.data.classes,
+                classes=classes,
                 processes=self.processes,
                 error_of=error_of,
+                over_groups=over_groups,
                 predictions=predictions,
             )
 
@@ -252,6 +259,22 @@ def validate(state: TrainState, loop: LoopState, logger: RunLogger) -> bool:
     is_kept = loop.rank_step(figures[select], state.evaluation, state.keeping, figures[f"{select}_se"])
     logger.write_evaluation("validation", figures, is_best=loop.chosen_step == loop.step, error_of=select)
     return is_kept
+
+
+def stops_early(state: TrainState, loop: LoopState) -> bool:
+    """Report, and say, whether the run is over before its last step, as its validation figure gets no better.
+
+    Asked of the loop state alone: a run that was killed after this step finds the same when it is resumed.
+    """
+    if loop.awaits_evaluation or not state.due.stop_early(loop.step, loop.best_step):
+        return False
+    # Where none was ever finite, patience counts from the start.
+    best = "none was finite" if loop.best_step is None else f"the best is that of step {loop.best_step}"
+    state.codes_cache.console.say(
+        f"stopped early at step {loop.step} of {state.due.last_step}: in {state.due.patience} evaluations "
+        f"{state.evaluation.select} of validation was no better ({best})"
+    )
+    return True
 
 
 def save(state: TrainState, loop: LoopState, folder: RunFolder, logger: RunLogger) -> None:

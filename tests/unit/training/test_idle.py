@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.recipes.wrong_data import put_folder
 from tests.small_runs import put_small_idx, small_recipe
 from tlscale.errors import RecipeError
 from tlscale.training.setup import set_up
@@ -14,6 +15,8 @@ IDLE = {
     "evaluate.select": {**NO_VALIDATION, "evaluate": {"select": "loss"}},
     "evaluate.choose": {**NO_VALIDATION, "evaluate": {"choose": "best"}},
     "checkpoint.keep_best": {**NO_VALIDATION, "checkpoint": {"keep_best": 2}},
+    "evaluate.every": {**NO_VALIDATION, "evaluate": {"every": "2 steps"}},
+    "evaluate.patience": {"duration": "4 steps", "evaluate": {"every": "2 steps", "patience": 1}},
     "optim.layer_decay": {"freeze": ".*", "optim": {"layer_decay": 0.5}},
     "schedule.step_every": {"duration": "3 steps", "schedule": STAIRS},
     "stages[0].layer_decay": {
@@ -22,6 +25,11 @@ IDLE = {
 }
 ACTING = [
     {"evaluate": {"select": "loss", "choose": "best"}},
+    {"duration": "5 steps", "evaluate": {"every": "2 steps", "patience": 1}},
+    {
+        "stages": [{"freeze": ".*", "duration": "4 steps"}, {"duration": "3 steps"}],
+        "evaluate": {"every": "2 steps", "patience": 1},
+    },
     {**NO_VALIDATION, "evaluate": {"select": "top1"}},
     {"freeze": "patch_embed.*", "optim": {"layer_decay": 0.5}},
     {"duration": "4 steps", "schedule": STAIRS},
@@ -43,6 +51,50 @@ def test_an_idle_key_is_refused_but_where_a_run_goes_on(key, tmp_path, idx):
     with pytest.raises(RecipeError, match="has no effect") as caught:
         set_up(recipe, world_size=1)
     assert caught.value.key == key
+
+
+def test_patience_needs_validation_images(tmp_path, idx):
+    recipe = made(tmp_path, idx, {**NO_VALIDATION, "evaluate": {"patience": 1}})
+    with pytest.raises(RecipeError, match="no validation split to evaluate") as caught:
+        set_up(recipe, world_size=1)
+    assert caught.value.key == "evaluate.patience"
+
+
+PROBED = {"backbone": {"name": "test_resnet"}, "probe": {"kind": "knn"}}
+FOLDER = {"source": "folder", "validation_fraction": 0.25}
+EQUAL = {
+    "data.sampling": {"data": {**FOLDER, "sampling": "balanced"}},
+    "loss.logit_adjustment": {"data": FOLDER, "loss": {"logit_adjustment": 1.0}},
+}
+
+
+@pytest.fixture(scope="module")
+def equal(tmp_path_factory):
+    return put_folder(tmp_path_factory.mktemp("equal"), a=8, b=8)
+
+
+@pytest.mark.parametrize("key", EQUAL)
+def test_what_makes_up_for_unequal_classes_needs_some(key, tmp_path, equal):
+    changes = EQUAL[key]
+    with pytest.raises(RecipeError, match="each of the 2 classes has 6 training images") as caught:
+        set_up(small_recipe(tmp_path / "r.yaml", equal, **changes), world_size=1)
+    assert caught.value.key == key
+    # As at one of the sizes of a comparison.
+    limited = {**changes, "data": {**changes["data"], "train_limit": 8}}
+    assert set_up(small_recipe(tmp_path / "r.yaml", equal, **limited), world_size=1).stages
+    (equal / "a" / "0.png").rename(tmp_path / "0.png")
+    try:
+        assert set_up(small_recipe(tmp_path / "r.yaml", equal, **changes), world_size=1).stages
+    finally:
+        (tmp_path / "0.png").rename(equal / "a" / "0.png")
+
+
+@pytest.mark.parametrize("more", [{}, PROBED], ids=["trained", "probed"])
+def test_groups_of_one_split_are_in_no_two(more, tmp_path, equal):
+    data = {**FOLDER, "group_regex": r"\d", "groups_across_splits": "allow"}
+    with pytest.raises(RecipeError, match="the source has one split") as caught:
+        set_up(small_recipe(tmp_path / "r.yaml", equal, data=data, **more), world_size=1)
+    assert caught.value.key == "data.groups_across_splits"
 
 
 @pytest.mark.parametrize("changes", ACTING, ids=str)

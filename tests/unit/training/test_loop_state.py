@@ -18,7 +18,7 @@ from tlscale.models.freeze import unchanging_keys
 from tlscale.recipe.schema import CheckpointSection, ComputeSection, EvaluateSection
 from tlscale.training.checkpoint.files import Checkpoint
 from tlscale.training.checkpoint.run_state import restore_weights, saved_loop_state, snapshot
-from tlscale.training.loop_state import LoopState, LossMeter
+from tlscale.training.loop_state import Due, LoopState, LossMeter
 from tlscale.training.nonfinite import are_finite
 
 FIGURES = st.lists(st.none() | st.sampled_from([0.1, 0.2, 0.5, 0.9]), min_size=1, max_size=12)
@@ -78,6 +78,32 @@ def test_the_latest_step_within_one_standard_error_of_the_best_is_chosen(entries
         if step in stops:  # as a checkpoint has it
             state = json.loads(json.dumps({"clock": asdict(clock)}))
             clock = saved_loop_state(Checkpoint(step, {}, state))
+
+
+@given(
+    figures=FIGURES,
+    patience=st.integers(1, 4),
+    every=st.integers(1, 3),
+    last=st.integers(0, 2),
+    stage=st.integers(0, 8),
+)
+def test_patience_ends_after_so_many_evaluations_that_are_no_better(figures, patience, every, last, stage):
+    """By the definition, counted from evaluation to evaluation, where the state knows the best one alone."""
+    clock, evaluation = LoopState(), EvaluateSection(select="loss")
+    last_step = every * len(figures) + min(last, every - 1)
+    due = Due(last_step, [last_step], 1, 1, every, patience, stage)
+    best, since = math.inf, 0
+    for step in range(1, last_step):
+        clock.step = step
+        if not due.evaluate(step):
+            assert not due.stop_early(step, clock.best_step)
+            continue
+        figure = figures[step // every - 1]
+        clock.rank_step(figure, evaluation, CheckpointSection())
+        is_better = figure is not None and figure < best
+        best, since = (figure, 0) if is_better else (best, since + (step > stage))
+        assert due.stop_early(step, clock.best_step) == (step > stage and since >= patience)
+    assert not due.stop_early(last_step, clock.best_step)
 
 
 def test_a_checkpoint_of_an_older_version_has_chosen_the_best():

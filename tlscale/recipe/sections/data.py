@@ -66,7 +66,8 @@ class DataSection(Section):
     or a hold-out is drawn; the results count them."""
     duplicates: Literal["warn", "drop", "error"] = "warn"
     """An image that two splits have, byte for byte: report it when the run has read them; or read all images first,
-    and leave it out of training and validation (never of test), or stop. Equal images of train then stay together."""
+    and leave it out of training and validation (never of test), or stop. Equal images of train then stay together;
+    under different labels all of them are left out, or stop."""
     max_megapixels: float = Field(64.0, ge=1e-4, le=89.0)
     """Larger images are bad images (a decompression bomb is one); 89 is the limit of the library that reads them."""
     image_size: SizeInRecipe = None
