@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (as torch's own documentation has it)
 from torch import Tensor, nn
 
-from tlscale.errors import ModelError, RecipeError, suggestion
+from tlscale.errors import ModelError, suggestion
 from tlscale.recipe.matching import check_time
 from tlscale.recipe.rules import Rule
 from tlscale.recipe.sections.network import LoraSection
@@ -81,7 +81,7 @@ def add_adapters(
         Names of the layers.
 
     Raises:
-        RecipeError: the pattern takes too long; a rule has no effect.
+        RecipeError: the pattern takes too long.
         ModelError: it names no such layer, or only frozen ones, or the rank is too large for one.
     """
     layers = {name: module for name, module in backbone.named_modules() if _takes_adapter(module)}
@@ -94,8 +94,6 @@ def add_adapters(
     if not chosen:
         problem = f"'{section.layers}' names {len(named)} layers (such as '{named[0]}'), all of which 'freeze' freezes"
         raise ModelError(problem, key=f"{_KEY}.layers", remedy="Freeze less, or name later layers")
-    for rules in freezing:
-        _refuse_idle(rules, named)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "adapters"))
         for name in chosen:
@@ -145,19 +143,6 @@ def _become(module: nn.Module, kind: type[nn.Module]) -> None:
 def _takes_adapter(module: nn.Module) -> bool:
     # Others compute in another way than torch's own (padding, standardised weights), and so would their adapters.
     return type(module) is nn.Linear or (type(module) is nn.Conv2d and module.groups == 1)
-
-
-def _refuse_idle(rules: Sequence[Rule[bool]], named: Sequence[str]) -> None:
-    """Refuse rules that freeze only what adapters leave frozen anyway."""
-    firsts = [next((rule for rule in rules if rule.matches(f"{name}.weight")), None) for name in named]
-    for rule in rules:
-        if rule.value and not any(first is rule for first in firsts):
-            raise RecipeError(
-                f"the rule '{rule.pattern}' has no effect: beside adapters all else is frozen anyway, and it keeps no "
-                "adapter out",
-                key="freeze",
-                remedy="Remove it",
-            )
 
 
 def _freezes(rules: Sequence[Rule[bool]], name: str) -> bool:
