@@ -21,6 +21,21 @@ WRONG_RECIPES: list[tuple[str, str, list[str], list[str]]] = [
         [],
         [f"{AT}:5: qqqq: unknown key. The keys of the top level are: name"],
     ),
+    ("one_fold", GOOD + "evaluate: {folds: 1}\n", [], [f"{AT}:4: evaluate.folds = 1: must be a whole number from 2"]),
+    ("no_number_of_folds", GOOD + "evaluate: {folds: many}\n", [], [f"{AT}:4: evaluate.folds = 'many'"]),
+    ("no_repeats", GOOD + "evaluate: {folds: 5, repeats: 0}\n", [], [f"{AT}:4: evaluate.repeats = 0: must be a whole"]),
+    (
+        "repeats_without_folds",
+        GOOD + "evaluate: {repeats: 3}\n",
+        [],
+        [f"{AT}:4: evaluate.repeats: has no effect without 'folds'. Remove it, or write folds."],
+    ),
+    (
+        "evaluate_beside_a_probe",
+        GOOD + "probe: {}\nevaluate: {folds: 5, every: 2 epochs}\n",
+        [],
+        [f"{AT}:5: evaluate.every: has no effect with 'probe'"],
+    ),
     (
         "regression",
         f"{NAME}\ndata: {{source: manifest, path: p, task: regression}}\n{BACKBONE}\n",

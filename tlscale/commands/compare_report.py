@@ -16,6 +16,7 @@ from typing import Any
 from tlscale.commands.compare_outcomes import Outcome, Row
 from tlscale.commands.compare_plot import draw
 from tlscale.commands.paired_tests import LEVEL, Pair
+from tlscale.data.sources.folds import FOLDS
 from tlscale.errors import DataError
 from tlscale.storage.files import naming_disk_errors, remove_left_overs, write_text
 from tlscale.tracking.console import number
@@ -135,7 +136,7 @@ def notes(outcomes: Sequence[Outcome], pairs: Sequence[Pair] = ()) -> list[str]:
         return ["No run came to its end.", *broken]
     rows = to_rows(outcomes)
     lines = [
-        f"top1 on {done[0].num_images:,} {done[0].split} images, with its 95% interval ({_interval_by(done)}): chance "
+        f"top1 on {done[0].num_images:,} {_scored(done[0])}, with its 95% interval ({_interval_by(done)}): chance "
         "in which test images were drawn. 'images': labelled training images, those held out to choose by included. "
         "'images seen': images that went through the backbone, to compute codes or to train.",
         *_notes_on_tests(rows, pairs),
@@ -148,6 +149,10 @@ def notes(outcomes: Sequence[Outcome], pairs: Sequence[Pair] = ()) -> list[str]:
             "* its codes, or some, were there from another run or an earlier start; these seconds are without them."
         )
     return [*lines, *broken]
+
+
+def _scored(outcome: Outcome) -> str:
+    return "images of the folds" if outcome.split == FOLDS else f"{outcome.split} images"
 
 
 def _interval_by(done: Sequence[Outcome]) -> str:
@@ -184,6 +189,10 @@ def _notes_on_selection(done: Sequence[Outcome]) -> list[str]:
     """Note what the scores of runs without a test split are of."""
     if done[0].split == "test":
         return []
+    if done[0].split == FOLDS:
+        return [
+            "Each image is answered by models of folds, which were not fitted to it and for which it chose nothing."
+        ]
     chosen = ", ".join(dict.fromkeys(run.variant for run in done if run.selected_on is not None))
     refitted = ", ".join(dict.fromkeys(run.variant for run in done if run.scored_model == "before_refit"))
     lines = ["There is no test split: top1 is of validation images."]

@@ -113,6 +113,8 @@ def _read(path: Path) -> _Finished | str:
         return str(error)
     if result is None:
         return f"'{one_line(path)}' is not finished"
+    if result["split"] is None:
+        return f"'{one_line(path)}' is the model of a cross-validation, and has no score of its own"
     return _Finished(folder, load_stored_recipe(folder.recipe).recipe, result)
 
 

@@ -25,6 +25,7 @@ _SAME_FOR_ALL = (
     *("data.label_column", "data.train_split", "data.validation_split", "data.test_split", "data.validation_fraction"),
     *("data.classes", "data.train_limit", "data.fallback", "data.on_bad_image", "data.class_folder", "data.exclude"),
     *("data.group_column", "data.group_regex", "data.groups_across_splits", "data.duplicates"),
+    *("evaluate.folds", "evaluate.repeats"),
 )
 
 
@@ -186,6 +187,10 @@ def _changed(recipe: Recipe, label: str, overrides: Sequence[str]) -> Recipe:
 
 def refuse_other_data(variants: Sequence[Variant]) -> None:
     """Refuse by a `DataError` recipes of different images; those that name other data may have the same, as a copy."""
+    folds = {variant.label: variant.recipe.evaluate for variant in variants}
+    if len({(section.folds, section.repeats) for section in folds.values()}) > 1:
+        listed = ", ".join(f"{label}: {section.folds} x {section.repeats}" for label, section in folds.items())
+        raise DataError(f"the recipes have other folds: {listed}", key="evaluate.folds", remedy="Write the same in all")
     keys = [key.removeprefix("data.") for key in _SAME_FOR_ALL if key.startswith("data.")]
     distinct: dict[str, Variant] = {}
     for variant in variants:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tlscale.data.sources.bad_images import find_bad_images
+from tlscale.data.sources.folds import ABOUT_FOLDS, FOLDS
 from tlscale.data.sources.labelled import count_shared, open_labelled, own_images
 from tlscale.data.sources.open import BadImages, ImageData, ImageSplit, open_data
 from tlscale.data.sources.tables import Role
@@ -21,6 +22,7 @@ from tlscale.models.export import TrainedModel
 from tlscale.recipe.schema import DataSection, Recipe
 from tlscale.storage.files import text_sha256
 from tlscale.storage.run_folder import RunFolder
+from tlscale.training.fold_parts import fold_of
 from tlscale.training.metrics import majority
 from tlscale.training.run_files import read_result, read_run_info
 
@@ -77,19 +79,25 @@ class FinishedRun:
         section = self.recipe.data.model_copy(update={"classes": list(self.trained.classes)})
         skipped = self.run_info.get("bad_images")
         bad_images = None if skipped is None else BadImages.from_plain(skipped)
-        if section.duplicates != "warn" and split in (None, "test") and self._data.get("tables_sha256"):
+        fold = fold_of(self.recipe, self.run_info)
+        if section.duplicates != "warn" and split in (None, "test") and self._knows_test:
             unread = section.model_copy(update={"duplicates": "warn", "groups_across_splits": "allow"})
-            data = open_data(unread, self.recipe.seed, bad_images=bad_images)
+            data = open_data(unread, self.recipe.seed, fold=fold, bad_images=bad_images)
             if data.test is not None:
                 return data
-        return open_data(section, self.recipe.seed, bad_images=bad_images)
+        return open_data(section, self.recipe.seed, fold=fold, bad_images=bad_images)
+
+    @property
+    def _knows_test(self) -> bool:
+        """Report whether the test split is the source's, and not a fold, and the run noted its labels."""
+        return bool(self._data.get("tables_sha256")) and self.run_info.get("fold") is None
 
     def has_trained_on(self, data: ImageData, split: Role = "train") -> bool:
         """Compare the labels, row by row, with those that the run began with; True where it did not note them.
 
         What was trained on and held out counts, but where the test split is what is wanted of the data.
         """
-        keys = ("tables_sha256", "labels_sha256") if split == "test" else ("labels_sha256",)
+        keys = ("tables_sha256", "labels_sha256") if split == "test" and self._knows_test else ("labels_sha256",)
         key = next((key for key in keys if self._data.get(key)), None)
         return key is None or self._data[key] == data.identity.get(key)
 
@@ -117,7 +125,14 @@ def own_split(run: FinishedRun, name: Role | None) -> Scored:
     """
     data, folder, section = run.open_data(name), run.folder, run.recipe.data
     splits = {split.name: split for split in (data.test, data.validation, data.train) if split is not None}
-    name = name or next(iter(splits))
+    is_given, name = name is not None, name or next(iter(splits))
+    if name == "train" and not is_given:
+        raise DataError(
+            f"'{folder}': {ABOUT_FOLDS}, so its own data have no image left to score it on",
+            remedy="Score it on other images ("
+            + option("data", "DATA")
+            + "); the score of its folds is in result.json",
+        )
     if name not in splits:
         remedy = f"Name one of: {', '.join(splits)}"
         raise DataError(f"the data of '{folder}' have no split '{name}'", key=option("split"), remedy=remedy)
@@ -147,6 +162,8 @@ def own_split(run: FinishedRun, name: Role | None) -> Scored:
     if name == "train":
         figures["num_trained_on"] = len(splits[name])
         notes.append("the model was trained on these images")
+    if run.trained.scored_on == FOLDS:
+        notes.append(ABOUT_FOLDS)
     scored = Scored(splits[name], figures, run.majority_label(data), notes)
     return without_bad(scored, section) if section.on_bad_image == "error" else scored  # else the run noted them
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from tlscale.commands.evaluation_images import data_name
 from tlscale.commands.tables import over_groups
+from tlscale.data.sources.folds import ABOUT_FOLDS, FOLDS
 from tlscale.errors import DataError, one_line, option
 from tlscale.models.model_folder import TrainedModel
 from tlscale.recipe.image_size import size_in_words
@@ -90,14 +91,15 @@ def _data(trained: TrainedModel, recipe: Recipe | None, info: dict[str, Any]) ->
 
 
 def _figures(trained: TrainedModel, result: dict[str, Any]) -> str:
-    if "top1" not in result:
+    if result.get("top1") is None:
         return "## Figures\n\nNone are known."
     low, high = result["top1_interval95"]
     lines = [
         "## Figures",
         "",
         f"Accuracy (top 1) {result['top1']:.4f}, 95 % interval {low:.4f} to {high:.4f}{over_groups(result)}, on the "
-        f"{result['num_images']:,} images of the {escaped(result['split'])} split.",
+        f"{result['num_images']:,} images of the {escaped(result['split'])}"
+        + ("." if result["split"] == FOLDS else " split."),
     ]
     if often := result.get("majority"):
         lines.append(f"Always saying {escaped(often['label'])} has {often['top1']:.4f}.")
@@ -127,6 +129,8 @@ def _limits(result: dict[str, Any], licence: str, places: Sequence[str]) -> str:
     lines.append("- Figures hold for images like those scored; from another camera, place or year they may be worse.")
     if result.get("selected_on"):
         lines.append("- The scored images also chose the weights or settings: the figures are too good by that.")
+    if result.get("scored_model") == FOLDS:
+        lines.append(f"- About the figures: {ABOUT_FOLDS}.")
     if result.get("scored_model") == "before_refit":
         lines.append("- The figures are of a classifier from before the last fit, which took the scored images in.")
     lines += [f"- {escaped(redact(without_places(note, places)))}" for note in result.get("notes", ())]

@@ -1,12 +1,12 @@
 """Test in pairs whether two runs that were scored on the same images differ by more than chance.
 
 Promise: two runs are paired only where the images and their true labels are the same, row by row: by content where
-both runs noted it, else by path. The test is exact
-(McNemar 1947): of the images on which only one of the two is right, under equal accuracy each run has half. Over
-several seeds an image counts once, for the run that is right more often on it. Images of a group do not stand alone:
-where there are groups, each group's lead may as well be that of the other run (a test by flipping signs), which is
-McNemar's where each group has one image. The p-values of a comparison are
-corrected for the number of pairs (Holm 1979, "A simple sequentially rejective multiple test procedure").
+both runs noted it, else by path. The test is exact (McNemar 1947): of the images on which only one of the two is right,
+under equal accuracy each run has half. Over several seeds, or repeats of folds, an image counts once, for the run that
+is right more often on it. Images of a group do not stand alone: where there are groups, each group's lead may as well
+be that of the other run (a test by flipping signs), which is McNemar's where each group has one image. The p-values of
+a comparison are corrected for the number of pairs (Holm 1979, "A simple sequentially rejective multiple test
+procedure").
 """
 
 from __future__ import annotations
@@ -37,19 +37,23 @@ Hits = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class Scored:
-    """Hold which images a run was scored on, and which it answered right."""
+    """Hold which images a run was scored on, and how often it answered each right."""
 
     images: str
     """Digest of their paths, rows and true labels, in order."""
     content: str | None
     """`scored_sha256` of the run: digest of their contents and true labels, in order; None of an older run."""
     keys: pa.Table
-    is_right_N: npt.NDArray[np.bool_]
+    hits_N: Hits
     groups_N: GroupNames | None = None
     """None: the run had no groups."""
+    num_repeats: int = 1
+    """Answers to each image."""
 
     def has_images_of(self, other: Scored) -> bool:
         """Report whether both runs were scored on the same images: copies of files elsewhere are the same."""
+        if self.num_repeats != other.num_repeats:
+            return False
         if self.content is not None and other.content is not None:
             return self.content == other.content
         return self.images == other.images
@@ -91,15 +95,17 @@ def read_scored(folder: Path, content: str | None = None) -> Scored | None:
     path = folder / "predictions.parquet"
     if not path.is_file():
         return None
-    table = read_predictions(path, (*_KEYS, "label"), if_there=("group",)).combine_chunks()
+    table = read_predictions(path, (*_KEYS, "label"), if_there=("group", "repeat")).combine_chunks()
+    num_repeats = pc.max(table["repeat"]).as_py() if "repeat" in table.column_names else 1
+    is_right = pc.fill_null(pc.equal(table["label"], table["true_label"]), False)
+    hits_RN = is_right.to_numpy(zero_copy_only=False).reshape(num_repeats, -1).astype(np.int64)
+    table = table.slice(0, hits_RN.shape[1])  # each repeat has the same images, in the same order
     total = hashlib.sha256()
     for name in _KEYS:
         for value in table[name].to_pylist():
             total.update(f"{value}\0".encode())
-    is_right = pc.fill_null(pc.equal(table["label"], table["true_label"]), False)
     groups_N = table["group"].combine_chunks() if "group" in table.column_names else None
-    is_right_N = is_right.to_numpy(zero_copy_only=False)
-    return Scored(total.hexdigest(), content, table.select(_KEYS), is_right_N, groups_N)
+    return Scored(total.hexdigest(), content, table.select(_KEYS), hits_RN.sum(axis=0), groups_N, num_repeats)
 
 
 def paired_tests(rows: Sequence[Row]) -> list[Pair]:
@@ -140,7 +146,7 @@ def paired_test(size: int, first: str, second: str, runs: Sequence[tuple[Scored,
 
 def _leads(runs: Sequence[tuple[Scored, Scored]]) -> tuple[Hits, Hits | None]:
     """Count for each image in how many seeds more the first is right than the second; and number its group."""
-    leads = [one.is_right_N.astype(np.int64) - other.is_right_N for one, other in runs]
+    leads = [one.hits_N - other.hits_N for one, other in runs]
     first = runs[0][0]
     if all(one.has_images_of(first) for one, _ in runs):
         total_N: Hits = np.sum(leads, axis=0, dtype=np.int64)

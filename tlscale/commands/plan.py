@@ -20,7 +20,7 @@ from tlscale.codes.probes.kinds import kind_of
 from tlscale.codes.probes.select import given_values, refuse_wrong_probe
 from tlscale.codes.store import CodesStore
 from tlscale.commands.check_images import check_images
-from tlscale.commands.plan_data import plan_of
+from tlscale.commands.plan_data import fold_rows, plan_of
 from tlscale.commands.tables import show_plan
 from tlscale.distributed.fsdp import trained_bytes, unsharded_bytes
 from tlscale.distributed.signals import check_stop
@@ -32,6 +32,7 @@ from tlscale.tracking.stopwatch import format_duration
 from tlscale.training.cache_decision import choose_partition, refuse_codes_of_a_probe, row_bytes, sample_images
 from tlscale.training.compiler import check_compiler
 from tlscale.training.duplicates import shared_images
+from tlscale.training.fold_parts import Part, all_images
 from tlscale.training.setup import RunSetup, set_up
 from tlscale.training.specs import cache_spec, input_path
 from tlscale.training.stages import Stage, apply_freezing
@@ -61,7 +62,9 @@ def plan(recipe: Recipe, *, world_size: int, checks_images: bool = False, as_jso
             check_images(recipe.data, console)
         if recipe.probe is None:
             refuse_codes_of_a_probe(recipe.codes)
-        setup = set_up(recipe, world_size=world_size, tries_images=False)
+        whole = all_images(recipe.evaluate)
+        first = None if whole is None else Part(whole.folds[0])  # of equal ones
+        setup = set_up(recipe, world_size=world_size, part=first, tries_images=False)
         if checks_images:
             for split in setup.data.splits.values():
                 split.digests()  # known by now, but of files that were written just before
@@ -69,6 +72,8 @@ def plan(recipe: Recipe, *, world_size: int, checks_images: bool = False, as_jso
                 console.say(note, style="bold red")
     tables = Console(enabled=not as_json)
     show_plan(setup, tables, device=f"planned for {world_size} process{'es' if world_size > 1 else ''}")
+    if setup.part is not None:
+        tables.table("Cross-validation", ("what", "how"), fold_rows(setup, setup.part.fold))
     plain = plan_of(setup)
     if recipe.probe is not None:
         plain["probe"] = _plan_probe(recipe.probe, recipe.codes, setup, tables)

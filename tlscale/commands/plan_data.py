@@ -5,9 +5,11 @@ Promise: a key that is here stays, with its meaning; docs/guide.md lists them.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from tlscale import __version__
+from tlscale.data.sources.folds import Fold
 from tlscale.training.setup import RunSetup, strategy_of
 from tlscale.training.stages import Stage, to_steps
 
@@ -35,7 +37,40 @@ def plan_of(setup: RunSetup) -> dict[str, Any]:
         "steps": None if not setup.stages else _steps(setup),
         "stages": [_stage(stage, setup) for stage in setup.stages],
         "probe": None,
+        "folds": None if setup.part is None else _folds(setup, setup.part.fold),
     }
+
+
+def _folds(setup: RunSetup, fold: Fold) -> dict[str, Any]:
+    """Return what a cross-validation takes, whose first fold the rest of the plan is of."""
+    recipe, num_runs = setup.recipe, len(fold.folds)
+    num_images = sum(len(split) for split in setup.data.splits.values())
+    order = replace(setup.order, num_images=num_images, draw=None)
+    lengths = [stage.duration for stage in recipe.stages] if recipe.stages else [recipe.duration]
+    of_all = sum(to_steps(length, order, None) for length in lengths)
+    return {
+        "num_folds": fold.num_folds,
+        "num_repeats": fold.num_repeats,
+        "images": num_images,
+        "runs": num_runs + 1,
+        "most_steps": num_runs * setup.total_steps + of_all if setup.stages else 0,
+    }
+
+
+def fold_rows(setup: RunSetup, fold: Fold) -> list[tuple[str, str]]:
+    """Return rows for people on a cross-validation, whose first fold the rest of the plan is of."""
+    folds, data = _folds(setup, fold), setup.data
+    assert data.test is not None, "a fold is held out"
+    times = "" if fold.num_repeats == 1 else f", {fold.num_repeats} times"
+    chosen = "" if data.validation is None else f", {len(data.validation):,} to choose by"
+    cost = f"{folds['runs']} runs: {folds['runs'] - 1} as planned here for the first fold, then one on all images"
+    steps = f", at most {folds['most_steps']:,} steps" if folds["most_steps"] else "; codes are computed once for all"
+    return [
+        ("folds", f"{fold.num_folds} of {folds['images']:,} images{times}"),
+        ("each", f"{len(data.train):,} to train on{chosen}, {len(data.test):,} held out to be scored"),
+        ("model", f"on all {folds['images']:,}, with what most folds chose, or the median of their lengths"),
+        ("cost", cost + steps),
+    ]
 
 
 def _batch(setup: RunSetup) -> dict[str, int]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from tlscale.data.given import find_images, lines_of
+from tlscale.data.sources.folds import ABOUT_FOLDS, FOLDS
 from tlscale.distributed.processes import Processes
 from tlscale.distributed.signals import StopRequest
 from tlscale.errors import DataError, Stopped, first_few, flag, option, speaks_python
@@ -139,6 +140,8 @@ def write_rows(
         finally:
             if processes.is_main:
                 sink.keep()
+    if trained.scored_on == FOLDS:
+        _say(processes, ABOUT_FOLDS)
     _say(processes, work.summary(out))
 
 

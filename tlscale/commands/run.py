@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,6 @@ from typing import Any
 import torch
 
 from tlscale.commands.tables import show_plan, show_result
-from tlscale.data.identity import scored_identity, used_identity
 from tlscale.data.sources.open import BadImages
 from tlscale.distributed.device import choose_algorithms, naming_memory
 from tlscale.distributed.host import num_cores
@@ -35,13 +35,14 @@ from tlscale.tracking.redact import about_secrets
 from tlscale.tracking.stopwatch import Stopwatch
 from tlscale.training.checkpoint.files import list_checkpoints
 from tlscale.training.compiler import check_compiler
-from tlscale.training.corrections import refuse_uncorrected
+from tlscale.training.cross_validation import cross_validate
+from tlscale.training.fold_parts import Part
 from tlscale.training.lengthening import lengthen, lengthens, other_steps, refuse_longer, settle_length
 from tlscale.training.loop import train
 from tlscale.training.probe import probe
-from tlscale.training.read_contents import replaced_images
+from tlscale.training.resumed_inputs import checked_run_info
 from tlscale.training.run_files import read_result, read_run_info
-from tlscale.training.setup import RunSetup, set_up
+from tlscale.training.setup import set_up
 
 # A resumed run may differ in these: they change nothing of what is learned, or only rounding. The exception is batch
 # norm and dropout on other passes (`compute.micro_batch_size`, the number of processes), which `computed` announces.
@@ -65,7 +66,6 @@ MAY_CHANGE = (
     "wandb",
 )
 
-_OTHER_DATA = "Bring them back, or start another: " + option("out", "DIR")
 _NEEDED = ("data", "bad_images", "input", "weights")  # of `run.json`, to compare them with those of today
 
 _KEEP_EVERY_S = 10.0  # seconds of a start on disk
@@ -112,14 +112,48 @@ def _run(
     recipe: Recipe, folder: RunFolder, processes: Processes, console: Console, watch: Stopwatch, mode: Mode
 ) -> dict[str, Any]:
     """Run what is in a folder that is held."""
-    keeping = _Spent(folder, watch).keep if processes.is_main else None
-    with (
-        StopRequest(folder.stop if processes.is_main else None, processes.peers(), keeping),
-        _marking_stop(folder, watch, is_main=processes.is_main),
-    ):
-        is_longer = False
+    keepers: list[Callable[[], None]] = []  # of the run, and of the fold that it is at
+
+    def keep() -> None:
+        for one in keepers:
+            one()
+
+    on_main = (folder.stop, keep) if processes.is_main else (None, None)
+    with StopRequest(on_main[0], processes.peers(), on_main[1]):
+        return _Start(processes, console, keepers).run(recipe, folder, watch, mode)
+
+
+@dataclass(frozen=True)
+class _Start:
+    """Run what is in folders that are held: a run, and where that is a cross-validation those of its folds."""
+
+    processes: Processes
+    console: Console
+    keepers: list[Callable[[], None]]
+
+    def run_part(self, recipe: Recipe, path: Path, part: Part) -> dict[str, Any]:
+        """Run a part of a cross-validation, or go on with it, or read its result where it is complete."""
+        folder = RunFolder(path)
+        with self.processes.main_holds(lambda: claim(path, "resume")):
+            return self.run(recipe, folder, Stopwatch(), "resume", part)
+
+    def run(
+        self, recipe: Recipe, folder: RunFolder, watch: Stopwatch, mode: Mode, part: Part | None = None
+    ) -> dict[str, Any]:
+        self.keepers.append(_Spent(folder, watch).keep)
+        try:
+            with _marking_stop(folder, watch, is_main=self.processes.is_main):
+                return self._run(recipe, folder, watch, mode, part)
+        finally:
+            self.keepers.pop()
+
+    def _run(
+        self, recipe: Recipe, folder: RunFolder, watch: Stopwatch, mode: Mode, part: Part | None
+    ) -> dict[str, Any]:
+        processes, console, is_longer, is_alone = self.processes, self.console, False, part is None
         run_info = None if mode == "overwrite" else processes.run_on_main(read_run_info, folder, _NEEDED)
         if run_info is not None:
+            part = processes.run_on_main(_same_part, part, run_info, folder)
             older, is_longer = processes.run_on_main(_refuse_other_recipe, recipe, folder, console)
             recipe = with_values(recipe, older)
             if not is_longer and (done := processes.run_on_main(_earlier_result, folder, recipe, console)) is not None:
@@ -132,24 +166,44 @@ def _run(
             watch.add_earlier(spent_s)  # now: what is kept on disk from here on is of all starts
         # -- data, model and weights: whatever is wrong with them ends the run here -------------------------------
         bad_images = BadImages.from_plain(run_info["bad_images"]) if run_info else None
-        if run_info is None and (warning := about_secrets(recipe)):
+        if run_info is None and is_alone and (warning := about_secrets(recipe)):
             console.say(warning, style="bold red")
         with processes.main_first():  # what a hub has to give is fetched once
-            setup = set_up(recipe, world_size=processes.world_size, bad_images=bad_images, watch=watch)
+            setup = set_up(recipe, world_size=processes.world_size, part=part, bad_images=bad_images, watch=watch)
 
         # -- plan -------------------------------------------------------------------------------------------------
-        show_plan(setup, console, device=str(processes.device), whole=False)
+        if is_alone:
+            show_plan(setup, console, device=str(processes.device), whole=False)
         if run_info is not None:
-            run_info = processes.run_on_main(_checked_run_info, run_info, setup, folder, console)
+            run_info = processes.run_on_main(checked_run_info, run_info, setup, folder, console)
             settle = partial(lengthen, setup) if is_longer else settle_length
             run_info = processes.run_on_main(settle, run_info, folder)
         processes.run_on_main(folder.stopped.unlink, missing_ok=True)
-        job = train if recipe.probe is None else probe
         with naming_memory():
-            result, how_to_load = job(setup, folder, processes, run_info, console)
+            if recipe.evaluate.folds is not None and part is None:
+                result, how_to_load = cross_validate(setup, folder, processes, run_info, console, self.run_part)
+            else:
+                job = train if recipe.probe is None else probe
+                result, how_to_load = job(setup, folder, processes, run_info, console)
         processes.run_on_main(_tidy, folder, console)
-        show_result(result, console, folder=folder.path, how_to_load=how_to_load)
+        if is_alone:
+            show_result(result, console, folder=folder.path, how_to_load=how_to_load)
         return result
+
+
+def _same_part(part: Part | None, run_info: dict[str, Any], folder: RunFolder) -> Part | None:
+    """Return the part of a cross-validation that a run is; one that is resumed alone is what it was.
+
+    Raises:
+        RunFolderError: it is another one.
+    """
+    then = None if run_info.get("fold") is None else Part.from_plain(run_info["fold"])
+    if part not in (None, then):
+        raise RunFolderError(
+            f"'{folder.path}' holds another part of the cross-validation ({then})",
+            remedy="Remove it, and resume the whole with " + flag("resume"),
+        )
+    return then
 
 
 def _tidy(folder: RunFolder, console: Console) -> None:
@@ -241,27 +295,14 @@ def _earlier_result(folder: RunFolder, recipe: Recipe, console: Console) -> dict
     result, fault = read_result(folder), fault_of_model(folder.model)
     if fault is None:
         return result
-    if recipe.probe is None and not list_checkpoints(folder.checkpoints):
+    is_made_anew = recipe.probe is not None or recipe.evaluate.folds is not None  # of what is in its folders
+    if not is_made_anew and not list_checkpoints(folder.checkpoints):
         raise RunFolderError(
             f"'{folder.path}' was complete, and is damaged; there is no checkpoint to finish it from: {fault}",
             remedy="Copy it from where it is whole, or run the recipe again with " + flag("overwrite") + ".",
         )
     console.say(f"WARNING: '{folder.path}' was complete, and is finished again: {fault}", style="bold red")
     return None
-
-
-def _checked_run_info(run_info: dict[str, Any], setup: RunSetup, folder: RunFolder, console: Console) -> dict[str, Any]:
-    """Check that a run can be resumed with these inputs; return what `run.json` holds from now on.
-
-    Raises:
-        ResumeError: its weights, data, transform or version are not those that it was started with.
-    """
-    _refuse_another("weights", run_info["weights"]["sha256"], setup.weights.sha256, folder)
-    if setup.teacher is not None:
-        _refuse_another("teacher's weights", run_info["teacher"]["sha256"], setup.teacher.digest, folder)
-    run_info = _compare_data(run_info, setup, folder, console)
-    _refuse_other_transform(run_info, setup, folder)
-    return refuse_uncorrected(folder, setup, run_info)
 
 
 def _refuse_other_recipe(
@@ -304,92 +345,3 @@ def _sees_other_views(stored: Recipe, recipe: Recipe) -> bool:
     """Report whether epochs would see other views: with `codes.keep: always` one is cached for all of them."""
     is_one = bool(recipe.data.augment) and recipe.codes.views == 1 and recipe.distill is None
     return is_one and (stored.codes.keep == "always") != (recipe.codes.keep == "always")
-
-
-def _refuse_other_transform(run_info: dict[str, Any], setup: RunSetup, folder: RunFolder) -> None:
-    """Refuse a run of an older version, which took the size of the first training image for that of all."""
-    then, now = run_info["input"], setup.spec.to_plain()
-    changes = {key: f"{then.get(key)!r} -> {value!r}" for key, value in now.items() if then.get(key) != value}
-    if changes:
-        listed = ", ".join(f"{key}: {change}" for key, change in changes.items())
-        why = keep = ""
-        if "crop_pct" in changes and "crop_pct" in then:
-            why = (
-                ". Versions of tlscale before this one took crop_pct from the size of the first training image; now it "
-                "comes from the median size of the training split"
-            )
-            keep = f", with data.crop_pct={then['crop_pct']:g} to have it as it was"
-        raise ResumeError(
-            f"'{folder.path}' cannot be resumed: its images would be fed in another way ({listed}){why}",
-            remedy="Start another run: " + option("out", "DIR") + keep,
-        )
-
-
-def _compare_data(run_info: dict[str, Any], setup: RunSetup, folder: RunFolder, console: Console) -> dict[str, Any]:
-    """Refuse other training or validation images; announce and record another test split, as `_checked_run_info`."""
-    data, then = setup.data, run_info["data"]
-    if "used_sha256" not in then:
-        console.say(f"'{folder.path}' is of an older tlscale: its data were compared by the older identity")
-        _refuse_another("data", then["fingerprint"], str(data.identity["fingerprint"]), folder)
-        return run_info
-    used = used_identity(data, then["used_by"])
-    if used.sha256 != then["used_sha256"]:
-        run_info = _with_repairs(run_info, setup, used.sha256, folder, console)
-        then = run_info["data"]
-    if replaced := replaced_images(folder, data, then):
-        raise ResumeError(
-            f"'{folder.path}' cannot be resumed: {len(replaced):,} images that it read are other ones now, such as "
-            f"{replaced[0]}",
-            remedy=_OTHER_DATA,
-        )
-    if data.test is None and "test" not in then["num_images"]:
-        return run_info  # the validation split is scored, and that is the same
-    scored = scored_identity(data, then["scored_by"])
-    if scored.sha256 == then["scored_sha256"]:
-        return run_info
-    console.say(
-        f"WARNING: the test split is not the one that '{folder.path}' was started with ({then['scored_sha256'][:12]} "
-        f"then, {scored.sha256[:12]} now). Training is not affected; the score will be of the new one",
-        style="bold red",
-    )
-    earlier = [*then.get("earlier_scored_sha256", []), then["scored_sha256"]]
-    now = {"scored_sha256": scored.sha256, "scored_by": scored.by, "num_images": data.identity["num_images"]}
-    run_info = {**run_info, "data": {**then, **now, "earlier_scored_sha256": earlier}}
-    with naming_disk_errors(folder.run_json):
-        write_json(folder.run_json, run_info)
-    return run_info
-
-
-def _with_repairs(
-    run_info: dict[str, Any], setup: RunSetup, used_sha256: str, folder: RunFolder, console: Console
-) -> dict[str, Any]:
-    """Accept other training or validation images where only those differ that ended the run, as they could not be read.
-
-    Returns:
-        What `run.json` holds from now on.
-
-    Raises:
-        ResumeError: others differ, too.
-    """
-    then = dict(run_info["data"])
-    unread = then.pop("unread", {"images": [], "rest_sha256": ""})
-    images = [(split, int(position)) for split, position in unread["images"]]
-    if used_identity(setup.data, then["used_by"], without=images).sha256 != unread["rest_sha256"]:
-        _refuse_another("data", then["used_sha256"], used_sha256, folder)
-    splits = {split.name: split for split in (setup.data.train, setup.data.validation) if split is not None}
-    for split, position in images:
-        console.say(f"{splits[split].where(position)}, which could not be read, is another file now: repaired")
-    repaired = [*then.get("repaired", []), *unread["images"]]
-    run_info = {**run_info, "data": {**then, "used_sha256": used_sha256, "repaired": repaired}}
-    with naming_disk_errors(folder.run_json):
-        write_json(folder.run_json, run_info)
-    return run_info
-
-
-def _refuse_another(what: str, then: str, now: str, folder: RunFolder) -> None:
-    if then != now:
-        raise ResumeError(
-            f"'{folder.path}' cannot be resumed: its {what} are not those that it was started with "
-            f"({then[:12]} then, {now[:12]} now)",
-            remedy=_OTHER_DATA,
-        )

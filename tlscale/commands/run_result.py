@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tlscale.commands.tables import CLASS_COLUMNS, class_rows, over_groups
+from tlscale.data.sources.folds import FOLDS
 from tlscale.errors import one_line
 from tlscale.tracking.console import number
 
@@ -51,11 +52,12 @@ class RunResult(dict[str, Any]):
 
     def _score(self) -> str:
         low, high = self.interval
-        of = "" if self["split"] == "all" else f"{self['split']} "
+        of = "" if self["split"] in ("all", FOLDS) else f"{self['split']} "
         often = self.get("majority")
         against = "" if often is None else f", {number(often['top1'])} for always saying {one_line(often['label'])!r}"
         interval = f"{low:.4f} to {high:.4f}{over_groups(self)}"
-        return f"top1 {number(self.top1)} ({interval}) on {self['num_images']:,} {of}images{against}"
+        by = " by models of folds" if self["split"] == FOLDS else ""
+        return f"top1 {number(self.top1)} ({interval}) on {self['num_images']:,} {of}images{by}{against}"
 
     def _repr_html_(self) -> str:
         rows = class_rows(self)

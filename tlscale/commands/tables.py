@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from tlscale.codes.parts import layer_name
 from tlscale.data.input_spec import SMALL_SHARE, InputSpec
 from tlscale.data.sampler import DataOrder
 from tlscale.models.features import PENULTIMATE
@@ -132,6 +133,8 @@ def _names(names: list[str]) -> str:
 
 def show_result(result: dict[str, Any], console: Console, *, folder: Path, how_to_load: str) -> None:
     """Show the final figures, and where everything is."""
+    if "folds" in result:
+        _show_folds(result, console)
     rows = []
     for name in ("best", "last"):
         figures = result[name]
@@ -141,12 +144,13 @@ def show_result(result: dict[str, Any], console: Console, *, folder: Path, how_t
     label, share = result["majority"]["label"], number(result["majority"]["top1"])
     rows.append((f"always {label!r}", "-", share, "-", "-"))
     title = f"{result['num_images']:,} {result['split']} images"
-    if result["steps"]:  # a probe has no steps, and so only one set of weights
+    if result["steps"] and "folds" not in result:  # a probe has no steps, and so only one set of weights
         console.table(title, ("weights", "step", "top1", "loss", "macro-F1"), rows)
     if result.get("choice") is not None:
         console.say(_choice(result["choice"]))
     show_classes(result, console)
     how = f"with the {result['weights']} weights; {result['epochs']:g} epochs" if result["steps"] else "by the probe"
+    how = "by the models of the folds; all of it" if "folds" in result else how
     console.say(
         f"top1 {number(result['top1'])} ({interval_text(result)}) against {share} for always saying "
         f"{label!r}, {how} in {format_duration(result['wall_s'])}, {result['images_per_s']:.0f} images/s",
@@ -181,6 +185,31 @@ def _probabilities(result: Mapping[str, Any]) -> str:
     )
 
 
+def _show_folds(result: dict[str, Any], console: Console) -> None:
+    """Show the score of each fold and what was chosen for it, and that of a test split."""
+    folds = result["folds"]
+    rows = [
+        (score["fold"], f"{score['num_images']:,}", number(score["top1"]), number(score["loss"]), _chosen(score))
+        for score in folds["scores"]
+    ]
+    console.table("Folds", ("fold", "images", "top1", "loss", "chosen within it"), rows)
+    mean, spread = number(folds["top1_mean"]), number(folds["top1_sd"])
+    console.say(f"mean of the folds: top1 {mean}, from fold to fold ± {spread} (standard deviation)")
+    if (test := result.get("test")) is not None:
+        console.say(
+            f"test: top1 {number(test['top1'])} ({interval_text(test)}) on {test['num_images']:,} images, of the "
+            "exported model",
+            style="bold",
+        )
+
+
+def _chosen(score: dict[str, Any]) -> str:
+    chosen = score["chosen"]
+    if "step" in chosen:
+        return f"step {chosen['step']:,} of {chosen['of']:,}"
+    return f"{layer_name((chosen['layer'], chosen['pool']))}, {chosen['setting']:g}"
+
+
 def interval_text(figures: Mapping[str, Any]) -> str:
     """Return the interval of a score, and of how many groups it is made."""
     low, high = figures["top1_interval95"]
@@ -212,6 +241,12 @@ def _show_what_the_score_is_of(result: dict[str, Any], console: Console) -> None
         console.say(
             f"selected on {result['selected_on']}: without a test split these images also chose {chosen}, so top1 is "
             "likely somewhat too high",
+            style="yellow",
+        )
+    if "folds" in result:
+        console.say(
+            "top1 is of the models of the folds, each on images that it was not fitted to; the exported model was "
+            f"fitted to all of them{'' if 'test' in result else ', and has no score of its own'}",
             style="yellow",
         )
     if result["scored_model"] == "before_refit":

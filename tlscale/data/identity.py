@@ -48,16 +48,19 @@ def used_identity(data: ImageData, by: By | None = None, *, without: Collection[
 def scored_identity(data: ImageData, by: By | None = None) -> Identity:
     """Return the identity of the rows that the figures of a run are of: those of test, else of validation.
 
-    Arguments and errors are those of `used_identity`.
+    Of a cross-validation, whose folds are scored, those of train. Arguments and errors are those of `used_identity`.
     """
-    split = data.test or data.validation
-    assert split is not None, "prepare refuses data that nothing can be evaluated on"
-    return _identity(data.classes, [split], by)
+    return _identity(data.classes, [data.test or data.validation or data.train], by)
 
 
 def result_identity(data: ImageData) -> dict[str, Any]:
     """Return both for `result.json`, that of the scored rows by content: they were all read, and reports compare it."""
     return _figures(used_identity(data), scored_identity(data, "content"))
+
+
+def folds_identity(data: ImageData) -> dict[str, Any]:
+    """Return both for `result.json` of a cross-validation, which scores the images that it trains on."""
+    return _figures(used_identity(data), _identity(data.classes, [data.train], "content"))
 
 
 def run_identity(data: ImageData) -> dict[str, Any]:

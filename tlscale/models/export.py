@@ -28,6 +28,7 @@ from tlscale.models.classifier import Classifier, CodesClassifier
 from tlscale.models.features import PENULTIMATE, LayerCodes
 from tlscale.models.heads import is_single_linear
 from tlscale.models.knn import KnnHead
+from tlscale.models.model_copy import how_to_load
 from tlscale.models.model_folder import CONFIG_FILE, HEAD_FILE, MODEL_FILE, config_digest, format_of
 from tlscale.models.model_folder import TrainedModel as TrainedModel  # what is exported is found where it is exported
 from tlscale.models.model_folder import load as load
@@ -82,7 +83,7 @@ def export_model(
     difference = _difference(plain, load(folder).model, spec)
     if not difference <= LOGITS_TOLERANCE:
         raise ModelError(f"the exported model in {folder} gives other logits than the run (by {difference:.2g})")
-    return f"timm.create_model('local-dir:{folder}', pretrained=True)" if whole else f"tlscale.load('{folder}')"
+    return how_to_load(folder, whole=whole)
 
 
 def _write_files(

@@ -57,6 +57,9 @@ class TrainedModel:
     """Of several labels: the probability of each class from which on an image has it. None: an image has one class."""
     calibration: Calibration | None = None
     """None: probabilities are the softmax of the logits."""
+    scored_on: str | None = None
+    """The split that its run's score is of; `folds`: that score is of other models, and this one was fitted to all
+    images; None: it has no score of its own."""
 
 
 # -- settings ---------------------------------------------------------------------------------------------------------
@@ -311,7 +314,7 @@ def load(run: str | Path, *, as_stored: bool = False) -> TrainedModel:
         if as_stored:
             _take_as_stored(model, states)
     thresholds = None if ours.thresholds is None else tuple(ours.thresholds)
-    return TrainedModel(model.eval(), tuple(ours.classes), spec, thresholds, ours.calibration)
+    return TrainedModel(model.eval(), tuple(ours.classes), spec, thresholds, ours.calibration, ours.scored_on)
 
 
 def fault_of_model(folder: Path) -> str | None:

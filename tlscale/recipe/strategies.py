@@ -169,7 +169,9 @@ def fit_to_size(recipe: Recipe, min_steps: int) -> Recipe:
     """
     if recipe.probe is not None or recipe.data.train_limit is None:
         return recipe
-    num_images = max(recipe.data.train_limit - int(recipe.data.train_limit * recipe.data.validation_fraction), 1)
+    num_images = recipe.data.train_limit
+    num_images -= -(-num_images // recipe.evaluate.folds) if recipe.evaluate.folds is not None else 0  # of a fold
+    num_images = max(num_images - int(num_images * recipe.data.validation_fraction), 1)
     plain = recipe.to_plain()
     if num_images < recipe.batch_size:
         plain["drop_last"] = False

@@ -37,6 +37,8 @@ class RunFolder:
         self.predictions = path / "predictions.parquet"
         self.checkpoints = path / "checkpoints"
         self.model = path / "model"
+        self.folds = path / "folds"
+        """Holds the runs of a cross-validation, each in a folder of its own."""
         self.lock = path / ".lock"
         self.stop = path / "STOP"
         """The control file that whoever wants the run to stop puts there."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -101,6 +101,31 @@ class Stopwatch:
             speed = images_seen / max(spent_s["train"], 1e-9)
             figures |= {"waiting_s": round(waiting_s, 3), "images_per_s": round(speed, 1)}
         return figures
+
+
+def with_seconds_of(
+    runs: Sequence[Mapping[str, Any]], figures: dict[str, Any], part: str, images_seen: int
+) -> dict[str, Any]:
+    """Return figures with the seconds of runs, part by part, in place of those that were counted as `part` meanwhile.
+
+    Args:
+        runs: results of runs that ran within this one; with none the figures are as they were.
+        figures: as `Stopwatch.figures` gives them.
+        part: what their time was counted as.
+        images_seen: in training, by all of them.
+    """
+    if not runs:
+        return figures
+    seconds = {name: spent_s for name, spent_s in figures["seconds"].items() if name != part}
+    for run in runs:
+        for name, spent_s in run["seconds"].items():
+            seconds[name] = round(seconds.get(name, 0.0) + spent_s, 3)
+    return {
+        "wall_s": round(sum(seconds.values()), 3),
+        "seconds": seconds,
+        "waiting_s": round(sum(run["waiting_s"] for run in runs), 3),
+        "images_per_s": round(images_seen / max(seconds["train"], 1e-9), 1),
+    }
 
 
 def format_duration(seconds: float) -> str:

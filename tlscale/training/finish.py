@@ -31,6 +31,7 @@ from tlscale.training.result import (
     about_score,
     fitted,
     make_result,
+    no_figures,
     why_not_calibrated,
     write_result,
 )
@@ -46,14 +47,14 @@ def finish(
 ) -> tuple[dict[str, Any], str]:
     """Export the chosen weights, and score them and the last ones on the split that chose nothing, as for `train`.
 
-    The validation images are asked once more before, about the temperature that the model takes along.
+    The validation images are asked once more before, about the temperature that the model takes along. Without a split
+    to score, as for the model of a cross-validation, nothing is scored.
 
     Raises:
         DataError: an image of that split cannot be read; the model is exported.
     """
     setup, processes = state.setup, state.processes
     split = setup.data.test or setup.data.validation
-    assert split is not None, "set_up refuses data that nothing can be evaluated on"
     last_weights = _weights(state)
     chosen = _take_chosen_weights(state, loop, folder)
     judged, calibration = _calibrate(state, chosen)
@@ -62,22 +63,10 @@ def finish(
         network = processes.engine.gather(state.network, keep=processes.is_main)
         how_to_load = processes.run_on_main(_export, network, state, folder, calibration)
     try:
-        if judged is not None and split is setup.data.validation:
-            best, predictions = judged
-        else:
-            best, predictions = _score(state, chosen.inputs, split, chosen.step)
-        predictions.calibration = calibration
-        last = best
-        if chosen.step != loop.step:
-            restore_weights(last_weights, state.network, state.ema, setup.unchanging_keys)
-            last, _ = _score(state, state.inputs, split, loop.step)
-        # Before the result, which says that all is there.
-        write_predictions(folder.predictions, predictions, processes)
-        with setup.watch("test"):
-            scored = processes.run_on_main(
-                add_prediction_figures, best, folder.predictions, have_chosen=split.name == "validation"
-            )
-        best, last = scored, scored if last is best else last
+        best = last = {"step": chosen.step, **no_figures(setup)}
+        if split is not None:
+            judged = judged if split is setup.data.validation else None
+            best, last = _score_both(state, loop, chosen, folder, split, judged, calibration, last_weights)
         identity = processes.run_on_main(result_identity, setup.data)
     except BadImageError as error:
         raise unread_test_image(error, folder) from error
@@ -94,6 +83,33 @@ def finish(
     result = processes.run_on_main(write_result, result, folder, setup)
     logger.write_summary(result)
     return result, how_to_load
+
+
+def _score_both(
+    state: TrainState,
+    loop: LoopState,
+    chosen: _Chosen,
+    folder: RunFolder,
+    split: ImageSplit,
+    judged: tuple[Figures, Predictions] | None,
+    calibration: Calibration | None,
+    last_weights: Checkpoint,
+) -> tuple[Figures, Figures]:
+    """Score the chosen weights, or take them as `judged` on this split, and the last ones; write the predictions."""
+    setup, processes = state.setup, state.processes
+    best, predictions = judged or _score(state, chosen.inputs, split, chosen.step)
+    predictions.calibration = calibration
+    last = best
+    if chosen.step != loop.step:
+        restore_weights(last_weights, state.network, state.ema, setup.unchanging_keys)
+        last, _ = _score(state, state.inputs, split, loop.step)
+    # Before the result, which says that all is there.
+    write_predictions(folder.predictions, predictions, processes)
+    with setup.watch("test"):
+        scored = processes.run_on_main(
+            add_prediction_figures, best, folder.predictions, have_chosen=split.name == "validation"
+        )
+    return scored, scored if last is best else last
 
 
 def _score(state: TrainState, inputs: InputPipeline, split: ImageSplit, step: int) -> tuple[Figures, Predictions]:

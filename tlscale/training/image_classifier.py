@@ -21,6 +21,7 @@ from PIL import Image
 
 from tlscale.codes.shards import BLOCK
 from tlscale.data.given import Given, InMemory, find_images, name_of
+from tlscale.data.sources.folds import FOLDS
 from tlscale.distributed.processes import Processes
 from tlscale.errors import DataError, ModelError, TlscaleError, first_few, option, speaks_python
 from tlscale.models import model_folder
@@ -150,7 +151,8 @@ class ImageClassifier(TrainedModel):
         name = (getattr(getattr(self.model, "backbone", self.model), "pretrained_cfg", None) or {}).get("architecture")
         size = f"{size_in_words(spec.image_size)} x {spec.in_chans}"
         kind = name or type(self.model).__name__
-        return f"ImageClassifier({str(self.folder)!r}: {kind}, {len(self.classes):,} classes, images of {size})"
+        score = "; scored by folds, fitted to all images" if self.scored_on == FOLDS else ""
+        return f"ImageClassifier({str(self.folder)!r}: {kind}, {len(self.classes):,} classes, images of {size}{score})"
 
     @property
     def sets(self) -> LabelSets | None:

@@ -24,7 +24,7 @@ Changes = Sequence[tuple[str, object, object]]
 
 def lengthens(stored: Recipe, recipe: Recipe, changes: Changes) -> bool:
     """Report whether nothing but the length of the last stage is another, and not a shorter one as it is written."""
-    if stored.probe is not None or len(changes) != 1:
+    if stored.probe is not None or stored.evaluate.folds is not None or len(changes) != 1:
         return False
     key, old, new = changes[0]
     if key == "stages":

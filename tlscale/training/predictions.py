@@ -37,9 +37,10 @@ import torch
 from torch import Tensor
 
 from tlscale import faults
+from tlscale.data.sources.joined import JoinedStore
 from tlscale.data.sources.open import ImageSplit
 from tlscale.data.sources.stores import FileStore
-from tlscale.data.sources.tables import Ints
+from tlscale.data.sources.tables import Ints, RawStore
 from tlscale.distributed.device import CopyToCpu
 from tlscale.distributed.processes import Processes
 from tlscale.errors import RunFolderError, TlscaleError, first_line
@@ -171,11 +172,15 @@ def _best_of(logits_BC: Tensor) -> Tensor:
 
 def image_names(split: ImageSplit, positions_B: Ints) -> list[str]:
     """Return names of images by which a person finds them in the data, and that do not tell where the data are."""
-    store = getattr(split.table, "store", None)
+    return _names_in(split.table.store, split.rows_N[positions_B])
+
+
+def _names_in(store: RawStore, rows_N: Ints) -> list[str]:
+    if isinstance(store, JoinedStore):
+        return [name for part, at_N in store.runs(rows_N) for name in _names_in(part, at_N)]
     if not isinstance(store, FileStore):
-        return [readable(os.path.basename(split.where(int(position)))) for position in positions_B]
-    rows_B = split.rows_N[positions_B]
-    return [readable(_below(store, path)) for path in store.paths_N.take(pa.array(rows_B)).to_pylist()]
+        return [readable(os.path.basename(store.where(row))) for row in rows_N.tolist()]
+    return [readable(_below(store, path)) for path in store.paths_N.take(pa.array(rows_N)).to_pylist()]
 
 
 def _below(store: FileStore, path: str) -> str:

@@ -47,6 +47,7 @@ from tlscale.training.result import (
     about_score,
     fitted,
     make_result,
+    no_figures,
     why_not_calibrated,
     write_result,
 )
@@ -77,11 +78,10 @@ def probe(
 
     # -- codes: of all layers and poolings in one pass, before anything is written -----------------------------------
     wanted, backbone = wanted_layers(codes_cache.spec.section), setup.classifier.backbone
-    split = data.test or data.validation
-    assert split is not None, "set_up refuses data that nothing can be evaluated on"
+    split = data.test or data.validation  # none for the model of a cross-validation, which is not scored
     with telling_of_unread_images(setup, LoopState(), folder, processes):
         codes = codes_cache.layer_codes(backbone, wanted, [data.train, *([data.validation] if data.validation else [])])
-        codes |= {} if split.name in codes else codes_cache.layer_codes(backbone, wanted, [split])
+        codes |= {} if split is None or split.name in codes else codes_cache.layer_codes(backbone, wanted, [split])
     device = processes.device
     run_info = processes.run_on_main(begin_folder, folder, setup, processes.world_size, str(device), run_info)
     with RunLogger(setup, folder, processes, LoopState(), run_info, console) as logger:
@@ -101,7 +101,7 @@ class _Probe:
     wanted: list[tuple[str, str]]
     codes: dict[str, Codes]
     """By split."""
-    split: ImageSplit
+    split: ImageSplit | None
     """That the score is of."""
     device: torch.device
     cache_stats: dict[str, Any]
@@ -123,20 +123,22 @@ class _Probe:
         # -- evaluate: by images that the classifier was not fitted to, once ------------------------------------------
         number_of_layer = [layer_name(pair) for pair in self.wanted].index(choice.name)
         scored = choice.probe.head if data.test is not None else choice.probe.before_refit
-        predictions = Predictions(self.split, data.classes)
-        with setup.watch("test"):
-            figures = _figures(setup, scored, self._values(self.split.name, number_of_layer), predictions)
-        logger.write_evaluation(self.split.name, figures, is_best=False)
+        figures = no_figures(setup)
+        if self.split is not None:
+            predictions = Predictions(self.split, data.classes)
+            with setup.watch("test"):
+                figures = _figures(setup, scored, self._values(self.split.name, number_of_layer), predictions)
+            logger.write_evaluation(self.split.name, figures, is_best=False)
 
         calibration = self._calibration(choice, number_of_layer)
-        predictions.calibration = calibration
-
         # -- export ---------------------------------------------------------------------------------------------------
         chosen = self.wanted[number_of_layer]
         with setup.watch("export"):
             how_to_load = _export(setup, choice, chosen, folder, calibration)
-            write_predictions(folder.predictions, predictions)
-            figures = add_prediction_figures(figures, folder.predictions, have_chosen=data.test is None)
+            if self.split is not None:
+                predictions.calibration = calibration
+                write_predictions(folder.predictions, predictions)
+                figures = add_prediction_figures(figures, folder.predictions, have_chosen=data.test is None)
         result = self._result(choice, chosen, figures, calibration) | result_identity(data)
         logger.sync()
         return write_result(result, folder, setup), how_to_load

@@ -1,8 +1,9 @@
 """Write and read `result.json`, and tell in it what a run's score is of: the same for training and for a probe.
 
 - `scored_model`: `exported`, or `before_refit`: the score is of a probe's classifier that was fitted to the training
-  images alone, and the exported one was fitted again, to the validation images too, and has no score of its own.
-- `exported_model`: `fitted_on_train`, or `refitted_on_train_and_validation`.
+  images alone, and the exported one was fitted again, to the validation images too, and has no score of its own. Or
+  `folds`: the score is of the models of a cross-validation, each on images that it was not fitted to.
+- `exported_model`: `fitted_on_train`, `refitted_on_train_and_validation`, or `fitted_on_all` images of the folds.
 - `selected_on`: `validation` where there is no test split and the scored images have chosen the step, layer, pooling
   or strength, so that the score is likely somewhat too high; else null.
 - `majority`: `label`, the most frequent class of the training images, and `top1`, its share of the scored images.
@@ -10,16 +11,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tlscale import faults
+from tlscale.data.sources.folds import FOLDS
 from tlscale.data.sources.open import ImageData, ImageSplit
 from tlscale.models.calibration import Calibration
 from tlscale.storage.files import naming_disk_errors, write_json
 from tlscale.storage.run_folder import RunFolder
 from tlscale.tracking.redact import places_of, without_places
+from tlscale.tracking.stopwatch import with_seconds_of
 from tlscale.training.duplicates import shared_images
-from tlscale.training.metrics import majority
+from tlscale.training.metrics import Tally, majority, summary
 from tlscale.training.predictions import MOST_LOGITS
 from tlscale.training.setup import RunSetup, strategy_of
 
@@ -27,7 +31,14 @@ _LONG = ("per_class", "confusion", "pr_curves")
 """Figures that come last in the file."""
 
 
-def about_score(setup: RunSetup, split: ImageSplit, *, has_chosen: bool, refitted: bool = False) -> dict[str, Any]:
+def no_figures(setup: RunSetup) -> dict[str, Any]:
+    """Return the figures of no image: of a model that is scored on none."""
+    return summary(Tally(len(setup.data.classes), "cpu"), setup.data.classes)
+
+
+def about_score(
+    setup: RunSetup, split: ImageSplit | None, *, has_chosen: bool, refitted: bool = False
+) -> dict[str, Any]:
     """Return the four keys of above.
 
     `has_chosen`: the exported weights were chosen among several steps, layers or strengths. `refitted`: a probe's
@@ -37,13 +48,15 @@ def about_score(setup: RunSetup, split: ImageSplit, *, has_chosen: bool, refitte
     return {
         "scored_model": "before_refit" if refitted and data.test is None else "exported",
         "exported_model": "refitted_on_train_and_validation" if refitted else "fitted_on_train",
-        "selected_on": split.name if split.name == "validation" and has_chosen else None,
-        "majority": majority(data.train.labels_N, split.labels_N, data.classes),
+        "selected_on": "validation" if split is data.validation is not None and has_chosen else None,
+        "majority": majority(data.train.labels_N, (split or data.train).labels_N, data.classes),
     }
 
 
 def fitted(setup: RunSetup, *, refitted: bool = False) -> dict[str, Any]:
     """Return the keys of the exported model's `config.json` that tell what it was fitted and scored on."""
+    if setup.part is not None and setup.part.fold.holds_none:
+        return {"fitted_on": ["train"], "scored_on": FOLDS}
     scored_on = "test" if setup.data.test is not None else None if refitted else "validation"
     return {"fitted_on": ["train", "validation"] if refitted else ["train"], "scored_on": scored_on}
 
@@ -84,13 +97,13 @@ def about_calibration(
 
 
 def make_result(
-    setup: RunSetup, split: ImageSplit, figures: dict[str, Any], score: dict[str, Any], own: dict[str, Any]
+    setup: RunSetup, split: ImageSplit | None, figures: dict[str, Any], score: dict[str, Any], own: dict[str, Any]
 ) -> dict[str, Any]:
     """Return what `result.json` holds: the figures on the scored split, and what a kind of job tells of its own."""
     return {
         "name": setup.name,
         "strategy": strategy_of(setup),
-        "split": split.name,
+        "split": None if split is None else split.name,
         **score,
         "num_classes": len(setup.data.classes),
         **{key: value for key, value in figures.items() if key not in ("step", *_LONG)},
@@ -104,11 +117,14 @@ def make_result(
     }
 
 
-def write_result(result: dict[str, Any], folder: RunFolder, setup: RunSetup) -> dict[str, Any]:
+def write_result(
+    result: dict[str, Any], folder: RunFolder, setup: RunSetup, runs: Sequence[Mapping[str, Any]] = ()
+) -> dict[str, Any]:
     """Write the last file of a run, and return it; where it is there, the run is complete.
 
     Copies among the images are noted here, where their contents are known. The watch is read last of all, so that its
-    seconds are all that there were until this file. A full disk is a `TlscaleError`.
+    seconds are all that there were until this file. A full disk is a `TlscaleError`. `runs`: results of those of a
+    cross-validation, whose seconds are its own.
     """
     faults.at("result")
     shared, notes = shared_images(setup.data)
@@ -117,6 +133,6 @@ def write_result(result: dict[str, Any], folder: RunFolder, setup: RunSetup) -> 
     if shared or action != "warn":
         result["duplicates"] = {"action": action, "in_two_splits": shared, "num_dropped": dropped}
     with naming_disk_errors(folder.result):
-        result |= setup.watch.figures(result["images_seen"])
+        result |= with_seconds_of(runs, setup.watch.figures(result["images_seen"]), FOLDS, result["images_seen"])
         write_json(folder.result, result)
     return result

@@ -71,6 +71,13 @@ def _start(plain: object) -> object:
     return plain
 
 
+class _Fold(_Facts):
+    num_folds: Annotated[int, Field(ge=2, le=1000)]
+    num_repeats: Annotated[int, Field(ge=1, le=100)]
+    number: Annotated[int, Field(ge=1, le=100_000)] | None
+    share: Annotated[float, Field(gt=0.0, le=1.0)]
+
+
 class _Change(_Facts):
     step: _Count
 
@@ -90,6 +97,7 @@ class _RunInfo(_Facts):
     computed: list[Annotated[Any, BeforeValidator(_start)]] = []
     changes: list[_Change] = []
     keeps_codes: dict[str, bool] = {}
+    fold: _Fold | None = None
 
 
 class _Majority(_Facts):
@@ -122,10 +130,10 @@ class _Best(_Facts):
 
 class _Result(_Facts):
     strategy: str
-    split: str
+    split: str | None
     num_images: _Count
-    top1: _Share
-    top1_interval95: Annotated[list[_Share], Field(min_length=2, max_length=2)]
+    top1: _Share | None
+    top1_interval95: Annotated[list[_Share], Field(min_length=2, max_length=2)] | None
     best: _Best
     steps: _Count
     images_seen: _Count
@@ -139,6 +147,12 @@ class _Result(_Facts):
     probe: _Probe | None = None
     codes: _Codes | None = None
     computed_scores: _ComputedScores | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> _Result:
+        if self.split is not None and (self.top1 is None or self.top1_interval95 is None):
+            raise ValueError("a split was scored, and top1 or its interval is missing")
+        return self
 
 
 def _read(path: Path, facts: type[_Facts]) -> dict[str, Any] | None:

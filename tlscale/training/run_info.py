@@ -34,6 +34,7 @@ def make_run_info(setup: RunSetup, *, world_size: int, device: str) -> dict[str,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "corrections": corrections.names(),  # in force when it began
         "strategy": strategy_of(setup),
+        **({} if setup.part is None else {"fold": setup.part.to_plain()}),
         "recipe_sha256": recipe_digest(setup.recipe),
         "git": git_state(),
         "python": sys.version.split()[0],

@@ -21,6 +21,7 @@ from tlscale.data.sampler import (
     least_in_a_pass,
     split_batch_size,
 )
+from tlscale.data.sources.folds import Fold
 from tlscale.data.sources.open import BadImages, ImageData, open_data
 from tlscale.data.transforms import seen_share
 from tlscale.distributed.signals import check_stop
@@ -50,9 +51,11 @@ from tlscale.tracking.trackers import check_installed
 from tlscale.training.distillation.loss import labels_teach
 from tlscale.training.distillation.student import Student
 from tlscale.training.distillation.teacher import Teacher, open_teacher
+from tlscale.training.fold_parts import Part, all_images, first_stages
 from tlscale.training.idle import refuse_idle
 from tlscale.training.loss import loss_name, refuse_mixed_targets
 from tlscale.training.optimizer import check_optimizer
+from tlscale.training.predictions import MOST_LOGITS
 from tlscale.training.stages import Stage, apply_freezing, plan_stages, to_steps
 
 
@@ -73,6 +76,8 @@ class RunSetup:
     watch: Stopwatch = field(default_factory=Stopwatch)
     seen_share: float = 1.0
     """Share of a typical training image that the network is shown in an evaluation."""
+    part: Part | None = None
+    """Of a cross-validation: the run of a fold, or of the model on all images. None: the whole, or none."""
 
     @property
     def bad_images(self) -> BadImages:
@@ -151,6 +156,7 @@ def set_up(
     recipe: Recipe,
     *,
     world_size: int,
+    part: Part | None = None,
     bad_images: BadImages | None = None,
     tries_images: bool = True,
     watch: Stopwatch | None = None,
@@ -158,6 +164,7 @@ def set_up(
     """Open the data, build the model, match the rules, do the arithmetic.
 
     Args:
+        part: of a recipe with `evaluate.folds`; None: all images are trained on, and none is held out.
         bad_images: those that an earlier start of this run found; None: find them, where the recipe says to skip them.
         tries_images: decode images to find those; else all are taken as sound.
 
@@ -168,9 +175,10 @@ def set_up(
     check_optimizer(recipe.optim)
     refuse_mixed_targets(loss_name(recipe.loss, recipe.distill), augmentation_values(recipe.data.augment))
     watch = watch or Stopwatch()
+    fold = part.fold if part is not None else all_images(recipe.evaluate)
     with watch("scan"):
-        data = open_data(recipe.data, recipe.seed, bad_images=bad_images, tries_images=tries_images)
-    _refuse_no_images(data)
+        data = open_data(recipe.data, recipe.seed, fold=fold, bad_images=bad_images, tries_images=tries_images)
+    _refuse_no_images(data, fold)
     check_stop("setting up")
     backbone, weights, earlier = _backbone(recipe)
     check_stop("setting up")
@@ -189,11 +197,14 @@ def set_up(
     batch_size = recipe.batch_size if recipe.probe is None else world_size
     split = split_batch_size(batch_size, world_size, recipe.compute.micro_batch_size)
     stages = _plan_stages(recipe, classifier, order, spec) if recipe.probe is None else []
+    stages = first_stages(stages, part.share) if stages and part is not None else stages
     setup = RunSetup(recipe, data, spec, classifier, weights, code_width, order, split, stages, teacher, watch)
+    setup.part = part
     setup.seen_share = statistics.median(seen_share(*size, spec) for size in sizes)
     if bad_images is None:  # a run that began earlier goes on as it began
         _refuse_random_frozen(setup)
-        refuse_idle(recipe, data, classifier, stages, order)
+        if not (fold is not None and fold.holds_none):  # which chooses nothing: its folds do
+            refuse_idle(recipe, data, classifier, stages, order)
     check_stop("setting up")
     if stages:
         _refuse_what_cannot_train(setup, world_size)
@@ -227,9 +238,14 @@ def _refuse_random_frozen(setup: RunSetup) -> None:
         )
 
 
-def _refuse_no_images(data: ImageData) -> None:
+def _refuse_no_images(data: ImageData, fold: Fold | None) -> None:
     if len(data.train) == 0:
         raise DataError(f"all training images are bad, such as {next(iter(data.bad_images.reasons()))}")
+    if fold is not None:
+        if len(data.classes) > MOST_LOGITS:
+            problem = f"not supported with {len(data.classes):,} classes; the most is {MOST_LOGITS:,}"
+            raise DataError(problem, key="evaluate.folds", remedy="Take it out")
+        return
     if data.test is None and data.validation is None:
         raise DataError("there is nothing to evaluate on: no test split, and data.validation_fraction is 0")
 

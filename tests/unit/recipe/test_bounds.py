@@ -125,7 +125,7 @@ def test_a_key_at_its_default_is_no_mistake(text, tmp_path):
     ("text", "said"),
     [
         ("loss: {name: focal}", "loss.name: unknown key. The keys of section 'loss' are: "),
-        ("codes: {folds: 5}", "codes.folds: unknown key. The keys of section 'codes' are: "),
+        ("codes: {folds: 5}", "codes.folds: unknown key. Did you mean 'evaluate.folds'?"),
         ("optim: {batch_size: 5}", "optim.batch_size: unknown key. Did you mean 'batch_size' or"),
         ("optim: {crop_pc: 5}", "optim.crop_pc: unknown key. Did you mean 'data.crop_pct'?"),
     ],

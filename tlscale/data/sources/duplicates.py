@@ -73,8 +73,8 @@ class Dropped:
 
     rows: Mapping[Role, Sequence[int]]
     """Rows of whole splits, ascending."""
-    contents_N: Ints
-    """By row of train: equal for equal images."""
+    contents: Mapping[Role, Ints]
+    """By row of train and validation: equal for equal images, of both."""
     notes: tuple[str, ...]
 
     @property
@@ -132,7 +132,7 @@ def drop_shared(
             problem = f"all {len(split):,} images of {role} are in other splits, or under two labels, byte for byte"
             raise DataError(problem, key=_KEY)
     plain = {role: found.tolist() for role, found in rows.items()}
-    return Dropped(plain, _number_contents(tables["train"]), tuple(notes))
+    return Dropped(plain, _number_contents(tables), tuple(notes))
 
 
 def _under_two_labels(split: ImageSplit) -> Ints:
@@ -166,10 +166,14 @@ def _clash_note(section: DataSection, split: ImageSplit, clashing: Ints, classes
     return f"DROPPED: {what} ({_KEY}: drop): {pair}"
 
 
-def _number_contents(table: LabelledTable) -> Ints:
-    """Return a number for each row, equal for rows that are known to be equal."""
-    digests_N, known_N = table.noted_digests(np.arange(len(table)))
-    numbers_N = np.arange(len(table), dtype=np.int64)
+def _number_contents(tables: Mapping[Role, LabelledTable]) -> dict[Role, Ints]:
+    """Return a number for each row of train and validation, equal for rows that are known to be equal."""
+    pooled: tuple[Role, ...] = ("train", "validation")
+    roles = [role for role in pooled if role in tables]
+    noted = [tables[role].noted_digests(np.arange(len(tables[role]))) for role in roles]
+    digests_N, known_N = (np.concatenate(parts) for parts in zip(*noted, strict=True))
+    numbers_N = np.arange(len(known_N), dtype=np.int64)
     _, firsts, of_known = np.unique(digests_N[known_N], return_index=True, return_inverse=True)
     numbers_N[known_N] = np.flatnonzero(known_N)[firsts][of_known.reshape(-1)]
-    return numbers_N
+    ends = np.cumsum([len(tables[role]) for role in roles])[:-1]
+    return dict(zip(roles, np.split(numbers_N, ends), strict=True))

@@ -7,13 +7,108 @@ Shape letters: N rows, R repeats.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
 import numpy as np
 
 from tlscale.data.sources.grouped_draws import grouped_folds
 from tlscale.data.sources.groups import units_of
-from tlscale.data.sources.tables import Ints, LabelledTable
+from tlscale.data.sources.joined import join_files, join_tables
+from tlscale.data.sources.tables import ImageSplit, Ints, LabelledTable, Role
 from tlscale.errors import DataError
 from tlscale.recipe.seeds import derive_seed
+
+FOLDS = "folds"
+"""As the split of a score: images of train, each by a model that was not fitted to it."""
+
+ABOUT_FOLDS = (
+    "this model was fitted to all images of the folds; the run's score is of the models of the folds, each on images "
+    "that it was not fitted to"
+)
+
+
+@dataclass(frozen=True)
+class Fold:
+    """A part of a cross-validation: the images that one of its models is not fitted to."""
+
+    num_folds: int
+    num_repeats: int
+    number: int | None
+    """From 1, over the folds of all repeats, repeat after repeat; None: all images are fitted to, none is held out."""
+
+    @property
+    def holds_none(self) -> bool:
+        return self.number is None
+
+    @property
+    def repeat(self) -> int:
+        """Return the number of its repeat, from 1."""
+        return self._at // self.num_folds + 1
+
+    @property
+    def place(self) -> int:
+        """Return its place among the folds of its repeat, from 0."""
+        return self._at % self.num_folds
+
+    @property
+    def _at(self) -> int:
+        assert self.number is not None, "all images are in no fold"
+        return self.number - 1
+
+    @property
+    def folds(self) -> list[Fold]:
+        """Return all folds of the cross-validation."""
+        numbers = range(1, self.num_folds * self.num_repeats + 1)
+        return [Fold(self.num_folds, self.num_repeats, number) for number in numbers]
+
+    def __str__(self) -> str:
+        return f"{self.number} of {self.num_folds * self.num_repeats}"
+
+    def to_plain(self) -> dict[str, int | None]:
+        """Return plain values for `run.json`; `from_plain` reads them."""
+        return asdict(self)
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, int | None]) -> Fold:
+        folds, repeats, number = plain["num_folds"], plain["num_repeats"], plain["number"]
+        assert folds is not None, "it was checked"
+        assert repeats is not None, "it was checked"
+        return cls(folds, repeats, number)
+
+
+def describe_folds(pool: ImageSplit, files_N: Ints | None, fold: Fold, seed: int) -> str:
+    """Say how many images there are in each fold.
+
+    Raises:
+        DataError: as `draw_folds`.
+    """
+    folds_RN = draw_folds(pool.table, pool.rows_N, files_N, fold.num_folds, fold.num_repeats, seed)
+    sizes = [size for folds_N in folds_RN for size in np.bincount(folds_N, minlength=fold.num_folds).tolist()]
+    times = "" if fold.num_repeats == 1 else f", {fold.num_repeats} times"
+    each = f"{min(sizes):,}" if min(sizes) == max(sizes) else f"{min(sizes):,} to {max(sizes):,}"
+    return f"folds: {len(pool):,} images, in {fold.num_folds} folds of {each} images{times} (evaluate.folds)"
+
+
+def pool_splits(splits: Mapping[Role, ImageSplit], files: Mapping[Role, Ints | None]) -> tuple[ImageSplit, Ints | None]:
+    """Return images of train and, where there is one, of the given validation split as one; and files of its table."""
+    parts = [splits[role] for role in ("train", "validation") if role in splits]
+    tables = [part.table for part in parts]
+    starts = np.cumsum([0, *map(len, tables)])
+    rows_N = np.concatenate([part.rows_N + start for part, start in zip(parts, starts, strict=False)])
+    return ImageSplit("train", join_tables(tables), rows_N), join_files([files[part.name] for part in parts], tables)
+
+
+def hold_fold(pool: ImageSplit, files_N: Ints | None, fold: Fold, seed: int) -> tuple[ImageSplit, ImageSplit]:
+    """Return what is left of pooled images, and those of a fold.
+
+    Raises:
+        DataError: as `draw_folds`.
+    """
+    folds_RN = draw_folds(pool.table, pool.rows_N, files_N, fold.num_folds, fold.repeat, seed)
+    is_held_N = folds_RN[-1] == fold.place
+    held = ImageSplit("test", pool.table, pool.rows_N[is_held_N])
+    return ImageSplit("train", pool.table, pool.rows_N[~is_held_N]), held
 
 
 def draw_folds(

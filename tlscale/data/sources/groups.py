@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tlscale.data.sources.grouped_draws import Units, grouped_holdout, grouped_subset
+from tlscale.data.sources.joined import JoinedStore
 from tlscale.data.sources.labels import is_text
 from tlscale.data.sources.stores import FileStore
 from tlscale.data.sources.tables import GroupNames, Ints, LabelledTable, RawStore, Role, SourceSplit, number_groups
@@ -288,7 +289,9 @@ def _joined(one_N: Ints, other_N: Ints) -> Ints:
 
 
 def image_keys(store: RawStore) -> list[str]:
-    """Return what a draw knows each image by: its path, else its row."""
+    """Return what a draw knows each image by: its path, else its row; in joined splits with the number of the split."""
+    if isinstance(store, JoinedStore):
+        return [f"{number} {key}" for number, part in enumerate(store.parts) for key in image_keys(part)]
     if isinstance(store, FileStore):
         paths: list[str] = store.paths_N.to_pylist()
         return paths

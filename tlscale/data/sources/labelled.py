@@ -10,28 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 
-from tlscale.data.content import content_digest, digest_of_parts
+from tlscale.data.content import content_digest
+from tlscale.data.sources.joined import join_tables
 from tlscale.data.sources.labels import is_integer
 from tlscale.data.sources.open import ImageData, read_source
 from tlscale.data.sources.split_names import ScoredSection
 from tlscale.data.sources.splits import name_labels, number_labels
-from tlscale.data.sources.tables import (
-    NO_LABEL,
-    GroupNames,
-    ImageSplit,
-    Ints,
-    LabelledTable,
-    Raw,
-    RawStore,
-    Role,
-    Source,
-    SourceSplit,
-)
+from tlscale.data.sources.tables import NO_LABEL, ImageSplit, LabelledTable, Role, Source, SourceSplit
 from tlscale.data.workers import map_in_threads
 from tlscale.errors import DataError
 from tlscale.recipe.schema import DataSection
@@ -108,58 +96,10 @@ def _wanted(labelled: dict[Role, SourceSplit], name: Role | None, place: str) ->
     return ["test"] if "test" in labelled else list(labelled)
 
 
-@dataclass(frozen=True, eq=False)
-class _JoinedStore:
-    """The stores of several splits of a source, one behind the other."""
-
-    parts: Sequence[RawStore]
-
-    @property
-    def content(self) -> str:
-        return digest_of_parts(part.content for part in self.parts)
-
-    def __len__(self) -> int:
-        return sum(map(len, self.parts))
-
-    def read(self, row: int) -> Raw:
-        part, at = self._at(row)
-        return part.read(at)
-
-    def where(self, row: int) -> str:
-        part, at = self._at(row)
-        return part.where(at)
-
-    def file_of(self, row: int) -> Path | None:
-        part, at = self._at(row)
-        return part.file_of(at)
-
-    def places(self, rows_N: Ints) -> list[str]:
-        return [place for part, at in map(self._at, rows_N.tolist()) for place in part.places(np.array([at]))]
-
-    def stamps(self, rows_N: Ints) -> list[bytes | None] | None:
-        found = [part.stamps(np.array([at])) for part, at in map(self._at, rows_N.tolist())]
-        known = [stamps[0] for stamps in found if stamps is not None]
-        return known if len(known) == len(found) else None
-
-    def _at(self, row: int) -> tuple[RawStore, int]:
-        for part in self.parts:
-            if row < len(part):
-                return part, row
-            row -= len(part)
-        raise IndexError(row)
-
-
 def _joined(name: Role, tables: Sequence[LabelledTable], splits: Sequence[SourceSplit]) -> ImageSplit:
     """Make one split of the labelled rows of all tables."""
-    labels_N = np.concatenate([table.labels_N for table in tables])
     label_ids_N = np.concatenate([split.label_ids_N for split in splits])
-    table = LabelledTable(_JoinedStore([split.store for split in splits]), labels_N, _joined_groups(tables))
-    return ImageSplit(name, table, np.flatnonzero(label_ids_N != NO_LABEL).astype(np.int64))
-
-
-def _joined_groups(tables: Sequence[LabelledTable]) -> GroupNames | None:
-    groups = [table.groups_N for table in tables if table.groups_N is not None]
-    return pa.concat_arrays(groups) if groups else None  # the recipe names them of all splits, or of none
+    return ImageSplit(name, join_tables(tables), np.flatnonzero(label_ids_N != NO_LABEL).astype(np.int64))
 
 
 def count_shared(scored: ImageSplit, other: ImageSplit) -> int:

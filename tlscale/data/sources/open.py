@@ -23,6 +23,7 @@ from tlscale.data.sources.bad_images import BadImages, find_bad
 from tlscale.data.sources.duplicates import drop_shared
 from tlscale.data.sources.fashion_mnist import is_fashion_mnist, read_fashion_mnist
 from tlscale.data.sources.folder import is_folder_source, read_folder_source
+from tlscale.data.sources.folds import Fold
 from tlscale.data.sources.groups import Groups, name_by_path
 from tlscale.data.sources.hub import is_disk_source, is_hub_source, read_disk_source, read_hub_source
 from tlscale.data.sources.idx import is_idx_source, read_idx_source
@@ -88,13 +89,19 @@ class ImageData:
 
 
 def open_data(
-    section: DataSection, seed: int, *, bad_images: BadImages | None = None, tries_images: bool = True
+    section: DataSection,
+    seed: int,
+    *,
+    fold: Fold | None = None,
+    bad_images: BadImages | None = None,
+    tries_images: bool = True,
 ) -> ImageData:
     """Find the images of a recipe.
 
     Args:
         section: relative paths start at the current folder.
         seed: of the recipe; decides which images a limit keeps and which are held out.
+        fold: the part of a cross-validation, as `choose_splits` takes it.
         bad_images: those that the run skips, found when it began; None: find them, if the recipe skips them.
         tries_images: decode images to find those that are to be skipped; else all are taken as sound.
 
@@ -106,7 +113,8 @@ def open_data(
     bad_images, skip_notes = _bad_images(section, source, known, tries_images=tries_images)
     early = {} if bad_images.is_late else bad_images.found
     bad = {role: [row for row, _ in rows] for role, rows in early.items()}
-    chosen, dropped, drop_notes = _chosen(section, source, seed, bad, reads_images=tries_images or known is not None)
+    reads = tries_images or known is not None
+    chosen, dropped, drop_notes = _chosen(section, source, seed, bad, fold, reads_images=reads)
     splits = dict(chosen.splits)
     if bad_images.is_late and len(bad_images):
         splits["train"] = splits["train"].without([position for position, _ in bad_images.found["train"]])
@@ -115,7 +123,7 @@ def open_data(
         train=splits["train"],
         validation=splits.get("validation"),
         test=splits.get("test"),
-        identity=_identity(section, source, chosen),
+        identity=_identity(section, source, chosen, fold),
         notes=(*source.notes, *skip_notes, *drop_notes, *chosen.notes),
         is_sample=source.is_sample,
         bad_images=bad_images,
@@ -125,19 +133,25 @@ def open_data(
 
 
 def _chosen(
-    section: DataSection, source: Source, seed: int, bad: Mapping[Role, list[int]], *, reads_images: bool
+    section: DataSection,
+    source: Source,
+    seed: int,
+    bad: Mapping[Role, list[int]],
+    fold: Fold | None,
+    *,
+    reads_images: bool,
 ) -> tuple[Chosen, Mapping[Role, int], Sequence[str]]:
     """Choose the splits; with how many images are dropped as another split has them, and notes on these."""
     numbered = number_source(section, source)
     if section.duplicates == "warn":
-        return choose_splits(section, numbered, seed, bad), {}, []
+        return choose_splits(section, numbered, seed, bad, fold=fold), {}, []
     if not reads_images:
         note = f"data.duplicates: {section.duplicates}: images are compared when a run begins"
-        return choose_splits(section, numbered, seed, bad), {}, [note]
+        return choose_splits(section, numbered, seed, bad, fold=fold), {}, [note]
     # Before groups are looked at: what is left out is in no split, and so no group is by it.
     found = drop_shared(section, numbered.tables, numbered.classes, bad)
     less = {role: sorted({*bad.get(role, ()), *found.rows.get(role, ())}) for role in {*bad, *found.rows}}
-    chosen = choose_splits(section, numbered, seed, less, contents_N=found.contents_N)
+    chosen = choose_splits(section, numbered, seed, less, contents=found.contents, fold=fold)
     return chosen, found.counts, found.notes
 
 
@@ -190,7 +204,7 @@ def source_of(data: str, *, remedy: str, key: Text | None = None) -> str:
     return found
 
 
-def _identity(section: DataSection, source: Source, chosen: Chosen) -> dict[str, object]:
+def _identity(section: DataSection, source: Source, chosen: Chosen, fold: Fold | None) -> dict[str, object]:
     splits = chosen.splits
     return {
         "source": section.source,
@@ -198,7 +212,7 @@ def _identity(section: DataSection, source: Source, chosen: Chosen) -> dict[str,
         "is_sample": source.is_sample,
         **source.identity,
         "fingerprint": _sha256(chosen, {role: table.store.content for role, table in chosen.tables.items()}),
-        "labels_sha256": _sha256(chosen, {**dict.fromkeys(chosen.tables, ""), **_drawn(section, chosen)}),
+        "labels_sha256": _sha256(chosen, {**dict.fromkeys(chosen.tables, ""), **_drawn(section, chosen, fold)}),
         "tables_sha256": _sha256(chosen, dict.fromkeys(chosen.tables, "")),
         "num_classes": len(chosen.classes),
         "num_images": {role: len(splits[role]) for role in ROLES if role in splits},
@@ -206,9 +220,10 @@ def _identity(section: DataSection, source: Source, chosen: Chosen) -> dict[str,
     }
 
 
-def _drawn(section: DataSection, chosen: Chosen) -> dict[str, str]:
+def _drawn(section: DataSection, chosen: Chosen, fold: Fold | None) -> dict[str, str]:
     """Return a digest of the rows of train and validation, where these do not follow from labels, recipe and seed."""
-    if section.duplicates == "warn" and not (chosen.groups is not None and chosen.groups.draw):
+    by_groups = chosen.groups is not None and chosen.groups.draw
+    if section.duplicates == "warn" and not by_groups and fold is None:
         return {}
     rows = [chosen.splits[role].rows_N for role in ROLES if role != "test" and role in chosen.splits]
     return {"train": digest_of_parts(rows_N.astype("<i8").tobytes() for rows_N in rows)}

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
+from tlscale.data.sources.folds import Fold, describe_folds, hold_fold, pool_splits
 from tlscale.data.sources.groups import GroupedDraw, Groups, check_groups, describe_groups, notes_on_groups
 from tlscale.data.sources.label_kinds import are_numbers, separator_of
 from tlscale.data.sources.labels import REGRESSION, check_alike, is_integer, sort_labels
@@ -84,33 +85,37 @@ def choose_splits(
     seed: int,
     bad: Mapping[Role, Sequence[int]] | None = None,
     *,
-    contents_N: Ints | None = None,
+    contents: Mapping[Role, Ints] | None = None,
+    fold: Fold | None = None,
 ) -> Chosen:
     """Limit the training images, hold out a validation split.
 
     Args:
         bad: rows of the source's splits that are skipped: to what is drawn they are not there.
-        contents_N: numbers of the rows of train that are equal for images that are not to be divided; by default those
-            of their files.
+        contents: numbers of the rows of train and validation that are equal for images that are not to be divided; by
+            default those of their files.
+        fold: the part of a cross-validation: its held images are the test split, and images of train and validation
+            are pooled.
 
     Raises:
         DataError: a group in two splits, or a limit or hold-out that is not possible.
     """
-    classes, tables, files, notes = source.classes, source.tables, source.files, source.notes
+    classes, tables, notes = source.classes, source.tables, source.notes
+    files = {**source.files, **(contents or {})}
     good = {role: _good_rows(table, role, (bad or {}).get(role, ())) for role, table in tables.items()}
     notes += (*check_files(tables, files, good, classes, source.place), *_absences(classes, tables, good))
     shared = check_groups(section, tables, good, source.place)
-    rows_N, held_N, divided = _divide_train(
-        section, tables, good["train"], classes, files["train"] if contents_N is None else contents_N, seed
-    )
     splits = {role: ImageSplit(role, table, good[role]) for role, table in tables.items()}
-    splits["train"] = ImageSplit("train", tables["train"], rows_N)
-    if held_N is not None:
-        splits["validation"] = ImageSplit("validation", tables["train"], held_N)
-    draw = held_N is not None or section.train_limit is not None
+    draws = _draw(tables["train"], files["train"], good["train"])
+    splits["train"], limited = _limit_train(section, splits["train"], draws, seed)
+    if fold is None:
+        divided, drawn = _divide_train(section, splits, draws, classes, seed)
+    else:
+        divided, drawn = _divide_pool(section, splits, files, fold, classes, seed)
+    draw = "validation" in divided.keys() - tables.keys() or section.train_limit is not None or fold is not None
     groups = describe_groups(section, tables, good, shared, draw=draw)
     notes += () if groups is None else tuple(notes_on_groups(groups, good))
-    return Chosen(classes, tables, splits, (*notes, *divided), groups)
+    return Chosen(classes, tables, divided, (*notes, *limited, *drawn), groups)
 
 
 def stratified_subset(labels_N: Ints, rows_N: Ints, count: int, seed: int, *, keep_all_classes: bool) -> Ints:
@@ -268,39 +273,78 @@ def _absences(
     return tuple(notes)
 
 
+def _draw(table: LabelledTable, files_N: Ints | None, rows_N: Ints) -> _ImageDraw | GroupedDraw:
+    """Return how images of a table are drawn, of which there are these rows."""
+    return _ImageDraw(table.labels_N, files_N) if table.groups_N is None else GroupedDraw(table, files_N, rows_N)
+
+
+def _limit_train(
+    section: DataSection, train: ImageSplit, draw: _ImageDraw | GroupedDraw, seed: int
+) -> tuple[ImageSplit, list[str]]:
+    """Return the training images that the recipe takes, and a note on a limit."""
+    if section.train_limit is None:
+        return train, []
+    _check_limit(section.train_limit, train.labels_N)
+    kept = draw.subset(train.rows_N, section.train_limit, derive_seed(seed, "data", "train_limit"))
+    note = f"train: {len(kept):,} of {len(train):,} images, stratified (data.train_limit)"
+    return ImageSplit("train", train.table, train.rows_N[kept]), [note]
+
+
 def _divide_train(
     section: DataSection,
-    tables: Mapping[Role, LabelledTable],
-    rows_N: Ints,
+    splits: Mapping[Role, ImageSplit],
+    draw: _ImageDraw | GroupedDraw,
     classes: tuple[str, ...],
-    files_N: Ints | None,
     seed: int,
-) -> tuple[Ints, Ints | None, list[str]]:
-    """Divide `rows_N` of train: rows to train on, rows held out for validation, and notes."""
-    labels_N = tables["train"].labels_N
-    draw = (
-        _ImageDraw(labels_N, files_N)
-        if tables["train"].groups_N is None
-        else GroupedDraw(tables["train"], files_N, rows_N)
-    )
-    notes = []
-    if section.train_limit is not None:
-        _check_limit(section.train_limit, labels_N[rows_N])
-        count, limit_seed = len(rows_N), derive_seed(seed, "data", "train_limit")
-        rows_N = rows_N[draw.subset(rows_N, section.train_limit, limit_seed)]
-        notes.append(f"train: {len(rows_N):,} of {count:,} images, stratified (data.train_limit)")
+) -> tuple[dict[Role, ImageSplit], list[str]]:
+    """Hold a validation split out of train, where the source has none; with notes on it."""
     fraction = section.validation_fraction
-    if "validation" in tables:
+    if "validation" in splits:
         if fraction not in (0.0, _DEFAULT_FRACTION):
             raise DataError(
                 f"{fraction} has no effect, as the source has a validation split",
                 remedy="Take it out",
                 key="data.validation_fraction",
             )
-        return rows_N, None, notes
+        return dict(splits), []
     if fraction == 0.0:
-        return rows_N, None, [*notes, "no validation split, and none is held out (data.validation_fraction: 0)"]
-    held = draw.holdout(rows_N, fraction, derive_seed(seed, "data", "validation"))
+        return dict(splits), ["no validation split, and none is held out (data.validation_fraction: 0)"]
+    return _hold_out(section, splits, draw, classes, derive_seed(seed, "data", "validation"))
+
+
+def _divide_pool(
+    section: DataSection,
+    splits: Mapping[Role, ImageSplit],
+    files: Mapping[Role, Ints | None],
+    fold: Fold,
+    classes: tuple[str, ...],
+    seed: int,
+) -> tuple[dict[Role, ImageSplit], list[str]]:
+    """Pool train and validation, hold a fold out as the test split, and within the rest a validation split."""
+    pool, files_N = pool_splits(splits, files)
+    if fold.number is None:
+        others: dict[Role, ImageSplit] = {role: split for role, split in splits.items() if role == "test"}
+        return {"train": pool, **others}, [describe_folds(pool, files_N, fold, seed)]
+    train, held = hold_fold(pool, files_N, fold, seed)
+    divided: dict[Role, ImageSplit] = {"train": train, "test": held}
+    note = f"test: {len(held):,} images, held out as fold {fold} (evaluate.folds)"
+    if section.validation_fraction == 0.0:
+        return divided, [note, "no validation split is held out within the fold (data.validation_fraction: 0)"]
+    draw = _draw(train.table, files_N, train.rows_N)
+    inner_seed = derive_seed(seed, "data", "folds", "validation", fold.number)
+    divided, notes = _hold_out(section, divided, draw, classes, inner_seed)
+    return divided, [note, *notes]
+
+
+def _hold_out(
+    section: DataSection,
+    splits: Mapping[Role, ImageSplit],
+    draw: _ImageDraw | GroupedDraw,
+    classes: tuple[str, ...],
+    seed: int,
+) -> tuple[dict[Role, ImageSplit], list[str]]:
+    table, rows_N = splits["train"].table, splits["train"].rows_N
+    held = draw.holdout(rows_N, section.validation_fraction, seed)
     if not len(held) and section.train_limit is not None and draw.unit == "group":
         raise DataError(
             f"none of {len(rows_N):,} images can be held out: groups that the limit cuts, and the only one of a class, "
@@ -315,11 +359,12 @@ def _divide_train(
         )
     held_N = rows_N[held]
     of = "" if draw.unit == "image" else f" in {draw.num_units(held_N):,} {draw.unit}s"
-    notes.append(f"validation: {len(held_N):,} images{of} held out of train, stratified (data.validation_fraction)")
+    notes = [f"validation: {len(held_N):,} images{of} held out of train, stratified (data.validation_fraction)"]
     single = [classes[i] for i in draw.classes_of_one(rows_N)]
     if single:
         notes.append(f"validation: none of {first_few(quoted(single))}, whose only training {draw.unit} stays in train")
-    return np.delete(rows_N, held), held_N, notes
+    train = ImageSplit("train", table, np.delete(rows_N, held))
+    return {**splits, "train": train, "validation": ImageSplit("validation", table, held_N)}, notes
 
 
 @dataclass(frozen=True, eq=False)

@@ -61,8 +61,14 @@ class ComputeSection(Section):
 
 
 class EvaluateSection(Section):
-    """When the validation images are evaluated, and which weights are best."""
+    """When the validation images are evaluated, and which weights are best; or a cross-validation."""
 
+    folds: int | None = Field(None, ge=2, le=1000)
+    """Cross-validation: images of train (and of a given validation split) are dealt out to so many folds, and each is
+    scored by a run that was not fitted to it, which chooses on a validation split of its own. The result is of all of
+    them. Whole groups, each class by its share. By default none."""
+    repeats: int = Field(1, ge=1, le=100)
+    """So many times, each with other folds. For `folds`."""
     every: PositiveDuration = Field(default_factory=lambda: parse_duration("1 epochs"))
     """How often; the last step is always evaluated."""
     batch_size: int | None = Field(None, ge=1, le=10_000_000)
@@ -80,6 +86,12 @@ class EvaluateSection(Section):
     """Stop early, when so many evaluations in a row were no better than the best one before; of several stages those of
     the last one count. The learning rate is laid out over the whole duration, wherever the run stops: with a rate that
     falls to its end (`schedule.decay: cosine`) it stops at a high one, so write `constant` with this."""
+
+    @model_validator(mode="after")
+    def _check(self) -> EvaluateSection:
+        if self.repeats > 1 and self.folds is None:
+            raise InvalidValueError("has no effect without 'folds'", "Remove it, or write folds.", keys=["repeats"])
+        return self
 
 
 class CheckpointSection(Section):

@@ -1,0 +1,223 @@
+"""Cross-validate: a run for each fold, a model that is fitted to all images, and one result.
+
+Chapters: folds; the model on all images; the result. Whatever is chosen for a fold (layer, strength, step) is chosen by
+images held out within what it is fitted to: its own images are scored once, and choose nothing. The model on all images
+has what most folds chose, or the median of the lengths that they chose; its score is the folds'. Each of these is a run
+in a folder of its own, so that what is complete is not done again.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tlscale.codes.parts import wanted_layers
+from tlscale.codes.probes.kinds import kind_of
+from tlscale.codes.probes.select import refuse_wrong_probe
+from tlscale.data.identity import folds_identity
+from tlscale.data.sources.folds import FOLDS, Fold
+from tlscale.distributed.processes import Processes
+from tlscale.distributed.signals import check_stop
+from tlscale.errors import flag
+from tlscale.models.model_copy import copy_model
+from tlscale.recipe.schema import Recipe
+from tlscale.storage.files import naming_disk_errors
+from tlscale.storage.run_folder import RunFolder
+from tlscale.tracking.console import Console, number
+from tlscale.training.evaluate import scalars
+from tlscale.training.fold_parts import Part, all_images
+from tlscale.training.metrics import majority
+from tlscale.training.out_of_fold import join_predictions, out_of_fold_figures, write_table
+from tlscale.training.prediction_figures import add_prediction_figures
+from tlscale.training.result import make_result, write_result
+from tlscale.training.run_info import begin_folder
+from tlscale.training.setup import RunSetup
+
+Result = dict[str, Any]
+RunPart = Callable[[Recipe, Path, Part], Result]
+_LONGEST_NAME = 90  # leaves room for the fold
+_OF_TEST = (
+    *("num_images", "top1", "top1_interval95", "top1_interval95_by", "top5", "loss", "macro_f1", "balanced_accuracy"),
+    *("ece", "ece_interval95", "auroc", "mean_average_precision"),
+)
+_OF_FOLD = ("num_images", "top1", "loss", "macro_f1", "balanced_accuracy")
+
+
+def cross_validate(
+    setup: RunSetup,
+    folder: RunFolder,
+    processes: Processes,
+    run_info: dict[str, Any] | None,
+    console: Console,
+    run_part: RunPart,
+) -> tuple[Result, str]:
+    """Run all folds, and then once on all images; return what `training.loop.train` does.
+
+    Args:
+        setup: of all images, none held out.
+        run_info: contents of `run.json` when resuming, else None.
+        run_part: runs a recipe in a folder as a part of this, or goes on with it; returns its result.
+    """
+    recipe = setup.recipe
+    if recipe.probe is not None:
+        held = 1 if recipe.data.validation_fraction else 0
+        refuse_wrong_probe(recipe.probe, recipe.codes, len(setup.data.train), held)
+    if run_info is None:
+        processes.run_on_main(begin_folder, folder, setup, processes.world_size, str(processes.device))
+    whole = all_images(recipe.evaluate)
+    assert whole is not None, "the recipe has folds"
+    # -- folds: each chooses and is scored by itself ------------------------------------------------------------------
+    results = []
+    for fold in whole.folds:
+        console.say(f"fold {fold}", style="bold")
+        with setup.watch(FOLDS):
+            result = _run(run_part, _of_part(recipe, fold), folder, Part(fold), processes)
+        console.say(f"fold {fold}: top1 {number(result['top1'])} on {result['num_images']:,} images")
+        results.append(result)
+    # -- the model on all images --------------------------------------------------------------------------------------
+    console.say("the model, of all images", style="bold")
+    part = Part(whole, statistics.median(map(_share, results)))
+    with setup.watch(FOLDS):
+        last = _run(run_part, _with_choice(_of_part(recipe, whole), results), folder, part, processes)
+    # -- the result ---------------------------------------------------------------------------------------------------
+    how_to_load = processes.run_on_main(_take_model, folder)
+    result = processes.run_on_main(_conclude, setup, folder, whole.folds, results, last)
+    return result, how_to_load
+
+
+def _run(run_part: RunPart, recipe: Recipe, folder: RunFolder, part: Part, processes: Processes) -> Result:
+    processes.run_on_all(check_stop, "cross-validating", flag("resume") + " goes on; complete folds are kept")
+    return run_part(recipe, _folder_of(folder, part.fold).path, part)
+
+
+def _folder_of(folder: RunFolder, fold: Fold) -> RunFolder:
+    return RunFolder(folder.folds / ("all" if fold.number is None else str(fold.number)))
+
+
+def _of_part(recipe: Recipe, fold: Fold) -> Recipe:
+    """Return the recipe under a name of the part's own, by which trackers tell it from the others."""
+    suffix = "all" if fold.number is None else f"fold-{fold.number}"
+    return recipe.model_copy(update={"name": f"{recipe.name[:_LONGEST_NAME]}-{suffix}"})
+
+
+# -- what the folds chose ---------------------------------------------------------------------------------------------
+
+
+def _share(result: Result) -> float:
+    """Return the share of its steps after which a fold's weights were best; 1 of a probe."""
+    return float(result["best"]["step"] / result["steps"]) if result["steps"] else 1.0
+
+
+def _with_choice(recipe: Recipe, results: Sequence[Result]) -> Recipe:
+    """Return the recipe of a probe with the layer, pooling and setting that most folds chose.
+
+    Of equally many the layer that is named first, and of the settings with it the smoothest.
+    """
+    if recipe.probe is None:
+        return recipe
+    kind = kind_of(recipe.probe.kind).setting
+    probes = [result["probe"] for result in results]
+    pairs = Counter((probe["layer"], probe["pool"]) for probe in probes)
+    layer, pool = max(wanted_layers(recipe.codes), key=lambda pair: pairs[pair])  # the first one of equals
+    settings = Counter(probe["setting"] for probe in probes if (probe["layer"], probe["pool"]) == (layer, pool))
+    setting = max(settings, key=lambda value: (settings[value], value))
+    value = int(setting) if kind.key == "neighbours" else setting
+    return recipe.model_copy(
+        update={
+            "codes": recipe.codes.model_copy(update={"layer": [layer], "pool": [pool]}),
+            "probe": recipe.probe.model_copy(update={kind.key: [value]}),
+        }
+    )
+
+
+# -- the result -------------------------------------------------------------------------------------------------------
+
+
+def _take_model(folder: RunFolder) -> str:
+    """Copy the model that was fitted to all images to the run's folder; return how to load it."""
+    with naming_disk_errors(folder.model):
+        return copy_model(RunFolder(folder.folds / "all").model, folder.model)
+
+
+def _conclude(
+    setup: RunSetup, folder: RunFolder, folds: Sequence[Fold], results: Sequence[Result], last: Result
+) -> Result:
+    """Write the predictions of all folds, and the result."""
+    data = setup.data
+    files = [_folder_of(folder, fold).predictions for fold in folds]
+    table = join_predictions(files, folds, data.train)
+    write_table(folder.predictions, table)
+    figures = out_of_fold_figures(table, data.classes, folds[0].num_repeats)
+    figures = add_prediction_figures(figures, folder.predictions)
+    score = {
+        "scored_model": FOLDS,
+        "exported_model": "fitted_on_all",
+        "selected_on": None,
+        "majority": majority(data.train.labels_N, data.train.labels_N, data.classes),
+    }
+    result = make_result(setup, data.train, figures, score, _own(figures, folds, results, last))
+    result |= {"split": FOLDS, **folds_identity(data)}
+    result["notes"] += _leaks(results)
+    return write_result(result, folder, setup, [*results, last])
+
+
+def _own(figures: Result, folds: Sequence[Fold], results: Sequence[Result], last: Result) -> Result:
+    """Return what `result.json` tells of a cross-validation alone."""
+    scores = [
+        {
+            "fold": fold.number,
+            "repeat": fold.repeat,
+            **{key: result[key] for key in _OF_FOLD},
+            "chosen": _chosen(result),
+        }
+        for fold, result in zip(folds, results, strict=True)
+    ]
+    tops = [score["top1"] for score in scores]
+    brief = {"step": last["steps"], **scalars(figures)}
+    keys = ("weights", "epochs", "steps", "trainable_params", "total_params", "probe")
+    tested = {} if last["split"] is None else {"test": {key: last[key] for key in _OF_TEST if key in last}}
+    return {
+        "folds": {
+            "num_folds": folds[0].num_folds,
+            "num_repeats": folds[0].num_repeats,
+            "top1_mean": statistics.fmean(tops),
+            "top1_sd": statistics.stdev(tops),
+            "scores": scores,
+        },
+        **tested,
+        "best": brief,
+        "last": brief,
+        "calibration": {"temperature": None, "why": "the model was fitted to all images of the folds"},
+        **{key: last[key] for key in keys if key in last},
+        # Of images that others bring, which several processes do not have in the shares of a split.
+        **({"computed_scores": {**last["computed_scores"], "num_processes": 1}} if "computed_scores" in last else {}),
+        "images_seen": sum(result["images_seen"] for result in (*results, last)),
+        "codes": _codes([*results, last]),
+    }
+
+
+def _chosen(result: Result) -> Result:
+    if "probe" in result:
+        return {key: result["probe"][key] for key in ("layer", "pool", "setting")}
+    return {"step": result["best"]["step"], "of": result["steps"]}
+
+
+def _codes(results: Sequence[Result]) -> Result | None:
+    """Return how many images were computed for codes, over all parts, and what is cached of the last one."""
+    known = [result["codes"] for result in results if result["codes"] is not None]
+    return {**known[-1], "num_computed": sum(codes["num_computed"] for codes in known)} if known else None
+
+
+def _leaks(results: Sequence[Result]) -> list[str]:
+    """Say how many images are, byte for byte, in what their fold's model was fitted to."""
+    shared = [one for result in results for one in result.get("duplicates", {}).get("in_two_splits", ())]
+    count = sum(one["num_images"] for one in shared if one["splits"] == ["test", "train"])
+    if not count:
+        return []
+    return [
+        f"LEAK: {count:,} answers are on images that are, byte for byte, among those that their fold's model was "
+        "fitted to: figures are too good (data.duplicates: drop keeps equal images in one fold)"
+    ]

@@ -1,0 +1,45 @@
+"""Tell the runs of a cross-validation apart: each of its folds, and the one on all images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from tlscale.data.sources.folds import Fold
+from tlscale.recipe.schema import EvaluateSection, Recipe
+from tlscale.training.stages import Stage
+
+
+class Part(NamedTuple):
+    """A run of a cross-validation."""
+
+    fold: Fold
+    share: float = 1.0
+    """Of the steps of the recipe: so many are made, with the learning rates that they have in the whole."""
+
+    def to_plain(self) -> dict[str, Any]:
+        """Return plain values for `run.json`."""
+        return {**self.fold.to_plain(), "share": self.share}
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> Part:
+        """Read what `to_plain` gave."""
+        return cls(Fold.from_plain(plain), plain["share"])
+
+
+def all_images(section: EvaluateSection) -> Fold | None:
+    """Return the part of a cross-validation that holds no image out; None: the recipe has none."""
+    return None if section.folds is None else Fold(section.folds, section.repeats, None)
+
+
+def fold_of(recipe: Recipe, run_info: Mapping[str, Any]) -> Fold | None:
+    """Return which part of a cross-validation a run is, by its recipe and `run.json`; None: it is none."""
+    part = run_info.get("fold")
+    return all_images(recipe.evaluate) if part is None else Part.from_plain(part).fold
+
+
+def first_stages(stages: Sequence[Stage], share: float) -> list[Stage]:
+    """Return the stages of the first steps of a run."""
+    stop = max(round(share * stages[-1].stop_step), 1)
+    return [replace(stage, stop_step=min(stage.stop_step, stop)) for stage in stages if stage.start_step < stop]

@@ -1,0 +1,117 @@
+"""Score a cross-validation: the answers of all folds together, each image by the models that were not fitted to it.
+
+Promise: every image is in the predictions once a repeat, and all figures follow from them. An interval is over images
+or groups, never over the scores of folds: these share most of what they were fitted to.
+
+Shape letters: N images, R repeats, C classes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from tlscale import faults
+from tlscale.data.sources.folds import FOLDS, Fold
+from tlscale.data.sources.open import ImageSplit
+from tlscale.data.sources.tables import Ints, number_groups
+from tlscale.storage.files import naming_disk_errors, replacing
+from tlscale.training.group_interval import group_interval
+from tlscale.training.loss import cross_entropy
+from tlscale.training.metrics import Tally, summary
+from tlscale.training.predictions import FORMAT, read_predictions
+
+_CHUNK = 4096  # answers that are counted at once
+_OF_A_FOLD = ("calibrated_probability",)
+
+
+def join_predictions(files: Sequence[Path], folds: Sequence[Fold], pool: ImageSplit) -> pa.Table:
+    """Return the predictions of all folds, with columns `fold` and `repeat`: repeat by repeat, in the order of `pool`.
+
+    They are without what the temperatures of folds make of their probabilities: each fold has another one.
+
+    Raises:
+        RunFolderError: a file is damaged.
+    """
+    tables = []
+    for file, fold in zip(files, folds, strict=True):
+        table = read_predictions(file)
+        table = table.drop_columns([name for name in _OF_A_FOLD if name in table.column_names])
+        for name, value in (("fold", fold.number), ("repeat", fold.repeat)):
+            table = table.append_column(name, pa.array(np.full(len(table), value, np.int64)))
+        tables.append(table)
+    whole = pa.concat_tables(tables)
+    whole = whole.take(pa.array(np.lexsort((whole["row"].to_numpy(), whole["repeat"].to_numpy()))))
+    expected_N = np.tile(pool.rows_N, folds[0].num_repeats)
+    assert np.array_equal(whole["row"].to_numpy(), expected_N), "every image once a repeat"
+    about = {key: value for key, value in json.loads(whole.schema.metadata[b"tlscale"]).items() if key != "calibration"}
+    about |= {"format": FORMAT, "split": FOLDS}
+    return whole.replace_schema_metadata({"tlscale": json.dumps(about, ensure_ascii=False)})
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    """Write predictions, whole or not at all."""
+    with naming_disk_errors(path), replacing(path) as aside:
+        pq.write_table(table, aside, compression="zstd")
+        faults.at("predictions")
+
+
+def out_of_fold_figures(table: pa.Table, classes: Sequence[str], num_repeats: int) -> dict[str, Any]:
+    """Compute all figures of predictions as `join_predictions` gives them.
+
+    Shares are over all answers, and so are the counts of `confusion` and `num_without_answer`; images are counted once.
+    """
+    tally = Tally(len(classes), "cpu")
+    for logits_BC, labels_B in _answers(table, classes):
+        tally.update(logits_BC, labels_B, cross_entropy(logits_BC, labels_B))
+    figures = summary(tally, classes)
+    if num_repeats == 1 and "group" not in table.column_names:
+        return figures
+    figures["num_images"] //= num_repeats
+    for row in figures["per_class"].values():
+        row["num_images"] //= num_repeats
+    return _over_units(figures, table, classes, num_repeats)
+
+
+def _answers(table: pa.Table, classes: Sequence[str]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    labels_N = _label_ids(table, classes)
+    for start in range(0, len(table), _CHUNK):
+        column = table["logits"].slice(start, _CHUNK).combine_chunks()
+        logits_BC = column.flatten().to_numpy(zero_copy_only=False).reshape(-1, len(classes))
+        yield torch.tensor(logits_BC), torch.from_numpy(labels_N[start : start + _CHUNK])
+
+
+def _label_ids(table: pa.Table, classes: Sequence[str]) -> Ints:
+    numbers = {name: number for number, name in enumerate(classes)}
+    return np.array([numbers[name] for name in table["true_label"].to_pylist()], dtype=np.int64)
+
+
+def _over_units(figures: dict[str, Any], table: pa.Table, classes: Sequence[str], num_repeats: int) -> dict[str, Any]:
+    """Put intervals over groups, or over images with their answers of all repeats, in place of those over answers."""
+    num_images = len(table) // num_repeats
+    first = table.slice(0, num_images)
+    labels_N = _label_ids(first, classes)
+    is_right = np.array(table["label"].to_pylist(), dtype=object) == np.array(table["true_label"].to_pylist(), object)
+    hits_N = is_right.reshape(num_repeats, num_images).sum(0)
+    has_groups = "group" in table.column_names
+    units_N = number_groups(first["group"].combine_chunks()) if has_groups else np.arange(num_images)
+
+    def interval(here_N: np.ndarray) -> list[float] | None:
+        _, units_M = np.unique(units_N[here_N], return_inverse=True)
+        hits_G = np.bincount(units_M.reshape(-1), hits_N[here_N]).astype(np.int64)
+        return group_interval(hits_G, np.bincount(units_M.reshape(-1)) * num_repeats)
+
+    per_class = {
+        name: {**figures["per_class"][name], "accuracy_interval95": interval(labels_N == label)}
+        for label, name in enumerate(classes)
+    }
+    by = {"groups" if has_groups else "images": len(np.unique(units_N))}
+    whole = interval(np.ones(num_images, dtype=bool))
+    return {**figures, "top1_interval95": whole, "top1_interval95_by": by, "per_class": per_class}
