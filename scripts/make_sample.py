@@ -19,7 +19,7 @@ from PIL import Image
 
 from tlscale.data.sources.fashion_mnist import CHECKSUMS, SAMPLE
 from tlscale.data.sources.idx import read_split
-from tlscale.data.sources.splits import stratified_subset
+from tlscale.data.sources.stratified_draws import stratified_subset
 from tlscale.errors import DataError
 
 PARTS = (("train", "train", 6000), ("test", "t10k", 1000))

@@ -72,7 +72,7 @@ NO_EFFECT_BESIDE = {
         *("freeze", "adapters", "head", "duration", "drop_last", "optim", "schedule", "loss", "checkpoint"),
         *("data.augment", "data.sampling"),
         *("batch_size", "compute.micro_batch_size", "compute.gradient_checkpointing", "compute.compile"),
-        *("evaluate.every", "evaluate.batch_size", "evaluate.select", "evaluate.choose"),
+        *("evaluate.every", "evaluate.batch_size", "evaluate.select", "evaluate.choose", "evaluate.patience"),
         *("compute.engine", "distill"),
         *("non_finite", "log_every", "codes.views", "codes.keep", "codes.disk_gib", "data.workers"),
         *("backbone.drop_rate", "backbone.drop_path_rate"),

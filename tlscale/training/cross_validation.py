@@ -108,7 +108,13 @@ def _of_part(recipe: Recipe, fold: Fold) -> Recipe:
 
 def _share(result: Result) -> float:
     """Return the share of its steps after which a fold's weights were best; 1 of a probe."""
-    return float(result["best"]["step"] / result["steps"]) if result["steps"] else 1.0
+    return float(result["best"]["step"] / _num_steps(result)) if result["steps"] else 1.0
+
+
+def _num_steps(result: Result) -> int:
+    """Return the steps that a fold would have made if patience had not ended it."""
+    early = result.get("stopped_early")
+    return int(result["steps"] if early is None else early["of_steps"])
 
 
 def _with_choice(recipe: Recipe, results: Sequence[Result]) -> Recipe:
@@ -202,7 +208,7 @@ def _own(figures: Result, folds: Sequence[Fold], results: Sequence[Result], last
 def _chosen(result: Result) -> Result:
     if "probe" in result:
         return {key: result["probe"][key] for key in ("layer", "pool", "setting")}
-    return {"step": result["best"]["step"], "of": result["steps"]}
+    return {"step": result["best"]["step"], "of": _num_steps(result)}
 
 
 def _codes(results: Sequence[Result]) -> Result | None:

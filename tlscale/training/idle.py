@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from tlscale.data.sampler import DataOrder
+from tlscale.data.sources.folds import Fold
 from tlscale.data.sources.open import ImageData
 from tlscale.errors import RecipeError
 from tlscale.models.classifier import Classifier
@@ -17,14 +18,23 @@ from tlscale.recipe.schema import Recipe, asks_for
 from tlscale.training.stages import Stage, to_steps
 
 
-def refuse_idle(recipe: Recipe, data: ImageData, classifier: Classifier, stages: list[Stage], order: DataOrder) -> None:
+def refuse_idle(
+    recipe: Recipe,
+    data: ImageData,
+    classifier: Classifier,
+    stages: list[Stage],
+    order: DataOrder,
+    fold: Fold | None = None,
+) -> None:
     """Refuse the first key that does nothing; `stages` are empty of a probe.
+
+    Of a cross-validation what hangs on the data is checked with all images, and the rest with those of a fold.
 
     Raises:
         RecipeError: there is one.
     """
-    found = [*_of_groups(recipe, data), *_of_classes(recipe, data)]
-    if stages:
+    found = [*_of_groups(recipe, data), *_of_classes(recipe, data)] if fold is None or fold.holds_none else []
+    if stages and not (fold is not None and fold.holds_none):
         found += _of_validation(recipe, data)
         found += _of_patience(recipe, stages, order)
         found += _of_layers(recipe, classifier, stages)

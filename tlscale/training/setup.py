@@ -203,8 +203,7 @@ def set_up(
     setup.seen_share = statistics.median(seen_share(*size, spec) for size in sizes)
     if bad_images is None:  # a run that began earlier goes on as it began
         _refuse_random_frozen(setup)
-        if not (fold is not None and fold.holds_none):  # which chooses nothing: its folds do
-            refuse_idle(recipe, data, classifier, stages, order)
+        refuse_idle(recipe, data, classifier, stages, order, fold)
     check_stop("setting up")
     if stages:
         _refuse_what_cannot_train(setup, world_size)

@@ -8,14 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tlscale.data.sources.labels import sort_labels
-from tlscale.data.sources.splits import (
-    choose_splits,
-    draw_lots,
-    number_source,
-    stratified_holdout,
-    stratified_subset,
-)
+from tlscale.data.sources.splits import choose_splits, number_source
 from tlscale.data.sources.stores import ArrayStore
+from tlscale.data.sources.stratified_draws import draw_lots, stratified_holdout, stratified_subset
 from tlscale.data.sources.tables import NO_LABEL, Source, SourceSplit
 from tlscale.errors import DataError
 from tlscale.recipe.schema import DataSection

@@ -93,7 +93,7 @@ def _places_of_units(labels_N: Ints, units: Units, seed: int) -> Ints:
     """Return the place of each unit in a line whose every beginning has each class by its share.
 
     A unit stands for the most frequent class of its images, and has the place of the middle of them among all images
-    of such units: Webster's method, as `splits.stratified_subset` has it, for units of any size.
+    of such units: Webster's method, as `stratified_draws` has it, for units of any size.
     """
     lots, sizes = draw_name_lots(units.names, seed), units.sizes().tolist()
     labels = [max(own, key=lambda item: (item[1], -item[0]))[0] for own in _counts(labels_N, units)]

@@ -1,11 +1,6 @@
 """Choose what a run uses of a source: one class list, a stratified limit, a stratified hold-out.
 
-Promise: every choice is a pure function of (seed, labels): integer arithmetic on row numbers, no generator of a
-library. With one seed, a smaller `train_limit` gives a subset of a larger one.
-
-The shares of the classes are those of Webster's method (Sainte-Lague): the k-th image of a class of n has the place
-(k - 1/2) / n in line, and who comes first is taken. Unlike rounding the shares it never takes from a class what a
-larger limit or fraction would not also take. https://en.wikipedia.org/wiki/Sainte-Lagu%C3%AB_method
+Promise: every choice is a pure function of (seed, labels), as that of `stratified_draws` and `grouped_draws`.
 
 Shape letters: N images or rows, C classes.
 """
@@ -16,13 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 
 from tlscale.data.sources.folds import Fold, describe_folds, hold_fold, pool_splits
 from tlscale.data.sources.groups import GroupedDraw, Groups, check_groups, describe_groups, notes_on_groups
 from tlscale.data.sources.label_kinds import are_numbers, separator_of
 from tlscale.data.sources.labels import REGRESSION, check_alike, is_integer, sort_labels
 from tlscale.data.sources.same_files import check_files
+from tlscale.data.sources.stratified_draws import stratified_holdout, stratified_subset
 from tlscale.data.sources.tables import NO_LABEL, ImageSplit, Ints, LabelledTable, Role, Source, SourceSplit
 from tlscale.errors import DataError, first_few, quoted, suggestion
 from tlscale.recipe.schema import DataSection
@@ -116,65 +111,6 @@ def choose_splits(
     groups = describe_groups(section, tables, good, shared, draw=draw)
     notes += () if groups is None else tuple(notes_on_groups(groups, good))
     return Chosen(classes, tables, divided, (*notes, *limited, *drawn), groups)
-
-
-def stratified_subset(labels_N: Ints, rows_N: Ints, count: int, seed: int, *, keep_all_classes: bool) -> Ints:
-    """Return positions of `count` images, each class by its share.
-
-    Args:
-        labels_N: class numbers of all candidates.
-        rows_N: their row numbers, which decide (with the seed) who of a class is taken first.
-        count: at most `len(labels_N)`, and at least the number of classes with `keep_all_classes`.
-        keep_all_classes: the first image of each class goes before all others.
-
-    Returns:
-        Positions in `labels_N`, ascending.
-    """
-    assert 0 <= count <= len(labels_N)
-    places_N, lots_N = _places_in_line(labels_N, rows_N, seed)
-    line_N = np.where(places_N.ranks == 1, 0.0, places_N.shares) if keep_all_classes else places_N.shares
-    return np.sort(np.lexsort((rows_N, lots_N, line_N))[:count]).astype(np.int64)
-
-
-def stratified_holdout(labels_N: Ints, rows_N: Ints, fraction: float, seed: int) -> Ints:
-    """Return positions of about `fraction` of the images, each class by its share, never the last image of a class.
-
-    Returns:
-        Positions in `labels_N`, ascending: at least one where any class has two images, else none.
-    """
-    places_N, lots_N = _places_in_line(labels_N, rows_N, seed)
-    spare_N = np.flatnonzero(places_N.ranks < places_N.sizes)
-    count = min(max(1, round(fraction * len(labels_N))), len(spare_N))
-    order = np.lexsort((rows_N[spare_N], lots_N[spare_N], places_N.shares[spare_N]))
-    return np.sort(spare_N[order[:count]]).astype(np.int64)
-
-
-@dataclass(frozen=True, eq=False)
-class _Places:
-    ranks: Ints
-    """1 for the first of its class, 2 for the next."""
-    sizes: Ints
-    """Images of that class."""
-    shares: npt.NDArray[np.float64]
-
-
-def _places_in_line(labels_N: Ints, rows_N: Ints, seed: int) -> tuple[_Places, npt.NDArray[np.uint64]]:
-    """Return where each image stands in its class, and the lots that it drew."""
-    lots_N = draw_lots(rows_N, seed)
-    order_N = np.lexsort((rows_N, lots_N, labels_N))
-    _, starts_C, sizes_C = np.unique(labels_N[order_N], return_index=True, return_counts=True)
-    ranks_N, sizes_N = np.empty_like(labels_N), np.empty_like(labels_N)
-    ranks_N[order_N] = np.arange(len(labels_N)) - np.repeat(starts_C, sizes_C) + 1
-    sizes_N[order_N] = np.repeat(sizes_C, sizes_C)
-    return _Places(ranks_N, sizes_N, (ranks_N - 0.5) / sizes_N), lots_N
-
-
-def draw_lots(rows_N: Ints, seed: int) -> npt.NDArray[np.uint64]:
-    """Draw a 64-bit number for each row: the output function of SplitMix64 (Steele et al., OOPSLA 2014)."""
-    bits_N = rows_N.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(seed)
-    bits_N = (bits_N ^ (bits_N >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    bits_N = (bits_N ^ (bits_N >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return bits_N ^ (bits_N >> np.uint64(31))
 
 
 def _with_labels(source: Source) -> tuple[dict[Role, SourceSplit], tuple[str, ...]]:

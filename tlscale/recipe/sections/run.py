@@ -81,7 +81,6 @@ class EvaluateSection(Section):
     whose figure is within one standard error of the best, since the best of many figures of few images is best by luck.
     The error is binomial for `top1`, that of the mean for a loss, and by bootstrap for `macro_f1` and
     `balanced_accuracy`; of images in groups it is over these."""
-
     patience: int | None = Field(None, ge=1, le=10**6)
     """Stop early, when so many evaluations in a row were no better than the best one before; of several stages those of
     the last one count. The learning rate is laid out over the whole duration, wherever the run stops: with a rate that
