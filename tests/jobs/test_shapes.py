@@ -92,3 +92,49 @@ def test_codes_of_a_square_keep_their_address_however_it_is_written(long_images,
         )
         tlscale.run(recipe, tmp_path / f"run{size}")
         assert len(CodesStore().entries()) == entries
+
+
+BANDS = {"range": [0, 4000], "image_size": [16, 20], "crop_mode": "squash"}
+
+
+def put_bands(folder, seed=0):
+    """Arrays of five channels and 12 bits: the class is which of the last two is bright."""
+    draws = np.random.default_rng(seed)
+    for split, count in (("train", 10), ("test", 4)):
+        for number, name in enumerate(("a", "b")):
+            (folder / split / name).mkdir(parents=True)
+            for image in range(count):
+                bands_HWC = draws.integers(0, 1000, (18, 25, 5)).astype(np.uint16)
+                bands_HWC[:, :, 3 + number] += 2500
+                np.save(folder / split / name / f"{image}.npy", bands_HWC)
+    return folder
+
+
+def test_bands_of_sixteen_bits_are_trained_on_predicted_and_exported(tmp_path):
+    data = put_bands(tmp_path / "data")
+    backbone = {"name": "test_resnet", "weights": "none", "in_chans": 5}
+    keys = {"source": "folder", **BANDS, "augment": ["crop", "trivialaugment_geometric"], "on_bad_image": "skip"}
+    recipe = small_recipe(tmp_path / "recipe.yaml", data, data=keys, backbone=backbone, duration="1 epochs")
+    run = tmp_path / "run"
+    tlscale.run(recipe, run)
+    spec = json.loads((run / "run.json").read_text())["input"]
+    assert spec["range"] == [0, 4000]
+    assert spec["mean"] == pytest.approx([0.125] * 3 + [0.4375] * 2, abs=0.01)  # measured, and recorded
+    assert json.loads((run / "model" / "config.json").read_text())["tlscale"]["format"] == 3
+    model = tlscale.load(run)
+    assert list(model.input_spec.mean) == spec["mean"]
+    made = model.predict(data / "test")
+    assert made.labels == pq.read_table(run / "predictions.parquet")["label"].to_pylist()
+    arrays = [np.load(path) for path in made.paths]
+    for given in (arrays, np.stack(arrays)):
+        np.testing.assert_array_equal(model.predict(given).probabilities, made.probabilities)
+    one = model.predict(arrays[0].astype(np.float64))
+    np.testing.assert_allclose(one.probabilities[0], made.probabilities[0], atol=1e-6)
+    assert tlscale.evaluate(run, data=data / "test")["top1"] == result(run)["top1"]
+    out = tlscale.export(run, to="timm", out=tmp_path / "timm")
+    found = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+    assert next(found.parameters()).shape[1] == 5
+    probed = small_recipe(
+        tmp_path / "probe.yaml", data, data={"source": "folder", **BANDS}, backbone=backbone, probe={"kind": "ridge"}
+    )
+    assert tlscale.run(probed, tmp_path / "probe").top1 == 1.0  # the channels are not mixed up

@@ -394,6 +394,32 @@ WRONG_RECIPES: list[tuple[str, str, list[str], list[str]]] = [
         [f"{AT}:2: data.sampling: has no effect with 'probe': a probe trains nothing. Remove it."],
     ),
     (
+        "range_of_one",
+        f"{NAME}\ndata: {{source: fashion_mnist, range: [4095, 0]}}\n{BACKBONE}\n",
+        [],
+        [f"{AT}:2: data.range: takes a low number and a higher one. Write the lower one first: [low, high]."],
+    ),
+    (
+        "range_and_policy",
+        f"{NAME}\ndata: {{source: fashion_mnist, range: [0, 4095], augment: [trivialaugment]}}\n{BACKBONE}\n",
+        [],
+        [f"{AT}:2: data.augment: trivialaugment works on 8 bits, and data.range keeps more. Write trivialaugment_geo"],
+    ),
+    (
+        "color_of_five_channels",
+        f"{NAME}\ndata: {{source: fashion_mnist, augment: [color_jitter]}}\n"
+        "backbone: {name: resnet18, in_chans: 5}\n",
+        [],
+        [f"{AT}:2: data.augment: color_jitter is for grey and RGB, and backbone.in_chans is 5."],
+    ),
+    (
+        "mean_of_other_channels",
+        f"{NAME}\ndata: {{source: fashion_mnist, mean: [0.1, 0.1], std: [0.1, 0.1]}}\n"
+        "backbone: {name: resnet18, in_chans: 5}\n",
+        [],
+        [f"{AT}:2: data.mean: has 2 numbers, but backbone.in_chans=5. Write one number per channel."],
+    ),
+    (
         "image_size_of_three",
         f"{NAME}\ndata: {{source: fashion_mnist, image_size: [3, 64, 96]}}\n{BACKBONE}\n",
         [],
@@ -764,14 +790,14 @@ WRONG_RECIPES: list[tuple[str, str, list[str], list[str]]] = [
     # several at once, across fields, sections and places
     (
         "all_at_once",
-        f"name: a b\n{DATA}\nbackbone: {{name: resnet18, in_chans: 2}}\noptim: {{lr: x}}\nduration: 5%\n"
+        f"name: a b\n{DATA}\nbackbone: {{name: resnet18, in_chans: 0}}\noptim: {{lr: x}}\nduration: 5%\n"
         "schedule: {decay: step}\nwandb: {project: x}\n",
         ["seed=x"],
         [
             "7 mistakes in the recipe:",
             f"{AT}:1: name = 'a b': a name has 1 to 100 letters, digits, '.', '_' or '-',",
             "and begins with a letter or digit",
-            f"{AT}:3: backbone.in_chans = 2: must be one of 1, 3",
+            f"{AT}:3: backbone.in_chans = 0: must be a whole number from 1 to 64",
             f"{AT}:4: optim.lr = 'x': must be a number from 1e-12 to 1e+38",
             f"{AT}:5: duration: 5% is a share of nothing. Write epochs, steps or images.",
             f"{AT}:6: schedule.step_every: missing with decay=step. Write both 'step_every' and 'step_factor'.",

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tlscale.data.decode import Reading
 from tlscale.data.sources.bad_images import find_bad_images
 from tlscale.data.sources.folds import ABOUT_FOLDS, FOLDS
 from tlscale.data.sources.labelled import count_shared, open_labelled, own_images
@@ -207,7 +208,8 @@ def without_bad(scored: Scored, section: DataSection) -> Scored:
     """Drop the images that cannot be read, and count them, where `data.on_bad_image` is `skip`."""
     if section.on_bad_image != "skip":
         return scored
-    bad = find_bad_images(scored.split, max_pixels=round(section.max_megapixels * 1e6))
+    max_pixels, reading = round(section.max_megapixels * 1e6), Reading.of(section)
+    bad = find_bad_images(scored.split, max_pixels=max_pixels, reading=reading)
     if len(bad) == len(scored.split):
         raise DataError(f"none of the {len(bad):,} images can be read; the first: {bad[0][1]}")
     notes = [f"skipped {len(bad):,} of {len(scored.split):,} images, which cannot be read: {bad[0][1]}"] if bad else []

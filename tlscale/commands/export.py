@@ -137,6 +137,7 @@ def _evidence(folder: Path, trained: TrainedModel, places: list[str]) -> tuple[E
     spec = trained.input_spec
     shape = (64, *spec.shape_CHW)
     random = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    random = random if spec.range is None else random / 255
     note = "the export was compared on random images, as the run's own are not at hand; name some (images) for a "
     return Evidence(trained, random, None, "random images"), [f"{note}comparison that says more: {_placeless(why)}"]
 

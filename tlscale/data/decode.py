@@ -1,4 +1,4 @@
-"""Decode the bytes of an image file, or an array, to pixels: uint8, height x width x channels.
+"""Decode the bytes of an image file, or an array, to pixels, height x width x channels: uint8, or float32 in 0..1.
 
 Promise: what cannot be read whole is a `BadImageError` that names the place, never another image and, as far as the
 format lets anybody find out, never a part of one. Only the formats below are tried (Pillow would run Ghostscript on an
@@ -24,6 +24,11 @@ What becomes of what is not plain grey or RGB:
   than that, is a bad image, and the error describes it (`tiff`).
 - CMYK and YCbCr become RGB without a colour profile; of an animation or a multi-page file the first frame is taken.
 - One channel is ITU-R 601 luma; three channels from grey are three times the same.
+- Arrays (`.npy`) are of uint8.
+
+That is so without a range of values, for one channel or three. With a range, numbers stay what they are stored as, in
+whatever type, until they are scaled to float32: low is 0 and high is 1, and what is beyond is clipped. Any other number
+of channels is taken from an array, a TIFF, or an image with so many bands as it is stored; without a range of uint8.
 
 Shape letters: H height, W width, C channels.
 """
@@ -33,18 +38,32 @@ from __future__ import annotations
 import importlib.util
 import io
 import warnings
+from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageFile, UnidentifiedImageError, features
 
+from tlscale.data.formats.arrays import (
+    NPY_START,
+    Array,
+    channels_last,
+    height_width_of,
+    npy_shape,
+    read_npy,
+    wrong_channels,
+)
+from tlscale.data.formats.bands import read_bands
+from tlscale.data.formats.convert import eight_bits, grey_or_rgb, upright
 from tlscale.data.formats.jpeg import DamagedError, load_jpeg
 from tlscale.data.formats.others import HEAD_BYTES, other_kind
-from tlscale.data.formats.png import fault_of, lacks_rows, scaled_key
-from tlscale.data.formats.tiff import Meaning, UnreadTiffError, describe, is_tiff, meaning_of
+from tlscale.data.formats.png import PNG_START, fault_of, is_wide_colour, lacks_rows, scaled_key
+from tlscale.data.formats.tiff import Meaning, UnreadTiffError, describe, is_tiff, meaning_of, needs_bands, tiff_size
+from tlscale.data.formats.unread import UnreadError
 from tlscale.data.formats.webp import has_hole
-from tlscale.errors import DataError, render
+from tlscale.errors import DataError
+from tlscale.recipe.schema import DataSection
 
 READS_HEIF = importlib.util.find_spec("pillow_heif") is not None  # the extra `heif`
 if READS_HEIF:
@@ -65,23 +84,16 @@ EXTENSIONS = frozenset(
     + ((".heic", ".heif", ".hif") if READS_HEIF else ())
 )
 """File name endings, in small letters, of those formats."""
+ARRAYS = frozenset((".npy",))
+"""Endings of files that may hold an image, or anything: a folder is searched for them where it has no others."""
 
 LEAVE_OUT = "data.on_bad_image: skip leaves out what cannot be read"
 """What to do about a bad image."""
 
-Pixels = npt.NDArray[np.uint8]
+Pixels = npt.NDArray[Any]
+"""uint8; float32 in 0..1 where a range of values is given."""
 _MOST_ASPECT = 10_000  # the shorter side of a resized image has some 256 pixels, and its longer side so many times more
-_ORIENTATION_TAG = 0x0112
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-_WITH_ALPHA = ("RGBA", "RGBa", "LA", "La", "PA")
+_LUMA = np.array([[0.299], [0.587], [0.114]])  # ITU-R 601
 
 
 class BadImageError(DataError):
@@ -103,32 +115,60 @@ class BadImageError(DataError):
         return error
 
 
-def decode_image(raw: bytes | npt.NDArray[Any] | Image.Image, *, in_chans: int, max_pixels: int, where: str) -> Pixels:
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What the numbers of images mean."""
+
+    value_range: tuple[float, float] | None = None
+    """The numbers that become 0 and 1; None: uint8, by the rules of this file."""
+    channels_first: bool = False
+    """Arrays are C x H x W, and not H x W x C."""
+
+    @classmethod
+    def of(cls, section: DataSection) -> Reading:
+        """Return what the recipe says of them."""
+        value_range = None if section.range is None else (section.range[0], section.range[1])
+        return cls(value_range, section.channels_first)
+
+    @property
+    def dtype(self) -> type[np.uint8] | type[np.float32]:
+        """The type of pixels."""
+        return np.uint8 if self.value_range is None else np.float32
+
+
+PLAIN = Reading()
+
+
+def decode_image(raw: Raw, *, in_chans: int | None, max_pixels: int, where: str, reading: Reading = PLAIN) -> Pixels:
     """Decode one image to pixels.
 
     Args:
-        raw: an encoded file; decoded uint8 pixels as H x W, H x W x 1 or H x W x 3; or an image of Pillow's.
-        in_chans: channels wanted, 1 or 3.
+        raw: an encoded file; an array, H x W or H x W x C; or an image of Pillow's.
+        in_chans: channels wanted; None: as many as it has, but grey may become RGB.
         max_pixels: most height x width that is accepted.
         where: the place of the image, for messages.
+        reading: what its numbers mean.
 
     Returns:
-        A new uint8 array, H x W x C, C = `in_chans`.
+        A new array, H x W x C, C = `in_chans`, of uint8, or with a range of float32 in 0..1.
 
     Raises:
-        BadImageError: not readable as a whole, not of `FORMATS`, or too large.
+        BadImageError: not readable as a whole, not of `FORMATS`, too large, or with other channels.
     """
-    assert in_chans in (1, 3), in_chans
     try:
-        return _channels(_opened(raw, max_pixels), in_chans)
-    except _BadError as error:
+        if reading.value_range is None and in_chans in (1, 3):
+            return grey_or_rgb(_opened(raw, max_pixels, reading), in_chans)
+        if reading.value_range is None and in_chans is None:
+            return _with_any_channels(raw, max_pixels, reading)
+        return _pixels(_numbers(raw, in_chans, max_pixels, reading), in_chans, reading)
+    except UnreadError as error:
         raise BadImageError.at(where, str(error)) from None
     except Exception as error:  # on hostile bytes Pillow's decoders raise nearly anything
         why = f"the image is damaged or cut short ({type(error).__name__}: {error})"
         raise BadImageError.at(where, why) from error
 
 
-def header_hw(file: BinaryIO, where: str) -> tuple[int, int]:
+def header_hw(file: BinaryIO, where: str, reading: Reading = PLAIN) -> tuple[int, int]:
     """Return height and width from the header of an encoded image; nothing is decoded.
 
     Raises:
@@ -138,25 +178,38 @@ def header_hw(file: BinaryIO, where: str) -> tuple[int, int]:
     file.seek(0)
     try:
         _refuse_others(head)
+        if head.startswith(NPY_START):
+            return height_width_of(npy_shape(file), channels_first=reading.channels_first)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of sizes, which are checked when the image is decoded
             image = Image.open(file, formats=FORMATS)
         return image.height, image.width
     except UnidentifiedImageError:
+        if is_tiff(head):  # of many bands, say
+            return _tiff_size(file, where)
         raise BadImageError.at(where, _NO_IMAGE) from None
-    except _BadError as error:
+    except UnreadError as error:
         raise BadImageError.at(where, str(error)) from None
     except Exception as error:  # on hostile bytes Pillow's readers raise nearly anything
         raise BadImageError.at(where, f"the header cannot be read ({type(error).__name__}: {error})") from error
 
 
-class _BadError(Exception):
-    """What is wrong with the image; `decode_image` puts the place in front."""
+Raw = bytes | npt.NDArray[Any] | Image.Image
 
 
-def _opened(raw: bytes | npt.NDArray[Any] | Image.Image, max_pixels: int) -> Image.Image:
+def _tiff_size(file: BinaryIO, where: str) -> tuple[int, int]:
+    file.seek(0)
+    try:
+        return tiff_size(file)
+    except Exception:  # as above
+        raise BadImageError.at(where, _NO_IMAGE) from None
+
+
+def _opened(raw: Raw, max_pixels: int, reading: Reading) -> Image.Image:
+    if isinstance(raw, bytes) and raw.startswith(NPY_START):
+        raw = read_npy(raw)
     if isinstance(raw, np.ndarray):
-        return _from_array(raw, max_pixels)
+        return _from_array(np.moveaxis(raw, 0, 2) if reading.channels_first and raw.ndim == 3 else raw, max_pixels)
     return _from_pillow(raw, max_pixels) if isinstance(raw, Image.Image) else _from_bytes(raw, max_pixels)
 
 
@@ -164,125 +217,158 @@ def _from_pillow(image: Image.Image, max_pixels: int) -> Image.Image:
     """Take an image of Pillow's as the file that it was read from would be."""
     _check_size(image.width, image.height, max_pixels)
     # A copy: the caller's may be used by other threads, and is left as it is.
-    return _upright(_eight_bits(image.copy(), Meaning()))
+    return upright(eight_bits(image.copy(), Meaning()))
 
 
 def _from_array(pixels: npt.NDArray[Any], max_pixels: int) -> Image.Image:
     if pixels.ndim == 3 and pixels.shape[2] == 1:
         pixels = pixels[:, :, 0]
     if pixels.dtype != np.uint8 or not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] == 3)):
-        raise _BadError(
-            f"an array of shape {pixels.shape} and type {pixels.dtype}; expected uint8 of H x W, H x W x 1 or H x W x 3"
-        )
+        problem = f"an array of shape {pixels.shape} and type {pixels.dtype}"
+        remedy = "Other numbers: set data.range: [low, high]. Other channels: set backbone.in_chans"
+        raise UnreadError(f"{problem}; expected uint8 of H x W, H x W x 1 or H x W x 3", remedy)
     _check_size(pixels.shape[1], pixels.shape[0], max_pixels)
     return Image.fromarray(pixels)
 
 
 def _from_bytes(raw: bytes, max_pixels: int) -> Image.Image:
+    image, meaning = _decoded(raw, max_pixels)
+    return upright(eight_bits(image, meaning))
+
+
+def _decoded(raw: bytes, max_pixels: int) -> tuple[Image.Image, Meaning]:
     _refuse_others(raw[:HEAD_BYTES])
     try:
         meaning = meaning_of(raw) if is_tiff(raw) else Meaning()
         image = Image.open(io.BytesIO(raw), formats=FORMATS)
     except UnreadTiffError as error:
-        raise _BadError(str(error)) from None
+        raise UnreadError(str(error)) from None
     except UnidentifiedImageError:
         if is_tiff(raw):
-            raise _BadError(describe(raw)) from None
-        raise _BadError(_NO_IMAGE) from None
+            raise UnreadError(describe(raw)) from None
+        raise UnreadError(_NO_IMAGE) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise _BadError(f"too many pixels: {error}") from None
+        raise UnreadError(f"too many pixels: {error}") from None
     _check_size(image.width, image.height, max_pixels)
     _load(image, raw)
-    return _upright(_eight_bits(image, meaning))
+    return image, meaning
 
 
 def _refuse_others(head: bytes) -> None:
     """Refuse what its first bytes tell to be of a format that is not read, whatever its name ends in."""
     kind, remedy = other_kind(head, readable=FORMATS)
     if kind:
-        raise _BadError(render(f"{_NO_IMAGE}; it is {kind}", remedy=remedy))
+        raise UnreadError(f"{_NO_IMAGE}; it is {kind}", remedy)
 
 
 def _load(image: ImageFile.ImageFile, raw: bytes) -> None:
     """Decode, and check that no data were missing."""
     fault = fault_of(raw) if image.format == "PNG" else None
     if fault is not None:
-        raise _BadError(fault)
+        raise UnreadError(fault)
     try:
         if image.format in ("JPEG", "MPO"):
             load_jpeg(image, raw)
             return
     except DamagedError as error:
-        raise _BadError(f"the image is damaged or cut short: {error}") from None
+        raise UnreadError(f"the image is damaged or cut short: {error}") from None
     image.load()
     if image.format == "PNG" and lacks_rows(raw, image):
-        raise _BadError("the image is damaged: it has fewer rows than its header says")
+        raise UnreadError("the image is damaged: it has fewer rows than its header says")
     if image.format == "WEBP" and has_hole(raw):
-        raise _BadError("the image is damaged: bytes are equal where data should be")
+        raise UnreadError("the image is damaged: bytes are equal where data should be")
     if image.format == "PNG" and image.mode == "L" and isinstance(image.info.get("transparency"), int):
         image.info["transparency"] = scaled_key(raw, image.info["transparency"])
     if image.format == "PPM" and image.info.get("scale", 1) != 1:
-        raise _BadError(
+        raise UnreadError(
             "floating point of another scale than 1, and no telling which is white; save it as 8 or 16 bits"
         )
 
 
 def _check_size(width: int, height: int, max_pixels: int) -> None:
     if width < 1 or height < 1:
-        raise _BadError(f"{width} x {height} pixels: nothing to see")
+        raise UnreadError(f"{width} x {height} pixels: nothing to see")
     if max(width, height) > _MOST_ASPECT * min(width, height):
-        raise _BadError(f"{width} x {height} pixels: a line more than {_MOST_ASPECT:,} times as long as it is wide")
+        raise UnreadError(f"{width} x {height} pixels: a line more than {_MOST_ASPECT:,} times as long as it is wide")
     if width * height > max_pixels:
-        raise _BadError(
+        raise UnreadError(
             f"{width} x {height} pixels, {width * height / 1e6:.1f} megapixels, more than the "
             f"{max_pixels / 1e6:.1f} of data.max_megapixels"
         )
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    # Read after load(): TIFF has been turned by then, and PNG may carry EXIF behind the pixels.
+# -- numbers as they are stored ---------------------------------------------------------------------------------------
+
+
+def _with_any_channels(raw: Raw, max_pixels: int, reading: Reading) -> Pixels:
     try:
-        turn = _TURNS.get(image.getexif().get(_ORIENTATION_TAG, 1))
-    except Exception:  # damaged metadata do not make the pixels bad
-        turn = None
-    return image if turn is None else image.transpose(turn)
+        return grey_or_rgb(_opened(raw, max_pixels, reading), 3)
+    except UnreadError:
+        if isinstance(raw, bytes) and not (is_tiff(raw) or raw.startswith(NPY_START)):
+            raise
+    return _pixels(_numbers(raw, None, max_pixels, reading), None, reading)
 
 
-def _channels(image: Image.Image, in_chans: int) -> Pixels:
-    if image.mode == "La":  # Pillow converts it to nothing; the grey is weighted already
-        grey_HW, alpha_HW = np.moveaxis(np.asarray(image).astype(np.int64), 2, 0)
-        image = Image.fromarray(np.minimum(grey_HW + 255 - alpha_HW, 255).astype(np.uint8))
-    if image.mode in _WITH_ALPHA or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    if image.mode not in ("L", "RGB"):
-        image = image.convert("L" if image.mode == "1" else "RGB")
-    mode = "L" if in_chans == 1 else "RGB"
-    pixels_HWC = np.array(image if image.mode == mode else image.convert(mode), dtype=np.uint8)
-    return pixels_HWC[:, :, None] if in_chans == 1 else pixels_HWC
+def _numbers(raw: Raw, in_chans: int | None, max_pixels: int, reading: Reading) -> Array:
+    """Return the numbers of an image, H x W x C, in the type that they are stored in."""
+
+    def check_size(width: int, height: int) -> None:
+        _check_size(width, height, max_pixels)
+
+    if isinstance(raw, bytes):
+        _refuse_others(raw[:HEAD_BYTES])
+        if raw.startswith(NPY_START):
+            raw = read_npy(raw)
+        elif raw.startswith(PNG_START) and is_wide_colour(raw):
+            raise UnreadError("16-bit colour in a PNG, of which 8 bits are read", "Save it as TIFF or .npy")
+        elif is_tiff(raw) and needs_bands(raw, in_chans):
+            return read_bands(raw, check_size)
+    if isinstance(raw, np.ndarray):
+        numbers_HWC = channels_last(raw, channels_first=reading.channels_first)
+        check_size(numbers_HWC.shape[1], numbers_HWC.shape[0])
+        return numbers_HWC
+    image, meaning = _unconverted(raw, max_pixels)
+    if image.mode in ("F", "I") or image.mode.startswith("I;16"):
+        wide_HW = np.asarray(upright(image))
+        if meaning.is_inverted and image.mode == "F":
+            raise UnreadError("floating point with white as 0", "Save it with black as 0")
+        return (meaning.most - wide_HW if meaning.is_inverted else wide_HW)[:, :, None]
+    image = upright(image)
+    if in_chans not in (1, 3, None):
+        bands = np.asarray(image)
+        return bands if bands.ndim == 3 else bands[:, :, None]
+    return grey_or_rgb(image, 1 if image.mode in ("1", "L") and "transparency" not in image.info else 3)
 
 
-def _eight_bits(image: Image.Image, meaning: Meaning) -> Image.Image:
-    if image.mode == "F":
-        return _from_float(np.asarray(image), is_inverted=meaning.is_inverted)
-    if image.mode != "I" and not image.mode.startswith("I;16"):
-        return image
-    wide_HW = np.asarray(image).astype(np.int64)
-    if wide_HW.min() < 0 or wide_HW.max() > meaning.most:
-        raise _BadError(
-            f"32-bit integers from {wide_HW.min()} to {wide_HW.max()}, and no telling which is white; "
-            "save it as 8 or 16 bits"
-        )
-    wide_HW = meaning.most - wide_HW if meaning.is_inverted else wide_HW
-    grey_HW = ((wide_HW * 255 + meaning.most // 2) // meaning.most).astype(np.uint8)
-    clear = image.info.get("transparency")
-    if isinstance(clear, int):
-        grey_HW[wide_HW == clear] = 255
-    return Image.fromarray(grey_HW)
+def _unconverted(raw: bytes | Image.Image, max_pixels: int) -> tuple[Image.Image, Meaning]:
+    if isinstance(raw, bytes):
+        return _decoded(raw, max_pixels)
+    _check_size(raw.width, raw.height, max_pixels)
+    return raw.copy(), Meaning()
 
 
-def _from_float(grey_HW: npt.NDArray[Any], *, is_inverted: bool) -> Image.Image:
-    if not (np.isfinite(grey_HW).all() and grey_HW.min() >= 0 and grey_HW.max() <= 1):
-        raise _BadError("floating point outside 0..1, and no telling which is white; save it as 8 or 16 bits")
-    grey_HW = 1 - grey_HW if is_inverted else grey_HW
-    return Image.fromarray(np.rint(grey_HW * 255).astype(np.uint8))
+def _pixels(numbers_HWC: Array, in_chans: int | None, reading: Reading) -> Pixels:
+    """Bring numbers to the channels that are wanted, and scale them."""
+    count = numbers_HWC.shape[2]
+    if in_chans is not None and count != in_chans:
+        # Grey becomes RGB, and RGB grey; no other number of channels becomes another.
+        if {count, in_chans} != {1, 3}:
+            raise wrong_channels(numbers_HWC.shape, in_chans, reading.channels_first)
+        numbers_HWC = np.repeat(numbers_HWC, 3, axis=2) if in_chans == 3 else numbers_HWC @ _LUMA
+    return _as_bytes(numbers_HWC) if reading.value_range is None else _scaled(numbers_HWC, reading.value_range)
+
+
+def _as_bytes(numbers_HWC: Array) -> Pixels:
+    if numbers_HWC.dtype != np.uint8:
+        low, high = numbers_HWC.min(), numbers_HWC.max()
+        problem = f"numbers of {numbers_HWC.dtype} from {low:g} to {high:g}, and no telling which is white"
+        raise UnreadError(problem, "Set data.range: [low, high], the same for all images")
+    return np.array(numbers_HWC)
+
+
+def _scaled(numbers_HWC: Array, value_range: tuple[float, float]) -> Pixels:
+    low, high = value_range
+    if numbers_HWC.dtype.kind == "f" and not np.isfinite(numbers_HWC).all():
+        raise UnreadError("it has NaN or infinite numbers", "Write other numbers in their place")
+    shares_HWC = (numbers_HWC.astype(np.float64) - low) / (high - low)
+    return np.clip(shares_HWC, 0.0, 1.0).astype(np.float32)

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageFile
 
-from tlscale.data.decode import EXTENSIONS, BadImageError, Pixels, decode_image
+from tlscale.data.decode import ARRAYS, EXTENSIONS, BadImageError, Pixels, decode_image
 from tlscale.data.input_spec import InputSpec
 from tlscale.data.sources.folder import LEFT_BY_DESKTOPS
 from tlscale.data.sources.labels import sort_labels
@@ -36,7 +36,7 @@ def find_images(
     """Give the paths of images: files as they are named, folders searched through, globs expanded.
 
     A file that is named is tried whatever its name ends in; in folders endings tell images. What is not there comes as
-    it is, to be reported when it is read.
+    it is, to be reported when it is read. Of arrays (`.npy`) a folder is searched where it has no other images.
 
     Args:
         note: is told of folders and globs in which nothing is found, and of folders that cannot be listed.
@@ -69,14 +69,18 @@ class _Search:
 
     def __init__(self, folder: str, note: Callable[[str], None]) -> None:
         self._folder, self._note = folder, note
-        self._num_others, self._other = 0, ""
+        self._endings, self._num_others, self._other = EXTENSIONS, 0, ""
 
     def images(self) -> Iterator[str]:
         found = False
-        for path in self._below(self._folder, ()):
-            found = True
-            yield path
-        if not found:
+        for self._endings in (EXTENSIONS, ARRAYS):
+            self._num_others, self._other = 0, ""
+            for path in self._below(self._folder, ()):
+                found = True
+                yield path
+            if found:
+                break
+        else:
             self._note(f"'{self._folder}' has no images")
         if self._num_others:
             others = "a file" if self._num_others == 1 else f"{self._num_others:,} files"
@@ -88,13 +92,15 @@ class _Search:
             status = os.stat(folder)
             files, folders = self._listed(folder)
         except OSError as error:
+            if self._endings is ARRAYS:
+                return  # which was told
             self._note(f"'{folder}' cannot be listed: {error.strerror or error}")
             return
         own = status.st_dev, status.st_ino
         if own in above:
             return  # links that go round in a circle
         for name in sorted(files):
-            if os.path.splitext(name)[1].lower() in EXTENSIONS:
+            if os.path.splitext(name)[1].lower() in self._endings:
                 yield os.path.join(folder, name)
             else:
                 self._num_others, self._other = self._num_others + 1, self._other or name
@@ -128,7 +134,9 @@ def read_given(images: Sequence[Given], spec: InputSpec, max_pixels: int) -> tup
     def read(given: Given) -> Pixels | str:
         where = one_line(name_of(given))
         try:
-            pixels = decode_image(_raw(given, where), in_chans=spec.in_chans, max_pixels=max_pixels, where=where)
+            pixels = decode_image(
+                _raw(given, where), in_chans=spec.in_chans, max_pixels=max_pixels, where=where, reading=spec.reading
+            )
             return eval_transform(pixels, spec)
         except BadImageError as error:
             return error.why

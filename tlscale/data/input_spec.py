@@ -9,14 +9,14 @@ from __future__ import annotations
 import io
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from tlscale.data.decode import BadImageError, header_hw
+from tlscale.data.decode import PLAIN, BadImageError, Reading, header_hw
 from tlscale.data.sources.tables import LabelledTable
 from tlscale.errors import DataError, RecipeError
 from tlscale.recipe.image_size import ImageSize, height_width, image_size_of
@@ -57,10 +57,13 @@ class InputSpec:
     interpolation: str
     crop_pct: float
     crop_mode: str = "center"  # timm's: keep the aspect and cut, `squash` it, or pad it with a `border`
+    range: tuple[float, float] | None = None  # the numbers that become 0 and 1; None: pixels of 8 bits
+    channels_first: bool = False  # of arrays
 
     def to_plain(self) -> dict[str, Any]:
-        """Return values that JSON and YAML know."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        """Return values that JSON and YAML know, those of `Reading` only where they are not the usual ones."""
+        plain = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        return {key: value for key, value in plain.items() if key not in ("range", "channels_first") or value}
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> InputSpec:
@@ -79,13 +82,32 @@ class InputSpec:
         return (self.in_chans, *self.image_hw)
 
     @property
-    def mean_color(self) -> tuple[int, ...]:
-        """The mean as a uint8 color: what normalisation makes (nearly) zero."""
-        return tuple(round(255 * value) for value in self.mean)
+    def is_usual(self) -> bool:
+        """Whether images are square, and grey or RGB of 8 bits."""
+        return isinstance(self.image_size, int) and self.in_chans in (1, 3) and self.reading == PLAIN
+
+    @property
+    def reading(self) -> Reading:
+        """What the numbers of images mean."""
+        return Reading(self.range, self.channels_first)
+
+    @property
+    def mean_color(self) -> tuple[float, ...]:
+        """The mean as a color of the pixels' type: what normalisation makes (nearly) zero."""
+        return self.mean if self.range is not None else tuple(round(255 * value) for value in self.mean)
+
+
+Measure = Callable[[], tuple[tuple[float, ...], tuple[float, ...]]]
+"""Measures mean and deviation of each channel."""
 
 
 def resolve_input(
-    section: DataSection, *, in_chans: int, pretrained_cfg: Mapping[str, Any], sizes: Sequence[tuple[int, int]]
+    section: DataSection,
+    *,
+    in_chans: int,
+    pretrained_cfg: Mapping[str, Any],
+    sizes: Sequence[tuple[int, int]],
+    measure: Measure | None = None,
 ) -> InputSpec:
     """Resolve the input of a backbone: what the recipe says, else what the backbone was pretrained with.
 
@@ -99,6 +121,7 @@ def resolve_input(
         sizes: heights and widths that stand for those of all images (`sampled_sizes`). If most are smaller than the
             resized image that a crop would be cut from, nothing is cropped (crop_pct 1): enlarging images just to cut
             their edges off helps nobody.
+        measure: what neither grey nor RGB has, as the backbone knows no mean of its channels.
 
     Raises:
         RecipeError: the backbone's interpolation is unknown, and the recipe gives none.
@@ -111,14 +134,19 @@ def resolve_input(
     elif crop_pct is None:
         crop_pct = float(known["crop_pct"])
         crop_pct = crop_pct if _are_larger(sizes, height_width(image_size), crop_pct) else 1.0
+    mean, std = section.mean or known["mean"], section.std or known["std"]
+    if section.mean is None and measure is not None and len(mean) != in_chans and in_chans != 1:
+        mean, std = measure()
     return InputSpec(
         image_size=image_size,
         in_chans=in_chans,
-        mean=_per_channel(section.mean or known["mean"], in_chans),
-        std=_per_channel(section.std or known["std"], in_chans),
+        mean=_per_channel(mean, in_chans),
+        std=_per_channel(std, in_chans),
         interpolation=_interpolation(section.interpolation, known["interpolation"]),
         crop_pct=crop_pct,
         crop_mode=_crop_mode(section.crop_mode, known["crop_mode"]),
+        range=None if section.range is None else (section.range[0], section.range[1]),
+        channels_first=section.channels_first,
     )
 
 
@@ -154,7 +182,13 @@ def _per_channel(values: list[float] | tuple[float, ...], in_chans: int) -> tupl
     return (sum(values) / len(values),) * in_chans
 
 
-def sampled_sizes(table: LabelledTable) -> list[tuple[int, int]]:
+def sampled_rows(table: LabelledTable) -> list[int]:
+    """Return at most `MOST_HEADERS` rows, evenly spaced over the table."""
+    rows = np.linspace(0, len(table) - 1, min(MOST_HEADERS, len(table))).round().astype(np.int64)
+    return [int(row) for row in np.unique(rows)]
+
+
+def sampled_sizes(table: LabelledTable, reading: Reading = PLAIN) -> list[tuple[int, int]]:
     """Return height and width of at most `MOST_HEADERS` images, evenly spaced over the table.
 
     An image whose header cannot be read does not count: it is for those who decode it to find it bad.
@@ -162,12 +196,12 @@ def sampled_sizes(table: LabelledTable) -> list[tuple[int, int]]:
     Raises:
         DataError: none of the headers can be read.
     """
-    rows = np.unique(np.linspace(0, len(table) - 1, min(MOST_HEADERS, len(table))).round().astype(np.int64)).tolist()
+    rows = sampled_rows(table)
     sizes: list[tuple[int, int]] = []
     errors: list[DataError] = []
     for row in rows:
         try:
-            sizes.append(_size(table, row))
+            sizes.append(_size(table, row, reading))
         except DataError as error:
             errors.append(error)
     if not sizes:
@@ -175,13 +209,13 @@ def sampled_sizes(table: LabelledTable) -> list[tuple[int, int]]:
     return sizes
 
 
-def _size(table: LabelledTable, row: int) -> tuple[int, int]:
+def _size(table: LabelledTable, row: int, reading: Reading) -> tuple[int, int]:
     where, path = table.where(row), table.file_of(row)
     if path is not None:
         try:
             with path.open("rb") as file:  # a header is a small part of a photo
-                return header_hw(file, where)
+                return header_hw(file, where, reading)
         except OSError as error:
             raise BadImageError.at(where, f"cannot be read: {error.strerror or error}", None) from None
     raw = table.read(row)
-    return raw.shape[:2] if isinstance(raw, np.ndarray) else header_hw(io.BytesIO(raw), where)
+    return raw.shape[:2] if isinstance(raw, np.ndarray) else header_hw(io.BytesIO(raw), where, reading)

@@ -14,7 +14,6 @@ from functools import partial
 from itertools import islice
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -124,7 +123,7 @@ class ImageStore:
         return torch.from_numpy(self.split.labels_N[rows_B])
 
     def images(self, rows_B: Ints, raws: Mapping[int, Raw] | None = None) -> Tensor | list[Tensor]:
-        """Return images before augmentation, as uint8.
+        """Return images before augmentation, as `decode_image` gives them.
 
         Args:
             raws: what was read of some of them; those are not read again.
@@ -147,6 +146,7 @@ class ImageStore:
                 in_chans=self.spec.in_chans,
                 max_pixels=round(self._section.max_megapixels * 1e6),
                 where=self.split.where(row),
+                reading=self.spec.reading,
             )
         except DataError as error:
             bad = error.recast(BadImageError, error.key)
@@ -158,9 +158,10 @@ class ImageStore:
 
     def _keep_prepared(self, on_images: Callable[[int], None]) -> Pixels | None:
         shape_CHW = self.spec.shape_CHW
-        if len(self) * int(np.prod(shape_CHW)) > self._section.cache_mib * _MIB:
+        dtype = np.dtype(self.spec.reading.dtype)
+        if len(self) * int(np.prod(shape_CHW)) * dtype.itemsize > self._section.cache_mib * _MIB:
             return None
-        kept_NCHW = np.empty((len(self), *shape_CHW), np.uint8)
+        kept_NCHW = np.empty((len(self), *shape_CHW), dtype)
 
         def fill(rows: range) -> None:
             kept_NCHW[rows.start : rows.stop] = stacked(self._prepare(row) for row in _asked(rows))
@@ -171,13 +172,14 @@ class ImageStore:
         return kept_NCHW
 
     def _keep_originals(self, on_images: Callable[[int], None]) -> _Originals | None:
-        budget = self._section.cache_mib * _MIB
+        dtype = np.dtype(self.spec.reading.dtype)
+        budget = self._section.cache_mib * _MIB // dtype.itemsize
         sampled = np.unique(np.linspace(0, len(self) - 1, min(_SAMPLE, len(self))).astype(np.int64)).tolist()
         sizes = [image.size for image in map_in_threads(self._decode, sampled)]
         expected = round(sum(sizes) / len(sizes) * len(self))
         if expected > budget:
             return None
-        pixels = np.empty(expected, np.uint8)
+        pixels = np.empty(expected, dtype)
         starts_N, shapes_N3 = np.zeros(len(self), np.int64), np.zeros((len(self), 3), np.int64)
         row = end = 0
         for images in map_in_threads(lambda rows: [self._decode(row) for row in _asked(rows)], _blocks(len(self))):
@@ -357,13 +359,13 @@ def _blocks(count: int) -> list[range]:
     return [range(start, min(start + _BLOCK, count)) for start in range(0, count, _BLOCK)]
 
 
-def stacked(images: Iterable[Pixels]) -> npt.NDArray[np.uint8]:
+def stacked(images: Iterable[Pixels]) -> Pixels:
     """Stack images (H, W, C) of one size to (B, C, H, W), contiguous."""
     images_BHWC = np.stack(list(images))
     batch, height, width, chans = images_BHWC.shape
     # Not by ascontiguousarray: with one channel, that leaves strides that torch takes for channels-last, and then
     # convolutions sum in another order than for the same images from the cache.
-    images_BCHW = np.empty((batch, chans, height, width), np.uint8)
+    images_BCHW = np.empty((batch, chans, height, width), images_BHWC.dtype)
     images_BCHW[:] = images_BHWC.transpose(0, 3, 1, 2)
     return images_BCHW
 

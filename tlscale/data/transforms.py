@@ -3,7 +3,8 @@
 Promise: the evaluation transform gives, pixel for pixel, what timm's own gives for the same backbone. What augmentation
 does to an image follows from its key alone (made from the seed, the epoch and the image's number), never from the
 worker, the process, the batch or the images before it; the random generators of Python, NumPy and torch are as before
-afterwards. Images stay uint8 up to the device, where `to_input` makes them numbers.
+afterwards. Images stay uint8 (float32 in 0..1 where the recipe gives a range) up to the device, where `to_input`
+normalises them.
 
 Shape letters: B images of a batch, C channels, H height, W width, 4 the edges of a box.
 """
@@ -42,10 +43,10 @@ def eval_transform(image_HWC: Pixels, spec: InputSpec) -> Pixels:
     """Transform an image for evaluation: resize and crop it to the size of the spec, as timm does it.
 
     Args:
-        image_HWC: uint8, C as in the spec.
+        image_HWC: as `decode_image` gives it, C as in the spec.
 
     Returns:
-        uint8 of the height and width of the spec, and C; the very same array where there is nothing to do.
+        Of the same type, of the height and width of the spec, and C; the very same array where there is nothing to do.
     """
     height, width = image_HWC.shape[:2]
     target_hw = _resized_hw(height, width, spec)
@@ -80,9 +81,17 @@ def _resized_hw(height: int, width: int, spec: InputSpec) -> tuple[int, int]:
 
 
 def _resize(image_HWC: Pixels, target_hw: tuple[int, int], spec: InputSpec) -> Pixels:
-    picture = Image.fromarray(image_HWC[:, :, 0] if spec.in_chans == 1 else image_HWC)
-    resized = np.asarray(picture.resize((target_hw[1], target_hw[0]), FILTERS[spec.interpolation]))
-    return resized[:, :, None] if spec.in_chans == 1 else resized
+    def resized(pixels: Pixels) -> Pixels:
+        picture = Image.fromarray(pixels).resize((target_hw[1], target_hw[0]), FILTERS[spec.interpolation])
+        return np.asarray(picture)
+
+    if spec.in_chans == 3 and spec.range is None:
+        return resized(image_HWC)
+    # Pillow has neither other numbers of channels nor colour of more than 8 bits.
+    planes = [resized(np.ascontiguousarray(image_HWC[:, :, channel])) for channel in range(spec.in_chans)]
+    resized_HWC = planes[0][:, :, None] if len(planes) == 1 else np.stack(planes, axis=2)
+    # As 8 bits are, where a filter overshoots.
+    return resized_HWC if spec.range is None else np.clip(resized_HWC, 0.0, 1.0)
 
 
 def _resize_strip(image_HWC: Pixels, target_hw: tuple[int, int], spec: InputSpec) -> Pixels:
@@ -107,7 +116,7 @@ def _pad(image_HWC: Pixels, spec: InputSpec) -> Pixels:
         return image_HWC
     top, left = missing_h // 2, missing_w // 2
     height, width = image_HWC.shape[:2]
-    padded = np.empty((height + missing_h, width + missing_w, spec.in_chans), np.uint8)
+    padded = np.empty((height + missing_h, width + missing_w, spec.in_chans), image_HWC.dtype)
     padded[:] = spec.mean_color
     padded[top : top + height, left : left + width] = image_HWC
     return padded
@@ -154,11 +163,11 @@ class Augmenter:
         """Augment images.
 
         Args:
-            images: B uint8 tensors (C, H, W): of the spec's size unless there is a crop.
+            images: B tensors (C, H, W), of the spec's size unless there is a crop.
             keys_B: one key for each image.
 
         Returns:
-            uint8 (B, C, H, W).
+            (B, C, H, W) of the same type.
         """
         if not self._steps:
             return images if isinstance(images, Tensor) else torch.stack(list(images))
@@ -210,13 +219,22 @@ draw takes."""
 def _crop(number: float, spec: InputSpec) -> Callable[[Tensor], Tensor]:
     # Tensors have no `hamming` and `box`.
     mode = InterpolationMode("bilinear" if spec.interpolation in ("hamming", "box") else spec.interpolation)
+    if mode is InterpolationMode.LANCZOS and not _takes_lanczos(spec):
+        mode = InterpolationMode.BICUBIC
     # The usual range of a square crop's proportions, so that a picture is never distorted more than that.
     proportions = spec.image_hw[1] / spec.image_hw[0]
     ratio = (3 / 4 * proportions, 4 / 3 * proportions)
     crop = v2.RandomResizedCrop(spec.image_hw, scale=(number, 1.0), ratio=ratio, interpolation=mode, antialias=True)
+    if spec.range is not None:  # whose filters overshoot, where 8 bits are clipped
+        return lambda image_CHW: crop(image_CHW).clamp(0.0, 1.0)
     if mode is InterpolationMode.LANCZOS and not _tensors_have_lanczos():
         return lambda image_CHW: v2.functional.pil_to_tensor(crop(v2.functional.to_pil_image(image_CHW)))
     return crop  # type: ignore[no-any-return]
+
+
+def _takes_lanczos(spec: InputSpec) -> bool:
+    """Return whether torch has it, or Pillow, which has only grey and RGB of 8 bits."""
+    return (spec.range is None and spec.in_chans in (1, 3)) or _tensors_have_lanczos()
 
 
 @functools.cache
@@ -303,12 +321,12 @@ def _own_randomness() -> Iterator[torch.Generator]:
 class ImageBatch(TensorBatch):
     """Images on their way to the device; rows from `num_real` on are padding and weigh nothing."""
 
-    images_BCHW: Tensor  # uint8
+    images_BCHW: Tensor  # uint8, or float32 in 0..1
     labels_B: Tensor  # int64
     rows_B: Tensor  # int64: which image of its split
     num_real: int
     # The other image of mixup or cutmix; all four or none.
-    partners_BCHW: Tensor | None = None  # uint8
+    partners_BCHW: Tensor | None = None
     partner_labels_B: Tensor | None = None  # int64
     lam_B: Tensor | None = None  # float32: share of the image itself, in pixels and in the target
     boxes_B4: Tensor | None = None  # int64, y0 y1 x0 x1: pasted from the partner; without area it is mixup
@@ -316,9 +334,10 @@ class ImageBatch(TensorBatch):
 
 
 def normalise(images_BCHW: Tensor, spec: InputSpec, dtype: torch.dtype) -> Tensor:
-    """Normalise uint8 images to mean 0 and deviation 1, computed in and given as `dtype`."""
-    mean_C11, std_C11 = _mean_std(spec.mean, spec.std, dtype, images_BCHW.device)
-    return images_BCHW.to(dtype).sub_(mean_C11).div_(std_C11)
+    """Normalise images to mean 0 and deviation 1, computed in and given as `dtype`."""
+    white = 255 if spec.range is None else 1
+    mean_C11, std_C11 = _mean_std(spec.mean, spec.std, white, dtype, images_BCHW.device)
+    return images_BCHW.to(dtype, copy=True).sub_(mean_C11).div_(std_C11)
 
 
 def to_input(batch: ImageBatch, spec: InputSpec, dtype: torch.dtype) -> Tensor:
@@ -362,9 +381,9 @@ class InputPath:
 
 @functools.lru_cache(maxsize=32)
 def _mean_std(
-    mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype, device: torch.device
+    mean: tuple[float, ...], std: tuple[float, ...], white: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Put mean and deviation on the device, once: done in each step, the host would wait for the device."""
     with torch.inference_mode(False):  # made in an evaluation, they serve in training as well
-        both = torch.tensor([mean, std], dtype=torch.float64).mul(255).to(dtype).to(device)
+        both = torch.tensor([mean, std], dtype=torch.float64).mul(white).to(dtype).to(device)
         return both[0, :, None, None], both[1, :, None, None]

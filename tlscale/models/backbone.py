@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 import tlscale.models.classic  # noqa: F401 (registers its architectures with timm)
 from tlscale.errors import ModelError, first_sentence, sentences, suggestion
+from tlscale.models.adapted import interpolated, repeated_filters
 from tlscale.models.bundled import bundled
 from tlscale.models.foreign import check_model_args, check_model_folder, weights_in
 from tlscale.models.hub import cache_only_when_unreachable, hub_weights
-from tlscale.models.weights import WeightsReport, interpolated, load_file, state_digest
+from tlscale.models.weights import WeightsReport, load_file, state_digest
 from tlscale.recipe.image_size import ImageSize, size_in_words
 from tlscale.recipe.schema import BackboneSection
 from tlscale.recipe.seeds import derive_seed
@@ -62,7 +63,8 @@ def build_backbone(
     if not section.from_file:
         is_random = section.weights == "none"
         origin = "random weights, by seed" if is_random else _pretrained_origin(model)
-        notes = () if is_random or not size else interpolated(_tensors_of_own_size(section), model)
+        notes = () if is_random else repeated_filters(model, section.in_chans)
+        notes += () if is_random or not size else interpolated(_tensors_of_own_size(section), model)
         return model, WeightsReport(origin, 0, 0, state_digest(model.state_dict()), notes=notes)
     return model, load_file(model, section)
 

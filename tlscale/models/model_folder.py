@@ -34,8 +34,8 @@ from tlscale.recipe.field_types import POOLS, Head
 from tlscale.storage.files import file_sha256, text_sha256
 
 # The format in which a key of `config.json` came: a version that does not know it must refuse it, not pass over it.
-# 2: other codes than what the backbone gives, or nearest neighbours. 3: several labels; images that are not square; a
-# calibration.
+# 2: other codes than what the backbone gives, or nearest neighbours. 3: several labels; a calibration; images that are
+# not square of 8-bit grey or RGB.
 _SINCE = {"layer": 2, "pool": 2, "task": 3, "thresholds": 3, "calibration": 3}
 FORMAT = 3
 MODEL_FILE = "model.safetensors"
@@ -77,12 +77,14 @@ _Side = Annotated[int, Field(ge=1, le=2048)]
 
 class _Input(_Settings):
     image_size: _Side | Annotated[list[_Side], Field(min_length=2, max_length=2)]
-    in_chans: Literal[1, 3]
+    in_chans: int = Field(ge=1, le=64)
     mean: list[float]
     std: list[Annotated[float, Field(gt=0.0)]]
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"]
     crop_pct: _Share
     crop_mode: Literal["center", "squash", "border"] = "center"
+    range: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
+    channels_first: bool = False
 
     @model_validator(mode="after")
     def _check(self) -> _Input:
@@ -182,7 +184,7 @@ class _Config(_Settings):
 
 def format_of(ours: Mapping[str, Any]) -> int:
     """Return the lowest format that has a place for what `export_model` notes: older versions load what they can."""
-    of_images = 1 if isinstance(ours["input"]["image_size"], int) else 3
+    of_images = 1 if InputSpec.from_plain(ours["input"]).is_usual else 3
     return max(of_images, *(_SINCE.get(key, 1) for key in ours))
 
 

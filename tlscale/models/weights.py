@@ -22,6 +22,7 @@ from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from tlscale.errors import ModelError, first_sentence
+from tlscale.models.adapted import interpolated, repeated_filters
 from tlscale.models.foreign import check_tensors, check_unpacked_size, is_pickle
 from tlscale.models.freeze import is_norm
 from tlscale.recipe.schema import BackboneSection
@@ -97,7 +98,12 @@ def load_file(model: nn.Module, section: BackboneSection) -> WeightsReport:
     _refuse_non_finite({name: tensor for name, tensor in fit.matched.items() if name in learned}, path)
     model.load_state_dict(fit.matched, strict=False)
     made = {name: tensor for name, tensor in _below(state, fit.prefix).items() if name in fit.matched}
-    notes += [*interpolated(made, model), *_lacking(fit.state, missing, own), *_unused(fit, model)]
+    notes += [
+        *repeated_filters(model, section.in_chans, made),
+        *interpolated(made, model),
+        *_lacking(fit.state, missing, own),
+        *_unused(fit, model),
+    ]
     return replace(report, notes=tuple(notes), sha256=state_digest(model.state_dict()))
 
 
@@ -112,23 +118,6 @@ def learned_names(model: nn.Module) -> frozenset[str]:
         if is_norm(module):
             names.update(f"{path}.{name}" for name, _ in module.named_buffers(recurse=False))
     return frozenset(name for name in names & model.state_dict().keys() if not name.endswith(".num_batches_tracked"))
-
-
-def interpolated(made: Mapping[str, Tensor], model: nn.Module) -> tuple[str, ...]:
-    """Return a note on what was interpolated to the size of the images: position embeddings and the like.
-
-    Args:
-        made: tensors of the network, by its names, as they were made for images of another size.
-        model: with these weights.
-    """
-    first: Any = model.pretrained_cfg.get("first_conv") or ()  # type: ignore[union-attr, operator]
-    channels = {f"{name}.weight" for name in ((first,) if isinstance(first, str) else first)}
-    own = {name: param for name, param in model.named_parameters() if name not in channels}
-    names = [name for name, param in own.items() if name in made and made[name].numel() != param.numel()]
-    if not names:
-        return ()
-    form, other = tuple(made[names[0]].shape), tuple(own[names[0]].shape)
-    return (f"interpolated to the size of the images: {named(names)}, such as {form} to {other}",)
 
 
 # -- read -------------------------------------------------------------------------------------------------------------

@@ -148,6 +148,7 @@ class Recipe(Section):
         self._check_codes()
         self._check_distill()
         self._check_sampling()
+        self._check_channels()
         if self.compute.engine == "fsdp2" and len(self.stages or ()) > 1:
             raise InvalidValueError(
                 "several stages are not supported with compute.engine=fsdp2, where parameters stay sharded to the end "
@@ -163,15 +164,28 @@ class Recipe(Section):
                 "Lower it, or remove it.",
                 keys=["compute.micro_batch_size", "batch_size"],
             )
+        return self
+
+    def _check_channels(self) -> None:
+        channels = self.backbone.in_chans
         for key in ("mean", "std"):
-            numbers, channels = getattr(self.data, key), self.backbone.in_chans
+            numbers = getattr(self.data, key)
             if numbers is not None and len(numbers) != channels:
                 raise InvalidValueError(
                     f"has {len(numbers)} numbers, but backbone.in_chans={channels}",
                     "Write one number per channel.",
                     keys=[f"data.{key}", "backbone.in_chans"],
                 )
-        return self
+        names = augmentation_values(self.data.augment)
+        for name in ("color_jitter", "trivialaugment", "randaugment"):
+            if name in names and channels not in (1, 3):
+                problem = f"{name} is for grey and RGB, and backbone.in_chans is {channels}"
+                remedy = "Write trivialaugment_geometric, which only moves, or remove it."
+                raise InvalidValueError(problem, remedy, keys=["data.augment", "backbone.in_chans"])
+            if name in names and name != "color_jitter" and self.data.range is not None:
+                problem = f"{name} works on 8 bits, and data.range keeps more"
+                remedy = "Write trivialaugment_geometric, or color_jitter; or remove it."
+                raise InvalidValueError(problem, remedy, keys=["data.augment", "data.range"])
 
     def _check_strategy(self) -> None:
         """Refuse what has no effect with `probe` or `stages`; what is at its default was not asked for."""

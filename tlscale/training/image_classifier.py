@@ -21,6 +21,7 @@ from PIL import Image
 
 from tlscale.codes.shards import BLOCK
 from tlscale.data.given import Given, InMemory, find_images, name_of
+from tlscale.data.input_spec import InputSpec
 from tlscale.data.sources.folds import FOLDS
 from tlscale.distributed.processes import Processes
 from tlscale.errors import DataError, ModelError, TlscaleError, first_few, option, speaks_python
@@ -170,14 +171,15 @@ class ImageClassifier(TrainedModel):
 
         Args:
             images: paths (of files, or of folders, which are searched through), globs, images of Pillow's, arrays
-                (uint8, H x W or H x W x 3, or N of them), mixed as you like; or one of them.
+                (H x W or H x W x C, or N of them; uint8, or any numbers where the run has `data.range`), mixed as
+                you like; or one of them.
             batch_size: of what was trained; by default the run's own, with which the run's own test images get the
                 very bits that they got in the run.
 
         Raises:
             DataError: nothing was found, or not one image can be read. A single one that cannot has its `errors`.
         """
-        given = _checked(images, batch_size)
+        given = _checked(images, batch_size, self.input_spec)
         answers: list[Answers] = []
         with computing(self.facts) as processes:
             path = self._path(processes, batch_size)
@@ -211,7 +213,7 @@ class ImageClassifier(TrainedModel):
             DataError: nothing was found, or not one image can be read. A single one that cannot has its `errors`.
             ModelError: no such layer or pool, or a layer that gives no one vector an image.
         """
-        given = _checked(images, batch_size)
+        given = _checked(images, batch_size, self.input_spec)
         errors: list[str | None] = []
         try:
             with computing(self.facts) as processes:
@@ -251,7 +253,7 @@ class ImageClassifier(TrainedModel):
         )
 
 
-def _checked(images: Images, batch_size: int | None) -> list[Given]:
+def _checked(images: Images, batch_size: int | None, spec: InputSpec) -> list[Given]:
     """List images one by one.
 
     Raises:
@@ -260,7 +262,7 @@ def _checked(images: Images, batch_size: int | None) -> list[Given]:
     if batch_size is not None and batch_size < 1:
         raise DataError(f"{batch_size} is no number of images", key="batch_size", remedy="Give 1 or more")
     notes: list[str] = []
-    given = list(_each(images, notes))
+    given = list(_each(images, notes, spec))
     if not given:
         raise DataError("; ".join(notes) or "no image was given")
     return given
@@ -278,17 +280,18 @@ def refuse_none_read(num_given: int, num_read: int, path: str, why: str | None) 
         raise DataError(f"{problem}: {f'{path}: ' if path else ''}{why}")
 
 
-def _each(images: Images, notes: list[str]) -> Iterator[Given]:
+def _each(images: Images, notes: list[str], spec: InputSpec) -> Iterator[Given]:
     if isinstance(images, str | os.PathLike):
         yield from find_images([images], notes.append)
     elif isinstance(images, Image.Image):
         yield images
     elif isinstance(images, np.ndarray) and images.dtype != object:
-        is_one = images.ndim < 3 or (images.ndim == 3 and images.shape[2] in (1, 3))
+        channels = images.shape[0 if spec.channels_first else 2] if images.ndim == 3 else None
+        is_one = images.ndim < 3 or channels in (1, 3, spec.in_chans)
         yield from [images] if is_one else images
     elif hasattr(images, "__iter__") and not isinstance(images, torch.Tensor | bytes):
         for one in images:
-            yield from [one] if isinstance(one, np.ndarray) else _each(one, notes)
+            yield from [one] if isinstance(one, np.ndarray) else _each(one, notes, spec)
     else:
         kind = type(images).__name__
         raise DataError(f"a {kind} is no image", key="images", remedy="Give paths, images of Pillow's, or arrays")

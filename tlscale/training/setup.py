@@ -8,10 +8,13 @@ from __future__ import annotations
 import re
 import statistics
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 
+from tlscale.data.channel_stats import channel_stats
+from tlscale.data.decode import Reading
 from tlscale.data.input_spec import InputSpec, resolve_input, sampled_sizes
 from tlscale.data.sampler import (
     BatchSplit,
@@ -22,7 +25,7 @@ from tlscale.data.sampler import (
     split_batch_size,
 )
 from tlscale.data.sources.folds import Fold
-from tlscale.data.sources.open import BadImages, ImageData, open_data
+from tlscale.data.sources.open import BadImages, ImageData, ImageSplit, open_data
 from tlscale.data.transforms import seen_share
 from tlscale.distributed.signals import check_stop
 from tlscale.errors import DataError, ModelError, RecipeError
@@ -182,8 +185,8 @@ def set_up(
     check_stop("setting up")
     backbone, weights, earlier = _backbone(recipe)
     check_stop("setting up")
-    sizes = sampled_sizes(data.train.table)
-    spec = _input_spec(recipe, sizes, backbone)
+    sizes = sampled_sizes(data.train.table, Reading.of(recipe.data))
+    spec = _input_spec(recipe, data.train, sizes, backbone)
     teacher = _teacher(recipe, data, spec)
     if recipe.adapters is not None:
         freezing = [stage.freeze for stage in recipe.stages] if recipe.stages else [recipe.freeze]
@@ -269,9 +272,13 @@ def _refuse_idle_rates(backbone: BackboneSection, stages: list[Stage]) -> None:
             raise RecipeError("has no effect: the whole backbone is frozen, and so in eval mode", key=f"backbone.{key}")
 
 
-def _input_spec(recipe: Recipe, sizes: list[tuple[int, int]], backbone: torch.nn.Module) -> InputSpec:
+def _input_spec(
+    recipe: Recipe, train: ImageSplit, sizes: list[tuple[int, int]], backbone: torch.nn.Module
+) -> InputSpec:
     cfg: dict[str, Any] = backbone.pretrained_cfg  # type: ignore[assignment]
-    return resolve_input(recipe.data, in_chans=recipe.backbone.in_chans, pretrained_cfg=cfg, sizes=sizes)
+    in_chans = recipe.backbone.in_chans
+    measure = partial(channel_stats, train.table, recipe.data, in_chans)
+    return resolve_input(recipe.data, in_chans=in_chans, pretrained_cfg=cfg, sizes=sizes, measure=measure)
 
 
 def _teacher(recipe: Recipe, data: ImageData, spec: InputSpec) -> Teacher | None:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import torch
 
-from tlscale.data.decode import BadImageError
+from tlscale.data.decode import BadImageError, Reading
 from tlscale.data.identity import used_identity
 from tlscale.data.sources.bad_images import find_bad_images
 from tlscale.distributed.processes import Processes
@@ -66,14 +66,15 @@ def _find_more(setup: RunSetup, within_s: float = 5.0) -> Unread:
     """Try training and validation images for some seconds: who has several to repair should not find one a start."""
     end = time.monotonic() + within_s
     bad: Unread = []
-    max_pixels = round(pipeline_spec(setup, torch.device("cpu")).section.max_megapixels * 1e6)
+    section = pipeline_spec(setup, torch.device("cpu")).section
+    max_pixels, reading = round(section.max_megapixels * 1e6), Reading.of(section)
     for split in (setup.data.train, setup.data.validation):
         for start in range(0, 0 if split is None else len(split), _BLOCK):
             if time.monotonic() > end:
                 return bad
             assert split is not None
             rows = range(start, min(start + _BLOCK, len(split)))
-            found = find_bad_images(split, max_pixels=max_pixels, rows=rows)
+            found = find_bad_images(split, max_pixels=max_pixels, reading=reading, rows=rows)
             bad += [(split.name, position, why) for position, why in found]
     return bad
 

@@ -234,7 +234,7 @@ def test_positions_of_another_image_size_are_resized(tmp_path):
     assert torch.equal(backbone.pos_embed[:, 0], state["pos_embed"][:, 0])
     assert not torch.equal(backbone.pos_embed, build(section("test_vit"), 32)[0].pos_embed)
     assert torch.equal(backbone.blocks[0].attn.qkv.weight, state["blocks.0.attn.qkv.weight"])
-    note = "interpolated to the size of the images: pos_embed (1), such as (1, 101, 64) to (1, 5, 64)"
+    note = "interpolated to the size of the images: pos_embed, such as (1, 101, 64) to (1, 5, 64)"
     assert report.notes == (note,)
     assert build(section("test_vit", path), 160)[1].notes == ()
 
@@ -257,9 +257,40 @@ def test_pretrained_positions_that_are_interpolated_are_named(tmp_path, monkeypa
     for size, noted in ((160, False), (None, False), ((32, 64), True), (32, True)):
         _, report = build(section("test_vit.r160_in1k", "pretrained"), size)
         assert bool(report.notes) == noted
+    assert report.notes == ("interpolated to the size of the images: pos_embed, such as (1, 101, 64) to (1, 5, 64)",)
+
+
+@pytest.mark.parametrize("in_chans", [2, 5])
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
+def test_first_filters_of_other_channels_are_timms_and_reported(name, in_chans, tmp_path):
+    path = write(tmp_path / "w.safetensors", timm.create_model(name, num_classes=0).state_dict())
+    backbone, report = build(section(name, path, in_chans=in_chans))
+    first = f"{timm.get_pretrained_cfg(name).first_conv}.weight"
+    made = safetensors.torch.load_file(path)[first]
+    expected = made[:, [channel % 3 for channel in range(in_chans)]] * 3 / in_chans
+    torch.testing.assert_close(backbone.state_dict()[first], expected)
+    assert report.num_matched == report.num_tensors
+    shown = "1 2" if in_chans == 2 else "1 2 3 1 2"
     assert report.notes == (
-        "interpolated to the size of the images: pos_embed (1), such as (1, 101, 64) to (1, 5, 64)",
+        f"the filters of the first layer are made for 3 channels, repeated for {in_chans} ({shown}) and scaled by "
+        f"3/{in_chans}: {first}",
     )
+    again = write(tmp_path / "five.safetensors", backbone.state_dict())
+    assert build(section(name, again, in_chans=in_chans))[1].notes == ()
+    with_timm = timm.create_model(
+        name, pretrained=True, num_classes=0, in_chans=in_chans, pretrained_cfg_overlay={"file": path}
+    )
+    torch.testing.assert_close(backbone.state_dict()[first], with_timm.state_dict()[first])
+
+
+def test_first_filters_that_timm_would_make_random_are_refused(tmp_path, monkeypatch):
+    """Of a stem that takes pixels side by side for channels."""
+    name = "tresnet_m.miil_in1k"
+    monkeypatch.setattr(timm.models._registry._model_pretrained_cfgs[name], "file", "unused")
+    monkeypatch.setattr("timm.models._builder.load_pretrained", lambda *args, **keys: None)
+    wrong = "backbone.in_chans: the pretrained first layer of TResNet cannot be turned into one of 5 channels"
+    with pytest.raises(ModelError, match=wrong):
+        build(section(name, "pretrained", in_chans=5))
 
 
 def test_a_size_that_an_architecture_cannot_be_built_for_names_the_key():

@@ -63,7 +63,6 @@ _OTHERS = (
     _Other(b"\x1f\x8b", "gzipped", "Unpack it"),
     _Other(b"7z\xbc\xaf\x27\x1c", "a 7z archive", "Unpack it"),
     _Other(b"Rar!", "a RAR archive", "Unpack it"),
-    _Other(b"\x93NUMPY", "an array of NumPy"),
     _Other(b"\x89HDF", "HDF5"),
     _Other(b"\x7fELF", "a program"),
 )

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 from PIL import Image
 
+PNG_START = b"\x89PNG\r\n\x1a\n"
 _SIGNATURE_BYTES = 8
 _NEEDED = (b"IHDR", b"PLTE", b"IDAT")
 _DEPTH, _COLOUR_TYPE = 24, 25  # places in the file of the bytes of IHDR
@@ -32,6 +33,11 @@ def fault_of(raw: bytes) -> str | None:
     if b"tRNS" in kinds and raw[_DEPTH] == 16 and raw[_COLOUR_TYPE] == _RGB:
         return "a PNG that is not read (16-bit RGB with one transparent colour); save it as 8-bit RGB"
     return None
+
+
+def is_wide_colour(raw: bytes) -> bool:
+    """Return whether a PNG has colours, or transparency, of 16 bits, of which Pillow gives 8."""
+    return len(raw) > _COLOUR_TYPE and raw[_DEPTH] == 16 and raw[_COLOUR_TYPE] != _GREY
 
 
 def lacks_rows(raw: bytes, image: Image.Image) -> bool:

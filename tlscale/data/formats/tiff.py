@@ -10,10 +10,12 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import BinaryIO
 
 from PIL import TiffImagePlugin
 
 _STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_WIDTH, _HEIGHT = 256, 257
 _SUBFILE, _BITS, _COMPRESSION, _PHOTOMETRIC, _FILL_ORDER = 254, 258, 259, 262, 266
 _SAMPLES, _PLANAR, _COLOUR_MAP, _INK_SET, _EXTRA, _FORMAT = 277, 284, 320, 332, 338, 339
 _RAW, _FAX, _JPEGS = 1, (2, 3, 4), (6, 7)
@@ -95,6 +97,33 @@ def meaning_of(raw: bytes) -> Meaning:
     if why is not None:
         raise UnreadTiffError(f"{describe(raw)}: {why}")
     return Meaning(4095 if tags.bits[0] == 12 else 65535, tags.is_inverted and tags.bits[0] > 8)
+
+
+def needs_bands(raw: bytes, in_chans: int | None) -> bool:
+    """Return whether the numbers of a TIFF, as they are stored, are more than Pillow gives.
+
+    Args:
+        in_chans: channels wanted; for one or three, grey and 8-bit RGB are enough. None: as many as there are.
+    """
+    try:
+        tags = _read(raw)
+    except Exception:  # as in `meaning_of`
+        return False
+    if tags.subfile & 5:  # what is not read at all
+        return False
+    if in_chans not in (1, 3, None) or (in_chans is None and tags.samples > 3):
+        return True
+    is_colour = tags.samples > 1 and tags.bits[0] != 8
+    return is_colour or (next(_faults(tags), None) is not None and tags.photometric in (_BLACK_IS_ZERO, _RGB))
+
+
+def tiff_size(file: BinaryIO) -> tuple[int, int]:
+    """Return height and width from the tags of a TIFF."""
+    head = file.read(16)
+    tags = TiffImagePlugin.ImageFileDirectory_v2(head if 43 in head[2:4] else head[:8])
+    file.seek(tags.next)
+    tags.load(file)
+    return int(tags[_HEIGHT]), int(tags[_WIDTH])
 
 
 def describe(raw: bytes) -> str:

@@ -19,7 +19,7 @@ import PIL
 
 from tlscale import faults
 from tlscale.data.content import ContentIndex, content_digest
-from tlscale.data.decode import decode_image
+from tlscale.data.decode import PLAIN, Reading, decode_image
 from tlscale.data.sources.tables import ImageSplit, RawStore, Role, SourceSplit
 from tlscale.data.workers import map_in_threads
 from tlscale.distributed.host import num_cores
@@ -86,10 +86,13 @@ def find_bad(
         Stopped: it was asked to stop; what was found sound by then stays known.
     """
     max_pixels = round(section.max_megapixels * 1e6)
-    known, found = _Checked(max_pixels), {}
+    reading = Reading.of(section)
+    known, found = _Checked(max_pixels, reading), {}
     try:
         for role, split in splits.items():
-            found[role] = find_bad_images(split.store, max_pixels=max_pixels, known=known, on_images=on_images)
+            found[role] = find_bad_images(
+                split.store, max_pixels=max_pixels, reading=reading, known=known, on_images=on_images
+            )
     finally:
         known.save()
     return BadImages({role: rows for role, rows in found.items() if rows})
@@ -99,6 +102,7 @@ def find_bad_images(
     images: RawStore | ImageSplit,
     *,
     max_pixels: int,
+    reading: Reading = PLAIN,
     rows: Sequence[int] | None = None,
     known: _Checked | None = None,
     on_images: Callable[[int], None] | None = None,
@@ -126,7 +130,8 @@ def find_bad_images(
                 # An array takes no decoding, and so nothing is remembered of it.
                 digest = content_digest(raw) if known is not None and isinstance(raw, bytes) else None
                 if known is None or digest not in known:
-                    decode_image(raw, in_chans=3, max_pixels=max_pixels, where=images.where(row))
+                    # How many channels a network takes is not known here.
+                    decode_image(raw, in_chans=None, max_pixels=max_pixels, where=images.where(row), reading=reading)
                 if digest is not None:
                     sound[digest] = stamp
             except DataError as error:
@@ -159,8 +164,8 @@ _Sound = dict[bytes, bytes | None]
 class _Checked:
     """Digests of images that were decoded and found sound, by these rules and this Pillow."""
 
-    def __init__(self, max_pixels: int) -> None:
-        rules = f"{_RULES} {PIL.__version__} {max_pixels}"
+    def __init__(self, max_pixels: int, reading: Reading) -> None:
+        rules = f"{_RULES} {PIL.__version__} {max_pixels}" + ("" if reading == PLAIN else f" {reading}")
         self._folder = cache_root() / "checked" / text_sha256(rules)[:16]
         self._known: set[bytes] = set()
         self._new: set[bytes] = set()

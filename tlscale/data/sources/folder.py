@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from tlscale.data.content import digest_of_parts, file_stamp
-from tlscale.data.decode import EXTENSIONS
+from tlscale.data.decode import ARRAYS, EXTENSIONS
 from tlscale.data.sources.excluded import excluded_paths, whole_path
 from tlscale.data.sources.labels import sort_labels
 from tlscale.data.sources.paths import local_folder
@@ -195,7 +195,7 @@ def _read_split(tree: _Tree, name: str) -> tuple[SourceSplit, Ints, list[str]]:
     _refuse_lost_links(entries)
     classes = [entry.name for entry in entries if is_dir(entry)]
     beside = [entry.name for entry in entries if entry.name not in classes]
-    lost = [file for file in beside if is_image_name(file)]
+    lost = [file for file in beside if os.path.splitext(file)[1].lower() in EXTENSIONS]
     if lost:
         raise DataError(
             f"{folder}: images that lie in no class folder: {first_few(lost)}", remedy="Move them into their class"
@@ -311,7 +311,7 @@ def _stat_of_image(entry: os.DirEntry[str], *, may_be_folder: bool) -> tuple[os.
         )
         return None, "" if may_be_folder else nested
     if not is_image_name(entry.name):
-        endings = " ".join(sorted(EXTENSIONS))
+        endings = " ".join(sorted(EXTENSIONS | ARRAYS))
         return None, (
             f"{shown} has no ending of an image ({endings}); take it out of the class folder, or write it to the table "
             "of data.exclude"
@@ -347,4 +347,4 @@ def _not_utf8(folder: Path, name: str) -> str:
 
 def is_image_name(name: str) -> bool:
     """Return whether a file has the ending of an image."""
-    return os.path.splitext(name)[1].lower() in EXTENSIONS
+    return os.path.splitext(name)[1].lower() in EXTENSIONS | ARRAYS

@@ -43,7 +43,7 @@ class Evidence:
 
     trained: TrainedModel
     images_NCHW: Tensor
-    """uint8, prepared as the run prepares its own; one at least."""
+    """Prepared as the run prepares its own; one at least."""
     labels_N: Tensor | None
     """Class numbers, where they are known."""
     of: str
@@ -165,6 +165,7 @@ def about(trained: TrainedModel, version: str, run_id: str | None) -> dict[str, 
         "interpolation": spec.interpolation,
         "crop": spec.crop_pct,
         "crop_mode": spec.crop_mode,
+        **({} if spec.range is None else {"range": list(spec.range)}),
     }
     values: dict[str, Any] = {
         "classes": list(trained.classes),

@@ -82,10 +82,16 @@ class DataSection(Section):
     crop_pct: float | None = Field(None, ge=0.1, le=1.0)
     """Share of the resized image that the evaluation's centre crop keeps; by default the backbone's, or 1 where the
     images are no larger than that crop or `crop_mode` says to show all of them."""
+    range: list[Annotated[float, Field(ge=-1e9, le=1e9)]] | None = Field(None, min_length=2, max_length=2)
+    """`[low, high]`: the numbers in the image files that become 0 and 1; others are scaled linearly, and clipped, and
+    16 bits stay 16 bits. By default images are read as 8 bits, for which 16-bit grey is scaled from 0..65535."""
+    channels_first: bool = False
+    """Arrays (`.npy` files) are channels x height x width, and not height x width x channels."""
     mean: list[Annotated[float, Field(ge=0.0, le=1.0)]] | None = None
-    """Mean of each channel, 0..1; by default the backbone's."""
+    """Mean of each channel, 0..1; by default the backbone's, or measured on training images where `backbone.in_chans`
+    is neither 1 nor 3."""
     std: list[Annotated[float, Field(ge=1e-4, le=1.0)]] | None = None
-    """Standard deviation of each channel, 0..1; by default the backbone's."""
+    """Standard deviation of each channel, 0..1; by default as `mean`."""
     augment: Augment = []
     """`none`, or a list of flip, vertical_flip, crop, rotation, color_jitter, trivialaugment, trivialaugment_geometric
     (moves only: for grey and medical images), randaugment, blur, erasing, mixup, cutmix, each with or without its
@@ -99,7 +105,7 @@ class DataSection(Section):
     augmented, or when training runs on the CPU, whose cores they would take; else one a core but the last, up to
     16."""
     cache_mib: int = Field(2048, ge=0, le=10**9)
-    """Images are decoded once and cached as uint8 when all of them need no more than this, in MiB; 0: never."""
+    """Images are decoded once and cached as pixels when all of them need no more than this, in MiB; 0: never."""
 
     @field_validator("task", mode="before")
     @classmethod
@@ -124,7 +130,9 @@ class DataSection(Section):
         if self.groups_across_splits != "error" and self.group_column is None and self.group_regex is None:
             remedy = "Name the groups (data.group_column, data.group_regex), or take it out."
             raise InvalidValueError("has no effect without groups", remedy, keys=["groups_across_splits"])
-        for key in ("mean", "std"):
-            if getattr(self, key) is not None and len(getattr(self, key)) not in (1, 3):
-                raise InvalidValueError("takes one number per channel", "Write 1 number, or 3.", keys=[key])
+        if self.range is not None and self.range[0] >= self.range[1]:
+            remedy = "Write the lower one first: [low, high]."
+            raise InvalidValueError("takes a low number and a higher one", remedy, keys=["range"])
+        if (self.mean is None) != (self.std is None) and len(self.mean or self.std or ()) not in (1, 3):
+            raise InvalidValueError("need each other", "Write both, one number per channel.", keys=["mean", "std"])
         return self

@@ -37,8 +37,10 @@ class BackboneSection(Section):
     min_matched: float = Field(MIN_MATCHED, ge=0.0, le=1.0)
     """Least share of the backbone's tensors that the file of weights must hold, by name and shape. What it lacks is
     trained from random values, and must not be frozen unless this is below 0.9."""
-    in_chans: Literal[1, 3] = 3
-    """Channels of the input; 1 reads images as grey, and sums pretrained first filters over their channels."""
+    in_chans: int = Field(3, ge=1, le=64)
+    """Channels of the input; 1 reads images as grey, and sums pretrained first filters over their channels. Of any
+    other number than 3 images must have so many (arrays, TIFF); pretrained first filters are then repeated in their
+    order, for channels 4, 5, 6 those of 1, 2, 3, and scaled by 3 / in_chans, as timm does it."""
     drop_rate: float = Field(0.0, ge=0.0, lt=1.0)
     """Dropout inside the backbone, where the architecture has it."""
     drop_path_rate: float = Field(0.0, ge=0.0, lt=1.0)

@@ -82,8 +82,14 @@ def open_teacher(section: DistillSection, seed: int, classes: Sequence[str], stu
                 key="distill.teacher.weights",
             )
         cfg: dict[str, Any] = backbone.pretrained_cfg  # type: ignore[assignment]
-        # Of these only the size and the crop are read; the mean and so on are the teacher's own.
-        data = DataSection(source="fashion_mnist", image_size=section.image_size, crop_pct=student.crop_pct)
+        # Of these only what is there is read; the mean and so on are the teacher's own.
+        data = DataSection(
+            source="fashion_mnist",
+            image_size=section.image_size,
+            crop_pct=student.crop_pct,
+            range=None if student.range is None else list(student.range),
+            channels_first=student.channels_first,
+        )
         sizes = [student.image_hw]
         spec = resolve_input(data, in_chans=section.teacher.in_chans, pretrained_cfg=cfg, sizes=sizes)
         return _asked(section, backbone, None, spec, None, f"{section.teacher.name}, {report}")

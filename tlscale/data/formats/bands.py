@@ -1,0 +1,64 @@
+"""Read TIFF files of any number of bands and bits by tifffile (the extra `bands`), as they are stored.
+
+Promise: no number is converted, and a file without all of its data is damaged. Of several images in a file the first
+series is taken, whose pages may be the bands.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+from collections.abc import Callable
+
+import numpy as np
+
+from tlscale.data.formats.arrays import Array
+from tlscale.data.formats.unread import UnreadError
+
+_ORDERS = {"YX": "YX", "YXS": "YXS", "SYX": "SYX", "CYX": "SYX"}  # axes of tifffile -> of them, S the bands
+_WHITE_IS_ZERO = 0
+_CUT = "the image is damaged or cut short: parts of it are not there"
+
+
+def read_bands(raw: bytes, check_size: Callable[[int, int], None]) -> Array:
+    """Read the numbers of a TIFF, H x W x C.
+
+    Args:
+        check_size: called with width and height before anything is decoded.
+
+    Raises:
+        UnreadError: it cannot be read, or tifffile is not installed.
+    """
+    if importlib.util.find_spec("tifffile") is None:
+        raise UnreadError(
+            "a TIFF of several bands, or of numbers that Pillow does not read",
+            "Install what reads it: pip install 'tlscale[bands]'; or save it as .npy",
+        )
+    import tifffile
+
+    with tifffile.TiffFile(io.BytesIO(raw)) as file:
+        series = file.series[0]
+        axes = _ORDERS.get(series.axes)
+        if axes is None:
+            raise UnreadError(f"a TIFF with the axes {series.axes} ({series.shape})", "Save one image a file, or .npy")
+        sizes = dict(zip(axes, series.shape, strict=True))
+        check_size(sizes["X"], sizes["Y"])
+        if series.dataoffset is not None and series.dataoffset + series.nbytes > len(raw):  # in one piece
+            raise UnreadError(_CUT)
+        for page in series.pages:
+            _check_page(page, len(raw))
+        numbers = np.asarray(series.asarray())
+    if axes == "YX":
+        return numbers[:, :, None]
+    return np.moveaxis(numbers, 0, 2) if axes == "SYX" else numbers
+
+
+def _check_page(page: object, num_bytes: int) -> None:
+    """Check that a page has its data: tifffile reads zeros in place of what is not there."""
+    if page is None:
+        raise UnreadError("the image is damaged: a page of it is not there")
+    places = zip(page.dataoffsets, page.databytecounts, strict=True)  # type: ignore[attr-defined]
+    if any(count <= 0 or offset <= 0 or offset + count > num_bytes for offset, count in places):
+        raise UnreadError(_CUT)
+    if int(page.keyframe.photometric) == _WHITE_IS_ZERO:  # type: ignore[attr-defined]
+        raise UnreadError("a TIFF of several bands with white as 0", "Save it with black as 0")
