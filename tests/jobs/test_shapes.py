@@ -13,7 +13,6 @@ from PIL import Image
 import tlscale
 from tests.small_runs import result, small_recipe
 from tlscale.cli import main
-from tlscale.codes.store import CodesStore
 from tlscale.models.exports.check import about
 
 RESNET = {"name": "test_resnet", "weights": "none", "in_chans": 1}
@@ -80,20 +79,6 @@ def test_long_images_are_trained_on_predicted_and_exported(long_images, tmp_path
     assert "data.image_size" in resumed.output + resumed.stderr
 
 
-def test_codes_of_a_square_keep_their_address_however_it_is_written(long_images, tmp_path, monkeypatch):
-    monkeypatch.setenv("TLSCALE_CACHE", str(tmp_path / "cache"))
-    for size, entries in ((16, 1), ([16, 16], 1), ([16, 48], 2)):
-        recipe = small_recipe(
-            tmp_path / "recipe.yaml",
-            long_images,
-            data={"source": "folder", **LONG, "image_size": size},
-            backbone=RESNET,
-            probe={"kind": "ridge"},
-        )
-        tlscale.run(recipe, tmp_path / f"run{size}")
-        assert len(CodesStore().entries()) == entries
-
-
 BANDS = {"range": [0, 4000], "image_size": [16, 20], "crop_mode": "squash"}
 
 
@@ -134,7 +119,3 @@ def test_bands_of_sixteen_bits_are_trained_on_predicted_and_exported(tmp_path):
     out = tlscale.export(run, to="timm", out=tmp_path / "timm")
     found = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
     assert next(found.parameters()).shape[1] == 5
-    probed = small_recipe(
-        tmp_path / "probe.yaml", data, data={"source": "folder", **BANDS}, backbone=backbone, probe={"kind": "ridge"}
-    )
-    assert tlscale.run(probed, tmp_path / "probe").top1 == 1.0  # the channels are not mixed up

@@ -24,7 +24,7 @@ What becomes of what is not plain grey or RGB:
   than that, is a bad image, and the error describes it (`tiff`).
 - CMYK and YCbCr become RGB without a colour profile; of an animation or a multi-page file the first frame is taken.
 - One channel is ITU-R 601 luma; three channels from grey are three times the same.
-- Arrays (`.npy`) are of uint8.
+- Arrays (`.npy`) are of uint8. DICOM is scaled to 8 bits by the window that the file has (`dicom`).
 
 That is so without a range of values, for one channel or three. With a range, numbers stay what they are stored as, in
 whatever type, until they are scaled to float32: low is 0 and high is 1, and what is beyond is clipped. Any other number
@@ -39,6 +39,7 @@ import importlib.util
 import io
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -56,6 +57,7 @@ from tlscale.data.formats.arrays import (
 )
 from tlscale.data.formats.bands import read_bands
 from tlscale.data.formats.convert import eight_bits, grey_or_rgb, upright
+from tlscale.data.formats.dicom import READS_DICOM, dicom_size, is_dicom, read_dicom
 from tlscale.data.formats.jpeg import DamagedError, load_jpeg
 from tlscale.data.formats.others import HEAD_BYTES, other_kind
 from tlscale.data.formats.png import PNG_START, fault_of, is_wide_colour, lacks_rows, scaled_key
@@ -82,6 +84,7 @@ EXTENSIONS = frozenset(
     + (".tif", ".tiff", ".gif", ".ppm", ".pgm", ".pbm", ".pnm")
     + ((".avif",) if "AVIF" in FORMATS else ())
     + ((".heic", ".heif", ".hif") if READS_HEIF else ())
+    + ((".dcm", ".dicom") if READS_DICOM else ())
 )
 """File name endings, in small letters, of those formats."""
 ARRAYS = frozenset((".npy",))
@@ -178,6 +181,8 @@ def header_hw(file: BinaryIO, where: str, reading: Reading = PLAIN) -> tuple[int
     file.seek(0)
     try:
         _refuse_others(head)
+        if is_dicom(head):
+            return dicom_size(file)
         if head.startswith(NPY_START):
             return height_width_of(npy_shape(file), channels_first=reading.channels_first)
         with warnings.catch_warnings():
@@ -208,6 +213,9 @@ def _tiff_size(file: BinaryIO, where: str) -> tuple[int, int]:
 def _opened(raw: Raw, max_pixels: int, reading: Reading) -> Image.Image:
     if isinstance(raw, bytes) and raw.startswith(NPY_START):
         raw = read_npy(raw)
+    if isinstance(raw, bytes) and is_dicom(raw):
+        _refuse_others(raw[:HEAD_BYTES])
+        return _from_array(read_dicom(raw, partial(_check_size, max_pixels=max_pixels)), max_pixels)
     if isinstance(raw, np.ndarray):
         return _from_array(np.moveaxis(raw, 0, 2) if reading.channels_first and raw.ndim == 3 else raw, max_pixels)
     return _from_pillow(raw, max_pixels) if isinstance(raw, Image.Image) else _from_bytes(raw, max_pixels)
@@ -256,7 +264,7 @@ def _decoded(raw: bytes, max_pixels: int) -> tuple[Image.Image, Meaning]:
 
 def _refuse_others(head: bytes) -> None:
     """Refuse what its first bytes tell to be of a format that is not read, whatever its name ends in."""
-    kind, remedy = other_kind(head, readable=FORMATS)
+    kind, remedy = other_kind(head, readable=(*FORMATS, *(("DICOM",) if READS_DICOM else ())))
     if kind:
         raise UnreadError(f"{_NO_IMAGE}; it is {kind}", remedy)
 
@@ -311,14 +319,13 @@ def _with_any_channels(raw: Raw, max_pixels: int, reading: Reading) -> Pixels:
 
 def _numbers(raw: Raw, in_chans: int | None, max_pixels: int, reading: Reading) -> Array:
     """Return the numbers of an image, H x W x C, in the type that they are stored in."""
-
-    def check_size(width: int, height: int) -> None:
-        _check_size(width, height, max_pixels)
-
+    check_size = partial(_check_size, max_pixels=max_pixels)
     if isinstance(raw, bytes):
         _refuse_others(raw[:HEAD_BYTES])
         if raw.startswith(NPY_START):
             raw = read_npy(raw)
+        elif is_dicom(raw):
+            return read_dicom(raw, check_size, reading.value_range)
         elif raw.startswith(PNG_START) and is_wide_colour(raw):
             raise UnreadError("16-bit colour in a PNG, of which 8 bits are read", "Save it as TIFF or .npy")
         elif is_tiff(raw) and needs_bands(raw, in_chans):

@@ -24,6 +24,7 @@ from tlscale.data.content import content_digest
 from tlscale.data.decode import FORMATS, BadImageError, decode_image
 from tlscale.data.folder_layout import lay_out, tables_in
 from tlscale.data.formats.arrays import NPY_START
+from tlscale.data.formats.dicom import is_dicom
 from tlscale.data.group_hint import GroupHint, hint_by_column, hint_by_path
 from tlscale.data.sources.excluded import path_below, write_excluded
 from tlscale.data.sources.open import read_source, source_of
@@ -285,7 +286,7 @@ def _look(store: RawStore, max_pixels: int, row: int) -> _Look:
 def _format(raw: Any) -> str:  # noqa: ANN401 (bytes or an array)
     if not isinstance(raw, bytes) or raw.startswith(NPY_START):
         return "array"
-    return Image.open(io.BytesIO(raw), formats=FORMATS).format or "?"
+    return "DICOM" if is_dicom(raw) else Image.open(io.BytesIO(raw), formats=FORMATS).format or "?"
 
 
 def _copies(equal: list[list[Place]]) -> dict[str, str]:

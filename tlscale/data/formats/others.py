@@ -26,6 +26,7 @@ class _Other(NamedTuple):
 
 _HEIF = "Install what reads it: pip install 'tlscale[heif]'; or convert it to JPEG or PNG, with heif-convert, say"
 _AVIF = "Install what reads it: Pillow 11.3 or later; or convert it to JPEG or PNG, with avifdec, say"
+_DICOM = "Install what reads it: pip install 'tlscale[dicom]'; or convert it to PNG"
 _OTHERS = (
     *(
         _Other(b"ftyp" + brand, "HEIC, as telephones write it", _HEIF, 4, "HEIF")
@@ -40,7 +41,7 @@ _OTHERS = (
     _Other(b"\xff\x4f\xff\x51", "JPEG 2000", _CONVERT),
     _Other(b"8BPS", "a Photoshop file", _CONVERT),
     _Other(b"\x76\x2f\x31\x01", "OpenEXR", _CONVERT),
-    _Other(b"DICM", "DICOM", _CONVERT, 128),
+    _Other(b"DICM", "DICOM", _DICOM, 128, "DICOM"),
     _Other(b"WAVE", "a sound (WAV)", "", 8),
     _Other(b"AIF", "a sound (AIFF)", "", 8),
     _Other(b"ID3", "a sound (MP3)"),

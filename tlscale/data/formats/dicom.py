@@ -1,0 +1,132 @@
+"""Read DICOM by pydicom (the extra `dicom`): numbers by slope and intercept, or 8 bits by the window of the file.
+
+Promise: what is black in a viewer is 0, also where the file stores it as the highest number (MONOCHROME1); what no
+window and no range tells apart from white is not guessed; one file is one image.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+from collections.abc import Callable
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from tlscale.data.formats.arrays import Array
+from tlscale.data.formats.unread import UnreadError
+
+READS_DICOM = importlib.util.find_spec("pydicom") is not None  # the extra `dicom`
+_START, _AT = b"DICM", 128
+_GREY = ("MONOCHROME1", "MONOCHROME2")
+_COLOUR = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
+
+
+def is_dicom(raw: bytes) -> bool:
+    """Return whether these bytes begin as a DICOM file."""
+    return raw[_AT : _AT + len(_START)] == _START
+
+
+def dicom_size(file: BinaryIO) -> tuple[int, int]:
+    """Return height and width; no pixels are read."""
+    import pydicom
+
+    tags = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=["Rows", "Columns"])
+    return int(tags.Rows), int(tags.Columns)
+
+
+def read_dicom(
+    raw: bytes, check_size: Callable[[int, int], None], value_range: tuple[float, float] | None = None
+) -> Array:
+    """Read an image, H x W x C.
+
+    Args:
+        check_size: called with width and height before anything is decoded.
+        value_range: the numbers that become 0 and 1, after slope and intercept; these are returned then, those of
+            MONOCHROME1 turned round in the range. None: uint8 by the window of the file.
+
+    Raises:
+        UnreadError: several frames, packed by what is not installed, or no telling which number is white.
+    """
+    import pydicom
+
+    tags = pydicom.dcmread(io.BytesIO(raw))
+    kind = _kind_of(tags)
+    check_size(int(tags.Columns), int(tags.Rows))
+    numbers = _unpacked(tags)
+    if kind in _COLOUR:
+        if numbers.dtype != np.uint8:
+            raise UnreadError(f"a DICOM of colours of {numbers.dtype}", "Save it as 8 bits")
+        return numbers
+    is_inverted = kind == "MONOCHROME1"
+    numbers_HW = _rescaled(numbers, tags)
+    if value_range is not None:
+        return (sum(value_range) - numbers_HW if is_inverted else numbers_HW)[:, :, None]
+    grey_HW = _windowed(numbers_HW, tags)
+    return (255 - grey_HW if is_inverted else grey_HW)[:, :, None]
+
+
+def _kind_of(tags: Any) -> str:  # noqa: ANN401 (pydicom's)
+    """Return how the pixels are to be read."""
+    if "PixelData" not in tags:
+        raise UnreadError("a DICOM without an image")
+    frames = int(tags.get("NumberOfFrames") or 1)
+    if frames > 1:
+        remedy = "Save each frame (slice, moment) that is to have a label as a file of its own, as .npy, say"
+        raise UnreadError(f"a DICOM of {frames:,} frames", remedy)
+    kind = str(tags.get("PhotometricInterpretation", ""))
+    if kind not in (*_GREY, *_COLOUR):
+        raise UnreadError(f"a DICOM of the kind {kind or 'unknown'}", "Save it as PNG")
+    return kind
+
+
+def _unpacked(tags: Any) -> Array:  # noqa: ANN401
+    from pydicom.pixels import pixel_array
+
+    try:
+        return np.asarray(pixel_array(tags))  # YBR becomes RGB
+    except (RuntimeError, NotImplementedError, ImportError) as error:
+        name = getattr(tags.file_meta.get("TransferSyntaxUID"), "name", "unknown")
+        remedy = "Unpack it (dcmdjpeg, gdcmconv --raw), or install what pydicom names"
+        raise UnreadError(f"a DICOM that is packed ({name}): {str(error).splitlines()[0]}", remedy) from None
+
+
+def _rescaled(numbers_HW: Array, tags: Any) -> Array:  # noqa: ANN401
+    from pydicom.pixels import apply_rescale
+
+    slope, intercept = tags.get("RescaleSlope", 1), tags.get("RescaleIntercept", 0)
+    if (slope, intercept) == (1, 0) and "ModalityLUTSequence" not in tags:
+        return numbers_HW
+    return np.asarray(apply_rescale(numbers_HW, tags))
+
+
+def _windowed(numbers_HW: Array, tags: Any) -> npt.NDArray[np.uint8]:  # noqa: ANN401
+    """Scale numbers to 8 bits by the table or the window that the file brings along, the first if there are several."""
+    from pydicom.pixels import apply_voi
+
+    if tags.get("VOILUTSequence"):
+        table = tags.VOILUTSequence[0]
+        shares_HW = apply_voi(numbers_HW, tags) / (2 ** int(table.LUTDescriptor[2]) - 1)
+    elif "WindowCenter" in tags and "WindowWidth" in tags:
+        center, width = (_first(tags[name].value) for name in ("WindowCenter", "WindowWidth"))
+        shares_HW = _share(numbers_HW.astype(np.float64), center, width, str(tags.get("VOILUTFunction") or "LINEAR"))
+    elif numbers_HW.dtype == np.uint8:
+        return numbers_HW
+    else:
+        problem = f"a DICOM of {tags.BitsStored} bits without a window, and no telling which number is white"
+        raise UnreadError(problem, "Set data.range: [low, high]")
+    return np.asarray(np.rint(np.clip(shares_HW, 0.0, 1.0) * 255), dtype=np.uint8)
+
+
+def _first(value: Any) -> float:  # noqa: ANN401
+    return float(value[0] if hasattr(value, "__len__") and not isinstance(value, str) else value)
+
+
+def _share(numbers_HW: Array, center: float, width: float, function: str) -> Array:
+    """Return 0 at the lower end of the window and 1 at the upper, as DICOM has it (part 3, C.11.2.1.2 and 3)."""
+    if function == "SIGMOID":
+        return np.asarray(1 / (1 + np.exp(-4 * (numbers_HW - center) / width)))
+    if function == "LINEAR_EXACT":
+        return (numbers_HW - center) / width + 0.5
+    return (numbers_HW - (center - 0.5)) / max(width - 1, 1e-9) + 0.5
