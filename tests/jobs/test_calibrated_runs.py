@@ -1,12 +1,14 @@
-"""Probabilities that validation images chose a temperature for: where they stand, and what they are worth."""
+"""What validation images choose for predictions: a temperature, sets, and what is unknown; and what that is worth."""
 
 from __future__ import annotations
 
+import csv
 import json
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 import tlscale
 from tests.recompute import assert_follows
@@ -19,7 +21,9 @@ RUNS = {
     "probe": {"probe": {"kind": "ridge", "refit": False}},
     "no test split": TRAINED,
     "no validation": TRAINED,
-    "refitted": {"probe": {"kind": "ridge"}},
+    "refitted": {"probe": {"kind": "ridge"}, "backbone": {"name": "test_resnet"}},
+    "half": {**TRAINED, "freeze": r"(conv1|bn1|layer[12])\..*", "codes": {"keep": "always"}},
+    "whole": {"duration": "1 epochs"},
 }
 
 
@@ -93,6 +97,54 @@ def test_without_images_that_were_not_fitted_none_is_chosen(name, why, run, caps
     assert told["temperature"] is None
     assert why in told["why"]
     assert "calibration" not in config_of(out)
-    assert config_of(out)["format"] < 3
     assert "calibrated_probability" not in pq.read_schema(out / "predictions.parquet").names
     assert "not calibrated: " in " ".join(capsys.readouterr().out.split())
+
+
+# -- what is unknown --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["refitted", "trained", pytest.param("half", marks=pytest.mark.slow)])
+def test_predict_tells_what_is_unlike_the_training_images(name, run, tmp_path, capsys):
+    out = run(name)
+    told = result(out)["unknown"]
+    assert {key: told[key] for key in ("threshold", "recall", "num_images")} == config_of(out)["unknown"]
+    assert told["bytes"] < (out / "model" / "unknown.safetensors").stat().st_size < told["bytes"] + 500
+    noise = np.random.default_rng(0).integers(0, 256, (3, 28, 28), np.uint8)
+    for number, image in enumerate(noise):
+        Image.fromarray(image).save(tmp_path / f"noise{number}.png")
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    test = out.parent / "data" / "test"
+    model = tlscale.load(out)
+    made = model.predict([test, tmp_path])
+    assert made.unknown[-4:] == [None, True, True, True]
+    # The way of predict gives the scores of the run.
+    assert 1 - np.mean(made.unknown[:-4]) == pytest.approx(told["known"])
+    capsys.readouterr()
+    tlscale.predict(out, [test, tmp_path], tmp_path / "rows.csv")
+    rows = list(csv.DictReader((tmp_path / "rows.csv").read_text().splitlines()))
+    names = {True: "true", False: "false", None: ""}
+    assert [row["unknown"] for row in rows] == [names[one] for one in made.unknown]
+    assert f", {made.unknown.count(True)} unlike anything trained on (column unknown)" in capsys.readouterr().err
+    tlscale.predict(out, test, tmp_path / "rows.parquet")
+    assert pq.read_table(tmp_path / "rows.parquet")["unknown"].to_pylist() == made.unknown[:-4]
+
+
+def test_without_frozen_codes_or_validation_images_it_says_why_not(run):
+    assert result(run("whole"))["unknown"] == {"threshold": None, "why": "there are no cached codes of a frozen part"}
+    assert result(run("no validation"))["unknown"]["why"] == "there is no validation split"
+    for name in ("whole", "no validation"):
+        assert "unknown" not in config_of(run(name))
+        made = tlscale.load(run(name)).predict(run(name).parent / "data" / "test" / "Bag")
+        assert made.unknown is None
+        assert "unknown" not in list(made.to_pandas())
+
+
+def test_a_file_that_tells_what_is_unknown_is_checked_and_goes_along(run, tmp_path):
+    out = run("refitted")
+    tlscale.export(out, to="timm", out=tmp_path / "elsewhere")
+    assert tlscale.load(tmp_path / "elsewhere").unknown.settings == tlscale.load(out).unknown.settings
+    path = tmp_path / "elsewhere" / "unknown.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(tlscale.TlscaleError, match=r"unknown\.safetensors' is not the file that was exported"):
+        tlscale.load(tmp_path / "elsewhere")

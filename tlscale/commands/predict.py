@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import BinaryIO
@@ -118,17 +118,16 @@ def write_rows(
             remedy=f"End it in one of {', '.join(SUFFIXES)}",
         )
     trained = load(run)
-    columns = checked_columns(
-        trained.classes, wanted.top_k, all_probabilities=wanted.all_probabilities, sets=trained.sets
-    )
+    columns = checked_columns(trained.columns(), wanted.top_k, all_probabilities=wanted.all_probabilities)
     with ExitStack() as stack:
         processes = stack.enter_context(computing(trained.facts))
         stop = stack.enter_context(StopRequest())
         path = RunPath(trained, trained.facts, processes)
+        columns = replace(columns, unknown_from=trained.columns(path).unknown_from)
         # Rows on the terminal are the progress that somebody sees there.
         shown = processes.is_main and (out is not None or not sys.stdout.isatty())
         pace = Pace(None, "predicting", Console(enabled=shown, stderr=True), every_s=_SAY_EVERY_S)
-        work = _Work(path, processes, stop, stack.enter_context(pace))
+        work = _Work(path, columns, processes, stop, stack.enter_context(pace))
         sink = _sink(out, columns, trained, path.batching)
         if wanted.resume and processes.run_on_main(lambda: sink.is_complete):
             _say(processes, f"'{out}' is complete already")
@@ -208,6 +207,7 @@ class _Work:
     """Take the images in rounds: a chunk for each process, and the main one writes them in order."""
 
     path: RunPath
+    columns: Columns
     processes: Processes
     stop: StopRequest
     pace: Pace
@@ -216,6 +216,8 @@ class _Work:
     num_given: int = 0
     num_read: int = 0
     num_resumed: int = 0
+    num_unknown: int = 0
+    """Of this start."""
     first_error: tuple[str, str | None] = ("", None)
     chunks: Iterator[list[int]] = field(init=False)
     _began_s: float = field(default_factory=time.monotonic)
@@ -273,6 +275,7 @@ class _Work:
                 break
             sink.write(paths, answers)
             self.num_given += len(paths)
+            self.num_unknown += self.columns.unknown(answers).count(True)
             good = answers.errors.count(None)
             if self.first_error[1] is None and good < len(answers):
                 at = next(at for at, why in enumerate(answers.errors) if why is not None)
@@ -298,6 +301,8 @@ class _Work:
         """Return a line on all that was done."""
         failed = self.num_given - self.num_read
         without = f", {failed:,} without an answer (column error)" if failed else ""
+        if self.columns.unknown_from is not None:
+            without += f", {self.num_unknown:,} unlike anything trained on (column unknown)"
         where = "" if out is None else f" -> {out}"
         speed = self._speed(self.num_given - self.num_resumed)
         return f"{self.num_given:,} images{without}; {speed}{where}"

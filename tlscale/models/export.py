@@ -32,6 +32,7 @@ from tlscale.models.model_copy import how_to_load
 from tlscale.models.model_folder import CONFIG_FILE, HEAD_FILE, MODEL_FILE, config_digest, format_of
 from tlscale.models.model_folder import TrainedModel as TrainedModel  # what is exported is found where it is exported
 from tlscale.models.model_folder import load as load
+from tlscale.models.unknown import UNKNOWN_FILE, UnknownScore
 from tlscale.recipe.field_types import HeadLayer
 from tlscale.storage.files import file_sha256, make_folder, remove_left_overs, replacing
 
@@ -48,6 +49,7 @@ def export_model(
     fitted: Mapping[str, Any] | None = None,
     thresholds: Sequence[float] | None = None,
     calibration: Calibration | None = None,
+    unknown: UnknownScore | None = None,
 ) -> str:
     """Write `config.json` and `model.safetensors` (and `head.safetensors` for any but a linear head) to `folder`.
 
@@ -62,6 +64,7 @@ def export_model(
             score in `result.json` is of; None where it has no score of its own.
         thresholds: of several labels: the probability of each class from which on an image has it.
         calibration: chosen on images that the network was not fitted to.
+        unknown: tells what images are like none of training; `unknown.safetensors` has what it takes.
 
     Returns:
         How the folder is to be loaded, in words.
@@ -76,9 +79,11 @@ def export_model(
     ours = {**_own_config(plain, head), "classes": list(classes), "input": spec.to_plain(), "whole": whole}
     ours |= fitted or {}
     ours |= {} if thresholds is None else {"task": "multi_label", "thresholds": list(thresholds)}
+    ours |= {} if unknown is None else {"unknown": unknown.settings.model_dump()}
     ours |= {} if calibration is None else {"calibration": calibration.model_dump()}
     ours = {"format": format_of(ours), **ours}
     files = {MODEL_FILE: body.state_dict(), **({} if whole else {HEAD_FILE: plain.head.state_dict()})}
+    files |= {} if unknown is None else {UNKNOWN_FILE: unknown.state()}
     _write_files(folder, files, body, ours, spec)
     difference = _difference(plain, load(folder).model, spec)
     if not difference <= LOGITS_TOLERANCE:
@@ -90,13 +95,13 @@ def _write_files(
     folder: Path, files: Mapping[str, Mapping[str, Tensor]], model: nn.Module, ours: Mapping[str, Any], spec: InputSpec
 ) -> None:
     make_folder(folder)
-    for file in (CONFIG_FILE, MODEL_FILE, HEAD_FILE):
+    for file in (CONFIG_FILE, MODEL_FILE, HEAD_FILE, UNKNOWN_FILE):
         remove_left_overs(folder / file)
     # The configuration gets its name last: it says what the others hold.
     with replacing(folder / CONFIG_FILE) as path:
         _write_config(model, path, ours, spec)
         faults.at("export")
-        for file in (MODEL_FILE, HEAD_FILE):
+        for file in (MODEL_FILE, HEAD_FILE, UNKNOWN_FILE):
             (folder / file).unlink(missing_ok=True)
             if file in files:
                 _write_tensors(files[file], folder / file)

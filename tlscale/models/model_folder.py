@@ -29,14 +29,16 @@ from tlscale.models.features import LayerCodes
 from tlscale.models.foreign import check_model_args
 from tlscale.models.heads import build_head
 from tlscale.models.knn import KnnHead
-from tlscale.models.weights import filter_of, named
+from tlscale.models.tensor_checks import check_like, refuse_non_finite
+from tlscale.models.unknown import UNKNOWN_FILE, UnknownScore, UnknownSettings
+from tlscale.models.weights import filter_of
 from tlscale.recipe.field_types import POOLS, Head
 from tlscale.storage.files import file_sha256, text_sha256
 
 # The format in which a key of `config.json` came: a version that does not know it must refuse it, not pass over it.
-# 2: other codes than what the backbone gives, or nearest neighbours. 3: several labels; a calibration; images that are
-# not square of 8-bit grey or RGB.
-_SINCE = {"layer": 2, "pool": 2, "task": 3, "thresholds": 3, "calibration": 3}
+# 2: other codes than what the backbone gives, or nearest neighbours. 3: several labels; a calibration; what is unknown;
+# images that are not square of 8-bit grey or RGB.
+_SINCE = {"layer": 2, "pool": 2, "task": 3, "thresholds": 3, "calibration": 3, "unknown": 3}
 FORMAT = 3
 MODEL_FILE = "model.safetensors"
 HEAD_FILE = "head.safetensors"
@@ -57,6 +59,7 @@ class TrainedModel:
     """Of several labels: the probability of each class from which on an image has it. None: an image has one class."""
     calibration: Calibration | None = None
     """None: probabilities are the softmax of the logits."""
+    unknown: UnknownScore | None = None
     scored_on: str | None = None
     """The split that its run's score is of; `folds`: that score is of other models, and this one was fitted to all
     images; None: it has no score of its own."""
@@ -116,8 +119,15 @@ class _Ours(_Settings):
     fitted_on: list[str] = []
     scored_on: str | None = None
     calibration: Calibration | None = None
+    unknown: UnknownSettings | None = None
     sha256: dict[str, str] | None = None
     config_sha256: str | None = None
+
+    @property
+    def files(self) -> list[str]:
+        """Return the files of tensors."""
+        head = [] if self.whole else [HEAD_FILE]
+        return [MODEL_FILE, *head, *([] if self.unknown is None else [UNKNOWN_FILE])]
 
     @model_validator(mode="after")
     def _check(self) -> _Ours:
@@ -261,31 +271,6 @@ def _read_tensors(folder: Path, file: str, ours: _Ours) -> dict[str, Tensor]:
     return safetensors.torch.load_file(path)
 
 
-def _check_like(state: Mapping[str, Tensor], own: Mapping[str, Tensor], what: str) -> None:
-    """Check that tensors are those that a network has: by name, shape, and whether they are whole numbers.
-
-    Raises:
-        ModelError: they are not.
-    """
-    if missing := sorted(own.keys() - state.keys()):
-        raise ModelError(f"{what} lacks {named(missing)}")
-    if unknown := sorted(state.keys() - own.keys()):
-        raise ModelError(f"{what} has what the network has no place for: {named(unknown)}")
-    for name, tensor in own.items():
-        found = state[name]
-        if found.shape != tensor.shape:
-            raise ModelError(f"{what} has {name} of shape {tuple(found.shape)}, not {tuple(tensor.shape)}")
-        if found.is_floating_point() != tensor.is_floating_point():
-            raise ModelError(f"{what} has {name} of type {found.dtype}, not {tensor.dtype}")
-
-
-def _refuse_non_finite(state: Mapping[str, Tensor], what: str) -> None:
-    """Find what one wrong bit makes of a number in an export without checksums."""
-    wrong = [name for name, tensor in state.items() if not bool(torch.isfinite(tensor).all())]
-    if wrong:
-        raise ModelError(f"{what} has NaN or infinite numbers in {named(wrong)}")
-
-
 # -- the model --------------------------------------------------------------------------------------------------------
 
 
@@ -305,10 +290,10 @@ def load(run: str | Path, *, as_stored: bool = False) -> TrainedModel:
     config = _read_config(path)
     ours = config.tlscale
     with _cannot_be_loaded(folder), torch.random.fork_rng(devices=[]):
-        files = [MODEL_FILE] if ours.whole else [MODEL_FILE, HEAD_FILE]
-        states = [_read_tensors(folder, file, ours) for file in files]
+        states = [_read_tensors(folder, file, ours) for file in ours.files]
+        unknown = None if ours.unknown is None else UnknownScore.of_state(ours.unknown, states.pop())
         if ours.sha256 is None:
-            _refuse_non_finite({name: tensor for state in states for name, tensor in state.items()}, f"'{folder}'")
+            refuse_non_finite({name: tensor for state in states for name, tensor in state.items()}, f"'{folder}'")
         model = _build(folder, states[0])
         spec = InputSpec.from_plain(ours.input.model_dump())
         if not ours.whole:
@@ -316,7 +301,7 @@ def load(run: str | Path, *, as_stored: bool = False) -> TrainedModel:
         if as_stored:
             _take_as_stored(model, states)
     thresholds = None if ours.thresholds is None else tuple(ours.thresholds)
-    return TrainedModel(model.eval(), tuple(ours.classes), spec, thresholds, ours.calibration, ours.scored_on)
+    return TrainedModel(model.eval(), tuple(ours.classes), spec, thresholds, ours.calibration, unknown, ours.scored_on)
 
 
 def fault_of_model(folder: Path) -> str | None:
@@ -324,7 +309,7 @@ def fault_of_model(folder: Path) -> str | None:
     try:
         ours = _read_config(folder / CONFIG_FILE).tlscale
         with _cannot_be_loaded(folder):
-            for file in (MODEL_FILE,) if ours.whole else (MODEL_FILE, HEAD_FILE):
+            for file in ours.files:
                 _read_tensors(folder, file, ours)
     except RunFolderError as error:
         return str(error)
@@ -348,10 +333,10 @@ def _build(folder: Path, state: Mapping[str, Tensor]) -> nn.Module:
     with suppress(NotImplementedError, RuntimeError), torch.device("meta"):  # some compute while they are built
         # Settings may describe a network that no memory holds.
         planned = timm.create_model(name, pretrained=False)
-        _check_like(_as_today(state, planned), planned.state_dict(), what)
+        check_like(_as_today(state, planned), planned.state_dict(), what)
     model: nn.Module = timm.create_model(name, pretrained=False)
     state = _as_today(state, model)
-    _check_like(state, model.state_dict(), what)
+    check_like(state, model.state_dict(), what)
     model.load_state_dict(state)
     return model
 
@@ -393,7 +378,7 @@ def _take_as_stored(model: nn.Module, states: Sequence[Mapping[str, Tensor]]) ->
 def _layers(head: Sequence[Any], width: int, num_classes: int, state: Mapping[str, Tensor]) -> nn.Sequential:
     with torch.device("meta"):
         expected = build_head(head, in_features=width, num_classes=num_classes, seed=0).state_dict()
-    _check_like(state, expected, "the head")
+    check_like(state, expected, "the head")
     built = build_head(head, in_features=width, num_classes=num_classes, seed=0)
     built.load_state_dict(state)
     return built

@@ -14,6 +14,7 @@ from tlscale.models.adapters import merged
 from tlscale.models.calibration import Calibration
 from tlscale.models.classifier import Classifier
 from tlscale.models.export import export_model
+from tlscale.models.unknown import UnknownScore
 from tlscale.storage.files import flush, naming_disk_errors
 from tlscale.storage.run_folder import RunFolder
 from tlscale.training.checkpoint.files import Checkpoint, checkpoint_folder
@@ -37,6 +38,7 @@ from tlscale.training.result import (
 )
 from tlscale.training.specs import pipeline_spec
 from tlscale.training.state import TrainState, unwrap
+from tlscale.training.unknown import about_unknown, unknown_by
 from tlscale.training.unread_images import unread_test_image
 
 Figures = dict[str, Any]
@@ -58,10 +60,11 @@ def finish(
     last_weights = _weights(state)
     chosen = _take_chosen_weights(state, loop, folder)
     judged, calibration = _calibrate(state, chosen)
+    unknown = processes.run_on_main(_find_unknown, state, chosen)
     # The model first: whatever becomes of the rest, the run was not for nothing.
     with state.averaged():
         network = processes.engine.gather(state.network, keep=processes.is_main)
-        how_to_load = processes.run_on_main(_export, network, state, folder, calibration)
+        how_to_load = processes.run_on_main(_export, network, state, folder, calibration, unknown)
     try:
         best = last = {"step": chosen.step, **no_figures(setup)}
         if split is not None:
@@ -77,6 +80,7 @@ def finish(
     result = make_result(setup, split, best, score, _own(state, loop, chosen, best=best, last=last))
     result["computed_scores"] = _scoring(state, chosen.inputs)
     result["calibration"] = about_calibration(setup, calibration, best, has_chosen=has_chosen)
+    result["unknown"] = processes.run_on_main(_tell_unknown, unknown, chosen, split)
     result["changes"] = run_info["changes"]  # of how it was computed, from start to start
     result |= identity
     processes.run_on_main(logger.sync)
@@ -129,6 +133,24 @@ def _calibrate(state: TrainState, chosen: _Chosen) -> tuple[tuple[Figures, Predi
         return None, None
     table = gather_predictions(judged[1], state.processes)
     return judged, state.processes.run_on_main(calibration_by, table)
+
+
+def _find_unknown(state: TrainState, chosen: _Chosen) -> UnknownScore | str:
+    """Fit the score of unknown images to the cached codes, or tell why not."""
+    data, inputs = state.setup.data, chosen.inputs
+    if not isinstance(inputs, CodePipeline):
+        return "there are no cached codes of a frozen part"
+    with state.setup.watch("test"):
+        return unknown_by(inputs.pooled, data.train.labels_N, len(data.validation or ()))
+
+
+def _tell_unknown(unknown: UnknownScore | str, chosen: _Chosen, split: ImageSplit | None) -> dict[str, Any]:
+    """Return what the result tells of it; images that chose the threshold do not judge it."""
+    judges = split is not None and split.name != "validation"
+    if isinstance(unknown, str) or not isinstance(chosen.inputs, CodePipeline) or not judges:
+        return about_unknown(unknown, None)
+    assert split is not None
+    return about_unknown(unknown, chosen.inputs.pooled(split.name))
 
 
 def _scoring(state: TrainState, inputs: InputPipeline) -> dict[str, Any]:
@@ -200,7 +222,13 @@ def _take_weights_of(step: int, state: TrainState, loop: LoopState, folder: RunF
     )
 
 
-def _export(network: Classifier, state: TrainState, folder: RunFolder, calibration: Calibration | None) -> str:
+def _export(
+    network: Classifier,
+    state: TrainState,
+    folder: RunFolder,
+    calibration: Calibration | None,
+    unknown: UnknownScore | str,
+) -> str:
     setup = state.setup
     with naming_disk_errors(folder.model), merged(network):
         # A run that was complete is not until it is so again.
@@ -214,6 +242,7 @@ def _export(network: Classifier, state: TrainState, folder: RunFolder, calibrati
             spec=setup.spec,
             fitted=fitted(setup),
             calibration=calibration,
+            unknown=None if isinstance(unknown, str) else unknown,
         )
 
 

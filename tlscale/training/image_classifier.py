@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,11 @@ from tlscale.data.sources.folds import FOLDS
 from tlscale.distributed.processes import Processes
 from tlscale.errors import DataError, ModelError, TlscaleError, first_few, option, speaks_python
 from tlscale.models import model_folder
-from tlscale.models.calibration import LabelSets
 from tlscale.models.features import PENULTIMATE
 from tlscale.models.model_folder import TrainedModel
 from tlscale.recipe.image_size import size_in_words
 from tlscale.storage.files import replacing, reporting_disk_errors
-from tlscale.training.prediction_rows import Answers, Columns, answer, csv_line, read_blocks
+from tlscale.training.prediction_rows import Answers, Cell, Columns, answer, csv_line, read_blocks
 from tlscale.training.predictions import NO_ANSWER, readable
 from tlscale.training.run_path import FeaturesPath, RunFacts, RunPath, computing
 
@@ -52,7 +51,7 @@ class Predictions:
     errors: list[str | None]
     """Why there is no answer."""
     _answers: list[Answers]
-    _sets: LabelSets | None = None
+    _columns: Columns
 
     @property
     def sets(self) -> list[tuple[str, ...]] | None:
@@ -61,10 +60,21 @@ class Predictions:
         That is 90 % of cases, for images like those of the run. None of a model without a calibration; an empty set
         where there is no answer.
         """
-        if self._sets is None:
+        sets = self._columns.sets
+        if sets is None:
             return None
-        members = (numbers for some in self._answers for numbers in some.members(self._sets))
+        members = (numbers for some in self._answers for numbers in some.members(sets))
         return [tuple(self.classes[number] for number in numbers) for numbers in members]
+
+    @property
+    def unknown(self) -> list[bool | None] | None:
+        """Tell which images are unlike those of training; 5 % of images of known classes are taken for such.
+
+        None of a model that cannot tell, and of an image that has no answer.
+        """
+        if self._columns.unknown_from is None:
+            return None
+        return [one for some in self._answers for one in self._columns.unknown(some)]
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -86,7 +96,7 @@ class Predictions:
             import pandas
         except ImportError:
             raise TlscaleError("pandas is not installed", remedy="Install it: pip install pandas") from None
-        columns = checked_columns(self.classes, top_k, all_probabilities=all_probabilities, sets=self._sets)
+        columns = checked_columns(self._columns, top_k, all_probabilities=all_probabilities)
         return pandas.DataFrame(list(self._rows(columns)), columns=columns.names)
 
     def to_csv(self, path: str | os.PathLike[str], *, top_k: int = 1, all_probabilities: bool = False) -> None:
@@ -95,7 +105,7 @@ class Predictions:
         Raises:
             TlscaleError: the file cannot be written, or more labels are wanted than there are classes.
         """
-        columns = checked_columns(self.classes, top_k, all_probabilities=all_probabilities, sets=self._sets)
+        columns = checked_columns(self._columns, top_k, all_probabilities=all_probabilities)
         with (
             reporting_disk_errors(),
             replacing(Path(path)) as aside,
@@ -104,27 +114,26 @@ class Predictions:
             file.write(csv_line(columns.names))
             file.writelines(map(csv_line, self._rows(columns)))
 
-    def _rows(self, columns: Columns) -> Iterator[list[str | float | None]]:
+    def _rows(self, columns: Columns) -> Iterator[list[Cell]]:
         start = 0
         for answers in self._answers:
             yield from columns.rows([readable(path) for path in self.paths[start : start + len(answers)]], answers)
             start += len(answers)
 
 
-def checked_columns(
-    classes: tuple[str, ...], top_k: int, *, all_probabilities: bool, sets: LabelSets | None
-) -> Columns:
-    """Choose columns.
+def checked_columns(plain: Columns, top_k: int, *, all_probabilities: bool) -> Columns:
+    """Choose columns, further ones than those of the model.
 
     Raises:
         DataError: as many labels as are wanted do not exist.
     """
-    if not 1 <= top_k <= len(classes):
-        remedy = f"Give 1 to {len(classes):,}"
+    num_classes = len(plain.classes)
+    if not 1 <= top_k <= num_classes:
+        remedy = f"Give 1 to {num_classes:,}"
         raise DataError(
-            f"{top_k} labels of a model that has {len(classes):,} classes", key=option("top-k"), remedy=remedy
+            f"{top_k} labels of a model that has {num_classes:,} classes", key=option("top-k"), remedy=remedy
         )
-    return Columns(classes, top_k, all_probabilities, sets)
+    return replace(plain, top_k=top_k, all_probabilities=all_probabilities)
 
 
 class Features(np.ndarray[tuple[int, int], np.dtype[np.float32]]):
@@ -155,10 +164,11 @@ class ImageClassifier(TrainedModel):
         score = "; scored by folds, fitted to all images" if self.scored_on == FOLDS else ""
         return f"ImageClassifier({str(self.folder)!r}: {kind}, {len(self.classes):,} classes, images of {size}{score})"
 
-    @property
-    def sets(self) -> LabelSets | None:
-        """Return how sets of labels are made; None of a model without a calibration."""
-        return None if self.calibration is None else self.calibration.sets
+    def columns(self, path: RunPath | None = None) -> Columns:
+        """Return the columns of its predictions; not on every path there are codes to tell what is unknown by."""
+        sets = None if self.calibration is None else self.calibration.sets
+        unknown = self.unknown if path is None else path.unknown
+        return Columns(self.classes, sets=sets, unknown_from=None if unknown is None else unknown.settings.threshold)
 
     @cached_property
     def facts(self) -> RunFacts:
@@ -188,7 +198,7 @@ class ImageClassifier(TrainedModel):
                 if start >= len(given):
                     break
                 answers.append(answer(given[start : start + sum(sizes)], sizes, path, processes))
-        made = self._predictions(given, answers)
+        made = self._predictions(given, answers, path)
         refuse_none_read(len(made), sum(why is None for why in made.errors), made.paths[0], made.errors[0])
         return made
 
@@ -240,7 +250,7 @@ class ImageClassifier(TrainedModel):
         path: RunPath = self._last[1]
         return path
 
-    def _predictions(self, given: list[Given], answers: list[Answers]) -> Predictions:
+    def _predictions(self, given: list[Given], answers: list[Answers], path: RunPath) -> Predictions:
         numbers = np.concatenate([some.labels_N for some in answers]).tolist()
         return Predictions(
             self.classes,
@@ -249,7 +259,7 @@ class ImageClassifier(TrainedModel):
             np.concatenate([some.probabilities_NC for some in answers]).astype(np.float32),
             [why for some in answers for why in some.errors],
             answers,
-            self.sets,
+            self.columns(path),
         )
 
 

@@ -13,6 +13,8 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 from tlscale.codes.batches import CodeBatch, CodeViews, eval_code_batches, train_code_batches
@@ -21,12 +23,14 @@ from tlscale.codes.parts import partition_parts
 from tlscale.data.loader import ImageCache, ImageStore, eval_batches, train_batches
 from tlscale.data.sampler import BatchSplit, DataOrder
 from tlscale.data.sources.open import ImageData, ImageSplit
+from tlscale.data.sources.tables import Ints
 from tlscale.data.transforms import ImageBatch, InputPath
 from tlscale.data.workers import default_workers
 from tlscale.distributed.processes import Processes
 from tlscale.errors import TlscaleError
 from tlscale.models.classifier import Classifier
 from tlscale.models.partition.partition import Partition
+from tlscale.models.unknown import pooled_codes
 from tlscale.recipe.schema import DataSection
 from tlscale.training.cache_decision import CacheSpec, Choice, agree_on_partition
 from tlscale.training.distillation.targets import TeacherTargets
@@ -194,6 +198,9 @@ def _in_step(
             yield micro_batches
 
 
+_POOLED = 512  # images whose codes are in memory at a time
+
+
 class CodePipeline:
     """Feed the codes of a partition's prefix to its suffix."""
 
@@ -248,6 +255,14 @@ class CodePipeline:
             self._spec.eval_batch_size,
             pin_memory=processes.pins_memory,
         )
+
+    def pooled(self, split: str, rows_N: Ints | None = None) -> Tensor:
+        """Return codes of a split, or of some rows of it, a vector an image."""
+        found = self._train if split == "train" else self._evaluated[split]
+        codes = next(iter(found.views.values()))
+        rows_N = np.arange(len(codes)) if rows_N is None else rows_N
+        parts = np.array_split(rows_N, -(-len(rows_N) // _POOLED))
+        return torch.cat([pooled_codes(codes.take(rows_B)) for rows_B in parts])
 
     def _of(self, split: ImageSplit) -> CodeViews:
         if split.name not in self._evaluated:

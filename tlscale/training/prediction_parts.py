@@ -118,7 +118,7 @@ class ParquetFile:
 
     @property
     def _schema(self) -> pa.Schema:
-        kinds = [pa.string() if _is_text(name) else pa.float64() for name in self._columns.names]
+        kinds = [_kind(name) for name in self._columns.names]
         about = {"format": FORMAT, "classes": list(self._columns.classes)}
         fields = [pa.field(name, kind) for name, kind in zip(self._columns.names, kinds, strict=True)]
         return pa.schema(fields, {"tlscale": json.dumps(about, ensure_ascii=False)})
@@ -146,6 +146,12 @@ class ParquetFile:
                 held = held.slice(_GROUP_ROWS)
         if len(held):
             yield held.combine_chunks()
+
+
+def _kind(name: str) -> pa.DataType:
+    if name == "unknown":
+        return pa.bool_()
+    return pa.string() if _is_text(name) else pa.float64()
 
 
 def _is_text(name: str) -> bool:

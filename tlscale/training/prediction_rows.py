@@ -6,6 +6,7 @@
 | `label`, `probability` | the most likely class, and how likely; empty where there is no answer |
 | `label_2`, `probability_2`, ... | the next ones, where more than one is wanted |
 | `set` | where the model has a calibration: classes joined by a bar, one of them the true one in 90 % of cases |
+| `unknown` | where the model can tell: whether the image is unlike those of training |
 | `p_<class>` | how likely each class is, where all are wanted |
 | `error` | why there is no answer; else empty |
 
@@ -40,7 +41,7 @@ from tlscale.training.predictions import NO_ANSWER, answers
 from tlscale.training.run_path import FeaturesPath, RunPath
 
 NO_NUMBER = "the network gives no number for it (NaN)"
-Cell = str | float | None
+Cell = str | float | bool | None
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -54,6 +55,8 @@ class Answers:
     probabilities_NC: npt.NDArray[Any]
     """float32 or float64; NaN where there is no answer."""
     errors: list[str | None]
+    scores_N: npt.NDArray[np.float64] | None = None
+    """How unlike the training images each is; NaN where it cannot be read. None: the model does not tell."""
 
     def __len__(self) -> int:
         return len(self.errors)
@@ -88,7 +91,8 @@ def answer(
     errors: list[str | None] = []
     blocks = read_blocks(given, path, errors, on_images=on_images)
     labels_N = np.full(len(given), NO_ANSWER, np.int64)
-    logits_BC, labels_B, softmax_BC = answers(path.logits(blocks, sizes, processes))
+    outputs_BC, scores_B = path.outputs(blocks, sizes, processes)
+    logits_BC, labels_B, softmax_BC = answers(outputs_BC)
     calibrated_BC = softmax_BC if path.calibration is None else path.calibration.probabilities(logits_BC)
     probabilities_BC = calibrated_BC.cpu().numpy()
     sound_N = np.array([why is None for why in errors], dtype=bool)
@@ -98,7 +102,11 @@ def answer(
     for at in np.flatnonzero(sound_N & (labels_N == NO_ANSWER)).tolist():
         # Softmax was of other numbers than the network's own.
         errors[at], probabilities_NC[at] = NO_NUMBER, np.nan
-    return Answers(labels_N, probabilities_NC, errors)
+    scores_N = None
+    if scores_B is not None:
+        scores_N = np.full(len(given), np.nan)
+        scores_N[sound_N] = scores_B
+    return Answers(labels_N, probabilities_NC, errors, scores_N)
 
 
 def read_blocks(
@@ -145,13 +153,16 @@ class Columns:
     top_k: int = 1
     all_probabilities: bool = False
     sets: LabelSets | None = None
+    unknown_from: float | None = None
+    """Images with a higher score are unknown; None: the model does not tell."""
 
     @property
     def names(self) -> list[str]:
         """Return their names, in order."""
         more = [f"{name}_{place}" for place in range(2, self.top_k + 1) for name in ("label", "probability")]
         each = [f"p_{name}" for name in self.classes] if self.all_probabilities else []
-        return ["path", "label", "probability", *more, *(["set"] if self.sets else []), *each, "error"]
+        sets, unknown = ["set"] if self.sets else [], ["unknown"] if self.unknown_from is not None else []
+        return ["path", "label", "probability", *more, *sets, *unknown, *each, "error"]
 
     def rows(self, paths: Sequence[str], answers: Answers) -> Iterator[list[Cell]]:
         """Give the cells of each image, in the order of the names; None for what is empty."""
@@ -160,13 +171,25 @@ class Columns:
         every_NC = answers.probabilities_NC if self.all_probabilities else best_NK[:, :0]
         tables = (ranked_NK.tolist(), *(table.astype(np.float64).tolist() for table in (best_NK, every_NC)))
         sets: Iterable[list[int]] = repeat([], len(answers)) if self.sets is None else answers.members(self.sets)
-        for path, why, members, labels, best, every in zip(paths, answers.errors, sets, *tables, strict=True):
+        unknown_N = self.unknown(answers)
+        for path, why, members, unknown, labels, best, every in zip(
+            paths, answers.errors, sets, unknown_N, *tables, strict=True
+        ):
             row: list[Cell] = [path]
             for label, probability in zip(labels, best, strict=True):
                 row += [None, None] if why is not None else [self.classes[label], probability]
             if self.sets is not None:
                 row.append(None if why is not None else "|".join(self.classes[number] for number in members))
+            if self.unknown_from is not None:
+                row.append(unknown)
             yield [*row, *(each if why is None else None for each in every), why]
+
+    def unknown(self, answers: Answers) -> list[bool | None]:
+        """Tell which images are unlike those of training; None where an image cannot be read, or of a model without."""
+        if self.unknown_from is None or answers.scores_N is None:
+            return [None] * len(answers)
+        is_unknown_N = (answers.scores_N > self.unknown_from).tolist()
+        return [None if why is not None else one for one, why in zip(is_unknown_N, answers.errors, strict=True)]
 
 
 def csv_line(cells: Iterable[Cell]) -> str:
@@ -176,6 +199,8 @@ def csv_line(cells: Iterable[Cell]) -> str:
 
 def csv_cell(cell: Cell) -> str:
     """Write a cell as CSV that no spreadsheet runs."""
+    if isinstance(cell, bool):
+        return str(cell).lower()
     if not isinstance(cell, str):
         return "" if cell is None else repr(cell)
     text = f"'{cell}" if cell.startswith(FORMULAS) else cell

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,12 +25,14 @@ from tlscale.codes.probes.select import Choice, PathRow, best_of, choose, given_
 from tlscale.codes.reader import Codes
 from tlscale.data.identity import result_identity
 from tlscale.data.sources.open import ImageSplit
+from tlscale.data.sources.tables import Ints
 from tlscale.distributed.processes import Processes
 from tlscale.distributed.signals import check_stop
 from tlscale.models.calibration import Calibration
 from tlscale.models.classifier import CodesClassifier
 from tlscale.models.export import export_model
 from tlscale.models.features import LayerCodes
+from tlscale.models.unknown import UnknownScore
 from tlscale.recipe.schema import ProbeSection
 from tlscale.storage.files import naming_disk_errors
 from tlscale.storage.run_folder import RunFolder
@@ -54,6 +57,7 @@ from tlscale.training.result import (
 from tlscale.training.run_info import begin_folder
 from tlscale.training.setup import RunSetup
 from tlscale.training.specs import open_codes_cache
+from tlscale.training.unknown import about_unknown, unknown_by
 from tlscale.training.unread_images import telling_of_unread_images
 
 HEAD_BATCH = 4096
@@ -131,15 +135,20 @@ class _Probe:
             logger.write_evaluation(self.split.name, figures, is_best=False)
 
         calibration = self._calibration(choice, number_of_layer)
+        with setup.watch("test"):
+            unknown = unknown_by(partial(self._some, number_of_layer), data.train.labels_N, len(data.validation or ()))
+
         # -- export ---------------------------------------------------------------------------------------------------
         chosen = self.wanted[number_of_layer]
         with setup.watch("export"):
-            how_to_load = _export(setup, choice, chosen, folder, calibration)
+            how_to_load = _export(setup, choice, chosen, folder, calibration, unknown)
             if self.split is not None:
                 predictions.calibration = calibration
                 write_predictions(folder.predictions, predictions)
                 figures = add_prediction_figures(figures, folder.predictions, have_chosen=data.test is None)
         result = self._result(choice, chosen, figures, calibration) | result_identity(data)
+        judges = data.test is not None and not isinstance(unknown, str)
+        result["unknown"] = about_unknown(unknown, self._values("test", number_of_layer) if judges else None)
         logger.sync()
         return write_result(result, folder, setup), how_to_load
 
@@ -177,6 +186,11 @@ class _Probe:
     def _values(self, split: str, at: int) -> Tensor:
         """Read one value of all images of a split, (N, D), to the device that the fit runs on."""
         return self.codes[split].whole(at).to(self.device)
+
+    def _some(self, at: int, split: str, rows_N: Ints | None) -> Tensor:
+        """Read one value of some images of a split, or of all."""
+        values_ND = self.codes[split].whole(at)
+        return values_ND if rows_N is None else values_ND[torch.from_numpy(rows_N)]
 
     def _show(self, choice: Choice, console: Console) -> None:
         """Show the best setting of each set of codes, by the held-out images, and mark the best of all."""
@@ -239,6 +253,7 @@ def _export(
     layer_and_pool: tuple[str, str],
     folder: RunFolder,
     calibration: Calibration | None,
+    unknown: UnknownScore | str,
 ) -> str:
     """Write the model, and return how to load it."""
     model = CodesClassifier(LayerCodes(setup.classifier.backbone, [layer_and_pool]), choice.probe.head)
@@ -251,6 +266,7 @@ def _export(
             spec=setup.spec,
             fitted=about,
             calibration=calibration,
+            unknown=None if isinstance(unknown, str) else unknown,
         )
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -33,6 +34,7 @@ from tlscale.models.freeze import freeze_parameters
 from tlscale.models.knn import KnnHead
 from tlscale.models.model_folder import TrainedModel, load
 from tlscale.models.partition.partition import NoPartition, find_partition
+from tlscale.models.unknown import Floats, pooled_codes
 from tlscale.recipe.load import load_stored_recipe
 from tlscale.recipe.schema import ComputeSection, DataSection, LoraSection, Recipe
 from tlscale.storage.run_folder import RunFolder
@@ -140,22 +142,34 @@ class RunPath:
         `batch_size`: of what was trained, in place of the run's; then the last bits may be others.
         """
         self.facts, self.spec, self.num_classes = facts, trained.input_spec, len(trained.classes)
-        self.calibration = trained.calibration
+        self.calibration, self.unknown = trained.calibration, trained.unknown
         self.batching = facts.batching if batch_size is None else Batching(batch_size)
         self._way = _way(trained, facts, processes)
+        if not isinstance(self._way[0], _Frozen):  # there are no codes to tell by
+            self.unknown = None
 
-    def logits(self, blocks: Iterable[Tensor], sizes: Sequence[int], processes: Processes) -> Tensor:
+    def outputs(
+        self, blocks: Iterable[Tensor], sizes: Sequence[int], processes: Processes
+    ) -> tuple[Tensor, Floats | None]:
         """Compute logits (B, C), on the device, of images (uint8, C x S x S) that come in blocks of `BLOCK` at most.
 
-        `sizes` are those of a chunk's batches, which take the images in order, as far as there are any.
+        With them how unlike the training images each is (B,), where the model tells that. `sizes` are those of a
+        chunk's batches, which take the images in order, as far as there are any.
         """
         first, then = self._way
-        made = (first(block, processes) for block in blocks)
+        scores: list[Floats] = []
+        made = (self._scored(first(block, processes), scores) for block in blocks)
         parts = []
         for values in _batches(made, sizes):
             parts.append(then(values, processes))
             processes.local.mark_step()
-        return torch.cat(parts) if parts else torch.zeros(0, self.num_classes)
+        logits_BC = torch.cat(parts) if parts else torch.zeros(0, self.num_classes)
+        return logits_BC, None if self.unknown is None else np.concatenate([np.zeros(0), *scores])
+
+    def _scored(self, values: Values, scores: list[Floats]) -> Values:
+        if self.unknown is not None:
+            scores.append(self.unknown.scores(pooled_codes(values)))
+        return values
 
 
 class FeaturesPath:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tlscale.models.exports.check import Evidence, WrongExportError
 from tlscale.models.model_folder import CONFIG_FILE, HEAD_FILE, MODEL_FILE, config_digest, load
+from tlscale.models.unknown import UNKNOWN_FILE
 from tlscale.storage.files import write_text
 
 BACKBONE_ALONE = (
@@ -39,7 +40,8 @@ def write_timm(model: Path, folder: Path, evidence: Evidence) -> dict[str, Any]:
     """
     config = json.loads((model / CONFIG_FILE).read_text(encoding="utf-8"))
     whole = config["tlscale"]["whole"]
-    for file in (MODEL_FILE,) if whole else (MODEL_FILE, HEAD_FILE):
+    also = [UNKNOWN_FILE] if config["tlscale"].get("unknown") is not None else []
+    for file in (MODEL_FILE, *also) if whole else (MODEL_FILE, HEAD_FILE, *also):
         shutil.copyfile(model / file, folder / file)
     if not whole:
         config["note"] = BACKBONE_ALONE
