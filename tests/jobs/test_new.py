@@ -60,7 +60,11 @@ def test_a_messy_folder_becomes_a_recipe_that_runs(messy, tmp_path, monkeypatch)
     assert recipe.probe is not None
     data = open_data(recipe.data, recipe.seed)
     assert len(data.train) + len(data.validation) == sum(COUNTS.values()) - 1
-    tlscale.run(recipe, tmp_path / "run")
+    assert recipe.evaluate.folds == 5
+    assert "no test split: 5 folds, so that each image is scored" in said
+    assert "each image is scored by the one of 5 models" in (tmp_path / "photos.yaml").read_text()
+    tlscale.run(recipe.with_(**{"evaluate.folds": 2}), tmp_path / "run")
+    assert result(tmp_path / "run")["split"] == "folds"
     assert not any("LEAK" in note for note in result(tmp_path / "run")["notes"])
     assert result(tmp_path / "run")["top1"] > 0.5
 
@@ -107,13 +111,18 @@ def test_a_table_and_splits_and_many_images(tmp_path, monkeypatch):
         "train/oak/3.png": "equal to Test/oak/9.png",
     }
     assert recipe.data.validation_fraction == 0.2
+    assert recipe.evaluate.folds is None  # there are images to score
     rows = [f"photos/train/ash/{i}.png,ash" for i in range(6)] + [f"photos/train/oak/{i}.png,oak" for i in range(6)]
     (tmp_path / "mine.csv").write_text("\n".join(["photo,species", *rows, "gone.png,oak"]) + "\n")
     recipe = new("mine.csv")
     assert (recipe.data.image_column, recipe.data.label_column) == ("photo", "species")
     assert listed("mine.exclude.csv")["gone.png"].startswith("it cannot be read")
+    assert recipe.evaluate.folds == 5
+    (tmp_path / "few.csv").write_text("\n".join(["photo,species", *rows[1:5], *rows[6:]]) + "\n")
+    assert new("few.csv").evaluate.folds is None  # four of ash: a fold would have none
     monkeypatch.setattr("tlscale.commands.new_recipe.FEW_IMAGES", 5)
     recipe = new("mine.csv", out="tuned.yaml")
+    assert recipe.evaluate.folds is None
     assert recipe.probe is None
     assert recipe.freeze
 
@@ -221,9 +230,10 @@ def test_long_pictures_are_shown_whole(tmp_path, monkeypatch, capsys):
             Image.fromarray(pixels).save(tmp_path / "long" / label / f"{number}.png")
     new("long", out="long.yaml")
     assert "33% of a typical image" in (tmp_path / "long.yaml").read_text()
-    whole = tlscale.run("long.yaml", tmp_path / "whole")
+    once = "evaluate.folds=null"
+    whole = tlscale.run(tlscale.load_recipe("long.yaml", [once]), tmp_path / "whole")
     assert "in the middle" not in capsys.readouterr().out
-    cropped = tlscale.run(tlscale.load_recipe("long.yaml", ["data.crop_mode=center"]), tmp_path / "cropped")
+    cropped = tlscale.run(tlscale.load_recipe("long.yaml", [once, "data.crop_mode=center"]), tmp_path / "cropped")
     said = " ".join(capsys.readouterr().out.split())
     assert "the network is shown 33%, in the middle; data.crop_mode=squash or border shows all of it" in said
     assert whole["top1"] == 1.0

@@ -18,6 +18,7 @@ from tlscale.recipe.load import parse_recipe
 from tlscale.recipe.schema import BackboneSection, Recipe
 from tlscale.storage.files import make_folder, write_text
 from tlscale.tracking.console import Console
+from tlscale.training.fold_parts import all_images
 
 _INDENT = 10  # of what is said, behind the words that begin a block
 
@@ -67,7 +68,7 @@ def _write(data: str, backbone: str, out: Path | None, command: str) -> tuple[Re
             make_folder(out.parent)
         text, words = recipe_text(name, seen, backbone, layers, command)
         recipe = parse_recipe(text, str(out or name))
-        open_data(recipe.data, recipe.seed, tries_images=False)
+        open_data(recipe.data, recipe.seed, fold=all_images(recipe.evaluate), tries_images=False)
         if out is not None:
             write_text(out, text)
     except BaseException:
@@ -98,6 +99,9 @@ def _before(names: list[str], layer: str) -> list[str]:
 def _held_out(seen: Survey, recipe: Recipe) -> list[str]:
     if "validation" in seen.counts:
         return []
+    if recipe.evaluate.folds is not None:
+        each = "each image is scored by a model that was not fitted to it"
+        return [f"no test split: {recipe.evaluate.folds} folds, so that {each}"]
     share = f"{recipe.data.validation_fraction:.0%} of the images to train on"
     if "test" in seen.counts:
         return [f"no validation split: {share} are held out to choose by"]

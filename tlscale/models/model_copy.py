@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from tlscale.errors import RunFolderError
-from tlscale.models.model_folder import CONFIG_FILE, HEAD_FILE, MODEL_FILE, fault_of_model
+from tlscale.models.model_folder import CONFIG_FILE, fault_of_model
 from tlscale.storage.files import flush, make_folder, remove_left_overs, replacing
 
 
@@ -24,12 +24,12 @@ def copy_model(source: Path, target: Path) -> str:
     """
     if fault := fault_of_model(source):
         raise RunFolderError(fault)
-    whole = json.loads((source / CONFIG_FILE).read_text(encoding="utf-8"))["tlscale"]["whole"]
+    ours = json.loads((source / CONFIG_FILE).read_text(encoding="utf-8"))["tlscale"]
     make_folder(target)
     (target / CONFIG_FILE).unlink(missing_ok=True)  # last of all there again: it says what the others hold
     flush(target)
-    for file in (MODEL_FILE, *(() if whole else (HEAD_FILE,)), CONFIG_FILE):
+    for file in (*ours["sha256"], CONFIG_FILE):
         remove_left_overs(target / file)
         with replacing(target / file) as aside:
             shutil.copyfile(source / file, aside)
-    return how_to_load(target, whole=whole)
+    return how_to_load(target, whole=ours["whole"])
