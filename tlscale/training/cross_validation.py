@@ -38,6 +38,7 @@ from tlscale.training.setup import RunSetup
 
 Result = dict[str, Any]
 RunPart = Callable[[Recipe, Path, Part], Result]
+_FITTED_TO_ALL = "the model was fitted to all images of the folds"
 _LONGEST_NAME = 90  # leaves room for the fold
 _OF_TEST = (
     *("num_images", "top1", "top1_interval95", "top1_interval95_by", "top5", "loss", "macro_f1", "balanced_accuracy"),
@@ -196,7 +197,8 @@ def _own(figures: Result, folds: Sequence[Fold], results: Sequence[Result], last
         **tested,
         "best": brief,
         "last": brief,
-        "calibration": {"temperature": None, "why": "the model was fitted to all images of the folds"},
+        "calibration": {"temperature": None, "why": _FITTED_TO_ALL},
+        "unknown": {"threshold": None, "why": _FITTED_TO_ALL},
         **{key: last[key] for key in keys if key in last},
         # Of images that others bring, which several processes do not have in the shares of a split.
         **({"computed_scores": {**last["computed_scores"], "num_processes": 1}} if "computed_scores" in last else {}),
