@@ -266,3 +266,35 @@ def test_plan_says_where_the_network_is_cut_and_what_that_saves(data, tmp_path, 
     small_recipe(path, data, backbone=RESNET, codes={"layer": "layer3"})
     assert cli("plan", path).exit_code == EXIT_BAD_INPUT
     assert not cache.exists() or CodesStore().entries() == []
+
+
+def test_class_weights_and_the_figure_that_chooses_are_the_recipes(tmp_path, capsys):
+    """Of a rare class: weighted and chosen by balanced accuracy it is answered more often than without."""
+    folder = put_small_folder(tmp_path / "data", train=90, test=40)
+    for path in sorted((folder / "train").glob("*/*.png"))[::2]:
+        if path.parent.name > "4":
+            path.unlink()
+    keys = {"data": {"source": "folder", "validation_fraction": 0.3}, "backbone": RESNET}
+    keys["probe"] = {"kind": "logistic", "strengths": [1.0, 0.1], "refit": False}
+    weighted = {"loss": {"class_weights": "balanced"}, "evaluate": {"select": "balanced_accuracy"}}
+    plain, figures = (
+        tlscale.run(small_recipe(tmp_path / f"{name}.yaml", folder, **keys, **more), tmp_path / name)
+        for name, more in (("plain", {}), ("weighted", weighted))
+    )
+    assert "balanced_accuracy" in capsys.readouterr().out
+    tried = figures["probe"]["tried"]["penultimate"]
+    assert figures["probe"]["select"] == "balanced_accuracy"
+    best = max(tried, key=lambda row: (row["held_out_balanced_accuracy"], -row["held_out_loss"]))
+    assert figures["probe"]["setting"] == best["setting"]
+    assert {"select", "held_out_balanced_accuracy"}.isdisjoint(plain["probe"])
+    assert largest_difference(exported(tmp_path / "plain"), exported(tmp_path / "weighted")) > 1e-3
+    (tmp_path / "weighted" / "result.json").unlink()
+    again = small_recipe(tmp_path / "weighted.yaml", folder, **keys, **weighted)
+    assert tlscale.run(again, tmp_path / "weighted", resume=True)["probe"] == figures["probe"]
+
+
+def test_a_probe_gives_no_class_a_weight_of_0(run):
+    weights = {str(label): float(label > 0) for label in range(10)}
+    with pytest.raises(RecipeError, match="'0' weighs 0") as caught:
+        run(loss={"class_weights": weights})
+    assert caught.value.key == "loss.class_weights"

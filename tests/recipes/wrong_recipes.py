@@ -475,6 +475,36 @@ WRONG_RECIPES: list[tuple[str, str, list[str], list[str]]] = [
         [f"{AT}:4: probe.strengths: names a value twice. Name each once."],
     ),
     (
+        "probe_knn_weights",
+        GOOD + "probe: {kind: knn}\nloss: {class_weights: balanced}\n",
+        [],
+        [f"{AT}:5: loss.class_weights: is not supported with probe.kind=knn, whose neighbours have one vote each."],
+    ),
+    (
+        "probe_smoothing",
+        GOOD + "probe: {}\nloss: {label_smoothing: 0.1}\n",
+        [],
+        [f"{AT}:5: loss.label_smoothing: has no effect with 'probe': a probe trains nothing. Remove it."],
+    ),
+    (
+        "probe_patience",
+        GOOD + "probe: {}\nevaluate: {patience: 3}\n",
+        [],
+        [f"{AT}:5: evaluate.patience: has no effect with 'probe': a probe trains nothing. Remove it."],
+    ),
+    (
+        "probe_distill_loss",
+        GOOD + "probe: {}\nevaluate: {select: distill_loss}\n",
+        [],
+        [f"{AT}:5: evaluate.select: distill_loss needs 'distill'"],
+    ),
+    (
+        "focal_gamma_zero",
+        GOOD + "loss: {kind: focal, focal_gamma: 0}\n",
+        [],
+        [f"{AT}:4: loss.kind: has no effect with loss.focal_gamma=0, which is cross_entropy. Remove it."],
+    ),
+    (
         "probe_batch",
         GOOD + "probe: {}\nbatch_size: 64\n",
         [],

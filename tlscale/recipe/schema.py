@@ -69,10 +69,11 @@ _PENULTIMATE = "penultimate"
 # optim and schedule are taken whole; of the others, only what differs from its default was asked for.
 NO_EFFECT_BESIDE = {
     "probe": (
-        *("freeze", "adapters", "head", "duration", "drop_last", "optim", "schedule", "loss", "checkpoint"),
+        *("freeze", "adapters", "head", "duration", "drop_last", "optim", "schedule", "checkpoint"),
+        *("loss.kind", "loss.focal_gamma", "loss.logit_adjustment", "loss.label_smoothing"),
         *("data.augment", "data.sampling"),
+        *("evaluate.every", "evaluate.batch_size", "evaluate.choose", "evaluate.patience"),
         *("batch_size", "compute.micro_batch_size", "compute.gradient_checkpointing", "compute.compile"),
-        *("evaluate.every", "evaluate.batch_size", "evaluate.select", "evaluate.choose", "evaluate.patience"),
         *("compute.engine", "distill"),
         *("non_finite", "log_every", "codes.views", "codes.keep", "codes.disk_gib", "data.workers"),
         *("backbone.drop_rate", "backbone.drop_path_rate"),
@@ -149,6 +150,10 @@ class Recipe(Section):
         self._check_distill()
         self._check_sampling()
         self._check_channels()
+        if self.probe is not None and self.probe.kind == "knn" and self.loss.class_weights != "none":
+            problem = "is not supported with probe.kind=knn, whose neighbours have one vote each"
+            remedy = "Remove it, or write logistic."
+            raise InvalidValueError(problem, remedy, keys=["loss.class_weights", "probe.kind"])
         if self.compute.engine == "fsdp2" and len(self.stages or ()) > 1:
             raise InvalidValueError(
                 "several stages are not supported with compute.engine=fsdp2, where parameters stay sharded to the end "

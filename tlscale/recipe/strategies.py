@@ -233,6 +233,7 @@ def _untaught(plain: dict[str, Any]) -> None:
 
 
 def _probe(plain: dict[str, Any], layers: list[str]) -> None:
+    _untaught(plain)
     _reset(plain, *NO_EFFECT_BESIDE["probe"], "stages")
     plain["probe"] = plain["probe"] or {"kind": "logistic"}
     plain["codes"]["layer"] = layers

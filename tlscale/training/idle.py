@@ -34,6 +34,8 @@ def refuse_idle(
         RecipeError: there is one.
     """
     found = [*_of_groups(recipe, data), *_of_classes(recipe, data)] if fold is None or fold.holds_none else []
+    if not stages and fold is None and data.validation is None and asks_for(recipe, "evaluate.select"):
+        found.append(("evaluate.select", "there is no validation split to choose by"))
     if stages and not (fold is not None and fold.holds_none):
         found += _of_validation(recipe, data)
         found += _of_patience(recipe, stages, order)

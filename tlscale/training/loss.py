@@ -226,6 +226,26 @@ def class_weights(section: LossSection, labels_N: np.ndarray, classes: Sequence[
     return torch.from_numpy(weights_C / mean)
 
 
+def weigher(section: LossSection, classes: Sequence[str]) -> Callable[[Tensor], Tensor] | None:
+    """Return what gives a probe `class_weights` by the labels that it is fitted to; None of images that weigh the same.
+
+    A weight of 0 is refused: nothing would hold back the bias of such a class.
+    """
+    if section.class_weights == "none":
+        return None
+    given = {} if section.class_weights == "balanced" else section.class_weights
+    if zero := [name for name, weight in given.items() if not weight]:
+        problem = f"{zero[0]!r} weighs 0, and a probe has no best answer for a class that it does not learn"
+        raise RecipeError(problem, key="loss.class_weights", remedy="Write a weight above 0, or leave its images out")
+
+    def weigh(labels_N: Tensor) -> Tensor:
+        weights_C = class_weights(section, labels_N.cpu().numpy(), classes)
+        assert weights_C is not None, "there are some"
+        return weights_C
+
+    return weigh
+
+
 def log_priors(section: LossSection, labels_N: np.ndarray, num_classes: int) -> Tensor | None:
     """Return the logarithm of each class's share of the training images, (C,) float64; None where none is asked for.
 

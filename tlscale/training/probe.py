@@ -21,7 +21,15 @@ from torch import Tensor, nn
 from tlscale.codes.parts import layer_name, wanted_layers
 from tlscale.codes.probes.kept import KeptFits
 from tlscale.codes.probes.kinds import kind_of
-from tlscale.codes.probes.select import Choice, PathRow, best_of, choose, given_values, refuse_wrong_probe
+from tlscale.codes.probes.select import (
+    Choice,
+    PathRow,
+    Weigh,
+    best_of,
+    choose,
+    given_values,
+    refuse_wrong_probe,
+)
 from tlscale.codes.reader import Codes
 from tlscale.data.identity import result_identity
 from tlscale.data.sources.open import ImageSplit
@@ -41,7 +49,7 @@ from tlscale.tracking.progress import each
 from tlscale.training.evaluate import scalars
 from tlscale.training.logger import RunLogger
 from tlscale.training.loop_state import LoopState
-from tlscale.training.loss import cross_entropy
+from tlscale.training.loss import cross_entropy, weigher
 from tlscale.training.metrics import Tally, majority, summary
 from tlscale.training.prediction_figures import add_prediction_figures, calibration_by
 from tlscale.training.predictions import Predictions, gather_predictions, write_predictions
@@ -75,7 +83,8 @@ def probe(
 
     `run_info` is of a probe that was stopped and begins again, else None; it is written anew.
     """
-    data, section = setup.data, setup.recipe.probe
+    data, recipe = setup.data, setup.recipe
+    section, weigh, select = recipe.probe, weigher(recipe.loss, data.classes), recipe.evaluate.select
     assert section is not None
     codes_cache = open_codes_cache(setup, processes, console)
     refuse_wrong_probe(section, codes_cache.spec.section, len(data.train), len(data.validation or ()))
@@ -90,7 +99,7 @@ def probe(
     run_info = processes.run_on_main(begin_folder, folder, setup, processes.world_size, str(device), run_info)
     with RunLogger(setup, folder, processes, LoopState(), run_info, console) as logger:
         # The other processes wait for what the main one finds.
-        job = _Probe(setup, section, wanted, codes, split, device, codes_cache.stats())
+        job = _Probe(setup, section, wanted, codes, split, device, codes_cache.stats(), weigh, select)
         result, how_to_load = processes.run_on_main(job.run, folder, logger, console)
         logger.write_summary(result)
     return result, how_to_load
@@ -109,6 +118,9 @@ class _Probe:
     """That the score is of."""
     device: torch.device
     cache_stats: dict[str, Any]
+    weigh: Weigh | None
+    select: str
+    """The held-out figure that chooses."""
 
     def run(self, folder: RunFolder, logger: RunLogger, console: Console) -> tuple[dict[str, Any], str]:
         """Fit, evaluate and export; return the result, and how to load the model."""
@@ -173,6 +185,8 @@ class _Probe:
             grid=given_values(self.section),
             refit=self.section.refit,
             kept=kept,
+            weigh=self.weigh,
+            select=self.select,
         )
 
     def _candidates(self) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
@@ -194,17 +208,19 @@ class _Probe:
 
     def _show(self, choice: Choice, console: Console) -> None:
         """Show the best setting of each set of codes, by the held-out images, and mark the best of all."""
-        rows = []
+        rows, select = [], self.select
+        by = [] if select in ("top1", "loss") else [select]
         for name, path in choice.table.items():
-            best = best_of(path)
+            best = best_of(path, select)
+            more = ["-" if best.held_figure is None else number(best.held_figure)] * len(by)
             figures = ["-" if figure is None else number(figure) for figure in (best.held_top1, best.held_loss)]
-            rows.append((name, f"{best.setting:g}", *figures, "chosen" if name == choice.name else ""))
+            rows.append((name, f"{best.setting:g}", *figures, *more, "chosen" if name == choice.name else ""))
         data = self.setup.data
         if data.validation is not None:
             often = majority(data.train.labels_N, data.validation.labels_N, data.classes)
-            rows.append((f"always {often['label']!r}", "-", number(often["top1"]), "-", ""))
+            rows.append((f"always {often['label']!r}", "-", number(often["top1"]), "-", *(["-"] * len(by)), ""))
         kind = self.section.kind
-        titles = ("codes", kind_of(kind).setting.name, "top1", "loss", "")
+        titles = ("codes", kind_of(kind).setting.name, "top1", "loss", *by, "")
         console.table(f"Probe {kind}, by held-out images", titles, rows)
 
     def _result(
@@ -214,7 +230,7 @@ class _Probe:
         num_params = sum(param.numel() for param in fit.head.parameters())
         backbone_params = sum(param.numel() for param in setup.classifier.backbone.parameters())
         brief = {"step": 0, **scalars(figures)}
-        has_chosen = sum(map(len, choice.table.values())) > 1
+        has_chosen, select = sum(map(len, choice.table.values())) > 1, self.select
         score = about_score(setup, self.split, has_chosen=has_chosen, refitted=fit.refitted)
         own = {
             "weights": "last",
@@ -224,11 +240,12 @@ class _Probe:
                 "kind": fit.kind,
                 "layer": chosen[0],
                 "pool": chosen[1],
-                **_plain(fit.chosen),
+                **_plain(fit.chosen, select),
+                **({} if select == "top1" else {"select": select}),
                 "converged": fit.converged,
                 "num_images": fit.num_images,
                 "refitted": fit.refitted,
-                "tried": {name: [_plain(row) for row in rows] for name, rows in choice.table.items()},
+                "tried": {name: [_plain(row, select) for row in rows] for name, rows in choice.table.items()},
             },
             "epochs": 0,
             "steps": 0,
@@ -243,8 +260,9 @@ class _Probe:
         return make_result(setup, self.split, figures, score, own)
 
 
-def _plain(row: PathRow) -> dict[str, Any]:
-    return {"setting": row.setting, "held_out_top1": row.held_top1, "held_out_loss": row.held_loss}
+def _plain(row: PathRow, select: str) -> dict[str, Any]:
+    more = {} if select in ("top1", "loss") else {f"held_out_{select}": row.held_figure}
+    return {"setting": row.setting, "held_out_top1": row.held_top1, "held_out_loss": row.held_loss, **more}
 
 
 def _export(

@@ -97,6 +97,13 @@ def test_groups_of_one_split_are_in_no_two(more, tmp_path, equal):
     assert caught.value.key == "data.groups_across_splits"
 
 
+def test_what_chooses_a_probe_needs_validation_images(tmp_path, idx):
+    probed = {"probe": {"kind": "ridge", "strengths": [1.0]}, "evaluate": {"select": "macro_f1"}}
+    with pytest.raises(RecipeError, match="no validation split to choose by") as caught:
+        set_up(made(tmp_path, idx, {**NO_VALIDATION, **probed}), world_size=1)
+    assert caught.value.key == "evaluate.select"
+
+
 @pytest.mark.parametrize("changes", ACTING, ids=str)
 def test_a_key_that_acts_is_taken(changes, tmp_path, idx):
     assert set_up(made(tmp_path, idx, changes), world_size=1).stages

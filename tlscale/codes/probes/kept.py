@@ -40,9 +40,11 @@ class KeptFits:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def key(self, kind: str, values: Sequence[float], refit: bool, arrays: Sequence[Tensor]) -> str:
-        """Return what identifies a fit: 64 hex digits over its numbers."""
-        return _sha256(json.dumps([_RULES, kind, list(values), refit]), arrays)
+    def key(
+        self, kind: str, values: Sequence[float], refit: bool, arrays: Sequence[Tensor], more: Sequence[Any] = ()
+    ) -> str:
+        """Return what identifies a fit: 64 hex digits over its numbers, and over what is `more` than the usual."""
+        return _sha256(json.dumps([_RULES, kind, list(values), refit, *more]), arrays)
 
     def find(self, digest: str) -> tuple[tuple[PathRow, ...], FittedProbe | None] | None:
         """Return the rows of a set, and the classifier if it was the best by then; None where it is not finished."""

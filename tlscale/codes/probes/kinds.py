@@ -22,7 +22,25 @@ from tlscale.codes.probes.linear import fit_linear
 from tlscale.codes.probes.logistic import logistic_path
 from tlscale.codes.probes.ridge import fit_large_ridge, ridge_path
 from tlscale.codes.probes.scikit import sklearn_path
+from tlscale.codes.probes.weighted import fit_weighted_logistic, fit_weighted_ridge, fit_weighted_sklearn
 from tlscale.errors import RecipeError, sentences, suggestion
+
+
+class WeightedFit(Protocol):
+    """Fit a classifier for each value, to images that weigh by their class."""
+
+    def __call__(
+        self,
+        codes_ND: Tensor,
+        labels_N: Tensor,
+        num_classes: int,
+        strengths: Sequence[float],
+        weights_C: Tensor,
+        near: nn.Module | None,
+        *,
+        by_blocks: bool,
+        select: str,
+    ) -> Fit: ...
 
 
 class Fit(Protocol):
@@ -104,7 +122,10 @@ class ProbeKind:
     fit_large: Callable[[Tensor, Tensor, int, Sequence[float], nn.Module | None], Fit] | None = None
     """The same for more than `blockwise.MOST_EXACT`, and from a classifier of nearly the same images; None: `fit`."""
     searches: bool = False
-    """`fit` goes on step by step; `fit_large` takes its place where classes have few images, too."""
+    """`fit` goes on step by step; `fit_large` takes its place where classes have few images, too, and asks by which
+    figure a sample rejects strengths."""
+    fit_weighted: WeightedFit | None = None
+    """The same where classes have weights, (C,), in either way; None: it cannot."""
 
     def is_by_blocks(self, num_images: int, width: int, num_classes: int) -> bool:
         """Report whether so many images, features and classes are fitted by `fit_large`."""
@@ -118,20 +139,39 @@ class ProbeKind:
         num_classes: int,
         values: Sequence[float],
         near: nn.Module | None = None,
+        *,
+        weights_C: Tensor | None = None,
+        select: str = "top1",
     ) -> Fit:
         """Fit in the way that is for so many images, features and classes."""
+        if weights_C is not None:
+            assert self.fit_weighted is not None, "the recipe refuses other kinds"
+            by_blocks = self.is_by_blocks(codes_ND.shape[0], codes_ND.shape[1], num_classes)
+            return self.fit_weighted(
+                codes_ND, labels_N, num_classes, values, weights_C, near, by_blocks=by_blocks, select=select
+            )
         if self.fit_large is not None and self.is_by_blocks(codes_ND.shape[0], codes_ND.shape[1], num_classes):
-            return self.fit_large(codes_ND, labels_N, num_classes, values, near)
+            fit: Callable[..., Fit] = self.fit_large
+            fit = partial(fit, select=select) if self.searches else fit
+            return fit(codes_ND, labels_N, num_classes, values, near)
         return self.fit(codes_ND, labels_N, num_classes, values)
 
 
 PROBE_KINDS: dict[str, ProbeKind] = {
     # quasi-Newton, all strengths side by side; where there is much, few of them, block by block
-    "logistic": ProbeKind(partial(fit_linear, logistic_path), _STRENGTH, fit_large=fit_large_logistic, searches=True),
+    "logistic": ProbeKind(
+        partial(fit_linear, logistic_path),
+        _STRENGTH,
+        fit_large=fit_large_logistic,
+        searches=True,
+        fit_weighted=fit_weighted_logistic,
+    ),
     # one eigendecomposition; scaled so that the softmax of the scores is a probability
-    "ridge": ProbeKind(partial(fit_linear, ridge_path), _STRENGTH, fit_large=fit_large_ridge),
+    "ridge": ProbeKind(
+        partial(fit_linear, ridge_path), _STRENGTH, fit_large=fit_large_ridge, fit_weighted=fit_weighted_ridge
+    ),
     # scikit-learn's LogisticRegression, once for each strength; needs scikit-learn
-    "sklearn": ProbeKind(partial(fit_linear, sklearn_path), _STRENGTH),
+    "sklearn": ProbeKind(partial(fit_linear, sklearn_path), _STRENGTH, fit_weighted=fit_weighted_sklearn),
     # votes of the nearest by cosine of standardised codes, which are compared as they were found
     "knn": ProbeKind(fit_knn, _NEIGHBOURS, follows_precision=False),
 }

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tlscale.codes.probes.blockwise import HeadsFit, Rotation, blocks, by_class_order, is_large, to_compute
+from tlscale.codes.probes.class_figures import OF_CLASSES, figure_of_classes, rank_of
 from tlscale.distributed.settings import cpu_threads
 from tlscale.tracking.progress import each, progress
 
@@ -43,7 +44,13 @@ _STEPS_TO = (30.0, 10.0, 3.0)  # times as strong: where the way to a single stre
 
 
 def fit_large_logistic(
-    codes_ND: Tensor, labels_N: Tensor, num_classes: int, strengths: Sequence[float], near: nn.Module | None = None
+    codes_ND: Tensor,
+    labels_N: Tensor,
+    num_classes: int,
+    strengths: Sequence[float],
+    near: nn.Module | None = None,
+    weights_C: Tensor | None = None,
+    select: str = "top1",
 ) -> HeadsFit:
     """Fit a classifier for each strength that a sample does not reject.
 
@@ -56,11 +63,13 @@ def fit_large_logistic(
         num_classes: C. Some may have no image: those are as in `linear.linear_path`.
         strengths: `lam` of `linear`, each above 0.
         near: a classifier of nearly the same images, from which a single strength begins.
+        weights_C: of the images of each class, with a mean of 1 over the images; None: all weigh the same.
+        select: the figure by which the sample rejects strengths.
     """
     if is_large(codes_ND.shape[0], codes_ND.shape[1], num_classes):
-        return _fit(codes_ND, labels_N, num_classes, strengths, near, MOST_PASSES)
+        return _fit(codes_ND, labels_N, num_classes, strengths, near, MOST_PASSES, weights_C, select)
     with cpu_threads(1):
-        return _fit(codes_ND, labels_N, num_classes, strengths, near, MOST_PASSES_OF_FEW)
+        return _fit(codes_ND, labels_N, num_classes, strengths, near, MOST_PASSES_OF_FEW, weights_C, select)
 
 
 def _fit(
@@ -70,18 +79,21 @@ def _fit(
     strengths: Sequence[float],
     near: nn.Module | None,
     most_passes: int,
+    weights_C: Tensor | None,
+    select: str,
 ) -> HeadsFit:
     codes_ND, labels_N = to_compute(codes_ND, labels_N)
     present_C, labels_N = torch.unique(labels_N, return_inverse=True)
     rotation, order_N = Rotation.of(codes_ND), by_class_order(labels_N).to(codes_ND.device)
-    images = Images(rotation.whole(codes_ND, order_N), labels_N[order_N], len(present_C))
+    weights_N = None if weights_C is None else weights_C.to(codes_ND.device).float()[present_C][labels_N[order_N]]
+    images = Images(rotation.whole(codes_ND, order_N), labels_N[order_N], len(present_C), weights_N)
     bound_Q1 = torch.cat([rotation.variances_R, rotation.variances_R.new_ones(1)])[:, None].float() / 2
     path = sorted(strengths, reverse=True)
     begin = _Point(images.start(), History(bound_Q1), math.nan)
     if isinstance(near, nn.Linear) and len(path) == 1:
         begin = _Point(rotation.params_of(near)[:, present_C], History(bound_Q1), path[0])
     elif len(images.labels_N) >= SAMPLE * _LEAST_OF_CLASS * len(present_C):
-        begin, path = _reject(images, path, begin)
+        begin, path = _reject(images, path, begin, select)
     solved = {}
     for lam in each(path, lambda lam: f"probe: strength {lam:g} on {len(labels_N):,} images"):
         begin, is_solved = _solve(images, lam, begin, TOLERANCE, most_passes)
@@ -100,9 +112,11 @@ class Images:
     codes_NQ: Tensor
     labels_N: Tensor
     num_classes: int
+    weights_N: Tensor | None = None
 
     def __getitem__(self, rows: slice) -> Images:
-        return Images(self.codes_NQ[rows], self.labels_N[rows], self.num_classes)
+        weights_N = None if self.weights_N is None else self.weights_N[rows]
+        return Images(self.codes_NQ[rows], self.labels_N[rows], self.num_classes, weights_N)
 
     def start(self) -> Tensor:
         """Return the parameters of the classifier that knows the frequencies alone."""
@@ -119,9 +133,13 @@ class Images:
             codes_BQ, labels_B1 = self.codes_NQ[rows], self.labels_N[rows, None]
             logits_BC = codes_BQ @ params_QC
             norm_B1 = logits_BC.logsumexp(1, keepdim=True)
-            total += (norm_B1 - logits_BC.gather(1, labels_B1)).sum(dtype=torch.float64)
+            losses_B1 = norm_B1 - logits_BC.gather(1, labels_B1)
             shares_BC = logits_BC.sub_(norm_B1).exp_()
             residuals_BC = shares_BC.scatter_add_(1, labels_B1, shares_BC.new_full(labels_B1.shape, -1.0))
+            if self.weights_N is not None:
+                losses_B1 = self.weights_N[rows, None] * losses_B1
+                residuals_BC.mul_(self.weights_N[rows, None])
+            total += losses_B1.sum(dtype=torch.float64)
             gradient_QC += codes_BQ.T @ residuals_BC
         gradient_QC /= len(self.labels_N)
         weights_RC = params_QC[:-1].double()
@@ -142,14 +160,21 @@ class Images:
         whole_QC[:, present_C] = params_QC
         return whole_QC
 
-    def figures(self, params_QC: Tensor) -> tuple[float, float]:
-        """Compute the share of wrong answers, and the mean loss."""
-        wrong, loss = 0, 0.0
+    def rank(self, params_QC: Tensor, select: str) -> tuple[float, float]:
+        """Return a sort key by a figure, the smallest for the best; by top1 the share of wrong answers and the loss."""
+        wrong, loss, answers = 0, 0.0, []
         for rows in blocks(len(self.labels_N), self.num_classes):
             logits_BC, labels_B = self.codes_NQ[rows] @ params_QC, self.labels_N[rows]
-            wrong += int((logits_BC.argmax(1) != labels_B).sum())
+            answers.append(logits_BC.argmax(1))
+            wrong += int((answers[-1] != labels_B).sum())
             loss += float(F.cross_entropy(logits_BC, labels_B, reduction="sum"))
-        return wrong / len(self.labels_N), loss / len(self.labels_N)
+        wrong_share, loss = wrong / len(self.labels_N), loss / len(self.labels_N)
+        if select == "top1":
+            return wrong_share, loss
+        of_classes = None
+        if select in OF_CLASSES:
+            of_classes = figure_of_classes(select, torch.cat(answers), self.labels_N, self.num_classes)
+        return rank_of(select, 1 - wrong_share, loss, of_classes)
 
 
 @dataclass(eq=False)
@@ -204,7 +229,7 @@ class _Point:
         return self.history if math.isnan(self.lam) else self.history.at(lam - self.lam)
 
 
-def _reject(images: Images, strengths: list[float], begin: _Point) -> tuple[_Point, list[float]]:
+def _reject(images: Images, strengths: list[float], begin: _Point, select: str) -> tuple[_Point, list[float]]:
     """Solve all strengths roughly on a sample, the strongest first, and score them on other images.
 
     Returns:
@@ -218,7 +243,7 @@ def _reject(images: Images, strengths: list[float], begin: _Point) -> tuple[_Poi
     for lam in [*single, *strengths]:
         begin, _ = _solve(sample, lam, begin, _ROUGH, MOST_PASSES)
         points[lam] = begin
-        scored.append((*others.figures(begin.params_QC), -lam))
+        scored.append((*others.rank(begin.params_QC, select), -lam))
     best = strengths.index(-min(scored[len(single) :])[2])
     carried = strengths[best : best + MOST_CARRIED]
     if len(strengths) > 1:

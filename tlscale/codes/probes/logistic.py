@@ -36,18 +36,25 @@ def logistic_path(codes_ND: Tensor, labels_N: Tensor, num_classes: int, strength
     all strengths together, and its length none. Steps are made in float32; the float64 search that starts where they
     end tests their result, and makes further steps if it has to.
     """
+    return solve(Problem, codes_ND, labels_N, num_classes, strengths)
+
+
+def solve(
+    kind: type[Problem], codes_ND: Tensor, labels_N: Tensor, num_classes: int, strengths: Sequence[float]
+) -> LinearPath:
+    """Search for the lowest loss of a kind of problem, for each strength, as `logistic_path` says."""
     axes_DR, variances_R = principal_axes(codes_ND)
     rotated_NR = codes_ND @ axes_DR
-    problem = _Problem(rotated_NR, labels_N, num_classes, variances_R)
-    rough = _Problem(rotated_NR.float(), labels_N, num_classes, variances_R.float())
+    problem = kind(rotated_NR, labels_N, num_classes, variances_R)
+    rough = kind(rotated_NR.float(), labels_N, num_classes, variances_R.float())
     at_once = max(1, _MOST_LOGITS // (len(labels_N) * num_classes))
     solutions, converged = [], []
     for first in range(0, len(strengths), at_once):
         lam_L = variances_R.new_tensor(strengths[first : first + at_once])
         start_QLC = rotated_NR.new_zeros(len(variances_R) + 1, len(lam_L), num_classes)
         start_QLC = _minimise(rough, lam_L.float(), start_QLC.float(), TOLERANCE / 2)[0].double()
-        # At the optimum the classes sum to zero, here but for the rounding of float32.
-        start_QLC -= start_QLC.mean(2, keepdim=True)
+        # At the optimum of multinomial regression the classes sum to zero, here but for the rounding of float32.
+        start_QLC = problem.centred(start_QLC)
         solution_QLC, converged_L = _minimise(problem, lam_L, start_QLC, TOLERANCE)
         solutions.append(solution_QLC)
         converged += converged_L.tolist()
@@ -56,14 +63,21 @@ def logistic_path(codes_ND: Tensor, labels_N: Tensor, num_classes: int, strength
     return LinearPath(weights_LDC, all_QLC[-1], tuple(converged))
 
 
-class _Problem:
-    """Hold what all strengths share. Q = R + 1 rows of parameters: the last one is the bias, on a feature that is 1."""
+class Problem:
+    """Hold what all strengths share, of multinomial regression.
+
+    Q = R + 1 rows of parameters: the last one is the bias, on a feature that is 1.
+    """
 
     def __init__(self, codes_NR: Tensor, labels_N: Tensor, num_classes: int, variances_R: Tensor) -> None:
         self.codes_NQ = torch.cat([codes_NR, codes_NR.new_ones(len(codes_NR), 1)], dim=1)
-        self.targets_N1C = F.one_hot(labels_N, num_classes).to(codes_NR.dtype)[:, None]
+        self.targets_N1C = self.targets(labels_N, num_classes).to(codes_NR.dtype)[:, None]
         # Half the second moments bound the Hessian: the largest eigenvalue of diag(p) - p p' is at most 1/2.
         self.bound_Q11 = torch.cat([variances_R, variances_R.new_ones(1)])[:, None, None] / 2
+
+    def targets(self, labels_N: Tensor, num_classes: int) -> Tensor:
+        """Return the probabilities to be learned, (N, C)."""
+        return F.one_hot(labels_N, num_classes)
 
     def logits(self, params_QAC: Tensor) -> Tensor:
         return (self.codes_NQ @ params_QAC.flatten(1)).view(-1, *params_QAC.shape[1:])
@@ -75,8 +89,20 @@ class _Problem:
     def gradient(self, residuals_NAC: Tensor, params_QAC: Tensor, lam_QA1: Tensor) -> Tensor:
         total_QX = self.codes_NQ.T @ residuals_NAC.flatten(1)
         gradient_QAC = total_QX.view(-1, *residuals_NAC.shape[1:]) / len(self.codes_NQ) + lam_QA1 * params_QAC
-        # It sums to zero over classes but for rounding, which would grow from step to step: nothing is learnt there.
+        return self.centred(gradient_QAC)
+
+    def centred(self, gradient_QAC: Tensor) -> Tensor:
+        """Return a gradient without its mean over the classes.
+
+        It sums to zero over classes but for rounding, which would grow from step to step: nothing is learnt there.
+        """
         return gradient_QAC - gradient_QAC.mean(2, keepdim=True)
+
+    def curvature(self, residuals_NAC: Tensor, change_NAC: Tensor) -> Tensor:
+        """Compute the second derivative of the mean loss along a change of the logits: its variance by the answer."""
+        shares_NAC = residuals_NAC + self.targets_N1C
+        mean_NA1 = (shares_NAC * change_NAC).sum(2, keepdim=True)
+        return _dot(shares_NAC, (change_NAC - mean_NA1).square()) / len(change_NAC)
 
 
 def _dot(first_QAC: Tensor, second_QAC: Tensor) -> Tensor:
@@ -104,7 +130,7 @@ class _Search:
         )
 
 
-def _minimise(problem: _Problem, lam_L: Tensor, start_QLC: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
+def _minimise(problem: Problem, lam_L: Tensor, start_QLC: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
     """Search the parameters for each strength; return them, and whether they are within the tolerance."""
     lam_QL1 = lam_L[None, :, None].repeat(len(start_QLC), 1, 1)
     lam_QL1[-1] = 0
@@ -141,7 +167,7 @@ def _is_solved(search: _Search, lam_A: Tensor, tolerance: float) -> Tensor:
     return _dot(search.gradient_QAC, search.gradient_QAC).sqrt() <= least_A.clamp_min(rounding)
 
 
-def _step(problem: _Problem, search: _Search) -> Tensor:
+def _step(problem: Problem, search: _Search) -> Tensor:
     """Go to a lower point on each problem; return which ones have none in this precision, and stay: (A,)."""
     direction_QAC = _direction(problem, search)
     change_NAC = problem.logits(direction_QAC)
@@ -156,7 +182,7 @@ def _step(problem: _Problem, search: _Search) -> Tensor:
     return stuck_A
 
 
-def _direction(problem: _Problem, search: _Search) -> Tensor:
+def _direction(problem: Problem, search: _Search) -> Tensor:
     """Compute minus the estimated inverse Hessian times the gradient (the two loops of Nocedal 1980)."""
     bound_QA1, result_QAC, factors = problem.bound_Q11 + search.lam_QA1, search.gradient_QAC, []
     dtype = result_QAC.dtype
@@ -176,7 +202,7 @@ def _direction(problem: _Problem, search: _Search) -> Tensor:
 
 
 def _length(
-    problem: _Problem, search: _Search, direction_QAC: Tensor, change_NAC: Tensor
+    problem: Problem, search: _Search, direction_QAC: Tensor, change_NAC: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Find how far to go in each problem (A, 1), the residuals there, and where rounding hides that (A,): not at all.
 
@@ -196,15 +222,8 @@ def _length(
         if (right_A | ~(enough_A > 0)).all():
             break
         low_A, high_A = torch.where(slope_A < 0, length_A, low_A), torch.where(slope_A > 0, length_A, high_A)
-        newton_A = length_A - slope_A / (_curvature(problem, residuals_NAC, change_NAC) + regular_A)
+        newton_A = length_A - slope_A / (problem.curvature(residuals_NAC, change_NAC) + regular_A)
         middle_A = torch.where(high_A.isinf(), 2 * length_A, (low_A + high_A) / 2)
         inside_A = (newton_A > low_A) & (newton_A < high_A)
         length_A = torch.where(right_A, length_A, torch.where(inside_A, newton_A, middle_A))
     return length_A1 * right_A[:, None], residuals_NAC, ~right_A
-
-
-def _curvature(problem: _Problem, residuals_NAC: Tensor, change_NAC: Tensor) -> Tensor:
-    """Compute the second derivative of the mean loss along a change of the logits: its variance under the answer."""
-    shares_NAC = residuals_NAC + problem.targets_N1C
-    mean_NA1 = (shares_NAC * change_NAC).sum(2, keepdim=True)
-    return _dot(shares_NAC, (change_NAC - mean_NA1).square()) / len(change_NAC)

@@ -16,7 +16,7 @@ from tlscale.codes.probes.blockwise import DOING, HeadsFit, Rotation, blocks, by
 from tlscale.codes.probes.linear import LinearPath, principal_axes
 from tlscale.distributed.signals import check_stop
 
-_MOST_SCORES = 2**22  # of the images that find the scale: 32 MiB
+MOST_SCORES = 2**22  # of the images that find the scale: 32 MiB
 
 
 def ridge_path(codes_ND: Tensor, labels_N: Tensor, num_classes: int, strengths: Sequence[float]) -> LinearPath:
@@ -56,7 +56,7 @@ def fit_large_ridge(
     sums_CR = torch.zeros(len(present_C), len(rotation.variances_R), dtype=torch.float64, device=codes_ND.device)
     for rows in blocks(*codes_ND.shape):
         sums_CR.index_add_(0, relabelled_N[rows], rotation.apply(codes_ND[rows]))
-    some = order_N[: max(2, min(num_images, _MOST_SCORES // len(present_C)))]
+    some = order_N[: max(2, min(num_images, MOST_SCORES // len(present_C)))]
     some_NR, targets_NC = rotation.apply(codes_ND[some]), F.one_hot(relabelled_N[some], len(present_C)).double()
     heads = []
     for strength in strengths:
@@ -76,8 +76,10 @@ def fit_large_ridge(
     return HeadsFit(tuple(heads), (True,) * len(heads))
 
 
-def best_scale(scores_NC: Tensor, labels_N: Tensor, least: float = 1e-2, most: float = 1e3) -> float:
-    """Find the factor, within these bounds, by which `softmax(factor * scores)` fits the labels best.
+def best_scale(
+    scores_NC: Tensor, labels_N: Tensor, least: float = 1e-2, most: float = 1e3, weights_N: Tensor | None = None
+) -> float:
+    """Find the factor, within these bounds, by which `softmax(factor * scores)` fits the labels best; images may weigh.
 
     The cross-entropy is convex in the factor. Its targets leave a doubt of 1 / (N + 2) to the other classes, which is
     Laplace's rule of succession: the next answer after N right ones out of N is right with (N + 1) / (N + 2). Without
@@ -91,6 +93,7 @@ def best_scale(scores_NC: Tensor, labels_N: Tensor, least: float = 1e-2, most: f
     low, high = math.log(least), math.log(most)
     for _ in range(40):
         middle = (low + high) / 2
-        slope = ((math.exp(middle) * scores_NC).softmax(1) * scores_NC).sum(1).sub(wanted_N).mean()
+        slopes_N = ((math.exp(middle) * scores_NC).softmax(1) * scores_NC).sum(1).sub(wanted_N)
+        slope = slopes_N.mean() if weights_N is None else (weights_N * slopes_N).mean()
         low, high = (low, middle) if slope > 0 else (middle, high)
     return math.exp((low + high) / 2)

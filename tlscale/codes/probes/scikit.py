@@ -21,7 +21,13 @@ from tlscale.tracking.progress import each
 _MOST_STEPS = 2000
 
 
-def sklearn_path(codes_ND: Tensor, labels_N: Tensor, num_classes: int, strengths: Sequence[float]) -> LinearPath:
+def sklearn_path(
+    codes_ND: Tensor,
+    labels_N: Tensor,
+    num_classes: int,
+    strengths: Sequence[float],
+    weights_C: Tensor | None = None,
+) -> LinearPath:
     """Fit `LogisticRegression` (solver lbfgs, its default tolerance) for each strength; `RecipeError` without it."""
     try:
         from sklearn.exceptions import ConvergenceWarning
@@ -35,7 +41,8 @@ def sklearn_path(codes_ND: Tensor, labels_N: Tensor, num_classes: int, strengths
     codes, labels = codes_ND.cpu().numpy(), labels_N.cpu().numpy()
     models: list[Any] = []
     for strength in each(strengths, lambda strength: f"probe: scikit-learn, strength {strength:g}"):
-        model = LogisticRegression(C=1 / (strength * images), max_iter=_MOST_STEPS)
+        by_class = None if weights_C is None else dict(enumerate(weights_C.tolist()))
+        model = LogisticRegression(C=1 / (strength * images), max_iter=_MOST_STEPS, class_weight=by_class)
         with warnings.catch_warnings(), stoppable(DOING):
             # What it would say is in `converged`.
             warnings.simplefilter("ignore", ConvergenceWarning)

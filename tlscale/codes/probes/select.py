@@ -10,7 +10,7 @@ Letters: N training images, M held-out images, D features, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
@@ -20,11 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tlscale.codes.parts import layer_name, wanted_layers
+from tlscale.codes.probes.class_figures import OF_CLASSES, figure_of_classes, rank_of
 from tlscale.codes.probes.kinds import Fit, ProbeKind, kind_of
 from tlscale.errors import DataError, ModelError, RecipeError
 from tlscale.recipe.schema import CodesSection, ProbeSection
 
 Array: TypeAlias = Tensor | npt.NDArray[Any]
+Weigh: TypeAlias = Callable[[Tensor], Tensor]
+"""From labels (N,) to the weight of each class (C,), of which those of the images have a mean of 1."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +41,14 @@ class PathRow:
     held_top1: float | None
     held_loss: float | None
     converged: bool
+    held_figure: float | None = None
+    """That which chooses, where it is another one than these two."""
 
-    def rank(self) -> tuple[float, float, float]:
-        """Return a sort key, the smallest for the best: highest top1, then lowest loss, then the smoothest."""
+    def rank(self, select: str = "top1") -> tuple[float, float, float]:
+        """Return a sort key, the smallest for the best: by what chooses, then the lowest loss, then the smoothest."""
         assert self.held_top1 is not None
         assert self.held_loss is not None
-        return -self.held_top1, self.held_loss, -self.setting
+        return *rank_of(select, self.held_top1, self.held_loss, self.held_figure), -self.setting
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +86,9 @@ class Choice:
 class Kept(Protocol):
     """Keep what is fitted to each set of codes; see `kept.KeptFits`."""
 
-    def key(self, kind: str, values: Sequence[float], refit: bool, arrays: Sequence[Tensor]) -> str: ...
+    def key(
+        self, kind: str, values: Sequence[float], refit: bool, arrays: Sequence[Tensor], more: Sequence[Any] = ()
+    ) -> str: ...
 
     def find(self, digest: str) -> tuple[tuple[PathRow, ...], FittedProbe | None] | None: ...
 
@@ -98,6 +105,8 @@ def choose(
     grid: Sequence[float] | None = None,
     refit: bool = True,
     kept: Kept | None = None,
+    weigh: Weigh | None = None,
+    select: str = "top1",
 ) -> Choice:
     """Fit a classifier to each of several sets of codes (layers, poolings), and keep the best by held-out images.
 
@@ -112,13 +121,15 @@ def choose(
         refit: fit the chosen setting again, to training and held-out images together, standardised by all of them.
             False: keep what was fitted to the training images alone.
         kept: what an earlier call that was stopped has finished, and what this one does.
+        weigh: of the images of each class, by the labels of all images that are fitted; None: all weigh the same.
+        select: the held-out figure that chooses: top1, loss, macro_f1 or balanced_accuracy. None has weights.
 
     Raises:
         RecipeError: the kind is unknown, the grid is wrong, or there is nothing to choose by.
         ModelError: codes that are not finite, or that are the same for every image.
         DataError: fewer than two classes.
     """
-    row = kind_of(kind)
+    row, way = kind_of(kind), _Way(weigh, select)
     best: FittedProbe | None = None
     best_name, table = "", dict[str, tuple[PathRow, ...]]()
     for name, codes in candidates:
@@ -128,16 +139,12 @@ def choose(
         assert name not in table, "names of candidates differ"
         values = row.setting.values(grid, len(train.labels), len(held.labels))
         arrays = (train.codes, train.labels, held.codes, held.labels)
-        key = "" if kept is None else kept.key(kind, values, refit, arrays)
+        key = "" if kept is None else kept.key(kind, values, refit, arrays, way.facts(train.labels))
         found = None if kept is None else kept.find(key)
         if found is None:
-            fit, path = _try_all(row, train, held, num_classes, values)
-            chosen, probe = best_of(path), None
-            if best is None or chosen.rank() < best.chosen.rank():
-                probe = _finish(kind, fit.head(path.index(chosen)), chosen, path, train, held, num_classes, refit)
+            path, probe = _fit(kind, train, held, num_classes, values, refit, way, best)
             if kept is not None:
                 kept.keep(key, path, probe)
-            del fit
         else:
             path, probe = found
             for head in (probe.head, probe.before_refit) if probe is not None else ():
@@ -150,10 +157,28 @@ def choose(
     return Choice(best_name, best, table)
 
 
-def best_of(path: Sequence[PathRow]) -> PathRow:
+@dataclass(frozen=True)
+class _Way:
+    """Tell how images weigh, and what chooses."""
+
+    weigh: Weigh | None
+    select: str
+
+    def weights(self, labels_N: Tensor) -> Tensor | None:
+        """Return the weight of each class, with a mean of 1 over these images."""
+        return None if self.weigh is None else self.weigh(labels_N)
+
+    def facts(self, labels_N: Tensor) -> list[Any]:
+        """Return what a fit hangs on beside its numbers; nothing of the usual way."""
+        weights_C = self.weights(labels_N)
+        given = [] if weights_C is None else [weights_C.tolist()]
+        return given if self.select == "top1" else [*given, self.select]
+
+
+def best_of(path: Sequence[PathRow], select: str = "top1") -> PathRow:
     """Return the best row by held-out images, among those that were not rejected before; the only one as it is."""
     rows = [row for row in path if row.held_top1 is not None]
-    return min(rows, key=PathRow.rank) if rows else path[0]
+    return min(rows, key=lambda row: row.rank(select)) if rows else path[0]
 
 
 def refuse_wrong_probe(probe: ProbeSection, codes: CodesSection, num_train: int, num_held: int) -> None:
@@ -239,19 +264,41 @@ def _check_training(train: _Images, held: _Images, num_classes: int) -> None:
 
 
 def _try_all(
-    kind: ProbeKind, train: _Images, held: _Images, num_classes: int, values: tuple[float, ...]
+    kind: ProbeKind, train: _Images, held: _Images, num_classes: int, values: tuple[float, ...], way: _Way
 ) -> tuple[Fit, tuple[PathRow, ...]]:
     """Fit every value to the training images, and score it on the held-out ones."""
     _check_training(train, held, num_classes)
-    fit = kind.fit_by_size(train.codes, train.labels, num_classes, values)
-    figures: Iterable[tuple[float | None, float | None]] = [(None, None)] * len(values)
+    weights_C = way.weights(train.labels)
+    fit = kind.fit_by_size(train.codes, train.labels, num_classes, values, weights_C=weights_C, select=way.select)
+    figures: Iterable[tuple[float | None, float | None, float | None]] = [(None, None, None)] * len(values)
     if len(held.labels):
         figures = (
-            (None, None) if logits_MC is None else _figures(logits_MC, held.labels)
+            (None, None, None)
+            if logits_MC is None
+            else (*_figures(logits_MC, held.labels), _figure(way.select, logits_MC, held.labels))
             for logits_MC in fit.logits(held.codes)
         )
     scored = zip(values, figures, fit.converged, strict=True)
-    return fit, tuple(PathRow(value, top1, loss, converged) for value, (top1, loss), converged in scored)
+    return fit, tuple(PathRow(value, top1, loss, done, more) for value, (top1, loss, more), done in scored)
+
+
+def _fit(
+    kind: str,
+    train: _Images,
+    held: _Images,
+    num_classes: int,
+    values: tuple[float, ...],
+    refit: bool,
+    way: _Way,
+    best: FittedProbe | None,
+) -> tuple[tuple[PathRow, ...], FittedProbe | None]:
+    """Try all values; return them, and the classifier where it is better than the best one before."""
+    fit, path = _try_all(kind_of(kind), train, held, num_classes, values, way)
+    chosen = best_of(path, way.select)
+    if best is not None and chosen.rank(way.select) >= best.chosen.rank(way.select):
+        return path, None
+    head = fit.head(path.index(chosen))
+    return path, _finish(kind, head, chosen, path, train, held, num_classes, refit, way)
 
 
 def _finish(
@@ -263,11 +310,15 @@ def _finish(
     held: _Images,
     num_classes: int,
     refit: bool,
+    way: _Way,
 ) -> FittedProbe:
     before_refit, converged, images = head.eval(), chosen.converged, train
     if refit and len(held.labels):
         images = train + held
-        again = kind_of(kind).fit_by_size(images.codes, images.labels, num_classes, (chosen.setting,), before_refit)
+        values, weights_C = (chosen.setting,), way.weights(images.labels)
+        again = kind_of(kind).fit_by_size(
+            images.codes, images.labels, num_classes, values, before_refit, weights_C=weights_C, select=way.select
+        )
         head, converged = again.head(0), again.converged[0]
     return FittedProbe(kind, chosen, path, len(images.labels), converged, head.eval(), before_refit)
 
@@ -277,3 +328,10 @@ def _figures(logits_MC: Tensor, labels_M: Tensor) -> tuple[float, float]:
     labels_M = labels_M.to(logits_MC.device)
     loss = F.cross_entropy(logits_MC, labels_M)
     return float((logits_MC.argmax(1) == labels_M).double().mean()), float(loss)
+
+
+def _figure(select: str, logits_MC: Tensor, labels_M: Tensor) -> float | None:
+    """Compute the figure that chooses, where it is neither top1 nor the loss."""
+    if select not in OF_CLASSES:
+        return None
+    return figure_of_classes(select, logits_MC.argmax(1), labels_M.to(logits_MC.device), logits_MC.shape[1])

@@ -75,7 +75,7 @@ class EvaluateSection(Section):
     """Images per process and forward pass; by default what a process takes in training."""
     select: Literal["top1", "loss", "macro_f1", "balanced_accuracy", "distill_loss"] = "top1"
     """The validation figure by which weights are best; `balanced_accuracy`: the mean of the classes' own accuracies;
-    `distill_loss`: what `distill` adds to the loss."""
+    `distill_loss`: what `distill` adds to the loss. Of a probe: by which layer, pooling and strength are best."""
     choose: Literal["latest_within_se", "best"] = "latest_within_se"
     """Which weights are exported: `best`: those of the best validation figure; `latest_within_se`: the latest ones
     whose figure is within one standard error of the best, since the best of many figures of few images is best by luck.

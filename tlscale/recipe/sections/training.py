@@ -107,7 +107,8 @@ class LossSection(Section):
     class_weights: Literal["none", "balanced"] | dict[str, Annotated[float, Field(ge=0.0, le=1e6)]] = "none"
     """`balanced`: inverse to each class's number of training images; or a weight for each class by name. An image's
     loss is multiplied by the weight of its own label; one mixed of two labels has a share of each label's weighted
-    loss. Weights are scaled such that their mean over the training images is 1."""
+    loss. Weights are scaled such that their mean over the training images is 1. A probe takes these alone of `loss`;
+    nearest neighbours have none."""
 
     @model_validator(mode="after")
     def _check(self) -> LossSection:
