@@ -62,7 +62,7 @@ from tlscale.data.formats.jpeg import DamagedError, load_jpeg
 from tlscale.data.formats.others import HEAD_BYTES, other_kind
 from tlscale.data.formats.png import PNG_START, fault_of, is_wide_colour, lacks_rows, scaled_key
 from tlscale.data.formats.tiff import Meaning, UnreadTiffError, describe, is_tiff, meaning_of, needs_bands, tiff_size
-from tlscale.data.formats.unread import UnreadError
+from tlscale.data.formats.unread import OtherChannelsError, UnreadError
 from tlscale.data.formats.webp import has_hole
 from tlscale.errors import DataError
 from tlscale.recipe.schema import DataSection
@@ -164,6 +164,8 @@ def decode_image(raw: Raw, *, in_chans: int | None, max_pixels: int, where: str,
         if reading.value_range is None and in_chans is None:
             return _with_any_channels(raw, max_pixels, reading)
         return _pixels(_numbers(raw, in_chans, max_pixels, reading), in_chans, reading)
+    except OtherChannelsError as error:
+        raise BadImageError.at(where, str(error), None) from None
     except UnreadError as error:
         raise BadImageError.at(where, str(error)) from None
     except Exception as error:  # on hostile bytes Pillow's decoders raise nearly anything

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from tlscale.data.formats.unread import UnreadError
+from tlscale.data.formats.unread import OtherChannelsError, UnreadError
 
 NPY_START = b"\x93NUMPY"
 Array = npt.NDArray[Any]
@@ -82,14 +82,14 @@ def channels_last(array: Array, *, channels_first: bool) -> Array:
     return np.moveaxis(array, 0, 2) if channels_first else array
 
 
-def wrong_channels(shape: Shape, in_chans: int, channels_first: bool) -> UnreadError:
+def wrong_channels(shape: Shape, in_chans: int, channels_first: bool) -> OtherChannelsError:
     """Return the error of an image (H x W x C) with other channels than the backbone takes."""
     count = shape[2]
     many = "1 channel" if count == 1 else f"{count} channels"
     hint = f"Set backbone.in_chans: {count}, if all images have so many"
     if not channels_first and shape[0] == in_chans:
         hint = "If channels come first in arrays, set data.channels_first: true"
-    return UnreadError(f"it has {many} ({_words(shape)}), and backbone.in_chans is {in_chans}", hint)
+    return OtherChannelsError(f"it has {many} ({_words(shape)}), and backbone.in_chans is {in_chans}", hint)
 
 
 def _words(shape: Shape) -> str:

@@ -10,3 +10,7 @@ class UnreadError(Exception):
 
     def __init__(self, problem: str, remedy: str | None = None) -> None:
         super().__init__(render(problem, remedy=remedy))
+
+
+class OtherChannelsError(UnreadError):
+    """Raised for an image that is sound, and has other channels than the network takes: none to be skipped."""
