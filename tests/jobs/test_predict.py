@@ -48,6 +48,14 @@ STRATEGIES = {
         "codes": {"keep": "always"},
         "optim": {"ema_decay": 0.5},
     },
+    "lora, and then the head": {
+        "adapters": {"lora": {"layers": r"blocks\.[45]\..*", "rank": 2}},
+        "stages": [
+            {"freeze": r"blocks\.4\..*", "duration": "1 epochs", "lr": 1e-2},
+            {"freeze": ".*", "duration": "1 epochs", "lr": 1e-2},
+        ],
+        "codes": {"keep": "always"},
+    },
     "lora of convolutions": {"adapters": {"lora": {"layers": r"layer3\..*conv.*", "rank": 3}}, "backbone": RESNET},
     "codes": {"probe": {"kind": "logistic"}, "backbone": RESNET},
     "early codes": {"probe": {"kind": "ridge"}, "backbone": RESNET, "codes": {"layer": "layer2", "pool": "max"}},

@@ -266,6 +266,11 @@ class Recipe(Section):
                 problem = f"makes up for rare classes as {key} does, and both would do it twice"
                 raise InvalidValueError(problem, "Remove one of them.", keys=["data.sampling", key])
 
+    @property
+    def freezing(self) -> list[FreezeRules]:
+        """Return the freeze rules of each stage; of one where there are no `stages`."""
+        return [stage.freeze for stage in self.stages] if self.stages else [self.freeze]
+
     def with_(self, **changes: Any) -> Recipe:
         """Return the recipe with other values, checked as a whole: `with_(duration="5 epochs", **{"optim.lr": 3e-4})`.
 

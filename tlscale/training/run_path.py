@@ -81,8 +81,9 @@ class RunFacts:
     codes_dtype: str = "auto"
     max_pixels: int = round(DataSection.model_fields["max_megapixels"].default * 1e6)
     is_probe: bool = False
-    frozen_by: tuple[Any, ...] | None = None
-    """Rules; None where the scored images went through the whole network at once."""
+    frozen_by: tuple[tuple[Any, ...], ...] | None = None
+    """Rules of each stage, the last of which was scored; None where the scored images went through the whole network at
+    once."""
     adapters: LoraSection | None = None
     """Of the run, whose model has them in its weights."""
     batching: Batching = Batching()
@@ -106,8 +107,7 @@ class RunFacts:
         info, result = read_run_info(folder) or {}, read_result(folder) or {}
         scores = result.get("computed_scores") or _scores_of_older(recipe, info)
         batching = Batching(scores["batch_size"], result.get("num_images", 0), scores["num_processes"])
-        rules = recipe.stages[-1].freeze if recipe.stages else recipe.freeze
-        frozen_by = tuple(rules) if scores["on_codes"] else None
+        frozen_by = tuple(map(tuple, recipe.freezing)) if scores["on_codes"] else None
         lora = None if recipe.adapters is None else recipe.adapters.lora
         return cls(run, compute, recipe.codes.dtype, max_pixels, frozen_by=frozen_by, adapters=lora, batching=batching)
 
@@ -235,10 +235,10 @@ def _way(trained: TrainedModel, facts: RunFacts, processes: Processes) -> tuple[
     if facts.is_probe:
         codes = LayerCodes(parted.backbone, [(PENULTIMATE, "avg")])
         return _Frozen(codes, inputs, facts), _Rest(parted.head, inputs, (dtype,), autocasts=False)
-    rules = facts.frozen_by or ()
+    freezing = facts.frozen_by or ((),)
     if facts.adapters is not None:  # new ones change nothing, and part the network where the run's did
-        add_adapters(parted.backbone, facts.adapters, [rules], seed=0)
-    freeze_parameters(parted.backbone, freezing_beside(parted.backbone, rules))
+        add_adapters(parted.backbone, facts.adapters, freezing, seed=0)
+    freeze_parameters(parted.backbone, freezing_beside(parted.backbone, freezing[-1]))
     try:
         with processes.accelerator.autocast():
             partition = find_partition(parted.train(), sample_images(inputs))

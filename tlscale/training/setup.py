@@ -189,8 +189,7 @@ def set_up(
     spec = _input_spec(recipe, data.train, sizes, backbone)
     teacher = _teacher(recipe, data, spec)
     if recipe.adapters is not None:
-        freezing = [stage.freeze for stage in recipe.stages] if recipe.stages else [recipe.freeze]
-        add_adapters(backbone, recipe.adapters.lora, freezing, seed=recipe.seed)
+        add_adapters(backbone, recipe.adapters.lora, recipe.freezing, seed=recipe.seed)
     classifier, code_width = _assemble(recipe, data, backbone, spec, teacher)
     if earlier is not None and recipe.probe is None:
         weights = take_head(classifier.head, earlier, data.classes, weights)
