@@ -8,6 +8,7 @@ from __future__ import annotations
 
 AT = "{AT}"
 NAME, DATA, BACKBONE = "name: a", "data: {source: fashion_mnist}", "backbone: {name: resnet18}"
+SEVERAL = "data: {source: manifest, path: p, task: multi_label}"
 GOOD = f"{NAME}\n{DATA}\n{BACKBONE}\n"  # three lines, so what a row adds begins in line 4
 
 WRONG_RECIPES: list[tuple[str, str, list[str], list[str]]] = [
@@ -77,6 +78,102 @@ WRONG_RECIPES: list[tuple[str, str, list[str], list[str]]] = [
         GOOD + "adapters: {lora: {layers: a}}\nprobe: {kind: ridge}\n",
         [],
         [f"{AT}:4: adapters: has no effect with 'probe': a probe trains nothing"],
+    ),
+    (
+        "separator_of_one_label",
+        f"{NAME}\ndata: {{source: manifest, path: p, label_separator: ';'}}\n{BACKBONE}\n",
+        [],
+        [f"{AT}:2: data.label_separator: has no effect where an image has one label. Write task: multi_label"],
+    ),
+    (
+        "columns_and_column",
+        f"{NAME}\n{SEVERAL[:-1]}, label_columns: [a, b], label_column: c}}\n{BACKBONE}\n",
+        [],
+        [f"{AT}:2: data.label_column: does not go with label_columns, which hold a label each"],
+    ),
+    (
+        "columns_twice",
+        f"{NAME}\ndata: {{source: manifest, path: p, task: multi_label, label_columns: [a, a]}}\n{BACKBONE}\n",
+        [],
+        [f"{AT}:2: data.label_columns: names a column twice"],
+    ),
+    (
+        "asymmetric_of_one_label",
+        f"{NAME}\ndata: {{source: manifest, path: p, train_split: t}}\n{BACKBONE}\nloss: {{kind: asymmetric}}\n",
+        [],
+        [f"{AT}:4: loss.kind: is of several labels an image", "data.task: multi_label"],
+    ),
+    (
+        "map_of_one_label",
+        f"{NAME}\ndata: {{source: manifest, path: p, train_split: t}}\n{BACKBONE}\nevaluate: {{select: map}}\n",
+        [],
+        [f"{AT}:4: evaluate.select: is of several labels an image"],
+    ),
+    (
+        "gamma_of_cross_entropy",
+        f"{NAME}\ndata: {{source: manifest, path: p, train_split: t}}\n{BACKBONE}\nloss: {{negative_gamma: 2.0}}\n",
+        [],
+        [f"{AT}:4: loss.negative_gamma: has no effect with kind=cross_entropy", "kind: asymmetric"],
+    ),
+    (
+        "several_labels_with_loss_kind",
+        f"{NAME}\n{SEVERAL}\n{BACKBONE}\nloss: {{kind: focal}}\n",
+        [],
+        [f"{AT}:4: loss.kind: is not supported with several labels an image. Write cross_entropy or asymmetric."],
+    ),
+    (
+        "several_labels_with_evaluate_select",
+        f"{NAME}\n{SEVERAL}\n{BACKBONE}\nevaluate: {{select: macro_f1}}\n",
+        [],
+        [f"{AT}:4: evaluate.select: is not supported with several labels an image. Write map or loss."],
+    ),
+    (
+        "several_labels_with_probe_kind",
+        f"{NAME}\n{SEVERAL}\n{BACKBONE}\nprobe: {{kind: ridge}}\n",
+        [],
+        [f"{AT}:4: probe.kind: is not supported with several labels an image. Write logistic."],
+    ),
+    (
+        "several_labels_with_loss_label_smoothing",
+        f"{NAME}\n{SEVERAL}\n{BACKBONE}\nloss: {{label_smoothing: 0.1}}\n",
+        [],
+        [f"{AT}:4: loss.label_smoothing: is not supported with several labels an image. Remove it."],
+    ),
+    (
+        "several_labels_with_loss_logit_adjustment",
+        f"{NAME}\n{SEVERAL}\n{BACKBONE}\nloss: {{logit_adjustment: 1.0}}\n",
+        [],
+        [f"{AT}:4: loss.logit_adjustment: is not supported with several labels an image. Remove it."],
+    ),
+    (
+        "several_labels_with_distill",
+        f"{NAME}\n{SEVERAL}\n{BACKBONE}\ndistill: {{run: r, logits: 1.0, codes: 0.0}}\n",
+        [],
+        [f"{AT}:4: distill: is not supported with several labels an image. Remove it."],
+    ),
+    (
+        "several_labels_with_weights_of_a_probe",
+        f"{NAME}\n{SEVERAL}\n{BACKBONE}\nprobe: {{kind: logistic}}\nloss: {{class_weights: balanced}}\n",
+        [],
+        [f"{AT}:5: loss.class_weights: is not supported with several labels an image. Remove it."],
+    ),
+    (
+        "several_labels_with_folds",
+        f"{NAME}\n{SEVERAL}\n{BACKBONE}\nevaluate: {{folds: 3}}\n",
+        [],
+        [f"{AT}:4: evaluate.folds: is not supported with several labels an image. Remove it."],
+    ),
+    (
+        "several_labels_with_sampling",
+        f"{NAME}\ndata: {{source: manifest, path: p, task: multi_label, sampling: balanced}}\n{BACKBONE}\n",
+        [],
+        [f"{AT}:2: data.sampling: is not supported with several labels an image. Remove it."],
+    ),
+    (
+        "several_labels_with_groups",
+        f"{NAME}\ndata: {{source: manifest, path: p, task: multi_label, group_column: g}}\n{BACKBONE}\n",
+        [],
+        [f"{AT}:2: data.group_column: is not supported with several labels an image. Remove it."],
     ),
     (
         "group_column_of_folder",

@@ -30,6 +30,7 @@ import torch
 
 from tlscale.codes.reader import Codes
 from tlscale.data.sources.open import ImageSplit
+from tlscale.data.sources.tables import has_several, label_text
 from tlscale.errors import DataError, option
 from tlscale.storage.files import replacing, reporting_disk_errors
 from tlscale.training.prediction_rows import csv_line
@@ -78,7 +79,6 @@ def write_codes(out: Path, splits: Sequence[ImageSplit], codes: Mapping[str, Cod
 
 def _tables(splits: Sequence[ImageSplit], codes: Mapping[str, Codes], classes: Sequence[str]) -> Iterator[pa.Table]:
     """Give the rows of some images at once."""
-    names = pa.array(classes, pa.string())
     for split in splits:
         own = codes[split.name]
         for start in range(0, len(split), _CHUNK):
@@ -86,7 +86,7 @@ def _tables(splits: Sequence[ImageSplit], codes: Mapping[str, Codes], classes: S
             columns = {
                 "path": pa.array(image_names(split, at_B), pa.string()),
                 "split": pa.array([split.name] * len(at_B), pa.string()),
-                "label": names.take(pa.array(split.labels_N[at_B])),
+                "label": _labels(split, at_B, classes),
                 "row": pa.array(split.rows_N[at_B], pa.int64()),
             }
             for spec, values_BD in zip(own.values, own.take(at_B), strict=True):
@@ -95,6 +95,14 @@ def _tables(splits: Sequence[ImageSplit], codes: Mapping[str, Codes], classes: S
                     pa.array(numbers_BD.ravel()), numbers_BD.shape[1]
                 )
             yield pa.table(columns)
+
+
+def _labels(split: ImageSplit, at_B: npt.NDArray[np.int64], classes: Sequence[str]) -> pa.Array:
+    """Return the label of each image as text; several are joined."""
+    labels_B = split.labels_N[at_B]
+    if has_several(labels_B):
+        return pa.array([label_text(label_C, classes) for label_C in labels_B], pa.string())
+    return pa.array(classes, pa.string()).take(pa.array(labels_B))
 
 
 def _numbers(values_BD: torch.Tensor) -> npt.NDArray[Any]:

@@ -130,6 +130,21 @@ def _run_all(
     return outcomes
 
 
+def _refuse_several_labels(bases: Sequence[Recipe]) -> None:
+    """Refuse recipes of several labels an image: what is compared is top1.
+
+    Raises:
+        RecipeError: there is one.
+    """
+    for base in bases:
+        if base.data.task == "multi_label":
+            raise RecipeError(
+                f"'{base.name}' is of several labels an image, which are not compared",
+                key="data.task",
+                remedy="Run each recipe by itself, and compare `map` in its result.json",
+            )
+
+
 def _refuse_used(root: Path) -> None:
     if root.is_dir() and any(entry.name != _RECIPES for entry in root.iterdir()):
         remedy = flag("resume") + " resumes a comparison there; " + option("out", "DIR") + " is another folder"
@@ -176,6 +191,7 @@ def _bases(recipes: Sequence[Recipe | str | Path], overrides: Sequence[str]) -> 
 def _planned(plan: Plan, root: Path) -> tuple[dict[str, Recipe], list[Variant]]:
     """Derive and check all recipes, before the first one runs."""
     check_choice(plan)
+    _refuse_several_labels(plan.bases)
     labelled = labelled_recipes(plan)
     variants = list(list_variants(plan, labelled, root))
     refuse_other_data(variants)

@@ -115,6 +115,8 @@ def _read(path: Path) -> _Finished | str:
         return f"'{one_line(path)}' is not finished"
     if result["split"] is None:
         return f"'{one_line(path)}' is the model of a cross-validation, and has no score of its own"
+    if result.get("task") == "multi_label":
+        return f"'{one_line(path)}' is of several labels an image, which are not compared"
     return _Finished(folder, load_stored_recipe(folder.recipe).recipe, result)
 
 

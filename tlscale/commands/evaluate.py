@@ -20,7 +20,7 @@ import torch
 from tlscale.commands.evaluation_images import FinishedRun, Scored, other_images, own_split, read_json
 from tlscale.commands.evaluation_keys import changes_for_evaluation
 from tlscale.commands.run_result import RunResult
-from tlscale.commands.tables import interval_of, interval_text, show_classes
+from tlscale.commands.tables import interval_of, score_of, score_text, show_classes
 from tlscale.data.loader import ImageStore, eval_batches
 from tlscale.data.sources.tables import Role
 from tlscale.data.transforms import InputPath
@@ -37,7 +37,8 @@ from tlscale.tracking.console import Console, number, visible
 from tlscale.tracking.progress import Pace
 from tlscale.tracking.redact import places_of, without_places
 from tlscale.tracking.stopwatch import Stopwatch, describe_seconds
-from tlscale.training.evaluate import evaluate
+from tlscale.training.evaluate import SeveralLabels, evaluate
+from tlscale.training.label_set_predictions import collect_of
 from tlscale.training.loss import CrossEntropyLoss
 from tlscale.training.prediction_figures import add_prediction_figures
 from tlscale.training.predictions import Predictions, write_predictions
@@ -99,7 +100,7 @@ def evaluate_run(
             else:
                 with processes.main_first():
                     scored = own_split(finished, split_name)
-        predictions = Predictions(scored.split, finished.trained.classes, finished.trained.calibration)
+        predictions = collect_of(scored.split, finished.trained)
         figures = _figures(recipe, finished.trained, scored, predictions, processes, watch)
         figures["notes"] = without_places(scored.notes, places_of(recipe))
         target = target or folder / "evaluations" / (name or _default_name(folder, figures))
@@ -139,8 +140,10 @@ def _figures(
             classes=trained.classes,
             processes=processes,
             predictions=predictions,
+            several=None if trained.thresholds is None else SeveralLabels(trained.thresholds),
         )
-    return {**scored.figures, "majority": scored.majority(trained.classes), **figures}
+    often = {"majority": scored.majority(trained.classes)} if trained.thresholds is None else {"task": "multi_label"}
+    return {**scored.figures, **often, **figures}
 
 
 # --- What becomes of the figures --------------------------------------------------------------------------------------
@@ -196,7 +199,8 @@ def _write(
             write_predictions(target / "predictions.parquet", predictions, processes)
             chose = figures.get("selected_on") is not None
             file = target / "predictions.parquet"
-            figures |= processes.run_on_main(add_prediction_figures, figures, file, have_chosen=chose)
+            if figures.get("task") is None:  # of several labels all are known
+                figures |= processes.run_on_main(add_prediction_figures, figures, file, have_chosen=chose)
         except TlscaleError as raised:
             why = str(raised)
     figures |= watch.figures(parts=("start", "scan", "decode", "evaluate"))  # all but writing this last, small file
@@ -232,13 +236,9 @@ def _show(figures: dict[str, Any], notes: Sequence[str], *, as_json: bool) -> No
     console.say(f"seconds: {describe_seconds(figures)}")
     of = f"{figures['split']} images" if figures["split"] != "all" else f"images of {figures['data']['name']}"
     chose = " (they chose the model)" if figures.get("selected_on") else ""
-    often = figures["majority"]
-    against = f" against {number(often['top1'])} for always saying {often['label']!r}" if often is not None else ""
+    others = [("loss", "loss"), ("macro-F1", "macro_f1"), ("balanced accuracy", "balanced_accuracy"), ("ECE", "ece")]
+    if score_of(figures) == "map":
+        others = [("loss", "loss"), ("macro-F1", "macro_f1"), ("micro-F1", "micro_f1")]
+    told = ", ".join(f"{name} {number(figures[key])}{interval_of(figures, key)}" for name, key in others)
     auroc = f", AUROC {number(figures['auroc'])}" if figures.get("auroc") is not None else ""
-    console.say(
-        f"{figures['num_images']:,} {of}{chose}: top1 {number(figures['top1'])} "
-        f"({interval_text(figures)}){against}, loss {number(figures['loss'])}, "
-        f"macro-F1 {number(figures['macro_f1'])}, balanced accuracy {number(figures['balanced_accuracy'])}, "
-        f"ECE {number(figures['ece'])}{interval_of(figures, 'ece')}{auroc}",
-        style="bold",
-    )
+    console.say(f"{figures['num_images']:,} {of}{chose}: {score_text(figures)}, {told}{auroc}", style="bold")

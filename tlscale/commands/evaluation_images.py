@@ -36,7 +36,7 @@ class Scored:
     figures: dict[str, Any]
     """Go before the figures: which split, of which data (`own`: the run's), what part the images had in the model."""
     majority_label: str | None
-    """The most frequent class of the run's training images; None where that is not known."""
+    """The most frequent class of the run's training images; None where that is not known, or of several labels."""
     notes: list[str] = field(default_factory=list)
 
     def majority(self, classes: Sequence[str]) -> dict[str, Any] | None:
@@ -110,6 +110,8 @@ class FinishedRun:
 
     def majority_label(self, data: ImageData | None) -> str | None:
         """Return the most frequent class of its training images: as it noted, else from its data."""
+        if self.trained.thresholds is not None:
+            return None  # of several labels none stands for an image
         noted = (self.result.get("majority") or {}).get("label")
         if noted in self.trained.classes:
             return str(noted)

@@ -180,7 +180,9 @@ def _own(folder: Path, trained: TrainedModel) -> Evidence:
     if not images:
         raise bad
     joined = torch.cat([image for image in images if isinstance(image, Tensor)])
-    return Evidence(trained, joined, torch.from_numpy(split.labels_N[rows]), f"{split.name} images of the run's data")
+    # Of several labels an image the accuracy would say little; their logits are compared all the same.
+    labels_N = None if data.has_several_labels else torch.from_numpy(split.labels_N[rows])
+    return Evidence(trained, joined, labels_N, f"{split.name} images of the run's data")
 
 
 def _spread(split: ImageSplit) -> list[int]:

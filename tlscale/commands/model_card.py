@@ -60,7 +60,7 @@ def write_card(run: Path, folder: Path, trained: TrainedModel, *, whole: bool, l
         _use(whole),
         _data(trained, recipe, info),
         _figures(trained, result),
-        _limits(result, licence, [] if recipe is None else places_of(recipe)),
+        _limits(trained, result, licence, [] if recipe is None else places_of(recipe)),
         _recipe(recipe),
     ]
     write_text(folder / FILE, "\n\n".join(part for part in parts if part) + "\n")
@@ -91,6 +91,8 @@ def _data(trained: TrainedModel, recipe: Recipe | None, info: dict[str, Any]) ->
 
 
 def _figures(trained: TrainedModel, result: dict[str, Any]) -> str:
+    if trained.thresholds is not None:
+        return _figures_of_several(trained, result)
     if result.get("top1") is None:
         return "## Figures\n\nNone are known."
     low, high = result["top1_interval95"]
@@ -120,12 +122,40 @@ def _figures(trained: TrainedModel, result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", "| class | found | images |", "|---|---|---|", *table])
 
 
+def _figures_of_several(trained: TrainedModel, result: dict[str, Any]) -> str:
+    """Return the figures of several labels an image, with the threshold of each class."""
+    assert trained.thresholds is not None
+    lines = [
+        "## Figures",
+        "",
+        "An image has the classes whose probability, the sigmoid of the logit, is their threshold or more.",
+    ]
+    if isinstance(result.get("map"), float):
+        low, high = result.get("map_interval95") or (None, None)
+        interval = "" if low is None else f", 95 % interval {low:.4f} to {high:.4f}"
+        lines.append(
+            f"Mean average precision {result['map']:.4f}{interval}, on the {result['num_images']:,} images of the "
+            f"{escaped(result['split'])} split; {result['chance']['map']:.4f} by chance."
+        )
+    rows = list(zip(trained.classes, trained.thresholds, strict=True))[:_MOST_CLASSES]
+    table = []
+    for name, threshold in rows:
+        row = result.get("per_class", {}).get(name, {})
+        cells = f"{_share(row.get('ap'))} | {_share(row.get('f1'))} | {row.get('num_images', 0)}"
+        table.append(f"| {escaped(name)} | {threshold:.4f} | {cells} |")
+    if (rest := len(trained.classes) - len(rows)) > 0:
+        table.append(f"| and {rest:,} more | | | | |")
+    head = ["| class | threshold | average precision | F1 | images |", "|---|---|---|---|---|"]
+    return "\n".join([*lines, "", *head, *table])
+
+
 def _share(value: object) -> str:
     return f"{value:.4f}" if isinstance(value, float) else ""
 
 
-def _limits(result: dict[str, Any], licence: str, places: Sequence[str]) -> str:
-    lines = ["## Limits", "", "- It knows these classes alone, and answers with one of them whatever the image shows."]
+def _limits(trained: TrainedModel, result: dict[str, Any], licence: str, places: Sequence[str]) -> str:
+    answers = ", and answers with one of them whatever the image shows" if trained.thresholds is None else ""
+    lines = ["## Limits", "", f"- It knows these classes alone{answers}."]
     lines.append("- Figures hold for images like those scored; from another camera, place or year they may be worse.")
     if result.get("selected_on"):
         lines.append("- The scored images also chose the weights or settings: the figures are too good by that.")

@@ -50,15 +50,16 @@ def recipe_text(
         layers: of the backbone, earlier ones whose codes are worth a try, and the rule of those to freeze; None: none.
         command: that was typed.
     """
-    num_train = sum(survey.counts["train"].values())
+    num_train = survey.num_images["train"]
     is_probe = num_train <= FEW_IMAGES
     # Each fold has images of each class.
     has_folds = is_probe and set(survey.counts) == {"train"} and min(survey.counts["train"].values()) >= NUM_FOLDS
+    has_folds = has_folds and survey.keys.get("task") != "multi_label"  # for which there are none
     data, comment = _data_keys(survey, backbone, num_train, has_folds=has_folds)
     network = {"name": backbone, **({"weights": "bundled"} if backbone == BUNDLED else {})}
     strategy, words = _probe(backbone, layers[0]) if is_probe else _fine_tuning(backbone, layers[1], num_train)
     parts = [
-        _comment([f"Written by `{command}`.", "", *describe(survey), "", *_why(is_probe, num_train)]),
+        _comment([f"Written by `{command}`.", "", *describe(survey), "", *_why(is_probe, num_train, survey)]),
         write_yaml({"name": name}),
         _comment(comment),
         write_yaml({"data": data}),
@@ -78,14 +79,14 @@ def describe(survey: Survey) -> list[str]:
     sizes = least if least == most else f"{least} to {most} pixels"
     formats = ", ".join(f"{name} {count:,}" for name, count in survey.formats.most_common())
     train = survey.counts["train"]
+    in_classes = "with any number of" if survey.keys.get("task") == "multi_label" else "in"
     lines = [
-        f"{sum(map(sum, (counts.values() for counts in survey.counts.values()))):,} images in {len(train)} classes: "
-        f"{_counts(train)}",
+        f"{sum(survey.num_images.values()):,} images {in_classes} {len(train)} classes: {_counts(train)}",
         f"{formats}; {sizes}" + (f"; {survey.num_grey:,} grey" if survey.num_grey else ""),
     ]
     shown = {"train": "to train on", "validation": "to validate", "test": "to test"}
     if len(survey.counts) > 1:
-        given = [f"{sum(counts.values()):,} {shown[role]}" for role, counts in survey.counts.items()]
+        given = [f"{count:,} {shown[role]}" for role, count in survey.num_images.items()]
         lines.append(f"splits: {', '.join(given)}")
     return [one_line(line) for line in (*lines, *survey.notes, *_equal(survey.equal), *_groups(survey))]
 
@@ -141,6 +142,8 @@ def _data_keys(survey: Survey, backbone: str, num_train: int, *, has_folds: bool
     keys, comment = dict(survey.keys), []
     if survey.left_out:
         comment += [f"exclude: {len(survey.left_out):,} paths, each with the reason; edit that file to change it."]
+    if keys.get("task") == "multi_label":
+        comment += ["task: an image has any number of labels, also none. Where each has one, take it out."]
     if keys.get("on_bad_image") == "skip":
         comment += [f"on_bad_image: {survey.num_bad:,} images cannot be read; each run skips and counts them."]
     if "class_folder" in keys:
@@ -175,13 +178,13 @@ def _groups_to_uncomment(survey: Survey) -> str:
     return f"  # {line.strip()}\n"
 
 
-def _why(is_probe: bool, num_train: int) -> list[str]:
+def _why(is_probe: bool, num_train: int, survey: Survey) -> list[str]:
     best = f"a probe was best with few images (up to {FEW_IMAGES:,}), fine-tuning with 1,000 and more"
     chosen = "a probe" if is_probe else "fine-tuning"
-    return [
-        f"Strategy: {chosen}, for {num_train:,} images. Where it was measured, {best} (docs/strategies.md).",
-        "`tlscale compare` on this recipe shows which is best here.",
-    ]
+    why = [f"Strategy: {chosen}, for {num_train:,} images. Where it was measured, {best} (docs/strategies.md)."]
+    if survey.keys.get("task") == "multi_label":
+        return [*why, "It was measured with one label an image."]
+    return [*why, "`tlscale compare` on this recipe shows which is best here."]
 
 
 def _probe(backbone: str, layers: list[str]) -> tuple[str, str]:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tlscale.commands.tables import CLASS_COLUMNS, class_rows, over_groups
+from tlscale.commands.tables import class_columns, class_rows, over_groups, score_of
 from tlscale.data.sources.folds import FOLDS
 from tlscale.errors import one_line
 from tlscale.tracking.console import number
@@ -29,13 +29,18 @@ class RunResult(dict[str, Any]):
 
     @property
     def top1(self) -> float:
-        """Return the share of the scored images that are answered right."""
+        """Return the share of the scored images that are answered right; of several labels an image there is none."""
         return float(self["top1"])
 
     @property
+    def mean_average_precision(self) -> float:
+        """Return `map`, of several labels an image; of one label there is none."""
+        return float(self["map"])
+
+    @property
     def interval(self) -> tuple[float, float]:
-        """Return the 95 % interval of `top1`."""
-        low, high = self["top1_interval95"]
+        """Return the 95 % interval of `top1`, or of `map`."""
+        low, high = self[f"{score_of(self)}_interval95"]
         return float(low), float(high)
 
     @property
@@ -53,6 +58,9 @@ class RunResult(dict[str, Any]):
     def _score(self) -> str:
         low, high = self.interval
         of = "" if self["split"] in ("all", FOLDS) else f"{self['split']} "
+        if score_of(self) == "map":
+            score = f"mAP {number(self['map'])} ({low:.4f} to {high:.4f})"
+            return f"{score} on {self['num_images']:,} {of}images, {number(self['chance']['map'])} by chance"
         often = self.get("majority")
         against = "" if often is None else f", {number(often['top1'])} for always saying {one_line(often['label'])!r}"
         interval = f"{low:.4f} to {high:.4f}{over_groups(self)}"
@@ -63,7 +71,7 @@ class RunResult(dict[str, Any]):
         rows = class_rows(self)
         rest = f"<p>and {len(rows) - _MOST_ROWS:,} more classes</p>" if len(rows) > _MOST_ROWS else ""
         head = f"<p><b>{escaped(self._score())}</b> &nbsp; {escaped(self.folder)}</p>"
-        return head + html_table(CLASS_COLUMNS, rows[:_MOST_ROWS]) + rest
+        return head + html_table(class_columns(self), rows[:_MOST_ROWS]) + rest
 
 
 def escaped(text: object) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from tlscale.codes.parts import layer_name
 from tlscale.data.input_spec import SMALL_SHARE, InputSpec
 from tlscale.data.sampler import DataOrder
+from tlscale.data.sources.tables import Labels
 from tlscale.models.features import PENULTIMATE
 from tlscale.recipe.image_size import size_in_words
 from tlscale.recipe.schema import Recipe
@@ -22,7 +23,8 @@ from tlscale.training.stages import Stage, to_steps
 
 _WORST_SHOWN = 5
 _IN_SHORT = ("strategy", "data", "backbone", "weights", "teacher", "trainable", "batch", "steps", "probe", "device")
-CLASS_COLUMNS = ("class", "images", "accuracy", "F1")
+_FIGURES = {"top1": ("accuracy", "accuracy"), "map": ("ap", "AP")}
+"""The figure that stands for all, to that of a class, and its title."""
 
 
 def show_plan(setup: RunSetup, console: Console, *, device: str, whole: bool = True) -> None:
@@ -73,6 +75,7 @@ def _plan_rows(setup: RunSetup, device: str) -> list[tuple[str, str]]:
         ("strategy", strategy_of(setup)),
         ("data", f"{recipe.data.source}: " + ", ".join(f"{split.name} {len(split):,}" for split in splits)),
         ("classes", f"{len(data.classes)}: {', '.join(data.classes[:10])}{' ...' if len(data.classes) > 10 else ''}"),
+        *([("labels", _describe_label_sets(data.train.labels_N))] if data.has_several_labels else []),
         ("input", _describe_input(spec, setup.seen_share)),
         ("augment", ", ".join(_augmentation(*item) for item in setup.augment.items()) or "none"),
         ("backbone", f"{recipe.backbone.name}, {setup.code_width} features"),
@@ -81,6 +84,13 @@ def _plan_rows(setup: RunSetup, device: str) -> list[tuple[str, str]]:
         *(_training_rows(setup, order, trained, total) if setup.stages else _probe_rows(recipe)),
         ("device", f"{device}, {recipe.compute.precision}"),
     ]
+
+
+def _describe_label_sets(labels_NC: Labels) -> str:
+    counts_N = labels_NC.sum(axis=1)
+    none = int((counts_N == 0).sum())
+    of_none = f"; {none:,} have none" if none else ""
+    return f"{counts_N.mean():.2f} an image on average, at most {counts_N.max()}{of_none}"
 
 
 def _describe_input(spec: InputSpec, seen_share: float) -> str:
@@ -135,25 +145,23 @@ def show_result(result: dict[str, Any], console: Console, *, folder: Path, how_t
     """Show the final figures, and where everything is."""
     if "folds" in result:
         _show_folds(result, console)
-    rows = []
+    rows, score = [], score_of(result)
     for name in ("best", "last"):
         figures = result[name]
         rows.append(
-            (name, figures["step"], number(figures["top1"]), number(figures["loss"]), number(figures["macro_f1"]))
+            (name, figures["step"], number(figures[score]), number(figures["loss"]), number(figures["macro_f1"]))
         )
-    label, share = result["majority"]["label"], number(result["majority"]["top1"])
-    rows.append((f"always {label!r}", "-", share, "-", "-"))
+    rows.append((*_without_looking(result), "-", "-"))
     title = f"{result['num_images']:,} {result['split']} images"
     if result["steps"] and "folds" not in result:  # a probe has no steps, and so only one set of weights
-        console.table(title, ("weights", "step", "top1", "loss", "macro-F1"), rows)
+        console.table(title, ("weights", "step", _named(score), "loss", "macro-F1"), rows)
     if result.get("choice") is not None:
         console.say(_choice(result["choice"]))
     show_classes(result, console)
     how = f"with the {result['weights']} weights; {result['epochs']:g} epochs" if result["steps"] else "by the probe"
     how = "by the models of the folds; all of it" if "folds" in result else how
     console.say(
-        f"top1 {number(result['top1'])} ({interval_text(result)}) against {share} for always saying "
-        f"{label!r}, {how} in {format_duration(result['wall_s'])}, {result['images_per_s']:.0f} images/s",
+        f"{score_text(result)}, {how} in {format_duration(result['wall_s'])}, {result['images_per_s']:.0f} images/s",
         style="bold",
     )
     console.say(_probabilities(result))
@@ -171,6 +179,8 @@ def show_result(result: dict[str, Any], console: Console, *, folder: Path, how_t
 def _probabilities(result: Mapping[str, Any]) -> str:
     """Tell what the probabilities that `predict` gives are worth."""
     told = result["calibration"]
+    if score_of(result) == "map":
+        return f"probabilities: not calibrated: {told['why']}"
     own = f"calibration error {number(result['ece'])}{interval_of(result, 'ece')}"
     if told["temperature"] is None:
         return f"probabilities: {own}, not calibrated: {told['why']}"
@@ -210,9 +220,39 @@ def _chosen(score: dict[str, Any]) -> str:
     return f"{layer_name((chosen['layer'], chosen['pool']))}, {chosen['setting']:g}"
 
 
+def score_of(figures: Mapping[str, Any]) -> str:
+    """Return the key of the figure that stands for all: of one label an image, or of several."""
+    return "map" if figures.get("task") == "multi_label" else "top1"
+
+
+def _named(score: str) -> str:
+    return {"map": "mAP"}.get(score, score)
+
+
+def _without_looking(figures: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Return cells on an answer that learns nothing from an image."""
+    if score_of(figures) == "map":
+        return "chance", "-", number(figures["chance"]["map"])
+    return f"always {figures['majority']['label']!r}", "-", number(figures["majority"]["top1"])
+
+
+def score_text(figures: Mapping[str, Any]) -> str:
+    """Return the score with its interval, and what it has to be compared with, as far as that is known."""
+    score = score_of(figures)
+    text = f"{_named(score)} {number(figures[score])} ({interval_text(figures)})"
+    if score == "map":
+        return f"{text} against {number(figures['chance']['map'])} by chance"
+    often = figures["majority"]
+    against = "" if often is None else f" against {number(often['top1'])} for always saying {often['label']!r}"
+    return text + against
+
+
 def interval_text(figures: Mapping[str, Any]) -> str:
     """Return the interval of a score, and of how many groups it is made."""
-    low, high = figures["top1_interval95"]
+    interval = figures[f"{score_of(figures)}_interval95"]
+    if interval is None:
+        return "no interval, of so few images"
+    low, high = interval
     return f"95% interval {low:.4f} to {high:.4f}{over_groups(figures)}"
 
 
@@ -233,14 +273,16 @@ def _over(by: Mapping[str, int] | None) -> str:
 
 
 def _show_what_the_score_is_of(result: dict[str, Any], console: Console) -> None:
+    score = _named(score_of(result))
     for note in result["notes"]:
         if note.startswith(("LEAK", "DUPLICATES")):
             console.say(note, style="bold red")
     if result["selected_on"] is not None:
         chosen = "layer, pooling or strength" if "probe" in result else "the step of these weights"
+        chosen += " and the thresholds" if score == "mAP" else ""
         console.say(
-            f"selected on {result['selected_on']}: without a test split these images also chose {chosen}, so top1 is "
-            "likely somewhat too high",
+            f"selected on {result['selected_on']}: without a test split these images also chose {chosen}, so {score} "
+            "is likely somewhat too high",
             style="yellow",
         )
     if "folds" in result:
@@ -251,7 +293,7 @@ def _show_what_the_score_is_of(result: dict[str, Any], console: Console) -> None
         )
     if result["scored_model"] == "before_refit":
         console.say(
-            "top1 is of the classifier that was fitted to the training images alone. The exported model was fitted "
+            f"{score} is of the classifier that was fitted to the training images alone. The exported model was fitted "
             "again, to training and validation images, and has no score of its own (probe.refit: false exports the "
             "one that was scored)",
             style="yellow",
@@ -275,11 +317,17 @@ def _choice(choice: dict[str, Any]) -> str:
 
 def show_classes(figures: dict[str, Any], console: Console) -> None:
     """Show the classes that are recognised worst."""
-    console.table("Hardest classes", CLASS_COLUMNS, class_rows(figures)[:_WORST_SHOWN])
+    console.table("Hardest classes", class_columns(figures), class_rows(figures)[:_WORST_SHOWN])
+
+
+def class_columns(figures: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the titles of `class_rows`."""
+    return "class", "images", _FIGURES[score_of(figures)][1], "F1"
 
 
 def class_rows(figures: Mapping[str, Any]) -> list[tuple[str, int, str, str]]:
-    """Return cells under `CLASS_COLUMNS` of the classes that have images, those recognised worst first."""
-    known = [(name, row) for name, row in figures["per_class"].items() if row["accuracy"] is not None]
-    worst = sorted(known, key=lambda item: item[1]["accuracy"])
-    return [(name, row["num_images"], number(row["accuracy"]), number(row["f1"])) for name, row in worst]
+    """Return cells on the classes that have images, those recognised worst first."""
+    key, _ = _FIGURES[score_of(figures)]
+    known = [(name, row) for name, row in figures["per_class"].items() if row[key] is not None]
+    worst = sorted(known, key=lambda item: item[1][key])
+    return [(name, row["num_images"], number(row[key]), number(row["f1"])) for name, row in worst]

@@ -31,8 +31,8 @@ from tlscale.data.sources.open import read_source, source_of
 from tlscale.data.sources.paths import local_path
 from tlscale.data.sources.split_names import WHOLE, split_keys
 from tlscale.data.sources.stores import FileStore
-from tlscale.data.sources.tables import RawStore, Role, Source, SourceSplit
-from tlscale.data.table_layout import column_names, guess_columns, name_splits, rows_to_leave_out
+from tlscale.data.sources.tables import RawStore, Role, Source, SourceSplit, label_text
+from tlscale.data.table_layout import column_names, guess_columns, guess_task, name_splits, rows_to_leave_out
 from tlscale.data.workers import map_in_threads
 from tlscale.errors import DataError, one_line, option
 from tlscale.recipe.schema import DataSection
@@ -50,6 +50,8 @@ class Survey:
     """Keys of `data` that read it."""
     counts: dict[Role, dict[str, int]]
     """Split -> class -> number of images, without those of `left_out`."""
+    num_images: dict[Role, int]
+    """By split; of several labels an image it is of several classes, or of none."""
     formats: Counter[str]
     sizes_N2: npt.NDArray[np.int64]
     """Height and width of each image, upright."""
@@ -169,7 +171,8 @@ def _survey(keys: dict[str, Any], left_out: dict[str, str], notes: tuple[str, ..
     equal = [left for places in equal if len(left := [place for place in places if place.path not in copies]) > 1]
     return Survey(
         keys=keys,
-        counts={role: _counts(split) for role, split in splits.items()},
+        counts={role: split.counts() for role, split in splits.items()},
+        num_images={role: int((~split.unlabelled_N).sum()) for role, split in splits.items()},
         formats=seen.formats,
         sizes_N2=np.array(seen.sizes, dtype=np.int64),
         num_grey=seen.num_grey,
@@ -177,7 +180,8 @@ def _survey(keys: dict[str, Any], left_out: dict[str, str], notes: tuple[str, ..
         num_bad=seen.num_bad,
         equal=equal,
         notes=notes,
-        groups=_group_hint(section, splits.values()),
+        # Groups are not supported with several labels.
+        groups=None if section.task == "multi_label" else _group_hint(section, splits.values()),
     )
 
 
@@ -191,7 +195,7 @@ def _group_hint(section: DataSection, splits: Iterable[SourceSplit]) -> GroupHin
         if not isinstance(split.store, FileStore):
             return None
         paths += split.store.paths_N.to_pylist()
-        labels += [split.label_names[label_id] for label_id in split.label_ids_N.tolist()]
+        labels += [label_text(label, split.label_names) for label in split.label_ids_N]
     return hint_by_path(paths, labels)
 
 
@@ -239,6 +243,7 @@ def _refuse_to_write_among_classes(root: Path, splits: list[str]) -> None:
 def _keys_of_table(place: str) -> tuple[dict[str, Any], dict[str, str], tuple[str, ...]]:
     file = Path(place).expanduser()
     keys: dict[str, Any] = {"source": "manifest", "path": place, **guess_columns(file)}
+    keys |= guess_task(DataSection(**keys))
     keys |= name_splits(DataSection(**keys))
     return keys, rows_to_leave_out(DataSection(**keys)), ()
 
@@ -253,16 +258,10 @@ def _look_at_all(source: Source, section: DataSection) -> _Seen:
         look = partial(_look, store, max_pixels)
         for row, seen_one in enumerate(map_in_threads(look, range(len(store)), "looking at images")):
             path = _path_in(store, row, source.place)
-            place = Place(path or store.where(row), role, names[split.label_ids_N[row]])
+            place = Place(path or store.where(row), role, label_text(split.label_ids_N[row], names))
             seen.add(seen_one, place, is_file=path is not None)
             pace.add(1)
     return seen
-
-
-def _counts(split: SourceSplit) -> dict[str, int]:
-    labelled_N = split.label_ids_N[split.label_ids_N >= 0]
-    counts_C = np.bincount(labelled_N, minlength=len(split.label_names)).tolist()
-    return {name: count for name, count in zip(split.label_names, counts_C, strict=True) if count}
 
 
 def _path_in(store: RawStore, row: int, place: str) -> str | None:

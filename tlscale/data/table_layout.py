@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import stat
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -16,6 +17,8 @@ import pyarrow.parquet as pq
 
 from tlscale.data.sources.columns import LABEL_COLUMNS
 from tlscale.data.sources.folder import is_image_name
+from tlscale.data.sources.label_kinds import separator_of
+from tlscale.data.sources.label_sets import is_list
 from tlscale.data.sources.labels import is_text
 from tlscale.data.sources.manifest import FIRST_ROWS, IMAGE_COLUMNS, read_table
 from tlscale.data.sources.paths import local_path
@@ -26,10 +29,11 @@ from tlscale.errors import DataError, first_few, one_line, quoted
 from tlscale.recipe.schema import DataSection
 
 
-def guess_columns(file: Path) -> dict[str, str]:
+def guess_columns(file: Path) -> dict[str, Any]:
     """Return `image_column` and `label_column` of a table where their names are not usual ones.
 
-    The images' is the first column that names files which are there; the labels' the only one that is left.
+    The images' is the first column that names files which are there; the labels' the only one that is left. Where
+    several are left, those that hold 0 and 1 alone are a label each: `label_columns`.
 
     Raises:
         DataError: the table cannot be read, or its columns cannot be told.
@@ -49,6 +53,10 @@ def guess_columns(file: Path) -> dict[str, str]:
     images = usual["image"] or [name for name in columns if _names_files(file, table[name])][:1]
     others = [name for name in columns if name not in images and name.strip().lower() != SPLIT_COLUMN]
     labels = usual["label"] or (others if len(others) == 1 else [])
+    flags = [name for name in others if _is_flag(table[name])]
+    if len(images) == 1 and not labels and len(flags) > 1:
+        picked = {} if images == usual["image"] else {"image_column": images[0]}
+        return {**picked, "task": "multi_label", "label_columns": flags}
     for what, found in (("image", images), ("label", labels)):
         if len(found) != 1:
             raise DataError(
@@ -58,6 +66,28 @@ def guess_columns(file: Path) -> dict[str, str]:
     return {
         f"{what}_column": found[0] for what, found in (("image", images), ("label", labels)) if found != usual[what]
     }
+
+
+def _is_flag(column: pa.ChunkedArray) -> bool:
+    """Return whether a column holds 0 and 1, each of them."""
+    if not (is_text(column.type) or pa.types.is_integer(column.type) or pa.types.is_boolean(column.type)):
+        return False
+    return set(pc.unique(column.cast(pa.string())).to_pylist()) in ({"0", "1"}, {"false", "true"})
+
+
+def guess_task(section: DataSection) -> dict[str, str]:
+    """Return the keys of `data` for a column that holds several labels an image; none where it holds one."""
+    if section.task is not None:
+        return {}
+    table, _ = read_table(section, local_path(section))
+    labels = table[table.column_names[1]]
+    if is_list(labels.type):
+        return {"task": "multi_label"}
+    if not is_text(labels.type):
+        return {}
+    counts = {one["values"]: one["counts"] for one in pc.value_counts(labels).to_pylist() if one["values"]}
+    separator = separator_of(counts)
+    return {} if separator is None else {"task": "multi_label", "label_separator": separator}
 
 
 def column_names(file: Path) -> list[str]:
@@ -123,7 +153,8 @@ def rows_to_leave_out(section: DataSection) -> dict[str, str]:
     if not is_text(table[image].type):
         return {}
     left_out: dict[str, str] = {}
-    labels = table[label].cast(pa.large_string()).to_pylist()
+    has_sets = section.task == "multi_label"  # where none is a label set, too
+    labels = ["-"] * len(table) if has_sets else table[label].cast(pa.large_string()).to_pylist()
     for row, (path, text) in enumerate(zip(table[image].to_pylist(), labels, strict=True)):
         check_stop("scanning files")
         if path is None or not path.strip():

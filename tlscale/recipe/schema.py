@@ -80,6 +80,10 @@ NO_EFFECT_BESIDE = {
     ),
     "stages": ("freeze", "duration"),
 }
+_OF_ONE_LABEL = (
+    *("data.group_column", "data.group_regex", "data.sampling", "loss.label_smoothing", "loss.logit_adjustment"),
+    "evaluate.folds",
+)
 
 
 class Recipe(Section):
@@ -154,6 +158,7 @@ class Recipe(Section):
             problem = "is not supported with probe.kind=knn, whose neighbours have one vote each"
             remedy = "Remove it, or write logistic."
             raise InvalidValueError(problem, remedy, keys=["loss.class_weights", "probe.kind"])
+        check_task(self)
         if self.compute.engine == "fsdp2" and len(self.stages or ()) > 1:
             raise InvalidValueError(
                 "several stages are not supported with compute.engine=fsdp2, where parameters stay sharded to the end "
@@ -294,6 +299,38 @@ class Recipe(Section):
     def to_plain(self) -> dict[str, Any]:
         """Return the complete recipe as plain YAML values, in schema order."""
         return self.model_dump(mode="json")
+
+
+def check_task(recipe: Recipe) -> None:
+    """Refuse what is of several labels an image alone, and what of them is not supported.
+
+    Raises:
+        InvalidValueError: there is such a key.
+    """
+    of_several = {"loss.kind": recipe.loss.kind == "asymmetric", "evaluate.select": recipe.evaluate.select == "map"}
+    if recipe.data.task != "multi_label":
+        for key, is_given in of_several.items():
+            if is_given:
+                remedy = "Write another one; or data.task: multi_label, where an image has several labels."
+                raise InvalidValueError("is of several labels an image", remedy, keys=[key, "data.task"])
+        return
+    unsupported = {
+        "loss.kind": recipe.loss.kind == "focal",
+        "evaluate.select": recipe.evaluate.select not in ("top1", "map", "loss"),
+        "probe.kind": recipe.probe is not None and recipe.probe.kind != "logistic",
+        "distill": recipe.distill is not None,
+        "loss.class_weights": recipe.probe is not None and recipe.loss.class_weights != "none",
+        **{key: asks_for(recipe, key) for key in _OF_ONE_LABEL},
+    }
+    remedies = {
+        "loss.kind": "Write cross_entropy or asymmetric.",
+        "evaluate.select": "Write map or loss.",
+        "probe.kind": "Write logistic.",
+    }
+    for key, is_given in unsupported.items():
+        if is_given:
+            problem = "is not supported with several labels an image"
+            raise InvalidValueError(problem, remedies.get(key, "Remove it."), keys=[key, "data.task"])
 
 
 def asks_for(recipe: Recipe, dotted: str) -> bool:

@@ -33,7 +33,7 @@ class SourceKeys:
         return self.path in ("folder", "file")
 
 
-_COLUMNS = frozenset(("image_column", "label_column", "group_column", "task"))
+_COLUMNS = frozenset(("image_column", "label_column", "label_columns", "label_separator", "group_column", "task"))
 
 SOURCES: dict[str, SourceKeys] = {
     "fashion_mnist": SourceKeys("the data set, found by its name", "none", frozenset(("fallback",))),

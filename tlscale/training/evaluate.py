@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +19,21 @@ from tlscale.distributed.processes import Processes
 from tlscale.distributed.signals import check_stop
 from tlscale.tracking.progress import Pace
 from tlscale.training.group_error import GroupError
+from tlscale.training.label_set_loss import binary_cross_entropy
+from tlscale.training.label_set_metrics import LabelScores
 from tlscale.training.loss import Batch, Loss, cross_entropy
 from tlscale.training.metrics import Tally, error_of_mean, standard_error, summary
 from tlscale.training.predictions import Predictions
 
 B = TypeVar("B", bound=Batch)
+
+
+@dataclass(frozen=True)
+class SeveralLabels:
+    """Tell what is to be done with the probabilities of several labels an image."""
+
+    thresholds: Sequence[float] | Literal["best"] | None = None
+    """From which on an image has a class; None: a half; `best`: those of the best F1 on the very images."""
 
 
 def evaluate(
@@ -36,6 +48,7 @@ def evaluate(
     error_of: str | None = None,
     over_groups: GroupError | None = None,
     predictions: Predictions | None = None,
+    several: SeveralLabels | None = None,
 ) -> dict[str, Any]:
     """Compute the figures of `network` on all images of a split, over all processes.
 
@@ -52,12 +65,14 @@ def evaluate(
         error_of: the figure whose standard error is wanted, too: one of `standard_error`, or an auxiliary loss.
         over_groups: computes that error, of images in groups.
         predictions: takes this process's logits, image by image.
+        several: images have several labels each, with these thresholds; None: they have one.
 
     Returns:
-        The dict of `metrics.summary` (with `predictions` of data with groups the interval is over these), the means of
-        the auxiliary losses, and `<error_of>_se`; the same on every process, as is an image's error, or `Stopped`.
+        The dict of `metrics.summary` (with `predictions` of data with groups the interval is over these), or for
+        several labels that of `LabelFigures.summary`; the means of the auxiliary losses, and `<error_of>_se`; the same
+        on every process, as is an image's error, or `Stopped`.
     """
-    counting = _Counting(len(classes), loss_fn, processes, over_groups, predictions)
+    counting = _Counting(len(classes), loss_fn, processes, over_groups, predictions, several)
     was_training = network.training
     network.eval()
 
@@ -93,15 +108,18 @@ class _Counting:
         processes: Processes,
         over_groups: GroupError | None,
         predictions: Predictions | None,
+        several: SeveralLabels | None,
     ) -> None:
-        self._tally, self._aux = Tally(num_classes, processes.device), _Sums(loss_fn.aux_names, processes.device)
-        self._loss_fn, self._processes = loss_fn, processes
+        self._tally = Tally(num_classes, processes.device) if several is None else LabelScores(num_classes)
+        self._plain_loss = cross_entropy if several is None else binary_cross_entropy
+        self._aux = _Sums(loss_fn.aux_names, processes.device)
+        self._loss_fn, self._processes, self._several = loss_fn, processes, several
         self._over_groups, self._predictions = over_groups, predictions
 
     def add(self, outputs_BO: Tensor, batch: Batch) -> None:
         logits_BC = self._loss_fn.logits(outputs_BO)
         labels_B = batch.labels_B.to(outputs_BO.device, non_blocking=True)
-        losses_B, aux_losses = cross_entropy(logits_BC, labels_B), self._loss_fn.aux_losses(outputs_BO, batch)
+        losses_B, aux_losses = self._plain_loss(logits_BC, labels_B), self._loss_fn.aux_losses(outputs_BO, batch)
         self._tally.update(logits_BC, labels_B, losses_B)
         self._aux.add(aux_losses)
         if self._over_groups is not None:
@@ -112,10 +130,7 @@ class _Counting:
     def over_all(self, classes: Sequence[str], error_of: str | None) -> dict[str, Any]:
         """Compute the figures of what all processes counted."""
         processes = self._processes
-        counts, sums = (processes.sum(part) for part in self._tally.state())
-        total = Tally(len(classes), "cpu")  # whose figures are read one by one
-        total.load_state(counts, sums)
-        figures = summary(total, classes)
+        figures, error_of_figure = figures_of(self._tally, classes, self._several, processes)
         num_images = figures["num_images"]
         figures |= self._aux.means(num_images, processes)
         figures = figures if self._predictions is None else self._predictions.over_groups(figures, processes.sum)
@@ -123,9 +138,29 @@ class _Counting:
             figures[f"{error_of}_se"] = self._over_groups.error(processes.sum)
         elif error_of is not None:
             is_aux = error_of in self._loss_fn.aux_names
-            error = self._aux.error(error_of, num_images, processes) if is_aux else standard_error(total, error_of)
+            error = self._aux.error(error_of, num_images, processes) if is_aux else error_of_figure(error_of)
             figures[f"{error_of}_se"] = error
         return figures
+
+
+def figures_of(
+    tally: Tally | LabelScores,
+    classes: Sequence[str],
+    several: SeveralLabels | None = None,
+    processes: Processes | None = None,
+) -> tuple[dict[str, Any], Callable[[str], float | None]]:
+    """Return the figures of what all processes counted (None: this one alone), and a look-up of standard errors."""
+    if isinstance(tally, LabelScores):
+        found = tally.over_all(processes.gather if processes is not None else lambda own: [own])
+        thresholds = None if several is None else several.thresholds
+        least = found.best_thresholds() if thresholds == "best" else thresholds
+        assert not isinstance(least, str)
+        return found.summary(classes, least), found.standard_error
+    if processes is not None:
+        counts, sums = (processes.sum(part) for part in tally.state())
+        tally = Tally(len(classes), "cpu")  # whose figures are read one by one
+        tally.load_state(counts, sums)
+    return summary(tally, classes), partial(standard_error, tally)
 
 
 class _Sums:

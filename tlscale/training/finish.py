@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from tlscale.codes.probes.ranking import DEFAULT_THRESHOLD
 from tlscale.data.decode import BadImageError
 from tlscale.data.identity import result_identity
 from tlscale.data.sources.open import ImageSplit
@@ -20,9 +22,10 @@ from tlscale.storage.run_folder import RunFolder
 from tlscale.training.checkpoint.files import Checkpoint, checkpoint_folder
 from tlscale.training.checkpoint.run_state import restore_weights
 from tlscale.training.checkpoint.sharded import load_on_all
-from tlscale.training.evaluate import scalars
+from tlscale.training.evaluate import SeveralLabels, scalars
 from tlscale.training.group_error import num_error_groups
 from tlscale.training.input_pipeline import CodePipeline, ImagePipeline, InputPipeline
+from tlscale.training.label_set_predictions import collect
 from tlscale.training.logger import RunLogger
 from tlscale.training.loop_state import LoopState
 from tlscale.training.prediction_figures import add_prediction_figures, calibration_by
@@ -61,21 +64,23 @@ def finish(
     chosen = _take_chosen_weights(state, loop, folder)
     judged, calibration = _calibrate(state, chosen)
     unknown = processes.run_on_main(_find_unknown, state, chosen)
+    thresholds = _thresholds(state, chosen.inputs)
     # The model first: whatever becomes of the rest, the run was not for nothing.
     with state.averaged():
         network = processes.engine.gather(state.network, keep=processes.is_main)
-        how_to_load = processes.run_on_main(_export, network, state, folder, calibration, unknown)
+        how_to_load = processes.run_on_main(_export, network, state, folder, calibration, unknown, thresholds)
     try:
         best = last = {"step": chosen.step, **no_figures(setup)}
         if split is not None:
             judged = judged if split is setup.data.validation else None
-            best, last = _score_both(state, loop, chosen, folder, split, judged, calibration, last_weights)
+            best, last = _score_both(state, loop, chosen, folder, split, judged, calibration, thresholds, last_weights)
         identity = processes.run_on_main(result_identity, setup.data)
     except BadImageError as error:
         raise unread_test_image(error, folder) from error
     unwrap(state)
     # One evaluation, in the end, chooses nothing; a run that was made longer had one at each of its ends.
     has_chosen = (state.due.evaluate_every or 0) < setup.total_steps or bool(run_info.get("lengthened"))
+    has_chosen = has_chosen or thresholds is not None
     score = about_score(setup, split, has_chosen=has_chosen)
     result = make_result(setup, split, best, score, _own(state, loop, chosen, best=best, last=last))
     result["computed_scores"] = _scoring(state, chosen.inputs)
@@ -97,29 +102,52 @@ def _score_both(
     split: ImageSplit,
     judged: tuple[Figures, Predictions] | None,
     calibration: Calibration | None,
+    thresholds: list[float] | None,
     last_weights: Checkpoint,
 ) -> tuple[Figures, Figures]:
     """Score the chosen weights, or take them as `judged` on this split, and the last ones; write the predictions."""
     setup, processes = state.setup, state.processes
-    best, predictions = judged or _score(state, chosen.inputs, split, chosen.step)
+    best, predictions = judged or _score(state, chosen.inputs, split, chosen.step, thresholds)
     predictions.calibration = calibration
     last = best
     if chosen.step != loop.step:
         restore_weights(last_weights, state.network, state.ema, setup.unchanging_keys)
-        last, _ = _score(state, state.inputs, split, loop.step)
+        last, _ = _score(state, state.inputs, split, loop.step, thresholds)
     # Before the result, which says that all is there.
     write_predictions(folder.predictions, predictions, processes)
-    with setup.watch("test"):
-        scored = processes.run_on_main(
-            add_prediction_figures, best, folder.predictions, have_chosen=split.name == "validation"
-        )
+    scored = _all_figures(state, best, folder, split)
     return scored, scored if last is best else last
 
 
-def _score(state: TrainState, inputs: InputPipeline, split: ImageSplit, step: int) -> tuple[Figures, Predictions]:
-    predictions = Predictions(split, state.setup.data.classes)
+def _score(
+    state: TrainState, inputs: InputPipeline, split: ImageSplit, step: int, thresholds: list[float] | None
+) -> tuple[Figures, Predictions]:
+    predictions = collect(split, state.setup.data.classes, thresholds)
     with state.setup.watch("test"):
-        return {"step": step, **state.evaluate(split, inputs, predictions=predictions)}, predictions
+        figures = state.evaluate(split, inputs, predictions=predictions, several=SeveralLabels(thresholds))
+    return {"step": step, **figures}, predictions
+
+
+def _all_figures(state: TrainState, figures: Figures, folder: RunFolder, split: ImageSplit) -> Figures:
+    """Add the figures that take all scored images at once; those of several labels have them already."""
+    if state.setup.data.has_several_labels:
+        return figures
+    with state.setup.watch("test"):
+        return state.processes.run_on_main(
+            add_prediction_figures, figures, folder.predictions, have_chosen=split.name == "validation"
+        )
+
+
+def _thresholds(state: TrainState, inputs: InputPipeline) -> list[float] | None:
+    """Choose the thresholds of several labels on the validation images; None of one label an image."""
+    data = state.setup.data
+    if not data.has_several_labels:
+        return None
+    if data.validation is None:
+        return [DEFAULT_THRESHOLD] * len(data.classes)
+    with state.setup.watch("evaluate"):
+        figures = state.evaluate(data.validation, inputs, several=SeveralLabels("best"))
+    return [row["threshold"] for row in figures["per_class"].values()]
 
 
 def _calibrate(state: TrainState, chosen: _Chosen) -> tuple[tuple[Figures, Predictions] | None, Calibration | None]:
@@ -128,7 +156,7 @@ def _calibrate(state: TrainState, chosen: _Chosen) -> tuple[tuple[Figures, Predi
     if validation is None or why_not_calibrated(state.setup.data) is not None:
         return None, None
     try:
-        judged = _score(state, chosen.inputs, validation, chosen.step)
+        judged = _score(state, chosen.inputs, validation, chosen.step, None)
     except BadImageError:  # gone since it was evaluated; the model is exported all the same
         return None, None
     table = gather_predictions(judged[1], state.processes)
@@ -228,6 +256,7 @@ def _export(
     folder: RunFolder,
     calibration: Calibration | None,
     unknown: UnknownScore | str,
+    thresholds: Sequence[float] | None,
 ) -> str:
     setup = state.setup
     with naming_disk_errors(folder.model), merged(network):
@@ -243,6 +272,7 @@ def _export(
             fitted=fitted(setup),
             calibration=calibration,
             unknown=None if isinstance(unknown, str) else unknown,
+            thresholds=thresholds,
         )
 
 

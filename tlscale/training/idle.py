@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
-
 from tlscale.data.sampler import DataOrder
 from tlscale.data.sources.folds import Fold
 from tlscale.data.sources.open import ImageData
+from tlscale.data.sources.tables import class_counts
 from tlscale.errors import RecipeError
 from tlscale.models.classifier import Classifier
 from tlscale.recipe.schema import Recipe, asks_for
@@ -53,7 +52,7 @@ def _of_groups(recipe: Recipe, data: ImageData) -> Iterator[tuple[str, str]]:
 
 def _of_classes(recipe: Recipe, data: ImageData) -> Iterator[tuple[str, str]]:
     """Give keys for classes of unequal sizes; a limit may make equal what is not, as one of a comparison's sizes."""
-    counts_C = np.bincount(data.train.labels_N, minlength=len(data.classes))
+    counts_C = class_counts(data.train.labels_N, len(data.classes))
     if recipe.data.train_limit is not None or counts_C.min() < counts_C.max():
         return
     for key in ("data.sampling", "loss.logit_adjustment"):

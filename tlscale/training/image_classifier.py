@@ -44,10 +44,10 @@ class Predictions:
     classes: tuple[str, ...]
     paths: list[str]
     """Empty for an image in memory."""
-    labels: list[str | None]
-    """None where there is no answer."""
+    labels: list[Any]
+    """The class of each image; of several labels a tuple of classes, which may be empty. None: there is no answer."""
     probabilities: npt.NDArray[np.float32]
-    """(N, C), in the order of `classes`; NaN where there is no answer."""
+    """(N, C), in the order of `classes`; NaN where there is no answer. Of several labels each is by itself."""
     errors: list[str | None]
     """Why there is no answer."""
     _answers: list[Answers]
@@ -81,7 +81,8 @@ class Predictions:
 
     def __repr__(self) -> str:
         failed = sum(why is not None for why in self.errors)
-        counts = {name: self.labels.count(name) for name in self.classes if name in self.labels}
+        labels = [label for one in self.labels for label in (one if isinstance(one, tuple) else (one,))]
+        counts = {name: labels.count(name) for name in self.classes if name in labels}
         shown = first_few([f"{name!r}: {count:,}" for name, count in sorted(counts.items(), key=lambda one: -one[1])])
         unread = f", {failed:,} without an answer" if failed else ""
         return f"Predictions({len(self):,} image{'s' * (len(self) != 1)}{unread}; {shown or 'no label'})"
@@ -128,6 +129,9 @@ def checked_columns(plain: Columns, top_k: int, *, all_probabilities: bool) -> C
         DataError: as many labels as are wanted do not exist.
     """
     num_classes = len(plain.classes)
+    if plain.several and top_k != 1:
+        problem = "the model answers with any number of labels, and the probabilities of all"
+        raise DataError(problem, key=option("top-k"), remedy="Take it out")
     if not 1 <= top_k <= num_classes:
         remedy = f"Give 1 to {num_classes:,}"
         raise DataError(
@@ -168,7 +172,8 @@ class ImageClassifier(TrainedModel):
         """Return the columns of its predictions; not on every path there are codes to tell what is unknown by."""
         sets = None if self.calibration is None else self.calibration.sets
         unknown = self.unknown if path is None else path.unknown
-        return Columns(self.classes, sets=sets, unknown_from=None if unknown is None else unknown.settings.threshold)
+        unknown_from = None if unknown is None else unknown.settings.threshold
+        return Columns(self.classes, sets=sets, unknown_from=unknown_from, several=self.thresholds is not None)
 
     @cached_property
     def facts(self) -> RunFacts:
@@ -251,16 +256,24 @@ class ImageClassifier(TrainedModel):
         return path
 
     def _predictions(self, given: list[Given], answers: list[Answers], path: RunPath) -> Predictions:
-        numbers = np.concatenate([some.labels_N for some in answers]).tolist()
+        labels = [label for some in answers for label in self._labels(some)]
         return Predictions(
             self.classes,
             [name_of(one) for one in given],
-            [None if number == NO_ANSWER else self.classes[number] for number in numbers],
+            labels,
             np.concatenate([some.probabilities_NC for some in answers]).astype(np.float32),
             [why for some in answers for why in some.errors],
             answers,
             self.columns(path),
         )
+
+    def _labels(self, answers: Answers) -> Iterator[str | tuple[str, ...] | None]:
+        if self.thresholds is None:
+            for number in answers.labels_N.tolist():
+                yield None if number == NO_ANSWER else self.classes[number]
+            return
+        for labels_C, why in zip(answers.labels_N, answers.errors, strict=True):
+            yield tuple(self.classes[i] for i in np.flatnonzero(labels_C)) if why is None else None
 
 
 def _checked(images: Images, batch_size: int | None, spec: InputSpec) -> list[Given]:

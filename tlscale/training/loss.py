@@ -21,9 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tlscale.data.sources.tables import has_several
 from tlscale.errors import RecipeError, sentences, suggestion
 from tlscale.recipe.schema import DistillSection, LossSection
 from tlscale.training.distillation.loss import DistillationLoss
+from tlscale.training.label_set_loss import AsymmetricLoss, BinaryLoss, label_weights
 
 
 class Batch(Protocol):
@@ -153,6 +155,7 @@ class LossSpec:
     section: LossSection
     distill: DistillSection | None
     class_weights_C: Tensor | None
+    """Of several labels (2, C), as `label_weights` gives them."""
     num_classes: int
     log_priors_C: Tensor | None = None
 
@@ -162,11 +165,13 @@ class LossKind:
     """One kind of loss.
 
     `is_linear_in_target`: the loss of a mixed target is the mixture of the losses of its labels. A loss that is not
-    would be another one with mixup and cutmix, which mix two labels, and is refused with them.
+    would be another one with mixup and cutmix, which mix two labels, and is refused with them. `takes_several`: it is
+    of images with several labels each.
     """
 
     build: Callable[[LossSpec], Loss]
     is_linear_in_target: bool
+    takes_several: bool = False
 
 
 def _cross_entropy(spec: LossSpec) -> CrossEntropyLoss:
@@ -182,11 +187,19 @@ LOSSES: dict[str, LossKind] = {
     "cross_entropy": LossKind(_cross_entropy, is_linear_in_target=True),
     "focal": LossKind(lambda spec: FocalLoss(spec.section, spec.class_weights_C), is_linear_in_target=False),
     "distillation": LossKind(_distillation, is_linear_in_target=True),
+    "binary_cross_entropy": LossKind(
+        lambda spec: BinaryLoss(spec.section, spec.class_weights_C), is_linear_in_target=True, takes_several=True
+    ),
+    "asymmetric": LossKind(
+        lambda spec: AsymmetricLoss(spec.section, spec.class_weights_C), is_linear_in_target=False, takes_several=True
+    ),
 }
 
 
-def loss_name(section: LossSection, distill: DistillSection | None) -> str:
-    """Return the row of `LOSSES` that a recipe trains with."""
+def loss_name(section: LossSection, distill: DistillSection | None, *, several: bool = False) -> str:
+    """Return the row of `LOSSES` that a recipe trains with; `several`: of images with several labels each."""
+    if several and section.kind == "cross_entropy":
+        return "binary_cross_entropy"
     return section.kind if distill is None else "distillation"
 
 
@@ -209,9 +222,13 @@ def refuse_mixed_targets(name: str, augment: Collection[str]) -> None:
 def class_weights(section: LossSection, labels_N: np.ndarray, classes: Sequence[str]) -> Tensor | None:
     """Return the weight of each class, shape (C,) float64, scaled to a mean of 1 over the training images.
 
+    Of several labels an image they are those of `label_weights`, (2, C).
+
     Raises:
         RecipeError: weights for classes that are not there, or classes without one.
     """
+    if has_several(labels_N):
+        return label_weights(section, labels_N, classes, _weights_by_name)
     if section.class_weights == "none":
         return None
     counts_C = np.bincount(labels_N, minlength=len(classes)).astype(np.float64)

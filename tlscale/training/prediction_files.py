@@ -112,7 +112,7 @@ class TextFormat:
 
     @classmethod
     def csv(cls, columns: Columns) -> TextFormat:
-        return cls(csv_line(columns.names), csv_line, lambda path: f"{csv_cell(path)},", ",\n", "path,label,", True)
+        return cls(csv_line(columns.names), csv_line, lambda path: f"{csv_cell(path)},", ",\n", "path,label", True)
 
     @classmethod
     def jsonl(cls, columns: Columns) -> TextFormat:

@@ -155,4 +155,5 @@ def _kind(name: str) -> pa.DataType:
 
 
 def _is_text(name: str) -> bool:
-    return name in ("path", "set", "error") or name == "label" or (name.startswith("label_") and name[6:].isdecimal())
+    is_next = name.startswith("label_") and name[6:].isdecimal()
+    return name in ("path", "set", "error", "label", "labels") or is_next

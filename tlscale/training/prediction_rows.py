@@ -5,9 +5,10 @@
 | `path` | as it was given or found; bytes of a name that are no UTF-8 are escaped |
 | `label`, `probability` | the most likely class, and how likely; empty where there is no answer |
 | `label_2`, `probability_2`, ... | the next ones, where more than one is wanted |
+| `labels` | of a model of several labels in place of those: all that it has, joined by `|`; empty also where none |
 | `set` | where the model has a calibration: classes joined by a bar, one of them the true one in 90 % of cases |
 | `unknown` | where the model can tell: whether the image is unlike those of training |
-| `p_<class>` | how likely each class is, where all are wanted |
+| `p_<class>` | how likely each class is, where all are wanted, and for several labels |
 | `error` | why there is no answer; else empty |
 
 Promise: a text of others is a text in every reader. In CSV a cell that begins with what a spreadsheet takes for a
@@ -35,8 +36,10 @@ from tlscale.data.given import Given, read_given
 from tlscale.data.loader import stacked
 from tlscale.data.sampler import Ints
 from tlscale.data.sources.excluded import FORMULAS
+from tlscale.data.sources.tables import Labels, label_text
 from tlscale.distributed.processes import Processes
 from tlscale.models.calibration import LabelSets
+from tlscale.training.label_set_metrics import labels_from, probabilities
 from tlscale.training.predictions import NO_ANSWER, answers
 from tlscale.training.run_path import FeaturesPath, RunPath
 
@@ -50,8 +53,8 @@ R = TypeVar("R")
 class Answers:
     """Hold what a network says of some images."""
 
-    labels_N: Ints
-    """Class numbers; `NO_ANSWER` where there are none."""
+    labels_N: Labels
+    """Class numbers; `NO_ANSWER` where there are none. Of several labels which classes each has, bool (N, C)."""
     probabilities_NC: npt.NDArray[Any]
     """float32 or float64; NaN where there is no answer."""
     errors: list[str | None]
@@ -90,8 +93,10 @@ def answer(
     """
     errors: list[str | None] = []
     blocks = read_blocks(given, path, errors, on_images=on_images)
-    labels_N = np.full(len(given), NO_ANSWER, np.int64)
     outputs_BC, scores_B = path.outputs(blocks, sizes, processes)
+    if path.thresholds is not None:
+        return _label_sets(outputs_BC.cpu(), errors, path.thresholds)
+    labels_N = np.full(len(given), NO_ANSWER, np.int64)
     logits_BC, labels_B, softmax_BC = answers(outputs_BC)
     calibrated_BC = softmax_BC if path.calibration is None else path.calibration.probabilities(logits_BC)
     probabilities_BC = calibrated_BC.cpu().numpy()
@@ -107,6 +112,19 @@ def answer(
         scores_N = np.full(len(given), np.nan)
         scores_N[sound_N] = scores_B
     return Answers(labels_N, probabilities_NC, errors, scores_N)
+
+
+def _label_sets(logits_BC: Tensor, errors: list[str | None], thresholds: Sequence[float]) -> Answers:
+    """Return the answers of several labels; the images that were read have logits."""
+    sound_N = np.array([why is None for why in errors], dtype=bool)
+    shares_BC = probabilities(logits_BC)
+    labels_NC = np.zeros((len(errors), len(thresholds)), dtype=bool)
+    labels_NC[sound_N] = labels_from(shares_BC, thresholds).numpy()
+    shares_NC = np.full(labels_NC.shape, np.nan)
+    shares_NC[sound_N] = shares_BC.numpy()
+    for at in np.flatnonzero(sound_N & np.isnan(shares_NC).any(axis=1)).tolist():
+        errors[at] = NO_NUMBER
+    return Answers(labels_NC, shares_NC, errors)
 
 
 def read_blocks(
@@ -155,10 +173,14 @@ class Columns:
     sets: LabelSets | None = None
     unknown_from: float | None = None
     """Images with a higher score are unknown; None: the model does not tell."""
+    several: bool = False
+    """Of a model of several labels: the labels, and the probabilities of all classes."""
 
     @property
     def names(self) -> list[str]:
         """Return their names, in order."""
+        if self.several:
+            return ["path", "labels", *(f"p_{name}" for name in self.classes), "error"]
         more = [f"{name}_{place}" for place in range(2, self.top_k + 1) for name in ("label", "probability")]
         each = [f"p_{name}" for name in self.classes] if self.all_probabilities else []
         sets, unknown = ["set"] if self.sets else [], ["unknown"] if self.unknown_from is not None else []
@@ -166,6 +188,9 @@ class Columns:
 
     def rows(self, paths: Sequence[str], answers: Answers) -> Iterator[list[Cell]]:
         """Give the cells of each image, in the order of the names; None for what is empty."""
+        if self.several:
+            yield from self._rows_of_several(paths, answers)
+            return
         ranked_NK = answers.ranked(self.top_k)
         best_NK = np.take_along_axis(answers.probabilities_NC, np.maximum(ranked_NK, 0), axis=1)
         every_NC = answers.probabilities_NC if self.all_probabilities else best_NK[:, :0]
@@ -183,6 +208,13 @@ class Columns:
             if self.unknown_from is not None:
                 row.append(unknown)
             yield [*row, *(each if why is None else None for each in every), why]
+
+    def _rows_of_several(self, paths: Sequence[str], answers: Answers) -> Iterator[list[Cell]]:
+        for path, why, labels_C, shares_C in zip(
+            paths, answers.errors, answers.labels_N, answers.probabilities_NC.tolist(), strict=True
+        ):
+            own = [label_text(labels_C, self.classes), *shares_C] if why is None else [None] * (1 + len(shares_C))
+            yield [path, *own, why]
 
     def unknown(self, answers: Answers) -> list[bool | None]:
         """Tell which images are unlike those of training; None where an image cannot be read, or of a model without."""

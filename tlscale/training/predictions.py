@@ -150,14 +150,15 @@ class Predictions:
                 of_label_B = np.take_along_axis(every_BC, np.maximum(answers_B, 0)[:, None], axis=1)[:, 0]
                 arrays["calibrated_probability"] = pa.array(of_label_B, mask=is_none_B)
                 about["calibration"] = self.calibration.model_dump()
-            arrays["logits"] = _lists(pa.array(columns["logits"].ravel()), len(self.classes))
+            arrays["logits"] = lists(pa.array(columns["logits"].ravel()), len(self.classes))
         else:
-            arrays["top_labels"] = _lists(names.take(pa.array(columns["top"].ravel())), _TOP)
-            arrays["top_logits"] = _lists(pa.array(columns["top_logits"].ravel()), _TOP)
+            arrays["top_labels"] = lists(names.take(pa.array(columns["top"].ravel())), _TOP)
+            arrays["top_logits"] = lists(pa.array(columns["top_logits"].ravel()), _TOP)
         return pa.table(arrays).replace_schema_metadata({"tlscale": json.dumps(about, ensure_ascii=False)})
 
 
-def _lists(values: pa.Array, length: int) -> pa.ListArray:
+def lists(values: pa.Array, length: int) -> pa.ListArray:
+    """Divide values into lists of one length."""
     return pa.ListArray.from_arrays(np.arange(0, len(values) + 1, length, dtype=np.int32), values)
 
 

@@ -10,7 +10,7 @@ Shapes: B images of a block, N images, M held-out images, C classes, D features.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from tlscale.codes.parts import layer_name, wanted_layers
 from tlscale.codes.probes.kept import KeptFits
 from tlscale.codes.probes.kinds import kind_of
+from tlscale.codes.probes.ranking import DEFAULT_THRESHOLD
 from tlscale.codes.probes.select import (
     Choice,
     PathRow,
@@ -46,11 +47,14 @@ from tlscale.storage.files import naming_disk_errors
 from tlscale.storage.run_folder import RunFolder
 from tlscale.tracking.console import Console, number
 from tlscale.tracking.progress import each
-from tlscale.training.evaluate import scalars
+from tlscale.training.evaluate import SeveralLabels, figures_of, scalars
+from tlscale.training.label_set_loss import binary_cross_entropy
+from tlscale.training.label_set_metrics import LabelScores
+from tlscale.training.label_set_predictions import collect
 from tlscale.training.logger import RunLogger
 from tlscale.training.loop_state import LoopState
 from tlscale.training.loss import cross_entropy, weigher
-from tlscale.training.metrics import Tally, majority, summary
+from tlscale.training.metrics import Tally, majority
 from tlscale.training.prediction_figures import add_prediction_figures, calibration_by
 from tlscale.training.predictions import Predictions, gather_predictions, write_predictions
 from tlscale.training.result import (
@@ -85,6 +89,8 @@ def probe(
     """
     data, recipe = setup.data, setup.recipe
     section, weigh, select = recipe.probe, weigher(recipe.loss, data.classes), recipe.evaluate.select
+    if data.has_several_labels and select == "map":
+        select = "top1"  # in whose place it stands
     assert section is not None
     codes_cache = open_codes_cache(setup, processes, console)
     refuse_wrong_probe(section, codes_cache.spec.section, len(data.train), len(data.validation or ()))
@@ -139,11 +145,13 @@ class _Probe:
         # -- evaluate: by images that the classifier was not fitted to, once ------------------------------------------
         number_of_layer = [layer_name(pair) for pair in self.wanted].index(choice.name)
         scored = choice.probe.head if data.test is not None else choice.probe.before_refit
+        thresholds = self._thresholds(choice.probe.before_refit, number_of_layer)
         figures = no_figures(setup)
         if self.split is not None:
-            predictions = Predictions(self.split, data.classes)
+            predictions = collect(self.split, data.classes, thresholds)
             with setup.watch("test"):
-                figures = _figures(setup, scored, self._values(self.split.name, number_of_layer), predictions)
+                values_ND = self._values(self.split.name, number_of_layer)
+                figures = _figures(setup, scored, values_ND, self.split, predictions, SeveralLabels(thresholds))
             logger.write_evaluation(self.split.name, figures, is_best=False)
 
         calibration = self._calibration(choice, number_of_layer)
@@ -153,10 +161,11 @@ class _Probe:
         # -- export ---------------------------------------------------------------------------------------------------
         chosen = self.wanted[number_of_layer]
         with setup.watch("export"):
-            how_to_load = _export(setup, choice, chosen, folder, calibration, unknown)
+            how_to_load = _export(setup, choice, chosen, folder, calibration, unknown, thresholds)
             if self.split is not None:
                 predictions.calibration = calibration
                 write_predictions(folder.predictions, predictions)
+            if self.split is not None and not data.has_several_labels:
                 figures = add_prediction_figures(figures, folder.predictions, have_chosen=data.test is None)
         result = self._result(choice, chosen, figures, calibration) | result_identity(data)
         judges = data.test is not None and not isinstance(unknown, str)
@@ -169,9 +178,10 @@ class _Probe:
         setup = self.setup
         if setup.data.validation is None or why_not_calibrated(setup.data, refitted=choice.probe.refitted) is not None:
             return None
-        held = Predictions(setup.data.validation, setup.data.classes)
+        validation = setup.data.validation
+        held = Predictions(validation, setup.data.classes)
         with setup.watch("test"):
-            _figures(setup, choice.probe.head, self._values("validation", number_of_layer), held)
+            _figures(setup, choice.probe.head, self._values("validation", number_of_layer), validation, held)
             return calibration_by(gather_predictions(held))
 
     def _choose(self, kept: KeptFits) -> Choice:
@@ -188,6 +198,20 @@ class _Probe:
             weigh=self.weigh,
             select=self.select,
         )
+
+    def _thresholds(self, head: nn.Module, number_of_layer: int) -> list[float] | None:
+        """Choose those of several labels by images that the classifier was not fitted to; None of one label an image.
+
+        A classifier that is fitted again, to these images as well, takes them over.
+        """
+        data = self.setup.data
+        if not data.has_several_labels:
+            return None
+        if data.validation is None:
+            return [DEFAULT_THRESHOLD] * len(data.classes)
+        values_ND = self._values("validation", number_of_layer)
+        figures = _figures(self.setup, head, values_ND, data.validation, None, SeveralLabels("best"))
+        return [row["threshold"] for row in figures["per_class"].values()]
 
     def _candidates(self) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
         """Yield one layer and pooling after the other, so that one at a time is in memory."""
@@ -216,11 +240,11 @@ class _Probe:
             figures = ["-" if figure is None else number(figure) for figure in (best.held_top1, best.held_loss)]
             rows.append((name, f"{best.setting:g}", *figures, *more, "chosen" if name == choice.name else ""))
         data = self.setup.data
-        if data.validation is not None:
+        if data.validation is not None and not data.has_several_labels:
             often = majority(data.train.labels_N, data.validation.labels_N, data.classes)
             rows.append((f"always {often['label']!r}", "-", number(often["top1"]), "-", *(["-"] * len(by)), ""))
         kind = self.section.kind
-        titles = ("codes", kind_of(kind).setting.name, "top1", "loss", *by, "")
+        titles = ("codes", kind_of(kind).setting.name, "mAP" if data.has_several_labels else "top1", "loss", *by, "")
         console.table(f"Probe {kind}, by held-out images", titles, rows)
 
     def _result(
@@ -230,7 +254,7 @@ class _Probe:
         num_params = sum(param.numel() for param in fit.head.parameters())
         backbone_params = sum(param.numel() for param in setup.classifier.backbone.parameters())
         brief = {"step": 0, **scalars(figures)}
-        has_chosen, select = sum(map(len, choice.table.values())) > 1, self.select
+        has_chosen, select = sum(map(len, choice.table.values())) > 1 or setup.data.has_several_labels, self.select
         score = about_score(setup, self.split, has_chosen=has_chosen, refitted=fit.refitted)
         own = {
             "weights": "last",
@@ -240,12 +264,12 @@ class _Probe:
                 "kind": fit.kind,
                 "layer": chosen[0],
                 "pool": chosen[1],
-                **_plain(fit.chosen, select),
+                **_plain(fit.chosen, select, score),
                 **({} if select == "top1" else {"select": select}),
                 "converged": fit.converged,
                 "num_images": fit.num_images,
                 "refitted": fit.refitted,
-                "tried": {name: [_plain(row, select) for row in rows] for name, rows in choice.table.items()},
+                "tried": {name: [_plain(row, select, score) for row in rows] for name, rows in choice.table.items()},
             },
             "epochs": 0,
             "steps": 0,
@@ -260,7 +284,10 @@ class _Probe:
         return make_result(setup, self.split, figures, score, own)
 
 
-def _plain(row: PathRow, select: str) -> dict[str, Any]:
+def _plain(row: PathRow, select: str, score: dict[str, Any]) -> dict[str, Any]:
+    if score.get("task") == "multi_label":
+        figures = {"held_out_top1": None, "held_out_map": row.held_top1}
+        return {"setting": row.setting, **figures, "held_out_loss": row.held_loss}
     more = {} if select in ("top1", "loss") else {f"held_out_{select}": row.held_figure}
     return {"setting": row.setting, "held_out_top1": row.held_top1, "held_out_loss": row.held_loss, **more}
 
@@ -272,6 +299,7 @@ def _export(
     folder: RunFolder,
     calibration: Calibration | None,
     unknown: UnknownScore | str,
+    thresholds: Sequence[float] | None,
 ) -> str:
     """Write the model, and return how to load it."""
     model = CodesClassifier(LayerCodes(setup.classifier.backbone, [layer_and_pool]), choice.probe.head)
@@ -285,19 +313,31 @@ def _export(
             fitted=about,
             calibration=calibration,
             unknown=None if isinstance(unknown, str) else unknown,
+            thresholds=thresholds,
         )
 
 
 @torch.no_grad()
-def _figures(setup: RunSetup, head: nn.Module, codes_ND: Tensor, predictions: Predictions) -> dict[str, Any]:
+def _figures(
+    setup: RunSetup,
+    head: nn.Module,
+    codes_ND: Tensor,
+    split: ImageSplit,
+    predictions: Predictions | None,
+    several: SeveralLabels | None = None,
+) -> dict[str, Any]:
     """Compute all figures of the classifier on a split, and collect its predictions."""
-    tally = Tally(len(setup.data.classes), codes_ND.device)
-    labels_N = torch.from_numpy(predictions.split.labels_N).to(codes_ND.device)
+    has_several, classes = setup.data.has_several_labels, setup.data.classes
+    tally = LabelScores(len(classes)) if has_several else Tally(len(classes), codes_ND.device)
+    plain_loss = binary_cross_entropy if has_several else cross_entropy
+    labels_N = torch.from_numpy(split.labels_N).to(codes_ND.device)
     head = head.to(codes_ND.device)
     parts = (torch.split(part, HEAD_BATCH) for part in (torch.arange(len(labels_N)), codes_ND, labels_N))
     for positions_B, codes_BD, labels_B in zip(*parts, strict=True):
         check_stop("evaluating")
         logits_BC = head(codes_BD.to(setup.dtype))
-        tally.update(logits_BC, labels_B, cross_entropy(logits_BC, labels_B))
-        predictions.add(positions_B, logits_BC)
-    return predictions.over_groups(summary(tally, setup.data.classes))
+        tally.update(logits_BC, labels_B, plain_loss(logits_BC, labels_B))
+        if predictions is not None:
+            predictions.add(positions_B, logits_BC)
+    figures = figures_of(tally, classes, several)[0]
+    return figures if predictions is None else predictions.over_groups(figures)

@@ -6,7 +6,8 @@
 - `exported_model`: `fitted_on_train`, `refitted_on_train_and_validation`, or `fitted_on_all` images of the folds.
 - `selected_on`: `validation` where there is no test split and the scored images have chosen the step, layer, pooling
   or strength, so that the score is likely somewhat too high; else null.
-- `majority`: `label`, the most frequent class of the training images, and `top1`, its share of the scored images.
+- `majority`: `label`, the most frequent class of the training images, and `top1`, its share of the scored images. Of
+  several labels there is none, and `chance` in its place.
 """
 
 from __future__ import annotations
@@ -49,8 +50,14 @@ def about_score(
         "scored_model": "before_refit" if refitted and data.test is None else "exported",
         "exported_model": "refitted_on_train_and_validation" if refitted else "fitted_on_train",
         "selected_on": "validation" if split is data.validation is not None and has_chosen else None,
-        "majority": majority(data.train.labels_N, (split or data.train).labels_N, data.classes),
+        **_often(data, split or data.train),
     }
+
+
+def _often(data: ImageData, split: ImageSplit) -> dict[str, Any]:
+    if data.has_several_labels:
+        return {"task": "multi_label"}
+    return {"majority": majority(data.train.labels_N, split.labels_N, data.classes)}
 
 
 def fitted(setup: RunSetup, *, refitted: bool = False) -> dict[str, Any]:
@@ -63,6 +70,8 @@ def fitted(setup: RunSetup, *, refitted: bool = False) -> dict[str, Any]:
 
 def why_not_calibrated(data: ImageData, *, refitted: bool = False) -> str | None:
     """Tell why no images are left to choose a temperature by; None where there are some."""
+    if data.has_several_labels:
+        return "an image has several labels"
     if data.validation is None:
         return "there is no validation split"
     if len(data.classes) > MOST_LOGITS:

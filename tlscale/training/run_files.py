@@ -132,8 +132,11 @@ class _Result(_Facts):
     strategy: str
     split: str | None
     num_images: _Count
-    top1: _Share | None
-    top1_interval95: Annotated[list[_Share], Field(min_length=2, max_length=2)] | None
+    # Of one label an image, or of several.
+    top1: _Share | None = None
+    top1_interval95: Annotated[list[_Share], Field(min_length=2, max_length=2)] | None = None
+    map: _Share | None = None
+    task: Literal["multi_label"] | None = None
     best: _Best
     steps: _Count
     images_seen: _Count
@@ -150,7 +153,8 @@ class _Result(_Facts):
 
     @model_validator(mode="after")
     def _check(self) -> _Result:
-        if self.split is not None and (self.top1 is None or self.top1_interval95 is None):
+        is_of_one = self.split is not None and self.task is None
+        if is_of_one and (self.top1 is None or self.top1_interval95 is None):
             raise ValueError("a split was scored, and top1 or its interval is missing")
         return self
 

@@ -143,6 +143,7 @@ class RunPath:
         """
         self.facts, self.spec, self.num_classes = facts, trained.input_spec, len(trained.classes)
         self.calibration, self.unknown = trained.calibration, trained.unknown
+        self.thresholds = trained.thresholds
         self.batching = facts.batching if batch_size is None else Batching(batch_size)
         self._way = _way(trained, facts, processes)
         if not isinstance(self._way[0], _Frozen):  # there are no codes to tell by

@@ -176,7 +176,8 @@ def set_up(
     """
     check_installed(recipe.track)
     check_optimizer(recipe.optim)
-    refuse_mixed_targets(loss_name(recipe.loss, recipe.distill), augmentation_values(recipe.data.augment))
+    loss = loss_name(recipe.loss, recipe.distill, several=recipe.data.task == "multi_label")
+    refuse_mixed_targets(loss, augmentation_values(recipe.data.augment))
     watch = watch or Stopwatch()
     fold = part.fold if part is not None else all_images(recipe.evaluate)
     with watch("scan"):

@@ -28,7 +28,7 @@ def make_loss(setup: RunSetup, device: torch.device) -> Loss:
     of_classes = (None if one_C is None else one_C.to(setup.dtype).to(device) for one_C in (weights_C, priors_C))
     weights_C, priors_C = of_classes
     spec = LossSpec(recipe.loss, recipe.distill, weights_C, len(data.classes), priors_C)
-    return LOSSES[loss_name(recipe.loss, recipe.distill)].build(spec)
+    return LOSSES[loss_name(recipe.loss, recipe.distill, several=data.has_several_labels)].build(spec)
 
 
 def make_due(setup: RunSetup) -> Due:

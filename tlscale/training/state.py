@@ -28,7 +28,7 @@ from tlscale.training.checkpoint.optimizer_state import carry_moments
 from tlscale.training.checkpoint.run_state import snapshot, write_checkpoint
 from tlscale.training.distillation.targets import TeacherTargets
 from tlscale.training.ema import Ema
-from tlscale.training.evaluate import evaluate
+from tlscale.training.evaluate import SeveralLabels, evaluate
 from tlscale.training.group_error import GroupError, num_error_groups
 from tlscale.training.input_pipeline import InputPipeline, open_pipeline
 from tlscale.training.logger import RunLogger
@@ -93,10 +93,12 @@ class TrainState:
         *,
         error_of: str | None = None,
         predictions: Predictions | None = None,
+        several: SeveralLabels | None = None,
     ) -> dict[str, Any]:
         """Evaluate the weights that a user would get: the averages, where averages are kept.
 
-        `inputs` is the pipeline of the network, or of its trained part; the rest is as `evaluate.evaluate` takes it.
+        `inputs` is the pipeline of the network, or of its trained part; the rest is as `evaluate.evaluate` takes it,
+        but that `several` has an effect on data with several labels alone.
         """
         classes, groups_N, over_groups = self.setup.data.classes, split.groups_N, None
         # Images of a group stand or fall together, and an error over images is too small by that. Where each group has
@@ -118,6 +120,7 @@ class TrainState:
                 error_of=error_of,
                 over_groups=over_groups,
                 predictions=predictions,
+                several=(several or SeveralLabels()) if self.setup.data.has_several_labels else None,
             )
 
     def averaged(self) -> AbstractContextManager[None]:
@@ -141,7 +144,7 @@ def build_train_state(setup: RunSetup, processes: Processes, console: Console, s
         codes_cache=open_codes_cache(setup, processes, console),
         due=make_due(setup),
         compute=recipe.compute,
-        evaluation=recipe.evaluate,
+        evaluation=recipe.evaluate.of_task(recipe.data.task),
         keeping=recipe.checkpoint,
         non_finite=recipe.non_finite,
         stage=stage,

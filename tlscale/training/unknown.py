@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tlscale.data.sources.tables import Ints
+from tlscale.data.sources.tables import Ints, Labels, has_several
 from tlscale.models.unknown import MOST_FEATURES, UnknownScore, UnknownSettings
 
 RECALL = 0.95
@@ -80,11 +80,13 @@ Codes = Callable[[str, Ints | None], Tensor]
 """Gives pooled codes of a split by its name, of some rows or all."""
 
 
-def unknown_by(codes: Codes, labels_N: Ints, num_held: int) -> UnknownScore | str:
+def unknown_by(codes: Codes, labels_N: Labels, num_held: int) -> UnknownScore | str:
     """Fit the score, or tell why not.
 
     `codes` gives those of train and validation, and `num_held` is the number of validation images.
     """
+    if has_several(labels_N):
+        return "an image has several labels"
     if not num_held:
         return "there is no validation split"
     num_features = codes("validation", np.arange(1)).shape[1]

@@ -74,9 +74,16 @@ AGES = [str(age) for age in range(20, 45)] * 2
 @pytest.mark.parametrize(
     ("labels", "fragments"),
     [
-        (JOINED, ("look like several an image, with ';' between them: 'old;female'", "data.task: single_label")),
+        (
+            JOINED,
+            (
+                "look like several an image, with ';' between them: 'old;female'",
+                "data.label_separator: ';'",
+                "data.task: single_label",
+            ),
+        ),
         (AGES, ("look like numbers, of which there are 25", "Regression is not supported", "data.task: single_label")),
-        ([[0, 1], [1], []], ("of type list", "Several labels an image")),
+        ([[0, 1], [1], []], ("of type list", "write data.task: multi_label")),
         ([20.5, 30.0, 25.5], ("of type double", "Regression is not supported")),
     ],
 )

@@ -25,11 +25,13 @@ def test_a_source_takes_its_own_keys_and_no_others(source, key):
         "fallback": "sample",
         "class_folder": "top",
         "task": "single_label",
+        "label_columns": ["one", "two"],
         **dict.fromkeys(("config", "revision"), "one"),
     }
     given = {"path": "somewhere"} if SOURCES[source].path != "none" else {}
     takes = given if key == "path" else SOURCES[source].keys
-    section = {"source": source, **given, key: values.get(key, "column")}
+    beside = {"task": "multi_label"} if key in ("label_columns", "label_separator") else {}
+    section = {"source": source, **given, **beside, key: values.get(key, "column")}
     if key in takes:
         assert DataSection(**section).source == source
     else:

@@ -20,6 +20,7 @@ from tlscale.codes.probes.knn import fit_knn
 from tlscale.codes.probes.large_logistic import fit_large_logistic
 from tlscale.codes.probes.linear import fit_linear
 from tlscale.codes.probes.logistic import logistic_path
+from tlscale.codes.probes.one_against_rest import fit_one_against_rest
 from tlscale.codes.probes.ridge import fit_large_ridge, ridge_path
 from tlscale.codes.probes.scikit import sklearn_path
 from tlscale.codes.probes.weighted import fit_weighted_logistic, fit_weighted_ridge, fit_weighted_sklearn
@@ -127,6 +128,9 @@ class ProbeKind:
     fit_weighted: WeightedFit | None = None
     """The same where classes have weights, (C,), in either way; None: it cannot."""
 
+    fit_several: Callable[[Tensor, Tensor, Sequence[float]], Fit] | None = None
+    """The same for several labels an image, bool (N, C); None: it cannot."""
+
     def is_by_blocks(self, num_images: int, width: int, num_classes: int) -> bool:
         """Report whether so many images, features and classes are fitted by `fit_large`."""
         size = num_images, width, num_classes
@@ -143,7 +147,11 @@ class ProbeKind:
         weights_C: Tensor | None = None,
         select: str = "top1",
     ) -> Fit:
-        """Fit in the way that is for so many images, features and classes."""
+        """Fit in the way that is for so many images, features and classes, or for several labels (N, C)."""
+        if labels_N.ndim == 2:
+            assert self.fit_several is not None, "the recipe refuses other kinds"
+            assert weights_C is None, "the recipe refuses weights"
+            return self.fit_several(codes_ND, labels_N, values)
         if weights_C is not None:
             assert self.fit_weighted is not None, "the recipe refuses other kinds"
             by_blocks = self.is_by_blocks(codes_ND.shape[0], codes_ND.shape[1], num_classes)
@@ -165,6 +173,7 @@ PROBE_KINDS: dict[str, ProbeKind] = {
         fit_large=fit_large_logistic,
         searches=True,
         fit_weighted=fit_weighted_logistic,
+        fit_several=fit_one_against_rest,
     ),
     # one eigendecomposition; scaled so that the softmax of the scores is a probability
     "ridge": ProbeKind(

@@ -1,8 +1,9 @@
 """Choose a probe: the codes and the hyper-parameter by held-out images, and fit it.
 
 Promise: a pure function of codes, labels and settings; nothing is random. Codes are standardised with mean and
-standard deviation of the images that the classifier is fitted to. The held-out images choose (highest top1; among
-equals the lowest loss, then the strongest regularisation); the test split is never seen here. What comes out is a
+standard deviation of the images that the classifier is fitted to. The held-out images choose (highest top1, or of
+several labels an image mAP; among equals the lowest loss, then the strongest regularisation); the test split is never
+seen here. What comes out is a
 module from raw codes to logits, the standardisation folded in.
 
 Letters: N training images, M held-out images, D features, C classes.
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from tlscale.codes.parts import layer_name, wanted_layers
 from tlscale.codes.probes.class_figures import OF_CLASSES, figure_of_classes, rank_of
 from tlscale.codes.probes.kinds import Fit, ProbeKind, kind_of
+from tlscale.codes.probes.ranking import mean_average_precision
 from tlscale.errors import DataError, ModelError, RecipeError
 from tlscale.recipe.schema import CodesSection, ProbeSection
 
@@ -35,6 +37,7 @@ class PathRow:
     """Hold a value of the hyper-parameter, and its figures on the held-out images.
 
     They are None where there are no such images, and where the value was rejected on a sample of the training images.
+    Of several labels an image `held_top1` is mAP.
     """
 
     setting: float
@@ -116,7 +119,7 @@ def choose(
         candidates: pairs of a name and (codes_ND, held_codes_MD): float of any precision, tensors (whose device does
             the work) or arrays. Of an iterator, one at a time is in memory. M may be 0 where there is one candidate
             and one value to try.
-        labels_N: int64, 0..C-1. Some class may have no image.
+        labels_N: int64, 0..C-1; of several labels bool (N, C). Some class may have no image.
         grid: values of the hyper-parameter; None: the defaults of the kind.
         refit: fit the chosen setting again, to training and held-out images together, standardised by all of them.
             False: keep what was fitted to the training images alone.
@@ -220,14 +223,14 @@ class _Images:
     def of(cls, codes: Array, labels: Array, name: str) -> _Images:
         codes, labels = _tensor(codes), _tensor(labels)
         assert codes.ndim == 2, f"codes are (images, features), not {tuple(codes.shape)}"
-        assert labels.shape == codes.shape[:1], f"{len(codes)} codes and labels of shape {tuple(labels.shape)}"
+        assert labels.shape[:1] == codes.shape[:1], f"{len(codes)} codes and labels of shape {tuple(labels.shape)}"
         bad = int((~codes.isfinite()).any(dim=1).sum())
         if bad:
             raise ModelError(
                 f"the codes of {bad:,} of {len(codes):,} {name} images hold NaN or infinity",
                 remedy="Compute them in float32 (compute.precision: fp32), and check whether the weights are sound",
             )
-        return cls(codes, labels.to(codes.device, torch.int64))
+        return cls(codes, labels.to(codes.device, torch.int64 if labels.ndim == 1 else torch.bool))
 
     def __add__(self, other: _Images) -> _Images:
         return _Images(torch.cat([self.codes, other.codes]), torch.cat([self.labels, other.labels]))
@@ -242,6 +245,19 @@ def _tensor(array: Array) -> Tensor:
 
 def _check_training(train: _Images, held: _Images, num_classes: int) -> None:
     assert held.codes.shape[1] == train.codes.shape[1], "training and held-out codes have the same features"
+    if train.labels.ndim == 1:
+        _check_classes(train, held, num_classes)
+    elif not (train.labels.any(dim=0) & ~train.labels.all(dim=0)).any():
+        problem = f"the {len(train.labels):,} training images all have the same labels: there is nothing to tell apart"
+        raise DataError(problem, remedy="Raise data.train_limit, or check the labels")
+    if not (train.codes != train.codes[0]).any():
+        raise ModelError(
+            f"the codes of all {len(train.labels):,} training images are the same: nothing can be learnt from them",
+            remedy="Name another layer or pooling under codes, and check whether the weights are sound",
+        )
+
+
+def _check_classes(train: _Images, held: _Images, num_classes: int) -> None:
     for images in (train, held):
         assert not len(images.labels) or int(images.labels.min()) >= 0, "labels start at 0"
         assert not len(images.labels) or int(images.labels.max()) < num_classes, f"labels end below {num_classes}"
@@ -252,11 +268,6 @@ def _check_training(train: _Images, held: _Images, num_classes: int) -> None:
             f"{'class ' + str(classes[0]) if classes else 'no class'} alone, and a probe needs two classes or "
             "more",
             remedy="Raise data.train_limit, or check the labels",
-        )
-    if not (train.codes != train.codes[0]).any():
-        raise ModelError(
-            f"the codes of all {len(train.labels):,} training images are the same: nothing can be learnt from them",
-            remedy="Name another layer or pooling under codes, and check whether the weights are sound",
         )
 
 
@@ -324,8 +335,12 @@ def _finish(
 
 
 def _figures(logits_MC: Tensor, labels_M: Tensor) -> tuple[float, float]:
-    """Compute top1 (fraction) and mean cross-entropy."""
+    """Compute top1 (fraction) and mean cross-entropy; of several labels mAP and the mean binary cross-entropy."""
     labels_M = labels_M.to(logits_MC.device)
+    if labels_M.ndim == 2:
+        figure = mean_average_precision(logits_MC.cpu().numpy(), labels_M.cpu().numpy())
+        loss = F.binary_cross_entropy_with_logits(logits_MC, labels_M.to(logits_MC.dtype))
+        return figure or 0.0, float(loss)
     loss = F.cross_entropy(logits_MC, labels_M)
     return float((logits_MC.argmax(1) == labels_M).double().mean()), float(loss)
 

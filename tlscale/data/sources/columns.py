@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 
 from tlscale.data.sources.split_names import role_of
 from tlscale.errors import DataError, first_few, quoted, quoted_list, sentences, suggestion
+from tlscale.recipe.schema import DataSection
 
 LABEL_COLUMNS = ("label", "labels", "class", "class_name", "target")
 """Usual names of the column of labels."""
@@ -30,6 +31,17 @@ def pick_column(given: str | None, usual: Sequence[str], columns: Sequence[str],
         what = f"columns {quoted_list(found)} may all be it" if found else f"no column is called {' or '.join(usual)}"
         raise DataError(f"{where}: {what}", remedy=f"Say which in data.{key}. The columns are {quoted_list(columns)}")
     return found[0]
+
+
+def pick_label_columns(section: DataSection, columns: Sequence[str], where: str) -> list[str]:
+    """Pick the column of the labels, or the columns of 0 and 1 that the recipe names.
+
+    Raises:
+        DataError: as `pick_column`.
+    """
+    if section.label_columns is None:
+        return [pick_column(section.label_column, LABEL_COLUMNS, columns, "label_column", where)]
+    return [pick_column(name, (), columns, "label_columns", where) for name in section.label_columns]
 
 
 def column_note(column: str, values: Collection[str], where: str, remedy: str) -> str:

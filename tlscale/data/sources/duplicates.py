@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tlscale.data.content import Digests
-from tlscale.data.sources.tables import ImageSplit, Ints, LabelledTable, Role
+from tlscale.data.sources.tables import ImageSplit, Ints, LabelledTable, Role, label_numbers, label_text
 from tlscale.errors import DataError
 from tlscale.recipe.schema import DataSection
 
@@ -140,18 +140,19 @@ def _under_two_labels(split: ImageSplit) -> Ints:
     _, of_image = np.unique(split.noted_digests()[0], return_inverse=True)
     of_image = of_image.reshape(-1)
     least, most = np.full(len(split), np.iinfo(np.int64).max), np.full(len(split), -1)
-    np.minimum.at(least, of_image, split.labels_N)
-    np.maximum.at(most, of_image, split.labels_N)
+    labels_N = label_numbers(split.labels_N)
+    np.minimum.at(least, of_image, labels_N)
+    np.maximum.at(most, of_image, labels_N)
     return np.flatnonzero((least < most)[of_image]).astype(np.int64)
 
 
 def _clash_note(section: DataSection, split: ImageSplit, clashing: Ints, classes: Sequence[str]) -> str:
     """Return a note on images under two labels; where the recipe calls that an error, raise it."""
-    digests_N, labels_N = split.noted_digests()[0], split.labels_N
+    digests_N, labels_N = split.noted_digests()[0], label_numbers(split.labels_N)
     first = int(clashing[0])
     equal_N = (digests_N[clashing] == digests_N[first]) & (labels_N[clashing] != labels_N[first])
     other = int(clashing[equal_N][0])
-    pair = " and ".join(f"{split.where(at)} is {classes[labels_N[at]]!r}" for at in (first, other))
+    pair = " and ".join(f"{split.where(at)} is {label_text(split.labels_N[at], classes)!r}" for at in (first, other))
     what = (
         f"{len(clashing):,} of {len(split):,} images of {split.name} are, byte for byte, there under another label too"
     )

@@ -25,11 +25,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tlscale.data.content import digest_of_parts, file_stamp, stamp_bytes
-from tlscale.data.sources.columns import LABEL_COLUMNS, column_note, pick_column
+from tlscale.data.sources.columns import LABEL_COLUMNS, column_note, pick_column, pick_label_columns
 from tlscale.data.sources.groups import groups_of_column, refuse_wrong_columns
+from tlscale.data.sources.label_sets import Bools, encode_label_sets, refuse_joiners, sets_of_columns, sets_of_text
 from tlscale.data.sources.labels import encode_labels
 from tlscale.data.sources.paths import local_folder
-from tlscale.data.sources.split_names import may_name_splits, pick_splits, split_values
+from tlscale.data.sources.split_names import ScoredSection, may_name_splits, pick_splits, split_values
 from tlscale.data.sources.stores import read_image_file
 from tlscale.data.sources.tables import NO_LABEL, Ints, Role, Source, SourceSplit
 from tlscale.errors import DataError, first_few, kind_and_line, quoted
@@ -226,19 +227,39 @@ def _source(section: DataSection, loaded: Mapping[str, Dataset], place: str, ide
     picked = pick_splits(section, list(loaded), place)
     train = loaded[next(iter(picked.values()))]  # the training split; where there is none, another
     image = _column(datasets.Image, section.image_column, IMAGE_COLUMNS, train, "image_column", place)
-    label = _column(datasets.ClassLabel, section.label_column, LABEL_COLUMNS, train, "label_column", place)
+    labels = _label_columns(section, train, place)
     group = section.group_column
-    refuse_wrong_columns(group, {image: "images", label: "labels"}, place)
+    refuse_wrong_columns(group, {image: "images", **dict.fromkeys(labels, "labels")}, place)
     splits: dict[Role, SourceSplit] = {}
     for role, name in picked.items():
-        splits[role] = _read_split(loaded[name], name, (image, label, group), f"{place}, split {name!r}")
+        splits[role] = _read_split(section, loaded[name], name, (image, labels, group), f"{place}, split {name!r}")
     unused = [name for name in loaded if name not in picked.values()]
     notes = [f"{place}: splits that are not used: {first_few(quoted(unused))}"] if unused else []
     for name in picked.values():
-        notes.extend(_unread_columns(loaded[name], (image, label, group), f"{place}, split {name!r}"))
-    feature = train.features[label]
+        notes.extend(_unread_columns(loaded[name], (image, *labels, group), f"{place}, split {name!r}"))
+    feature = _item(train.features[labels[0]]) if section.task == "multi_label" else train.features[labels[0]]
     declared = tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else None
+    declared = declared if section.label_columns is None else tuple(labels)
     return Source(place, splits, declared, identity, tuple(notes))
+
+
+def _label_columns(section: DataSection, train: Dataset, place: str) -> list[str]:
+    """Return the column of the labels, or those of 0 and 1; by default the one of a type of labels."""
+    import datasets
+
+    if section.label_columns is None and section.task != "multi_label":
+        return [_column(datasets.ClassLabel, section.label_column, LABEL_COLUMNS, train, "label_column", place)]
+    typed = [name for name, feature in train.features.items() if isinstance(_item(feature), datasets.ClassLabel)]
+    if section.label_columns is None and section.label_column is None and len(typed) == 1:
+        return typed
+    return pick_label_columns(section, train.column_names, place)
+
+
+def _item(feature: object) -> object:
+    """Return the feature of a list's items; None where it is none of lists."""
+    if isinstance(feature, list):  # as older versions of datasets have it
+        return feature[0]
+    return getattr(feature, "feature", None)
 
 
 def _unread_columns(split: Dataset, read: tuple[str | None, ...], where: str) -> list[str]:
@@ -274,15 +295,20 @@ def _distinct(column: pa.ChunkedArray) -> list[str | None]:
     return list(pc.unique(column.cast(pa.large_string())).to_pylist())
 
 
-def _read_split(split: Dataset, name: str, columns: tuple[str, str, str | None], where: str) -> SourceSplit:
+def _read_split(
+    section: DataSection, split: Dataset, name: str, columns: tuple[str, list[str], str | None], where: str
+) -> SourceSplit:
     import datasets
 
-    image, label, group = columns
-    for key, column in zip(("image_column", "label_column", "group_column"), columns, strict=True):
+    image, labels, group = columns
+    label_key = "label_column" if section.label_columns is None else "label_columns"
+    keys = [("image_column", image), *((label_key, label) for label in labels), ("group_column", group)]
+    for key, column in keys:
         if column is not None and column not in split.column_names:
             has = first_few(quoted(split.column_names), 20)
             raise DataError(f"{where} has no column {column!r}; it has {has}", key=f"data.{key}")
-    label_names, label_ids_N = _labels(split, label, where)
+    read_labels = _labels if section.task != "multi_label" else _label_sets
+    label_names, label_ids_N = read_labels(section, split, labels, where)
     groups_N = None
     if group is not None:
         column = split.select_columns([group]).with_format("arrow")[:][group]
@@ -315,9 +341,33 @@ def _is_bytes(feature: object) -> bool:
     return isinstance(feature, datasets.Value) and feature.dtype in ("binary", "large_binary")
 
 
-def _labels(split: Dataset, label: str, where: str) -> tuple[tuple[str, ...], Ints]:
+def _label_sets(section: DataSection, split: Dataset, labels: list[str], where: str) -> tuple[tuple[str, ...], Bools]:
+    """Return label texts, and which of them each row has."""
     import datasets
 
+    table, where = split.select_columns(labels).with_format("arrow")[:], f"{where}, column {labels[0]!r}"
+    if section.label_columns is not None:
+        return encode_label_sets(sets_of_columns(table, labels, where), where)
+    column, feature = table[labels[0]], _item(split.features[labels[0]])
+    if section.label_separator is not None:
+        must_occur = not isinstance(section, ScoredSection)
+        column = sets_of_text(column, section.label_separator, where, must_occur=must_occur)
+    if not isinstance(feature, datasets.ClassLabel):
+        return encode_label_sets(column, where)
+    names, has_NK = encode_label_sets(column, where)
+    outside = [name for name in names if not name.isdecimal() or int(name) >= feature.num_classes]
+    if outside:
+        raise DataError(f"{where}: labels {first_few(outside)} have no name among its classes")
+    whole_NC = np.zeros((len(has_NK), feature.num_classes), dtype=bool)
+    whole_NC[:, [int(name) for name in names]] = has_NK
+    refuse_joiners(feature.names, where)
+    return tuple(feature.names), whole_NC
+
+
+def _labels(section: DataSection, split: Dataset, labels: list[str], where: str) -> tuple[tuple[str, ...], Ints]:
+    import datasets
+
+    (label,) = labels
     feature = split.features[label]
     column = split.select_columns([label]).with_format("arrow")[:][label]
     if not isinstance(feature, datasets.ClassLabel):

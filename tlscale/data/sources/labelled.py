@@ -19,7 +19,7 @@ from tlscale.data.sources.labels import is_integer
 from tlscale.data.sources.open import ImageData, read_source
 from tlscale.data.sources.split_names import ScoredSection
 from tlscale.data.sources.splits import name_labels, number_labels
-from tlscale.data.sources.tables import NO_LABEL, ImageSplit, LabelledTable, Role, Source, SourceSplit
+from tlscale.data.sources.tables import ImageSplit, LabelledTable, Role, Source, SourceSplit
 from tlscale.data.workers import map_in_threads
 from tlscale.errors import DataError
 from tlscale.recipe.schema import DataSection
@@ -75,7 +75,7 @@ def _with_labels(source: Source) -> tuple[dict[Role, SourceSplit], list[str]]:
     kept: dict[Role, SourceSplit] = {}
     notes = []
     for role, split in source.splits.items():
-        num_without = int(np.count_nonzero(split.label_ids_N == NO_LABEL))
+        num_without = int(np.count_nonzero(split.unlabelled_N))
         if num_without < len(split.label_ids_N):
             kept[role] = split
         if num_without:
@@ -98,8 +98,8 @@ def _wanted(labelled: dict[Role, SourceSplit], name: Role | None, place: str) ->
 
 def _joined(name: Role, tables: Sequence[LabelledTable], splits: Sequence[SourceSplit]) -> ImageSplit:
     """Make one split of the labelled rows of all tables."""
-    label_ids_N = np.concatenate([split.label_ids_N for split in splits])
-    return ImageSplit(name, join_tables(tables), np.flatnonzero(label_ids_N != NO_LABEL).astype(np.int64))
+    unlabelled_N = np.concatenate([split.unlabelled_N for split in splits])
+    return ImageSplit(name, join_tables(tables), np.flatnonzero(~unlabelled_N).astype(np.int64))
 
 
 def count_shared(scored: ImageSplit, other: ImageSplit) -> int:

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from tlscale.data.sources.label_kinds import separator_of
 from tlscale.data.sources.tables import Ints
 from tlscale.errors import DataError, first_few, quoted
 
@@ -91,9 +92,11 @@ def encode_labels(labels_N: pa.ChunkedArray, where: str) -> tuple[tuple[str, ...
     text_N = labels_N.cast(pa.large_string()).combine_chunks()
     empty = len(text_N) - (pc.sum(pc.not_equal(pc.utf8_trim_whitespace(text_N), "")).as_py() or 0)
     if empty:
-        raise DataError(
-            f"{where}: {empty:,} of {len(text_N):,} rows have no label", remedy="Fill them in or take them out"
-        )
+        counts = {one["values"]: one["counts"] for one in pc.value_counts(text_N).to_pylist() if one["values"]}
+        separator = separator_of(counts)
+        joined = f"They look like several an image, with {separator!r} between them, and none where there is no text"
+        remedy = f"{joined}: if so, write data.task: multi_label" if separator else "Fill them in or take them out"
+        raise DataError(f"{where}: {empty:,} of {len(text_N):,} rows have no label", remedy=remedy)
     encoded = text_N.dictionary_encode()
     texts = encoded.dictionary.to_pylist()
     spaced = [text for text in texts if text != text.strip()]
@@ -113,7 +116,7 @@ def _other_task(kind: pa.DataType) -> str | None:
     if pa.types.is_floating(kind) or pa.types.is_decimal(kind):
         return REGRESSION
     if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
-        return "Several labels an image are not supported: keep one of each list"
+        return "Where an image has several labels, write data.task: multi_label"
     return None
 
 

@@ -27,13 +27,20 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from tlscale.data.content import digest_of_parts, file_stamp
-from tlscale.data.sources.columns import LABEL_COLUMNS, column_note, pick_column
+from tlscale.data.sources.columns import column_note, pick_column, pick_label_columns
 from tlscale.data.sources.excluded import excluded_paths, whole_path
 from tlscale.data.sources.groups import groups_of_column, refuse_wrong_columns
+from tlscale.data.sources.label_sets import encode_label_sets, sets_of_columns, sets_of_text
 from tlscale.data.sources.labels import encode_labels, is_text
 from tlscale.data.sources.paths import local_path
 from tlscale.data.sources.same_files import number_files
-from tlscale.data.sources.split_names import SPLIT_COLUMN, may_name_splits, pick_splits, split_values
+from tlscale.data.sources.split_names import (
+    SPLIT_COLUMN,
+    ScoredSection,
+    may_name_splits,
+    pick_splits,
+    split_values,
+)
 from tlscale.data.sources.stores import BytesStore, FileStore, kind_of_file
 from tlscale.data.sources.tables import RawStore, Role, Source, SourceSplit
 from tlscale.distributed.signals import check_stop
@@ -81,8 +88,9 @@ def read_manifest_source(section: DataSection) -> Source:
     groups = None if group is None else groups_of_column(table[group], f"{file}, column {group!r}")
     splits: dict[Role, SourceSplit] = {}
     store: RawStore
+    encode = encode_labels if section.task != "multi_label" else encode_label_sets
     for role, (name, rows_N) in rows.items():
-        names, label_ids_N = encode_labels(table[label].take(rows_N), f"{file}, column {label!r}, split {name!r}")
+        names, label_ids_N = encode(table[label].take(rows_N), f"{file}, column {label!r}, split {name!r}")
         if stats_N5 is None:
             store = BytesStore(file.name, column, rows_N, content)
         else:
@@ -92,20 +100,39 @@ def read_manifest_source(section: DataSection) -> Source:
         splits[role] = SourceSplit(
             name, store, names, label_ids_N, files_N, None if groups is None else groups.take(rows_N)
         )
-    return Source(str(file), splits, notes=notes)
+    declared = None if section.label_columns is None else tuple(section.label_columns)
+    return Source(str(file), splits, declared, notes=notes)
 
 
 def read_table(section: DataSection, file: Path) -> tuple[pa.Table, tuple[str, ...]]:
-    """Read the columns image, label, split (where there is one), group (where named), in this order; and notes."""
+    """Read the columns image, label, split (where there is one), group (where named), in this order; and notes.
+
+    Several labels an image are lists, however the table has them.
+    """
     read = {".csv": _read_csv, ".tsv": _read_csv, ".parquet": _read_parquet, ".pq": _read_parquet}
     if file.suffix.lower() in read:
         try:
             table, notes = read[file.suffix.lower()](section, file)
             table.validate(full=True)  # that text is UTF-8, which Parquet does not promise
+            table = _with_label_sets(section, table, file)
         except (pa.ArrowException, OSError, UnicodeError) as error:
             raise DataError(f"{file}: cannot be read as a table: {error}") from None
         return table, notes
     raise DataError(f"{file} has no ending of a table; a manifest ends in {', '.join(TABLE_ENDINGS)}", key="data.path")
+
+
+def _with_label_sets(section: DataSection, table: pa.Table, file: Path) -> pa.Table:
+    """Put lists of labels in place of text with a separator, or of columns of 0 and 1."""
+    if section.label_columns is not None:
+        columns = section.label_columns
+        sets_N = sets_of_columns(table, columns, str(file))
+        return table.drop_columns(columns).add_column(1, first_few(columns, 3), sets_N)
+    if section.label_separator is not None:
+        name, must_occur = table.column_names[1], not isinstance(section, ScoredSection)
+        where = f"{file}, column {name!r}"
+        sets_N = sets_of_text(table[name], section.label_separator, where, must_occur=must_occur)
+        return table.set_column(1, name, sets_N)
+    return table
 
 
 def _without_excluded(section: DataSection, table: pa.Table, image: str) -> pa.Table:
@@ -126,15 +153,16 @@ def _columns(section: DataSection, columns: list[str], file: Path) -> list[str]:
     if twice:
         raise DataError(f"{file} has columns of the same name: {first_few(quoted(twice))}")
     image = pick_column(section.image_column, IMAGE_COLUMNS, columns, "image_column", str(file))
-    label = pick_column(section.label_column, LABEL_COLUMNS, columns, "label_column", str(file))
-    if image == label:
-        raise DataError(f"{file}: column {image!r} cannot be both data.image_column and data.label_column")
-    split = _split_column([name for name in columns if name not in (image, label)], file)
+    labels = pick_label_columns(section, columns, str(file))
+    if image in labels:
+        raise DataError(f"{file}: column {image!r} cannot be of both the images and the labels")
+    split = _split_column([name for name in columns if name not in (image, *labels)], file)
     if section.group_column is None:
-        return [image, label, *split]
+        return [image, *labels, *split]
     group = pick_column(section.group_column, (), columns, "group_column", str(file))
-    refuse_wrong_columns(group, {image: "images", label: "labels", **dict.fromkeys(split, "splits")}, str(file))
-    return [image, label, *split, group]
+    others = {image: "images", **dict.fromkeys(labels, "labels"), **dict.fromkeys(split, "splits")}
+    refuse_wrong_columns(group, others, str(file))
+    return [image, *labels, *split, group]
 
 
 def _split_column(columns: list[str], file: Path) -> list[str]:

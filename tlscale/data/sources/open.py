@@ -30,7 +30,7 @@ from tlscale.data.sources.idx import is_idx_source, read_idx_source
 from tlscale.data.sources.manifest import is_manifest_source, read_manifest_source
 from tlscale.data.sources.split_names import ROLES
 from tlscale.data.sources.splits import Chosen, choose_splits, number_source
-from tlscale.data.sources.tables import ImageSplit, Role, Source
+from tlscale.data.sources.tables import ImageSplit, Role, Source, has_several
 from tlscale.errors import DataError, Text
 from tlscale.recipe.schema import DataSection
 
@@ -80,6 +80,11 @@ class ImageData:
     """None: the recipe names none."""
     num_dropped: Mapping[Role, int] = field(default_factory=dict)
     """Images that are left out, as another split has them."""
+
+    @property
+    def has_several_labels(self) -> bool:
+        """Report whether an image has any number of labels, and not one."""
+        return has_several(self.train.table.labels_N)
 
     @property
     def splits(self) -> dict[Role, ImageSplit]:

@@ -12,7 +12,7 @@ from itertools import combinations
 
 import numpy as np
 
-from tlscale.data.sources.tables import Ints, LabelledTable, Role
+from tlscale.data.sources.tables import Ints, LabelledTable, Role, label_numbers
 from tlscale.errors import DataError
 
 
@@ -52,16 +52,14 @@ def check_files(
     if not numbered:
         return []
     files_M = np.concatenate(list(numbered.values()))
-    labels_M = np.concatenate([tables[role].labels_N for role in numbered])
+    labels_M = label_numbers(np.concatenate([tables[role].labels_N for role in numbered]))
     order_M = np.lexsort((labels_M, files_M))
     same_M = files_M[order_M][1:] == files_M[order_M][:-1]
     clash = np.flatnonzero(same_M & (labels_M[order_M][1:] != labels_M[order_M][:-1]))
     if len(clash):
         rows = [(role, row) for role in numbered for row in range(len(numbered[role]))]
         pair = [rows[order_M[clash[0] + step]] for step in (0, 1)]
-        both = " and ".join(
-            f"{tables[role].where(row)} is {classes[tables[role].labels_N[row]]!r}" for role, row in pair
-        )
+        both = " and ".join(f"{tables[role].where(row)} is {tables[role].label(row, classes)!r}" for role, row in pair)
         raise DataError(
             f"{place}: {len(clash):,} file{'s have' if len(clash) > 1 else ' has'} two labels: {both}",
             remedy="Keep the row (or the link) that is right",

@@ -9,21 +9,35 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import numpy as np
 
 from tlscale.data.sources.folds import Fold, describe_folds, hold_fold, pool_splits
 from tlscale.data.sources.groups import GroupedDraw, Groups, check_groups, describe_groups, notes_on_groups
 from tlscale.data.sources.label_kinds import are_numbers, separator_of
+from tlscale.data.sources.label_set_draws import LabelSetDraw
 from tlscale.data.sources.labels import REGRESSION, check_alike, is_integer, sort_labels
 from tlscale.data.sources.same_files import check_files
 from tlscale.data.sources.stratified_draws import stratified_holdout, stratified_subset
-from tlscale.data.sources.tables import NO_LABEL, ImageSplit, Ints, LabelledTable, Role, Source, SourceSplit
+from tlscale.data.sources.tables import (
+    NO_LABEL,
+    ImageSplit,
+    Ints,
+    LabelledTable,
+    Labels,
+    Role,
+    Source,
+    SourceSplit,
+    class_counts,
+    has_several,
+)
 from tlscale.errors import DataError, first_few, quoted, suggestion
 from tlscale.recipe.schema import DataSection
 from tlscale.recipe.seeds import derive_seed
 from tlscale.recipe.sources import SOURCES
 
+_FEW_CLASSES = 10
 _DEFAULT_FRACTION = DataSection.model_fields["validation_fraction"].default
 
 
@@ -98,7 +112,8 @@ def choose_splits(
     classes, tables, notes = source.classes, source.tables, source.notes
     files = {**source.files, **(contents or {})}
     good = {role: _good_rows(table, role, (bad or {}).get(role, ())) for role, table in tables.items()}
-    notes += (*check_files(tables, files, good, classes, source.place), *_absences(classes, tables, good))
+    notes += (*check_files(tables, source.files, good, classes, source.place), *_absences(classes, tables, good))
+    notes += _few_images(classes, len(good["train"]))
     shared = check_groups(section, tables, good, source.place)
     splits = {role: ImageSplit(role, table, good[role]) for role, table in tables.items()}
     draws = _draw(tables["train"], files["train"], good["train"])
@@ -120,7 +135,7 @@ def _with_labels(source: Source) -> tuple[dict[Role, SourceSplit], tuple[str, ..
     for role, split in source.splits.items():
         if not len(split.label_ids_N):
             raise DataError(f"{source.place}: the {role} split {split.name!r} has no images")
-        without_N = np.flatnonzero(split.label_ids_N == NO_LABEL)
+        without_N = np.flatnonzero(split.unlabelled_N)
         if role == "test" and len(without_N) == len(split.label_ids_N):
             notes = (f"{source.place}: the test split {split.name!r} is not used: its labels are withheld",)
             continue
@@ -141,14 +156,13 @@ def _refuse_other_tasks(section: DataSection, train: SourceSplit, place: str) ->
     """
     if "task" not in SOURCES[section.source].keys:
         return
-    counts_C = np.bincount(train.label_ids_N, minlength=len(train.label_names)).tolist()
-    counts = {name: count for name, count in zip(train.label_names, counts_C, strict=True) if count}
+    counts = train.counts()
     as_classes = "Where they are classes all the same, write data.task: single_label"
     if (separator := separator_of(counts)) is not None:
         joined = [name for name in counts if separator in name]
         raise DataError(
             f"{place}: labels look like several an image, with {separator!r} between them: {first_few(quoted(joined))}",
-            remedy=f"Several labels an image are not supported: keep one of each. {as_classes}",
+            remedy=f"If so, write data.task: multi_label and data.label_separator: '{separator}'. {as_classes}",
         )
     if are_numbers(counts, section.label_column):
         raise DataError(
@@ -180,14 +194,21 @@ def number_labels(split: SourceSplit, classes: tuple[str, ...], role: Role, plac
     outside = [name for name in split.used_names() if name not in number]
     if outside:
         label_id = split.label_names.index(outside[0])
-        first = split.store.where(int(np.flatnonzero(split.label_ids_N == label_id)[0]))
+        several = has_several(split.label_ids_N)
+        has_N = split.label_ids_N[:, label_id] if several else split.label_ids_N == label_id
+        first = split.store.where(int(np.flatnonzero(has_N)[0]))
         raise DataError(
             f"{place}: labels of the {role} split that are no class: {first_few(quoted(outside))} (first at {first}); "
             f"the {len(classes)} classes are {first_few(quoted(classes), 10)}",
             remedy=suggestion(outside[0], classes) or None,
         )
-    numbers_C = np.array([number.get(name, NO_LABEL) for name in split.label_names], dtype=np.int64)
-    return LabelledTable(split.store, numbers_C[split.label_ids_N], split.groups_N)
+    numbers_K = np.array([number.get(name, NO_LABEL) for name in split.label_names], dtype=np.int64)
+    if not has_several(split.label_ids_N):
+        return LabelledTable(split.store, numbers_K[split.label_ids_N], split.groups_N)
+    labels_NC = np.zeros((len(split.label_ids_N), len(classes)), dtype=bool)
+    known_K = numbers_K != NO_LABEL
+    labels_NC[:, numbers_K[known_K]] = split.label_ids_N[:, known_K]
+    return LabelledTable(split.store, labels_NC, split.groups_N)
 
 
 def _good_rows(table: LabelledTable, role: Role, bad: Sequence[int]) -> Ints:
@@ -202,21 +223,34 @@ def _absences(
 ) -> tuple[str, ...]:
     notes = []
     for role, table in tables.items():
-        counts_C = np.bincount(table.labels_N[good[role]], minlength=len(classes))
+        counts_C = class_counts(table.labels_N[good[role]], len(classes))
         absent = [classes[i] for i in np.flatnonzero(counts_C == 0)]
         if absent:
             notes.append(f"{role}: no images of {len(absent)} of {len(classes)} classes: {first_few(quoted(absent))}")
+        if has_several(table.labels_N) and (count := int((~table.labels_N[good[role]].any(axis=1)).sum())):
+            notes.append(f"{role}: {count:,} of {len(good[role]):,} images have none of the labels")
     return tuple(notes)
 
 
-def _draw(table: LabelledTable, files_N: Ints | None, rows_N: Ints) -> _ImageDraw | GroupedDraw:
+def _few_images(classes: Sequence[str], num_images: int) -> tuple[str, ...]:
+    """Return a note where classes are nearly as many as the images to learn them from."""
+    if len(classes) <= _FEW_CLASSES or num_images >= 2 * len(classes):
+        return ()
+    what = f"MANY CLASSES: {len(classes):,} of them, and {num_images:,} training images"
+    return (f"{what}: few can be learned from one or two images each. Are the labels classes?",)
+
+
+Draw: TypeAlias = "_ImageDraw | GroupedDraw | LabelSetDraw"
+
+
+def _draw(table: LabelledTable, files_N: Ints | None, rows_N: Ints) -> Draw:
     """Return how images of a table are drawn, of which there are these rows."""
-    return _ImageDraw(table.labels_N, files_N) if table.groups_N is None else GroupedDraw(table, files_N, rows_N)
+    if table.groups_N is not None:
+        return GroupedDraw(table, files_N, rows_N)
+    return (LabelSetDraw if has_several(table.labels_N) else _ImageDraw)(table.labels_N, files_N)
 
 
-def _limit_train(
-    section: DataSection, train: ImageSplit, draw: _ImageDraw | GroupedDraw, seed: int
-) -> tuple[ImageSplit, list[str]]:
+def _limit_train(section: DataSection, train: ImageSplit, draw: Draw, seed: int) -> tuple[ImageSplit, list[str]]:
     """Return the training images that the recipe takes, and a note on a limit."""
     if section.train_limit is None:
         return train, []
@@ -229,7 +263,7 @@ def _limit_train(
 def _divide_train(
     section: DataSection,
     splits: Mapping[Role, ImageSplit],
-    draw: _ImageDraw | GroupedDraw,
+    draw: Draw,
     classes: tuple[str, ...],
     seed: int,
 ) -> tuple[dict[Role, ImageSplit], list[str]]:
@@ -275,7 +309,7 @@ def _divide_pool(
 def _hold_out(
     section: DataSection,
     splits: Mapping[Role, ImageSplit],
-    draw: _ImageDraw | GroupedDraw,
+    draw: Draw,
     classes: tuple[str, ...],
     seed: int,
 ) -> tuple[dict[Role, ImageSplit], list[str]]:
@@ -305,7 +339,7 @@ def _hold_out(
 
 @dataclass(frozen=True, eq=False)
 class _ImageDraw:
-    """Draw images; those of a file stay together. `GroupedDraw` is the other way."""
+    """Draw images; those of a file stay together. `GroupedDraw` and `LabelSetDraw` are the other ways."""
 
     labels_N: Ints
     files_N: Ints | None
@@ -331,8 +365,9 @@ class _ImageDraw:
         return [int(label) for label in np.flatnonzero(np.bincount(self.labels_N[rows_N]) == 1)]
 
 
-def _check_limit(limit: int, labels_N: Ints) -> None:
-    num_classes = len(np.unique(labels_N))
+def _check_limit(limit: int, labels_N: Labels) -> None:
+    several = has_several(labels_N)
+    num_classes = int(labels_N.any(axis=0).sum()) if several else len(np.unique(labels_N))
     if limit > len(labels_N):
         raise DataError(
             f"{limit:,} is more than the {len(labels_N):,} training images there are", key="data.train_limit"

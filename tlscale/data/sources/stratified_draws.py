@@ -33,7 +33,7 @@ def stratified_subset(labels_N: Ints, rows_N: Ints, count: int, seed: int, *, ke
         Positions in `labels_N`, ascending.
     """
     assert 0 <= count <= len(labels_N)
-    places_N, lots_N = _places_in_line(labels_N, rows_N, seed)
+    places_N, lots_N = places_in_line(labels_N, rows_N, seed)
     line_N = np.where(places_N.ranks == 1, 0.0, places_N.shares) if keep_all_classes else places_N.shares
     return np.sort(np.lexsort((rows_N, lots_N, line_N))[:count]).astype(np.int64)
 
@@ -44,7 +44,7 @@ def stratified_holdout(labels_N: Ints, rows_N: Ints, fraction: float, seed: int)
     Returns:
         Positions in `labels_N`, ascending: at least one where any class has two images, else none.
     """
-    places_N, lots_N = _places_in_line(labels_N, rows_N, seed)
+    places_N, lots_N = places_in_line(labels_N, rows_N, seed)
     spare_N = np.flatnonzero(places_N.ranks < places_N.sizes)
     count = min(max(1, round(fraction * len(labels_N))), len(spare_N))
     order = np.lexsort((rows_N[spare_N], lots_N[spare_N], places_N.shares[spare_N]))
@@ -52,7 +52,9 @@ def stratified_holdout(labels_N: Ints, rows_N: Ints, fraction: float, seed: int)
 
 
 @dataclass(frozen=True, eq=False)
-class _Places:
+class Places:
+    """Hold where each image stands in its class."""
+
     ranks: Ints
     """1 for the first of its class, 2 for the next."""
     sizes: Ints
@@ -60,7 +62,7 @@ class _Places:
     shares: npt.NDArray[np.float64]
 
 
-def _places_in_line(labels_N: Ints, rows_N: Ints, seed: int) -> tuple[_Places, npt.NDArray[np.uint64]]:
+def places_in_line(labels_N: Ints, rows_N: Ints, seed: int) -> tuple[Places, npt.NDArray[np.uint64]]:
     """Return where each image stands in its class, and the lots that it drew."""
     lots_N = draw_lots(rows_N, seed)
     order_N = np.lexsort((rows_N, lots_N, labels_N))
@@ -68,7 +70,7 @@ def _places_in_line(labels_N: Ints, rows_N: Ints, seed: int) -> tuple[_Places, n
     ranks_N, sizes_N = np.empty_like(labels_N), np.empty_like(labels_N)
     ranks_N[order_N] = np.arange(len(labels_N)) - np.repeat(starts_C, sizes_C) + 1
     sizes_N[order_N] = np.repeat(sizes_C, sizes_C)
-    return _Places(ranks_N, sizes_N, (ranks_N - 0.5) / sizes_N), lots_N
+    return Places(ranks_N, sizes_N, (ranks_N - 0.5) / sizes_N), lots_N
 
 
 def draw_lots(rows_N: Ints, seed: int) -> npt.NDArray[np.uint64]:

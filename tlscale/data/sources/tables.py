@@ -11,7 +11,7 @@ Shape letters: N rows of a table or images of a split, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -28,10 +28,14 @@ from tlscale.distributed.signals import check_stop
 from tlscale.tracking.progress import Pace
 
 Ints = npt.NDArray[np.int64]
+Labels = npt.NDArray[Any]
+"""What each row is: the number of its class, int64 (N,); of several labels which classes it has, bool (N, C)."""
 GroupNames: TypeAlias = pa.LargeStringArray
 """The name of the group of each row; null of an image that is a group of its own."""
 Raw = bytes | npt.NDArray[Any]
 NO_LABEL = -1
+JOINER = "|"
+"""Between several labels of an image, in text."""
 
 
 class RawStore(Protocol):
@@ -69,13 +73,38 @@ def number_groups(groups_N: GroupNames) -> Ints:
     return numbers_N
 
 
+def has_several(labels_N: Labels) -> bool:
+    """Report whether these are several labels an image."""
+    return labels_N.ndim == 2
+
+
+def label_numbers(labels_N: Labels) -> Ints:
+    """Return a number for each image, equal for equal labels: the class, or of several labels one of the whole set."""
+    if not has_several(labels_N):
+        return labels_N
+    numbers_N: Ints = np.unique(labels_N, axis=0, return_inverse=True)[1].reshape(-1).astype(np.int64)
+    return numbers_N
+
+
+def label_text(label: Any, names: Sequence[str]) -> str:  # noqa: ANN401 (a number, or a row of booleans)
+    """Return the label of one image as text; several are joined by `JOINER`."""
+    return names[label] if np.ndim(label) == 0 else JOINER.join(names[i] for i in np.flatnonzero(label).tolist())
+
+
+def class_counts(labels_N: Labels, num_classes: int) -> Ints:
+    """Return the number of images of each class, (C,)."""
+    if has_several(labels_N):
+        return np.asarray(labels_N.sum(axis=0), dtype=np.int64)
+    return np.bincount(labels_N, minlength=num_classes).astype(np.int64)
+
+
 @dataclass(frozen=True, eq=False)
 class LabelledTable:
     """A whole split as the source holds it, with class numbers."""
 
     store: RawStore
-    labels_N: Ints
-    """Class numbers by row."""
+    labels_N: Labels
+    """Class numbers by row; of several labels a row of booleans each."""
     groups_N: GroupNames | None = None
     """None: the recipe names no groups."""
 
@@ -85,6 +114,10 @@ class LabelledTable:
 
     def __len__(self) -> int:
         return len(self.labels_N)
+
+    def label(self, row: int, classes: Sequence[str]) -> str:
+        """Return the label of an image, for messages; several are joined."""
+        return label_text(self.labels_N[row], classes)
 
     def read(self, row: int) -> Raw:
         """Return encoded bytes, or decoded uint8 pixels; raise `DataError` where there is nothing to be read."""
@@ -147,8 +180,8 @@ class ImageSplit:
     """Rows of the table, ascending."""
 
     @cached_property
-    def labels_N(self) -> Ints:  # noqa: N802
-        """Class numbers by position."""
+    def labels_N(self) -> Labels:  # noqa: N802
+        """Class numbers by position; of several labels a row of booleans each."""
         return self.table.labels_N[self.rows_N]
 
     @cached_property
@@ -220,8 +253,9 @@ class SourceSplit:
     store: RawStore
     label_names: tuple[str, ...]
     """Label texts; not all of them need occur."""
-    label_ids_N: Ints
-    """Places in `label_names`, by row; `NO_LABEL` where the source withholds the label."""
+    label_ids_N: Labels
+    """Places in `label_names`, by row; `NO_LABEL` where the source withholds the label. Of several labels which of
+    `label_names` each row has, bool (N, K)."""
     files_N: Ints | None = None
     """Number of the file of each row, equal for equal files of all splits; None: each row is a file of its own."""
     groups_N: GroupNames | None = None
@@ -229,8 +263,19 @@ class SourceSplit:
 
     def used_names(self) -> list[str]:
         """Return the label texts that occur, in the order of `label_names`."""
-        used_C = np.unique(self.label_ids_N[self.label_ids_N != NO_LABEL])
-        return [self.label_names[label_id] for label_id in used_C]
+        return list(self.counts())
+
+    def counts(self) -> dict[str, int]:
+        """Return the number of images of each label text that occurs, in the order of `label_names`."""
+        ids_N = self.label_ids_N[~self.unlabelled_N]
+        counts_C = class_counts(ids_N, len(self.label_names)).tolist()
+        return {name: count for name, count in zip(self.label_names, counts_C, strict=True) if count}
+
+    @property
+    def unlabelled_N(self) -> npt.NDArray[np.bool_]:  # noqa: N802
+        """Tell which rows have no label because the source withholds it; one of several labels may have none."""
+        ids_N = self.label_ids_N
+        return np.zeros(len(ids_N), dtype=bool) if has_several(ids_N) else ids_N == NO_LABEL
 
 
 @dataclass(frozen=True)

@@ -52,9 +52,15 @@ class DataSection(Section):
     """Name of the test split; never used to choose anything. Without one, results are those of the validation."""
     validation_fraction: float = Field(0.1, ge=0.0, le=0.5)
     """Share of the training images that becomes the validation split, stratified, where the source has none."""
-    task: Literal["single_label"] | None = None
-    """What the labels of a column are: by default the class of an image, and labels that look like several an image
-    (`young;female`) or like numbers (an age) are refused. `single_label`: they are classes whatever they look like."""
+    task: Literal["single_label", "multi_label"] | None = None
+    """`multi_label`: an image has any number of labels, also none. By default it has one, and labels of a column that
+    look like several (`young;female`) or like numbers (an age) are refused; `single_label`: they are classes whatever
+    they look like."""
+    label_separator: str | None = Field(None, min_length=1)
+    """`multi_label`: what stands between the labels of an image in a column of text, such as `;`. Without it the column
+    holds lists."""
+    label_columns: list[str] | None = Field(None, min_length=2)
+    """`multi_label`: columns of 0 and 1, one a class and called as it is, in place of `label_column`."""
     classes: list[str] | None = Field(None, min_length=2)
     """Class names in the order of their numbers; by default those of the training split, sorted."""
     train_limit: int | None = Field(None, ge=1, le=10**12)
@@ -125,6 +131,7 @@ class DataSection(Section):
         check_source_keys(self.source, [key for key in SOURCE_KEYS if getattr(self, key) is not None])
         if self.classes is not None and len(set(self.classes)) != len(self.classes):
             raise InvalidValueError("names a class twice", "Name each class once.", keys=["classes"])
+        self._check_labels()
         if self.group_column is not None and self.group_regex is not None:
             raise InvalidValueError("both name the groups", "Write one of them.", keys=["group_regex", "group_column"])
         if self.groups_across_splits != "error" and self.group_column is None and self.group_regex is None:
@@ -136,3 +143,15 @@ class DataSection(Section):
         if (self.mean is None) != (self.std is None) and len(self.mean or self.std or ()) not in (1, 3):
             raise InvalidValueError("need each other", "Write both, one number per channel.", keys=["mean", "std"])
         return self
+
+    def _check_labels(self) -> None:
+        for key in ("label_separator", "label_columns"):
+            if getattr(self, key) is not None and self.task != "multi_label":
+                remedy = "Write task: multi_label, where an image has several labels."
+                raise InvalidValueError("has no effect where an image has one label", remedy, keys=[key, "task"])
+        for key in ("label_column", "label_separator"):
+            if self.label_columns is not None and getattr(self, key) is not None:
+                problem = "does not go with label_columns, which hold a label each"
+                raise InvalidValueError(problem, "Write one of them.", keys=[key, "label_columns"])
+        if self.label_columns is not None and len(set(self.label_columns)) < len(self.label_columns):
+            raise InvalidValueError("names a column twice", "Name each once.", keys=["label_columns"])

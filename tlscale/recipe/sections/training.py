@@ -93,12 +93,18 @@ class StageSection(Section):
 
 class LossSection(Section):
     """Summed over the images and divided by their number over all processes: what is trained on. The `loss` of every
-    evaluation is plain cross-entropy, without weights, smoothing and adjustment."""
+    evaluation is plain cross-entropy (of several labels the binary one), without weights, smoothing and adjustment."""
 
-    kind: Literal["cross_entropy", "focal"] = "cross_entropy"
-    """`focal`: cross-entropy times (1 - p)^gamma, p the probability of an image's own class (Lin et al. 2017)."""
+    kind: Literal["cross_entropy", "focal", "asymmetric"] = "cross_entropy"
+    """`cross_entropy`: of several labels (`data.task: multi_label`) the binary one of each class, averaged; `focal`:
+    cross-entropy times (1 - p)^gamma, p the probability of an image's own class (Lin et al. 2017); `asymmetric`: of
+    several labels, where those that an image lacks weigh less (Ridnik et al. 2021)."""
     focal_gamma: float = Field(2.0, ge=0.0, le=10.0)
     """How much less the images weigh that the network is sure of. For `focal`."""
+    negative_gamma: float = Field(4.0, ge=0.0, le=10.0)
+    """How much less the labels weigh that an image lacks, and that the network is sure of. For `asymmetric`."""
+    negative_margin: float = Field(0.05, ge=0.0, lt=1.0)
+    """Probability up to which a label that an image lacks weighs nothing. For `asymmetric`."""
     logit_adjustment: float = Field(0.0, ge=0.0, le=3.0)
     """For classes of unequal sizes: in training this times the logarithm of a class's share of the training images is
     added to its logit, so that the network itself does not favor the frequent ones (Menon et al. 2021, who take 1)."""
@@ -107,14 +113,19 @@ class LossSection(Section):
     class_weights: Literal["none", "balanced"] | dict[str, Annotated[float, Field(ge=0.0, le=1e6)]] = "none"
     """`balanced`: inverse to each class's number of training images; or a weight for each class by name. An image's
     loss is multiplied by the weight of its own label; one mixed of two labels has a share of each label's weighted
-    loss. Weights are scaled such that their mean over the training images is 1. A probe takes these alone of `loss`;
-    nearest neighbours have none."""
+    loss. Weights are scaled such that their mean over the training images is 1. Of several labels, for each class:
+    `balanced`: images with it and images without have equal weight in all; by name: how many times as much those with
+    it weigh. A probe takes these alone of `loss` (not with several labels); nearest neighbours have none."""
 
     @model_validator(mode="after")
     def _check(self) -> LossSection:
         if self.kind != "focal" and self.focal_gamma != 2.0:
             problem = f"has no effect with kind={self.kind}"
             raise InvalidValueError(problem, "Remove it, or write kind: focal.", keys=["focal_gamma", "kind"])
+        for key, default in (("negative_gamma", 4.0), ("negative_margin", 0.05)):
+            if self.kind != "asymmetric" and getattr(self, key) != default:
+                problem = f"has no effect with kind={self.kind}"
+                raise InvalidValueError(problem, "Remove it, or write kind: asymmetric.", keys=[key, "kind"])
         for key in ("label_smoothing", "logit_adjustment"):
             if self.kind == "focal" and getattr(self, key) > 0:
                 raise InvalidValueError("is not supported with kind=focal", "Remove it.", keys=[key, "kind"])

@@ -69,7 +69,7 @@ def open_teacher(section: DistillSection, seed: int, classes: Sequence[str], stu
 
     Raises:
         ModelError: weights that are not available, layers that are not there, an input that the teacher cannot take.
-        RecipeError: a run with other classes.
+        RecipeError: a run with other classes, or with several labels an image.
         RunFolderError: no run there that has ended.
     """
     if section.run is None:
@@ -94,6 +94,12 @@ def open_teacher(section: DistillSection, seed: int, classes: Sequence[str], stu
         spec = resolve_input(data, in_chans=section.teacher.in_chans, pretrained_cfg=cfg, sizes=sizes)
         return _asked(section, backbone, None, spec, None, f"{section.teacher.name}, {report}")
     trained = load(section.run)
+    if trained.thresholds is not None and section.logits > 0:
+        raise RecipeError(
+            f"the run in '{section.run}' answers with several labels an image, and these data have one",
+            key="distill.logits",
+            remedy="Set it to 0, and learn its codes (distill.codes)",
+        )
     spec = replace(
         trained.input_spec,
         image_size=section.image_size or trained.input_spec.image_size,

@@ -1,0 +1,227 @@
+"""Several labels an image, from the table to predictions: a network that is trained, and a probe."""
+
+import csv
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from click.testing import CliRunner
+from PIL import Image
+from sklearn.metrics import average_precision_score, f1_score
+
+import tlscale
+from tests.small_runs import sample_images, small_recipe
+from tlscale.cli import main
+from tlscale.errors import EXIT_BAD_INPUT, RecipeError, TlscaleError
+
+CLASSES = ("boot", "shirt", "top", "trouser")
+OF_LABEL = {9: "boot", 6: "shirt", 0: "top", 1: "trouser"}
+SEVERAL = {"source": "manifest", "task": "multi_label", "label_separator": ";", "crop_mode": "squash"}
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    """Pictures of none to two garments side by side, and a table of which."""
+    folder = tmp_path_factory.mktemp("data")
+    images_NHW, labels_N = sample_images("train", 200)
+    kept = [row for row in range(200) if int(labels_N[row]) in OF_LABEL]
+    draws, rows = np.random.default_rng(0), []
+    for number in range(90):
+        picked = draws.choice(kept, size=draws.integers(0, 3), replace=False)
+        canvas_HW = draws.integers(0, 30, (28, 56)).astype(np.uint8)  # no two pictures are equal
+        for place, row in enumerate(picked):
+            canvas_HW[:, 28 * place : 28 * place + 28] = images_NHW[row]
+        Image.fromarray(canvas_HW).save(folder / f"{number}.png")
+        own = sorted({OF_LABEL[int(labels_N[row])] for row in picked})
+        rows.append((f"{number}.png", ";".join(own), "test" if number >= 60 else "train"))
+    with (folder / "list.csv").open("w") as file:
+        csv.writer(file).writerows([("path", "label", "split"), *rows])
+    return folder / "list.csv"
+
+
+@pytest.fixture(scope="module")
+def trained(table, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run")
+    recipe = small_recipe(out / "r.yaml", table, data=SEVERAL, loss={"class_weights": "balanced"})
+    return tlscale.run(recipe, out / "run")
+
+
+@pytest.fixture(scope="module")
+def probed(table, tmp_path_factory):
+    out = tmp_path_factory.mktemp("probe")
+    keys = {"backbone": {"name": "test_resnet"}, "codes": {"layer": ["layer2", "penultimate"]}}
+    recipe = small_recipe(out / "r.yaml", table, data=SEVERAL, probe={"kind": "logistic"}, **keys)
+    return tlscale.run(recipe, out / "run")
+
+
+@pytest.fixture(params=["trained", "probed"])
+def result(request):
+    return request.getfixturevalue(request.param)
+
+
+def rows_of(file):
+    with file.open() as lines:
+        return list(csv.DictReader(lines))
+
+
+def predictions(folder):
+    """The file's table, the probabilities and the labels, (N, C)."""
+    table = pq.read_table(folder / "predictions.parquet")
+    logits_NC = np.array(table["logits"].to_pylist())
+    truth_NC = np.array([[name in own for name in CLASSES] for own in table["true_labels"].to_pylist()])
+    return table, 1 / (1 + np.exp(-logits_NC.astype(np.float64))), truth_NC
+
+
+def test_figures_are_scikit_learns_on_the_saved_predictions(result):
+    table, shares_NC, truth_NC = predictions(result.folder)
+    about = json.loads(table.schema.metadata[b"tlscale"])
+    given_NC = np.array([[name in own for name in CLASSES] for own in table["labels"].to_pylist()])
+    assert (about["classes"], about["task"]) == (list(CLASSES), "multi_label")
+    assert (given_NC == (shares_NC >= np.array(about["thresholds"]))).all()
+    assert truth_NC.any(axis=0).all()
+    per_class = [result["per_class"][name] for name in CLASSES]
+    assert [row["ap"] for row in per_class] == pytest.approx(average_precision_score(truth_NC, shares_NC, average=None))
+    assert [row["f1"] for row in per_class] == pytest.approx(f1_score(truth_NC, given_NC, average=None))
+    assert result["map"] == result.mean_average_precision
+    assert result["map"] == pytest.approx(average_precision_score(truth_NC, shares_NC))
+    assert [row["threshold"] for row in per_class] == about["thresholds"]
+    assert result["num_images"] == 30
+    low, high = result.interval
+    assert low < result["map"] < high
+    assert result["chance"]["map"] == pytest.approx(truth_NC.mean())
+    assert f"mAP {result['map']:.4f}" in repr(result)
+    assert "AP" in result._repr_html_()
+    assert set(result) >= {"macro_f1", "micro_f1", "subset_accuracy"}
+    assert not set(result) & {"top1", "majority", "ece"}
+
+
+def test_thresholds_are_of_the_validation_images_and_in_the_model(result):
+    config = json.loads((result.folder / "model" / "config.json").read_text())["tlscale"]
+    model = tlscale.load(result.folder)
+    assert (config["format"], config["task"]) == (3, "multi_label")
+    assert model.thresholds == tuple(row["threshold"] for row in result["per_class"].values())
+    assert set(model.thresholds) != {0.5}
+
+
+def test_predict_gives_the_labels_of_the_run(result, table, tmp_path):
+    file, shares_NC, _ = predictions(result.folder)
+    paths = [str(table.parent / path) for path in file["path"].to_pylist()]
+    made = tlscale.load(result.folder).predict(paths)
+    assert made.labels == [tuple(own) for own in file["labels"].to_pylist()]
+    np.testing.assert_allclose(made.probabilities, shares_NC, rtol=1e-5)
+    (tmp_path / "no.png").write_bytes(b"x")
+    out = tlscale.predict(result.folder, [*paths, str(tmp_path / "no.png")], tmp_path / "labels.csv")
+    rows = rows_of(out)
+    assert list(rows[0]) == ["path", "labels", *(f"p_{name}" for name in CLASSES), "error"]
+    assert [row["labels"] for row in rows[:30]] == ["|".join(own) for own in file["labels"].to_pylist()]
+    assert rows[30]["labels"] == rows[30]["p_boot"] == ""
+    assert rows[30]["error"]
+    parquet = tlscale.predict(result.folder, paths, tmp_path / "labels.parquet")
+    assert pq.read_table(parquet)["labels"].to_pylist() == [row["labels"] for row in rows[:30]]
+    with pytest.raises(TlscaleError, match="any number of labels"):
+        tlscale.predict(result.folder, paths, tmp_path / "labels_2.csv", top_k=2)
+    assert len(made.to_pandas().columns) == 7
+
+
+def test_evaluate_gives_the_figures_of_the_run(result):
+    found = tlscale.evaluate(result.folder)
+    assert found["map"] == pytest.approx(result["map"])
+    assert found["per_class"] == {
+        name: pytest.approx(row, rel=1e-6, nan_ok=True) for name, row in result["per_class"].items()
+    }
+    assert tlscale.evaluate(result.folder, split="train")["num_images"] == 48
+
+
+def test_validation_chose_the_weights_by_map(trained):
+    assert trained["choice"]["select"] == "map"
+    assert trained["choice"]["standard_error"] > 0
+
+
+def test_a_probe_tells_the_held_out_map(probed):
+    tried = [row for rows in probed["probe"]["tried"].values() for row in rows]
+    assert probed["probe"]["held_out_map"] == max(row["held_out_map"] for row in tried)
+    assert probed["probe"]["held_out_top1"] is None
+
+
+def test_a_resumed_run_ends_in_the_same_figures(trained, table, tmp_path):
+    import shutil
+
+    shutil.copytree(trained.folder, tmp_path / "run")
+    (tmp_path / "run" / "result.json").unlink()
+    shutil.rmtree(tmp_path / "run" / "model")
+    again = tlscale.run(trained.folder / "recipe.yaml", tmp_path / "run", resume=True)
+    assert again["map"] == trained["map"]
+    assert again["per_class"] == trained["per_class"]
+
+
+@pytest.mark.slow  # exporters take seconds
+def test_exports_carry_the_thresholds(trained, tmp_path):
+    import onnx
+
+    tlscale.export(trained.folder, to="onnx", out=tmp_path / "onnx")
+    props = {prop.key: json.loads(prop.value) for prop in onnx.load(tmp_path / "onnx" / "model.onnx").metadata_props}
+    model = tlscale.load(trained.folder)
+    assert (props["task"], props["thresholds"]) == ("multi_label", list(model.thresholds))
+    tlscale.export(trained.folder, to="hub", out=tmp_path / "hub")
+    assert tlscale.load(tmp_path / "hub").thresholds == model.thresholds
+    card = (tmp_path / "hub" / "README.md").read_text()
+    assert f"Mean average precision {trained['map']:.4f}" in card
+    assert "answers with one of them" not in card
+
+
+def test_a_hold_out_scores_on_what_chose_the_thresholds(table, tmp_path):
+    rows = [row for row in rows_of(table) if row["split"] == "train"]
+    with (table.parent / "train.csv").open("w") as file:
+        csv.writer(file).writerows([("path", "label"), *((row["path"], row["label"]) for row in rows)])
+    keys = {"backbone": {"name": "test_resnet"}, "probe": {"kind": "logistic", "strengths": [0.1]}}
+    result = tlscale.run(
+        small_recipe(tmp_path / "r.yaml", table.parent / "train.csv", data=SEVERAL, **keys), tmp_path / "run"
+    )
+    assert (result["split"], result["selected_on"]) == ("validation", "validation")
+    assert result["scored_model"] == "before_refit"
+
+
+def test_comparisons_are_refused(trained, tmp_path):
+    with pytest.raises(RecipeError, match=r"data.task: 'small' is of several labels an image, which are not compared"):
+        tlscale.compare(trained.folder / "recipe.yaml", out=tmp_path / "compare")
+    with pytest.raises(TlscaleError, match="no finished run"):
+        tlscale.compare([str(trained.folder)])
+
+
+def test_a_model_of_several_labels_is_no_teacher_of_one(trained, tmp_path):
+    from tests.small_runs import put_small_idx
+
+    recipe = small_recipe(
+        tmp_path / "r.yaml",
+        put_small_idx(tmp_path / "data"),
+        distill={"run": str(trained.folder), "logits": 1.0, "codes": 0.0},
+    )
+    with pytest.raises(RecipeError, match=r"distill.logits: .*several labels an image"):
+        tlscale.run(recipe, tmp_path / "run")
+
+
+def test_new_finds_them_and_plan_counts_them(table, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(main, ["new", str(table), "--out", "a.yaml"])
+    assert done.exit_code == 0, done.output
+    assert "90 images with any number of 4 classes" in done.output
+    assert "tlscale compare" not in done.output
+    data = yaml.safe_load((tmp_path / "a.yaml").read_text())["data"]
+    assert (data["task"], data["label_separator"]) == ("multi_label", ";")
+    planned = CliRunner().invoke(main, ["plan", "a.yaml"])
+    assert "an image on average, at most 2" in planned.output
+    flags = [(row["path"], *(int(name in row["label"]) for name in CLASSES)) for row in rows_of(table)]
+    with (table.parent / "flags.csv").open("w") as file:
+        csv.writer(file).writerows([("path", *CLASSES), *flags])
+    done = CliRunner().invoke(main, ["new", str(table.parent / "flags.csv"), "--out", "b.yaml"])
+    assert done.exit_code == 0, done.output
+    assert yaml.safe_load((tmp_path / "b.yaml").read_text())["data"]["label_columns"] == list(CLASSES)
+
+
+def test_what_cannot_be_told_apart_is_exit_code_2(table, tmp_path):
+    small_recipe(tmp_path / "r.yaml", table, data={"source": "manifest"})
+    done = CliRunner().invoke(main, ["plan", str(tmp_path / "r.yaml")])
+    assert done.exit_code == EXIT_BAD_INPUT
+    assert "They look like several an image, with ';' between them" in done.output

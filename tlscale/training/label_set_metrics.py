@@ -1,0 +1,186 @@
+"""Compute figures of images that have several labels each, from the logits and the labels of all of them.
+
+Promise: average precision and F1 are scikit-learn's on the same numbers. They are functions of all images in the order
+of the split, and so do not hang on batches or processes. A row of logits that holds a NaN is no answer: it has no
+label, and ranks behind all others.
+
+Letters: N images, B images of a batch, C classes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from tlscale.codes.probes.ranking import DEFAULT_THRESHOLD, Curve
+from tlscale.training.metrics import error_of_mean
+
+_Z95 = 1.959963984540054
+_DRAWS = (50, 200)  # at least, at most
+_MOST_RESAMPLED = 200_000_000  # labels of all draws: seconds
+_RESAMPLING_SEED = 20_242
+Bools = npt.NDArray[np.bool_]
+Floats = npt.NDArray[np.float64]
+
+
+def probabilities(logits_NC: Tensor) -> Tensor:
+    """Return the probability of each class, float64; NaN where there is no answer."""
+    answered_N1 = ~logits_NC.isnan().any(dim=1, keepdim=True)
+    return torch.where(answered_N1, logits_NC.double().sigmoid(), math.nan)
+
+
+def labels_from(probabilities_NC: Tensor, thresholds: Sequence[float] | None) -> Tensor:
+    """Return which labels each image has, bool (N, C): those whose probability is their threshold or more."""
+    least_C = probabilities_NC.new_tensor(thresholds or [DEFAULT_THRESHOLD] * probabilities_NC.shape[1])
+    return probabilities_NC >= least_C  # NaN is not
+
+
+class LabelScores:
+    """Hold what a network says of the images that a process has, in the order of the split."""
+
+    def __init__(self, num_classes: int) -> None:
+        self.num_classes = num_classes
+        self._batches: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    @torch.no_grad()
+    def update(self, logits_BC: Tensor, labels_BC: Tensor, losses_B: Tensor) -> None:
+        """Add a batch, without waiting for the device."""
+        logits_BC = logits_BC if logits_BC.dtype == torch.float64 else logits_BC.float()
+        self._batches.append((logits_BC.detach(), labels_BC, losses_B.detach()))
+
+    def own(self) -> tuple[Floats, Bools, Floats]:
+        """Return probabilities (N, C), labels (N, C) and losses (N,) of this process's images."""
+        if not self._batches:
+            empty = np.zeros((0, self.num_classes))
+            return empty, empty.astype(bool), np.zeros(0)
+        columns = zip(*self._batches, strict=True)
+        logits, labels, losses = (torch.cat([part.cpu() for part in parts]) for parts in columns)
+        return probabilities(logits).numpy(), labels.numpy(), losses.double().numpy()
+
+    def over_all(self, gather: Callable[[Any], list[Any]]) -> LabelFigures:
+        """Return the figures of the images of all processes, which have to call this all; they are in order of rank."""
+        parts = gather(self.own())
+        return LabelFigures(*(np.concatenate([part[at] for part in parts]) for at in range(3)))
+
+
+class LabelFigures:
+    """Compute the figures of some images."""
+
+    def __init__(self, probabilities_NC: Floats, labels_NC: Bools, losses_N: Floats) -> None:
+        self.probabilities_NC, self.labels_NC, self.losses_N = probabilities_NC, labels_NC, losses_N
+
+    @property
+    def num_images(self) -> int:
+        """Return how many images there are."""
+        return len(self.labels_NC)
+
+    @cached_property
+    def _curves(self) -> list[Curve | None]:
+        """Return how each class ranks the images; None of a class that no image has."""
+        scores_NC = np.nan_to_num(self.probabilities_NC, nan=-1.0)
+        pairs = zip(scores_NC.T, self.labels_NC.T, strict=True)
+        return [Curve(scores_N, has_N) if has_N.any() else None for scores_N, has_N in pairs]
+
+    @cached_property
+    def average_precisions(self) -> list[float | None]:
+        """Return that of each class; None of a class that no image has."""
+        return [None if curve is None else float(curve.average_precision()) for curve in self._curves]
+
+    def mean_average_precision(self) -> float | None:
+        """Return the mean over the classes that any image has; None where there is none."""
+        return _mean([value for value in self.average_precisions if value is not None])
+
+    def summary(self, class_names: Sequence[str], thresholds: Sequence[float] | None) -> dict[str, Any]:
+        """Return all figures as plain JSON values; fractions 0..1.
+
+        Args:
+            class_names: in their order.
+            thresholds: the least probability of each class; None: `DEFAULT_THRESHOLD`.
+
+        Returns:
+            `num_images`; `map` (mean over the classes of the average precision: the sum over the images of a class, by
+            descending score, of precision times the growth of recall), and its `map_interval95` (normal, by a bootstrap
+            over images); `loss` (mean over images of the binary cross-entropy); at the thresholds `macro_f1` (mean over
+            the classes), `micro_f1` (of all labels together), `subset_accuracy` (images all of whose labels are right);
+            `num_without_answer`; `per_class`: name -> `ap`, `f1`, `precision`, `recall`, `threshold`, `num_images` that
+            have it. A class without images has None for its figures, and is in no mean. `chance`: `map` of a network
+            that never looks, the mean share of the images that have a class.
+        """
+        given_NC = labels_from(torch.from_numpy(self.probabilities_NC), thresholds).numpy()
+        with_C, given_C = self.labels_NC.sum(axis=0), given_NC.sum(axis=0)
+        hits_C = (self.labels_NC & given_NC).sum(axis=0)
+        least = thresholds or [DEFAULT_THRESHOLD] * len(class_names)
+        per_class = {}
+        for i, name in enumerate(class_names):
+            count, given, hits = int(with_C[i]), int(given_C[i]), int(hits_C[i])
+            per_class[name] = {
+                "ap": self.average_precisions[i],
+                "f1": 2 * hits / (count + given) if count else None,
+                "precision": hits / given if count and given else None,
+                "recall": hits / count if count else None,
+                "threshold": float(least[i]),
+                "num_images": count,
+            }
+        shares = [count / self.num_images for count in with_C.tolist() if count]
+        figure, error = self.mean_average_precision(), self.standard_error("map")
+        return {
+            "num_images": self.num_images,
+            "map": figure,
+            "map_interval95": None if figure is None or error is None else _interval(figure, error),
+            "loss": _mean(self.losses_N.tolist()),
+            "macro_f1": _mean([row["f1"] for row in per_class.values() if row["f1"] is not None]),
+            "micro_f1": _ratio(2 * int(hits_C.sum()), int(with_C.sum() + given_C.sum())),
+            "subset_accuracy": _ratio(int((self.labels_NC == given_NC).all(axis=1).sum()), self.num_images),
+            "num_without_answer": int(np.isnan(self.probabilities_NC).any(axis=1).sum()),
+            "chance": {"map": _mean(shares)},
+            "per_class": per_class,
+            "confusion": None,
+        }
+
+    def standard_error(self, figure: str) -> float | None:
+        """Return that of `loss`, of a mean; or of `map`, by a bootstrap over images with a fixed seed."""
+        if figure == "loss":
+            return error_of_mean(float(self.losses_N.sum()), float(np.square(self.losses_N).sum()), self.num_images)
+        assert figure == "map", f"no standard error of {figure}"
+        return self._error_of_map
+
+    @cached_property
+    def _error_of_map(self) -> float | None:
+        curves = [curve for curve in self._curves if curve is not None]
+        if self.num_images < 2 or not curves:
+            return None
+        size = self.num_images * len(curves)
+        num_draws = min(max(_MOST_RESAMPLED // size, _DRAWS[0]), _DRAWS[1])
+        draws, found = np.random.default_rng(_RESAMPLING_SEED), []
+        for _ in range(num_draws):
+            counts_N = np.bincount(draws.integers(self.num_images, size=self.num_images), minlength=self.num_images)
+            drawn = [curve.average_precision(counts_N) for curve in curves]
+            found.append(float(np.nanmean(drawn)) if not np.isnan(drawn).all() else math.nan)
+        return float(np.nanstd(found, ddof=1))
+
+    def best_thresholds(self) -> list[float]:
+        """Return for each class the threshold of the highest F1 here.
+
+        It is the middle between two neighbouring scores; of equally good ones the nearest to `DEFAULT_THRESHOLD`, which
+        stands for a class that no image has, too.
+        """
+        return [DEFAULT_THRESHOLD if curve is None else curve.best_threshold() for curve in self._curves]
+
+
+def _interval(figure: float, error: float) -> list[float]:
+    return [max(figure - _Z95 * error, 0.0), min(figure + _Z95 * error, 1.0)]
+
+
+def _ratio(part: float, whole: int) -> float | None:
+    return part / whole if whole else None
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return math.fsum(values) / len(values) if values and math.isfinite(math.fsum(values)) else None
