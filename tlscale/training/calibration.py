@@ -73,7 +73,7 @@ def calibration_interval(
 
 # -- the temperature, and the sets ------------------------------------------------------------------------------------
 
-_MOST_LOGITS = 4_000_000  # that choose it: one number is known well by far fewer
+_MOST_LOGITS = 1_000_000  # that choose it: one number is known well by far fewer
 _MOST_STEPS = 100
 SET_LEVEL = 0.9
 """How often the set of labels of an image is to have the true one."""

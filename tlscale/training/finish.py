@@ -41,7 +41,7 @@ from tlscale.training.result import (
 )
 from tlscale.training.specs import pipeline_spec
 from tlscale.training.state import TrainState, unwrap
-from tlscale.training.unknown import about_unknown, unknown_by
+from tlscale.training.unknown import about_unknown, images_to_judge, unknown_by
 from tlscale.training.unread_images import unread_test_image
 
 Figures = dict[str, Any]
@@ -178,7 +178,7 @@ def _tell_unknown(unknown: UnknownScore | str, chosen: _Chosen, split: ImageSpli
     if isinstance(unknown, str) or not isinstance(chosen.inputs, CodePipeline) or not judges:
         return about_unknown(unknown, None)
     assert split is not None
-    return about_unknown(unknown, chosen.inputs.pooled(split.name))
+    return about_unknown(unknown, chosen.inputs.pooled(split.name, images_to_judge(len(split))))
 
 
 def _scoring(state: TrainState, inputs: InputPipeline) -> dict[str, Any]:

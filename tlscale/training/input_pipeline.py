@@ -256,11 +256,10 @@ class CodePipeline:
             pin_memory=processes.pins_memory,
         )
 
-    def pooled(self, split: str, rows_N: Ints | None = None) -> Tensor:
-        """Return codes of a split, or of some rows of it, a vector an image."""
+    def pooled(self, split: str, rows_N: Ints) -> Tensor:
+        """Return codes of some rows of a split, a vector an image."""
         found = self._train if split == "train" else self._evaluated[split]
         codes = next(iter(found.views.values()))
-        rows_N = np.arange(len(codes)) if rows_N is None else rows_N
         parts = np.array_split(rows_N, -(-len(rows_N) // _POOLED))
         return torch.cat([pooled_codes(codes.take(rows_B)) for rows_B in parts])
 

@@ -69,7 +69,7 @@ from tlscale.training.result import (
 from tlscale.training.run_info import begin_folder
 from tlscale.training.setup import RunSetup
 from tlscale.training.specs import open_codes_cache
-from tlscale.training.unknown import about_unknown, unknown_by
+from tlscale.training.unknown import about_unknown, images_to_judge, unknown_by
 from tlscale.training.unread_images import telling_of_unread_images
 
 HEAD_BATCH = 4096
@@ -168,8 +168,8 @@ class _Probe:
             if self.split is not None and not data.has_several_labels:
                 figures = add_prediction_figures(figures, folder.predictions, have_chosen=data.test is None)
         result = self._result(choice, chosen, figures, calibration) | result_identity(data)
-        judges = data.test is not None and not isinstance(unknown, str)
-        result["unknown"] = about_unknown(unknown, self._values("test", number_of_layer) if judges else None)
+        judging = None if data.test is None else self._some(number_of_layer, "test", images_to_judge(len(data.test)))
+        result["unknown"] = about_unknown(unknown, judging)
         logger.sync()
         return write_result(result, folder, setup), how_to_load
 
@@ -225,10 +225,9 @@ class _Probe:
         """Read one value of all images of a split, (N, D), to the device that the fit runs on."""
         return self.codes[split].whole(at).to(self.device)
 
-    def _some(self, at: int, split: str, rows_N: Ints | None) -> Tensor:
-        """Read one value of some images of a split, or of all."""
-        values_ND = self.codes[split].whole(at)
-        return values_ND if rows_N is None else values_ND[torch.from_numpy(rows_N)]
+    def _some(self, at: int, split: str, rows_N: Ints) -> Tensor:
+        """Read one value of some images of a split."""
+        return self.codes[split].whole(at)[torch.from_numpy(rows_N)]
 
     def _show(self, choice: Choice, console: Console) -> None:
         """Show the best setting of each set of codes, by the held-out images, and mark the best of all."""
