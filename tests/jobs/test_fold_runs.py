@@ -232,7 +232,7 @@ def test_commands_say_that_the_score_is_that_of_the_folds(probed, images):
     assert others["num_trained_on"] == 48
 
 
-def test_comparisons_pair_images_over_repeats(probed, images, tmp_path):
+def test_comparisons_pair_images_over_repeats(probed, trained, images, tmp_path):
     weak = {**PROBE, "probe": {"kind": "ridge", "strengths": [1e-6]}}
     recipe = recipe_of(tmp_path, images, "weak", folds=2, evaluate={"repeats": 2}, **weak)
     tlscale.run(recipe, tmp_path / "weak")
@@ -248,5 +248,8 @@ def test_comparisons_pair_images_over_repeats(probed, images, tmp_path):
     assert (pair["num_first_only"], pair["num_second_only"]) == tuple(ahead[of[label]] for label in of)
     assert any("the model of a cross-validation, and has no score" in note for note in found["notes"])
     assert any("Each image is answered by models of folds" in note for note in found["notes"])
+    other = tlscale.compare([probed, trained])  # one answered each image twice
+    assert [run["held_out_top1"] for run in other["runs"] if run["steps"]] == [None]
+    assert other["pairs"] == []
     with pytest.raises(DataError, match="have other folds"):
         tlscale.compare([recipe, recipe.with_(name="other", **{"evaluate.folds": 3})], out=tmp_path / "other")

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from tlscale.data.sources.folds import FOLDS
 from tlscale.errors import RunFolderError
 from tlscale.models.features import PENULTIMATE
 from tlscale.storage.run_folder import RunFolder
@@ -157,6 +158,8 @@ def _held_out_top1(folder: RunFolder, result: Mapping[str, Any]) -> float | None
     if "probe" in result:
         figure = result["probe"]["held_out_top1"]
         return figure if figure is None else float(figure)
+    if result["split"] == FOLDS:
+        return None  # each of its models has such a figure
     step = result["best"]["step"]
     records = [record for record in read_metrics(folder.metrics) if record.get("split") == "validation"]
     return next((float(record["top1"]) for record in records if record["step"] == step and "top1" in record), None)

@@ -172,7 +172,8 @@ def show_result(result: dict[str, Any], console: Console, *, folder: Path, how_t
             "FALLBACK SAMPLE: these are figures of the small shipped sample, not of Fashion-MNIST", style="bold red"
         )
     console.say(f"next: {shlex.join(['tlscale', 'predict', str(folder), 'NEW_IMAGES', '--out', 'labels.csv'])}")
-    console.say(f"figures: {folder / 'result.json'}   curves: {folder / 'metrics.jsonl'}   model: {folder / 'model'}")
+    curves = folder / "folds" / "*" if "folds" in result else folder
+    console.say(f"figures: {folder / 'result.json'}   curves: {curves / 'metrics.jsonl'}   model: {folder / 'model'}")
     console.say(f"load it with {how_to_load}")
 
 
