@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
 import sys
 import warnings
 import weakref
@@ -22,7 +24,8 @@ from tlscale.codes.probes.logistic import logistic_path
 from tlscale.codes.probes.ridge import ridge_path
 from tlscale.codes.probes.scikit import sklearn_path
 from tlscale.codes.probes.select import PathRow, choose
-from tlscale.errors import DataError, ModelError, RecipeError
+from tlscale.distributed.signals import StopRequest
+from tlscale.errors import DataError, ModelError, RecipeError, Stopped
 from tlscale.models import knn
 from tlscale.models.knn import KnnHead
 from tlscale.recipe.schema import ProbeSection
@@ -205,6 +208,17 @@ def test_nothing_but_held_out_images_chooses():
     by_itself = fit_probe("logistic", codes, labels, codes, labels, num_classes=3).chosen
     assert by_itself.held_top1 == 1.0
     assert chosen.setting > by_itself.setting
+
+
+def test_the_fit_of_neighbours_hears_a_stop_and_their_layer_does_not():
+    """The layer is in exported models: a process that stopped in it would leave others waiting for its answers."""
+    codes, labels, held, _ = draw()
+    fit = PROBE_KINDS["knn"].fit(codes, labels, 3, [1.0, 3.0])
+    with StopRequest():
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert fit.head(1)(held).shape == (len(held), 3)
+        with pytest.raises(Stopped, match="fitting the probe"):
+            fit.logits(held)
 
 
 @pytest.mark.parametrize("as_iterator", [False, True])
