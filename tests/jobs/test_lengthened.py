@@ -104,6 +104,7 @@ def test_a_run_that_is_killed_between_two_files_as_it_is_made_longer_goes_on(idx
         assert "2 epochs" in now or json.loads(now)["lengthened"] == json.loads(was)["lengthened"]
 
 
+@pytest.mark.slow  # four runs
 def test_a_run_that_was_killed_as_it_was_made_longer_keeps_its_length_where_nobody_asks_for_more(idx, tmp_path):
     changes = {**CONSTANT, "duration": "1 epochs"}
     out, longer = ran(tmp_path, idx, "run", changes), {**changes, "duration": "3 epochs"}

@@ -47,7 +47,7 @@ def figures_of(labels_N, logits_NC):
 @pytest.mark.parametrize("figure", FIGURES)
 def test_it_is_how_far_the_figure_moves_from_draw_to_draw_of_groups(figure):
     found = []
-    for seed in range(150):
+    for seed in range(100):
         groups_N, labels_N, logits_NC = drawn(60, np.random.default_rng(seed))
         found.append(figures_of(labels_N, logits_NC)[1][figure])
     moves = float(np.std(found))
