@@ -9,6 +9,7 @@ Shapes: N images, B images of a batch, C classes, D features.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated
@@ -81,17 +82,21 @@ class UnknownScore:
         return scores_B
 
 
-def pooled_codes(values: Sequence[Tensor]) -> Tensor:
+def pooled_codes(values: Sequence[Tensor], image_hw: tuple[int, int]) -> Tensor:
     """Take codes of images to one vector each: means over positions, of several values side by side.
 
-    Positions are those after channels (B, C, H, W), before them where the two sides in front are the like ones, and
-    the tokens of (B, positions, D).
+    Positions are those after channels (B, C, H, W), before them (B, H, W, C) where these have the images' proportions
+    and the others have not, and the tokens of (B, positions, D).
     """
-    return torch.cat([_pooled(value.float()) for value in values if value.is_floating_point()], dim=1)
+    return torch.cat([_pooled(value.float(), image_hw) for value in values if value.is_floating_point()], dim=1)
 
 
-def _pooled(value: Tensor) -> Tensor:
+def _pooled(value: Tensor, image_hw: tuple[int, int]) -> Tensor:
     if value.ndim == 4:
-        is_last = value.shape[1] == value.shape[2] != value.shape[3]
-        return value.mean(dim=(1, 2) if is_last else (2, 3))
+        _, *sides = value.shape
+        # A map's sides are rounded; how far its proportions are from the images', as a factor.
+        first, last = (
+            abs(math.log(height / width * image_hw[1] / image_hw[0])) for height, width in (sides[1:], sides[:2])
+        )
+        return value.mean(dim=(1, 2) if last < first else (2, 3))
     return value.mean(dim=1) if value.ndim == 3 else value.flatten(1)

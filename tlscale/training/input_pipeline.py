@@ -261,7 +261,8 @@ class CodePipeline:
         found = self._train if split == "train" else self._evaluated[split]
         codes = next(iter(found.views.values()))
         parts = np.array_split(rows_N, -(-len(rows_N) // _POOLED))
-        return torch.cat([pooled_codes(codes.take(rows_B)) for rows_B in parts])
+        image_hw = self._spec.inputs.spec.image_hw
+        return torch.cat([pooled_codes(codes.take(rows_B), image_hw) for rows_B in parts])
 
     def _of(self, split: ImageSplit) -> CodeViews:
         if split.name not in self._evaluated:

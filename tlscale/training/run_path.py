@@ -169,7 +169,7 @@ class RunPath:
 
     def _scored(self, values: Values, scores: list[Floats]) -> Values:
         if self.unknown is not None:
-            scores.append(self.unknown.scores(pooled_codes(values)))
+            scores.append(self.unknown.scores(pooled_codes(values, self.spec.image_hw)))
         return values
 
 

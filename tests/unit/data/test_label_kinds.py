@@ -8,7 +8,7 @@ import pytest
 
 from tests.recipes.wrong_data import put_image
 from tlscale.data.sources.label_kinds import are_numbers, separator_of
-from tlscale.data.sources.open import open_data
+from tlscale.data.sources.open import BadImages, open_data
 from tlscale.errors import DataError
 from tlscale.recipe.schema import DataSection
 
@@ -99,3 +99,10 @@ def test_who_says_that_they_are_classes_is_believed(labels, key, tmp_path):
         table(tmp_path, labels) | {"task": {"task": "single_label"}, "classes": {"classes": sorted(set(labels))}}[key]
     )
     assert open_data(DataSection(**section), 0).classes == tuple(sorted(set(labels)))
+
+
+@pytest.mark.parametrize("labels", [JOINED, AGES])
+def test_a_run_that_has_begun_goes_on(labels, tmp_path):
+    """The run was made by a version that knew no such rule."""
+    section = DataSection(**table(tmp_path, labels))
+    assert open_data(section, 0, bad_images=BadImages()).classes == tuple(sorted(set(labels)))

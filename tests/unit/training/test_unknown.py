@@ -85,9 +85,14 @@ def test_why_there_is_none():
 
 def test_codes_are_pooled_over_their_positions():
     maps, last, tokens = torch.randn(2, 8, 3, 5), torch.randn(2, 4, 4, 8), torch.randn(2, 9, 8)
-    pooled = pooled_codes([maps, last, tokens, torch.ones(2, 3), torch.ones(2, 3, dtype=torch.int64)])
-    expected = [maps.mean((2, 3)), last.mean((1, 2)), tokens.mean(1), torch.ones(2, 3)]
-    torch.testing.assert_close(pooled, torch.cat(expected, 1))
+    vectors = torch.ones(2, 3)
+    pooled = pooled_codes([maps, tokens, vectors, vectors.long()], (48, 80))
+    torch.testing.assert_close(pooled, torch.cat([maps.mean((2, 3)), tokens.mean(1), vectors], 1))
+    torch.testing.assert_close(pooled_codes([last], (64, 64)), last.mean((1, 2)))
+    # As many channels as rows, and channels last of images that are not square.
+    like_rows, wide = torch.randn(2, 8, 8, 16), torch.randn(2, 2, 4, 24)
+    torch.testing.assert_close(pooled_codes([like_rows], (64, 128)), like_rows.mean((2, 3)))
+    torch.testing.assert_close(pooled_codes([wide], (64, 128)), wide.mean((1, 2)))
 
 
 def test_a_file_that_is_another_is_refused():

@@ -29,7 +29,7 @@ from tlscale.data.sources.hub import is_disk_source, is_hub_source, read_disk_so
 from tlscale.data.sources.idx import is_idx_source, read_idx_source
 from tlscale.data.sources.manifest import is_manifest_source, read_manifest_source
 from tlscale.data.sources.split_names import ROLES
-from tlscale.data.sources.splits import Chosen, choose_splits, number_source
+from tlscale.data.sources.splits import Chosen, Numbered, choose_splits, number_source
 from tlscale.data.sources.tables import ImageSplit, Role, Source, has_several
 from tlscale.errors import DataError, Text
 from tlscale.recipe.schema import DataSection
@@ -119,7 +119,8 @@ def open_data(
     early = {} if bad_images.is_late else bad_images.found
     bad = {role: [row for row, _ in rows] for role, rows in early.items()}
     reads = tries_images or known is not None
-    chosen, dropped, drop_notes = _chosen(section, source, seed, bad, fold, reads_images=reads)
+    numbered = number_source(section, source, is_new=known is None)
+    chosen, dropped, drop_notes = _chosen(section, numbered, seed, bad, fold, reads_images=reads)
     splits = dict(chosen.splits)
     if bad_images.is_late and len(bad_images):
         splits["train"] = splits["train"].without([position for position, _ in bad_images.found["train"]])
@@ -139,7 +140,7 @@ def open_data(
 
 def _chosen(
     section: DataSection,
-    source: Source,
+    numbered: Numbered,
     seed: int,
     bad: Mapping[Role, list[int]],
     fold: Fold | None,
@@ -147,7 +148,6 @@ def _chosen(
     reads_images: bool,
 ) -> tuple[Chosen, Mapping[Role, int], Sequence[str]]:
     """Choose the splits; with how many images are dropped as another split has them, and notes on these."""
-    numbered = number_source(section, source)
     if section.duplicates == "warn":
         return choose_splits(section, numbered, seed, bad, fold=fold), {}, []
     if not reads_images:

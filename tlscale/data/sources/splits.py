@@ -65,11 +65,14 @@ class Numbered:
     notes: tuple[str, ...]
 
 
-def number_source(section: DataSection, source: Source) -> Numbered:
+def number_source(section: DataSection, source: Source, *, is_new: bool = True) -> Numbered:
     """Give the classes numbers.
 
+    Args:
+        is_new: the run begins now; one that began before goes on with the labels that it has.
+
     Raises:
-        DataError: labels outside the classes, or fewer than two classes.
+        DataError: labels outside the classes, fewer than two classes, or labels that look like no classes.
     """
     labelled, notes = _with_labels(source)
     used = labelled["train"].used_names()
@@ -78,7 +81,7 @@ def number_source(section: DataSection, source: Source) -> Numbered:
             f"{source.place}: the training split has one class only, {used[0]!r}; a classifier needs two or more"
         )
     classes = tuple(section.classes or source.declared_classes or sort_labels(used))
-    if section.task is None and section.classes is None and source.declared_classes is None:
+    if is_new and section.task is None and section.classes is None and source.declared_classes is None:
         _refuse_other_tasks(section, labelled["train"], source.place)
     tables = {
         role: number_labels(split, classes, role, source.place)
