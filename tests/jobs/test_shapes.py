@@ -72,7 +72,7 @@ def test_long_images_are_trained_on_predicted_and_exported(long_images, tmp_path
         transform = timm.data.create_transform(**config, is_training=False)
         pictures = [transform(Image.open(path)) for path in made.paths]
         logits_NC = found(torch.stack(pictures))
-    np.testing.assert_allclose(logits_NC.softmax(1).numpy(), made.probabilities, atol=1e-4)
+    np.testing.assert_allclose(logits_NC.numpy(), np.array(table["logits"].to_pylist()), atol=1e-3)
     assert json.loads(about(model, "1", None)["input"])["size"] == [16, 48]
     resumed = cli("run", tmp_path / "recipe.yaml", "data.image_size=[48, 16]", "--out", run, "--resume")
     assert resumed.exit_code == 2
