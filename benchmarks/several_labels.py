@@ -130,10 +130,14 @@ def main() -> None:
         for name, loss in WAYS.items():
             with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
                 result = tlscale.run(recipe_of(folder, sorted(by_size), seed, args, loss), Path(out) / "run")
-            known = [ap for label in by_size if (ap := result["per_class"].get(label, {}).get("ap")) is not None]
+            known = [
+                ap
+                for label in by_size
+                if (ap := result["per_class"].get(label, {}).get("average_precision")) is not None
+            ]
             found[name].append(
                 {
-                    "map": result["map"],
+                    "mean_average_precision": result["mean_average_precision"],
                     "rare": float(np.mean(known[:3])),
                     "frequent": float(np.mean(known[-3:])),
                     "macro_f1": result["macro_f1"],
@@ -149,10 +153,10 @@ def _show(found: dict[str, list[dict[str, float]]]) -> None:
     )
     print("|---|---|---|---|---|---|---|")
     first, *_ = found
-    plain = np.array([figures["map"] for figures in found[first]])
+    plain = np.array([figures["mean_average_precision"] for figures in found[first]])
     for name, rows in found.items():
         medians = [float(np.median([row[key] for row in rows])) for key in rows[0]]
-        gains = np.array([row["map"] for row in rows]) - plain
+        gains = np.array([row["mean_average_precision"] for row in rows]) - plain
         against = "-"
         if name != first and len(gains) > 1:
             half = stats.t.ppf(0.975, len(gains) - 1) * gains.std(ddof=1) / len(gains) ** 0.5

@@ -130,8 +130,8 @@ def _figures_of_several(trained: TrainedModel, result: dict[str, Any]) -> str:
         "",
         "An image has the classes whose probability, the sigmoid of the logit, is their threshold or more.",
     ]
-    if isinstance(result.get("map"), float):
-        low, high = result.get("map_interval95") or (None, None)
+    if isinstance(result.get("mean_average_precision"), float):
+        low, high = result.get("mean_average_precision_interval95") or (None, None)
         interval = "" if low is None else f", 95 % interval {low:.4f} to {high:.4f}"
         lines.append(
             f"Mean average precision {result['map']:.4f}{interval}, on the {result['num_images']:,} images of the "
