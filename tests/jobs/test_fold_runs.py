@@ -253,3 +253,22 @@ def test_comparisons_pair_images_over_repeats(probed, trained, images, tmp_path)
     assert other["pairs"] == []
     with pytest.raises(DataError, match="have other folds"):
         tlscale.compare([recipe, recipe.with_(name="other", **{"evaluate.folds": 3})], out=tmp_path / "other")
+
+
+@pytest.mark.slow
+@pytest.mark.long  # eight starts; each of the runs in it is killed elsewhere
+def test_killed_again_and_again_it_ends_as_one_that_was_not(forks, images, tmp_path):
+    recipe_of(tmp_path, images, folds=2, **PROBE)
+    words = ("run", tmp_path / "small.yaml", "--resume", "--out")
+    variables = {"TLSCALE_CACHE": str(tmp_path / "cache")}
+    assert forks.run(*words, tmp_path / "whole", log=tmp_path / "log", **variables) == 0, (tmp_path / "log").read_text()
+    out = tmp_path / "killed"
+    # In the first fold, the second, the model of all images, and what is made of them.
+    for fault in ("record", "record@2", "export", "result@2", "result@2", "predictions", "result"):
+        ended = forks.run(*words, out, log=tmp_path / "log", TLSCALE_FAULT=fault, **variables)
+        assert ended == -signal.SIGKILL, (fault, (tmp_path / "log").read_text()[-3000:])
+        assert not (out / "result.json").exists()
+    assert forks.run(*words, out, log=tmp_path / "log", **variables) == 0, (tmp_path / "log").read_text()
+    assert (out / "predictions.parquet").read_bytes() == (tmp_path / "whole" / "predictions.parquet").read_bytes()
+    assert_same_bits(exported(out), exported(tmp_path / "whole"))
+    assert sorted(os.listdir(out)) == sorted(os.listdir(tmp_path / "whole"))
