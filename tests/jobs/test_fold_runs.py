@@ -9,12 +9,14 @@ import signal
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from click.testing import CliRunner
 
 import tlscale
 from tests.coins import chance, put_coins
 from tests.recompute import assert_follows
 from tests.scenes import put_scenes
 from tests.small_runs import When, assert_same_bits, exported, lines, logged, result, small_recipe
+from tlscale.cli import main
 from tlscale.errors import EXIT_STOPPED, DataError, ResumeError, Stopped
 
 RESNET = {"name": "test_resnet", "weights": "none"}
@@ -219,6 +221,19 @@ def test_what_cannot_be_chosen_is_refused_before_anything_is_written(images, tmp
     with pytest.raises(DataError, match="60 is more than the 48 images"):
         tlscale.run(recipe_of(tmp_path, images, folds=60, **PROBE), tmp_path / "run")
     assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_a_plan_says_what_the_folds_are_and_what_they_cost(trained, images, tmp_path):
+    recipe_of(tmp_path, images, folds=2, **TRAINED)
+    done = CliRunner().invoke(main, ["plan", str(tmp_path / "small.yaml"), "--json"])
+    assert done.exit_code == 0, done.output
+    plan = json.loads(done.stdout)
+    runs = [json.loads((trained / "folds" / name / "run.json").read_text()) for name in ("1", "2", "all")]
+    assert plan["data"]["images"] == runs[0]["data"]["num_images"]
+    longest = 2 * 48 // 12  # what the model on all images may take
+    steps = sum(run["total_steps"] for run in runs[:2]) + longest
+    assert plan["folds"] == {"num_folds": 2, "num_repeats": 1, "images": 48, "runs": 3, "most_steps": steps}
+    assert runs[2]["total_steps"] <= longest
 
 
 def test_commands_say_that_the_score_is_that_of_the_folds(probed, images):
