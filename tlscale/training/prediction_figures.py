@@ -25,6 +25,7 @@ import torch
 from tlscale.data.sources.tables import Ints, number_groups
 from tlscale.models.calibration import Calibration
 from tlscale.training.calibration import calibration_error, calibration_interval, choose_calibration
+from tlscale.training.group_interval import group_interval
 from tlscale.training.metrics import wilson
 from tlscale.training.predictions import NO_ANSWER, read_predictions
 from tlscale.training.ranking import Bools, Floats, Ranking, mean_known
@@ -178,7 +179,7 @@ def _calibration(images: ScoredImages, *, have_chosen: bool) -> dict[str, Any]:
 def _of_sets(images: ScoredImages, calibration: Calibration) -> dict[str, Any]:
     """Return the loss with the temperature, and how often the sets have the true label; image by image."""
     assert images.logits_NC is not None
-    losses, covered, size = [0.0], 0, 0
+    losses, covers, size = [0.0], [np.zeros(0, dtype=np.int64)], 0
     for start in range(0, len(images.labels_N), _CHUNK):
         part = slice(start, start + _CHUNK)
         logits_BC, labels_B = images.logits_NC[part], images.labels_N[part]
@@ -186,12 +187,20 @@ def _of_sets(images: ScoredImages, calibration: Calibration) -> dict[str, Any]:
         members_BC = calibration.sets.members(shares_BC, np.nan_to_num(logits_BC).argmax(axis=1))
         with np.errstate(divide="ignore"):
             losses += (-np.log(np.take_along_axis(shares_BC, labels_B[:, None], axis=1))).ravel().tolist()
-        covered += int(np.take_along_axis(members_BC, labels_B[:, None], axis=1).sum())
+        covers.append(np.take_along_axis(members_BC, labels_B[:, None], axis=1).ravel().astype(np.int64))
         size += int(members_BC.sum())
-    num_images, loss = len(images.labels_N), math.fsum(losses)
+    num_images, loss, covered_N = len(images.labels_N), math.fsum(losses), np.concatenate(covers)
     sets = {
-        "coverage": covered / num_images if num_images else None,
-        "coverage_interval95": wilson(covered, num_images),
+        "coverage": int(covered_N.sum()) / num_images if num_images else None,
+        "coverage_interval95": _interval(covered_N, images.groups_N),
         "mean_size": size / num_images if num_images else None,
     }
     return {"loss": loss / num_images if num_images and math.isfinite(loss) else None, "sets": sets}
+
+
+def _interval(hits_N: Ints, groups_N: Ints | None) -> list[float] | None:
+    """Return the 95% interval of a share, over groups where there are any."""
+    if groups_N is None:
+        return wilson(int(hits_N.sum()), len(hits_N))
+    _, of_image = np.unique(groups_N, return_inverse=True)
+    return group_interval(np.bincount(of_image, weights=hits_N).astype(np.int64), np.bincount(of_image))
