@@ -93,7 +93,7 @@ def test_figures_are_scikit_learns_on_the_saved_predictions(result):
     low, high = result.interval
     assert low < result["mean_average_precision"] < high
     assert result["chance"]["mean_average_precision"] == pytest.approx(truth_NC.mean())
-    assert f"mAP {result['map']:.4f}" in repr(result)
+    assert f"mAP {result['mean_average_precision']:.4f}" in repr(result)
     assert "AP" in result._repr_html_()
     assert set(result) >= {"macro_f1", "micro_f1", "subset_accuracy"}
     assert not set(result) & {"top1", "majority", "ece"}
@@ -171,7 +171,7 @@ def test_exports_carry_the_thresholds(trained, tmp_path):
     tlscale.export(trained.folder, to="hub", out=tmp_path / "hub")
     assert tlscale.load(tmp_path / "hub").thresholds == model.thresholds
     card = (tmp_path / "hub" / "README.md").read_text()
-    assert f"Mean average precision {trained['map']:.4f}" in card
+    assert f"Mean average precision {trained['mean_average_precision']:.4f}" in card
     assert "answers with one of them" not in card
 
 

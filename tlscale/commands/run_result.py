@@ -59,8 +59,9 @@ class RunResult(dict[str, Any]):
         low, high = self.interval
         of = "" if self["split"] in ("all", FOLDS) else f"{self['split']} "
         if score_of(self) == "mean_average_precision":
-            score = f"mAP {number(self['map'])} ({low:.4f} to {high:.4f})"
-            return f"{score} on {self['num_images']:,} {of}images, {number(self['chance']['map'])} by chance"
+            score = f"mAP {number(self['mean_average_precision'])} ({low:.4f} to {high:.4f})"
+            chance = number(self["chance"]["mean_average_precision"])
+            return f"{score} on {self['num_images']:,} {of}images, {chance} by chance"
         often = self.get("majority")
         against = "" if often is None else f", {number(often['top1'])} for always saying {one_line(often['label'])!r}"
         interval = f"{low:.4f} to {high:.4f}{over_groups(self)}"

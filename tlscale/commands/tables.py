@@ -242,7 +242,7 @@ def score_text(figures: Mapping[str, Any]) -> str:
     score = score_of(figures)
     text = f"{_named(score)} {number(figures[score])} ({interval_text(figures)})"
     if score == "mean_average_precision":
-        return f"{text} against {number(figures['chance']['map'])} by chance"
+        return f"{text} against {number(figures['chance']['mean_average_precision'])} by chance"
     often = figures["majority"]
     against = "" if often is None else f" against {number(often['top1'])} for always saying {often['label']!r}"
     return text + against
