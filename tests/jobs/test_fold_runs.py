@@ -152,6 +152,8 @@ def test_stopped_in_a_fold_and_resumed_it_ends_as_one_that_was_not(trained, imag
     assert same == other
 
 
+@pytest.mark.slow
+@pytest.mark.long  # seconds; with the whole it is resumed above
 def test_a_fold_is_resumed_by_itself(trained, images, tmp_path):
     recipe, out = recipe_of(tmp_path, images, folds=2, **TRAINED), tmp_path / "run"
     with pytest.raises(Stopped), When(logged(out / "folds" / "1", 1), lambda: (out / "STOP").touch()):
