@@ -46,7 +46,7 @@ class ScoredImages:
     logits_NC: npt.NDArray[np.floating[Any]] | None
     """As they were computed; None where the file has the best of each image alone."""
     groups_N: Ints | None
-    """None of data without groups."""
+    """Equal for answers that do not stand alone: of one group, and over repeats of one image. None: all do."""
     calibrated_N: Floats | None
     """Confidence with the temperature that validation images chose; None: there is none."""
     calibration: Calibration | None
@@ -58,7 +58,7 @@ class ScoredImages:
         Raises:
             RunFolderError: the file is damaged.
         """
-        optional = ("logits", "group", "calibrated_probability")
+        optional = ("logits", "group", "calibrated_probability", "row", "repeat")
         return cls.of(read_predictions(path, ["true_label", "label", "probability"], if_there=optional))
 
     @classmethod
@@ -71,9 +71,6 @@ class ScoredImages:
         logits_NC = None
         if "logits" in table.column_names:
             logits_NC = table["logits"].combine_chunks().flatten().to_numpy().reshape(-1, len(classes))[kept_N]
-        groups_N = None
-        if "group" in table.column_names:
-            groups_N = number_groups(table["group"].combine_chunks().cast(pa.large_string()).filter(pa.array(kept_N)))
         calibrated_N = None
         if "calibrated_probability" in table.column_names:
             calibrated_N = table["calibrated_probability"].to_numpy()[kept_N]
@@ -83,7 +80,7 @@ class ScoredImages:
             (labels_N == answers_N)[kept_N],
             table["probability"].to_numpy()[kept_N],
             logits_NC,
-            groups_N,
+            _units(table, kept_N),
             calibrated_N,
             Calibration.model_validate(about["calibration"]) if "calibration" in about else None,
         )
@@ -114,6 +111,22 @@ class ScoredImages:
 def _numbers(names: pa.ChunkedArray, classes: Sequence[str]) -> Ints:
     found = pc.index_in(names, value_set=pa.array(classes, pa.string())).fill_null(NO_ANSWER)
     numbers_N: Ints = found.to_numpy().astype(np.int64)
+    return numbers_N
+
+
+def _units(table: pa.Table, kept_N: Bools) -> Ints | None:
+    """Return the number of the unit of each answer that is kept: its group, or over repeats its image."""
+    groups_N = None
+    if "group" in table.column_names:
+        groups_N = table["group"].combine_chunks().cast(pa.large_string())
+    if "repeat" not in table.column_names:
+        return None if groups_N is None else number_groups(groups_N.filter(pa.array(kept_N)))
+    units_N = table["row"].to_numpy()
+    if groups_N is not None:
+        encoded = groups_N.dictionary_encode()
+        named_N = encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False)
+        units_N = np.where(named_N < 0, len(encoded.dictionary) + units_N, named_N)
+    numbers_N: Ints = np.unique(units_N[kept_N], return_inverse=True)[1].reshape(-1).astype(np.int64)
     return numbers_N
 
 
