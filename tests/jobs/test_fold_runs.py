@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
@@ -17,7 +19,10 @@ from tests.recompute import assert_follows
 from tests.scenes import put_scenes
 from tests.small_runs import When, assert_same_bits, exported, lines, logged, result, small_recipe
 from tlscale.cli import main
-from tlscale.errors import EXIT_STOPPED, DataError, ResumeError, Stopped
+from tlscale.commands.plan import plan
+from tlscale.errors import EXIT_STOPPED, DataError, RecipeError, ResumeError, Stopped
+from tlscale.training.earlier_images import compare_with_earlier
+from tlscale.training.setup import set_up
 
 RESNET = {"name": "test_resnet", "weights": "none"}
 PROBE = {"backbone": RESNET, "probe": {"kind": "ridge", "strengths": [1.0, 0.01]}}
@@ -236,6 +241,52 @@ def test_a_plan_says_what_the_folds_are_and_what_they_cost(trained, images, tmp_
     steps = sum(run["total_steps"] for run in runs[:2]) + longest
     assert plan["folds"] == {"num_folds": 2, "num_repeats": 1, "images": 48, "runs": 3, "most_steps": steps}
     assert runs[2]["total_steps"] <= longest
+
+
+def test_no_image_is_scored_by_a_model_that_started_from_one_that_was_fitted_to_it(probed, images, tmp_path):
+    start = {**PROBE, "backbone": {"name": "test_resnet", "weights": f"run:{probed}"}}
+    with pytest.raises(RecipeError, match="was fitted to 48 of 48 images of the folds") as caught:
+        tlscale.run(recipe_of(tmp_path, images, **start), tmp_path / "run")
+    assert caught.value.key == "backbone.weights"
+    assert not (tmp_path / "run" / "run.json").exists()
+    with pytest.raises(RecipeError, match="was fitted to"):
+        plan(recipe_of(tmp_path, images, **start), world_size=1)
+    with pytest.raises(RecipeError, match="was fitted to 48 of 48"):
+        compare_with_earlier(
+            set_up(recipe_of(tmp_path, shutil.copy(images, tmp_path / "c.parquet"), **start), world_size=1)
+        )
+    table = pq.read_table(put_coins(tmp_path / "others.parquet", {"train": 90}, classes=tuple("abcd")))
+    known = set(pq.read_table(images)["image"].to_pylist())
+    is_new = np.array([image not in known for image in table["image"].to_pylist()])
+    pq.write_table(table.filter(is_new), tmp_path / "others.parquet")
+    setup = set_up(recipe_of(tmp_path, tmp_path / "others.parquet", **start), world_size=1)
+    compare_with_earlier(setup)
+    assert not any("LEAK" in note or "told" in note for note in setup.data.notes)
+    alone = shutil.copytree(probed / "model", tmp_path / "alone" / "model")
+    start["backbone"] = {"name": "test_resnet", "weights": f"run:{alone}"}
+    with pytest.raises(RecipeError, match="cannot be told"):
+        compare_with_earlier(set_up(recipe_of(tmp_path, images, **start), world_size=1))
+
+
+def test_a_split_that_the_start_was_fitted_to_is_noted(probed, images, tmp_path):
+    start = {**PROBE, "backbone": {"name": "test_resnet", "weights": f"run:{probed / 'folds' / 'all'}"}}
+    setup = set_up(recipe_of(tmp_path, images, **start).with_(**{"evaluate.folds": None}), world_size=1)
+    compare_with_earlier(setup)
+    note = setup.data.notes[-1]
+    assert "LEAK: 10 of 10 images of validation are among those that the run of backbone.weights was fitted to" in note
+
+
+def test_copies_that_a_refitted_probe_was_fitted_to_are_a_leak(tmp_path):
+    table = pq.read_table(put_coins(tmp_path / "coins.parquet", {"train": 16}))
+    pq.write_table(pa.concat_tables([table, table]), tmp_path / "twice.parquet")
+    keys = {**PROBE, "probe": {"kind": "ridge", "strengths": [1.0]}}
+    recipe = recipe_of(tmp_path, tmp_path / "twice.parquet", folds=2, data={"validation_fraction": 0.5}, **keys)
+    found = tlscale.run(recipe, tmp_path / "run")
+    answers = pq.read_table(tmp_path / "run" / "predictions.parquet")
+    fold_of = dict(zip(answers["row"].to_pylist(), answers["fold"].to_pylist(), strict=True))
+    count = sum(fold_of[row] != fold_of[(row + 16) % 32] for row in range(32))
+    assert count
+    assert f"LEAK: {count} answers are on images that are, byte for byte" in found["notes"][-1]
 
 
 def test_commands_say_that_the_score_is_that_of_the_folds(probed, images):
