@@ -230,10 +230,13 @@ def test_long_pictures_are_shown_whole(tmp_path, monkeypatch, capsys):
             Image.fromarray(pixels).save(tmp_path / "long" / label / f"{number}.png")
     new("long", out="long.yaml")
     assert "33% of a typical image" in (tmp_path / "long.yaml").read_text()
+    assert tlscale.load_recipe("long.yaml").data.image_size == (48, 144)
     once = "evaluate.folds=null"
     whole = tlscale.run(tlscale.load_recipe("long.yaml", [once]), tmp_path / "whole")
     assert "in the middle" not in capsys.readouterr().out
-    cropped = tlscale.run(tlscale.load_recipe("long.yaml", [once, "data.crop_mode=center"]), tmp_path / "cropped")
+    cropped = tlscale.run(
+        tlscale.load_recipe("long.yaml", [once, "data.image_size=80", "data.crop_mode=center"]), tmp_path / "cropped"
+    )
     said = " ".join(capsys.readouterr().out.split())
     assert "the network is shown 33%, in the middle; data.crop_mode=squash or border shows all of it" in said
     assert whole["top1"] == 1.0

@@ -26,6 +26,8 @@ accuracy of 0.8, and all of them by folds one of 7; for that a probe takes a sec
 _MOST_CLASSES = 8  # in a line
 _MOST_REASONS = 8
 _WIDTH = 110
+# Long images were told apart best in their own proportions (benchmarks/long_pictures.py).
+_MOST_LONG, _SHORTEST_PX = 6, 32
 _LEAST_PX, _MOST_PX = 48, 96  # of the bundled network, which was pretrained at 48
 _PROBED = {"layer": ["layer2", "layer3", "layer4"], "pool": ["avg", "max"]}
 _EARLY = r"(conv1|bn1|layer[12])\..*"
@@ -150,8 +152,9 @@ def _data_keys(survey: Survey, backbone: str, num_train: int, *, has_folds: bool
         other = "parent" if keys["class_folder"] == "top" else "top"
         comment += [f"class_folder: the other reading of this folder is {other}."]
     if backbone == BUNDLED:
-        keys["image_size"] = min(max(-(-survey.median_side_px // 16) * 16, _LEAST_PX), _MOST_PX)
-        comment += [f"image_size: more than {_MOST_PX} pixels show more detail, and take longer."]
+        keys["image_size"] = _image_size(survey)
+        shape = "height and width, in the proportions of the images; " if isinstance(keys["image_size"], list) else ""
+        comment += [f"image_size: {shape}more than {_MOST_PX} pixels show more detail, and take longer."]
     if (share := survey.shown_by_centre_crop) < SMALL_SHARE:
         keys["crop_mode"] = "squash"
         shown = f"crop_mode: the usual centre crop would show {share:.0%} of a typical image, squash shows all"
@@ -168,6 +171,17 @@ def _data_keys(survey: Survey, backbone: str, num_train: int, *, has_folds: bool
             "a hold-out that divides them makes scores too high."
         ]
     return keys, comment
+
+
+def _image_size(survey: Survey) -> int | list[int]:
+    """Return a size for the bundled network: a square's side, or height and width with about as many pixels."""
+    side = min(max(-(-survey.median_side_px // 16) * 16, _LEAST_PX), _MOST_PX)
+    ratio = survey.proportions
+    if survey.shown_by_centre_crop >= SMALL_SHARE or ratio is None:
+        return side
+    longer = min(max(ratio, 1 / ratio), _MOST_LONG) ** 0.5
+    short, long = (max(_SHORTEST_PX, round(px / 16) * 16) for px in (side / longer, side * longer))
+    return [short, long] if ratio < 1 else [long, short]
 
 
 def _groups_to_uncomment(survey: Survey) -> str:

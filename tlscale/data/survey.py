@@ -39,6 +39,7 @@ from tlscale.recipe.schema import DataSection
 from tlscale.recipe.sources import SOURCES
 from tlscale.tracking.progress import Pace
 
+_ALIKE = 0.9  # share of images that have to lie, or to stand, for proportions to be those of all
 _GREY_STRIDE = 4  # every so many pixels are looked at for colour
 
 
@@ -75,6 +76,14 @@ class Survey:
     def shown_by_centre_crop(self) -> float:
         """Return the share of a typical image that the largest square in its middle shows."""
         return float(np.median(self.sizes_N2.min(axis=1) / self.sizes_N2.max(axis=1)))
+
+    @property
+    def proportions(self) -> float | None:
+        """Return height by width of a typical image; None where some lie and others stand."""
+        ratios_N = self.sizes_N2[:, 0] / self.sizes_N2[:, 1]
+        if 1 - _ALIKE < (ratios_N < 1).mean() < _ALIKE:
+            return None
+        return float(np.median(ratios_N))
 
 
 @dataclass(frozen=True, slots=True)
