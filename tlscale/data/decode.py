@@ -79,12 +79,14 @@ FORMATS = (
 )
 """Pillow's names of the formats that are read here; MPO (phone cameras) comes in as JPEG."""
 _NO_IMAGE = f"not an image of the formats {', '.join(FORMATS)}"
+DICOMS = frozenset((".dcm", ".dicom"))
+"""Endings of DICOM, which are among `EXTENSIONS` where it is read."""
 EXTENSIONS = frozenset(
     (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".bmp")
     + (".tif", ".tiff", ".gif", ".ppm", ".pgm", ".pbm", ".pnm")
     + ((".avif",) if "AVIF" in FORMATS else ())
     + ((".heic", ".heif", ".hif") if READS_HEIF else ())
-    + ((".dcm", ".dicom") if READS_DICOM else ())
+    + (tuple(DICOMS) if READS_DICOM else ())
 )
 """File name endings, in small letters, of those formats."""
 ARRAYS = frozenset((".npy",))

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from stat import S_ISREG
 from typing import Literal
 
-from tlscale.data.sources.folder import is_dir, is_image_name, visible_entries
+from tlscale.data.sources.folder import KINDS, is_dir, is_image_name, kind_of_image, visible_entries
 from tlscale.data.sources.manifest import TABLE_ENDINGS
 from tlscale.data.sources.split_names import (
     ROLES,
@@ -69,6 +69,7 @@ def lay_out(root: Path) -> FolderLayout:
         DataError: no image in it, no class folders, or nothing to train on.
     """
     found = _look_through(root)
+    _leave_one_kind(found)
     if not found.images:
         raise DataError(f"{one_line(root)}: no image in it, nor in the folders below it")
     splits = _splits(root, found)
@@ -116,6 +117,19 @@ def _look_through(root: Path) -> _Found:
         else:
             found.images.setdefault(folder, []).append(entry.name)
     return found
+
+
+def _leave_one_kind(found: _Found) -> None:
+    """Leave out the images of all kinds but one: a run takes one."""
+    kinds = {kind_of_image(name) for names in found.images.values() for name in names}
+    kept = next((kind for kind in KINDS if kind in kinds), None)
+    for folder, names in list(found.images.items()):
+        others = [name for name in names if kind_of_image(name) != kept]
+        found.others |= {_join(folder, name): f"{kind_of_image(name)} beside {kept}" for name in others}
+        if len(others) == len(names):
+            del found.images[folder]
+        else:
+            found.images[folder] = [name for name in names if kind_of_image(name) == kept]
 
 
 def _walk(root: Path, folder: str, above: tuple[str, ...]) -> Iterator[tuple[str, os.DirEntry[str]]]:

@@ -13,6 +13,7 @@ from tlscale.data.given import find_images
 from tlscale.data.input_spec import resolve_input, sampled_sizes
 from tlscale.data.loader import ImageStore
 from tlscale.data.sources.open import open_data
+from tlscale.errors import DataError
 from tlscale.recipe.schema import DataSection
 
 pydicom = pytest.importorskip("pydicom")
@@ -135,3 +136,11 @@ def test_a_folder_of_dicom_is_data_like_any_other(tmp_path):
     expected = ((stored(HOUNSFIELD[:, ::-1]) * 2.0 - 1024 + 1000) / 2000).clip(0, 1).astype(np.float32)
     assert torch.equal(images, torch.from_numpy(expected).expand(8, 1, -1, -1))
     assert len(list(find_images([tmp_path], print))) == 8
+
+
+def test_originals_beside_their_pictures_are_not_trained_on(tmp_path):
+    for name in ("train/air/1.dcm", "train/bone/1.dcm", "test/air/1.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(name.encode())
+    with pytest.raises(DataError, match=r"several kinds by their endings: pictures, such as 'test/air/1.png'; DICOM"):
+        open_data(DataSection(source="folder", path=str(tmp_path)), 0)

@@ -117,3 +117,17 @@ def test_links_in_a_circle_end(tmp_path):
     section = DataSection(source="folder", path=str(root), class_folder="top")
     with pytest.raises(DataError, match="round in a circle"):
         open_data(section, 0)
+
+
+def test_masks_and_originals_beside_pictures_are_no_images(tmp_path):
+    root = made(tmp_path / "photos", "ash/1.jpg", "oak/1.jpg", "ash/1.npy", "masks/1.npy")
+    assert lay_out(root).left_out == {
+        "ash/1.npy": "arrays beside pictures",
+        "masks/1.npy": "arrays beside pictures",
+        "masks": "a folder without an image",
+    }
+    assert classes_of(root) == {"ash": 1, "oak": 1}
+    with pytest.raises(DataError, match=r"several kinds by their endings: pictures, such as 'ash/1.jpg'; arrays, such"):
+        open_data(DataSection(source="folder", path=str(root)), 0)
+    arrays = made(tmp_path / "arrays", "ash/1.npy", "oak/2.NPY", "oak/3.npy")
+    assert classes_of(arrays) == {"ash": 1, "oak": 2}

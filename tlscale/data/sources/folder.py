@@ -2,7 +2,8 @@
 
 Promise: every file below a class folder is either an image of the split or an error; nothing is skipped silently,
 except hidden files, what desktops leave behind, and what the table `data.exclude` names. Symbolic links are followed.
-A class folder holds images only, unless `data.class_folder` tells which level is the class.
+A class folder holds images only, unless `data.class_folder` tells which level is the class. Pictures, DICOM and arrays
+are not mixed: beside pictures an array is more often their mask, and a DICOM their original.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from stat import S_ISDIR, S_ISREG
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from tlscale.data.content import digest_of_parts, file_stamp
-from tlscale.data.decode import ARRAYS, EXTENSIONS
+from tlscale.data.decode import ARRAYS, DICOMS, EXTENSIONS
 from tlscale.data.sources.excluded import excluded_paths, whole_path
 from tlscale.data.sources.labels import sort_labels
 from tlscale.data.sources.paths import local_folder
@@ -43,6 +45,8 @@ from tlscale.recipe.schema import DataSection
 from tlscale.tracking.console import visible
 from tlscale.tracking.progress import Pace
 
+KINDS = ("pictures", "DICOM", "arrays")
+"""Kinds of images; where there are several, the first is likely what the data set is of."""
 LEFT_BY_DESKTOPS = frozenset(("Thumbs.db", "desktop.ini", "__MACOSX"))
 
 
@@ -71,6 +75,7 @@ def read_folder_source(section: DataSection) -> Source:
         splits[role], stats_N5, strangers = _read_split(tree, name)
         stamps.append(stats_N5)
         notes.extend(strangers)
+    _refuse_mixed(root, [cast(FileStore, split.store).paths_N for split in splits.values()])
     numbers = number_files(stamps)
     if numbers is not None:
         splits = {role: replace(splits[role], files_N=files_N) for role, files_N in zip(splits, numbers, strict=True)}
@@ -347,4 +352,32 @@ def _not_utf8(folder: Path, name: str) -> str:
 
 def is_image_name(name: str) -> bool:
     """Return whether a file has the ending of an image."""
-    return os.path.splitext(name)[1].lower() in EXTENSIONS | ARRAYS
+    return kind_of_image(name) is not None
+
+
+def kind_of_image(name: str) -> str | None:
+    """Return the kind of images, one of `KINDS`, that the ending of a file's name tells; None: no image's."""
+    ending = os.path.splitext(name)[1].lower()
+    if ending in ARRAYS:
+        return "arrays"
+    if ending not in EXTENSIONS:
+        return None
+    return "DICOM" if ending in DICOMS else "pictures"
+
+
+def _refuse_mixed(root: Path, paths_by_split: list[pa.LargeStringArray]) -> None:
+    """Refuse images of several kinds: masks, and originals of pictures, would be trained on without a word."""
+    found: dict[str, str] = {}
+    for paths_N in paths_by_split:
+        endings = pc.unique(pc.utf8_lower(pc.replace_substring_regex(paths_N, r"^.*(\.[^./]*)$", r"\1")))
+        for ending in endings.to_pylist():
+            kind = kind_of_image(f"image{ending}")
+            if kind is not None and kind not in found:
+                is_one_N = pc.ends_with(pc.utf8_lower(paths_N), ending)
+                found[kind] = paths_N.filter(is_one_N)[0].as_py()
+    if len(found) > 1:
+        shown = "; ".join(f"{kind}, such as {quoted([found[kind]])[0]}" for kind in KINDS if kind in found)
+        raise DataError(
+            f"{one_line(root)}: images of several kinds by their endings: {shown}",
+            remedy="Take all but one kind out of the class folders, or write the others to the table of data.exclude",
+        )
