@@ -128,6 +128,7 @@ def test_onnx_says_its_classes_and_input(trained, tmp_path):
     }
     run_id = json.loads((trained("finetune") / "run.json").read_text())["id"]
     assert found["tlscale"] == {"version": tlscale.__version__, "run": run_id}
+    assert found["calibration"] == model.calibration.model_dump()
 
 
 def test_a_program_of_torch_says_them_too(trained, tmp_path):

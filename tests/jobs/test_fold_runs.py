@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from click.testing import CliRunner
 
 import tlscale
 from tests.coins import chance, put_coins
 from tests.recompute import assert_follows
 from tests.scenes import put_scenes
 from tests.small_runs import When, assert_same_bits, exported, lines, logged, result, small_recipe
-from tlscale.errors import EXIT_STOPPED, DataError, ResumeError, Stopped
+from tlscale.cli import main
+from tlscale.commands.plan import plan
+from tlscale.errors import EXIT_STOPPED, DataError, RecipeError, ResumeError, Stopped
+from tlscale.training.earlier_images import compare_with_earlier
+from tlscale.training.setup import set_up
 
 RESNET = {"name": "test_resnet", "weights": "none"}
 PROBE = {"backbone": RESNET, "probe": {"kind": "ridge", "strengths": [1.0, 0.01]}}
@@ -150,6 +157,8 @@ def test_stopped_in_a_fold_and_resumed_it_ends_as_one_that_was_not(trained, imag
     assert same == other
 
 
+@pytest.mark.slow
+@pytest.mark.long  # seconds; with the whole it is resumed above
 def test_a_fold_is_resumed_by_itself(trained, images, tmp_path):
     recipe, out = recipe_of(tmp_path, images, folds=2, **TRAINED), tmp_path / "run"
     with pytest.raises(Stopped), When(logged(out / "folds" / "1", 1), lambda: (out / "STOP").touch()):
@@ -221,6 +230,65 @@ def test_what_cannot_be_chosen_is_refused_before_anything_is_written(images, tmp
     assert not (tmp_path / "run" / "run.json").exists()
 
 
+def test_a_plan_says_what_the_folds_are_and_what_they_cost(trained, images, tmp_path):
+    recipe_of(tmp_path, images, folds=2, **TRAINED)
+    done = CliRunner().invoke(main, ["plan", str(tmp_path / "small.yaml"), "--json"])
+    assert done.exit_code == 0, done.output
+    plan = json.loads(done.stdout)
+    runs = [json.loads((trained / "folds" / name / "run.json").read_text()) for name in ("1", "2", "all")]
+    assert plan["data"]["images"] == runs[0]["data"]["num_images"]
+    longest = 2 * 48 // 12  # what the model on all images may take
+    steps = sum(run["total_steps"] for run in runs[:2]) + longest
+    assert plan["folds"] == {"num_folds": 2, "num_repeats": 1, "images": 48, "runs": 3, "most_steps": steps}
+    assert runs[2]["total_steps"] <= longest
+
+
+def test_no_image_is_scored_by_a_model_that_started_from_one_that_was_fitted_to_it(probed, images, tmp_path):
+    start = {**PROBE, "backbone": {"name": "test_resnet", "weights": f"run:{probed}"}}
+    with pytest.raises(RecipeError, match="was fitted to 48 of 48 images of the folds") as caught:
+        tlscale.run(recipe_of(tmp_path, images, **start), tmp_path / "run")
+    assert caught.value.key == "backbone.weights"
+    assert not (tmp_path / "run" / "run.json").exists()
+    with pytest.raises(RecipeError, match="was fitted to"):
+        plan(recipe_of(tmp_path, images, **start), world_size=1)
+    with pytest.raises(RecipeError, match="was fitted to 48 of 48"):
+        compare_with_earlier(
+            set_up(recipe_of(tmp_path, shutil.copy(images, tmp_path / "c.parquet"), **start), world_size=1)
+        )
+    table = pq.read_table(put_coins(tmp_path / "others.parquet", {"train": 90}, classes=tuple("abcd")))
+    known = set(pq.read_table(images)["image"].to_pylist())
+    is_new = np.array([image not in known for image in table["image"].to_pylist()])
+    pq.write_table(table.filter(is_new), tmp_path / "others.parquet")
+    setup = set_up(recipe_of(tmp_path, tmp_path / "others.parquet", **start), world_size=1)
+    compare_with_earlier(setup)
+    assert not any("LEAK" in note or "told" in note for note in setup.data.notes)
+    alone = shutil.copytree(probed / "model", tmp_path / "alone" / "model")
+    start["backbone"] = {"name": "test_resnet", "weights": f"run:{alone}"}
+    with pytest.raises(RecipeError, match="cannot be told"):
+        compare_with_earlier(set_up(recipe_of(tmp_path, images, **start), world_size=1))
+
+
+def test_a_split_that_the_start_was_fitted_to_is_noted(probed, images, tmp_path):
+    start = {**PROBE, "backbone": {"name": "test_resnet", "weights": f"run:{probed / 'folds' / 'all'}"}}
+    setup = set_up(recipe_of(tmp_path, images, **start).with_(**{"evaluate.folds": None}), world_size=1)
+    compare_with_earlier(setup)
+    note = setup.data.notes[-1]
+    assert "LEAK: 10 of 10 images of validation are among those that the run of backbone.weights was fitted to" in note
+
+
+def test_copies_that_a_refitted_probe_was_fitted_to_are_a_leak(tmp_path):
+    table = pq.read_table(put_coins(tmp_path / "coins.parquet", {"train": 16}))
+    pq.write_table(pa.concat_tables([table, table]), tmp_path / "twice.parquet")
+    keys = {**PROBE, "probe": {"kind": "ridge", "strengths": [1.0]}}
+    recipe = recipe_of(tmp_path, tmp_path / "twice.parquet", folds=2, data={"validation_fraction": 0.5}, **keys)
+    found = tlscale.run(recipe, tmp_path / "run")
+    answers = pq.read_table(tmp_path / "run" / "predictions.parquet")
+    fold_of = dict(zip(answers["row"].to_pylist(), answers["fold"].to_pylist(), strict=True))
+    count = sum(fold_of[row] != fold_of[(row + 16) % 32] for row in range(32))
+    assert count
+    assert f"LEAK: {count} answers are on images that are, byte for byte" in found["notes"][-1]
+
+
 def test_commands_say_that_the_score_is_that_of_the_folds(probed, images):
     assert "scored by folds, fitted to all images" in repr(tlscale.load(probed))
     with pytest.raises(DataError, match="fitted to all images of the folds.* no image left to score it on"):
@@ -253,3 +321,22 @@ def test_comparisons_pair_images_over_repeats(probed, trained, images, tmp_path)
     assert other["pairs"] == []
     with pytest.raises(DataError, match="have other folds"):
         tlscale.compare([recipe, recipe.with_(name="other", **{"evaluate.folds": 3})], out=tmp_path / "other")
+
+
+@pytest.mark.slow
+@pytest.mark.long  # eight starts; each of the runs in it is killed elsewhere
+def test_killed_again_and_again_it_ends_as_one_that_was_not(forks, images, tmp_path):
+    recipe_of(tmp_path, images, folds=2, **PROBE)
+    words = ("run", tmp_path / "small.yaml", "--resume", "--out")
+    variables = {"TLSCALE_CACHE": str(tmp_path / "cache")}
+    assert forks.run(*words, tmp_path / "whole", log=tmp_path / "log", **variables) == 0, (tmp_path / "log").read_text()
+    out = tmp_path / "killed"
+    # In the first fold, the second, the model of all images, and what is made of them.
+    for fault in ("record", "record@2", "export", "result@2", "result@2", "predictions", "result"):
+        ended = forks.run(*words, out, log=tmp_path / "log", TLSCALE_FAULT=fault, **variables)
+        assert ended == -signal.SIGKILL, (fault, (tmp_path / "log").read_text()[-3000:])
+        assert not (out / "result.json").exists()
+    assert forks.run(*words, out, log=tmp_path / "log", **variables) == 0, (tmp_path / "log").read_text()
+    assert (out / "predictions.parquet").read_bytes() == (tmp_path / "whole" / "predictions.parquet").read_bytes()
+    assert_same_bits(exported(out), exported(tmp_path / "whole"))
+    assert sorted(os.listdir(out)) == sorted(os.listdir(tmp_path / "whole"))

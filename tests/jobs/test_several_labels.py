@@ -82,16 +82,18 @@ def test_figures_are_scikit_learns_on_the_saved_predictions(result):
     assert (given_NC == (shares_NC >= np.array(about["thresholds"]))).all()
     assert truth_NC.any(axis=0).all()
     per_class = [result["per_class"][name] for name in CLASSES]
-    assert [row["ap"] for row in per_class] == pytest.approx(average_precision_score(truth_NC, shares_NC, average=None))
+    assert [row["average_precision"] for row in per_class] == pytest.approx(
+        average_precision_score(truth_NC, shares_NC, average=None)
+    )
     assert [row["f1"] for row in per_class] == pytest.approx(f1_score(truth_NC, given_NC, average=None))
-    assert result["map"] == result.mean_average_precision
-    assert result["map"] == pytest.approx(average_precision_score(truth_NC, shares_NC))
+    assert result["mean_average_precision"] == result.mean_average_precision
+    assert result["mean_average_precision"] == pytest.approx(average_precision_score(truth_NC, shares_NC))
     assert [row["threshold"] for row in per_class] == about["thresholds"]
     assert result["num_images"] == 30
     low, high = result.interval
-    assert low < result["map"] < high
-    assert result["chance"]["map"] == pytest.approx(truth_NC.mean())
-    assert f"mAP {result['map']:.4f}" in repr(result)
+    assert low < result["mean_average_precision"] < high
+    assert result["chance"]["mean_average_precision"] == pytest.approx(truth_NC.mean())
+    assert f"mAP {result['mean_average_precision']:.4f}" in repr(result)
     assert "AP" in result._repr_html_()
     assert set(result) >= {"macro_f1", "micro_f1", "subset_accuracy"}
     assert not set(result) & {"top1", "majority", "ece"}
@@ -127,7 +129,7 @@ def test_predict_gives_the_labels_of_the_run(result, table, tmp_path):
 
 def test_evaluate_gives_the_figures_of_the_run(result):
     found = tlscale.evaluate(result.folder)
-    assert found["map"] == pytest.approx(result["map"])
+    assert found["mean_average_precision"] == pytest.approx(result["mean_average_precision"])
     assert found["per_class"] == {
         name: pytest.approx(row, rel=1e-6, nan_ok=True) for name, row in result["per_class"].items()
     }
@@ -135,13 +137,15 @@ def test_evaluate_gives_the_figures_of_the_run(result):
 
 
 def test_validation_chose_the_weights_by_map(trained):
-    assert trained["choice"]["select"] == "map"
+    assert trained["choice"]["select"] == "mean_average_precision"
     assert trained["choice"]["standard_error"] > 0
 
 
-def test_a_probe_tells_the_held_out_map(probed):
+def test_a_probe_tells_the_held_out_mean_average_precision(probed):
     tried = [row for rows in probed["probe"]["tried"].values() for row in rows]
-    assert probed["probe"]["held_out_map"] == max(row["held_out_map"] for row in tried)
+    assert probed["probe"]["held_out_mean_average_precision"] == max(
+        row["held_out_mean_average_precision"] for row in tried
+    )
     assert probed["probe"]["held_out_top1"] is None
 
 
@@ -152,7 +156,7 @@ def test_a_resumed_run_ends_in_the_same_figures(trained, table, tmp_path):
     (tmp_path / "run" / "result.json").unlink()
     shutil.rmtree(tmp_path / "run" / "model")
     again = tlscale.run(trained.folder / "recipe.yaml", tmp_path / "run", resume=True)
-    assert again["map"] == trained["map"]
+    assert again["mean_average_precision"] == trained["mean_average_precision"]
     assert again["per_class"] == trained["per_class"]
 
 
@@ -167,7 +171,7 @@ def test_exports_carry_the_thresholds(trained, tmp_path):
     tlscale.export(trained.folder, to="hub", out=tmp_path / "hub")
     assert tlscale.load(tmp_path / "hub").thresholds == model.thresholds
     card = (tmp_path / "hub" / "README.md").read_text()
-    assert f"Mean average precision {trained['map']:.4f}" in card
+    assert f"Mean average precision {trained['mean_average_precision']:.4f}" in card
     assert "answers with one of them" not in card
 
 

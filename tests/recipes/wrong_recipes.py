@@ -105,7 +105,7 @@ WRONG_RECIPES: list[tuple[str, str, list[str], list[str]]] = [
     ),
     (
         "map_of_one_label",
-        f"{NAME}\ndata: {{source: manifest, path: p, train_split: t}}\n{BACKBONE}\nevaluate: {{select: map}}\n",
+        f"{NAME}\n{DATA}\n{BACKBONE}\nevaluate: {{select: mean_average_precision}}\n",
         [],
         [f"{AT}:4: evaluate.select: is of several labels an image"],
     ),
@@ -125,7 +125,7 @@ WRONG_RECIPES: list[tuple[str, str, list[str], list[str]]] = [
         "several_labels_with_evaluate_select",
         f"{NAME}\n{SEVERAL}\n{BACKBONE}\nevaluate: {{select: macro_f1}}\n",
         [],
-        [f"{AT}:4: evaluate.select: is not supported with several labels an image. Write map or loss."],
+        [f"{AT}:4: evaluate.select: is not supported with several labels an image. Write mean_average_precision or"],
     ),
     (
         "several_labels_with_probe_kind",

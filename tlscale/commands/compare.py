@@ -141,7 +141,7 @@ def _refuse_several_labels(bases: Sequence[Recipe]) -> None:
             raise RecipeError(
                 f"'{base.name}' is of several labels an image, which are not compared",
                 key="data.task",
-                remedy="Run each recipe by itself, and compare `map` in its result.json",
+                remedy="Run each recipe by itself, and compare `mean_average_precision` in its result.json",
             )
 
 

@@ -237,7 +237,7 @@ def _show(figures: dict[str, Any], notes: Sequence[str], *, as_json: bool) -> No
     of = f"{figures['split']} images" if figures["split"] != "all" else f"images of {figures['data']['name']}"
     chose = " (they chose the model)" if figures.get("selected_on") else ""
     others = [("loss", "loss"), ("macro-F1", "macro_f1"), ("balanced accuracy", "balanced_accuracy"), ("ECE", "ece")]
-    if score_of(figures) == "map":
+    if score_of(figures) == "mean_average_precision":
         others = [("loss", "loss"), ("macro-F1", "macro_f1"), ("micro-F1", "micro_f1")]
     told = ", ".join(f"{name} {number(figures[key])}{interval_of(figures, key)}" for name, key in others)
     auroc = f", AUROC {number(figures['auroc'])}" if figures.get("auroc") is not None else ""

@@ -130,18 +130,19 @@ def _figures_of_several(trained: TrainedModel, result: dict[str, Any]) -> str:
         "",
         "An image has the classes whose probability, the sigmoid of the logit, is their threshold or more.",
     ]
-    if isinstance(result.get("map"), float):
-        low, high = result.get("map_interval95") or (None, None)
+    if isinstance(result.get("mean_average_precision"), float):
+        low, high = result.get("mean_average_precision_interval95") or (None, None)
         interval = "" if low is None else f", 95 % interval {low:.4f} to {high:.4f}"
         lines.append(
-            f"Mean average precision {result['map']:.4f}{interval}, on the {result['num_images']:,} images of the "
-            f"{escaped(result['split'])} split; {result['chance']['map']:.4f} by chance."
+            f"Mean average precision {result['mean_average_precision']:.4f}{interval}, on the "
+            f"{result['num_images']:,} images of the {escaped(result['split'])} split; "
+            f"{result['chance']['mean_average_precision']:.4f} by chance."
         )
     rows = list(zip(trained.classes, trained.thresholds, strict=True))[:_MOST_CLASSES]
     table = []
     for name, threshold in rows:
         row = result.get("per_class", {}).get(name, {})
-        cells = f"{_share(row.get('ap'))} | {_share(row.get('f1'))} | {row.get('num_images', 0)}"
+        cells = f"{_share(row.get('average_precision'))} | {_share(row.get('f1'))} | {row.get('num_images', 0)}"
         table.append(f"| {escaped(name)} | {threshold:.4f} | {cells} |")
     if (rest := len(trained.classes) - len(rows)) > 0:
         table.append(f"| and {rest:,} more | | | | |")

@@ -32,6 +32,7 @@ from tlscale.tracking.stopwatch import format_duration
 from tlscale.training.cache_decision import choose_partition, refuse_codes_of_a_probe, row_bytes, sample_images
 from tlscale.training.compiler import check_compiler
 from tlscale.training.duplicates import shared_images
+from tlscale.training.earlier_images import compare_with_earlier
 from tlscale.training.fold_parts import Part, all_images
 from tlscale.training.setup import RunSetup, set_up
 from tlscale.training.specs import cache_spec, input_path
@@ -65,6 +66,7 @@ def plan(recipe: Recipe, *, world_size: int, checks_images: bool = False, as_jso
         whole = all_images(recipe.evaluate)
         first = None if whole is None else Part(whole.folds[0])  # of equal ones
         setup = set_up(recipe, world_size=world_size, part=first, tries_images=False)
+        compare_with_earlier(setup, reads_images=False)
         if checks_images:
             for split in setup.data.splits.values():
                 split.digests()  # known by now, but of files that were written just before

@@ -36,6 +36,7 @@ from tlscale.tracking.stopwatch import Stopwatch
 from tlscale.training.checkpoint.files import list_checkpoints
 from tlscale.training.compiler import check_compiler
 from tlscale.training.cross_validation import cross_validate
+from tlscale.training.earlier_images import compare_with_earlier
 from tlscale.training.fold_parts import Part
 from tlscale.training.lengthening import lengthen, lengthens, other_steps, refuse_longer, settle_length
 from tlscale.training.loop import train
@@ -170,6 +171,8 @@ class _Start:
             console.say(warning, style="bold red")
         with processes.main_first():  # what a hub has to give is fetched once
             setup = set_up(recipe, world_size=processes.world_size, part=part, bad_images=bad_images, watch=watch)
+            if is_alone:
+                compare_with_earlier(setup, is_new=run_info is None)
 
         # -- plan -------------------------------------------------------------------------------------------------
         if is_alone:

@@ -34,12 +34,12 @@ class RunResult(dict[str, Any]):
 
     @property
     def mean_average_precision(self) -> float:
-        """Return `map`, of several labels an image; of one label there is none."""
-        return float(self["map"])
+        """Return `mean_average_precision`, of several labels an image; of one label there is none."""
+        return float(self["mean_average_precision"])
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Return the 95 % interval of `top1`, or of `map`."""
+        """Return the 95 % interval of `top1`, or of `mean_average_precision`."""
         low, high = self[f"{score_of(self)}_interval95"]
         return float(low), float(high)
 
@@ -58,9 +58,10 @@ class RunResult(dict[str, Any]):
     def _score(self) -> str:
         low, high = self.interval
         of = "" if self["split"] in ("all", FOLDS) else f"{self['split']} "
-        if score_of(self) == "map":
-            score = f"mAP {number(self['map'])} ({low:.4f} to {high:.4f})"
-            return f"{score} on {self['num_images']:,} {of}images, {number(self['chance']['map'])} by chance"
+        if score_of(self) == "mean_average_precision":
+            score = f"mAP {number(self['mean_average_precision'])} ({low:.4f} to {high:.4f})"
+            chance = number(self["chance"]["mean_average_precision"])
+            return f"{score} on {self['num_images']:,} {of}images, {chance} by chance"
         often = self.get("majority")
         against = "" if often is None else f", {number(often['top1'])} for always saying {one_line(often['label'])!r}"
         interval = f"{low:.4f} to {high:.4f}{over_groups(self)}"

@@ -23,7 +23,7 @@ from tlscale.training.stages import Stage, to_steps
 
 _WORST_SHOWN = 5
 _IN_SHORT = ("strategy", "data", "backbone", "weights", "teacher", "trainable", "batch", "steps", "probe", "device")
-_FIGURES = {"top1": ("accuracy", "accuracy"), "map": ("ap", "AP")}
+_FIGURES = {"top1": ("accuracy", "accuracy"), "mean_average_precision": ("average_precision", "AP")}
 """The figure that stands for all, to that of a class, and its title."""
 
 
@@ -180,7 +180,7 @@ def show_result(result: dict[str, Any], console: Console, *, folder: Path, how_t
 def _probabilities(result: Mapping[str, Any]) -> str:
     """Tell what the probabilities that `predict` gives are worth."""
     told = result["calibration"]
-    if score_of(result) == "map":
+    if score_of(result) == "mean_average_precision":
         return f"probabilities: not calibrated: {told['why']}"
     own = f"calibration error {number(result['ece'])}{interval_of(result, 'ece')}"
     if told["temperature"] is None:
@@ -223,17 +223,17 @@ def _chosen(score: dict[str, Any]) -> str:
 
 def score_of(figures: Mapping[str, Any]) -> str:
     """Return the key of the figure that stands for all: of one label an image, or of several."""
-    return "map" if figures.get("task") == "multi_label" else "top1"
+    return "mean_average_precision" if figures.get("task") == "multi_label" else "top1"
 
 
 def _named(score: str) -> str:
-    return {"map": "mAP"}.get(score, score)
+    return {"mean_average_precision": "mAP"}.get(score, score)
 
 
 def _without_looking(figures: Mapping[str, Any]) -> tuple[str, str, str]:
     """Return cells on an answer that learns nothing from an image."""
-    if score_of(figures) == "map":
-        return "chance", "-", number(figures["chance"]["map"])
+    if score_of(figures) == "mean_average_precision":
+        return "chance", "-", number(figures["chance"]["mean_average_precision"])
     return f"always {figures['majority']['label']!r}", "-", number(figures["majority"]["top1"])
 
 
@@ -241,8 +241,8 @@ def score_text(figures: Mapping[str, Any]) -> str:
     """Return the score with its interval, and what it has to be compared with, as far as that is known."""
     score = score_of(figures)
     text = f"{_named(score)} {number(figures[score])} ({interval_text(figures)})"
-    if score == "map":
-        return f"{text} against {number(figures['chance']['map'])} by chance"
+    if score == "mean_average_precision":
+        return f"{text} against {number(figures['chance']['mean_average_precision'])} by chance"
     often = figures["majority"]
     against = "" if often is None else f" against {number(often['top1'])} for always saying {often['label']!r}"
     return text + against

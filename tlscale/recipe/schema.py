@@ -307,7 +307,10 @@ def check_task(recipe: Recipe) -> None:
     Raises:
         InvalidValueError: there is such a key.
     """
-    of_several = {"loss.kind": recipe.loss.kind == "asymmetric", "evaluate.select": recipe.evaluate.select == "map"}
+    of_several = {
+        "loss.kind": recipe.loss.kind == "asymmetric",
+        "evaluate.select": recipe.evaluate.select == "mean_average_precision",
+    }
     if recipe.data.task != "multi_label":
         for key, is_given in of_several.items():
             if is_given:
@@ -316,7 +319,7 @@ def check_task(recipe: Recipe) -> None:
         return
     unsupported = {
         "loss.kind": recipe.loss.kind == "focal",
-        "evaluate.select": recipe.evaluate.select not in ("top1", "map", "loss"),
+        "evaluate.select": recipe.evaluate.select not in ("top1", "mean_average_precision", "loss"),
         "probe.kind": recipe.probe is not None and recipe.probe.kind != "logistic",
         "distill": recipe.distill is not None,
         "loss.class_weights": recipe.probe is not None and recipe.loss.class_weights != "none",
@@ -324,7 +327,7 @@ def check_task(recipe: Recipe) -> None:
     }
     remedies = {
         "loss.kind": "Write cross_entropy or asymmetric.",
-        "evaluate.select": "Write map or loss.",
+        "evaluate.select": "Write mean_average_precision or loss.",
         "probe.kind": "Write logistic.",
     }
     for key, is_given in unsupported.items():

@@ -104,14 +104,21 @@ def set_threshold(true_share_N: Floats) -> float:
     return float(np.sort(true_share_N)[::-1][rank - 1]) if rank <= len(true_share_N) else 0.0
 
 
+def drawn_rows(num_rows: int, most: int) -> Ints:
+    """Return all rows, or `most` of them by a fixed draw, in order: at equal distances they might be of one class."""
+    if num_rows <= most:
+        return np.arange(num_rows)
+    return np.sort(np.random.default_rng(_SEED).permutation(num_rows)[:most])
+
+
 def choose_temperature(labels_N: Ints, logits_NC: npt.NDArray[np.floating[Any]]) -> float:
     """Choose the temperature with the least cross-entropy (Guo et al. 2017) on images that were not fitted.
 
     That of few images that are all answered right would be 0, and all confidence 1: as in Platt 1999, the target of the
     true class is not 1 but (N + 1) / (N + 2), and the other classes share the rest.
     """
-    step = max(logits_NC.size // _MOST_LOGITS, 1)
-    labels_N, logits_NC = labels_N[::step], np.nan_to_num(logits_NC[::step]).astype(np.float64)
+    rows = drawn_rows(len(logits_NC), max(_MOST_LOGITS // logits_NC.shape[1], 1))
+    labels_N, logits_NC = labels_N[rows], np.nan_to_num(logits_NC[rows]).astype(np.float64)
     num_images, num_classes = logits_NC.shape
     logits_NC -= logits_NC.max(axis=1, keepdims=True)
     true_N = np.take_along_axis(logits_NC, labels_N[:, None], axis=1)[:, 0]

@@ -30,7 +30,7 @@ from tlscale.tracking.console import Console, number
 from tlscale.training.evaluate import scalars
 from tlscale.training.fold_parts import Part, all_images
 from tlscale.training.metrics import majority
-from tlscale.training.out_of_fold import join_predictions, out_of_fold_figures, write_table
+from tlscale.training.out_of_fold import count_copies_outside, join_predictions, out_of_fold_figures, write_table
 from tlscale.training.prediction_figures import add_prediction_figures
 from tlscale.training.result import make_result, write_result
 from tlscale.training.run_info import begin_folder
@@ -167,7 +167,11 @@ def _conclude(
     }
     result = make_result(setup, data.train, figures, score, _own(figures, folds, results, last))
     result |= {"split": FOLDS, **folds_identity(data)}
-    result["notes"] += _leaks(results)
+    if all((fold.get("probe") or {}).get("refitted") for fold in results):
+        count = count_copies_outside(table, data.train.digests(), folds[0].num_repeats)
+    else:
+        count = _in_train(results)
+    result["notes"] += _leak(count)
     return write_result(result, folder, setup, [*results, last])
 
 
@@ -219,10 +223,14 @@ def _codes(results: Sequence[Result]) -> Result | None:
     return {**known[-1], "num_computed": sum(codes["num_computed"] for codes in known)} if known else None
 
 
-def _leaks(results: Sequence[Result]) -> list[str]:
-    """Say how many images are, byte for byte, in what their fold's model was fitted to."""
+def _in_train(results: Sequence[Result]) -> int:
+    """Count images that are, byte for byte, among the training images of their fold."""
     shared = [one for result in results for one in result.get("duplicates", {}).get("in_two_splits", ())]
-    count = sum(one["num_images"] for one in shared if one["splits"] == ["test", "train"])
+    return sum(one["num_images"] for one in shared if one["splits"] == ["test", "train"])
+
+
+def _leak(count: int) -> list[str]:
+    """Say how many answers are on images that are, byte for byte, in what their fold's model was fitted to."""
     if not count:
         return []
     return [

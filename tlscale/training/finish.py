@@ -145,8 +145,13 @@ def _thresholds(state: TrainState, inputs: InputPipeline) -> list[float] | None:
         return None
     if data.validation is None:
         return [DEFAULT_THRESHOLD] * len(data.classes)
-    with state.setup.watch("evaluate"):
-        figures = state.evaluate(data.validation, inputs, several=SeveralLabels("best"))
+    try:
+        with state.setup.watch("evaluate"):
+            figures = state.evaluate(data.validation, inputs, several=SeveralLabels("best"))
+    except BadImageError as error:  # gone since it was evaluated; the model is exported all the same
+        warning = f"WARNING: all thresholds are {DEFAULT_THRESHOLD}, as a validation image cannot be read: {error}"
+        state.codes_cache.console.say(warning, style="bold red")
+        return [DEFAULT_THRESHOLD] * len(data.classes)
     return [row["threshold"] for row in figures["per_class"].values()]
 
 

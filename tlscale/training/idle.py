@@ -65,9 +65,9 @@ def _of_validation(recipe: Recipe, data: ImageData) -> Iterator[tuple[str, str]]
         for key in ("evaluate.select", "evaluate.choose", "checkpoint.keep_best"):
             if asks_for(recipe, key):
                 yield key, "there is no validation split to choose by, and the last weights are exported"
-        for key in ("evaluate.every", "evaluate.patience"):
-            if asks_for(recipe, key):
-                yield key, "there is no validation split to evaluate while the run trains"
+        # Not evaluate.every, which recipes have beside this, and which a comparison stretches with their length.
+        if asks_for(recipe, "evaluate.patience"):
+            yield "evaluate.patience", "there is no validation split to evaluate while the run trains"
 
 
 def _of_patience(recipe: Recipe, stages: list[Stage], order: DataOrder) -> Iterator[tuple[str, str]]:

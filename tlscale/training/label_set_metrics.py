@@ -105,13 +105,14 @@ class LabelFigures:
             thresholds: the least probability of each class; None: `DEFAULT_THRESHOLD`.
 
         Returns:
-            `num_images`; `map` (mean over the classes of the average precision: the sum over the images of a class, by
-            descending score, of precision times the growth of recall), and its `map_interval95` (normal, by a bootstrap
-            over images); `loss` (mean over images of the binary cross-entropy); at the thresholds `macro_f1` (mean over
-            the classes), `micro_f1` (of all labels together), `subset_accuracy` (images all of whose labels are right);
-            `num_without_answer`; `per_class`: name -> `ap`, `f1`, `precision`, `recall`, `threshold`, `num_images` that
-            have it. A class without images has None for its figures, and is in no mean. `chance`: `map` of a network
-            that never looks, the mean share of the images that have a class.
+            `num_images`; `mean_average_precision` (over the classes; the average precision of one is the sum over its
+            images, by descending score, of precision times the growth of recall), and its
+            `mean_average_precision_interval95` (normal, by a bootstrap over images); `loss` (mean over images of the
+            binary cross-entropy); at the thresholds `macro_f1` (mean over the classes), `micro_f1` (of all labels
+            together), `subset_accuracy` (images all of whose labels are right); `num_without_answer`; `per_class`: name
+            -> `average_precision`, `f1`, `precision`, `recall`, `threshold`, `num_images` that have it. A class without
+            images has None for its figures, and is in no mean. `chance`: `mean_average_precision` of a network that
+            never looks, the mean share of the images that have a class.
         """
         given_NC = labels_from(torch.from_numpy(self.probabilities_NC), thresholds).numpy()
         with_C, given_C = self.labels_NC.sum(axis=0), given_NC.sum(axis=0)
@@ -121,7 +122,7 @@ class LabelFigures:
         for i, name in enumerate(class_names):
             count, given, hits = int(with_C[i]), int(given_C[i]), int(hits_C[i])
             per_class[name] = {
-                "ap": self.average_precisions[i],
+                "average_precision": self.average_precisions[i],
                 "f1": 2 * hits / (count + given) if count else None,
                 "precision": hits / given if count and given else None,
                 "recall": hits / count if count else None,
@@ -129,26 +130,26 @@ class LabelFigures:
                 "num_images": count,
             }
         shares = [count / self.num_images for count in with_C.tolist() if count]
-        figure, error = self.mean_average_precision(), self.standard_error("map")
+        figure, error = self.mean_average_precision(), self.standard_error("mean_average_precision")
         return {
             "num_images": self.num_images,
-            "map": figure,
-            "map_interval95": None if figure is None or error is None else _interval(figure, error),
+            "mean_average_precision": figure,
+            "mean_average_precision_interval95": None if figure is None or error is None else _interval(figure, error),
             "loss": _mean(self.losses_N.tolist()),
             "macro_f1": _mean([row["f1"] for row in per_class.values() if row["f1"] is not None]),
             "micro_f1": _ratio(2 * int(hits_C.sum()), int(with_C.sum() + given_C.sum())),
             "subset_accuracy": _ratio(int((self.labels_NC == given_NC).all(axis=1).sum()), self.num_images),
             "num_without_answer": int(np.isnan(self.probabilities_NC).any(axis=1).sum()),
-            "chance": {"map": _mean(shares)},
+            "chance": {"mean_average_precision": _mean(shares)},
             "per_class": per_class,
             "confusion": None,
         }
 
     def standard_error(self, figure: str) -> float | None:
-        """Return that of `loss`, of a mean; or of `map`, by a bootstrap over images with a fixed seed."""
+        """Return that of `loss`, of a mean; or of `mean_average_precision`, by a bootstrap with a fixed seed."""
         if figure == "loss":
             return error_of_mean(float(self.losses_N.sum()), float(np.square(self.losses_N).sum()), self.num_images)
-        assert figure == "map", f"no standard error of {figure}"
+        assert figure == "mean_average_precision", f"no standard error of {figure}"
         return self._error_of_map
 
     @cached_property

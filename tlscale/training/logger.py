@@ -20,7 +20,13 @@ from tlscale.training.evaluate import scalars
 from tlscale.training.loop_state import LoopState
 from tlscale.training.setup import RunSetup
 
-_SHOWN = ("top1", "map", "loss", "macro_f1", "distill_loss")  # of an evaluation, besides what chooses the weights
+_SHOWN = (
+    "top1",
+    "mean_average_precision",
+    "loss",
+    "macro_f1",
+    "distill_loss",
+)  # of an evaluation, besides what chooses the weights
 
 
 class RunLogger:

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import torch
 
 from tlscale import faults
+from tlscale.data.content import Digests
 from tlscale.data.sources.folds import FOLDS, Fold
 from tlscale.data.sources.open import ImageSplit
 from tlscale.data.sources.tables import Ints, number_groups
@@ -78,6 +79,20 @@ def out_of_fold_figures(table: pa.Table, classes: Sequence[str], num_repeats: in
     for row in figures["per_class"].values():
         row["num_images"] //= num_repeats
     return _over_units(figures, table, classes, num_repeats)
+
+
+def count_copies_outside(table: pa.Table, digests_N: Digests, num_repeats: int) -> int:
+    """Count the answers of `join_predictions` on images that another fold of the repeat has, too, byte for byte."""
+    _, contents_N, sizes = np.unique(digests_N, return_inverse=True, return_counts=True)
+    contents_N = contents_N.reshape(-1)
+    folds_RN = table["fold"].to_numpy().reshape(num_repeats, -1)
+    count = 0
+    for folds_N in folds_RN:
+        _, of_N, sizes_here = np.unique(
+            np.stack([contents_N, folds_N]), axis=1, return_inverse=True, return_counts=True
+        )
+        count += int((sizes_here[of_N.reshape(-1)] < sizes[contents_N]).sum())
+    return count
 
 
 def _answers(table: pa.Table, classes: Sequence[str]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -25,6 +25,7 @@ import torch
 from tlscale.data.sources.tables import Ints, number_groups
 from tlscale.models.calibration import Calibration
 from tlscale.training.calibration import calibration_error, calibration_interval, choose_calibration
+from tlscale.training.group_interval import group_interval
 from tlscale.training.metrics import wilson
 from tlscale.training.predictions import NO_ANSWER, read_predictions
 from tlscale.training.ranking import Bools, Floats, Ranking, mean_known
@@ -45,7 +46,7 @@ class ScoredImages:
     logits_NC: npt.NDArray[np.floating[Any]] | None
     """As they were computed; None where the file has the best of each image alone."""
     groups_N: Ints | None
-    """None of data without groups."""
+    """Equal for answers that do not stand alone: of one group, and over repeats of one image. None: all do."""
     calibrated_N: Floats | None
     """Confidence with the temperature that validation images chose; None: there is none."""
     calibration: Calibration | None
@@ -57,7 +58,7 @@ class ScoredImages:
         Raises:
             RunFolderError: the file is damaged.
         """
-        optional = ("logits", "group", "calibrated_probability")
+        optional = ("logits", "group", "calibrated_probability", "row", "repeat")
         return cls.of(read_predictions(path, ["true_label", "label", "probability"], if_there=optional))
 
     @classmethod
@@ -70,9 +71,6 @@ class ScoredImages:
         logits_NC = None
         if "logits" in table.column_names:
             logits_NC = table["logits"].combine_chunks().flatten().to_numpy().reshape(-1, len(classes))[kept_N]
-        groups_N = None
-        if "group" in table.column_names:
-            groups_N = number_groups(table["group"].combine_chunks().cast(pa.large_string()).filter(pa.array(kept_N)))
         calibrated_N = None
         if "calibrated_probability" in table.column_names:
             calibrated_N = table["calibrated_probability"].to_numpy()[kept_N]
@@ -82,7 +80,7 @@ class ScoredImages:
             (labels_N == answers_N)[kept_N],
             table["probability"].to_numpy()[kept_N],
             logits_NC,
-            groups_N,
+            _units(table, kept_N),
             calibrated_N,
             Calibration.model_validate(about["calibration"]) if "calibration" in about else None,
         )
@@ -113,6 +111,22 @@ class ScoredImages:
 def _numbers(names: pa.ChunkedArray, classes: Sequence[str]) -> Ints:
     found = pc.index_in(names, value_set=pa.array(classes, pa.string())).fill_null(NO_ANSWER)
     numbers_N: Ints = found.to_numpy().astype(np.int64)
+    return numbers_N
+
+
+def _units(table: pa.Table, kept_N: Bools) -> Ints | None:
+    """Return the number of the unit of each answer that is kept: its group, or over repeats its image."""
+    groups_N = None
+    if "group" in table.column_names:
+        groups_N = table["group"].combine_chunks().cast(pa.large_string())
+    if "repeat" not in table.column_names:
+        return None if groups_N is None else number_groups(groups_N.filter(pa.array(kept_N)))
+    units_N = table["row"].to_numpy()
+    if groups_N is not None:
+        encoded = groups_N.dictionary_encode()
+        named_N = encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False)
+        units_N = np.where(named_N < 0, len(encoded.dictionary) + units_N, named_N)
+    numbers_N: Ints = np.unique(units_N[kept_N], return_inverse=True)[1].reshape(-1).astype(np.int64)
     return numbers_N
 
 
@@ -178,7 +192,7 @@ def _calibration(images: ScoredImages, *, have_chosen: bool) -> dict[str, Any]:
 def _of_sets(images: ScoredImages, calibration: Calibration) -> dict[str, Any]:
     """Return the loss with the temperature, and how often the sets have the true label; image by image."""
     assert images.logits_NC is not None
-    losses, covered, size = [0.0], 0, 0
+    losses, covers, size = [0.0], [np.zeros(0, dtype=np.int64)], 0
     for start in range(0, len(images.labels_N), _CHUNK):
         part = slice(start, start + _CHUNK)
         logits_BC, labels_B = images.logits_NC[part], images.labels_N[part]
@@ -186,12 +200,20 @@ def _of_sets(images: ScoredImages, calibration: Calibration) -> dict[str, Any]:
         members_BC = calibration.sets.members(shares_BC, np.nan_to_num(logits_BC).argmax(axis=1))
         with np.errstate(divide="ignore"):
             losses += (-np.log(np.take_along_axis(shares_BC, labels_B[:, None], axis=1))).ravel().tolist()
-        covered += int(np.take_along_axis(members_BC, labels_B[:, None], axis=1).sum())
+        covers.append(np.take_along_axis(members_BC, labels_B[:, None], axis=1).ravel().astype(np.int64))
         size += int(members_BC.sum())
-    num_images, loss = len(images.labels_N), math.fsum(losses)
+    num_images, loss, covered_N = len(images.labels_N), math.fsum(losses), np.concatenate(covers)
     sets = {
-        "coverage": covered / num_images if num_images else None,
-        "coverage_interval95": wilson(covered, num_images),
+        "coverage": int(covered_N.sum()) / num_images if num_images else None,
+        "coverage_interval95": _interval(covered_N, images.groups_N),
         "mean_size": size / num_images if num_images else None,
     }
     return {"loss": loss / num_images if num_images and math.isfinite(loss) else None, "sets": sets}
+
+
+def _interval(hits_N: Ints, groups_N: Ints | None) -> list[float] | None:
+    """Return the 95% interval of a share, over groups where there are any."""
+    if groups_N is None:
+        return wilson(int(hits_N.sum()), len(hits_N))
+    _, of_image = np.unique(groups_N, return_inverse=True)
+    return group_interval(np.bincount(of_image, weights=hits_N).astype(np.int64), np.bincount(of_image))

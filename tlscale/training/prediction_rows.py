@@ -204,7 +204,7 @@ class Columns:
             for label, probability in zip(labels, best, strict=True):
                 row += [None, None] if why is not None else [self.classes[label], probability]
             if self.sets is not None:
-                row.append(None if why is not None else "|".join(self.classes[number] for number in members))
+                row.append(None if why is not None else _joined(self.classes[number] for number in members))
             if self.unknown_from is not None:
                 row.append(unknown)
             yield [*row, *(each if why is None else None for each in every), why]
@@ -244,3 +244,8 @@ def csv_cell(cell: Cell) -> str:
 def json_line(names: Sequence[str], cells: Sequence[Cell]) -> str:
     """Write a row as a JSON object."""
     return json.dumps(dict(zip(names, cells, strict=True)), ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _joined(labels: Iterable[str]) -> str:
+    """Join labels so that they can be told apart again: a bar in a name has a backslash before it."""
+    return "|".join(label.replace("\\", "\\\\").replace("|", "\\|") for label in labels)

@@ -89,7 +89,7 @@ def probe(
     """
     data, recipe = setup.data, setup.recipe
     section, weigh, select = recipe.probe, weigher(recipe.loss, data.classes), recipe.evaluate.select
-    if data.has_several_labels and select == "map":
+    if data.has_several_labels and select == "mean_average_precision":
         select = "top1"  # in whose place it stands
     assert section is not None
     codes_cache = open_codes_cache(setup, processes, console)
@@ -285,7 +285,7 @@ class _Probe:
 
 def _plain(row: PathRow, select: str, score: dict[str, Any]) -> dict[str, Any]:
     if score.get("task") == "multi_label":
-        figures = {"held_out_top1": None, "held_out_map": row.held_top1}
+        figures = {"held_out_top1": None, "held_out_mean_average_precision": row.held_top1}
         return {"setting": row.setting, **figures, "held_out_loss": row.held_loss}
     more = {} if select in ("top1", "loss") else {f"held_out_{select}": row.held_figure}
     return {"setting": row.setting, "held_out_top1": row.held_top1, "held_out_loss": row.held_loss, **more}

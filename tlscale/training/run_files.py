@@ -135,7 +135,7 @@ class _Result(_Facts):
     # Of one label an image, or of several.
     top1: _Share | None = None
     top1_interval95: Annotated[list[_Share], Field(min_length=2, max_length=2)] | None = None
-    map: _Share | None = None
+    mean_average_precision: _Share | None = None
     task: Literal["multi_label"] | None = None
     best: _Best
     steps: _Count

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tlscale.data.sources.tables import Ints, Labels, has_several
 from tlscale.models.unknown import MOST_FEATURES, UnknownScore, UnknownSettings
+from tlscale.training.calibration import drawn_rows
 
 RECALL = 0.95
 """The share of images of known classes that are to be known."""
@@ -35,8 +36,8 @@ def images_to_fit(labels_N: Ints, num_features: int) -> Ints:
 
 
 def images_to_judge(num_images: int) -> Ints:
-    """Choose validation or scored images: all, or some at equal distances."""
-    return np.arange(0, num_images, max(-(-num_images // _MOST_JUDGED), 1))
+    """Choose validation or scored images: all, or some by a fixed draw, in order."""
+    return drawn_rows(num_images, _MOST_JUDGED)
 
 
 def fit_unknown(codes_ND: Tensor, labels_N: Ints, held_MD: Tensor) -> UnknownScore | None:

@@ -48,6 +48,9 @@ def test_several_labels(names, separator):
         (range(0, 91), 12, "age", True),
         (range(0, 91), 12, "patient_age_years", True),
         (range(0, 91), 12, "stage", False),
+        (range(18, 66), 40, "weight_class", False),
+        (range(101, 151), 40, "species_id", False),
+        (range(0, 91), 12, "age_group", False),
         (range(0, 900, 7), 1, None, True),  # each its own
         ([0.5 * step for step in range(25)], 20, None, True),
         ([0.5, 1.0, 1.5, 2.0], 20, "size", False),

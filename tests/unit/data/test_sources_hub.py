@@ -184,3 +184,25 @@ def test_no_code_of_a_data_set_is_run(tmp_path):
     with pytest.raises(DataError, match=r"cannot be loaded"):
         open_source("hub", folder)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("features", "columns", "keys"),
+    [
+        ({"tags": datasets.Sequence(datasets.ClassLabel(names=["dog", "cat", "cow"]))},
+         {"tags": [[0, 1], [2], []]}, {}),
+        ({"tags": datasets.Sequence(datasets.Value("string"))}, {"tags": [["dog", "cat"], ["cow"], []]},
+         {"label_column": "tags", "classes": ["dog", "cat", "cow"]}),
+        ({name: datasets.Value("int64") for name in ("dog", "cat", "cow")},
+         {"dog": [1, 0, 0], "cat": [1, 0, 0], "cow": [0, 1, 0]}, {"label_columns": ["dog", "cat", "cow"]}),
+        ({"tags": datasets.Value("string")}, {"tags": ["dog;cat", "cow", ""]},
+         {"label_column": "tags", "label_separator": ";", "classes": ["dog", "cat", "cow"]}),
+    ],
+)  # fmt: skip
+def test_several_labels_an_image(features, columns, keys, raw, tmp_path):
+    rows = {"img": [{"bytes": one, "path": None} for one in raw[:3]], **columns}
+    made = datasets.Dataset.from_dict(rows, features=datasets.Features({"img": datasets.Image(), **features}))
+    made.save_to_disk(str(tmp_path / "saved"))
+    data = open_source("disk", tmp_path / "saved", task="multi_label", validation_fraction=0.0, **keys)
+    assert data.classes == ("dog", "cat", "cow")
+    assert data.train.labels_N.tolist() == [[True, True, False], [False, False, True], [False] * 3]

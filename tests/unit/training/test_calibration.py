@@ -8,7 +8,9 @@ import torch
 from scipy.optimize import minimize_scalar
 
 from tlscale.models.calibration import Calibration, LabelSets
-from tlscale.training.calibration import choose_calibration, set_threshold
+from tlscale.training.calibration import choose_calibration, drawn_rows, set_threshold
+from tlscale.training.prediction_figures import _interval
+from tlscale.training.prediction_rows import _joined
 
 
 def drawn(count, num_classes, temperature, seed=0):
@@ -134,3 +136,21 @@ def test_mapie_chooses_the_same_threshold_and_sets():
     np.testing.assert_array_equal(ours_NC, sets_NC1[:, :, 0])
     at_least_one_NC = chosen.sets.members(shares_NC, answers_N)
     np.testing.assert_array_equal(at_least_one_NC, ours_NC | (answers_N[:, None] == np.arange(5)))
+
+
+def test_a_set_can_be_read_back_where_a_name_has_a_bar():
+    assert _joined(["a|b", "c", "d\\"]) == "a\\|b|c|d\\\\"
+
+
+def test_what_chooses_is_of_all_classes_where_these_take_turns():
+    rows = drawn_rows(10_000, 1_000)
+    assert np.bincount(rows % 10).min() > 70
+    assert (np.diff(rows) > 0).all()
+    np.testing.assert_array_equal(drawn_rows(7, 7), np.arange(7))
+
+
+def test_the_coverage_of_groups_that_agree_is_known_by_their_number():
+    covered_N, groups_N = np.repeat([1, 1, 1, 0], 50), np.repeat(np.arange(4), 50)
+    low, high = _interval(covered_N, groups_N)
+    alone_low, alone_high = _interval(covered_N, None)
+    assert low < alone_low < alone_high < high

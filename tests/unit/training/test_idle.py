@@ -15,7 +15,6 @@ IDLE = {
     "evaluate.select": {**NO_VALIDATION, "evaluate": {"select": "loss"}},
     "evaluate.choose": {**NO_VALIDATION, "evaluate": {"choose": "best"}},
     "checkpoint.keep_best": {**NO_VALIDATION, "checkpoint": {"keep_best": 2}},
-    "evaluate.every": {**NO_VALIDATION, "evaluate": {"every": "2 steps"}},
     "evaluate.patience": {"duration": "4 steps", "evaluate": {"every": "2 steps", "patience": 1}},
     "optim.layer_decay": {"freeze": ".*", "optim": {"layer_decay": 0.5}},
     "schedule.step_every": {"duration": "3 steps", "schedule": STAIRS},
@@ -31,6 +30,7 @@ ACTING = [
         "evaluate": {"every": "2 steps", "patience": 1},
     },
     {**NO_VALIDATION, "evaluate": {"select": "top1"}},
+    {**NO_VALIDATION, "evaluate": {"every": "2 steps"}},
     {"freeze": "patch_embed.*", "optim": {"layer_decay": 0.5}},
     {"duration": "4 steps", "schedule": STAIRS},
 ]

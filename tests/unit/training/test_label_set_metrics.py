@@ -41,21 +41,23 @@ def test_figures_are_scikit_learns(decimals):
     shares, truth = torch.sigmoid(logits_NC.double()).numpy(), labels_NC.numpy()
     given = shares >= np.array(thresholds)
     each = {
-        "ap": average_precision_score(truth, shares, average=None),
+        "average_precision": average_precision_score(truth, shares, average=None),
         "f1": f1_score(truth, given, average=None),
         "precision": precision_score(truth, given, average=None, zero_division=0),
         "recall": recall_score(truth, given, average=None),
     }
     for key, expected_C in each.items():
         np.testing.assert_allclose([found["per_class"][name][key] for name in CLASSES], expected_C, rtol=1e-12)
-    assert found["map"] == pytest.approx(average_precision_score(truth, shares, average="macro"), rel=1e-12)
+    assert found["mean_average_precision"] == pytest.approx(
+        average_precision_score(truth, shares, average="macro"), rel=1e-12
+    )
     assert found["macro_f1"] == pytest.approx(f1_score(truth, given, average="macro"), rel=1e-12)
     assert found["micro_f1"] == pytest.approx(f1_score(truth, given, average="micro"), rel=1e-12)
     assert found["subset_accuracy"] == accuracy_score(truth, given)
-    assert found["chance"]["map"] == pytest.approx(truth.mean(axis=0).mean())
+    assert found["chance"]["mean_average_precision"] == pytest.approx(truth.mean(axis=0).mean())
     assert [row["threshold"] for row in found["per_class"].values()] == thresholds
-    low, high = found["map_interval95"]
-    assert 0 <= low < found["map"] < high <= 1
+    low, high = found["mean_average_precision_interval95"]
+    assert 0 <= low < found["mean_average_precision"] < high <= 1
 
 
 def test_processes_change_no_figure():
@@ -97,15 +99,22 @@ def test_a_class_without_images_is_in_no_mean():
     labels_NC[:, 3] = False
     figures = figures_of(logits_NC, labels_NC)
     found = figures.summary(CLASSES, None)
-    assert {key: found["per_class"]["d"][key] for key in ("ap", "f1", "num_images")} == {
-        "ap": None,
+    assert {key: found["per_class"]["d"][key] for key in ("average_precision", "f1", "num_images")} == {
+        "average_precision": None,
         "f1": None,
         "num_images": 0,
     }
-    assert found["map"] == pytest.approx(np.mean([found["per_class"][name]["ap"] for name in "abc"]))
+    assert found["mean_average_precision"] == pytest.approx(
+        np.mean([found["per_class"][name]["average_precision"] for name in "abc"])
+    )
     labels_NC[:] = False
     found = figures_of(logits_NC, labels_NC).summary(CLASSES, None)
-    assert (found["map"], found["map_interval95"], found["macro_f1"], found["micro_f1"]) == (None, None, None, 0.0)
+    assert (
+        found["mean_average_precision"],
+        found["mean_average_precision_interval95"],
+        found["macro_f1"],
+        found["micro_f1"],
+    ) == (None, None, None, 0.0)
 
 
 def test_nan_is_no_answer_and_ranks_last():
@@ -116,17 +125,17 @@ def test_nan_is_no_answer_and_ranks_last():
     assert not labels_from(probabilities(logits_NC), [0.0] * 4)[3].any()
     shares = np.nan_to_num(probabilities(logits_NC).numpy(), nan=-1)
     expected = average_precision_score(labels_NC.numpy(), shares, average=None)
-    assert [row["ap"] for row in found["per_class"].values()] == pytest.approx(expected.tolist())
+    assert [row["average_precision"] for row in found["per_class"].values()] == pytest.approx(expected.tolist())
 
 
 def test_the_standard_error_is_that_of_other_draws():
     """Of map, against its spread over many data sets of the same kind."""
     over_sets = [figures_of(*made(150, seed=seed)).mean_average_precision() for seed in range(1, 120)]
-    errors = [figures_of(*made(150, seed=seed)).standard_error("map") for seed in (200, 201, 202)]
+    errors = [figures_of(*made(150, seed=seed)).standard_error("mean_average_precision") for seed in (200, 201, 202)]
     assert np.mean(errors) == pytest.approx(np.std(over_sets), rel=0.35)
 
 
 def test_no_images():
     figures = figures_of(torch.zeros(0, 4), torch.zeros(0, 4, dtype=torch.bool))
-    assert figures.summary(CLASSES, None)["map"] is None
+    assert figures.summary(CLASSES, None)["mean_average_precision"] is None
     assert figures.standard_error("loss") is None

@@ -9,7 +9,8 @@ several texts, as in `young;female`, `young;male`, `old;male`. Parts of `tench, 
 
 Numbers: all texts are, and either some have decimals (and there are more than `_FEW_DECIMALS`), or they are whole, more
 than `_FEW_NUMBERS`, and of one of three kinds: fewer than two images each; in a column that is called as a quantity is;
-or neither from 0 nor from 1 on, and with more than half of their range in use, as ages or years have it.
+or neither from 0 nor from 1 on, and with more than half of their range in use, as ages or years have it. Whole numbers
+in a column that is called as classes are (`weight_class`, `species_id`) are classes.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ _QUANTITIES = re.compile(
     "longitude|mass|percent(age)?|price|quantity|rating|salary|score|speed|temperature|thickness|value|volume|weight|"
     "width|years?"
 )
+_CLASSES = re.compile("bins?|categor(y|ies)|class(es)?|codes?|groups?|ids?|kinds?|species|types?")
 
 
 def separator_of(names: Mapping[str, int]) -> str | None:
@@ -62,6 +64,8 @@ def are_numbers(names: Mapping[str, int], column: str | None = None) -> bool:
     if len(values) <= _FEW_NUMBERS:
         return False
     words = re.split(r"[^a-z]+", (column or "").lower())
+    if any(map(_CLASSES.fullmatch, words)):
+        return False
     is_dense = (values[-1] - values[0] + 1) < 2 * len(values)
     are_alone = sum(names.values()) < 2 * len(names)
     return are_alone or any(map(_QUANTITIES.fullmatch, words)) or (values[0] not in (0.0, 1.0) and is_dense)
