@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
+from PIL import Image
 
 import tlscale
 from tests.coins import chance, put_coins
@@ -287,6 +288,47 @@ def test_copies_that_a_refitted_probe_was_fitted_to_are_a_leak(tmp_path):
     count = sum(fold_of[row] != fold_of[(row + 16) % 32] for row in range(32))
     assert count
     assert f"LEAK: {count} answers are on images that are, byte for byte" in found["notes"][-1]
+
+
+def test_what_is_wrong_with_any_fold_is_found_before_a_run_is_replaced(trained, images, tmp_path):
+    keys = {**TRAINED, "evaluate": {"choose": "best"}, "data": {"validation_fraction": 0.0}}
+    before = sorted(os.listdir(trained))
+    with pytest.raises(RecipeError, match="no validation split"):
+        tlscale.run(recipe_of(tmp_path, images, folds=2, **keys), trained, overwrite=True)
+    assert sorted(os.listdir(trained)) == before
+    table = pq.read_table(images).slice(0, 47)
+    pq.write_table(table, tmp_path / "fewer.parquet")
+    keys = {"head": ["batchnorm", "linear"], "batch_size": 5, "duration": "1 epochs", "backbone": RESNET}
+    keys["data"] = {"validation_fraction": 0.0}
+    with pytest.raises(RecipeError, match="batch norm cannot be trained on one image"):
+        tlscale.run(recipe_of(tmp_path, tmp_path / "fewer.parquet", **keys), tmp_path / "run")
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+@pytest.mark.slow  # a run of its own, whose images are replaced
+def test_no_part_is_taken_whose_images_are_others_by_now(tmp_path):
+    rng = np.random.default_rng(0)
+    for number in range(16):
+        path = tmp_path / "images" / "ab"[number % 2] / f"{number}.bmp"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (8, 8), np.uint8)).save(path)
+    keys = {**PROBE, "probe": {"kind": "ridge", "strengths": [1.0]}}
+    data = {"source": "folder", "validation_fraction": 0.0, "on_bad_image": "skip"}
+    recipe, out = recipe_of(tmp_path, tmp_path / "images", folds=2, data=data, **keys), tmp_path / "run"
+    tlscale.run(recipe, out)
+    (out / "result.json").unlink()
+    good = path.read_bytes()
+    path.write_bytes(good[:-9] + bytes(9))
+    with pytest.raises(ResumeError, match=r"folds/1' is no part of .* images that it .* not those of today"):
+        tlscale.run(recipe, out, resume=True)
+    # One that cannot be read by now is one of the images all the same: not left out of the second fold alone.
+    shutil.rmtree(out / "folds" / "1")
+    shutil.rmtree(out / "folds" / "2")
+    path.write_bytes(bytes(len(good)))
+    with pytest.raises(tlscale.TlscaleError, match=path.name):
+        tlscale.run(recipe, out, resume=True)
+    path.write_bytes(good)
+    assert tlscale.run(recipe, out, resume=True)["num_images"] == 16
 
 
 def test_commands_say_that_the_score_is_that_of_the_folds(probed, images):

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from tlscale.commands.tables import show_plan, show_result
-from tlscale.data.sources.open import BadImages
+from tlscale.data.sources.open import BadImages, ImageData
 from tlscale.distributed.device import choose_algorithms, naming_memory
 from tlscale.distributed.host import num_cores
 from tlscale.distributed.processes import Processes, start_processes
@@ -37,6 +37,7 @@ from tlscale.training.checkpoint.files import list_checkpoints
 from tlscale.training.compiler import check_compiler
 from tlscale.training.cross_validation import cross_validate
 from tlscale.training.earlier_images import compare_with_earlier
+from tlscale.training.fold_checks import refuse_other_images, refuse_other_part
 from tlscale.training.fold_parts import Part
 from tlscale.training.lengthening import lengthen, lengthens, other_steps, refuse_longer, settle_length
 from tlscale.training.loop import train
@@ -132,24 +133,36 @@ class _Start:
     console: Console
     keepers: list[Callable[[], None]]
 
-    def run_part(self, recipe: Recipe, path: Path, part: Part) -> dict[str, Any]:
+    def run_part(self, recipe: Recipe, path: Path, part: Part, whole: ImageData) -> dict[str, Any]:
         """Run a part of a cross-validation, or go on with it, or read its result where it is complete."""
         folder = RunFolder(path)
         with self.processes.main_holds(lambda: claim(path, "resume")):
-            return self.run(recipe, folder, Stopwatch(), "resume", part)
+            return self.run(recipe, folder, Stopwatch(), "resume", part, whole)
 
     def run(
-        self, recipe: Recipe, folder: RunFolder, watch: Stopwatch, mode: Mode, part: Part | None = None
+        self,
+        recipe: Recipe,
+        folder: RunFolder,
+        watch: Stopwatch,
+        mode: Mode,
+        part: Part | None = None,
+        whole: ImageData | None = None,
     ) -> dict[str, Any]:
         self.keepers.append(_Spent(folder, watch).keep)
         try:
             with _marking_stop(folder, watch, is_main=self.processes.is_main):
-                return self._run(recipe, folder, watch, mode, part)
+                return self._run(recipe, folder, watch, mode, part, whole)
         finally:
             self.keepers.pop()
 
     def _run(
-        self, recipe: Recipe, folder: RunFolder, watch: Stopwatch, mode: Mode, part: Part | None
+        self,
+        recipe: Recipe,
+        folder: RunFolder,
+        watch: Stopwatch,
+        mode: Mode,
+        part: Part | None,
+        whole: ImageData | None,
     ) -> dict[str, Any]:
         processes, console, is_longer, is_alone = self.processes, self.console, False, part is None
         run_info = None if mode == "overwrite" else processes.run_on_main(read_run_info, folder, _NEEDED)
@@ -158,6 +171,8 @@ class _Start:
             older, is_longer = processes.run_on_main(_refuse_other_recipe, recipe, folder, console)
             recipe = with_values(recipe, older)
             if not is_longer and (done := processes.run_on_main(_earlier_result, folder, recipe, console)) is not None:
+                if whole is not None:
+                    processes.run_on_main(refuse_other_images, recipe, whole, done, folder)
                 processes.run_on_main(_tidy, folder, console)  # a process that was killed just after the result had not
                 console.say(f"'{folder.path}' is complete already; its figures are in {folder.result}")
                 return done
@@ -166,13 +181,16 @@ class _Start:
         for spent_s in processes.run_on_main(_spent_before, folder) if mode == "resume" else ():
             watch.add_earlier(spent_s)  # now: what is kept on disk from here on is of all starts
         # -- data, model and weights: whatever is wrong with them ends the run here -------------------------------
-        bad_images = BadImages.from_plain(run_info["bad_images"]) if run_info else None
+        known = None if whole is None else whole.bad_images
+        bad_images = BadImages.from_plain(run_info["bad_images"]) if run_info else known
         if run_info is None and is_alone and (warning := about_secrets(recipe)):
             console.say(warning, style="bold red")
         with processes.main_first():  # what a hub has to give is fetched once
             setup = set_up(recipe, world_size=processes.world_size, part=part, bad_images=bad_images, watch=watch)
             if is_alone:
                 compare_with_earlier(setup, is_new=run_info is None)
+            if whole is not None:
+                refuse_other_part(whole, setup.data, folder)
 
         # -- plan -------------------------------------------------------------------------------------------------
         if is_alone:
@@ -203,7 +221,7 @@ def _same_part(part: Part | None, run_info: dict[str, Any], folder: RunFolder) -
     then = None if run_info.get("fold") is None else Part.from_plain(run_info["fold"])
     if part not in (None, then):
         raise RunFolderError(
-            f"'{folder.path}' holds another part of the cross-validation ({then})",
+            f"'{folder.path}' holds another part of the cross-validation, or one of another length",
             remedy="Remove it, and resume the whole with " + flag("resume"),
         )
     return then

@@ -16,9 +16,9 @@ from typing import Any
 
 from tlscale.codes.parts import wanted_layers
 from tlscale.codes.probes.kinds import kind_of
-from tlscale.codes.probes.select import refuse_wrong_probe
 from tlscale.data.identity import folds_identity
 from tlscale.data.sources.folds import FOLDS, Fold
+from tlscale.data.sources.open import ImageData
 from tlscale.distributed.processes import Processes
 from tlscale.distributed.signals import check_stop
 from tlscale.errors import flag
@@ -28,6 +28,7 @@ from tlscale.storage.files import naming_disk_errors
 from tlscale.storage.run_folder import RunFolder
 from tlscale.tracking.console import Console, number
 from tlscale.training.evaluate import scalars
+from tlscale.training.fold_checks import check_folds, refuse_other_images
 from tlscale.training.fold_parts import Part, all_images
 from tlscale.training.metrics import majority
 from tlscale.training.out_of_fold import count_copies_outside, join_predictions, out_of_fold_figures, write_table
@@ -37,7 +38,7 @@ from tlscale.training.run_info import begin_folder
 from tlscale.training.setup import RunSetup
 
 Result = dict[str, Any]
-RunPart = Callable[[Recipe, Path, Part], Result]
+RunPart = Callable[[Recipe, Path, Part, ImageData], Result]
 _FITTED_TO_ALL = "the model was fitted to all images of the folds"
 _LONGEST_NAME = 90  # leaves room for the fold
 _OF_TEST = (
@@ -60,13 +61,12 @@ def cross_validate(
     Args:
         setup: of all images, none held out.
         run_info: contents of `run.json` when resuming, else None.
-        run_part: runs a recipe in a folder as a part of this, or goes on with it; returns its result.
+        run_part: runs a recipe in a folder as a part of these data, or goes on with it; returns its result.
     """
     recipe = setup.recipe
-    if recipe.probe is not None:
-        held = 1 if recipe.data.validation_fraction else 0
-        refuse_wrong_probe(recipe.probe, recipe.codes, len(setup.data.train), held)
     if run_info is None:
+        with setup.watch("scan"):
+            check_folds(setup, processes.world_size)
         processes.run_on_main(begin_folder, folder, setup, processes.world_size, str(processes.device))
     whole = all_images(recipe.evaluate)
     assert whole is not None, "the recipe has folds"
@@ -75,23 +75,25 @@ def cross_validate(
     for fold in whole.folds:
         console.say(f"fold {fold}", style="bold")
         with setup.watch(FOLDS):
-            result = _run(run_part, _of_part(recipe, fold), folder, Part(fold), processes)
+            result = _run(run_part, _of_part(recipe, fold), folder, Part(fold), setup, processes)
         console.say(f"fold {fold}: top1 {number(result['top1'])} on {result['num_images']:,} images")
         results.append(result)
     # -- the model on all images --------------------------------------------------------------------------------------
     console.say("the model, of all images", style="bold")
     part = Part(whole, statistics.median(map(_share, results)))
     with setup.watch(FOLDS):
-        last = _run(run_part, _with_choice(_of_part(recipe, whole), results), folder, part, processes)
+        last = _run(run_part, _with_choice(_of_part(recipe, whole), results), folder, part, setup, processes)
     # -- the result ---------------------------------------------------------------------------------------------------
     how_to_load = processes.run_on_main(_take_model, folder)
     result = processes.run_on_main(_conclude, setup, folder, whole.folds, results, last)
     return result, how_to_load
 
 
-def _run(run_part: RunPart, recipe: Recipe, folder: RunFolder, part: Part, processes: Processes) -> Result:
+def _run(
+    run_part: RunPart, recipe: Recipe, folder: RunFolder, part: Part, setup: RunSetup, processes: Processes
+) -> Result:
     processes.run_on_all(check_stop, "cross-validating", flag("resume") + " goes on; complete folds are kept")
-    return run_part(recipe, _folder_of(folder, part.fold).path, part)
+    return run_part(recipe, _folder_of(folder, part.fold).path, part, setup.data)
 
 
 def _folder_of(folder: RunFolder, fold: Fold) -> RunFolder:
@@ -154,6 +156,8 @@ def _conclude(
 ) -> Result:
     """Write the predictions of all folds, and the result."""
     data = setup.data
+    for fold, done in zip(folds, results, strict=True):  # an image may have been replaced while they ran
+        refuse_other_images(setup.recipe, data, done, _folder_of(folder, fold))
     files = [_folder_of(folder, fold).predictions for fold in folds]
     table = join_predictions(files, folds, data.train)
     write_table(folder.predictions, table)

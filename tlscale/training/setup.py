@@ -161,6 +161,7 @@ def set_up(
     world_size: int,
     part: Part | None = None,
     bad_images: BadImages | None = None,
+    is_new: bool | None = None,
     tries_images: bool = True,
     watch: Stopwatch | None = None,
 ) -> RunSetup:
@@ -169,6 +170,7 @@ def set_up(
     Args:
         part: of a recipe with `evaluate.folds`; None: all images are trained on, and none is held out.
         bad_images: those that an earlier start of this run found; None: find them, where the recipe says to skip them.
+        is_new: the run begins now; None: where the bad images are not known.
         tries_images: decode images to find those; else all are taken as sound.
 
     Raises:
@@ -204,7 +206,7 @@ def set_up(
     setup = RunSetup(recipe, data, spec, classifier, weights, code_width, order, split, stages, teacher, watch)
     setup.part = part
     setup.seen_share = statistics.median(seen_share(*size, spec) for size in sizes)
-    if bad_images is None:  # a run that began earlier goes on as it began
+    if is_new or (is_new is None and bad_images is None):  # a run that began earlier goes on as it began
         _refuse_random_frozen(setup)
         refuse_idle(recipe, data, classifier, stages, order, fold)
     check_stop("setting up")

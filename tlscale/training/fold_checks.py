@@ -1,0 +1,95 @@
+"""Check the parts of a cross-validation: all folds before the first begins, and each part against the whole.
+
+Promise: what is wrong with any fold is found before anything is written or removed; the parts of a result are of the
+same images under the same labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from tlscale.codes.probes.select import refuse_wrong_probe
+from tlscale.data.identity import scored_identity, used_identity
+from tlscale.data.sampler import least_in_a_pass
+from tlscale.data.sources.open import BadImages, ImageData, open_data
+from tlscale.data.sources.tables import class_counts
+from tlscale.distributed.signals import check_stop
+from tlscale.errors import DataError, ResumeError, flag
+from tlscale.recipe.schema import Recipe
+from tlscale.storage.run_folder import RunFolder
+from tlscale.training.fold_parts import Part, all_images
+from tlscale.training.run_files import read_run_info
+from tlscale.training.setup import RunSetup, set_up
+
+_REMOVE = "Remove it, and resume the whole with " + flag("resume") + "; or run all anew with " + flag("overwrite")
+
+
+def check_folds(whole: RunSetup, world_size: int) -> None:
+    """Draw all folds, and set up those in which something else may go wrong than in the others.
+
+    Raises:
+        TlscaleError: a fold cannot be drawn, trained or chosen by.
+    """
+    recipe, every = whole.recipe, all_images(whole.recipe.evaluate)
+    assert every is not None, "the recipe has folds"
+    for fold in every.folds:
+        check_stop("drawing folds")
+        data = open_data(recipe.data, recipe.seed, fold=fold, bad_images=whole.bad_images)
+        _refuse_absent(whole.data, data)
+        if recipe.probe is not None:
+            refuse_wrong_probe(recipe.probe, recipe.codes, len(data.train), len(data.validation or ()))
+        order = replace(whole.order, num_images=len(data.train), draw=None)
+        is_odd = bool(whole.stages) and least_in_a_pass(order, whole.split, whole.total_steps) == 1
+        if fold.number == 1 or is_odd:
+            set_up(recipe, world_size=world_size, part=Part(fold), bad_images=whole.bad_images, is_new=True)
+
+
+def _refuse_absent(whole: ImageData, data: ImageData) -> None:
+    """Refuse a fold that holds all images of a class: few groups of several classes may leave no better one."""
+    counts_C, all_C = (class_counts(one.train.labels_N, len(whole.classes)) for one in (data, whole))
+    absent = np.flatnonzero((counts_C == 0) & (all_C > 0))
+    if len(absent):
+        raise DataError(
+            f"a fold would train without class {whole.classes[int(absent[0])]!r}: its images are in too few groups",
+            key="evaluate.folds",
+            remedy="Take another number of folds, or bring more groups of it",
+        )
+
+
+def refuse_other_part(whole: ImageData, part: ImageData, folder: RunFolder) -> None:
+    """Refuse a part whose images or labels are not those of the whole.
+
+    Raises:
+        ResumeError: they are not.
+    """
+    same = part.identity["tables_sha256"] == whole.identity["tables_sha256"]
+    if not same or part.bad_images.to_plain() != whole.bad_images.to_plain():
+        raise _other(folder, "its labels, or the images that it skips, are")
+
+
+def refuse_other_images(recipe: Recipe, whole: ImageData, result: Mapping[str, Any], folder: RunFolder) -> None:
+    """Refuse a complete part whose images were replaced by others, or have other labels now.
+
+    Raises:
+        ResumeError: they were.
+    """
+    run_info = read_run_info(folder)
+    if run_info is None or "used_sha256" not in result:
+        return  # of an older version
+    part = Part.from_plain(run_info["fold"])
+    skipped = BadImages.from_plain(run_info["bad_images"])
+    data = open_data(recipe.data, recipe.seed, fold=part.fold, bad_images=skipped)
+    refuse_other_part(whole, data, folder)
+    if used_identity(data, result["used_by"]).sha256 != result["used_sha256"]:
+        raise _other(folder, "images that it was fitted to, or chose by, are")
+    if (data.test is not None) and scored_identity(data, result["scored_by"]).sha256 != result["scored_sha256"]:
+        raise _other(folder, "images that it scored are")
+
+
+def _other(folder: RunFolder, what: str) -> ResumeError:
+    problem = f"'{folder.path}' is no part of this cross-validation any more: {what} not those of today"
+    return ResumeError(problem, remedy=f"Bring the data back. {_REMOVE}")
