@@ -38,7 +38,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, BinaryIO
 
@@ -56,11 +56,12 @@ from tlscale.data.formats.arrays import (
     wrong_channels,
 )
 from tlscale.data.formats.bands import read_bands
-from tlscale.data.formats.convert import eight_bits, grey_or_rgb, upright
+from tlscale.data.formats.convert import eight_bits, grey_or_rgb, turned, upright
 from tlscale.data.formats.dicom import READS_DICOM, dicom_size, is_dicom, read_dicom
 from tlscale.data.formats.jpeg import DamagedError, load_jpeg
 from tlscale.data.formats.others import HEAD_BYTES, other_kind
 from tlscale.data.formats.png import PNG_START, fault_of, is_wide_colour, lacks_rows, scaled_key
+from tlscale.data.formats.ppm import as_stored, remember_white
 from tlscale.data.formats.tiff import Meaning, UnreadTiffError, describe, is_tiff, meaning_of, needs_bands, tiff_size
 from tlscale.data.formats.unread import OtherChannelsError, UnreadError
 from tlscale.data.formats.webp import has_hole
@@ -262,6 +263,7 @@ def _decoded(raw: bytes, max_pixels: int) -> tuple[Image.Image, Meaning]:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UnreadError(f"too many pixels: {error}") from None
     _check_size(image.width, image.height, max_pixels)
+    remember_white(image)
     _load(image, raw)
     return image, meaning
 
@@ -338,17 +340,25 @@ def _numbers(raw: Raw, in_chans: int | None, max_pixels: int, reading: Reading) 
         numbers_HWC = channels_last(raw, channels_first=reading.channels_first)
         check_size(numbers_HWC.shape[1], numbers_HWC.shape[0])
         return numbers_HWC
-    image, meaning = _unconverted(raw, max_pixels)
+    return _stored(*_unconverted(raw, max_pixels), in_chans, reading)
+
+
+def _stored(image: Image.Image, meaning: Meaning, in_chans: int | None, reading: Reading) -> Array:
+    """Return the numbers of what Pillow decoded as they are in the file; of inverted ones black is the lower."""
     if image.mode in ("F", "I") or image.mode.startswith("I;16"):
         wide_HW = np.asarray(upright(image))
         if meaning.is_inverted and image.mode == "F":
             raise UnreadError("floating point with white as 0", "Save it with black as 0")
-        return (meaning.most - wide_HW if meaning.is_inverted else wide_HW)[:, :, None]
+        wide_HW = wide_HW.view(np.uint32) if meaning.is_unsigned and image.mode == "I" else wide_HW
+        return turned(as_stored(wide_HW, image), meaning, reading.value_range)[:, :, None]
     image = upright(image)
     if in_chans not in (1, 3, None):
         bands = np.asarray(image)
         return bands if bands.ndim == 3 else bands[:, :, None]
-    return grey_or_rgb(image, 1 if image.mode in ("1", "L") and "transparency" not in image.info else 3)
+    numbers_HWC = grey_or_rgb(image, 1 if image.mode in ("1", "L") and "transparency" not in image.info else 3)
+    if meaning.is_turned and reading.value_range is not None:
+        return turned(255 - numbers_HWC, replace(meaning, is_inverted=True), reading.value_range)
+    return as_stored(numbers_HWC, image)
 
 
 def _unconverted(raw: bytes | Image.Image, max_pixels: int) -> tuple[Image.Image, Meaning]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.tiff_files import BLACK_IS_ZERO, SIGNED, WHITE_IS_ZERO, Tiff
 from tlscale.data.channel_stats import channel_stats
 from tlscale.data.decode import BadImageError, Reading, decode_image, header_hw
 from tlscale.data.given import find_images
@@ -82,6 +83,49 @@ def test_other_types_are_scaled_alike():
     assert np.allclose(shares, color / 255, atol=1e-7)
     luma = decoded(encoded(Image.fromarray(color), "PNG"), 1, Reading((0, 255)))
     assert np.allclose(luma[:, :, 0], color @ [0.299, 0.587, 0.114] / 255, atol=1e-6)
+
+
+@pytest.mark.parametrize("white", [15, 100, 255, 1000, 4095, 65535])
+def test_numbers_of_a_pgm_are_those_of_the_file(white):
+    numbers = RANDOM.integers(0, white + 1, (20, 30))
+    reading = Reading((0, 5000))
+    binary = f"P5 30 20 {white}\n".encode() + numbers.astype("u1" if white < 256 else ">u2").tobytes()
+    plain = f"P2 30 20 {white}\n{' '.join(map(str, numbers.ravel()))}\n".encode()
+    for raw in (binary, plain):
+        assert np.array_equal(decoded(raw, reading=reading)[:, :, 0], expected(numbers, 0, 5000))
+        assert decoded(raw, reading=Reading()).max() > 200  # white is white
+    color = np.stack([numbers, numbers[::-1], numbers[:, ::-1]], 2)
+    raw = f"P6 30 20 {white}\n".encode() + color.astype("u1" if white < 256 else ">u2").tobytes()
+    if white < 256:
+        assert np.array_equal(decoded(raw, 3, reading), expected(color, 0, 5000))
+    else:
+        assert "16-bit colour in a PPM" in wrong(raw, 3, reading)
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_white_as_zero_is_turned_round_in_the_range(bits):
+    numbers_HW1 = RANDOM.integers(0, 256, (6, 8, 1))
+    raw = Tiff(numbers_HW1, bits, WHITE_IS_ZERO).to_bytes()
+    found = decoded(raw, reading=Reading((0, 1000)))
+    assert np.allclose(found, 1 - expected(numbers_HW1, 0, 1000), atol=1e-6)
+
+
+def test_numbers_from_two_to_the_31_are_no_negative_ones():
+    numbers_HW1 = np.array([[0, 1 << 30, 1 << 31, 3 << 30]], np.int64)[:, :, None]
+    raw = Tiff(numbers_HW1, 32, BLACK_IS_ZERO).to_bytes()
+    assert decoded(raw, reading=Reading((0, 1 << 32)))[0, :, 0].tolist() == [0, 0.25, 0.5, 0.75]
+    raw = Tiff(numbers_HW1 - (1 << 31), 32, BLACK_IS_ZERO, form=SIGNED).to_bytes()
+    assert decoded(raw, reading=Reading((-(1 << 31), 1 << 31)))[0, :, 0].tolist() == [0, 0.25, 0.5, 0.75]
+
+
+@pytest.mark.parametrize("dtype", ["f2", "f8", "u8", "i8"])
+def test_types_that_pillow_does_not_read(dtype):
+    tifffile = pytest.importorskip("tifffile")
+    numbers = RANDOM.integers(0, 1200, (6, 9)).astype(dtype)
+    file = io.BytesIO()
+    tifffile.imwrite(file, numbers)
+    assert np.array_equal(decoded(file.getvalue())[:, :, 0], expected(numbers))
+    assert np.array_equal(decoded(file.getvalue(), 3)[:, :, 2], expected(numbers))
 
 
 def test_what_a_range_cannot_mean_is_a_bad_image():

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from tlscale.data.formats.arrays import Array
 from tlscale.data.formats.tiff import Meaning
 from tlscale.data.formats.unread import UnreadError
 
@@ -71,6 +72,16 @@ def eight_bits(image: Image.Image, meaning: Meaning) -> Image.Image:
     if isinstance(clear, int):
         grey_HW[wide_HW == clear] = 255
     return Image.fromarray(grey_HW)
+
+
+def turned(numbers: Array, meaning: Meaning, value_range: tuple[float, float] | None) -> Array:
+    """Turn numbers round where white is the lowest of them: in the range, as those of DICOM are, where there is one."""
+    if not meaning.is_inverted:
+        return numbers
+    # What the recipe says of the numbers is truer than how many bits hold them.
+    most = meaning.most if value_range is None else float(sum(value_range))
+    result: Array = most - numbers
+    return result
 
 
 def _from_float(grey_HW: npt.NDArray[Any], *, is_inverted: bool) -> Image.Image:

@@ -62,7 +62,7 @@ def read_dicom(
     is_inverted = kind == "MONOCHROME1"
     numbers_HW = _rescaled(numbers, tags)
     if value_range is not None:
-        return (sum(value_range) - numbers_HW if is_inverted else numbers_HW)[:, :, None]
+        return (float(sum(value_range)) - numbers_HW if is_inverted else numbers_HW)[:, :, None]
     grey_HW = _windowed(numbers_HW, tags)
     return (255 - grey_HW if is_inverted else grey_HW)[:, :, None]
 

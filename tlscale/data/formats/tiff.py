@@ -47,6 +47,10 @@ class Meaning:
     most: int = 65535
     """White, or black where `is_inverted`."""
     is_inverted: bool = False
+    is_turned: bool = False
+    """Whether Pillow has turned white and black round, of 255."""
+    is_unsigned: bool = False
+    """Of 32-bit integers, which Pillow takes for signed ones."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,12 @@ def meaning_of(raw: bytes) -> Meaning:
     why = next(_faults(tags), None)
     if why is not None:
         raise UnreadTiffError(f"{describe(raw)}: {why}")
-    return Meaning(4095 if tags.bits[0] == 12 else 65535, tags.is_inverted and tags.bits[0] > 8)
+    return Meaning(
+        4095 if tags.bits[0] == 12 else 65535,
+        is_inverted=tags.is_inverted and tags.bits[0] > 8,
+        is_turned=tags.is_inverted and tags.bits[0] == 8,
+        is_unsigned=tags.bits[0] == 32 and tags.formats[0] == _UNSIGNED,
+    )
 
 
 def needs_bands(raw: bytes, in_chans: int | None) -> bool:
@@ -114,7 +123,10 @@ def needs_bands(raw: bytes, in_chans: int | None) -> bool:
     if in_chans not in (1, 3, None) or (in_chans is None and tags.samples > 3):
         return True
     is_colour = tags.samples > 1 and tags.bits[0] != 8
-    return is_colour or (next(_faults(tags), None) is not None and tags.photometric in (_BLACK_IS_ZERO, _RGB))
+    is_strange = tags.bits[0] > 32 or (tags.formats[0] == _FLOAT and tags.bits[0] != 32)
+    return is_colour or (
+        (is_strange or next(_faults(tags), None) is not None) and tags.photometric in (_BLACK_IS_ZERO, _RGB)
+    )
 
 
 def tiff_size(file: BinaryIO) -> tuple[int, int]:
