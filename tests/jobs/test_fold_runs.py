@@ -21,7 +21,9 @@ from tests.scenes import put_scenes
 from tests.small_runs import When, assert_same_bits, exported, lines, logged, result, small_recipe
 from tlscale.cli import main
 from tlscale.commands.plan import plan
+from tlscale.commands.tables import show_result
 from tlscale.errors import EXIT_STOPPED, DataError, RecipeError, ResumeError, Stopped
+from tlscale.tracking.console import Console
 from tlscale.training.earlier_images import compare_with_earlier
 from tlscale.training.setup import set_up
 
@@ -329,6 +331,13 @@ def test_no_part_is_taken_whose_images_are_others_by_now(tmp_path):
         tlscale.run(recipe, out, resume=True)
     path.write_bytes(good)
     assert tlscale.run(recipe, out, resume=True)["num_images"] == 16
+
+
+def test_the_model_resumed_by_itself_is_shown_without_a_score(probed, trained, capsys):
+    for run in (probed, trained):
+        alone = run / "folds" / "all"
+        show_result(result(alone), Console(), folder=alone, how_to_load="load()")
+        assert "this model was fitted to all images of the folds" in " ".join(capsys.readouterr().out.split())
 
 
 def test_commands_say_that_the_score_is_that_of_the_folds(probed, images):

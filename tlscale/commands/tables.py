@@ -11,7 +11,9 @@ from typing import Any
 from tlscale.codes.parts import layer_name
 from tlscale.data.input_spec import SMALL_SHARE, InputSpec
 from tlscale.data.sampler import DataOrder
+from tlscale.data.sources.folds import ABOUT_FOLDS
 from tlscale.data.sources.tables import Labels
+from tlscale.errors import flag
 from tlscale.models.features import PENULTIMATE
 from tlscale.recipe.image_size import size_in_words
 from tlscale.recipe.schema import Recipe
@@ -143,6 +145,10 @@ def _names(names: list[str]) -> str:
 
 def show_result(result: dict[str, Any], console: Console, *, folder: Path, how_to_load: str) -> None:
     """Show the final figures, and where everything is."""
+    if result["split"] is None:  # of a cross-validation, resumed by itself
+        console.say(f"{ABOUT_FOLDS}. The whole is resumed by {flag('resume')} as well")
+        console.say(f"model: {folder / 'model'}; load it with {how_to_load}")
+        return
     if "folds" in result:
         _show_folds(result, console)
     rows, score = [], score_of(result)

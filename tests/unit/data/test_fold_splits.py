@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -130,3 +131,19 @@ def test_folds_that_cannot_be_drawn():
         assert caught.value.key == "evaluate.folds"
     with pytest.raises(DataError, match="7 is more than the 4 images there are"):
         opened({"train": split_of("train", [0, 0, 1, 1])}, Fold(7, 1, None))
+
+
+def test_what_train_and_validation_share_is_no_leak_where_they_are_pooled():
+    splits = {role: split_of(role, [0, 1] * 6, list("aabbccddeeff")) for role in ("train", "validation")}
+    splits = {role: replace(split, files_N=np.arange(12)) for role, split in splits.items()}
+    splits["test"] = split_of("test", [0, 1], ["x", "y"])
+    found = opened(splits, Fold(2, 1, 1), group_regex="a")
+    assert found.groups.shared == ()
+    assert not any("LEAK" in note for note in found.notes)
+    names = [set(split.groups_N.to_pylist()) for split in found.splits.values()]
+    assert sum(map(len, names)) == len(set.union(*names)) == 6
+    with pytest.raises(DataError, match="6 groups are in both train and validation"):
+        opened(splits, None, group_regex="a", validation_fraction=0.0)
+    splits["test"] = split_of("test", [0, 1], ["x", "a"])
+    with pytest.raises(DataError, match="1 group is in both train and test"):
+        opened(splits, Fold(2, 1, 1), group_regex="a")

@@ -149,12 +149,18 @@ def _refuse_unmatched(regex: str, paths: Sequence[str], names: Sequence[str | No
 
 
 def check_groups(
-    section: DataSection, tables: Mapping[Role, LabelledTable], good: Mapping[Role, Ints], place: str
+    section: DataSection,
+    tables: Mapping[Role, LabelledTable],
+    good: Mapping[Role, Ints],
+    place: str,
+    *,
+    pooled: bool = False,
 ) -> tuple[Shared, ...]:
     """Find groups that two splits of the source have.
 
     Args:
         good: rows that are not left out.
+        pooled: images of train and validation are dealt out anew, so that groups of both are in no two splits.
 
     Raises:
         DataError: there are some, and the recipe does not allow it.
@@ -163,7 +169,7 @@ def check_groups(
     found = []
     for one, other in combinations(named, 2):
         both = sorted(named[one].keys() & named[other].keys())
-        if both:
+        if both and not (pooled and {one, other} == {"train", "validation"}):
             found.append((Shared((one, other), len(both), both[0]), named[one][both[0]], named[other][both[0]]))
     if found and section.groups_across_splits == "error":
         shared, row, other_row = found[0]

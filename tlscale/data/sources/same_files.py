@@ -39,11 +39,14 @@ def check_files(
     good: Mapping[Role, Ints],
     classes: Sequence[str],
     place: str,
+    *,
+    pooled: bool = False,
 ) -> list[str]:
     """Return notes on files that several rows name.
 
     Args:
         good: rows that are not left out; the notes are on these.
+        pooled: images of train and validation are dealt out anew, so that files of both are in no two splits.
 
     Raises:
         DataError: one file has two labels.
@@ -64,10 +67,12 @@ def check_files(
             f"{place}: {len(clash):,} file{'s have' if len(clash) > 1 else ' has'} two labels: {both}",
             remedy="Keep the row (or the link) that is right",
         )
-    return _notes(tables, {role: numbers_N[good[role]] for role, numbers_N in numbered.items()}, good)
+    return _notes(tables, {role: numbers_N[good[role]] for role, numbers_N in numbered.items()}, good, pooled=pooled)
 
 
-def _notes(tables: Mapping[Role, LabelledTable], numbered: Mapping[Role, Ints], good: Mapping[Role, Ints]) -> list[str]:
+def _notes(
+    tables: Mapping[Role, LabelledTable], numbered: Mapping[Role, Ints], good: Mapping[Role, Ints], *, pooled: bool
+) -> list[str]:
     """Return notes on files that several rows of a split name, and on those that two splits share."""
     notes = []
     for role, files_N in numbered.items():
@@ -78,7 +83,7 @@ def _notes(tables: Mapping[Role, LabelledTable], numbered: Mapping[Role, Ints], 
             )
     for one, other in combinations(numbered, 2):
         shared = np.intersect1d(numbered[one], numbered[other])
-        if len(shared):
+        if len(shared) and not (pooled and {one, other} == {"train", "validation"}):
             row = int(good[other][np.flatnonzero(numbered[other] == shared[0])[0]])
             notes.append(
                 f"LEAK: rows name {len(shared):,} file{'s' * (len(shared) > 1)} in both {one} and {other}, such as "

@@ -115,9 +115,11 @@ def choose_splits(
     classes, tables, notes = source.classes, source.tables, source.notes
     files = {**source.files, **(contents or {})}
     good = {role: _good_rows(table, role, (bad or {}).get(role, ())) for role, table in tables.items()}
-    notes += (*check_files(tables, source.files, good, classes, source.place), *_absences(classes, tables, good))
+    pooled = fold is not None
+    notes += tuple(check_files(tables, source.files, good, classes, source.place, pooled=pooled))
+    notes += _absences(classes, tables, good)
     notes += _few_images(classes, len(good["train"]))
-    shared = check_groups(section, tables, good, source.place)
+    shared = check_groups(section, tables, good, source.place, pooled=pooled)
     splits = {role: ImageSplit(role, table, good[role]) for role, table in tables.items()}
     draws = _draw(tables["train"], files["train"], good["train"])
     splits["train"], limited = _limit_train(section, splits["train"], draws, seed)
@@ -125,7 +127,7 @@ def choose_splits(
         divided, drawn = _divide_train(section, splits, draws, classes, seed)
     else:
         divided, drawn = _divide_pool(section, splits, files, fold, classes, seed)
-    draw = "validation" in divided.keys() - tables.keys() or section.train_limit is not None or fold is not None
+    draw = "validation" in divided.keys() - tables.keys() or section.train_limit is not None or pooled
     groups = describe_groups(section, tables, good, shared, draw=draw)
     notes += () if groups is None else tuple(notes_on_groups(groups, good))
     return Chosen(classes, tables, divided, (*notes, *limited, *drawn), groups)
