@@ -82,16 +82,35 @@ _HOTTEST = 20.0
 
 
 def choose_calibration(labels_N: Ints, logits_NC: npt.NDArray[np.floating[Any]]) -> Calibration | None:
-    """Choose by images that were not fitted; None where there is none."""
+    """Choose by images that were not fitted; None where there is none.
+
+    The temperature is 1, and probabilities stay what they are, where these images do not tell it from 1: one that is
+    chosen by few of them would make good probabilities worse.
+    """
     if not len(labels_N):
         return None
     temperature = choose_temperature(labels_N, logits_NC)
+    if not _is_told_from_one(temperature, labels_N, logits_NC):
+        temperature = 1.0
     undecided = Calibration(
         temperature=temperature, num_images=len(labels_N), sets=LabelSets(level=SET_LEVEL, threshold=0.0)
     )
     shares_NC = undecided.probabilities(torch.from_numpy(logits_NC)).numpy()
     threshold = set_threshold(np.take_along_axis(shares_NC, labels_N[:, None], axis=1)[:, 0])
     return undecided.model_copy(update={"sets": LabelSets(level=SET_LEVEL, threshold=threshold)})
+
+
+def _is_told_from_one(temperature: float, labels_N: Ints, logits_NC: npt.NDArray[np.floating[Any]]) -> bool:
+    """Return whether a temperature lowers the cross-entropy by more than one standard error of the difference.
+
+    Of a temperature that fits best, that is two standard errors of its own, as the gain grows with its square.
+    """
+    rows = drawn_rows(len(logits_NC), max(_MOST_LOGITS // logits_NC.shape[1], 1))
+    logits = torch.from_numpy(np.nan_to_num(logits_NC[rows]).astype(np.float64))
+    labels = torch.from_numpy(labels_N[rows])[:, None]
+    before_N, after_N = ((logits / each).log_softmax(1).gather(1, labels)[:, 0] for each in (1.0, temperature))
+    gains_N = (after_N - before_N).numpy()
+    return len(gains_N) > 1 and float(gains_N.mean()) * math.sqrt(len(gains_N)) > float(gains_N.std(ddof=1))
 
 
 def set_threshold(true_share_N: Floats) -> float:

@@ -8,7 +8,7 @@ import torch
 from scipy.optimize import minimize_scalar
 
 from tlscale.models.calibration import Calibration, LabelSets
-from tlscale.training.calibration import choose_calibration, drawn_rows, set_threshold
+from tlscale.training.calibration import choose_calibration, choose_temperature, drawn_rows, set_threshold
 from tlscale.training.prediction_figures import _interval
 from tlscale.training.prediction_rows import _joined
 
@@ -37,15 +37,26 @@ def test_it_has_the_least_cross_entropy_against_targets_of_a_little_less_than_on
         return float(-(targets_NC * (scaled_NC - np.log(np.exp(scaled_NC).sum(1, keepdims=True)))).sum())
 
     best = float(np.exp(minimize_scalar(loss, bounds=(-3, 3), method="bounded", options={"xatol": 1e-10}).x))
-    assert choose_calibration(labels_N, logits_NC).temperature == pytest.approx(best, rel=1e-6)
+    assert choose_temperature(labels_N, logits_NC) == pytest.approx(best, rel=1e-6)
 
 
 @pytest.mark.parametrize("count", [1, 20])
 def test_few_images_that_are_all_right_do_not_make_it_sure_of_all(count):
     _, logits_NC = drawn(count, 3, 1.0)
-    chosen = choose_calibration(logits_NC.argmax(1), logits_NC)
-    sure_N = chosen.probabilities(torch.from_numpy(logits_NC)).amax(1)
+    temperature = choose_temperature(logits_NC.argmax(1), logits_NC)
+    sure_N = (torch.from_numpy(logits_NC) / temperature).softmax(1).amax(1)
     assert 0.5 < float(sure_N.mean()) < (count + 2) / (count + 3)
+
+
+def test_good_probabilities_stay_what_they_are():
+    """Of 100 draws of few images: by chance 5 tell another temperature from 1; of logits twice too large all do."""
+    found = {scale: 0 for scale in (1, 2)}
+    for seed in range(100):
+        labels_N, logits_NC = drawn(180, 10, 1.0, seed)
+        for scale in found:
+            found[scale] += choose_calibration(labels_N, scale * logits_NC).temperature != 1
+    assert found[1] <= 12
+    assert found[2] >= 98
 
 
 def test_labels_that_have_nothing_to_do_with_the_logits_take_all_sureness_away():
