@@ -36,6 +36,7 @@ def check_folds(whole: RunSetup, world_size: int) -> None:
     """
     recipe, every = whole.recipe, all_images(whole.recipe.evaluate)
     assert every is not None, "the recipe has folds"
+    _refuse_limit(whole)
     for fold in every.folds:
         check_stop("drawing folds")
         data = open_data(recipe.data, recipe.seed, fold=fold, bad_images=whole.bad_images)
@@ -46,6 +47,18 @@ def check_folds(whole: RunSetup, world_size: int) -> None:
         is_odd = bool(whole.stages) and least_in_a_pass(order, whole.split, whole.total_steps) == 1
         if fold.number == 1 or is_odd:
             set_up(recipe, world_size=world_size, part=Part(fold), bad_images=whole.bad_images, is_new=True)
+
+
+def _refuse_limit(whole: RunSetup) -> None:
+    """Refuse a limit of train where a given validation split is pooled with it, which it does not limit."""
+    limit, count = whole.recipe.data.train_limit, len(whole.data.train)
+    if limit is not None and count > limit:
+        raise DataError(
+            f"{limit:,} limits the train split alone, and with evaluate.folds {count - limit:,} images of the given "
+            "validation split come on top",
+            key="data.train_limit",
+            remedy="Take it out, or the validation split out of the data",
+        )
 
 
 def _refuse_absent(whole: ImageData, data: ImageData) -> None:

@@ -33,9 +33,10 @@ def refuse_idle(
         RecipeError: there is one.
     """
     found = [*_of_groups(recipe, data), *_of_classes(recipe, data)] if fold is None or fold.holds_none else []
-    if not stages and fold is None and data.validation is None and asks_for(recipe, "evaluate.select"):
+    has_fold = fold is None or not fold.holds_none
+    if not stages and has_fold and data.validation is None and asks_for(recipe, "evaluate.select"):
         found.append(("evaluate.select", "there is no validation split to choose by"))
-    if stages and not (fold is not None and fold.holds_none):
+    if stages and has_fold:
         found += _of_validation(recipe, data)
         found += _of_patience(recipe, stages, order)
         found += _of_layers(recipe, classifier, stages)
