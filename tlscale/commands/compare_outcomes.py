@@ -55,6 +55,8 @@ class Outcome:
     """The split of the score, where its images also chose the step, layer or strength."""
     scored_model: str | None = None
     """`exported`, or `before_refit`: then the exported model has no score of its own."""
+    folds: tuple[int, int] | None = None
+    """Their number and that of repeats; None: no cross-validation."""
     majority: dict[str, Any] | None = None
     """`label` and `top1` of always saying the most frequent class of the training images."""
 
@@ -131,6 +133,7 @@ def finished(variant: str, size: int | None, seed: int, folder: RunFolder, resul
         selected_on=score.get("selected_on"),
         scored_model=score.get("scored_model"),
         majority=result.get("majority"),
+        folds=(result["folds"]["num_folds"], result["folds"]["num_repeats"]) if "folds" in result else None,
     )
 
 

@@ -180,9 +180,19 @@ def _notes_on_tests(rows: Sequence[Row], pairs: Sequence[Pair]) -> list[str]:
         names = ", ".join(run.folder for row in others for run in row.runs)
         lines.append(
             f"'No paired test': {names} or the best of the size has no predictions.parquet (an older tlscale made it), "
-            "or the two were scored on different images. Nothing is said on whether they differ by more than chance."
+            "or the two were scored on different images, or in other repeats of folds. Nothing is said on whether they "
+            "differ by more than chance."
         )
     return lines
+
+
+def _note_on_folds(done: Sequence[Outcome]) -> list[str]:
+    """Note runs of other numbers of folds: their models were fitted to other shares of the images."""
+    numbers = {run.folder: run.folds[0] for run in done if run.folds is not None}
+    if len(set(numbers.values())) < 2:
+        return []
+    listed = ", ".join(f"{folder}: {number}" for folder, number in numbers.items())
+    return [f"The runs have other numbers of folds ({listed}): with more of them each model is fitted to more images."]
 
 
 def _notes_on_selection(done: Sequence[Outcome]) -> list[str]:
@@ -191,7 +201,8 @@ def _notes_on_selection(done: Sequence[Outcome]) -> list[str]:
         return []
     if done[0].split == FOLDS:
         return [
-            "Each image is answered by models of folds, which were not fitted to it and for which it chose nothing."
+            "Each image is answered by models of folds, which were not fitted to it and for which it chose nothing.",
+            *_note_on_folds(done),
         ]
     chosen = ", ".join(dict.fromkeys(run.variant for run in done if run.selected_on is not None))
     refitted = ", ".join(dict.fromkeys(run.variant for run in done if run.scored_model == "before_refit"))

@@ -320,3 +320,9 @@ def test_the_picture_of_one_run_does_not_change_matplotlib(tmp_path):
 
 def test_cells_cannot_break_the_page():
     assert "| a \\| b |" in markdown("x", [outcome("a | b")])
+
+
+def test_runs_of_other_numbers_of_folds_are_told():
+    five, ten = (outcome(str(number), split="folds", folds=(number, 1)) for number in (5, 10))
+    assert any("other numbers of folds" in note for note in notes([five, ten], []))
+    assert not any("other numbers" in note for note in notes([five, replace(ten, folds=(5, 2))], []))
