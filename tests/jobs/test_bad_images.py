@@ -184,3 +184,20 @@ def test_an_unfinished_run_that_would_see_its_images_in_another_way_is_refused(t
         tlscale.run(recipe, out, resume=True)
     # A finished one is evaluated with the input that is stored with its model.
     assert CliRunner().invoke(main, ["evaluate", str(tmp_path / "run")]).exit_code == 0
+
+
+@pytest.mark.parametrize("in_chans", [3, 5])
+def test_an_image_of_other_channels_than_the_network_takes_is_left_out(tmp_path, in_chans):
+    for name, image in [(name, image) for name in ("a", "b") for image in range(6)]:
+        channels = 8 - in_chans if (name, image) == ("a", 2) else in_chans
+        (tmp_path / "data" / name).mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(image).integers(0, 256, (8, 8, channels), dtype=np.uint8)
+        np.save(tmp_path / "data" / name / f"{image}.npy", pixels)
+    backbone = {"name": "test_resnet", "weights": "none", "in_chans": in_chans}
+    recipe = small_recipe(tmp_path / "recipe.yaml", tmp_path / "data", data=SKIP, backbone=backbone)
+    for _ in range(2):  # by the pixels, and by what was found then
+        found = set_up(recipe, world_size=1).data.bad_images.found["train"]
+        assert [row for row, _ in found] == [2]
+        assert f"backbone.in_chans is {in_chans}" in found[0][1] or in_chans == 3
+    output = CliRunner().invoke(main, ["plan", str(tmp_path / "recipe.yaml"), "--check-images"]).output
+    assert "1 of 12 images cannot be read" in output

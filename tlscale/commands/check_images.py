@@ -14,7 +14,7 @@ from tlscale.tracking.console import Console
 from tlscale.tracking.progress import Pace
 
 
-def check_images(section: DataSection, console: Console) -> None:
+def check_images(section: DataSection, in_chans: int, console: Console) -> None:
     """Decode every image of all splits, on all cores.
 
     Raises:
@@ -24,7 +24,7 @@ def check_images(section: DataSection, console: Console) -> None:
     splits = read_source(section).splits
     num_images = sum(len(split.store) for split in splits.values())
     pace = Pace(num_images, "checking images", console)
-    bad_images = find_bad(section, splits, on_images=pace.add)
+    bad_images = find_bad(section, splits, in_chans=in_chans, on_images=pace.add)
     for reason in bad_images.reasons():
         console.say(reason)
     if not len(bad_images):

@@ -198,7 +198,10 @@ def refuse_other_data(variants: Sequence[Variant]) -> None:
         distinct.setdefault(repr([getattr(section, key) for key in keys if key != "train_limit"]), variant)
     if len(distinct) < 2:
         return
-    opened = {variant.label: open_data(variant.recipe.data, variant.recipe.seed) for variant in distinct.values()}
+    opened = {
+        variant.label: open_data(variant.recipe.data, variant.recipe.seed, in_chans=variant.recipe.backbone.in_chans)
+        for variant in distinct.values()
+    }
     images = {
         label: (str(data.identity["fingerprint"]), len(data.test) if data.test is not None else None)
         for label, data in opened.items()

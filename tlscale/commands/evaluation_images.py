@@ -168,7 +168,9 @@ def own_split(run: FinishedRun, name: Role | None) -> Scored:
     if run.trained.scored_on == FOLDS:
         notes.append(ABOUT_FOLDS)
     scored = Scored(splits[name], figures, run.majority_label(data), notes)
-    return without_bad(scored, section) if section.on_bad_image == "error" else scored  # else the run noted them
+    return (
+        without_bad(scored, section, run.trained.input_spec.in_chans) if section.on_bad_image == "error" else scored
+    )  # else the run noted them
 
 
 def other_images(
@@ -183,7 +185,8 @@ def other_images(
         found = open_labelled(section, run.trained.classes, name=name, named=named)
     counts, label, note = processes.run_on_main(_trained_on, run, found.split)
     about = {"split": found.of, "source": section.source, "data": data_name(section), "own": False}
-    return without_bad(Scored(found.split, {**about, **counts}, label, [*found.notes, note]), section)
+    scored = Scored(found.split, {**about, **counts}, label, [*found.notes, note])
+    return without_bad(scored, section, run.trained.input_spec.in_chans)
 
 
 def _trained_on(run: FinishedRun, scored: ImageSplit) -> tuple[dict[str, int | None], str | None, str]:
@@ -206,12 +209,12 @@ def _trained_on(run: FinishedRun, scored: ImageSplit) -> tuple[dict[str, int | N
     return counts, run.majority_label(data), note + (": the figures are too good by those" if num else "")
 
 
-def without_bad(scored: Scored, section: DataSection) -> Scored:
+def without_bad(scored: Scored, section: DataSection, in_chans: int) -> Scored:
     """Drop the images that cannot be read, and count them, where `data.on_bad_image` is `skip`."""
     if section.on_bad_image != "skip":
         return scored
     max_pixels, reading = round(section.max_megapixels * 1e6), Reading.of(section)
-    bad = find_bad_images(scored.split, max_pixels=max_pixels, reading=reading)
+    bad = find_bad_images(scored.split, max_pixels=max_pixels, in_chans=in_chans, reading=reading)
     if len(bad) == len(scored.split):
         raise DataError(f"none of the {len(bad):,} images can be read; the first: {bad[0][1]}")
     notes = [f"skipped {len(bad):,} of {len(scored.split):,} images, which cannot be read: {bad[0][1]}"] if bad else []

@@ -60,7 +60,7 @@ def plan(recipe: Recipe, *, world_size: int, checks_images: bool = False, as_jso
     console = Console(stderr=as_json)
     with console.shows_progress():
         if checks_images:
-            check_images(recipe.data, console)
+            check_images(recipe.data, recipe.backbone.in_chans, console)
         if recipe.probe is None:
             refuse_codes_of_a_probe(recipe.codes)
         whole = all_images(recipe.evaluate)

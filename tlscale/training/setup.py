@@ -183,7 +183,8 @@ def set_up(
     watch = watch or Stopwatch()
     fold = part.fold if part is not None else all_images(recipe.evaluate)
     with watch("scan"):
-        data = open_data(recipe.data, recipe.seed, fold=fold, bad_images=bad_images, tries_images=tries_images)
+        opened = partial(open_data, in_chans=recipe.backbone.in_chans, tries_images=tries_images)
+        data = opened(recipe.data, recipe.seed, fold=fold, bad_images=bad_images)
     _refuse_no_images(data, fold)
     check_stop("setting up")
     backbone, weights, earlier = _backbone(recipe)

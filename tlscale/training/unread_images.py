@@ -68,13 +68,14 @@ def _find_more(setup: RunSetup, within_s: float = 5.0) -> Unread:
     bad: Unread = []
     section = pipeline_spec(setup, torch.device("cpu")).section
     max_pixels, reading = round(section.max_megapixels * 1e6), Reading.of(section)
+    in_chans = setup.recipe.backbone.in_chans
     for split in (setup.data.train, setup.data.validation):
         for start in range(0, 0 if split is None else len(split), _BLOCK):
             if time.monotonic() > end:
                 return bad
             assert split is not None
             rows = range(start, min(start + _BLOCK, len(split)))
-            found = find_bad_images(split, max_pixels=max_pixels, reading=reading, rows=rows)
+            found = find_bad_images(split, max_pixels=max_pixels, in_chans=in_chans, reading=reading, rows=rows)
             bad += [(split.name, position, why) for position, why in found]
     return bad
 

@@ -75,11 +75,13 @@ def find_bad(
     section: DataSection,
     splits: Mapping[Role, SourceSplit],
     *,
+    in_chans: int | None = None,
     on_images: Callable[[int], None] | None = None,
 ) -> BadImages:
     """Try every image of every split.
 
     Args:
+        in_chans: channels that the network takes; None: as many as an image has.
         on_images: called with a number of images whenever so many more are tried.
 
     Raises:
@@ -87,11 +89,16 @@ def find_bad(
     """
     max_pixels = round(section.max_megapixels * 1e6)
     reading = Reading.of(section)
-    known, found = _Checked(max_pixels, reading), {}
+    known, found = _Checked(max_pixels, reading, in_chans), {}
     try:
         for role, split in splits.items():
             found[role] = find_bad_images(
-                split.store, max_pixels=max_pixels, reading=reading, known=known, on_images=on_images
+                split.store,
+                max_pixels=max_pixels,
+                in_chans=in_chans,
+                reading=reading,
+                known=known,
+                on_images=on_images,
             )
     finally:
         known.save()
@@ -102,6 +109,7 @@ def find_bad_images(
     images: RawStore | ImageSplit,
     *,
     max_pixels: int,
+    in_chans: int | None = None,
     reading: Reading = PLAIN,
     rows: Sequence[int] | None = None,
     known: _Checked | None = None,
@@ -110,6 +118,7 @@ def find_bad_images(
     """Return the images that cannot be read, each with the reason.
 
     Args:
+        in_chans: as `find_bad`.
         rows: which to try; None: all.
         known: what was found sound before, of images of a store; what is found now is added.
         on_images: as `find_bad`.
@@ -130,8 +139,8 @@ def find_bad_images(
                 # An array takes no decoding, and so nothing is remembered of it.
                 digest = content_digest(raw) if known is not None and isinstance(raw, bytes) else None
                 if known is None or digest not in known:
-                    # How many channels a network takes is not known here.
-                    decode_image(raw, in_chans=None, max_pixels=max_pixels, where=images.where(row), reading=reading)
+                    where = images.where(row)
+                    decode_image(raw, in_chans=in_chans, max_pixels=max_pixels, where=where, reading=reading)
                 if digest is not None:
                     sound[digest] = stamp
             except DataError as error:
@@ -164,8 +173,9 @@ _Sound = dict[bytes, bytes | None]
 class _Checked:
     """Digests of images that were decoded and found sound, by these rules and this Pillow."""
 
-    def __init__(self, max_pixels: int, reading: Reading) -> None:
+    def __init__(self, max_pixels: int, reading: Reading, in_chans: int | None) -> None:
         rules = f"{_RULES} {PIL.__version__} {max_pixels}" + ("" if reading == PLAIN else f" {reading}")
+        rules += "" if in_chans in (1, 3) else f" channels: {in_chans}"  # of grey and RGB each becomes the other
         self._folder = cache_root() / "checked" / text_sha256(rules)[:16]
         self._known: set[bytes] = set()
         self._new: set[bytes] = set()

@@ -100,6 +100,7 @@ def open_data(
     fold: Fold | None = None,
     bad_images: BadImages | None = None,
     tries_images: bool = True,
+    in_chans: int | None = None,
 ) -> ImageData:
     """Find the images of a recipe.
 
@@ -109,13 +110,14 @@ def open_data(
         fold: the part of a cross-validation, as `choose_splits` takes it.
         bad_images: those that the run skips, found when it began; None: find them, if the recipe skips them.
         tries_images: decode images to find those that are to be skipped; else all are taken as sound.
+        in_chans: channels that the network takes: an image of others is one to be skipped. None: any.
 
     Raises:
         DataError: missing or wrong, with the place and what to do.
     """
     source = read_source(section)
     known = bad_images
-    bad_images, skip_notes = _bad_images(section, source, known, tries_images=tries_images)
+    bad_images, skip_notes = _bad_images(section, source, known, in_chans, tries_images=tries_images)
     early = {} if bad_images.is_late else bad_images.found
     bad = {role: [row for row, _ in rows] for role, rows in early.items()}
     reads = tries_images or known is not None
@@ -161,14 +163,14 @@ def _chosen(
 
 
 def _bad_images(
-    section: DataSection, source: Source, known: BadImages | None, *, tries_images: bool
+    section: DataSection, source: Source, known: BadImages | None, in_chans: int | None, *, tries_images: bool
 ) -> tuple[BadImages, list[str]]:
     """Return the images to be skipped, and notes on them."""
     if section.on_bad_image == "error":
         return BadImages(), []
     if known is None and not tries_images:
         return BadImages(), ["data.on_bad_image: skip: all images are taken as sound here; a run tries each of them"]
-    bad_images = known if known is not None else find_bad(section, source.splits)
+    bad_images = known if known is not None else find_bad(section, source.splits, in_chans=in_chans)
     return bad_images, [
         f"SKIPPED: {count:,} of {len(source.splits[role].label_ids_N):,} images of {role} cannot be read "
         "(data.on_bad_image); all are listed in run.json"
