@@ -144,3 +144,55 @@ def test_originals_beside_their_pictures_are_not_trained_on(tmp_path):
         (tmp_path / name).write_bytes(name.encode())
     with pytest.raises(DataError, match=r"several kinds by their endings: pictures, such as 'test/air/1.png'; DICOM"):
         open_data(DataSection(source="folder", path=str(tmp_path)), 0)
+
+
+def test_what_is_there_and_empty_is_not_there():
+    grey = RANDOM.integers(0, 256, (6, 8), dtype=np.uint8)
+    empty = dict.fromkeys(("WindowCenter", "WindowWidth", "RescaleSlope", "RescaleIntercept", "PixelPaddingValue"))
+    assert np.array_equal(decoded(dicom(grey, **empty))[:, :, 0], grey)
+    assert "without a window" in wrong(dicom(stored(HOUNSFIELD), **CT, WindowCenter=40, WindowWidth=None))
+    raw = dicom(stored(HOUNSFIELD), RescaleSlope=None, RescaleIntercept=-1024)
+    assert np.array_equal(
+        decoded(raw, value_range=(-2000, 2000)), decoded(dicom_of_intercept(), value_range=(-2000, 2000))
+    )
+
+
+def dicom_of_intercept() -> bytes:
+    return dicom(stored(HOUNSFIELD), RescaleSlope=1, RescaleIntercept=-1024)
+
+
+@pytest.mark.parametrize("alone", [{"RescaleIntercept": -1024}, {"RescaleSlope": 3}])
+def test_slope_and_intercept_hold_each_by_itself(alone):
+    values = stored(HOUNSFIELD) * float(alone.get("RescaleSlope", 1)) + alone.get("RescaleIntercept", 0)
+    found = decoded(dicom(stored(HOUNSFIELD), **alone), value_range=(-2000, 5000))
+    assert np.array_equal(found[:, :, 0], ((values + 2000) / 7000).clip(0, 1).astype(np.float32))
+
+
+@pytest.mark.parametrize("padding", [{"PixelPaddingValue": 0}, {"PixelPaddingValue": 3, "PixelPaddingRangeLimit": 0}])
+def test_padding_is_black_where_numbers_are_turned_round(padding):
+    numbers = np.arange(60, dtype=np.uint16).reshape(6, 10)
+    raw = dicom(numbers, "MONOCHROME1", WindowCenter=30, WindowWidth=60, **padding)
+    is_padding = numbers <= padding["PixelPaddingValue"]
+    plain = decoded(dicom(numbers, "MONOCHROME1", WindowCenter=30, WindowWidth=60))
+    for found, other in (
+        (decoded(raw), plain),
+        (decoded(raw, value_range=(0, 60)), decoded(dicom(numbers, "MONOCHROME1"), value_range=(0, 60))),
+    ):
+        assert not found[is_padding].any()
+        assert np.array_equal(found[~is_padding], other[~is_padding])
+        assert found.dtype == other.dtype
+    unsigned = dicom(HOUNSFIELD, "MONOCHROME1")
+    file = pydicom.dcmread(io.BytesIO(unsigned))
+    file.add_new("PixelPaddingValue", "US", int(HOUNSFIELD.astype(np.uint16)[0, 0]))
+    out = io.BytesIO()
+    file.save_as(out)
+    assert decoded(out.getvalue(), value_range=(-5000, 5000))[0, 0, 0] == 0
+
+
+@pytest.mark.parametrize("function", ["LINEAR", "LINEAR_EXACT", "SIGMOID"])
+def test_a_window_of_no_width_is_none(function):
+    tags = {"WindowCenter": 40, "WindowWidth": 0, "VOILUTFunction": function}
+    assert "without a window" in wrong(dicom(stored(HOUNSFIELD), **tags))
+    grey = RANDOM.integers(0, 256, (6, 8), dtype=np.uint8)
+    assert np.array_equal(decoded(dicom(grey, **tags))[:, :, 0], grey)
+    assert decoded(dicom(grey, WindowCenter=128, WindowWidth="0.1", VOILUTFunction="SIGMOID")).max() == 255

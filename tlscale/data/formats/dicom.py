@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -61,10 +61,12 @@ def read_dicom(
         return numbers
     is_inverted = kind == "MONOCHROME1"
     numbers_HW = _rescaled(numbers, tags)
-    if value_range is not None:
-        return (float(sum(value_range)) - numbers_HW if is_inverted else numbers_HW)[:, :, None]
-    grey_HW = _windowed(numbers_HW, tags)
-    return (255 - grey_HW if is_inverted else grey_HW)[:, :, None]
+    if value_range is None:
+        numbers_HW = _windowed(numbers_HW, tags)
+    if is_inverted:
+        black, white = (0, 255) if value_range is None else map(float, value_range)
+        numbers_HW = np.where(_is_padding(numbers, tags), black, black + white - numbers_HW)
+    return (numbers_HW.astype(np.uint8) if value_range is None else numbers_HW)[:, :, None]
 
 
 def _kind_of(tags: Any) -> str:  # noqa: ANN401 (pydicom's)
@@ -95,21 +97,32 @@ def _unpacked(tags: Any) -> Array:  # noqa: ANN401
 def _rescaled(numbers_HW: Array, tags: Any) -> Array:  # noqa: ANN401
     from pydicom.pixels import apply_rescale
 
-    slope, intercept = tags.get("RescaleSlope", 1), tags.get("RescaleIntercept", 0)
-    if (slope, intercept) == (1, 0) and "ModalityLUTSequence" not in tags:
-        return numbers_HW
-    return np.asarray(apply_rescale(numbers_HW, tags))
+    if tags.get("ModalityLUTSequence"):
+        return np.asarray(apply_rescale(numbers_HW, tags))
+    slope, intercept = _first(tags, "RescaleSlope"), _first(tags, "RescaleIntercept")
+    slope, intercept = 1.0 if slope is None else slope, 0.0 if intercept is None else intercept
+    return numbers_HW if (slope, intercept) == (1, 0) else numbers_HW.astype(np.float64) * slope + intercept
+
+
+def _is_padding(numbers_HW: Array, tags: Any) -> npt.NDArray[np.bool_]:  # noqa: ANN401
+    """Return where the file says that nothing was seen; such numbers are those that are stored."""
+    ends = [_first(tags, name) for name in ("PixelPaddingValue", "PixelPaddingRangeLimit")]
+    if ends[0] is None:
+        return np.zeros(numbers_HW.shape, bool)
+    # As the pixels are: some files have the unsigned form of a negative number.
+    stored = [int(np.asarray(int(end)).astype(numbers_HW.dtype)) for end in ends if end is not None]
+    return (numbers_HW >= min(stored)) & (numbers_HW <= max(stored))
 
 
 def _windowed(numbers_HW: Array, tags: Any) -> npt.NDArray[np.uint8]:  # noqa: ANN401
     """Scale numbers to 8 bits by the table or the window that the file brings along, the first if there are several."""
     from pydicom.pixels import apply_voi
 
+    center, width = _first(tags, "WindowCenter"), _first(tags, "WindowWidth")
     if tags.get("VOILUTSequence"):
         table = tags.VOILUTSequence[0]
         shares_HW = apply_voi(numbers_HW, tags) / (2 ** int(table.LUTDescriptor[2]) - 1)
-    elif "WindowCenter" in tags and "WindowWidth" in tags:
-        center, width = (_first(tags[name].value) for name in ("WindowCenter", "WindowWidth"))
+    elif center is not None and width is not None and width > 0:
         shares_HW = _share(numbers_HW.astype(np.float64), center, width, str(tags.get("VOILUTFunction") or "LINEAR"))
     elif numbers_HW.dtype == np.uint8:
         return numbers_HW
@@ -119,14 +132,18 @@ def _windowed(numbers_HW: Array, tags: Any) -> npt.NDArray[np.uint8]:  # noqa: A
     return np.asarray(np.rint(np.clip(shares_HW, 0.0, 1.0) * 255), dtype=np.uint8)
 
 
-def _first(value: Any) -> float:  # noqa: ANN401
-    return float(value[0] if hasattr(value, "__len__") and not isinstance(value, str) else value)
+def _first(tags: Any, name: str) -> float | None:  # noqa: ANN401
+    """Return a number of the file, the first if there are several; None also of what is there and empty."""
+    value = tags.get(name)
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        value = next(iter(value), None)
+    return None if value is None or value == "" else float(value)
 
 
 def _share(numbers_HW: Array, center: float, width: float, function: str) -> Array:
     """Return 0 at the lower end of the window and 1 at the upper, as DICOM has it (part 3, C.11.2.1.2 and 3)."""
     if function == "SIGMOID":
-        return np.asarray(1 / (1 + np.exp(-4 * (numbers_HW - center) / width)))
+        return np.asarray(1 / (1 + np.exp(np.minimum(-4 * (numbers_HW - center) / width, 700))))
     if function == "LINEAR_EXACT":
         return (numbers_HW - center) / width + 0.5
     return (numbers_HW - (center - 0.5)) / max(width - 1, 1e-9) + 0.5
