@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 
 import numpy as np
 import pytest
@@ -199,6 +200,46 @@ def test_bands_of_a_tiff(layout, dtype):
     start = int(tifffile.TiffFile(io.BytesIO(raw)).pages[0].dataoffsets[0])
     said = wrong(raw[: start + 80], 5, reading)
     assert "damaged or cut short" in said or layout == "pages"  # whose other pages are found behind the data
+
+
+@pytest.mark.parametrize("keys", [{}, {"metadata": None}])
+def test_pages_without_a_name_are_bands(keys):
+    tifffile = pytest.importorskip("tifffile")
+    bands = RANDOM.integers(0, 250, (5, 6, 9)).astype(np.uint16)
+    file = io.BytesIO()
+    tifffile.imwrite(file, bands, **keys)
+    assert np.array_equal(decoded(file.getvalue(), 5), expected(np.moveaxis(bands, 0, 2)))
+    assert "it has 5 channels" in wrong(file.getvalue(), 4)
+    slices = io.BytesIO()
+    tifffile.imwrite(slices, bands, metadata={"axes": "ZYX"})
+    assert "a TIFF with the axes ZYX" in wrong(slices.getvalue(), 5)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_bands_are_turned_as_pillow_turns_grey(orientation):
+    tifffile = pytest.importorskip("tifffile")
+    numbers = RANDOM.integers(0, 1200, (6, 9)).astype(np.uint16)
+    turned = []
+    for array, in_chans in ((numbers, 1), (np.stack([numbers, 1200 - numbers], 2), 2)):
+        file = io.BytesIO()
+        keys = {"photometric": "minisblack", "planarconfig": "contig", "extratags": [(274, 3, 1, orientation, True)]}
+        tifffile.imwrite(file, array, **keys)
+        turned.append(decoded(file.getvalue(), in_chans))
+        assert header_hw(io.BytesIO(file.getvalue()), "here") == turned[-1].shape[:2]
+    assert np.array_equal(turned[0][:, :, 0], turned[1][:, :, 0])
+
+
+def test_a_packed_tiff_says_what_unpacks_it(monkeypatch):
+    pytest.importorskip("tifffile")
+    monkeypatch.setitem(sys.modules, "imagecodecs", None)
+    file = io.BytesIO()
+    Image.fromarray(RANDOM.integers(0, 255, (6, 9, 4), dtype=np.uint8), "RGBA").save(
+        file, "TIFF", compression="tiff_lzw"
+    )
+    said = wrong(file.getvalue(), 4)
+    assert "packed (LZW)" in said
+    assert "pip install imagecodecs" in said
+    assert "damaged" not in said
 
 
 def test_sixteen_bit_colour_of_a_tiff():

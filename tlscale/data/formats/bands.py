@@ -1,7 +1,8 @@
 """Read TIFF files of any number of bands and bits by tifffile (the extra `bands`), as they are stored.
 
 Promise: no number is converted, and a file without all of its data is damaged. Of several images in a file the first
-series is taken, whose pages may be the bands.
+series is taken, whose pages may be the bands, unless the file says that they are slices or moments. It is turned as its
+Orientation says, as Pillow does with others.
 """
 
 from __future__ import annotations
@@ -9,13 +10,16 @@ from __future__ import annotations
 import importlib.util
 import io
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 from tlscale.data.formats.arrays import Array
+from tlscale.data.formats.convert import ORIENTATION_TAG, upright_array
 from tlscale.data.formats.unread import UnreadError
 
-_ORDERS = {"YX": "YX", "YXS": "YXS", "SYX": "SYX", "CYX": "SYX"}  # axes of tifffile -> of them, S the bands
+# Axes of tifffile -> of them, S the bands; I are pages, and Q is what nobody gave a name.
+_ORDERS = {"YX": "YX", "YXS": "YXS", "SYX": "SYX", "CYX": "SYX", "QYX": "SYX", "IYX": "SYX"}
 _WHITE_IS_ZERO = 0
 _CUT = "the image is damaged or cut short: parts of it are not there"
 
@@ -47,10 +51,22 @@ def read_bands(raw: bytes, check_size: Callable[[int, int], None]) -> Array:
             raise UnreadError(_CUT)
         for page in series.pages:
             _check_page(page, len(raw))
-        numbers = np.asarray(series.asarray())
+        orientation = int(getattr(series.keyframe.tags.get(ORIENTATION_TAG), "value", 1))
+        numbers = _unpacked(series)
     if axes == "YX":
-        return numbers[:, :, None]
-    return np.moveaxis(numbers, 0, 2) if axes == "SYX" else numbers
+        numbers = numbers[:, :, None]
+    return upright_array(np.moveaxis(numbers, 0, 2) if axes == "SYX" else numbers, orientation)
+
+
+def _unpacked(series: Any) -> Array:  # noqa: ANN401 (tifffile's)
+    try:
+        return np.asarray(series.asarray())
+    except Exception as error:
+        if "imagecodecs" not in str(error):
+            raise
+        name = getattr(series.keyframe.compression, "name", "in a way")
+        remedy = "Install what unpacks it: pip install imagecodecs; or save it without, by deflate, or as .npy"
+        raise UnreadError(f"a TIFF of several bands that is packed ({name})", remedy) from None
 
 
 def _check_page(page: object, num_bytes: int) -> None:

@@ -12,7 +12,7 @@ from tlscale.data.formats.arrays import Array
 from tlscale.data.formats.tiff import Meaning
 from tlscale.data.formats.unread import UnreadError
 
-_ORIENTATION_TAG = 0x0112
+ORIENTATION_TAG = 0x0112
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -29,10 +29,18 @@ def upright(image: Image.Image) -> Image.Image:
     """Turn an image as its EXIF orientation says."""
     # Read after load(): TIFF has been turned by then, and PNG may carry EXIF behind the pixels.
     try:
-        turn = _TURNS.get(image.getexif().get(_ORIENTATION_TAG, 1))
+        turn = _TURNS.get(image.getexif().get(ORIENTATION_TAG, 1))
     except Exception:  # damaged metadata do not make the pixels bad
         turn = None
     return image if turn is None else image.transpose(turn)
+
+
+def upright_array(numbers_HWC: Array, orientation: int) -> Array:
+    """Turn an array as `upright` turns an image."""
+    if orientation in (5, 6, 7, 8):
+        numbers_HWC = numbers_HWC.transpose(1, 0, 2)
+    rows, columns = orientation in (3, 4, 7, 8), orientation in (2, 3, 6, 7)
+    return numbers_HWC[:: -1 if rows else 1, :: -1 if columns else 1]
 
 
 def grey_or_rgb(image: Image.Image, in_chans: int) -> npt.NDArray[np.uint8]:

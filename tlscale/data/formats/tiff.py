@@ -17,7 +17,7 @@ from PIL import TiffImagePlugin
 _STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _WIDTH, _HEIGHT = 256, 257
 _SUBFILE, _BITS, _COMPRESSION, _PHOTOMETRIC, _FILL_ORDER = 254, 258, 259, 262, 266
-_SAMPLES, _PLANAR, _COLOUR_MAP, _INK_SET, _EXTRA, _FORMAT = 277, 284, 320, 332, 338, 339
+_ORIENTATION, _SAMPLES, _PLANAR, _COLOUR_MAP, _INK_SET, _EXTRA, _FORMAT = 274, 277, 284, 320, 332, 338, 339
 _RAW, _FAX, _JPEGS = 1, (2, 3, 4), (6, 7)
 _WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE, _CMYK, _YCBCR = 0, 1, 2, 3, 5, 6
 _COLOURS = {_WHITE_IS_ZERO: 1, _BLACK_IS_ZERO: 1, _RGB: 3, _PALETTE: 1, _CMYK: 4, _YCBCR: 3}
@@ -130,12 +130,13 @@ def needs_bands(raw: bytes, in_chans: int | None) -> bool:
 
 
 def tiff_size(file: BinaryIO) -> tuple[int, int]:
-    """Return height and width from the tags of a TIFF."""
+    """Return height and width from the tags of a TIFF, when it is upright."""
     head = file.read(16)
     tags = TiffImagePlugin.ImageFileDirectory_v2(head if 43 in head[2:4] else head[:8])
     file.seek(tags.next)
     tags.load(file)
-    return int(tags[_HEIGHT]), int(tags[_WIDTH])
+    height, width = int(tags[_HEIGHT]), int(tags[_WIDTH])
+    return (width, height) if tags.get(_ORIENTATION) in (5, 6, 7, 8) else (height, width)  # as Pillow has it
 
 
 def describe(raw: bytes) -> str:

@@ -13,4 +13,4 @@ class UnreadError(Exception):
 
 
 class OtherChannelsError(UnreadError):
-    """Raised for an image that is sound, and has other channels than the network takes: none to be skipped."""
+    """Raised for an image that is sound, and has other channels than the network takes."""
