@@ -265,6 +265,10 @@ def test_no_image_is_scored_by_a_model_that_started_from_one_that_was_fitted_to_
     setup = set_up(recipe_of(tmp_path, tmp_path / "others.parquet", **start), world_size=1)
     compare_with_earlier(setup)
     assert not any("LEAK" in note or "told" in note for note in setup.data.notes)
+    named = {**PROBE, "backbone": {"name": f"local-dir:{probed / 'model'}", "weights": "pretrained"}}
+    with pytest.raises(RecipeError, match="was fitted to 48 of 48") as caught:
+        compare_with_earlier(set_up(recipe_of(tmp_path, images, **named), world_size=1))
+    assert caught.value.key == "backbone.name"
     alone = shutil.copytree(probed / "model", tmp_path / "alone" / "model")
     start["backbone"] = {"name": "test_resnet", "weights": f"run:{alone}"}
     with pytest.raises(RecipeError, match="cannot be told"):

@@ -19,6 +19,8 @@ from tlscale.training.fold_parts import fold_of
 from tlscale.training.run_files import read_result, read_run_info
 from tlscale.training.setup import RunSetup
 
+_LOCAL = "local-dir:"
+_LEVELS = 3  # from a file of a checkpoint to its run
 _REMEDY = "Start from weights that were fitted to other images; or take evaluate.folds out, and score a test split"
 
 
@@ -74,10 +76,29 @@ def _note_on_seen(key: str, folder: Path, scored: ImageSplit) -> str | None:
 
 
 def _earlier_runs(recipe: Recipe) -> Iterator[tuple[str, Path]]:
-    if recipe.backbone.from_run:
-        yield "backbone.weights", Path(recipe.backbone.run)
-    if recipe.distill is not None and recipe.distill.run is not None:
-        yield "distill.run", Path(recipe.distill.run)
+    """Yield the runs that a recipe takes weights of, also by the name of a file or a folder in them, with the key."""
+    distill = recipe.distill
+    if distill is not None and distill.run is not None:
+        yield "distill.run", Path(distill.run)
+    for key, section in (
+        ("backbone", recipe.backbone),
+        ("distill.teacher", None if distill is None else distill.teacher),
+    ):
+        if section is None:
+            continue
+        if section.from_run:
+            yield f"{key}.weights", Path(section.run)
+        elif section.from_file and _run_of(Path(section.weights)) is not None:
+            yield f"{key}.weights", Path(section.weights)
+        elif section.name.startswith(_LOCAL) and _run_of(Path(section.name.removeprefix(_LOCAL))) is not None:
+            yield f"{key}.name", Path(section.name.removeprefix(_LOCAL))
+
+
+def _run_of(path: Path) -> RunFolder | None:
+    """Return the run that a file or folder is in, its own folder included; None where it is in none."""
+    path = path.expanduser().absolute()
+    above = (path, *list(path.parents)[:_LEVELS])
+    return next((RunFolder(place) for place in above if RunFolder(place).run_json.is_file()), None)
 
 
 def _fitted_images(path: Path) -> Iterator[ImageSplit]:
@@ -86,9 +107,9 @@ def _fitted_images(path: Path) -> Iterator[ImageSplit]:
     Raises:
         TlscaleError: they are not known, or not there.
     """
-    folder = RunFolder(path if (path / "model").is_dir() else path.parent)
-    run_info = read_run_info(folder)
-    if run_info is None:
+    folder = _run_of(path)
+    run_info = None if folder is None else read_run_info(folder)
+    if folder is None or run_info is None:
         raise DataError(f"'{path}' is no run folder, but a model alone")
     recipe = load_stored_recipe(folder.recipe).recipe
     then = run_info["data"]
