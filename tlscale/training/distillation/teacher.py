@@ -9,6 +9,7 @@ Shapes: B images, C classes, D numbers of a code.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tlscale.data.input_spec import InputSpec, resolve_input
-from tlscale.errors import ModelError, RecipeError, first_line
+from tlscale.errors import ModelError, RecipeError, Text, first_line
 from tlscale.models.backbone import build_backbone, function_digest
 from tlscale.models.classifier import Classifier, CodesClassifier
 from tlscale.models.export import load
@@ -28,6 +29,7 @@ from tlscale.recipe.schema import DataSection, DistillSection
 from tlscale.recipe.sections.network import MIN_MATCHED
 from tlscale.storage.files import text_sha256
 
+_MOST_OFF = 0.05  # of proportions: sizes are multiples of a patch
 LOGITS = "logits"
 """The name of the teacher's logits among its codes."""
 
@@ -90,8 +92,13 @@ def open_teacher(section: DistillSection, seed: int, classes: Sequence[str], stu
             range=None if student.range is None else list(student.range),
             channels_first=student.channels_first,
         )
-        sizes = [student.image_hw]
-        spec = resolve_input(data, in_chans=section.teacher.in_chans, pretrained_cfg=cfg, sizes=sizes)
+        sizes, in_chans = [student.image_hw], section.teacher.in_chans
+        _refuse_other_channels(in_chans, student, "distill.teacher.in_chans")
+        measured = student.mean, student.std
+        spec = resolve_input(data, in_chans=in_chans, pretrained_cfg=cfg, sizes=sizes, measure=lambda: measured)
+        if not isinstance(student.image_size, int):  # of squares each network has its own crop, as it always was
+            spec = replace(spec, crop_mode=student.crop_mode)
+        _refuse_other_part(spec, student)
         return _asked(section, backbone, None, spec, None, f"{section.teacher.name}, {report}")
     trained = load(section.run)
     if trained.thresholds is not None and section.logits > 0:
@@ -105,9 +112,32 @@ def open_teacher(section: DistillSection, seed: int, classes: Sequence[str], stu
         image_size=section.image_size or trained.input_spec.image_size,
         crop_pct=student.crop_pct,
     )
+    _refuse_other_channels(spec.in_chans, student, "distill.run")
+    _refuse_other_part(spec, student)
     order_C = _class_order(section, trained.classes, classes) if section.logits > 0 else None
     whole = trained.model if section.logits > 0 else None
     return _asked(section, _backbone(trained.model), whole, spec, order_C, f"the run in '{section.run}'")
+
+
+def _refuse_other_channels(in_chans: int, student: InputSpec, key: Text) -> None:
+    """Refuse a teacher that no image of the student's could be shown to: only grey becomes RGB, and RGB grey."""
+    if in_chans != student.in_chans and not {in_chans, student.in_chans} <= {1, 3}:
+        problem = f"the teacher takes {in_chans} channels, and backbone.in_chans is {student.in_chans}"
+        raise RecipeError(problem, key=key, remedy="Both are asked about the same images: take a teacher of as many")
+
+
+def _refuse_other_part(spec: InputSpec, student: InputSpec) -> None:
+    """Refuse a teacher that would be asked about another part of an image than the student sees."""
+    (height, width), (student_height, student_width) = spec.image_hw, student.image_hw
+    if spec.crop_mode == student.crop_mode == "squash":  # all of it, whatever the proportions
+        return
+    if abs(math.log(height * student_width / (width * student_height))) > _MOST_OFF:
+        raise RecipeError(
+            f"the teacher sees images of {pixels_in_words(spec.image_size)}, and the student of "
+            f"{pixels_in_words(student.image_size)}: other proportions, and so another part of each image",
+            key="distill.image_size",
+            remedy="Give it the student's proportions, or set data.crop_mode: squash, which shows all of an image",
+        )
 
 
 def _asked(
