@@ -84,7 +84,7 @@ def _kind_of(tags: Any) -> str:  # noqa: ANN401 (pydicom's)
 
 
 def _unpacked(tags: Any) -> Array:  # noqa: ANN401
-    from pydicom.pixels import pixel_array
+    from pydicom.pixels.utils import pixel_array
 
     try:
         return np.asarray(pixel_array(tags))  # YBR becomes RGB
@@ -95,7 +95,7 @@ def _unpacked(tags: Any) -> Array:  # noqa: ANN401
 
 
 def _rescaled(numbers_HW: Array, tags: Any) -> Array:  # noqa: ANN401
-    from pydicom.pixels import apply_rescale
+    from pydicom.pixels.processing import apply_rescale
 
     if tags.get("ModalityLUTSequence"):
         return np.asarray(apply_rescale(numbers_HW, tags))
@@ -116,7 +116,7 @@ def _is_padding(numbers_HW: Array, tags: Any) -> npt.NDArray[np.bool_]:  # noqa:
 
 def _windowed(numbers_HW: Array, tags: Any) -> npt.NDArray[np.uint8]:  # noqa: ANN401
     """Scale numbers to 8 bits by the table or the window that the file brings along, the first if there are several."""
-    from pydicom.pixels import apply_voi
+    from pydicom.pixels.processing import apply_voi
 
     center, width = _first(tags, "WindowCenter"), _first(tags, "WindowWidth")
     if tags.get("VOILUTSequence"):
