@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from tlscale.codes.addresses import SplitImages, ViewImages
 from tlscale.codes.batches import CodeViews
 from tlscale.codes.blocks import AddressedImages
+from tlscale.codes.decoders import decoders_of
 from tlscale.codes.extract import extract_codes
 from tlscale.codes.key import CodesKey
 from tlscale.codes.parts import Part, layer_parts
@@ -75,7 +76,7 @@ class CodesCache:
             DataError: an image cannot be read, or codes are not finite.
             Stopped: the run was asked to stop; what was computed stays in the store.
         """
-        return self._get(module, parts, SplitImages(split, self.images.uncached(split), self._to_inputs), split.name)
+        return self._get(module, parts, SplitImages(split, self.images.uncached(split), self._to_inputs), split)
 
     def layer_codes(
         self, backbone: nn.Module, wanted: list[tuple[str, str]], splits: Sequence[ImageSplit]
@@ -100,7 +101,7 @@ class CodesCache:
         codes = {}
         for view in views:
             images = ViewImages(split, view, spec.seed, augmenter, uncached, open_cached, self._to_inputs)
-            codes[view] = self._get(module, parts, images, split.name, augment=spec.augment)
+            codes[view] = self._get(module, parts, images, split, augment=spec.augment)
         return CodeViews(codes, split.labels_N, spec.section.views, augmenter, spec.seed)
 
     def forget_loaded(self) -> None:
@@ -120,7 +121,7 @@ class CodesCache:
         module: nn.Module,
         parts: Sequence[Part],
         images: AddressedImages,
-        split: str,
+        split: ImageSplit,
         augment: dict[str, float | None] | None = None,
     ) -> Codes:
         autocasts = self.spec.precision in ("bf16", "fp16")
@@ -131,25 +132,26 @@ class CodesCache:
             self.processes.local.mark_step()
             return codes
 
+        decoders = decoders_of(split, self.spec.inputs.spec)
         with self.watch("codes"):
             codes = extract_codes(
                 self.store,
-                [self._key(part, augment) for part in parts],
+                [self._key(part, augment, decoders) for part in parts],
                 images,
                 module=compute,
                 processes=self.processes,
                 console=self.console,
-                title=split,
+                title=split.name,
             )
         self.num_computed += codes.num_computed
-        self.cached_bytes[split] = self.cached_bytes.get(split, 0) + codes.num_bytes
+        self.cached_bytes[split.name] = self.cached_bytes.get(split.name, 0) + codes.num_bytes
         fits = self._loaded_bytes + codes.num_bytes <= self.spec.section.memory_mib * 2**20
         self._loaded_bytes += codes.num_bytes if fits else 0
         return codes.load() if fits else codes
 
-    def _key(self, part: Part, augment: dict[str, float | None] | None) -> CodesKey:
+    def _key(self, part: Part, augment: dict[str, float | None] | None, decoders: tuple[str, ...]) -> CodesKey:
         spec, device = self.spec, self.processes.device
-        packages = ("torch", "timm", "pillow", *(("torchvision", "numpy") if augment else ()))
+        packages = ("torch", "timm", "pillow", *(("torchvision", "numpy") if augment else ()), *decoders)
         return CodesKey(
             weights=part.weights,
             transform={"input": spec.inputs.spec.to_plain(), **({} if augment is None else {"augment": augment})},
