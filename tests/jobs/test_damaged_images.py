@@ -178,7 +178,9 @@ def test_a_chosen_checkpoint_that_is_lost_is_replaced_by_what_is_there(chose_ear
     assert lost["step"] == step
     assert "model.safetensors has" in lost["why"]
     assert result(out)["weights"] == "last"
-    assert result(out)["best"] == result(out)["last"] == result(whole)["last"]
+    assert result(out)["best"] == result(out)["last"]
+    # Figures that take all images at once are computed of the exported weights alone.
+    assert result(whole)["last"].items() <= result(out)["last"].items()
     assert "lost_weights" not in result(whole)
 
 

@@ -1,8 +1,8 @@
 """Score how unlike the training images an image is, by its frozen codes.
 
 The score is the Mahalanobis distance to the nearest class mean, with one covariance for all classes (Lee et al. 2018),
-squared, a feature: about 1 for images like those of training. Codes of a frozen network keep apart what training to
-tell the known classes from each other would let fall together.
+squared, a feature: about 1 for images like those of training. Codes of a frozen network are there in any case, and do
+not hang on which classes are known.
 
 Shapes: N images, B images of a batch, C classes, D features.
 """
