@@ -16,8 +16,6 @@ unknown ones that are not; and the size of what the model carries for it. `--tes
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import json
 import tempfile
 from collections import defaultdict
@@ -26,13 +24,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from by_seed import folder_name, put_rows, run_quietly
 from PIL import Image
 from sklearn.datasets import load_digits
 
 import tlscale
+from tlscale.codes.probes.ranking import Ranking
 from tlscale.data.sources.open import open_data
 from tlscale.recipe.schema import DataSection, Recipe
-from tlscale.training.ranking import Ranking
 from tlscale.training.unknown import fit_unknown
 
 RUNS: dict[str, dict[str, Any]] = {
@@ -48,12 +47,10 @@ def put_images(folder: Path, seed: int, args: argparse.Namespace) -> None:
     left_out = set(np.random.default_rng(seed).permutation(len(data.classes))[: args.left_out].tolist())
     for split, role, count in ((data.train, "train", args.train), (data.test, "test", args.test)):
         for number, name in enumerate(data.classes):
-            place = folder / ("left_out" if number in left_out else f"known/{role}") / name.replace("/", " or ")
+            place = folder / ("left_out" if number in left_out else f"known/{role}") / folder_name(name)
             if number in left_out and role == "train":
                 continue
-            place.mkdir(parents=True)
-            for row in np.flatnonzero(split.labels_N == number)[:count].tolist():
-                Image.fromarray(np.asarray(split.read(row)).squeeze()).save(place / f"{row:05}.png")
+            put_rows(split, np.flatnonzero(split.labels_N == number)[:count].tolist(), place)
     (folder / "digits").mkdir()
     for row, digit in enumerate(load_digits().images[: args.test]):
         Image.fromarray((digit * 15.9).astype(np.uint8)).save(folder / "digits" / f"{row:05}.png")
@@ -75,7 +72,7 @@ def recipe_of(folder: Path, seed: int, args: argparse.Namespace, name: str) -> R
 def auroc(known_N: np.ndarray, unknown_M: np.ndarray) -> float:
     """Return how often an unknown image has the higher score of the two."""
     scores = np.concatenate([known_N, unknown_M])
-    found = Ranking.of(np.arange(len(scores)) >= len(known_N), scores).auroc
+    found = Ranking(np.arange(len(scores)) >= len(known_N), scores).auroc
     assert found is not None
     return found
 
@@ -113,8 +110,7 @@ def main() -> None:
             folder = Path(place)
             put_images(folder, seed, args)
             for name in RUNS:
-                with contextlib.redirect_stdout(io.StringIO()):
-                    tlscale.run(recipe_of(folder, seed, args, name), folder / name)
+                run_quietly(recipe_of(folder, seed, args, name), folder / name)
                 model = tlscale.load(folder / name)
                 for score, values in by_score(model, folder).items():
                     for of in ("left out", "digits"):

@@ -13,10 +13,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from tlscale.codes.probes.ranking import Bools, Floats
 from tlscale.data.sources.tables import Ints
 from tlscale.models.calibration import Calibration, LabelSets
 from tlscale.training.metrics import NUM_BINS
-from tlscale.training.ranking import Bools, Floats
 
 _NUM_DRAWS = 4000
 _SEED = 20_242

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tlscale.codes.probes.ranking import Bools
 from tlscale.data.sources.tables import GroupNames, ImageSplit, Ints, number_groups
 from tlscale.training.metrics import wilson
 
@@ -40,6 +41,13 @@ def group_interval(hits_G: Ints, images_G: Ints) -> list[float] | None:
     sums_D2 = drawn_DK @ kinds_K2
     low, high = np.quantile(sums_D2[:, 0] / sums_D2[:, 1], [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
     return [min(float(low), share), max(float(high), share)]
+
+
+def interval_over_units(units_N: Ints, hits_N: Bools) -> list[float] | None:
+    """Return the 95% interval of a share of answers, of which those with an equal unit do not stand alone."""
+    _, of_answer = np.unique(units_N, return_inverse=True)
+    hits_G = np.bincount(of_answer, weights=hits_N).astype(np.int64)
+    return group_interval(hits_G, np.bincount(of_answer))
 
 
 class GroupHits:

@@ -15,19 +15,16 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tlscale.codes.probes.ranking import DEFAULT_THRESHOLD, Curve
+from tlscale.codes.probes.ranking import DEFAULT_THRESHOLD, Bools, Floats, Ranking, mean_known
 from tlscale.training.metrics import error_of_mean
 
 _Z95 = 1.959963984540054
 _DRAWS = (50, 200)  # at least, at most
 _MOST_RESAMPLED = 200_000_000  # labels of all draws: seconds
 _RESAMPLING_SEED = 20_242
-Bools = npt.NDArray[np.bool_]
-Floats = npt.NDArray[np.float64]
 
 
 def probabilities(logits_NC: Tensor) -> Tensor:
@@ -82,20 +79,19 @@ class LabelFigures:
         return len(self.labels_NC)
 
     @cached_property
-    def _curves(self) -> list[Curve | None]:
-        """Return how each class ranks the images; None of a class that no image has."""
+    def _rankings(self) -> list[Ranking]:
+        """Return how each class ranks the images."""
         scores_NC = np.nan_to_num(self.probabilities_NC, nan=-1.0)
-        pairs = zip(scores_NC.T, self.labels_NC.T, strict=True)
-        return [Curve(scores_N, has_N) if has_N.any() else None for scores_N, has_N in pairs]
+        return [Ranking(has_N, scores_N) for has_N, scores_N in zip(self.labels_NC.T, scores_NC.T, strict=True)]
 
     @cached_property
     def average_precisions(self) -> list[float | None]:
         """Return that of each class; None of a class that no image has."""
-        return [None if curve is None else float(curve.average_precision()) for curve in self._curves]
+        return [ranking.average_precision() for ranking in self._rankings]
 
     def mean_average_precision(self) -> float | None:
         """Return the mean over the classes that any image has; None where there is none."""
-        return _mean([value for value in self.average_precisions if value is not None])
+        return mean_known(self.average_precisions)
 
     def summary(self, class_names: Sequence[str], thresholds: Sequence[float] | None) -> dict[str, Any]:
         """Return all figures as plain JSON values; fractions 0..1.
@@ -130,17 +126,18 @@ class LabelFigures:
                 "num_images": count,
             }
         shares = [count / self.num_images for count in with_C.tolist() if count]
+        loss = mean_known(self.losses_N.tolist())
         figure, error = self.mean_average_precision(), self.standard_error("mean_average_precision")
         return {
             "num_images": self.num_images,
             "mean_average_precision": figure,
             "mean_average_precision_interval95": None if figure is None or error is None else _interval(figure, error),
-            "loss": _mean(self.losses_N.tolist()),
-            "macro_f1": _mean([row["f1"] for row in per_class.values() if row["f1"] is not None]),
+            "loss": loss if loss is not None and math.isfinite(loss) else None,
+            "macro_f1": mean_known(row["f1"] for row in per_class.values()),
             "micro_f1": _ratio(2 * int(hits_C.sum()), int(with_C.sum() + given_C.sum())),
             "subset_accuracy": _ratio(int((self.labels_NC == given_NC).all(axis=1).sum()), self.num_images),
             "num_without_answer": int(np.isnan(self.probabilities_NC).any(axis=1).sum()),
-            "chance": {"mean_average_precision": _mean(shares)},
+            "chance": {"mean_average_precision": mean_known(shares)},
             "per_class": per_class,
             "confusion": None,
         }
@@ -154,17 +151,16 @@ class LabelFigures:
 
     @cached_property
     def _error_of_map(self) -> float | None:
-        curves = [curve for curve in self._curves if curve is not None]
-        if self.num_images < 2 or not curves:
+        rankings = [ranking for ranking in self._rankings if ranking.num_found]
+        if self.num_images < 2 or not rankings:
             return None
-        size = self.num_images * len(curves)
+        size = self.num_images * len(rankings)
         num_draws = min(max(_MOST_RESAMPLED // size, _DRAWS[0]), _DRAWS[1])
         draws, found = np.random.default_rng(_RESAMPLING_SEED), []
         for _ in range(num_draws):
             counts_N = np.bincount(draws.integers(self.num_images, size=self.num_images), minlength=self.num_images)
-            drawn = [curve.average_precision(counts_N) for curve in curves]
-            found.append(float(np.nanmean(drawn)) if not np.isnan(drawn).all() else math.nan)
-        return float(np.nanstd(found, ddof=1))
+            found.append(mean_known(ranking.average_precision(counts_N) for ranking in rankings))
+        return float(np.std([figure for figure in found if figure is not None], ddof=1))
 
     def best_thresholds(self) -> list[float]:
         """Return for each class the threshold of the highest F1 here.
@@ -172,7 +168,7 @@ class LabelFigures:
         It is the middle between two neighbouring scores; of equally good ones the nearest to `DEFAULT_THRESHOLD`, which
         stands for a class that no image has, too.
         """
-        return [DEFAULT_THRESHOLD if curve is None else curve.best_threshold() for curve in self._curves]
+        return [ranking.best_threshold() for ranking in self._rankings]
 
 
 def _interval(figure: float, error: float) -> list[float]:
@@ -181,7 +177,3 @@ def _interval(figure: float, error: float) -> list[float]:
 
 def _ratio(part: float, whole: int) -> float | None:
     return part / whole if whole else None
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return math.fsum(values) / len(values) if values and math.isfinite(math.fsum(values)) else None

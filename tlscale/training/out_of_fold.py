@@ -22,11 +22,11 @@ from tlscale import faults
 from tlscale.data.content import Digests
 from tlscale.data.sources.folds import FOLDS, Fold
 from tlscale.data.sources.open import ImageSplit
-from tlscale.data.sources.tables import Ints, number_groups
 from tlscale.storage.files import naming_disk_errors, replacing
-from tlscale.training.group_interval import group_interval
+from tlscale.training.group_interval import interval_over_units
 from tlscale.training.loss import cross_entropy
 from tlscale.training.metrics import Tally, summary
+from tlscale.training.prediction_figures import class_numbers, units_of
 from tlscale.training.predictions import FORMAT, read_predictions
 
 _CHUNK = 4096  # answers that are counted at once
@@ -78,7 +78,7 @@ def out_of_fold_figures(table: pa.Table, classes: Sequence[str], num_repeats: in
     figures["num_images"] //= num_repeats
     for row in figures["per_class"].values():
         row["num_images"] //= num_repeats
-    return _over_units(figures, table, classes, num_repeats)
+    return _over_units(figures, table, classes)
 
 
 def count_copies_outside(table: pa.Table, digests_N: Digests, num_repeats: int) -> int:
@@ -96,37 +96,25 @@ def count_copies_outside(table: pa.Table, digests_N: Digests, num_repeats: int) 
 
 
 def _answers(table: pa.Table, classes: Sequence[str]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    labels_N = _label_ids(table, classes)
+    labels_N = class_numbers(table["true_label"], classes)
     for start in range(0, len(table), _CHUNK):
         column = table["logits"].slice(start, _CHUNK).combine_chunks()
         logits_BC = column.flatten().to_numpy(zero_copy_only=False).reshape(-1, len(classes))
         yield torch.tensor(logits_BC), torch.from_numpy(labels_N[start : start + _CHUNK])
 
 
-def _label_ids(table: pa.Table, classes: Sequence[str]) -> Ints:
-    numbers = {name: number for number, name in enumerate(classes)}
-    return np.array([numbers[name] for name in table["true_label"].to_pylist()], dtype=np.int64)
-
-
-def _over_units(figures: dict[str, Any], table: pa.Table, classes: Sequence[str], num_repeats: int) -> dict[str, Any]:
+def _over_units(figures: dict[str, Any], table: pa.Table, classes: Sequence[str]) -> dict[str, Any]:
     """Put intervals over groups, or over images with their answers of all repeats, in place of those over answers."""
-    num_images = len(table) // num_repeats
-    first = table.slice(0, num_images)
-    labels_N = _label_ids(first, classes)
-    is_right = np.array(table["label"].to_pylist(), dtype=object) == np.array(table["true_label"].to_pylist(), object)
-    hits_N = is_right.reshape(num_repeats, num_images).sum(0)
-    has_groups = "group" in table.column_names
-    units_N = number_groups(first["group"].combine_chunks()) if has_groups else np.arange(num_images)
-
-    def interval(here_N: np.ndarray) -> list[float] | None:
-        _, units_M = np.unique(units_N[here_N], return_inverse=True)
-        hits_G = np.bincount(units_M.reshape(-1), hits_N[here_N]).astype(np.int64)
-        return group_interval(hits_G, np.bincount(units_M.reshape(-1)) * num_repeats)
-
+    labels_N, answers_N = (class_numbers(table[name], classes) for name in ("true_label", "label"))
+    units_N, is_hit_N = units_of(table, np.ones(len(table), dtype=bool)), labels_N == answers_N
+    assert units_N is not None, "there is a column of repeats"
     per_class = {
-        name: {**figures["per_class"][name], "accuracy_interval95": interval(labels_N == label)}
+        name: {
+            **figures["per_class"][name],
+            "accuracy_interval95": interval_over_units(units_N[labels_N == label], is_hit_N[labels_N == label]),
+        }
         for label, name in enumerate(classes)
     }
-    by = {"groups" if has_groups else "images": len(np.unique(units_N))}
-    whole = interval(np.ones(num_images, dtype=bool))
+    by = {"groups" if "group" in table.column_names else "images": len(np.unique(units_N))}
+    whole = interval_over_units(units_N, is_hit_N)
     return {**figures, "top1_interval95": whole, "top1_interval95_by": by, "per_class": per_class}

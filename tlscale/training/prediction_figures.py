@@ -22,13 +22,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
+from tlscale.codes.probes.ranking import Bools, Floats, Ranking, mean_known
 from tlscale.data.sources.tables import Ints, number_groups
 from tlscale.models.calibration import Calibration
 from tlscale.training.calibration import calibration_error, calibration_interval, choose_calibration
-from tlscale.training.group_interval import group_interval
+from tlscale.training.group_interval import interval_over_units
 from tlscale.training.metrics import wilson
 from tlscale.training.predictions import NO_ANSWER, read_predictions
-from tlscale.training.ranking import Bools, Floats, Ranking, mean_known
 
 _CHUNK = 4096  # images
 MOST_CURVES = 100
@@ -66,7 +66,7 @@ class ScoredImages:
         """Take them from a table such as the file has."""
         about = json.loads(table.schema.metadata[b"tlscale"])
         classes = about["classes"]
-        labels_N, answers_N = (_numbers(table[name], classes) for name in ("true_label", "label"))
+        labels_N, answers_N = (class_numbers(table[name], classes) for name in ("true_label", "label"))
         kept_N = answers_N != NO_ANSWER
         logits_NC = None
         if "logits" in table.column_names:
@@ -80,7 +80,7 @@ class ScoredImages:
             (labels_N == answers_N)[kept_N],
             table["probability"].to_numpy()[kept_N],
             logits_NC,
-            _units(table, kept_N),
+            units_of(table, kept_N),
             calibrated_N,
             Calibration.model_validate(about["calibration"]) if "calibration" in about else None,
         )
@@ -108,13 +108,14 @@ class ScoredImages:
         return shares_N
 
 
-def _numbers(names: pa.ChunkedArray, classes: Sequence[str]) -> Ints:
+def class_numbers(names: pa.ChunkedArray, classes: Sequence[str]) -> Ints:
+    """Return the number of each class by its name; `NO_ANSWER` of null."""
     found = pc.index_in(names, value_set=pa.array(classes, pa.string())).fill_null(NO_ANSWER)
     numbers_N: Ints = found.to_numpy().astype(np.int64)
     return numbers_N
 
 
-def _units(table: pa.Table, kept_N: Bools) -> Ints | None:
+def units_of(table: pa.Table, kept_N: Bools) -> Ints | None:
     """Return the number of the unit of each answer that is kept: its group, or over repeats its image."""
     groups_N = None
     if "group" in table.column_names:
@@ -159,8 +160,8 @@ def add_prediction_figures(figures: dict[str, Any], path: Path, *, have_chosen: 
     per_class = {name: dict(row) for name, row in figures["per_class"].items()}
     curves = {}
     for number, name in enumerate(images.classes):
-        ranking = Ranking.of(images.labels_N == number, images.probability(number))
-        per_class[name] |= {"auroc": ranking.auroc, "average_precision": ranking.average_precision}
+        ranking = Ranking(images.labels_N == number, images.probability(number))
+        per_class[name] |= {"auroc": ranking.auroc, "average_precision": ranking.average_precision()}
         if len(images.classes) <= MOST_CURVES:
             curves[name] = ranking.curve()
     return {
@@ -192,7 +193,7 @@ def _calibration(images: ScoredImages, *, have_chosen: bool) -> dict[str, Any]:
 def _of_sets(images: ScoredImages, calibration: Calibration) -> dict[str, Any]:
     """Return the loss with the temperature, and how often the sets have the true label; image by image."""
     assert images.logits_NC is not None
-    losses, covers, size = [0.0], [np.zeros(0, dtype=np.int64)], 0
+    losses, covers, size = [0.0], [np.zeros(0, dtype=bool)], 0
     for start in range(0, len(images.labels_N), _CHUNK):
         part = slice(start, start + _CHUNK)
         logits_BC, labels_B = images.logits_NC[part], images.labels_N[part]
@@ -200,7 +201,7 @@ def _of_sets(images: ScoredImages, calibration: Calibration) -> dict[str, Any]:
         members_BC = calibration.sets.members(shares_BC, np.nan_to_num(logits_BC).argmax(axis=1))
         with np.errstate(divide="ignore"):
             losses += (-np.log(np.take_along_axis(shares_BC, labels_B[:, None], axis=1))).ravel().tolist()
-        covers.append(np.take_along_axis(members_BC, labels_B[:, None], axis=1).ravel().astype(np.int64))
+        covers.append(np.take_along_axis(members_BC, labels_B[:, None], axis=1).ravel())
         size += int(members_BC.sum())
     num_images, loss, covered_N = len(images.labels_N), math.fsum(losses), np.concatenate(covers)
     sets = {
@@ -211,9 +212,6 @@ def _of_sets(images: ScoredImages, calibration: Calibration) -> dict[str, Any]:
     return {"loss": loss / num_images if num_images and math.isfinite(loss) else None, "sets": sets}
 
 
-def _interval(hits_N: Ints, groups_N: Ints | None) -> list[float] | None:
+def _interval(hits_N: Bools, groups_N: Ints | None) -> list[float] | None:
     """Return the 95% interval of a share, over groups where there are any."""
-    if groups_N is None:
-        return wilson(int(hits_N.sum()), len(hits_N))
-    _, of_image = np.unique(groups_N, return_inverse=True)
-    return group_interval(np.bincount(of_image, weights=hits_N).astype(np.int64), np.bincount(of_image))
+    return wilson(int(hits_N.sum()), len(hits_N)) if groups_N is None else interval_over_units(groups_N, hits_N)

@@ -11,10 +11,10 @@ from sklearn.metrics import average_precision_score, precision_recall_curve, roc
 
 from tests.recompute import assert_follows
 from tests.unit.training.test_predictions import collected, numbered
+from tlscale.codes.probes.ranking import Ranking
 from tlscale.training.calibration import calibration_error, calibration_interval
 from tlscale.training.prediction_figures import MOST_CURVES, ScoredImages, add_prediction_figures
 from tlscale.training.predictions import MOST_LOGITS, write_predictions
-from tlscale.training.ranking import Ranking
 
 SCORED = st.lists(st.tuples(st.booleans(), st.integers(0, 6)), min_size=1, max_size=40).map(
     lambda rows: (np.array([is_class for is_class, _ in rows]), np.array([score / 4 for _, score in rows]))
@@ -37,15 +37,15 @@ def written(tmp_path, count, num_classes, dtype=torch.float32, wrong=()):
 @given(SCORED)
 def test_a_ranking_has_the_figures_of_scikit_learn_where_scores_tie(scored):
     is_class_N, scores_N = scored
-    ranking = Ranking.of(is_class_N, scores_N)
+    ranking = Ranking(is_class_N, scores_N)
     if is_class_N.any() and not is_class_N.all():
         assert ranking.auroc == pytest.approx(roc_auc_score(is_class_N, scores_N), abs=1e-12)
     else:
         assert ranking.auroc is None
     if not is_class_N.any():
-        assert ranking.average_precision is ranking.curve() is None
+        assert ranking.average_precision() is ranking.curve() is None
         return
-    assert ranking.average_precision == pytest.approx(average_precision_score(is_class_N, scores_N), abs=1e-12)
+    assert ranking.average_precision() == pytest.approx(average_precision_score(is_class_N, scores_N), abs=1e-12)
     precision_T, recall_T, score_T = precision_recall_curve(is_class_N, scores_N)
     curve = ranking.curve()
     points = zip(curve["recall"], curve["precision"], curve["score"], strict=True)

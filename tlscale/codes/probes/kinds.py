@@ -27,23 +27,6 @@ from tlscale.codes.probes.weighted import fit_weighted_logistic, fit_weighted_ri
 from tlscale.errors import RecipeError, sentences, suggestion
 
 
-class WeightedFit(Protocol):
-    """Fit a classifier for each value, to images that weigh by their class."""
-
-    def __call__(
-        self,
-        codes_ND: Tensor,
-        labels_N: Tensor,
-        num_classes: int,
-        strengths: Sequence[float],
-        weights_C: Tensor,
-        near: nn.Module | None,
-        *,
-        by_blocks: bool,
-        select: str,
-    ) -> Fit: ...
-
-
 class Fit(Protocol):
     """Hold classifiers of raw codes, one for each value of the hyper-parameter."""
 
@@ -120,14 +103,13 @@ class ProbeKind:
     setting: Setting
     follows_precision: bool = True
     """Its head is cast to the dtype of the run; False: it works in float32, whatever the run's is."""
-    fit_large: Callable[[Tensor, Tensor, int, Sequence[float], nn.Module | None], Fit] | None = None
-    """The same for more than `blockwise.MOST_EXACT`, and from a classifier of nearly the same images; None: `fit`."""
+    fit_large: Callable[..., Fit] | None = None
+    """The same for more than `blockwise.MOST_EXACT`; None: `fit`."""
     searches: bool = False
-    """`fit` goes on step by step; `fit_large` takes its place where classes have few images, too, and asks by which
-    figure a sample rejects strengths."""
-    fit_weighted: WeightedFit | None = None
-    """The same where classes have weights, (C,), in either way; None: it cannot."""
-
+    """`fit` goes on step by step; `fit_large` takes its place where classes have few images, too, and is given a
+    classifier of nearly the same images, weights of classes, and the figure by which a sample rejects strengths."""
+    fit_weighted: Callable[[Tensor, Tensor, int, Sequence[float], Tensor], Fit] | None = None
+    """The same where classes have weights, (C,); None: it cannot."""
     fit_several: Callable[[Tensor, Tensor, Sequence[float]], Fit] | None = None
     """The same for several labels an image, bool (N, C); None: it cannot."""
 
@@ -152,16 +134,14 @@ class ProbeKind:
             assert self.fit_several is not None, "the recipe refuses other kinds"
             assert weights_C is None, "the recipe refuses weights"
             return self.fit_several(codes_ND, labels_N, values)
+        if self.fit_large is not None and self.is_by_blocks(codes_ND.shape[0], codes_ND.shape[1], num_classes):
+            if self.searches:
+                return self.fit_large(codes_ND, labels_N, num_classes, values, near, weights_C, select)
+            if weights_C is None:
+                return self.fit_large(codes_ND, labels_N, num_classes, values)
         if weights_C is not None:
             assert self.fit_weighted is not None, "the recipe refuses other kinds"
-            by_blocks = self.is_by_blocks(codes_ND.shape[0], codes_ND.shape[1], num_classes)
-            return self.fit_weighted(
-                codes_ND, labels_N, num_classes, values, weights_C, near, by_blocks=by_blocks, select=select
-            )
-        if self.fit_large is not None and self.is_by_blocks(codes_ND.shape[0], codes_ND.shape[1], num_classes):
-            fit: Callable[..., Fit] = self.fit_large
-            fit = partial(fit, select=select) if self.searches else fit
-            return fit(codes_ND, labels_N, num_classes, values, near)
+            return self.fit_weighted(codes_ND, labels_N, num_classes, values, weights_C)
         return self.fit(codes_ND, labels_N, num_classes, values)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from tlscale.codes.probes.blockwise import DOING, HeadsFit, Rotation, blocks, by_class_order, to_compute
 from tlscale.codes.probes.linear import LinearPath, principal_axes
@@ -44,9 +44,7 @@ def ridge_path(codes_ND: Tensor, labels_N: Tensor, num_classes: int, strengths: 
     return LinearPath(torch.stack(weights), torch.stack(biases), (True,) * len(strengths))
 
 
-def fit_large_ridge(
-    codes_ND: Tensor, labels_N: Tensor, num_classes: int, strengths: Sequence[float], near: nn.Module | None = None
-) -> HeadsFit:
+def fit_large_ridge(codes_ND: Tensor, labels_N: Tensor, num_classes: int, strengths: Sequence[float]) -> HeadsFit:
     """Fit ridge regression as `ridge_path` does, block by block; the scale is found by some of the images."""
     codes_ND, labels_N = to_compute(codes_ND, labels_N)
     rotation, order_N = Rotation.of(codes_ND), by_class_order(labels_N).to(codes_ND.device)

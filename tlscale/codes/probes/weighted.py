@@ -15,10 +15,9 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from tlscale.codes.probes.blockwise import DOING, HeadsFit, Rotation, blocks, by_class_order, to_compute
-from tlscale.codes.probes.large_logistic import fit_large_logistic
 from tlscale.codes.probes.linear import LinearFit, LinearPath, fit_linear
 from tlscale.codes.probes.logistic import Problem, solve
 from tlscale.codes.probes.ridge import MOST_SCORES, best_scale
@@ -46,19 +45,9 @@ class _WeightedProblem(Problem):
 
 
 def fit_weighted_logistic(
-    codes_ND: Tensor,
-    labels_N: Tensor,
-    num_classes: int,
-    strengths: Sequence[float],
-    weights_C: Tensor,
-    near: nn.Module | None,
-    *,
-    by_blocks: bool,
-    select: str,
-) -> LinearFit | HeadsFit:
-    """Fit multinomial logistic regression to the error of `logistic`, or block by block to that of `large_logistic`."""
-    if by_blocks:
-        return fit_large_logistic(codes_ND, labels_N, num_classes, strengths, near, weights_C, select)
+    codes_ND: Tensor, labels_N: Tensor, num_classes: int, strengths: Sequence[float], weights_C: Tensor
+) -> LinearFit:
+    """Fit multinomial logistic regression to the error of `logistic`."""
 
     def solver(codes_ND: Tensor, labels_N: Tensor, num_present: int, strengths: Sequence[float]) -> LinearPath:
         kind = cast("type[Problem]", partial(_WeightedProblem, present_C))
@@ -69,15 +58,7 @@ def fit_weighted_logistic(
 
 
 def fit_weighted_sklearn(
-    codes_ND: Tensor,
-    labels_N: Tensor,
-    num_classes: int,
-    strengths: Sequence[float],
-    weights_C: Tensor,
-    near: nn.Module | None,
-    *,
-    by_blocks: bool,
-    select: str,
+    codes_ND: Tensor, labels_N: Tensor, num_classes: int, strengths: Sequence[float], weights_C: Tensor
 ) -> LinearFit:
     """Fit scikit-learn's `LogisticRegression` with `class_weight`."""
     present_C = weights_C[torch.unique(labels_N).cpu()]
@@ -85,15 +66,7 @@ def fit_weighted_sklearn(
 
 
 def fit_weighted_ridge(
-    codes_ND: Tensor,
-    labels_N: Tensor,
-    num_classes: int,
-    strengths: Sequence[float],
-    weights_C: Tensor,
-    near: nn.Module | None,
-    *,
-    by_blocks: bool,
-    select: str,
+    codes_ND: Tensor, labels_N: Tensor, num_classes: int, strengths: Sequence[float], weights_C: Tensor
 ) -> HeadsFit:
     """Fit weighted ridge regression in closed form, block by block; the scale of `ridge_path` by some of the images."""
     codes_ND, labels_N = to_compute(codes_ND, labels_N)
