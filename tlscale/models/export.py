@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -39,6 +40,20 @@ from tlscale.storage.files import file_sha256, make_folder, remove_left_overs, r
 LOGITS_TOLERANCE = 1e-5
 
 
+@dataclass(frozen=True)
+class DecisionRules:
+    """Hold what validation images chose for a model: how probabilities, labels and unknown images follow from it."""
+
+    calibration: Calibration | None = None
+    unknown: UnknownScore | str = "none was fitted"
+    """What tells images that are like none of training; or why there is nothing."""
+    thresholds: Sequence[float] | None = None
+    """Of several labels: the probability of each class from which on an image has it."""
+
+
+_NONE_CHOSEN = DecisionRules()
+
+
 def export_model(
     classifier: Classifier | CodesClassifier,
     folder: Path,
@@ -47,9 +62,7 @@ def export_model(
     classes: Sequence[str],
     spec: InputSpec,
     fitted: Mapping[str, Any] | None = None,
-    thresholds: Sequence[float] | None = None,
-    calibration: Calibration | None = None,
-    unknown: UnknownScore | None = None,
+    rules: DecisionRules = _NONE_CHOSEN,
 ) -> str:
     """Write `config.json` and `model.safetensors` (and `head.safetensors` for any but a linear head) to `folder`.
 
@@ -62,9 +75,7 @@ def export_model(
         spec: what images the network was trained on.
         fitted: for `config.json`: `fitted_on`, the splits that it learned from, and `scored_on`, the split that its
             score in `result.json` is of; None where it has no score of its own.
-        thresholds: of several labels: the probability of each class from which on an image has it.
-        calibration: chosen on images that the network was not fitted to.
-        unknown: tells what images are like none of training; `unknown.safetensors` has what it takes.
+        rules: chosen on images that the network was not fitted to; `unknown.safetensors` has what unknown images take.
 
     Returns:
         How the folder is to be loaded, in words.
@@ -78,9 +89,10 @@ def export_model(
     body = as_timm if as_timm is not None else plain.backbone
     ours = {**_own_config(plain, head), "classes": list(classes), "input": spec.to_plain(), "whole": whole}
     ours |= fitted or {}
-    ours |= {} if thresholds is None else {"task": "multi_label", "thresholds": list(thresholds)}
+    unknown = rules.unknown if isinstance(rules.unknown, UnknownScore) else None
+    ours |= {} if rules.thresholds is None else {"task": "multi_label", "thresholds": list(rules.thresholds)}
     ours |= {} if unknown is None else {"unknown": unknown.settings.model_dump()}
-    ours |= {} if calibration is None else {"calibration": calibration.model_dump()}
+    ours |= {} if rules.calibration is None else {"calibration": rules.calibration.model_dump()}
     ours = {"format": format_of(ours), **ours}
     files = {MODEL_FILE: body.state_dict(), **({} if whole else {HEAD_FILE: plain.head.state_dict()})}
     files |= {} if unknown is None else {UNKNOWN_FILE: unknown.state()}

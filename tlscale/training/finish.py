@@ -15,7 +15,7 @@ from tlscale.errors import CheckpointError
 from tlscale.models.adapters import merged
 from tlscale.models.calibration import Calibration
 from tlscale.models.classifier import Classifier
-from tlscale.models.export import export_model
+from tlscale.models.export import DecisionRules, export_model
 from tlscale.models.unknown import UnknownScore
 from tlscale.storage.files import flush, naming_disk_errors
 from tlscale.storage.run_folder import RunFolder
@@ -64,23 +64,23 @@ def finish(
     chosen = _take_chosen_weights(state, loop, folder)
     judged, calibration = _calibrate(state, chosen)
     unknown = processes.run_on_main(_find_unknown, state, chosen)
-    thresholds = _thresholds(state, chosen.inputs)
+    rules = DecisionRules(calibration, unknown, _thresholds(state, chosen.inputs))
     # The model first: whatever becomes of the rest, the run was not for nothing.
     with state.averaged():
         network = processes.engine.gather(state.network, keep=processes.is_main)
-        how_to_load = processes.run_on_main(_export, network, state, folder, calibration, unknown, thresholds)
+        how_to_load = processes.run_on_main(_export, network, state, folder, rules)
     try:
         best = last = {"step": chosen.step, **no_figures(setup)}
         if split is not None:
             judged = judged if split is setup.data.validation else None
-            best, last = _score_both(state, loop, chosen, folder, split, judged, calibration, thresholds, last_weights)
+            best, last = _score_both(state, loop, chosen, folder, split, judged, rules, last_weights)
         identity = processes.run_on_main(result_identity, setup.data)
     except BadImageError as error:
         raise unread_test_image(error, folder) from error
     unwrap(state)
     # One evaluation, in the end, chooses nothing; a run that was made longer had one at each of its ends.
     has_chosen = (state.due.evaluate_every or 0) < setup.total_steps or bool(run_info.get("lengthened"))
-    has_chosen = has_chosen or thresholds is not None
+    has_chosen = has_chosen or rules.thresholds is not None
     score = about_score(setup, split, has_chosen=has_chosen)
     result = make_result(setup, split, best, score, _own(state, loop, chosen, best=best, last=last))
     result["computed_scores"] = _scoring(state, chosen.inputs)
@@ -101,18 +101,17 @@ def _score_both(
     folder: RunFolder,
     split: ImageSplit,
     judged: tuple[Figures, Predictions] | None,
-    calibration: Calibration | None,
-    thresholds: list[float] | None,
+    rules: DecisionRules,
     last_weights: Checkpoint,
 ) -> tuple[Figures, Figures]:
     """Score the chosen weights, or take them as `judged` on this split, and the last ones; write the predictions."""
     setup, processes = state.setup, state.processes
-    best, predictions = judged or _score(state, chosen.inputs, split, chosen.step, thresholds)
-    predictions.calibration = calibration
+    best, predictions = judged or _score(state, chosen.inputs, split, chosen.step, rules.thresholds)
+    predictions.calibration = rules.calibration
     last = best
     if chosen.step != loop.step:
         restore_weights(last_weights, state.network, state.ema, setup.unchanging_keys)
-        last, _ = _score(state, state.inputs, split, loop.step, thresholds)
+        last, _ = _score(state, state.inputs, split, loop.step, rules.thresholds)
     # Before the result, which says that all is there.
     write_predictions(folder.predictions, predictions, processes)
     scored = _all_figures(state, best, folder, split)
@@ -120,7 +119,7 @@ def _score_both(
 
 
 def _score(
-    state: TrainState, inputs: InputPipeline, split: ImageSplit, step: int, thresholds: list[float] | None
+    state: TrainState, inputs: InputPipeline, split: ImageSplit, step: int, thresholds: Sequence[float] | None
 ) -> tuple[Figures, Predictions]:
     predictions = collect(split, state.setup.data.classes, thresholds)
     with state.setup.watch("test"):
@@ -255,14 +254,7 @@ def _take_weights_of(step: int, state: TrainState, loop: LoopState, folder: RunF
     )
 
 
-def _export(
-    network: Classifier,
-    state: TrainState,
-    folder: RunFolder,
-    calibration: Calibration | None,
-    unknown: UnknownScore | str,
-    thresholds: Sequence[float] | None,
-) -> str:
+def _export(network: Classifier, state: TrainState, folder: RunFolder, rules: DecisionRules) -> str:
     setup = state.setup
     with naming_disk_errors(folder.model), merged(network):
         # A run that was complete is not until it is so again.
@@ -275,9 +267,7 @@ def _export(
             classes=setup.data.classes,
             spec=setup.spec,
             fitted=fitted(setup),
-            calibration=calibration,
-            unknown=None if isinstance(unknown, str) else unknown,
-            thresholds=thresholds,
+            rules=rules,
         )
 
 

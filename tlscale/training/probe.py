@@ -10,7 +10,7 @@ Shapes: B images of a block, N images, M held-out images, C classes, D features.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -39,9 +39,8 @@ from tlscale.distributed.processes import Processes
 from tlscale.distributed.signals import check_stop
 from tlscale.models.calibration import Calibration
 from tlscale.models.classifier import CodesClassifier
-from tlscale.models.export import export_model
+from tlscale.models.export import DecisionRules, export_model
 from tlscale.models.features import LayerCodes
-from tlscale.models.unknown import UnknownScore
 from tlscale.recipe.schema import ProbeSection
 from tlscale.storage.files import naming_disk_errors
 from tlscale.storage.run_folder import RunFolder
@@ -157,11 +156,12 @@ class _Probe:
         calibration = self._calibration(choice, number_of_layer)
         with setup.watch("test"):
             unknown = unknown_by(partial(self._some, number_of_layer), data.train.labels_N, len(data.validation or ()))
+        rules = DecisionRules(calibration, unknown, thresholds)
 
         # -- export ---------------------------------------------------------------------------------------------------
         chosen = self.wanted[number_of_layer]
         with setup.watch("export"):
-            how_to_load = _export(setup, choice, chosen, folder, calibration, unknown, thresholds)
+            how_to_load = _export(setup, choice, chosen, folder, rules)
             if self.split is not None:
                 predictions.calibration = calibration
                 write_predictions(folder.predictions, predictions)
@@ -292,13 +292,7 @@ def _plain(row: PathRow, select: str, score: dict[str, Any]) -> dict[str, Any]:
 
 
 def _export(
-    setup: RunSetup,
-    choice: Choice,
-    layer_and_pool: tuple[str, str],
-    folder: RunFolder,
-    calibration: Calibration | None,
-    unknown: UnknownScore | str,
-    thresholds: Sequence[float] | None,
+    setup: RunSetup, choice: Choice, layer_and_pool: tuple[str, str], folder: RunFolder, rules: DecisionRules
 ) -> str:
     """Write the model, and return how to load it."""
     model = CodesClassifier(LayerCodes(setup.classifier.backbone, [layer_and_pool]), choice.probe.head)
@@ -310,9 +304,7 @@ def _export(
             classes=setup.data.classes,
             spec=setup.spec,
             fitted=about,
-            calibration=calibration,
-            unknown=None if isinstance(unknown, str) else unknown,
-            thresholds=thresholds,
+            rules=rules,
         )
 
 

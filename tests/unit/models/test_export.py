@@ -18,7 +18,7 @@ from tlscale.errors import ModelError, RunFolderError
 from tlscale.models import export as export_module
 from tlscale.models.backbone import build_backbone
 from tlscale.models.classifier import Classifier, enable_gradient_checkpointing, feature_width
-from tlscale.models.export import export_model, load
+from tlscale.models.export import DecisionRules, export_model, load
 from tlscale.models.model_folder import FORMAT
 
 CLASSES = ("<b>bold</b>", "T-shirt/top 👕", 'a "quoted" one', "ünïcode", "\\n")
@@ -295,7 +295,9 @@ def test_a_model_of_a_newer_format(tmp_path):
 def test_the_format_is_the_lowest_that_has_a_place_for_what_is_written(tmp_path):
     """So that older versions load what they can, and refuse what they would pass over."""
     export(classifier(), tmp_path / "plain")
-    export_model(classifier(), tmp_path / "several", classes=CLASSES, spec=spec(), thresholds=THRESHOLDS)
+    export_model(
+        classifier(), tmp_path / "several", classes=CLASSES, spec=spec(), rules=DecisionRules(thresholds=THRESHOLDS)
+    )
     formats = [json.loads((tmp_path / name / "config.json").read_text())["tlscale"] for name in ("plain", "several")]
     assert [ours["format"] for ours in formats] == [1, 3]
     assert load(tmp_path / "plain").thresholds is None
@@ -312,7 +314,7 @@ def test_the_format_is_the_lowest_that_has_a_place_for_what_is_written(tmp_path)
     ],
 )
 def test_thresholds_that_do_not_fit(changes, why, tmp_path):
-    export_model(classifier(), tmp_path, classes=CLASSES, spec=spec(), thresholds=THRESHOLDS)
+    export_model(classifier(), tmp_path, classes=CLASSES, spec=spec(), rules=DecisionRules(thresholds=THRESHOLDS))
     config = json.loads((tmp_path / "config.json").read_text())
     config["tlscale"] |= changes
     (tmp_path / "config.json").write_text(json.dumps(config))
