@@ -16,20 +16,14 @@ difference to full fine-tuning and the interval of its mean (Student's t).
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
-import os
 import statistics
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
-from scipy import stats
+from by_seed import against, cache_folder, folder_name, put_rows, run_quietly
 
-import tlscale
 from tlscale.data.sources.open import open_data
 from tlscale.recipe.schema import DataSection, Recipe
 
@@ -55,10 +49,10 @@ def put_images(folder: Path, classes: range, per_split: dict[str, int | None], s
     assert data.test is not None
     for split, role in ((data.train, "train"), (data.test, "test")):
         rows = np.flatnonzero(np.isin(split.labels_N, classes))
-        for row in rng.permutation(rows)[: per_split[role]].tolist():
-            place = folder / role / data.classes[split.labels_N[row]].replace("/", " or ")
-            place.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(np.asarray(split.read(row)).squeeze()).save(place / f"{row:05}.png")
+        chosen = rng.permutation(rows)[: per_split[role]]
+        for label in np.unique(split.labels_N[chosen]).tolist():
+            own = chosen[split.labels_N[chosen] == label].tolist()
+            put_rows(split, own, folder / role / folder_name(data.classes[label]))
     return folder
 
 
@@ -87,18 +81,12 @@ def recipe_of(
     )
 
 
-def run(recipe: Recipe) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
-        return dict(tlscale.run(recipe, Path(out) / "run"))
-
-
 def pretrained(network: str, folder: Path, args: argparse.Namespace, root: Path) -> str:
     """Train a network on the first five classes; the weights of its run, for `backbone.weights`."""
     out = root / f"{network}_{args.size}_{args.pretrain_epochs}"
     if not (out / "result.json").is_file():
         recipe = recipe_of(network, "full", folder, "none", args.pretrain_epochs, 2e-3, 0, args.size)
-        with contextlib.redirect_stdout(io.StringIO()):
-            tlscale.run(recipe, out, overwrite=True)
+        run_quietly(recipe, out)
     return f"run:{out}"
 
 
@@ -117,7 +105,7 @@ def main() -> None:
     parser.add_argument("--pretrain-images", type=int, help="[default: all 30,000]")
     parser.add_argument("--size", type=int, default=64, help="of images, in pixels")
     args = parser.parse_args()
-    root = Path(os.environ.get("TLSCALE_CACHE", Path.home() / ".cache" / "tlscale")) / "adapters"
+    root = cache_folder("adapters")
     before = root / f"first_{args.pretrain_images}"
     if not before.exists():
         put_images(before, range(5), {"train": args.pretrain_images, "test": None}, 0)
@@ -135,7 +123,7 @@ def main() -> None:
 
 def _compare(network: str, weights: str, folders: list[Path], args: argparse.Namespace) -> None:
     def made(way: str, seed: int, epochs: float, lr: float) -> dict[str, Any]:
-        return run(recipe_of(network, way, folders[seed], weights, epochs, lr, seed, args.size))
+        return run_quietly(recipe_of(network, way, folders[seed], weights, epochs, lr, seed, args.size))
 
     def cost(way: str, epochs: float) -> float:
         return float(made(way, 0, epochs, RATES[way][1])["seconds"]["train"])
@@ -151,16 +139,8 @@ def _compare(network: str, weights: str, folders: list[Path], args: argparse.Nam
         seconds = statistics.median(one["seconds"]["train"] for one in runs)
         trained = f"{runs[0]['trainable_params']:,}"
         row = [network, f"{way}, lr {best:g}", trained, f"{lengths[way]:.1f}", f"{seconds:.1f}"]
-        row += [" ".join(f"{score:.4f}" for score in scores), _against(scores, full)]
+        row += [" ".join(f"{score:.4f}" for score in scores), against(scores, full)]
         print(f"| {' | '.join(row)} |", flush=True)
-
-
-def _against(scores: list[float], full: list[float]) -> str:
-    gains = np.array(scores) - np.array(full)
-    if scores is full or len(gains) < 2:
-        return "-"
-    half = stats.t.ppf(0.975, len(gains) - 1) * gains.std(ddof=1) / len(gains) ** 0.5
-    return f"{gains.mean():+.4f} ({gains.mean() - half:+.4f} to {gains.mean() + half:+.4f})"
 
 
 if __name__ == "__main__":

@@ -12,20 +12,16 @@ interval (Student's t).
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
+from by_seed import against, run_quietly
 from PIL import Image
-from scipy import stats
 
-import tlscale
 from tlscale.data.sources.open import open_data
-from tlscale.recipe.schema import DataSection
+from tlscale.recipe.schema import DataSection, Recipe
 
 SHOWN: dict[str, dict[str, Any]] = {
     "squash 84 x 84": {"image_size": 84, "crop_mode": "squash"},
@@ -60,10 +56,7 @@ def put_pictures(folder: Path, seed: int, args: argparse.Namespace) -> None:
 def accuracy(folder: Path, keys: dict[str, Any]) -> float:
     """Run a probe on the pictures of a folder."""
     data = {"source": "folder", "path": str(folder / "data"), "validation_fraction": 0.2, **keys}
-    (folder / "recipe.yaml").write_text(yaml.safe_dump({"name": "long", "data": data, **PROBE}))
-    with contextlib.redirect_stdout(io.StringIO()):
-        made = tlscale.run(folder / "recipe.yaml", folder / "run", overwrite=True)
-    return float(made.top1)
+    return float(run_quietly(Recipe.model_validate({"name": "long", "data": data, **PROBE})).top1)
 
 
 def main() -> None:
@@ -79,12 +72,10 @@ def main() -> None:
             for name, keys in SHOWN.items():
                 found[name].append(accuracy(Path(place), keys))
     print("| input | accuracy | by seed | against squashing, 95 % interval |\n|---|---|---|---|")
-    first = np.array(next(iter(found.values())))
+    first = next(iter(found.values()))
     for name, scores in found.items():
-        more = np.array(scores) - first
-        half = stats.t.ppf(0.975, len(more) - 1) * more.std(ddof=1) / len(more) ** 0.5
-        against = f"{more.mean():+.4f} ({more.mean() - half:+.4f} to {more.mean() + half:+.4f})" if more.any() else "-"
-        print(f"| {name} | {np.mean(scores):.4f} | {' '.join(f'{score:.4f}' for score in scores)} | {against} |")
+        by_seed = " ".join(f"{score:.4f}" for score in scores)
+        print(f"| {name} | {np.mean(scores):.4f} | {by_seed} | {against(scores, first)} |")
 
 
 if __name__ == "__main__":

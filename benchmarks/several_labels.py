@@ -17,20 +17,16 @@ seed, with the interval of its mean (Student's t). The pictures are kept below `
 from __future__ import annotations
 
 import argparse
-import contextlib
 import csv
 import io
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from by_seed import against, cache_folder, folder_name, run_quietly
 from PIL import Image
-from scipy import stats
 
-import tlscale
 from tlscale.data.sources.open import ImageSplit, open_data
 from tlscale.recipe.schema import DataSection, Recipe
 
@@ -50,7 +46,7 @@ def put_pictures(folder: Path, seed: int, num_train: int, num_test: int) -> list
     """Write the pictures of a seed and their table; return the classes from the rarest on."""
     data = open_data(DataSection(source="fashion_mnist", validation_fraction=0.0), 0)
     assert data.test is not None
-    classes = [name.replace("/", " or ") for name in data.classes]
+    classes = [folder_name(name) for name in data.classes]
     draws = np.random.default_rng(seed)
     order_C = draws.permutation(len(classes))
     chances_C = np.empty(len(classes))
@@ -122,14 +118,13 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--lr", type=float, default=5e-3)
     args = parser.parse_args()
-    cache = Path(os.environ.get("TLSCALE_CACHE", Path.home() / ".cache" / "tlscale")) / "several_labels"
+    cache = cache_folder("several_labels")
     found: dict[str, list[dict[str, float]]] = {name: [] for name in WAYS}
     for seed in range(args.seeds):
         folder = cache / f"{args.images}_{args.test_images}_{seed}"
         by_size = put_pictures(folder, seed, args.images, args.test_images)
         for name, loss in WAYS.items():
-            with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
-                result = tlscale.run(recipe_of(folder, sorted(by_size), seed, args, loss), Path(out) / "run")
+            result = run_quietly(recipe_of(folder, sorted(by_size), seed, args, loss))
             known = [
                 ap
                 for label in by_size
@@ -153,15 +148,11 @@ def _show(found: dict[str, list[dict[str, float]]]) -> None:
     )
     print("|---|---|---|---|---|---|---|")
     first, *_ = found
-    plain = np.array([figures["mean_average_precision"] for figures in found[first]])
+    plain = [figures["mean_average_precision"] for figures in found[first]]
     for name, rows in found.items():
         medians = [float(np.median([row[key] for row in rows])) for key in rows[0]]
-        gains = np.array([row["mean_average_precision"] for row in rows]) - plain
-        against = "-"
-        if name != first and len(gains) > 1:
-            half = stats.t.ppf(0.975, len(gains) - 1) * gains.std(ddof=1) / len(gains) ** 0.5
-            against = f"{gains.mean():+.4f} ({gains.mean() - half:+.4f} to {gains.mean() + half:+.4f})"
-        print(f"| {name} | " + " | ".join(f"{value:.4f}" for value in medians) + f" | {against} |", flush=True)
+        gain = "-" if name == first else against([row["mean_average_precision"] for row in rows], plain)
+        print(f"| {name} | " + " | ".join(f"{value:.4f}" for value in medians) + f" | {gain} |", flush=True)
 
 
 if __name__ == "__main__":

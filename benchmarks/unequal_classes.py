@@ -16,18 +16,12 @@ difference to doing nothing, seed by seed, with the interval of its mean (Studen
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
-from scipy import stats
+from by_seed import against, cache_folder, folder_name, put_rows, run_quietly
 
-import tlscale
 from tlscale.data.sources.open import open_data
 from tlscale.recipe.schema import DataSection, Recipe
 
@@ -53,11 +47,8 @@ def put_images(folder: Path, seed: int, most: int, ratio: float) -> list[str]:
             for number, count in zip(order_C, counts_C, strict=True):
                 rows = np.flatnonzero(split.labels_N == number)
                 rows = rng.permutation(rows)[:count] if role == "train" else rows
-                place = folder / role / classes[number].replace("/", " or ")
-                place.mkdir(parents=True)
-                for row in rows.tolist():
-                    Image.fromarray(np.asarray(split.read(row)).squeeze()).save(place / f"{row:05}.png")
-    return [classes[number].replace("/", " or ") for number in order_C[::-1]]
+                put_rows(split, rows.tolist(), folder / role / folder_name(classes[number]))
+    return [folder_name(classes[number]) for number in order_C[::-1]]
 
 
 def recipe_of(folder: Path, seed: int, args: argparse.Namespace, way: dict[str, Any]) -> Recipe:
@@ -86,14 +77,13 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--lr", type=float, default=5e-3)
     args = parser.parse_args()
-    cache = Path(os.environ.get("TLSCALE_CACHE", Path.home() / ".cache" / "tlscale")) / "unequal_classes"
+    cache = cache_folder("unequal_classes")
     found: dict[str, list[dict[str, float]]] = {name: [] for name in WAYS}
     for seed in range(args.seeds):
         folder = cache / f"{args.most}_{args.ratio:g}_{seed}"
         by_size = put_images(folder, seed, args.most, args.ratio)
         for name, way in WAYS.items():
-            with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
-                result = tlscale.run(recipe_of(folder, seed, args, way), Path(out) / "run")
+            result = run_quietly(recipe_of(folder, seed, args, way))
             recalls = [result["per_class"][label]["accuracy"] for label in by_size]
             found[name].append(
                 {
@@ -108,15 +98,11 @@ def main() -> None:
 def _show(found: dict[str, list[dict[str, float]]]) -> None:
     print("| | balanced accuracy | three rarest classes | three most frequent | against nothing, 95 % interval |")
     print("|---|---|---|---|---|")
-    plain = np.array([figures["balanced"] for figures in found["nothing"]])
+    plain = [figures["balanced"] for figures in found["nothing"]]
     for name, rows in found.items():
         medians = [float(np.median([row[key] for row in rows])) for key in ("balanced", "rare", "frequent")]
-        gains = np.array([row["balanced"] for row in rows]) - plain
-        against = "-"
-        if name != "nothing" and len(gains) > 1:
-            half = stats.t.ppf(0.975, len(gains) - 1) * gains.std(ddof=1) / len(gains) ** 0.5
-            against = f"{gains.mean():+.4f} ({gains.mean() - half:+.4f} to {gains.mean() + half:+.4f})"
-        print(f"| {name} | " + " | ".join(f"{value:.4f}" for value in medians) + f" | {against} |", flush=True)
+        gain = "-" if name == "nothing" else against([row["balanced"] for row in rows], plain)
+        print(f"| {name} | " + " | ".join(f"{value:.4f}" for value in medians) + f" | {gain} |", flush=True)
 
 
 if __name__ == "__main__":
