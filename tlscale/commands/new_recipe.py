@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tlscale.data.formats.unread import Reason
 from tlscale.data.input_spec import SMALL_SHARE
 from tlscale.data.survey import Place, Survey
 from tlscale.errors import first_few, one_line
@@ -95,9 +96,9 @@ def describe(survey: Survey) -> list[str]:
 
 def describe_left_out(survey: Survey) -> list[str]:
     """Return what is left out, and why, in lines of text: what was found in images first."""
-    kinds: dict[str, list[tuple[str, str]]] = {}
+    kinds: dict[str, list[tuple[str, Reason]]] = {}
     for path, reason in reversed(survey.left_out.items()):
-        kinds.setdefault(re.sub(r"[0-9]+|(?<=^equal to ).*?(?=$|, which)", "N", reason), []).append((path, reason))
+        kinds.setdefault(reason.kind, []).append((path, reason))
     lines = []
     for found in list(kinds.values())[:_MOST_REASONS]:
         path, reason = found[-1]

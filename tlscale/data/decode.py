@@ -62,8 +62,8 @@ from tlscale.data.formats.jpeg import DamagedError, load_jpeg
 from tlscale.data.formats.others import HEAD_BYTES, other_kind
 from tlscale.data.formats.png import PNG_START, fault_of, is_wide_colour, lacks_rows, scaled_key
 from tlscale.data.formats.ppm import as_stored, remember_white
-from tlscale.data.formats.tiff import Meaning, UnreadTiffError, describe, is_tiff, meaning_of, needs_bands, tiff_size
-from tlscale.data.formats.unread import OtherChannelsError, UnreadError
+from tlscale.data.formats.tiff import UNREAD_TIFF, Meaning, describe, is_tiff, meaning_of, needs_bands, tiff_size
+from tlscale.data.formats.unread import OtherChannelsError, Reason, UnreadError
 from tlscale.data.formats.webp import has_hole
 from tlscale.errors import DataError
 from tlscale.recipe.schema import DataSection
@@ -110,14 +110,14 @@ class BadImageError(DataError):
         image: its split and its position there, where it is of a run's data.
     """
 
-    why = ""
+    why = Reason("")
     image: tuple[str, int] | None = None
 
     @classmethod
     def at(cls, where: str, why: str, remedy: str | None = LEAVE_OUT) -> BadImageError:
         """Return the error of the image at a place."""
         error = cls(f"{where}: {why}", remedy=remedy)
-        error.why = why
+        error.why = why if isinstance(why, Reason) else Reason(why)
         return error
 
 
@@ -168,12 +168,12 @@ def decode_image(raw: Raw, *, in_chans: int | None, max_pixels: int, where: str,
             return _with_any_channels(raw, max_pixels, reading)
         return _pixels(_numbers(raw, in_chans, max_pixels, reading), in_chans, reading)
     except OtherChannelsError as error:
-        raise BadImageError.at(where, str(error), None) from None
+        raise BadImageError.at(where, error.reason, None) from None
     except UnreadError as error:
-        raise BadImageError.at(where, str(error)) from None
+        raise BadImageError.at(where, error.reason) from None
     except Exception as error:  # on hostile bytes Pillow's decoders raise nearly anything
         why = f"the image is damaged or cut short ({type(error).__name__}: {error})"
-        raise BadImageError.at(where, why) from error
+        raise BadImageError.at(where, Reason(why, "damaged")) from error
 
 
 def header_hw(file: BinaryIO, where: str, reading: Reading = PLAIN) -> tuple[int, int]:
@@ -199,9 +199,10 @@ def header_hw(file: BinaryIO, where: str, reading: Reading = PLAIN) -> tuple[int
             return _tiff_size(file, where)
         raise BadImageError.at(where, _NO_IMAGE) from None
     except UnreadError as error:
-        raise BadImageError.at(where, str(error)) from None
+        raise BadImageError.at(where, error.reason) from None
     except Exception as error:  # on hostile bytes Pillow's readers raise nearly anything
-        raise BadImageError.at(where, f"the header cannot be read ({type(error).__name__}: {error})") from error
+        why = f"the header cannot be read ({type(error).__name__}: {error})"
+        raise BadImageError.at(where, Reason(why, "damaged")) from error
 
 
 Raw = bytes | npt.NDArray[Any] | Image.Image
@@ -239,7 +240,8 @@ def _from_array(pixels: npt.NDArray[Any], max_pixels: int) -> Image.Image:
     if pixels.dtype != np.uint8 or not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] == 3)):
         problem = f"an array of shape {pixels.shape} and type {pixels.dtype}"
         remedy = "Other numbers: set data.range: [low, high]. Other channels: set backbone.in_chans"
-        raise UnreadError(f"{problem}; expected uint8 of H x W, H x W x 1 or H x W x 3", remedy)
+        problem += "; expected uint8 of H x W, H x W x 1 or H x W x 3"
+        raise UnreadError(problem, remedy, kind="another array")
     _check_size(pixels.shape[1], pixels.shape[0], max_pixels)
     return Image.fromarray(pixels)
 
@@ -254,14 +256,12 @@ def _decoded(raw: bytes, max_pixels: int) -> tuple[Image.Image, Meaning]:
     try:
         meaning = meaning_of(raw) if is_tiff(raw) else Meaning()
         image = Image.open(io.BytesIO(raw), formats=FORMATS)
-    except UnreadTiffError as error:
-        raise UnreadError(str(error)) from None
     except UnidentifiedImageError:
         if is_tiff(raw):
-            raise UnreadError(describe(raw)) from None
+            raise UnreadError(describe(raw), kind=UNREAD_TIFF) from None
         raise UnreadError(_NO_IMAGE) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise UnreadError(f"too many pixels: {error}") from None
+        raise UnreadError(f"too many pixels: {error}", kind="too many pixels") from None
     _check_size(image.width, image.height, max_pixels)
     remember_white(image)
     _load(image, raw)
@@ -285,12 +285,12 @@ def _load(image: ImageFile.ImageFile, raw: bytes) -> None:
             load_jpeg(image, raw)
             return
     except DamagedError as error:
-        raise UnreadError(f"the image is damaged or cut short: {error}") from None
+        raise UnreadError(f"the image is damaged or cut short: {error}", kind="damaged") from None
     image.load()
     if image.format == "PNG" and lacks_rows(raw, image):
-        raise UnreadError("the image is damaged: it has fewer rows than its header says")
+        raise UnreadError("the image is damaged: it has fewer rows than its header says", kind="damaged")
     if image.format == "WEBP" and has_hole(raw):
-        raise UnreadError("the image is damaged: bytes are equal where data should be")
+        raise UnreadError("the image is damaged: bytes are equal where data should be", kind="damaged")
     if image.format == "PNG" and image.mode == "L" and isinstance(image.info.get("transparency"), int):
         image.info["transparency"] = scaled_key(raw, image.info["transparency"])
     if image.format == "PPM" and image.info.get("scale", 1) != 1:
@@ -301,14 +301,15 @@ def _load(image: ImageFile.ImageFile, raw: bytes) -> None:
 
 def _check_size(width: int, height: int, max_pixels: int) -> None:
     if width < 1 or height < 1:
-        raise UnreadError(f"{width} x {height} pixels: nothing to see")
+        raise UnreadError(f"{width} x {height} pixels: nothing to see", kind="no pixels")
     if max(width, height) > _MOST_ASPECT * min(width, height):
-        raise UnreadError(f"{width} x {height} pixels: a line more than {_MOST_ASPECT:,} times as long as it is wide")
+        problem = f"{width} x {height} pixels: a line more than {_MOST_ASPECT:,} times as long as it is wide"
+        raise UnreadError(problem, kind="a line")
     if width * height > max_pixels:
-        raise UnreadError(
-            f"{width} x {height} pixels, {width * height / 1e6:.1f} megapixels, more than the "
-            f"{max_pixels / 1e6:.1f} of data.max_megapixels"
+        megapixels = (
+            f"{width * height / 1e6:.1f} megapixels, more than the {max_pixels / 1e6:.1f} of data.max_megapixels"
         )
+        raise UnreadError(f"{width} x {height} pixels, {megapixels}", kind="too many pixels")
 
 
 # -- numbers as they are stored ---------------------------------------------------------------------------------------
@@ -383,7 +384,7 @@ def _as_bytes(numbers_HWC: Array) -> Pixels:
     if numbers_HWC.dtype != np.uint8:
         low, high = numbers_HWC.min(), numbers_HWC.max()
         problem = f"numbers of {numbers_HWC.dtype} from {low:g} to {high:g}, and no telling which is white"
-        raise UnreadError(problem, "Set data.range: [low, high], the same for all images")
+        raise UnreadError(problem, "Set data.range: [low, high], the same for all images", kind="other numbers")
     return np.array(numbers_HWC)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from stat import S_ISREG
 from typing import Literal
 
+from tlscale.data.formats.unread import Reason
 from tlscale.data.sources.folder import KINDS, is_dir, is_image_name, kind_of_image, visible_entries
 from tlscale.data.sources.manifest import TABLE_ENDINGS
 from tlscale.data.sources.split_names import (
@@ -40,7 +41,7 @@ class FolderLayout:
     """As `data.class_folder`."""
     is_whole: bool
     """Whether classes are called like splits, so that the recipe has to say that they are none."""
-    left_out: dict[str, str]
+    left_out: dict[str, Reason]
     """Path below the folder -> why it has no place."""
     notes: tuple[str, ...] = ()
 
@@ -51,7 +52,7 @@ class _Found:
 
     images: dict[str, list[str]] = field(default_factory=dict)
     """Folder -> names of images in it; '.' is the folder itself."""
-    others: dict[str, str] = field(default_factory=dict)
+    others: dict[str, Reason] = field(default_factory=dict)
     """File -> what it is."""
     folders: list[str] = field(default_factory=list)
 
@@ -84,10 +85,10 @@ def lay_out(root: Path) -> FolderLayout:
     left_out = dict(found.others)
     for folder, names in found.images.items():
         if folder == "." or folder in bases:
-            left_out |= {_join(folder, name): "an image in no class folder" for name in names}
+            left_out |= {_join(folder, name): Reason("an image in no class folder") for name in names}
         elif splits and not any(folder.startswith(f"{base}/") for base in bases):
-            left_out[folder.split("/")[0]] = f"a folder that is none of the splits {', '.join(bases)}"
-    left_out |= dict.fromkeys(_without_images(found, bases), "a folder without an image")
+            left_out[folder.split("/")[0]] = Reason(f"a folder that is none of the splits {', '.join(bases)}")
+    left_out |= dict.fromkeys(_without_images(found, bases), Reason("a folder without an image"))
     called = [] if splits else _called_like_splits(root, found)
     notes += tuple(f"{name!r} is a class here, and no split: it holds no class folders" for name in called)
     return FolderLayout(splits, class_folder, bool(called), left_out, notes)
@@ -113,7 +114,7 @@ def _look_through(root: Path) -> _Found:
         if is_dir(entry):
             found.folders.append(path)
         elif problem := _problem_of(entry):
-            found.others[path] = problem
+            found.others[path] = Reason(problem)
         else:
             found.images.setdefault(folder, []).append(entry.name)
     return found
@@ -125,7 +126,7 @@ def _leave_one_kind(found: _Found) -> None:
     kept = next((kind for kind in KINDS if kind in kinds), None)
     for folder, names in list(found.images.items()):
         others = [name for name in names if kind_of_image(name) != kept]
-        found.others |= {_join(folder, name): f"{kind_of_image(name)} beside {kept}" for name in others}
+        found.others |= {_join(folder, name): Reason(f"{kind_of_image(name)} beside {kept}") for name in others}
         if len(others) == len(names):
             del found.images[folder]
         else:

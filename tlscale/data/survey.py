@@ -25,6 +25,7 @@ from tlscale.data.decode import FORMATS, BadImageError, decode_image
 from tlscale.data.folder_layout import lay_out, tables_in
 from tlscale.data.formats.arrays import NPY_START
 from tlscale.data.formats.dicom import is_dicom
+from tlscale.data.formats.unread import Reason
 from tlscale.data.group_hint import GroupHint, hint_by_column, hint_by_path
 from tlscale.data.sources.excluded import path_below, write_excluded
 from tlscale.data.sources.open import read_source, source_of
@@ -57,8 +58,8 @@ class Survey:
     sizes_N2: npt.NDArray[np.int64]
     """Height and width of each image, upright."""
     num_grey: int
-    left_out: dict[str, str]
-    """Path -> reason."""
+    left_out: dict[str, Reason]
+    """By path."""
     num_bad: int
     """Images that cannot be read; part of `left_out` where they are files."""
     equal: list[list[Place]]
@@ -103,7 +104,7 @@ class _Look:
     format: str = ""
     size: tuple[int, int] = (0, 0)
     is_grey: bool = False
-    problem: str = ""
+    problem: Reason | None = None
 
 
 @dataclass
@@ -114,13 +115,13 @@ class _Seen:
     sizes: list[tuple[int, int]] = field(default_factory=list)
     num_grey: int = 0
     places: dict[bytes, list[Place]] = field(default_factory=lambda: defaultdict(list))
-    bad: dict[str, str] = field(default_factory=dict)
+    bad: dict[str, Reason] = field(default_factory=dict)
     num_bad: int = 0
     has_files: bool = False
 
     def add(self, look: _Look, place: Place, *, is_file: bool) -> None:
         self.has_files |= is_file
-        if look.problem:
+        if look.problem is not None:
             self.num_bad += 1
             if is_file:
                 self.bad[place.path] = look.problem
@@ -154,8 +155,8 @@ def survey(place: str, exclude: Path) -> Survey:
         raise
 
 
-def _survey(keys: dict[str, Any], left_out: dict[str, str], notes: tuple[str, ...], exclude: Path) -> Survey:
-    def leave_out(more: dict[str, str]) -> DataSection:
+def _survey(keys: dict[str, Any], left_out: dict[str, Reason], notes: tuple[str, ...], exclude: Path) -> Survey:
+    def leave_out(more: dict[str, Reason]) -> DataSection:
         left_out.update(more)
         write_excluded(exclude, left_out.items())
         if left_out:
@@ -167,7 +168,7 @@ def _survey(keys: dict[str, Any], left_out: dict[str, str], notes: tuple[str, ..
     notes = (*notes, *source.notes)
     seen = _look_at_all(source, section)
     if not seen.sizes:
-        first = next(iter(seen.bad.items()), ("", "no image"))
+        first: tuple[str, str] = next(iter(seen.bad.items()), ("", "no image"))
         raise DataError(f"{source.place}: none of {seen.num_bad:,} images can be read; the first: {': '.join(first)}")
     if seen.num_bad > len(seen.bad):  # not files of their own
         keys["on_bad_image"] = "skip"
@@ -208,7 +209,7 @@ def _group_hint(section: DataSection, splits: Iterable[SourceSplit]) -> GroupHin
     return hint_by_path(paths, labels)
 
 
-def _keys_of(place: str) -> tuple[dict[str, Any], dict[str, str], tuple[str, ...]]:
+def _keys_of(place: str) -> tuple[dict[str, Any], dict[str, Reason], tuple[str, ...]]:
     """Return the keys of `data` for a place, what is left out (before an image is read), and notes."""
     kind = source_of(place, remedy="Name a folder, or a table (.csv, .tsv, .parquet), of images")
     if kind == "folder":
@@ -218,7 +219,7 @@ def _keys_of(place: str) -> tuple[dict[str, Any], dict[str, str], tuple[str, ...
     return {"source": kind, **({} if SOURCES[kind].path == "none" else {"path": place})}, {}, ()
 
 
-def _keys_of_folder(place: str) -> tuple[dict[str, Any], dict[str, str], tuple[str, ...]]:
+def _keys_of_folder(place: str) -> tuple[dict[str, Any], dict[str, Reason], tuple[str, ...]]:
     root = Path(place).expanduser()
     try:
         layout = lay_out(root)
@@ -249,7 +250,7 @@ def _refuse_to_write_among_classes(root: Path, splits: list[str]) -> None:
             raise DataError(problem, remedy=remedy)
 
 
-def _keys_of_table(place: str) -> tuple[dict[str, Any], dict[str, str], tuple[str, ...]]:
+def _keys_of_table(place: str) -> tuple[dict[str, Any], dict[str, Reason], tuple[str, ...]]:
     file = Path(place).expanduser()
     keys: dict[str, Any] = {"source": "manifest", "path": place, **guess_columns(file)}
     keys |= guess_task(DataSection(**keys))
@@ -285,7 +286,7 @@ def _look(store: RawStore, max_pixels: int, row: int) -> _Look:
         raw = store.read(row)
         pixels_HWC = decode_image(raw, in_chans=3, max_pixels=max_pixels, where=where)
     except DataError as error:
-        return _Look(problem=error.why if isinstance(error, BadImageError) else error.problem)
+        return _Look(problem=error.why if isinstance(error, BadImageError) else Reason(error.problem))
     height, width = pixels_HWC.shape[:2]
     few_HWC = pixels_HWC[::_GREY_STRIDE, ::_GREY_STRIDE].astype(np.int16)
     return _Look(content_digest(raw), _format(raw), (height, width), is_grey=bool((np.ptp(few_HWC, axis=2) <= 2).all()))
@@ -297,25 +298,30 @@ def _format(raw: Any) -> str:  # noqa: ANN401 (bytes or an array)
     return "DICOM" if is_dicom(raw) else Image.open(io.BytesIO(raw), formats=FORMATS).format or "?"
 
 
-def _copies(equal: list[list[Place]]) -> dict[str, str]:
+def _copies(equal: list[list[Place]]) -> dict[str, Reason]:
     """Return the images that are copies of another one: with one of them held out, a score would be too high.
 
     One of each is kept, and all that are to be scored; where they have different labels, none can be trusted.
     """
-    copies: dict[str, str] = {}
+    copies: dict[str, Reason] = {}
     for places in equal:
         kept = next((place for place in places if place.role == "test"), places[0])
         others = {place.path: place for place in places if place.role != "test" and place.path != kept.path}
         if len({place.label for place in places}) > 1:
             other = next(place for place in places if place.label != kept.label)
-            copies |= {path: f"equal to {kept.path}, which has another label" for path in others}
-            copies |= {} if kept.role == "test" else {kept.path: f"equal to {other.path}, which has another label"}
+            copies |= dict.fromkeys(others, _equal_to(kept.path, ", which has another label"))
+            if kept.role != "test":
+                copies[kept.path] = _equal_to(other.path, ", which has another label")
         else:
-            copies |= {path: f"equal to {kept.path}" for path in others}
+            copies |= dict.fromkeys(others, _equal_to(kept.path))
     return copies
 
 
-def _classes_without(source: Source, section: DataSection, bad: dict[str, str]) -> dict[str, str]:
+def _equal_to(path: str, more: str = "") -> Reason:
+    return Reason(f"equal to {path}{more}", f"equal{more}")
+
+
+def _classes_without(source: Source, section: DataSection, bad: dict[str, Reason]) -> dict[str, Reason]:
     """Return the class folders of which no image is left."""
     if section.source != "folder" or section.class_folder == "parent" or not bad:
         return {}
@@ -325,5 +331,5 @@ def _classes_without(source: Source, section: DataSection, bad: dict[str, str]) 
             rows = np.flatnonzero(split.label_ids_N == number).tolist()
             if all(_path_in(split.store, row, source.place) in bad for row in rows):
                 folder = label if split.name == "." else f"{split.name}/{label}"
-                empty[folder] = "a class of which no image is left"
+                empty[folder] = Reason("a class of which no image is left")
     return empty

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
+from tlscale.data.formats.unread import Reason
 from tlscale.data.sources.columns import LABEL_COLUMNS
 from tlscale.data.sources.folder import is_image_name
 from tlscale.data.sources.label_kinds import separator_of
@@ -145,14 +146,14 @@ def _is_file(file: Path, name: str) -> bool:
     return bool(name.strip()) and "\0" not in name and is_image_name(name) and (file.parent / name).is_file()
 
 
-def rows_to_leave_out(section: DataSection) -> dict[str, str]:
+def rows_to_leave_out(section: DataSection) -> dict[str, Reason]:
     """Return the paths in a table that no run could use, with the reason: no such file, no regular file, no label."""
     file = local_path(section)
     table, _ = read_table(section, file)
     image, label = table.column_names[:2]
     if not is_text(table[image].type):
         return {}
-    left_out: dict[str, str] = {}
+    left_out: dict[str, Reason] = {}
     has_sets = section.task == "multi_label"  # where none is a label set, too
     labels = ["-"] * len(table) if has_sets else table[label].cast(pa.large_string()).to_pylist()
     for row, (path, text) in enumerate(zip(table[image].to_pylist(), labels, strict=True)):
@@ -163,7 +164,7 @@ def rows_to_leave_out(section: DataSection) -> dict[str, str]:
         if problem is None and not (text or "").strip():
             problem = "it has no label"
         if problem is not None:
-            left_out[path] = problem
+            left_out[path] = Reason(problem)
     if left_out and len(left_out) == len(pc.unique(table[image])):
         path, problem = next(iter(left_out.items()))
         remedy = f"Paths are relative to '{one_line(file.parent)}', with / between folders, and each row has a label"

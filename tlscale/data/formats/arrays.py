@@ -31,7 +31,8 @@ def read_npy(raw: bytes) -> Array:
     shape, is_fortran, dtype = _header(file)
     found, expected = len(raw) - file.tell(), math.prod(shape) * dtype.itemsize
     if found != expected:
-        raise UnreadError(f"the array is damaged or cut short: {found:,} bytes of numbers, where it has {expected:,}")
+        problem = f"the array is damaged or cut short: {found:,} bytes of numbers, where it has {expected:,}"
+        raise UnreadError(problem, kind="damaged")
     numbers = np.frombuffer(raw, dtype, offset=file.tell())
     return numbers.reshape(shape, order="F" if is_fortran else "C")
 
@@ -63,7 +64,7 @@ def height_width_of(shape: Shape, *, channels_first: bool) -> tuple[int, int]:
     """
     if len(shape) not in (2, 3):
         expected = "C x H x W" if channels_first else "H x W x C"
-        raise UnreadError(f"an array of {_words(shape)}, where H x W or {expected} is expected")
+        raise UnreadError(f"an array of {_words(shape)}, where H x W or {expected} is expected", kind="another array")
     height, width = shape[1:] if channels_first and len(shape) == 3 else shape[:2]
     return height, width
 
@@ -89,7 +90,8 @@ def wrong_channels(shape: Shape, in_chans: int, channels_first: bool) -> OtherCh
     hint = f"Set backbone.in_chans: {count}, if all images have so many"
     if not channels_first and shape[0] == in_chans:
         hint = "If channels come first in arrays, set data.channels_first: true"
-    return OtherChannelsError(f"it has {many} ({_words(shape)}), and backbone.in_chans is {in_chans}", hint)
+    problem = f"it has {many} ({_words(shape)}), and backbone.in_chans is {in_chans}"
+    return OtherChannelsError(problem, hint, kind="other channels")
 
 
 def _words(shape: Shape) -> str:

@@ -44,11 +44,12 @@ def read_bands(raw: bytes, check_size: Callable[[int, int], None]) -> Array:
         series = file.series[0]
         axes = _ORDERS.get(series.axes)
         if axes is None:
-            raise UnreadError(f"a TIFF with the axes {series.axes} ({series.shape})", "Save one image a file, or .npy")
+            problem = f"a TIFF with the axes {series.axes} ({series.shape})"
+            raise UnreadError(problem, "Save one image a file, or .npy", kind=f"axes {series.axes}")
         sizes = dict(zip(axes, series.shape, strict=True))
         check_size(sizes["X"], sizes["Y"])
         if series.dataoffset is not None and series.dataoffset + series.nbytes > len(raw):  # in one piece
-            raise UnreadError(_CUT)
+            raise UnreadError(_CUT, kind="damaged")
         for page in series.pages:
             _check_page(page, len(raw))
         orientation = int(getattr(series.keyframe.tags.get(ORIENTATION_TAG), "value", 1))
@@ -72,9 +73,9 @@ def _unpacked(series: Any) -> Array:  # noqa: ANN401 (tifffile's)
 def _check_page(page: object, num_bytes: int) -> None:
     """Check that a page has its data: tifffile reads zeros in place of what is not there."""
     if page is None:
-        raise UnreadError("the image is damaged: a page of it is not there")
+        raise UnreadError("the image is damaged: a page of it is not there", kind="damaged")
     places = zip(page.dataoffsets, page.databytecounts, strict=True)  # type: ignore[attr-defined]
     if any(count <= 0 or offset <= 0 or offset + count > num_bytes for offset, count in places):
-        raise UnreadError(_CUT)
+        raise UnreadError(_CUT, kind="damaged")
     if int(page.keyframe.photometric) == _WHITE_IS_ZERO:  # type: ignore[attr-defined]
         raise UnreadError("a TIFF of several bands with white as 0", "Save it with black as 0")

@@ -70,10 +70,8 @@ def eight_bits(image: Image.Image, meaning: Meaning) -> Image.Image:
         return image
     wide_HW = np.asarray(image).astype(np.int64)
     if wide_HW.min() < 0 or wide_HW.max() > meaning.most:
-        raise UnreadError(
-            f"32-bit integers from {wide_HW.min()} to {wide_HW.max()}, and no telling which is white; "
-            "save it as 8 or 16 bits"
-        )
+        problem = f"32-bit integers from {wide_HW.min()} to {wide_HW.max()}, and no telling which is white; "
+        raise UnreadError(problem + "save it as 8 or 16 bits", kind="other numbers")
     wide_HW = meaning.most - wide_HW if meaning.is_inverted else wide_HW
     grey_HW = ((wide_HW * 255 + meaning.most // 2) // meaning.most).astype(np.uint8)
     clear = image.info.get("transparency")
@@ -94,6 +92,8 @@ def turned(numbers: Array, meaning: Meaning, value_range: tuple[float, float] | 
 
 def _from_float(grey_HW: npt.NDArray[Any], *, is_inverted: bool) -> Image.Image:
     if not (np.isfinite(grey_HW).all() and grey_HW.min() >= 0 and grey_HW.max() <= 1):
-        raise UnreadError("floating point outside 0..1, and no telling which is white; save it as 8 or 16 bits")
+        raise UnreadError(
+            "floating point outside 0..1, and no telling which is white; save it as 8 or 16 bits", kind="other numbers"
+        )
     grey_HW = 1 - grey_HW if is_inverted else grey_HW
     return Image.fromarray(np.rint(grey_HW * 255).astype(np.uint8))

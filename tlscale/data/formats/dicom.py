@@ -76,7 +76,7 @@ def _kind_of(tags: Any) -> str:  # noqa: ANN401 (pydicom's)
     frames = int(tags.get("NumberOfFrames") or 1)
     if frames > 1:
         remedy = "Save each frame (slice, moment) that is to have a label as a file of its own, as .npy, say"
-        raise UnreadError(f"a DICOM of {frames:,} frames", remedy)
+        raise UnreadError(f"a DICOM of {frames:,} frames", remedy, kind="several frames")
     kind = str(tags.get("PhotometricInterpretation", ""))
     if kind not in (*_GREY, *_COLOUR):
         raise UnreadError(f"a DICOM of the kind {kind or 'unknown'}", "Save it as PNG")
@@ -91,7 +91,8 @@ def _unpacked(tags: Any) -> Array:  # noqa: ANN401
     except (RuntimeError, NotImplementedError, ImportError) as error:
         name = getattr(tags.file_meta.get("TransferSyntaxUID"), "name", "unknown")
         remedy = "Unpack it (dcmdjpeg, gdcmconv --raw), or install what pydicom names"
-        raise UnreadError(f"a DICOM that is packed ({name}): {str(error).splitlines()[0]}", remedy) from None
+        problem = f"a DICOM that is packed ({name}): {str(error).splitlines()[0]}"
+        raise UnreadError(problem, remedy, kind="packed") from None
 
 
 def _rescaled(numbers_HW: Array, tags: Any) -> Array:  # noqa: ANN401
@@ -128,7 +129,7 @@ def _windowed(numbers_HW: Array, tags: Any) -> npt.NDArray[np.uint8]:  # noqa: A
         return numbers_HW
     else:
         problem = f"a DICOM of {tags.BitsStored} bits without a window, and no telling which number is white"
-        raise UnreadError(problem, "Set data.range: [low, high]")
+        raise UnreadError(problem, "Set data.range: [low, high]", kind="other numbers")
     return np.asarray(np.rint(np.clip(shares_HW, 0.0, 1.0) * 255), dtype=np.uint8)
 
 

@@ -14,6 +14,9 @@ from typing import BinaryIO
 
 from PIL import TiffImagePlugin
 
+from tlscale.data.formats.unread import UnreadError
+
+UNREAD_TIFF = "a TIFF that is not read"
 _STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _WIDTH, _HEIGHT = 256, 257
 _SUBFILE, _BITS, _COMPRESSION, _PHOTOMETRIC, _FILL_ORDER = 254, 258, 259, 262, 266
@@ -78,10 +81,6 @@ class _Tags:
         return self.photometric == _WHITE_IS_ZERO
 
 
-class UnreadTiffError(Exception):
-    """What this TIFF is, and that it is not read."""
-
-
 def is_tiff(raw: bytes) -> bool:
     """Return whether these bytes begin as a TIFF."""
     return raw.startswith(_STARTS)
@@ -91,7 +90,7 @@ def meaning_of(raw: bytes) -> Meaning:
     """Return what the numbers of a TIFF mean.
 
     Raises:
-        UnreadTiffError: it is of a kind that does not come out right.
+        UnreadError: it is of a kind that does not come out right.
     """
     try:
         tags = _read(raw)
@@ -99,7 +98,7 @@ def meaning_of(raw: bytes) -> Meaning:
         return Meaning()
     why = next(_faults(tags), None)
     if why is not None:
-        raise UnreadTiffError(f"{describe(raw)}: {why}")
+        raise UnreadError(f"{describe(raw)}: {why}", kind=UNREAD_TIFF)
     return Meaning(
         4095 if tags.bits[0] == 12 else 65535,
         is_inverted=tags.is_inverted and tags.bits[0] > 8,
@@ -155,7 +154,7 @@ def describe(raw: bytes) -> str:
         *([f"compression {tags.compression}"] if tags.compression != _RAW else []),
         *(["big-endian"] if tags.is_big_endian else []),
     ]
-    return f"a TIFF that is not read ({', '.join(parts)}); save it as 8-bit grey or RGB"
+    return f"{UNREAD_TIFF} ({', '.join(parts)}); save it as 8-bit grey or RGB"
 
 
 def _read(raw: bytes) -> _Tags:

@@ -5,11 +5,24 @@ from __future__ import annotations
 from tlscale.errors import render
 
 
-class UnreadError(Exception):
-    """Raised with what is wrong with an image, and what to do about it where something can be done."""
+class Reason(str):
+    """Say in words why an image cannot be used, and of what kind that is: what differs in numbers or names is one."""
 
-    def __init__(self, problem: str, remedy: str | None = None) -> None:
+    kind: str
+
+    def __new__(cls, text: str, kind: str = "") -> Reason:
+        """Take a text; it is its own kind where none is given."""
+        reason = super().__new__(cls, text)
+        reason.kind = kind or text
+        return reason
+
+
+class UnreadError(Exception):
+    """Raised with what is wrong with an image, its kind, and what to do about it where something can be done."""
+
+    def __init__(self, problem: str, remedy: str | None = None, *, kind: str = "") -> None:
         super().__init__(render(problem, remedy=remedy))
+        self.reason = Reason(str(self), kind)
 
 
 class OtherChannelsError(UnreadError):
