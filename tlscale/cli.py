@@ -73,7 +73,7 @@ def main() -> None:
 @click.option("--out", metavar="FILE.yaml", help="The recipe.  [default: named after DATA, here]")
 @reports_errors
 def new(data: str, backbone: str, out: str | None) -> None:
-    """Look at DATA, say what is in it, and write a recipe that runs.
+    """Look at DATA, report what is in it, and write a recipe that runs.
 
     DATA is a folder of class folders (with or without train and test), or a table (.csv, .tsv, .parquet) with a column
     of paths and one of labels. Every image is read once; what cannot be used is listed, with the reason, in a table
@@ -116,7 +116,7 @@ def run(recipe: str, overrides: Sequence[str], out: str | None, resume: bool, ov
 def plan(recipe: str, overrides: Sequence[str], processes: int | None, check_images: bool, as_json: bool) -> None:
     """Show what `run` would do, and train nothing: freezing, parameters, steps, batches, memory.
 
-    With --json, standard output has one JSON object and nothing else; its keys are in docs/guide.md.
+    With --json, standard output has one JSON object and nothing else; its keys are in docs/screen.md.
 
     Exit codes: 0 done, 2 wrong recipe or data (with --check-images also a damaged image), 75 stopped by a signal.
 
@@ -169,9 +169,9 @@ def evaluate(run_dir: str, overrides: Sequence[str], data: str | None, split: An
 
     Without --data: the test split of the run's own data, or else its validation split, which chose the model. With
     --data (or data.source=... data.path=...): the test split there, or else every labelled image; how many of them the
-    run was trained on is counted by content. Other overrides set how it is computed, such as compute.precision=bf16;
-    what has no effect on an evaluation is an error. The figures are printed and written to figures.json in
-    RUN/evaluations/NAME, never over those of the run.
+    run was trained on is counted by content. Other overrides change how scores are computed, such as
+    compute.precision=bf16; keys without effect on an evaluation are an error. The figures are printed and written to
+    figures.json in RUN/evaluations/NAME, never over those of the run.
 
     \b
     Examples:
@@ -192,14 +192,14 @@ def evaluate(run_dir: str, overrides: Sequence[str], data: str | None, split: An
 @click.option("--top-k", type=click.IntRange(1), default=1, metavar="K", help="So many labels an image.  [default: 1]")
 @click.option("--all-probabilities", is_flag=True, help="Add a column for each class.")
 @click.option("--images-from", metavar="LIST", help="A file that lists more paths, one a line; - is stdin.")
-@click.option("--resume", is_flag=True, help="Go on where FILE ends.")
+@click.option("--resume", is_flag=True, help="Complete an unfinished FILE.")
 @reports_errors
 def predict(run_dir: str, places: Sequence[str], **options: Any) -> None:  # noqa: ANN401 (click's own)
     """Give a label and a probability to each image, by the model of RUN.
 
     A PATH is a file, a folder (searched through), a glob in quotes, or - for paths on stdin. One row an image, in the
-    order given: path, label, probability, error. An image that cannot be read has the reason there. In CSV a text that
-    begins with = + - @ or a tab has an apostrophe before it, as a spreadsheet would run it.
+    order given: path, label, probability, and in the column error why an image cannot be read. In CSV a text that
+    begins with = + - @ or a tab gets an apostrophe before it, because a spreadsheet would run it.
 
     Exit codes: 0 done, 1 failed, 2 nothing found or nothing that can be read, 75 stopped by a signal (--resume).
 
@@ -222,16 +222,16 @@ def predict(run_dir: str, places: Sequence[str], **options: Any) -> None:  # noq
 @click.option("--out", required=True, metavar="DIR", help="A folder for it; an export to FORMAT there is replaced.")
 @click.option("--images", multiple=True, metavar="PATH", help="Compare on these images.  [default: the run's own]")
 @click.option("--licence", default="unknown", metavar="NAME", help="For the model card.  [default: unknown]")
-@click.option("--with-training-codes", is_flag=True, help="Export nearest neighbours with the features they compare.")
+@click.option("--with-training-codes", is_flag=True, help="For a knn probe: export its training features as well.")
 @reports_errors
 def export(run_dir: str, **options: Any) -> None:  # noqa: ANN401 (click's own)
     """Write the model of RUN for use elsewhere, and compare it with the run's on real images.
 
     onnx: model.onnx, with classes and preprocessing in its metadata. torch-export: model.pt2, which needs torch alone.
-    timm: a folder that timm.create_model loads. hub: the same with a model card; nothing is uploaded. A file that
-    gives other logits or another accuracy than the run's model is not written.
+    timm: a folder that timm.create_model loads. hub: the same with a model card; nothing is uploaded. A file whose
+    logits or accuracy differ from the run's model is not written.
 
-    Exit codes: 0 done, 1 no file that gives what the model gives, 2 wrong run, images or folder.
+    Exit codes: 0 done, 1 no file that agrees with the model, 2 wrong run, images or folder.
 
     \b
     Examples:
@@ -269,7 +269,7 @@ def compare(words: Sequence[str], seeds: list[int | None], **options: Any) -> No
     what was trained.
 
     RUNs are folders of finished runs, which are tabulated in the same way. The lines of --print-jobs are independent
-    of each other, for a queue or several machines; what gathers their table is printed to standard error.
+    of each other, for a queue or several machines; the line that gathers their table is printed to standard error.
 
     Exit codes: 0 done, 1 a run failed (the others are in the table), 2 wrong recipe or data, 75 stopped by a signal.
 
@@ -302,7 +302,7 @@ def compare(words: Sequence[str], seeds: list[int | None], **options: Any) -> No
 def lr(recipe: str, overrides: Sequence[str], out: str | None, **options: Any) -> None:
     """Train RECIPE for a few steps with growing learning rates, draw the loss, and suggest one.
 
-    Nothing of it is kept but the picture, and codes of what is frozen.
+    Only the picture, and the codes of frozen layers, are kept.
 
     \b
     Examples:
@@ -324,8 +324,8 @@ def lr(recipe: str, overrides: Sequence[str], out: str | None, **options: Any) -
 def doctor(as_json: bool) -> None:
     """Show what on this machine would stop or slow a run, and what to do about it.
 
-    Versions, devices, what Accelerate is configured to do, disks, memory, the cache, whether the hub and W&B are
-    reached, and two processes that are to find each other. Exit code 1 where something would stop a run.
+    Versions, devices, Accelerate's configuration, disks, memory, the cache, whether the hub and W&B can be reached,
+    and whether two processes can connect. Exit code 1 if something would stop a run.
 
     \b
     Examples:
