@@ -8,37 +8,18 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from click.testing import CliRunner
-from PIL import Image
 from sklearn.metrics import average_precision_score, f1_score
 
 import tlscale
-from tests.small_runs import sample_images, small_recipe
+from tests.garments import CLASSES, SEVERAL, put_garments
+from tests.small_runs import small_recipe
 from tlscale.cli import main
 from tlscale.errors import EXIT_BAD_INPUT, RecipeError, TlscaleError
-
-CLASSES = ("boot", "shirt", "top", "trouser")
-OF_LABEL = {9: "boot", 6: "shirt", 0: "top", 1: "trouser"}
-SEVERAL = {"source": "manifest", "task": "multi_label", "label_separator": ";", "crop_mode": "squash"}
 
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
-    """Pictures of none to two garments side by side, and a table of which."""
-    folder = tmp_path_factory.mktemp("data")
-    images_NHW, labels_N = sample_images("train", 200)
-    kept = [row for row in range(200) if int(labels_N[row]) in OF_LABEL]
-    draws, rows = np.random.default_rng(0), []
-    for number in range(90):
-        picked = draws.choice(kept, size=draws.integers(0, 3), replace=False)
-        canvas_HW = draws.integers(0, 30, (28, 56)).astype(np.uint8)  # no two pictures are equal
-        for place, row in enumerate(picked):
-            canvas_HW[:, 28 * place : 28 * place + 28] = images_NHW[row]
-        Image.fromarray(canvas_HW).save(folder / f"{number}.png")
-        own = sorted({OF_LABEL[int(labels_N[row])] for row in picked})
-        rows.append((f"{number}.png", ";".join(own), "test" if number >= 60 else "train"))
-    with (folder / "list.csv").open("w") as file:
-        csv.writer(file).writerows([("path", "label", "split"), *rows])
-    return folder / "list.csv"
+    return put_garments(tmp_path_factory.mktemp("data"), num_test=30)
 
 
 @pytest.fixture(scope="module")

@@ -170,12 +170,6 @@ WRONG_RECIPES: list[tuple[str, str, list[str], list[str]]] = [
         [f"{AT}:2: data.sampling: is not supported with several labels an image. Remove it."],
     ),
     (
-        "several_labels_with_groups",
-        f"{NAME}\ndata: {{source: manifest, path: p, task: multi_label, group_column: g}}\n{BACKBONE}\n",
-        [],
-        [f"{AT}:2: data.group_column: is not supported with several labels an image. Remove it."],
-    ),
-    (
         "group_column_of_folder",
         f"{NAME}\ndata: {{source: folder, path: p, group_column: patient}}\n{BACKBONE}\n",
         [],

@@ -140,7 +140,7 @@ def _figures(
             classes=trained.classes,
             processes=processes,
             predictions=predictions,
-            several=None if trained.thresholds is None else SeveralLabels(trained.thresholds),
+            several=None if trained.thresholds is None else SeveralLabels(trained.thresholds, split.groups_N),
         )
     often = {"majority": scored.majority(trained.classes)} if trained.thresholds is None else {"task": "multi_label"}
     return {**scored.figures, **often, **figures}

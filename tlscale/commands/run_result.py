@@ -58,13 +58,13 @@ class RunResult(dict[str, Any]):
     def _score(self) -> str:
         low, high = self.interval
         of = "" if self["split"] in ("all", FOLDS) else f"{self['split']} "
+        interval = f"{low:.4f} to {high:.4f}{over_groups(self)}"
         if score_of(self) == "mean_average_precision":
-            score = f"mAP {number(self['mean_average_precision'])} ({low:.4f} to {high:.4f})"
+            score = f"mAP {number(self['mean_average_precision'])} ({interval})"
             chance = number(self["chance"]["mean_average_precision"])
             return f"{score} on {self['num_images']:,} {of}images, {chance} by chance"
         often = self.get("majority")
         against = "" if often is None else f", {number(often['top1'])} for always saying {one_line(often['label'])!r}"
-        interval = f"{low:.4f} to {high:.4f}{over_groups(self)}"
         by = " by models of folds" if self["split"] == FOLDS else ""
         return f"top1 {number(self.top1)} ({interval}) on {self['num_images']:,} {of}images{by}{against}"
 

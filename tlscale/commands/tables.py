@@ -271,7 +271,7 @@ def interval_of(figures: Mapping[str, Any], name: str) -> str:
 
 def over_groups(figures: Mapping[str, Any]) -> str:
     """Return what is added to an interval that is over groups; an empty text for one over images."""
-    return _over(figures.get("top1_interval95_by"))
+    return _over(figures.get(f"{score_of(figures)}_interval95_by"))
 
 
 def _over(by: Mapping[str, int] | None) -> str:

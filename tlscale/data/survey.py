@@ -190,8 +190,7 @@ def _survey(keys: dict[str, Any], left_out: dict[str, Reason], notes: tuple[str,
         num_bad=seen.num_bad,
         equal=equal,
         notes=notes,
-        # Groups are not supported with several labels.
-        groups=None if section.task == "multi_label" else _group_hint(section, splits.values()),
+        groups=_group_hint(section, splits.values()),
     )
 
 

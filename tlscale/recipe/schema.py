@@ -81,7 +81,7 @@ NO_EFFECT_BESIDE = {
     "stages": ("freeze", "duration"),
 }
 _OF_ONE_LABEL = (
-    *("data.group_column", "data.group_regex", "data.sampling", "loss.label_smoothing", "loss.logit_adjustment"),
+    *("data.sampling", "loss.label_smoothing", "loss.logit_adjustment"),
     "evaluate.folds",
 )
 

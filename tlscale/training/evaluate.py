@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tlscale import faults
+from tlscale.data.sources.tables import GroupNames
 from tlscale.distributed.processes import Processes
 from tlscale.distributed.signals import check_stop
 from tlscale.tracking.progress import Pace
@@ -34,6 +35,8 @@ class SeveralLabels:
 
     thresholds: Sequence[float] | Literal["best"] | None = None
     """From which on an image has a class; None: a half; `best`: those of the best F1 on the very images."""
+    groups_N: GroupNames | None = None
+    """Of all images of the split, in its order, where errors and intervals are over groups; None: over images."""
 
 
 def evaluate(
@@ -151,8 +154,9 @@ def figures_of(
 ) -> tuple[dict[str, Any], Callable[[str], float | None]]:
     """Return the figures of what all processes counted (None: this one alone), and a look-up of standard errors."""
     if isinstance(tally, LabelScores):
-        found = tally.over_all(processes.gather if processes is not None else lambda own: [own])
-        thresholds = None if several is None else several.thresholds
+        several = several or SeveralLabels()
+        found = tally.over_all(processes.gather if processes is not None else lambda own: [own], several.groups_N)
+        thresholds = several.thresholds
         least = found.best_thresholds() if thresholds == "best" else thresholds
         assert not isinstance(least, str)
         return found.summary(classes, least), found.standard_error

@@ -4,7 +4,7 @@ Promise: average precision and F1 are scikit-learn's on the same numbers. They a
 of the split, and so do not hang on batches or processes. A row of logits that holds a NaN is no answer: it has no
 label, and ranks behind all others.
 
-Letters: N images, B images of a batch, C classes.
+Letters: N images, B images of a batch, C classes, U units (images, or groups of them).
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from tlscale.codes.probes.ranking import DEFAULT_THRESHOLD, Bools, Floats, Ranking, mean_known
+from tlscale.data.sources.tables import GroupNames, Ints, number_groups
+from tlscale.training.group_error import error_of_ratio
 from tlscale.training.metrics import error_of_mean
 
 _Z95 = 1.959963984540054
@@ -61,17 +63,26 @@ class LabelScores:
         logits, labels, losses = (torch.cat([part.cpu() for part in parts]) for parts in columns)
         return probabilities(logits).numpy(), labels.numpy(), losses.double().numpy()
 
-    def over_all(self, gather: Callable[[Any], list[Any]]) -> LabelFigures:
-        """Return the figures of the images of all processes, which have to call this all; they are in order of rank."""
+    def over_all(self, gather: Callable[[Any], list[Any]], groups_N: GroupNames | None = None) -> LabelFigures:
+        """Return the figures of the images of all processes, which have to call this all; they are in order of rank.
+
+        `groups_N`: of all of them, in the order of the split; None: each stands alone.
+        """
         parts = gather(self.own())
-        return LabelFigures(*(np.concatenate([part[at] for part in parts]) for at in range(3)))
+        shares_NC, labels_NC, losses_N = (np.concatenate([part[at] for part in parts]) for at in range(3))
+        return LabelFigures(shares_NC, labels_NC, losses_N, None if groups_N is None else number_groups(groups_N))
 
 
 class LabelFigures:
     """Compute the figures of some images."""
 
-    def __init__(self, probabilities_NC: Floats, labels_NC: Bools, losses_N: Floats) -> None:
+    def __init__(
+        self, probabilities_NC: Floats, labels_NC: Bools, losses_N: Floats, groups_N: Ints | None = None
+    ) -> None:
+        """`groups_N`: the number of the group of each, from 0, where errors are over groups; None: over images."""
         self.probabilities_NC, self.labels_NC, self.losses_N = probabilities_NC, labels_NC, losses_N
+        self.groups_N = groups_N
+        assert groups_N is None or len(groups_N) == len(labels_NC), "each image has a group"
 
     @property
     def num_images(self) -> int:
@@ -103,7 +114,8 @@ class LabelFigures:
         Returns:
             `num_images`; `mean_average_precision` (over the classes; the average precision of one is the sum over its
             images, by descending score, of precision times the growth of recall), and its
-            `mean_average_precision_interval95` (normal, by a bootstrap over images); `loss` (mean over images of the
+            `mean_average_precision_interval95` (normal, by a bootstrap over images, or over groups, of which
+            `mean_average_precision_interval95_by` then tells how many); `loss` (mean over images of the
             binary cross-entropy); at the thresholds `macro_f1` (mean over the classes), `micro_f1` (of all labels
             together), `subset_accuracy` (images all of whose labels are right); `num_without_answer`; `per_class`: name
             -> `average_precision`, `f1`, `precision`, `recall`, `threshold`, `num_images` that have it. A class without
@@ -132,6 +144,7 @@ class LabelFigures:
             "num_images": self.num_images,
             "mean_average_precision": figure,
             "mean_average_precision_interval95": None if figure is None or error is None else _interval(figure, error),
+            **({} if self.groups_N is None else {"mean_average_precision_interval95_by": {"groups": self._num_units}}),
             "loss": loss if loss is not None and math.isfinite(loss) else None,
             "macro_f1": mean_known(row["f1"] for row in per_class.values()),
             "micro_f1": _ratio(2 * int(hits_C.sum()), int(with_C.sum() + given_C.sum())),
@@ -144,21 +157,30 @@ class LabelFigures:
 
     def standard_error(self, figure: str) -> float | None:
         """Return that of `loss`, of a mean; or of `mean_average_precision`, by a bootstrap with a fixed seed."""
+        if figure == "loss" and self.groups_N is not None:
+            sums_G = np.bincount(self.groups_N, self.losses_N).astype(np.float64)
+            return error_of_ratio(sums_G, np.bincount(self.groups_N))
         if figure == "loss":
             return error_of_mean(float(self.losses_N.sum()), float(np.square(self.losses_N).sum()), self.num_images)
         assert figure == "mean_average_precision", f"no standard error of {figure}"
         return self._error_of_map
 
     @cached_property
+    def _num_units(self) -> int:
+        """The number of images, or of groups, that the error is over."""
+        return self.num_images if self.groups_N is None else int(self.groups_N.max(initial=-1)) + 1
+
+    @cached_property
     def _error_of_map(self) -> float | None:
         rankings = [ranking for ranking in self._rankings if ranking.num_found]
-        if self.num_images < 2 or not rankings:
+        if self._num_units < 2 or not rankings:
             return None
         size = self.num_images * len(rankings)
         num_draws = min(max(_MOST_RESAMPLED // size, _DRAWS[0]), _DRAWS[1])
         draws, found = np.random.default_rng(_RESAMPLING_SEED), []
         for _ in range(num_draws):
-            counts_N = np.bincount(draws.integers(self.num_images, size=self.num_images), minlength=self.num_images)
+            counts_U = np.bincount(draws.integers(self._num_units, size=self._num_units), minlength=self._num_units)
+            counts_N = counts_U if self.groups_N is None else counts_U[self.groups_N]
             found.append(mean_known(ranking.average_precision(counts_N) for ranking in rankings))
         return float(np.std([figure for figure in found if figure is not None], ddof=1))
 

@@ -4,7 +4,7 @@ Promise: as that of `predictions`.
 
 | column | holds |
 |---|---|
-| `path`, `row` | as in `predictions` |
+| `path`, `row`, `group` | as in `predictions` |
 | `true_labels` | a list of class names |
 | `labels` | those whose probability is their threshold or more; null where the network gave no number (NaN) |
 | `logits` | a list of C numbers, in the order of the classes: the probability of a class is the sigmoid of its own |
@@ -17,8 +17,7 @@ Shapes: N images of the split, B images of a batch, C classes.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -52,18 +51,13 @@ class LabelSetPredictions(Predictions):
             positions_B, logits_BC = batch.wait()
             self._kept.append({"position": positions_B, "logits": logits_BC})
 
-    def over_groups(
-        self, figures: dict[str, Any], total: Callable[[Tensor], Tensor] = lambda counts: counts
-    ) -> dict[str, Any]:
-        """Return the figures as they are: recipes with several labels name no groups."""
-        return figures
-
     def _table(self, columns: dict[str, np.ndarray]) -> pa.Table:
         positions_B, logits_BC = columns["position"], columns["logits"]
         shares_BC = probabilities(torch.from_numpy(logits_BC))
         arrays = {
             "path": pa.array(image_names(self.split, positions_B), pa.string()),
             "row": pa.array(self.split.rows_N[positions_B], pa.int64()),
+            **self._groups(positions_B),
             "true_labels": _names(self.split.labels_N[positions_B], self.classes),
             "labels": _names(
                 labels_from(shares_BC, self._thresholds).numpy(), self.classes, shares_BC.isnan().any(dim=1).numpy()

@@ -40,7 +40,7 @@ from tlscale import faults
 from tlscale.data.sources.joined import JoinedStore
 from tlscale.data.sources.open import ImageSplit
 from tlscale.data.sources.stores import FileStore
-from tlscale.data.sources.tables import Ints, RawStore
+from tlscale.data.sources.tables import Ints, RawStore, has_several
 from tlscale.distributed.device import CopyToCpu
 from tlscale.distributed.processes import Processes
 from tlscale.errors import RunFolderError, TlscaleError, first_line
@@ -75,7 +75,8 @@ class Predictions:
         self.calibration = calibration
         self._on_the_way: list[CopyToCpu] = []
         self._kept: list[dict[str, Tensor]] = []
-        self._group_hits = None if split.groups_N is None else GroupHits(split, split.groups_N)
+        counts_hits = split.groups_N is not None and not has_several(split.labels_N)
+        self._group_hits = GroupHits(split, split.groups_N) if counts_hits else None
 
     @torch.no_grad()
     def add(self, positions_B: Tensor, logits_BC: Tensor) -> None:
@@ -113,6 +114,8 @@ class Predictions:
     ) -> dict[str, Any]:
         """Return the figures with intervals over groups; as they are where the recipe names no groups.
 
+        Those of several labels are over groups already.
+
         `total` sums counts over all processes, which then have to call this all.
         """
         if self._group_hits is None:
@@ -129,6 +132,11 @@ class Predictions:
         for order_B in torch.split(columns["position"].argsort(), _CHUNK):
             yield self._table({name: column[order_B].numpy() for name, column in columns.items()})
 
+    def _groups(self, positions_B: Ints) -> dict[str, pa.Array]:
+        """Return the column of the groups, where the recipe names some."""
+        groups_N = self.split.groups_N
+        return {} if groups_N is None else {"group": groups_N.take(pa.array(positions_B))}
+
     def _table(self, columns: dict[str, np.ndarray]) -> pa.Table:
         positions_B, names = columns["position"], pa.array(self.classes, pa.string())
         answers_B = columns["label"]
@@ -137,7 +145,7 @@ class Predictions:
         arrays = {
             "path": pa.array(image_names(self.split, positions_B), pa.string()),
             "row": pa.array(self.split.rows_N[positions_B], pa.int64()),
-            **({} if self.split.groups_N is None else {"group": self.split.groups_N.take(pa.array(positions_B))}),
+            **self._groups(positions_B),
             "true_label": names.take(pa.array(self.split.labels_N[positions_B])),
             "label": names.take(labels_B),
             "probability": pa.array(columns["probability"], mask=is_none_B),

@@ -11,7 +11,7 @@ Shapes: B images of a block, N images, M held-out images, C classes, D features.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -330,5 +330,7 @@ def _figures(
         tally.update(logits_BC, labels_B, plain_loss(logits_BC, labels_B))
         if predictions is not None:
             predictions.add(positions_B, logits_BC)
+    if several is not None:
+        several = replace(several, groups_N=split.groups_N)
     figures = figures_of(tally, classes, several)[0]
     return figures if predictions is None else predictions.over_groups(figures)

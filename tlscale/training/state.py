@@ -6,7 +6,7 @@ Promise: whoever wraps the network (Accelerate, FSDP2) is known here; checkpoint
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -101,9 +101,11 @@ class TrainState:
         but that `several` has an effect on data with several labels alone.
         """
         classes, groups_N, over_groups = self.setup.data.classes, split.groups_N, None
+        has_several = self.setup.data.has_several_labels
         # Images of a group stand or fall together, and an error over images is too small by that. Where each group has
         # one image they change nothing, to the last bit.
-        if error_of is not None and groups_N is not None and num_error_groups(groups_N) is not None:
+        if not has_several and error_of is not None and num_error_groups(groups_N) is not None:
+            assert groups_N is not None
             over_groups = GroupError(groups_N, error_of, len(classes))
         # Batch statistics differ by rank; a figure has to be of one network.
         self.processes.broadcast_buffers(self.network)
@@ -120,7 +122,7 @@ class TrainState:
                 error_of=error_of,
                 over_groups=over_groups,
                 predictions=predictions,
-                several=(several or SeveralLabels()) if self.setup.data.has_several_labels else None,
+                several=replace(several or SeveralLabels(), groups_N=groups_N) if has_several else None,
             )
 
     def averaged(self) -> AbstractContextManager[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from sklearn.metrics import accuracy_score, average_precision_score, f1_score, precision_score, recall_score
@@ -21,7 +22,7 @@ def made(num_images: int = 83, *, decimals: int = 8, seed: int = 0) -> tuple[tor
     return torch.from_numpy(logits_NC).float(), torch.from_numpy(labels_NC)
 
 
-def figures_of(logits_NC, labels_NC, parts=((0, None),)) -> LabelFigures:
+def figures_of(logits_NC, labels_NC, parts=((0, None),), groups_N=None) -> LabelFigures:
     """Of the images of several processes, each with its part."""
     owns = []
     for part in parts:
@@ -30,7 +31,7 @@ def figures_of(logits_NC, labels_NC, parts=((0, None),)) -> LabelFigures:
             losses_B = binary_cross_entropy(logits_NC[batch], labels_NC[batch])
             scores.update(logits_NC[batch], labels_NC[batch], losses_B)
         owns.append(scores.own())
-    return LabelScores(labels_NC.shape[1]).over_all(lambda own: owns)
+    return LabelScores(labels_NC.shape[1]).over_all(lambda own: owns, groups_N)
 
 
 @pytest.mark.parametrize("decimals", [8, 0])
@@ -64,6 +65,24 @@ def test_processes_change_no_figure():
     logits_NC, labels_NC = made()
     one = figures_of(logits_NC, labels_NC).summary(CLASSES, None)
     assert figures_of(logits_NC, labels_NC, [(0, 30), (30, 31), (31, 31), (31, 83)]).summary(CLASSES, None) == one
+
+
+def test_errors_of_twins_in_a_group_are_those_of_one_of_each():
+    logits_NC, labels_NC = made(60)
+    alone = figures_of(logits_NC, labels_NC)
+    twins = [part.repeat_interleave(2, dim=0) for part in (logits_NC, labels_NC)]
+    names = pa.array([f"patient{image // 2}" for image in range(120)], pa.large_string())
+    grouped = figures_of(*twins, parts=[(0, 51), (51, 120)], groups_N=names)
+    for figure in ("mean_average_precision", "loss"):
+        assert grouped.standard_error(figure) == pytest.approx(alone.standard_error(figure), rel=1e-9)
+        assert figures_of(*twins).standard_error(figure) < 0.9 * grouped.standard_error(figure)
+    found = grouped.summary(CLASSES, None)
+    assert found["mean_average_precision_interval95_by"] == {"groups": 60}
+    key = "mean_average_precision_interval95"
+    assert found[key] == pytest.approx(alone.summary(CLASSES, None)[key])
+    assert f"{key}_by" not in alone.summary(CLASSES, None)
+    one_group = figures_of(*twins, groups_N=pa.array(["a"] * 120, pa.large_string()))
+    assert one_group.standard_error("mean_average_precision") is one_group.standard_error("loss") is None
 
 
 @pytest.mark.parametrize("decimals", [8, 0])

@@ -12,10 +12,10 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from tlscale.data.sources.grouped_draws import grouped_folds
+from tlscale.data.sources.grouped_draws import grouped_folds, num_units_by_class
 from tlscale.data.sources.groups import units_of
 from tlscale.data.sources.joined import join_files, join_tables
-from tlscale.data.sources.tables import ImageSplit, Ints, LabelledTable, Role
+from tlscale.data.sources.tables import ImageSplit, Ints, LabelledTable, Role, has_several
 from tlscale.errors import DataError
 from tlscale.recipe.seeds import derive_seed
 
@@ -132,10 +132,10 @@ def draw_folds(
     if len(units.names) < num_folds:
         problem = f"{num_folds} is more than the {len(units.names)} {what} there are"
         raise DataError(problem, key="evaluate.folds", remedy="Take fewer folds")
-    pairs = np.unique(np.stack([labels_N, units.numbers_N]), axis=1)[0]
-    alone = np.flatnonzero(np.bincount(pairs) == 1)
+    alone = np.flatnonzero(num_units_by_class(labels_N, units.numbers_N) == 1)
     if len(alone):
-        where = table.where(int(rows_N[np.flatnonzero(labels_N == alone[0])[0]]))
+        has_it_N = labels_N[:, alone[0]] if has_several(labels_N) else labels_N == alone[0]
+        where = table.where(int(rows_N[np.flatnonzero(has_it_N)[0]]))
         raise DataError(
             f"class {int(alone[0])} (such as {where}) is in one of the {what} alone: the fold that holds it would "
             "train without",

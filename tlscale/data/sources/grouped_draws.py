@@ -10,6 +10,11 @@ off is the sum, over classes and bins, of the squares of (images of the class in
 class. Sums are made in one order and of whole numbers, so that they are the same everywhere. A hold-out is the nearest
 of these bins, with single groups taken in or out; a fold is each of them.
 
+Images with several labels each are drawn by the same rule: a group counts with the images of each of its labels, and
+all images together count as one more label, so that those without any are dealt out evenly as well. That is nearer to
+the shares than iterative stratification of whole groups (Sechidis, Tsoumakas and Vlahavas 2011), whose order of labels,
+the rarest first, brings nothing here.
+
 Shape letters: N images, G groups, C classes, K bins.
 """
 
@@ -24,7 +29,7 @@ from fractions import Fraction
 import numpy as np
 import numpy.typing as npt
 
-from tlscale.data.sources.tables import Ints
+from tlscale.data.sources.tables import Ints, Labels, has_several
 from tlscale.distributed.signals import check_stop
 
 Floats = npt.NDArray[np.float64]
@@ -66,14 +71,14 @@ def draw_name_lots(names: Iterable[str], seed: int) -> list[int]:
     return [int.from_bytes(digest.digest(), "little") for digest in digests]
 
 
-def grouped_subset(labels_N: Ints, units: Units, names_N: Sequence[str], count: int, seed: int) -> Ints:
+def grouped_subset(labels_N: Labels, units: Units, names_N: Sequence[str], count: int, seed: int) -> Ints:
     """Return positions of `count` images: group after group, each class by its share, the last of them cut.
 
     The first image of each class goes before all others, so that none is missing. A smaller count gives a subset of
     that of a larger one.
 
     Args:
-        labels_N: class numbers of all candidates.
+        labels_N: class numbers of all candidates; of several labels bool (N, C).
         units: theirs.
         names_N: of the images: decide who of a cut group is taken first.
         count: at most `len(labels_N)`, and at least the number of classes.
@@ -84,19 +89,27 @@ def grouped_subset(labels_N: Ints, units: Units, names_N: Sequence[str], count: 
     places = _places_of_units(labels_N, units, seed)
     image_lots = np.array(draw_name_lots(names_N, seed), dtype=np.uint64)
     line_N = np.lexsort((image_lots, places[units.numbers_N]))
-    _, firsts_C = np.unique(labels_N[line_N], return_index=True)
+    if has_several(labels_N):
+        firsts_C = np.unique(labels_N[line_N].argmax(axis=0)[labels_N.any(axis=0)])
+    else:
+        _, firsts_C = np.unique(labels_N[line_N], return_index=True)
     line_N = np.concatenate([line_N[np.sort(firsts_C)], np.delete(line_N, firsts_C)])
     return np.sort(line_N[:count]).astype(np.int64)
 
 
-def _places_of_units(labels_N: Ints, units: Units, seed: int) -> Ints:
+def _places_of_units(labels_N: Labels, units: Units, seed: int) -> Ints:
     """Return the place of each unit in a line whose every beginning has each class by its share.
 
-    A unit stands for the most frequent class of its images, and has the place of the middle of them among all images
-    of such units: Webster's method, as `stratified_draws` has it, for units of any size.
+    A unit stands for the most frequent class of its images, of several labels for the one that the fewest images have,
+    and has the place of the middle of them among all images of such units: Webster's method, as `stratified_draws` has
+    it, for units of any size.
     """
-    lots, sizes = draw_name_lots(units.names, seed), units.sizes().tolist()
-    labels = [max(own, key=lambda item: (item[1], -item[0]))[0] for own in _counts(labels_N, units)]
+    lots, sizes, counts = draw_name_lots(units.names, seed), units.sizes().tolist(), _counts(labels_N, units)
+    if has_several(labels_N):
+        totals = [*labels_N.sum(axis=0).tolist(), len(labels_N)]
+        labels = [min(own, key=lambda item: (totals[item[0]], item[0]))[0] for own in counts]
+    else:
+        labels = [max(own, key=lambda item: (item[1], -item[0]))[0] for own in counts]
     sums = np.bincount(labels, sizes).tolist()
     by_lot = sorted(range(len(lots)), key=lambda unit: (lots[unit], units.names[unit]))
     seen, shares = dict.fromkeys(labels, 0), [0.0] * len(lots)
@@ -109,11 +122,14 @@ def _places_of_units(labels_N: Ints, units: Units, seed: int) -> Ints:
     return places_G
 
 
-def grouped_holdout(labels_N: Ints, units: Units, fraction: float, seed: int, *, stay: Collection[int] = ()) -> Ints:
+def grouped_holdout(labels_N: Labels, units: Units, fraction: float, seed: int, *, stay: Collection[int] = ()) -> Ints:
     """Return positions of about `fraction` of the images, whole groups, each class by its share; never all of a class.
 
     Args:
+        labels_N: class numbers; of several labels bool (N, C).
+        units: of the images.
         fraction: above 0, at most a half.
+        seed: of the draw.
         stay: units that are not held out.
 
     Returns:
@@ -128,11 +144,14 @@ def grouped_holdout(labels_N: Ints, units: Units, fraction: float, seed: int, *,
     return np.flatnonzero(np.isin(units.numbers_N, held)).astype(np.int64)
 
 
-def grouped_folds(labels_N: Ints, units: Units, num_folds: int, seed: int) -> Ints:
+def grouped_folds(labels_N: Labels, units: Units, num_folds: int, seed: int) -> Ints:
     """Return the fold of each image, from 0; each class by its share as far as the groups let it.
 
     Args:
+        labels_N: class numbers; of several labels bool (N, C).
+        units: of the images.
         num_folds: K, at least 2 and at most the number of groups.
+        seed: of the draw.
     """
     assert 2 <= num_folds <= len(units.names), "a fold has a group"
     dealt = _deal(labels_N, units, [1] * num_folds, seed)
@@ -142,16 +161,36 @@ def grouped_folds(labels_N: Ints, units: Units, num_folds: int, seed: int) -> In
 Counts = list[list[tuple[int, int]]]
 
 
-def _counts(labels_N: Ints, units: Units) -> Counts:
-    """Return for each unit its classes, ascending, with the number of images of each."""
-    pairs, images = np.unique(np.stack([units.numbers_N, labels_N]), axis=1, return_counts=True)
+def num_units_by_class(labels_N: Labels, numbers_N: Ints) -> Ints:
+    """Return for each class the number of units that have an image of it, (C,)."""
+    return np.bincount(np.unique(_pairs(labels_N, numbers_N), axis=1)[1]).astype(np.int64)
+
+
+def _pairs(labels_N: Labels, numbers_N: Ints) -> Ints:
+    """Return the unit and the class of each image, (2, N); of several labels a pair for each label of each image."""
+    if not has_several(labels_N):
+        return np.stack([numbers_N, labels_N])
+    images, labels = np.nonzero(labels_N)
+    return np.stack([numbers_N[images], labels])
+
+
+def _counts(labels_N: Labels, units: Units) -> Counts:
+    """Return for each unit its classes, ascending, with the number of images of each.
+
+    Of several labels all images are of one class more, the last one.
+    """
+    pairs = _pairs(labels_N, units.numbers_N)
+    if has_several(labels_N):
+        every = np.stack([units.numbers_N, np.full(len(labels_N), labels_N.shape[1])])
+        pairs = np.concatenate([pairs, every], axis=1)
+    pairs, images = np.unique(pairs, axis=1, return_counts=True)
     counts: Counts = [[] for _ in units.names]
     for unit, label, count in zip(*pairs.tolist(), images.tolist(), strict=True):
         counts[unit].append((label, count))
     return counts
 
 
-def _deal(labels_N: Ints, units: Units, targets: Sequence[int], seed: int, stay: Collection[int] = ()) -> _Dealt:
+def _deal(labels_N: Labels, units: Units, targets: Sequence[int], seed: int, stay: Collection[int] = ()) -> _Dealt:
     """Deal units out to bins whose sizes are as `targets`; those that `stay` go to the last one."""
     counts, attempts = _counts(labels_N, units), _ATTEMPTS if len(units.names) <= _FEW else 1
     dealt = (_Dealt(counts, targets, units.order(seed + attempt), stay) for attempt in range(attempts))

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tlscale.data.sources.grouped_draws import Units, grouped_holdout, grouped_subset
+from tlscale.data.sources.grouped_draws import Units, grouped_holdout, grouped_subset, num_units_by_class
 from tlscale.data.sources.joined import JoinedStore
 from tlscale.data.sources.labels import is_text
 from tlscale.data.sources.stores import FileStore
@@ -262,8 +262,8 @@ class GroupedDraw:
 
     def classes_of_one(self, rows_N: Ints) -> list[int]:
         """Return the classes of which there is one group."""
-        pairs = np.unique(np.stack([self._labels_N[rows_N], self._units.numbers_N[rows_N]]), axis=1)
-        return [int(label) for label in np.flatnonzero(np.bincount(pairs[0]) == 1)]
+        counts_C = num_units_by_class(self._labels_N[rows_N], self._units.numbers_N[rows_N])
+        return [int(label) for label in np.flatnonzero(counts_C == 1)]
 
 
 def units_of(table: LabelledTable, files_N: Ints | None) -> Units:
