@@ -8,7 +8,9 @@ else that escapes is a bug of ours.
 from __future__ import annotations
 
 import difflib
+import os
 import re
+import stat
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import wraps
@@ -25,6 +27,7 @@ EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: saved, run the same line again w
 # line breaks of Unicode, what turns the direction of text; and surrogates, which stand for bytes that are no UTF-8.
 _OBEYED = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _MOST_SHOWN = 100  # mistakes of a recipe
+_LONGEST_QUOTED = 1_000
 _LONGEST_NAME, _MOST_NAMES = 200, 20_000  # that are compared with one that does not exist: a second's work
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -98,6 +101,24 @@ def kind_and_line(error: BaseException) -> str:
 def first_sentence(error: BaseException) -> str:
     """Return the first sentence of what a library says: what follows is its advice on its own options."""
     return first_line(error).split(". ")[0]
+
+
+def kind_of_file(mode: int) -> str:
+    """Return what `st_mode` says a file is, in words."""
+    kinds = ((stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"), (stat.S_ISDIR, "a folder"))
+    return next((words for is_kind, words in kinds if is_kind(mode)), "a device")
+
+
+def irregular(path: str | os.PathLike[str]) -> str | None:
+    """Return what a file is in words where it is no regular one: reading a pipe or a device may never end.
+
+    None as well where nothing is there, or cannot be looked at: opening it says why.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):  # ValueError: a zero in the name
+        return None
+    return None if stat.S_ISREG(mode) else f"{kind_of_file(mode)}, no regular file"
 
 
 def is_unicode(text: str) -> bool:
@@ -278,8 +299,11 @@ def first_few(items: Sequence[str], limit: int = 5) -> str:
 
 
 def quoted(names: Iterable[str]) -> list[str]:
-    """Return names as a message shows them: in quotes, with unprintable characters escaped."""
-    return [repr(name) for name in names]
+    """Return names as a message shows them: in quotes, with unprintable characters escaped, and not without end."""
+    return [
+        repr(name) if len(name) <= _LONGEST_QUOTED else f"{name[:_LONGEST_NAME]!r}... ({len(name):,} characters)"
+        for name in names
+    ]
 
 
 def quoted_list(names: Sequence[str], limit: int = 20) -> str:

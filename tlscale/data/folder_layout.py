@@ -25,8 +25,7 @@ from tlscale.data.sources.split_names import (
     role_of,
     role_within,
 )
-from tlscale.data.sources.stores import kind_of_file
-from tlscale.errors import DataError, first_few, is_unicode, one_line, quoted
+from tlscale.errors import DataError, first_few, is_unicode, kind_of_file, one_line, quoted
 
 ClassFolder = Literal["top", "parent"]
 

@@ -21,12 +21,11 @@ from tlscale.data.sources.folder import is_image_name
 from tlscale.data.sources.label_kinds import separator_of
 from tlscale.data.sources.label_sets import is_list
 from tlscale.data.sources.labels import is_text
-from tlscale.data.sources.manifest import FIRST_ROWS, IMAGE_COLUMNS, read_table
+from tlscale.data.sources.manifest import FIRST_ROWS, IMAGE_COLUMNS, read_table, refuse_equal_names
 from tlscale.data.sources.paths import local_path
 from tlscale.data.sources.split_names import SPLIT_COLUMN, Role, role_of, split_keys
-from tlscale.data.sources.stores import kind_of_file
 from tlscale.distributed.signals import check_stop
-from tlscale.errors import DataError, first_few, one_line, quoted
+from tlscale.errors import DataError, first_few, kind_of_file, one_line, quoted
 from tlscale.recipe.schema import DataSection
 
 
@@ -44,6 +43,7 @@ def guess_columns(file: Path) -> dict[str, Any]:
     except (pa.ArrowException, OSError, UnicodeError) as error:
         raise DataError(f"{file}: cannot be read as a table: {error}") from None
     columns = table.column_names
+    refuse_equal_names(columns, file)
     if any(_is_file(file, name) for name in columns):
         problem = f"{file}: its first line names an image, and no columns"
         raise DataError(problem, remedy="Write path,label above it, or what the columns are called")

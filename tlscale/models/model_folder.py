@@ -22,7 +22,7 @@ from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
 from tlscale.data.input_spec import InputSpec
-from tlscale.errors import ModelError, RunFolderError, Wording, first_sentence, flag
+from tlscale.errors import ModelError, RunFolderError, Wording, first_sentence, flag, irregular
 from tlscale.models.calibration import Calibration
 from tlscale.models.classifier import Classifier, CodesClassifier, feature_width
 from tlscale.models.features import LayerCodes
@@ -211,6 +211,8 @@ def _read_config(path: Path) -> _Config:
         RunFolderError: it is none of ours, is damaged, or of a newer format.
     """
     try:
+        if (what := irregular(path)) is not None:
+            raise ValueError(f"it is {what}")
         if path.stat().st_size > _MOST_CONFIG_BYTES:
             raise ValueError(f"it has over {_MOST_CONFIG_BYTES:,} bytes")
         config = json.loads(path.read_text(encoding="utf-8"))

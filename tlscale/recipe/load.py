@@ -15,7 +15,7 @@ from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tlscale.errors import RecipeError, is_unicode, sentences
+from tlscale.errors import RecipeError, irregular, is_unicode, sentences
 from tlscale.recipe.idle import find_idle
 from tlscale.recipe.mistakes import Findings, Mistake, Origin
 from tlscale.recipe.overrides import Override, read_override
@@ -271,6 +271,10 @@ def _read_file(path: str, named_in: Origin, findings: Findings) -> Node | None:
             names = [file.name for file in sorted(Path(path).glob("*.y*ml"))][:5]
             such_as = f", such as {', '.join(names)}" if names else ""
             findings.add(named_in, f"'{path}' is a folder", f"Name a recipe file{such_as}.")
+            return None
+        what = irregular(path)
+        if what is not None and os.path.exists(os.path.realpath(path)):  # a shell's <(...) is a pipe without a name
+            findings.add(named_in, f"'{path}' is {what}", "Name a recipe file.")
             return None
         with open(path, "rb") as file:
             data = file.read(MAX_BYTES + 1)

@@ -6,6 +6,7 @@ nothing is deleted that tlscale did not make.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -17,11 +18,21 @@ from typing import Literal
 from filelock import FileLock, Timeout
 
 from tlscale import faults
-from tlscale.errors import EXIT_BAD_INPUT, EXIT_FAILED, RunFolderError, flag, option
+from tlscale.errors import EXIT_BAD_INPUT, EXIT_FAILED, RunFolderError, flag, is_unicode, option
 from tlscale.storage.cache import is_forbidden
 from tlscale.storage.files import flush, left_overs, make_folder, remove_left_overs
 
 Mode = Literal["fresh", "resume", "overwrite"]
+_NO_PLACE = {
+    errno.ENOENT: "no folder can be made there",
+    errno.EEXIST: "there is something that is no folder",
+    errno.ENOTDIR: "a part of it is no folder",
+    errno.ELOOP: "it leads through a circle of links",
+    errno.ENAMETOOLONG: "the name is too long for this file system",
+    errno.EINVAL: "the file system takes no such name",
+    errno.EILSEQ: "the file system takes no such name",
+}
+"""Why no folder can be made at a place, whoever asks and however much room there is."""
 
 
 class RunFolder:
@@ -107,6 +118,11 @@ def claim(path: Path, mode: Mode) -> Iterator[RunFolder]:
         RunFolderError: in use, not ours, holding a run already, or not to be written.
     """
     folder = RunFolder(path)
+    if not is_unicode(str(path)):  # at the end of the work, safetensors would not write a model there
+        raise RunFolderError(
+            f"cannot write to the run folder '{path}': the name is not UTF-8",
+            remedy="Give another folder: " + option("out", "DIR"),
+        )
     try:
         make_folder(path)
         _refuse_foreign(folder)  # before the lock's file is put there
@@ -118,9 +134,14 @@ def claim(path: Path, mode: Mode) -> Iterator[RunFolder]:
             remedy="Wait for it, or give this one a folder of its own: " + option("out", "DIR"),
         ) from None
     except OSError as error:
-        refused = RunFolderError(f"cannot write to the run folder '{path}': {error.strerror or error}")
         # Another folder helps against the one, and time or room against the other.
-        refused.exit_code = EXIT_BAD_INPUT if is_forbidden(error) else EXIT_FAILED
+        is_place = is_forbidden(error) or error.errno in _NO_PLACE
+        why = _NO_PLACE.get(error.errno or 0, error.strerror or str(error))
+        refused = RunFolderError(
+            f"cannot write to the run folder '{path}': {why}",
+            remedy="Give another folder: " + option("out", "DIR") if is_place else None,
+        )
+        refused.exit_code = EXIT_BAD_INPUT if is_place else EXIT_FAILED
         raise refused from error
     try:
         _refuse_foreign(folder)
@@ -160,7 +181,7 @@ def _refuse_foreign(folder: RunFolder) -> None:
 def _is_run(folder: RunFolder) -> bool:
     # run.json is written first of all, so a run that was killed at birth is known by it as well.
     try:
-        record = json.loads(folder.run_json.read_text())
+        record = json.loads(folder.run_json.read_text()) if folder.run_json.is_file() else None
     except (OSError, ValueError):
         return False
     return isinstance(record, dict) and "tlscale" in record

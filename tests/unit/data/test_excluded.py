@@ -2,11 +2,13 @@
 
 import csv
 import os
+import signal
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.forked import exit_code_of
 from tests.unit.data.test_folder_layout import made
 from tlscale.data.sources.excluded import excluded_paths, write_excluded
 from tlscale.data.sources.open import open_data
@@ -96,3 +98,37 @@ def test_a_wrong_table_is_named(text, words, tmp_path):
         open_data(section(tmp_path), 0)
     assert caught.value.key == "data.exclude"
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "hole"])
+def test_what_is_no_table_is_not_read(kind, tmp_path):
+    made(tmp_path / "photos", "ash/1.jpg", "oak/1.jpg")
+    place = tmp_path / "x.csv"
+    if kind == "pipe":
+        os.mkfifo(place)
+    elif kind == "device":
+        place.symlink_to("/dev/zero")
+    else:
+        with place.open("wb") as file:
+            file.truncate(300 << 30)
+    said = {"pipe": "it is a named pipe", "device": "it is a device", "hole": "it has over"}[kind]
+    outcome = exit_code_of(lambda: refused(tmp_path, said), before=lambda: signal.alarm(20))
+    assert outcome == 0
+
+
+def refused(tmp_path, said: str) -> None:
+    with pytest.raises(DataError, match=rf"data\.exclude: .*x\.csv cannot be read: {said}"):
+        excluded_paths(section(tmp_path), tmp_path / "photos")
+
+
+def test_a_name_of_any_length_is_left_out_and_shown_shortened(tmp_path):
+    made(tmp_path, "1.jpg", "2.jpg")
+    name = "x" * 200_000 + ".jpg"
+    (tmp_path / "t.csv").write_text(f"path,label\n1.jpg,ash\n2.jpg,oak\n{name},oak\n")
+    with pytest.raises(DataError, match="are not there") as raised:
+        open_data(section(tmp_path, "manifest", "t.csv", exclude=None), 0)
+    assert len(str(raised.value)) < 1000
+    write_excluded(tmp_path / "x.csv", [(name, "no name of a file")])
+    before = csv.field_size_limit()
+    assert open_data(section(tmp_path, "manifest", "t.csv"), 0).classes == ("ash", "oak")
+    assert csv.field_size_limit() == before

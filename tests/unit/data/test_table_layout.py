@@ -35,6 +35,14 @@ def test_columns_are_guessed_where_there_is_one_reading(case, kind, tmp_path):
     assert guess_columns(file) == guessed
 
 
+@pytest.mark.parametrize("header", ["path,label,label", "path,path", "photo,species,species"])
+def test_columns_of_the_same_name_are_refused(header, tmp_path):
+    made(tmp_path, "1.jpg")
+    (tmp_path / "t.csv").write_text(f"{header}\n{','.join(CELLS.get(name, 'ash') for name in header.split(','))}\n")
+    with pytest.raises(DataError, match=r"columns of the same name: '\w+'. Give each a name of its own"):
+        guess_columns(tmp_path / "t.csv")
+
+
 @pytest.mark.parametrize("text", ["photo,species,place\n1.jpg,ash,here\n", "species,place\nash,here\n", "path,file\n"])
 def test_columns_that_cannot_be_told_are_no_guess(text, tmp_path):
     made(tmp_path, "1.jpg")

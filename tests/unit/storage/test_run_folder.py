@@ -172,12 +172,16 @@ def test_a_link_to_a_folder_is_that_folder(tmp_path):
 def test_places_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("x")
     (tmp_path / "dangling").symlink_to(tmp_path / "gone")
-    places = [tmp_path / "file", tmp_path / "file" / "run", tmp_path / "dangling", tmp_path / ("x" * 300)]
+    (tmp_path / "circle").symlink_to("circle")
+    os.mkfifo(tmp_path / "pipe")
+    names = ("file", "file/run", "dangling", "dangling/run", "circle", "circle/run", "pipe", "x" * 300, "caf\udce9")
+    places = [tmp_path / name for name in names]
     if os.path.isdir("/proc"):
         places.append(RunFolder(type(tmp_path)("/proc/tlscale")).path)
     for place in places:
-        with pytest.raises(RunFolderError, match="cannot write to the run folder"), claim(place, "fresh"):
+        with pytest.raises(RunFolderError, match="cannot write to the run folder") as raised, claim(place, "fresh"):
             pass
+        assert (raised.value.exit_code, raised.value.remedy) == (2, "Give another folder: --out DIR"), place
 
 
 @pytest.mark.parametrize("what", ["file", "link", "dangling link", "folder"])

@@ -9,16 +9,18 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
-from tlscale.errors import DataError, first_few, one_line, quoted
+from tlscale.errors import DataError, first_few, irregular, one_line, quoted
 from tlscale.recipe.schema import DataSection
 from tlscale.storage.files import make_folder, replacing
 
 COLUMNS = ("path", "reason")
 FORMULAS = tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")  # the last four are those of wide scripts
 """What a cell begins with that a spreadsheet would run."""
+_MOST_BYTES = 1 << 30
 
 
 def excluded_paths(section: DataSection, root: Path, *, anywhere: bool = False) -> frozenset[str]:
@@ -50,7 +52,11 @@ def read_excluded(place: Path) -> list[tuple[str, str]]:
         DataError: no such table, or no column `path`.
     """
     try:
-        with place.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        if (what := irregular(place)) is not None:
+            raise OSError(f"it is {what}")
+        if place.stat().st_size > _MOST_BYTES:
+            raise OSError(f"it has over {_MOST_BYTES:,} bytes")
+        with place.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file, _any_length():
             rows = csv.DictReader(file)
             if COLUMNS[0] not in (rows.fieldnames or ()):
                 remedy = "Write path,reason into the first line, and a file into each of the others"
@@ -58,7 +64,18 @@ def read_excluded(place: Path) -> list[tuple[str, str]]:
             return [(row["path"], row.get("reason") or "") for row in rows if row["path"]]
     except (OSError, csv.Error) as error:
         why = getattr(error, "strerror", None) or error
-        raise DataError(f"{one_line(place)} cannot be read: {why}", key="data.exclude") from None
+        remedy = "Name a table with the columns path,reason, or take the key out"
+        raise DataError(f"{one_line(place)} cannot be read: {why}", key="data.exclude", remedy=remedy) from None
+
+
+@contextmanager
+def _any_length() -> Iterator[None]:
+    """Let the process's reader of CSV take cells of any length within the context: a table of images may hold them."""
+    before = csv.field_size_limit(_MOST_BYTES)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
 
 
 def path_below(file: Path, place: str) -> str:

@@ -37,10 +37,20 @@ from tlscale.data.sources.split_names import (
     pick_splits,
     role_within,
 )
-from tlscale.data.sources.stores import FileStore, kind_of_file
+from tlscale.data.sources.stores import FileStore
 from tlscale.data.sources.tables import Ints, Role, Source, SourceSplit
 from tlscale.distributed.signals import check_stop
-from tlscale.errors import DataError, first_few, is_unicode, one_line, quoted, quoted_list, sentences, suggestion
+from tlscale.errors import (
+    DataError,
+    first_few,
+    is_unicode,
+    kind_of_file,
+    one_line,
+    quoted,
+    quoted_list,
+    sentences,
+    suggestion,
+)
 from tlscale.recipe.schema import DataSection
 from tlscale.tracking.console import visible
 from tlscale.tracking.progress import Pace

@@ -41,10 +41,10 @@ from tlscale.data.sources.split_names import (
     pick_splits,
     split_values,
 )
-from tlscale.data.sources.stores import BytesStore, FileStore, kind_of_file
+from tlscale.data.sources.stores import BytesStore, FileStore
 from tlscale.data.sources.tables import RawStore, Role, Source, SourceSplit
 from tlscale.distributed.signals import check_stop
-from tlscale.errors import DataError, first_few, quoted, suggestion
+from tlscale.errors import DataError, first_few, kind_of_file, quoted, suggestion
 from tlscale.recipe.schema import DataSection
 from tlscale.tracking.console import visible
 from tlscale.tracking.progress import Pace
@@ -148,10 +148,21 @@ def _without_excluded(section: DataSection, table: pa.Table, image: str) -> pa.T
     return table.filter(pa.array(kept))
 
 
-def _columns(section: DataSection, columns: list[str], file: Path) -> list[str]:
+def refuse_equal_names(columns: list[str], file: Path) -> None:
+    """Refuse a table with columns of the same name.
+
+    Raises:
+        DataError: no telling which of them is meant.
+    """
     twice = sorted({name for name in columns if columns.count(name) > 1})
     if twice:
-        raise DataError(f"{file} has columns of the same name: {first_few(quoted(twice))}")
+        raise DataError(
+            f"{file} has columns of the same name: {first_few(quoted(twice))}", remedy="Give each a name of its own"
+        )
+
+
+def _columns(section: DataSection, columns: list[str], file: Path) -> list[str]:
+    refuse_equal_names(columns, file)
     image = pick_column(section.image_column, IMAGE_COLUMNS, columns, "image_column", str(file))
     labels = pick_label_columns(section, columns, str(file))
     if image in labels:

@@ -18,7 +18,7 @@ import pyarrow as pa
 from tlscale.data.content import stamp_bytes
 from tlscale.data.decode import BadImageError
 from tlscale.data.sources.tables import Ints
-from tlscale.errors import one_line
+from tlscale.errors import kind_of_file, one_line
 
 MOST_FILE_BYTES = 2 << 30
 """A larger file is no image of a size that is read, and reading it would fill the memory."""
@@ -44,12 +44,6 @@ def read_image_file(path: Path, where: str) -> bytes:
     except (OSError, ValueError) as error:  # a name with a zero in it
         why = f"cannot be read: {getattr(error, 'strerror', None) or error}"
         raise BadImageError.at(where, why, None) from None
-
-
-def kind_of_file(mode: int) -> str:
-    """Return what `st_mode` says a file is, in words."""
-    kinds = ((stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"), (stat.S_ISDIR, "a folder"))
-    return next((words for is_kind, words in kinds if is_kind(mode)), "a device")
 
 
 @dataclass(frozen=True, eq=False)
