@@ -18,7 +18,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from tlscale import faults
-from tlscale.errors import TlscaleError, flag
+from tlscale.errors import EXIT_BAD_INPUT, TlscaleError, flag, quoted
 
 _NOT_FLUSHED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
 
@@ -75,6 +75,11 @@ def reporting_disk_errors() -> Iterator[None]:
 def disk_error(error: OSError) -> TlscaleError:
     """Make the error of a file that cannot be read or written, for those that nobody has said more about."""
     files = " and ".join(f"'{os.fsdecode(name)}'" for name in (error.filename, error.filename2) if name is not None)
+    if error.errno == errno.ENAMETOOLONG:  # whoever gave the name, and not the disk
+        (files,) = quoted([os.fsdecode(error.filename or "")])
+        refused = TlscaleError(f"{files}: the name is too long for this file system", remedy="Give a shorter one")
+        refused.exit_code = EXIT_BAD_INPUT
+        return refused
     return TlscaleError(
         f"{files or 'a file'} cannot be read or written: {error.strerror or error}",
         remedy="What is finished stays; make sure that the disk is well, and go on with the same line (run: "

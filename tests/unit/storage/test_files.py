@@ -58,6 +58,13 @@ def test_what_a_disk_raises_without_a_name_gets_one(tmp_path):
         raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
 
+def test_a_name_that_is_too_long_is_not_the_disks_fault(tmp_path):
+    with pytest.raises(TlscaleError) as raised, reporting_disk_errors():
+        (tmp_path / ("x" * 300)).stat()
+    assert (raised.value.exit_code, raised.value.remedy) == (2, "Give a shorter one")
+    assert "the name is too long" in raised.value.problem
+
+
 @pytest.mark.parametrize("mode", [0o775, 0o755])
 def test_a_cache_is_its_groups_where_its_folder_is(tmp_path, mode):
     umask = os.umask(0o022)
