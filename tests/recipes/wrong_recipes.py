@@ -158,12 +158,6 @@ WRONG_RECIPES: list[tuple[str, str, list[str], list[str]]] = [
         [f"{AT}:5: loss.class_weights: is not supported with several labels an image. Remove it."],
     ),
     (
-        "several_labels_with_folds",
-        f"{NAME}\n{SEVERAL}\n{BACKBONE}\nevaluate: {{folds: 3}}\n",
-        [],
-        [f"{AT}:4: evaluate.folds: is not supported with several labels an image. Remove it."],
-    ),
-    (
         "several_labels_with_sampling",
         f"{NAME}\ndata: {{source: manifest, path: p, task: multi_label, sampling: balanced}}\n{BACKBONE}\n",
         [],

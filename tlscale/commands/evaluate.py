@@ -20,7 +20,7 @@ import torch
 from tlscale.commands.evaluation_images import FinishedRun, Scored, other_images, own_split, read_json
 from tlscale.commands.evaluation_keys import changes_for_evaluation
 from tlscale.commands.run_result import RunResult
-from tlscale.commands.tables import interval_of, score_of, score_text, show_classes
+from tlscale.commands.tables import interval_of, score_text, show_classes
 from tlscale.data.loader import ImageStore, eval_batches
 from tlscale.data.sources.tables import Role
 from tlscale.data.transforms import InputPath
@@ -42,6 +42,7 @@ from tlscale.training.label_set_predictions import collect_of
 from tlscale.training.loss import CrossEntropyLoss
 from tlscale.training.prediction_figures import add_prediction_figures
 from tlscale.training.predictions import Predictions, write_predictions
+from tlscale.training.result import score_of
 
 _SPLITS: tuple[Role, ...] = ("train", "validation", "test")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")

@@ -133,9 +133,10 @@ def _figures_of_several(trained: TrainedModel, result: dict[str, Any]) -> str:
     if isinstance(result.get("mean_average_precision"), float):
         low, high = result.get("mean_average_precision_interval95") or (None, None)
         interval = "" if low is None else f", 95 % interval {low:.4f} to {high:.4f}{over_groups(result)}"
+        split = FOLDS if result["split"] == FOLDS else f"{escaped(result['split'])} split"
         lines.append(
             f"Mean average precision {result['mean_average_precision']:.4f}{interval}, on the "
-            f"{result['num_images']:,} images of the {escaped(result['split'])} split; "
+            f"{result['num_images']:,} images of the {split}; "
             f"{result['chance']['mean_average_precision']:.4f} by chance."
         )
     rows = list(zip(trained.classes, trained.thresholds, strict=True))[:_MOST_CLASSES]

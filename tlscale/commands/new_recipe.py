@@ -57,7 +57,6 @@ def recipe_text(
     is_probe = num_train <= FEW_IMAGES
     # Each fold has images of each class.
     has_folds = is_probe and set(survey.counts) == {"train"} and min(survey.counts["train"].values()) >= NUM_FOLDS
-    has_folds = has_folds and survey.keys.get("task") != "multi_label"  # for which there are none
     data, comment = _data_keys(survey, backbone, num_train, has_folds=has_folds)
     network = {"name": backbone, **({"weights": "bundled"} if backbone == BUNDLED else {})}
     strategy, words = _probe(backbone, layers[0]) if is_probe else _fine_tuning(backbone, layers[1], num_train)

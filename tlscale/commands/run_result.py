@@ -11,10 +11,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tlscale.commands.tables import class_columns, class_rows, over_groups, score_of
+from tlscale.commands.tables import class_columns, class_rows, over_groups
 from tlscale.data.sources.folds import FOLDS
 from tlscale.errors import one_line
 from tlscale.tracking.console import number
+from tlscale.training.result import score_of
 
 _MOST_ROWS = 20  # of a table in a notebook
 
@@ -59,13 +60,13 @@ class RunResult(dict[str, Any]):
         low, high = self.interval
         of = "" if self["split"] in ("all", FOLDS) else f"{self['split']} "
         interval = f"{low:.4f} to {high:.4f}{over_groups(self)}"
+        by = " by models of folds" if self["split"] == FOLDS else ""
         if score_of(self) == "mean_average_precision":
             score = f"mAP {number(self['mean_average_precision'])} ({interval})"
             chance = number(self["chance"]["mean_average_precision"])
-            return f"{score} on {self['num_images']:,} {of}images, {chance} by chance"
+            return f"{score} on {self['num_images']:,} {of}images{by}, {chance} by chance"
         often = self.get("majority")
         against = "" if often is None else f", {number(often['top1'])} for always saying {one_line(often['label'])!r}"
-        by = " by models of folds" if self["split"] == FOLDS else ""
         return f"top1 {number(self.top1)} ({interval}) on {self['num_images']:,} {of}images{by}{against}"
 
     def _repr_html_(self) -> str:

@@ -20,6 +20,7 @@ from tlscale.recipe.schema import Recipe
 from tlscale.tracking.console import Console, number
 from tlscale.tracking.stopwatch import describe_seconds, format_duration
 from tlscale.training.distillation.student import Student
+from tlscale.training.result import named, score_of
 from tlscale.training.setup import RunSetup, strategy_of
 from tlscale.training.stages import Stage, to_steps
 
@@ -160,7 +161,7 @@ def show_result(result: dict[str, Any], console: Console, *, folder: Path, how_t
     rows.append((*_without_looking(result), "-", "-"))
     title = f"{result['num_images']:,} {result['split']} images"
     if result["steps"] and "folds" not in result:  # a probe has no steps, and so only one set of weights
-        console.table(title, ("weights", "step", _named(score), "loss", "macro-F1"), rows)
+        console.table(title, ("weights", "step", named(score), "loss", "macro-F1"), rows)
     if result.get("choice") is not None:
         console.say(_choice(result["choice"]))
     show_classes(result, console)
@@ -205,16 +206,17 @@ def _probabilities(result: Mapping[str, Any]) -> str:
 def _show_folds(result: dict[str, Any], console: Console) -> None:
     """Show the score of each fold and what was chosen for it, and that of a test split."""
     folds = result["folds"]
+    score, name = score_of(result), named(score_of(result))
     rows = [
-        (score["fold"], f"{score['num_images']:,}", number(score["top1"]), number(score["loss"]), _chosen(score))
-        for score in folds["scores"]
+        (one["fold"], f"{one['num_images']:,}", number(one[score]), number(one["loss"]), _chosen(one))
+        for one in folds["scores"]
     ]
-    console.table("Folds", ("fold", "images", "top1", "loss", "chosen within it"), rows)
-    mean, spread = number(folds["top1_mean"]), number(folds["top1_sd"])
-    console.say(f"mean of the folds: top1 {mean}, from fold to fold ± {spread} (standard deviation)")
+    console.table("Folds", ("fold", "images", name, "loss", "chosen within it"), rows)
+    mean, spread = number(folds[f"{score}_mean"]), number(folds[f"{score}_sd"])
+    console.say(f"mean of the folds: {name} {mean}, from fold to fold ± {spread} (standard deviation)")
     if (test := result.get("test")) is not None:
         console.say(
-            f"test: top1 {number(test['top1'])} ({interval_text(test)}) on {test['num_images']:,} images, of the "
+            f"test: {name} {number(test[score])} ({interval_text(test)}) on {test['num_images']:,} images, of the "
             "exported model",
             style="bold",
         )
@@ -227,15 +229,6 @@ def _chosen(score: dict[str, Any]) -> str:
     return f"{layer_name((chosen['layer'], chosen['pool']))}, {chosen['setting']:g}"
 
 
-def score_of(figures: Mapping[str, Any]) -> str:
-    """Return the key of the figure that stands for all: of one label an image, or of several."""
-    return "mean_average_precision" if figures.get("task") == "multi_label" else "top1"
-
-
-def _named(score: str) -> str:
-    return {"mean_average_precision": "mAP"}.get(score, score)
-
-
 def _without_looking(figures: Mapping[str, Any]) -> tuple[str, str, str]:
     """Return cells on an answer that learns nothing from an image."""
     if score_of(figures) == "mean_average_precision":
@@ -246,7 +239,7 @@ def _without_looking(figures: Mapping[str, Any]) -> tuple[str, str, str]:
 def score_text(figures: Mapping[str, Any]) -> str:
     """Return the score with its interval, and what it has to be compared with, as far as that is known."""
     score = score_of(figures)
-    text = f"{_named(score)} {number(figures[score])} ({interval_text(figures)})"
+    text = f"{named(score)} {number(figures[score])} ({interval_text(figures)})"
     if score == "mean_average_precision":
         return f"{text} against {number(figures['chance']['mean_average_precision'])} by chance"
     often = figures["majority"]
@@ -280,7 +273,7 @@ def _over(by: Mapping[str, int] | None) -> str:
 
 
 def _show_what_the_score_is_of(result: dict[str, Any], console: Console) -> None:
-    score = _named(score_of(result))
+    score = named(score_of(result))
     for note in result["notes"]:
         if note.startswith(("LEAK", "DUPLICATES")):
             console.say(note, style="bold red")
@@ -294,7 +287,7 @@ def _show_what_the_score_is_of(result: dict[str, Any], console: Console) -> None
         )
     if "folds" in result:
         console.say(
-            "top1 is of the models of the folds, each on images that it was not fitted to; the exported model was "
+            f"{score} is of the models of the folds, each on images that it was not fitted to; the exported model was "
             f"fitted to all of them{'' if 'test' in result else ', and has no score of its own'}",
             style="yellow",
         )

@@ -30,10 +30,15 @@ from tlscale.tracking.console import Console, number
 from tlscale.training.evaluate import scalars
 from tlscale.training.fold_checks import check_folds, refuse_other_images
 from tlscale.training.fold_parts import Part, all_images
-from tlscale.training.metrics import majority
-from tlscale.training.out_of_fold import count_copies_outside, join_predictions, out_of_fold_figures, write_table
+from tlscale.training.out_of_fold import (
+    count_copies_outside,
+    join_predictions,
+    label_set_figures,
+    out_of_fold_figures,
+    write_table,
+)
 from tlscale.training.prediction_figures import add_prediction_figures
-from tlscale.training.result import make_result, write_result
+from tlscale.training.result import make_result, named, often, score_of, write_result
 from tlscale.training.run_info import begin_folder
 from tlscale.training.setup import RunSetup
 
@@ -44,8 +49,17 @@ _LONGEST_NAME = 90  # leaves room for the fold
 _OF_TEST = (
     *("num_images", "top1", "top1_interval95", "top1_interval95_by", "top5", "loss", "macro_f1", "balanced_accuracy"),
     *("ece", "ece_interval95", "auroc", "mean_average_precision"),
+    # Of several labels.
+    *("task", "mean_average_precision_interval95", "mean_average_precision_interval95_by"),
+    *("micro_f1", "subset_accuracy", "chance"),
 )
-_OF_FOLD = ("num_images", "top1", "loss", "macro_f1", "balanced_accuracy")
+_OF_FOLD = {
+    "top1": ("num_images", "top1", "loss", "macro_f1", "balanced_accuracy"),
+    "mean_average_precision": (
+        *("num_images", "mean_average_precision", "loss", "macro_f1", "micro_f1", "subset_accuracy"),
+    ),
+}
+"""By the figure that stands for all."""
 
 
 def cross_validate(
@@ -76,11 +90,12 @@ def cross_validate(
         console.say(f"fold {fold}", style="bold")
         with setup.watch(FOLDS):
             result = _run(run_part, _of_part(recipe, fold), folder, Part(fold), setup, processes)
-        console.say(f"fold {fold}: top1 {number(result['top1'])} on {result['num_images']:,} images")
+        score = score_of(result)
+        console.say(f"fold {fold}: {named(score)} {number(result[score])} on {result['num_images']:,} images")
         results.append(result)
     # -- the model on all images --------------------------------------------------------------------------------------
     console.say("the model, of all images", style="bold")
-    part = Part(whole, statistics.median(map(_share, results)))
+    part = Part(whole, statistics.median(map(_share, results)), _median_thresholds(results))
     with setup.watch(FOLDS):
         last = _run(run_part, _with_choice(_of_part(recipe, whole), results), folder, part, setup, processes)
     # -- the result ---------------------------------------------------------------------------------------------------
@@ -118,6 +133,17 @@ def _num_steps(result: Result) -> int:
     """Return the steps that a fold would have made if patience had not ended it."""
     early = result.get("stopped_early")
     return int(result["steps"] if early is None else early["of_steps"])
+
+
+def _median_thresholds(results: Sequence[Result]) -> tuple[float, ...] | None:
+    """Return for each class the median of the thresholds that the folds chose; None of one label an image.
+
+    Each was chosen by validation images within its fold, so no image of its fold had a part in it.
+    """
+    if score_of(results[0]) == "top1":
+        return None
+    chosen = [[row["threshold"] for row in result["per_class"].values()] for result in results]
+    return tuple(map(statistics.median, zip(*chosen, strict=True)))
 
 
 def _with_choice(recipe: Recipe, results: Sequence[Result]) -> Recipe:
@@ -161,13 +187,16 @@ def _conclude(
     files = [_folder_of(folder, fold).predictions for fold in folds]
     table = join_predictions(files, folds, data.train)
     write_table(folder.predictions, table)
-    figures = out_of_fold_figures(table, data.classes, folds[0].num_repeats)
-    figures = add_prediction_figures(figures, folder.predictions)
+    if data.has_several_labels:
+        figures = label_set_figures(table, data.classes, folds[0].num_repeats)
+    else:
+        figures = out_of_fold_figures(table, data.classes, folds[0].num_repeats)
+        figures = add_prediction_figures(figures, folder.predictions)
     score = {
         "scored_model": FOLDS,
         "exported_model": "fitted_on_all",
         "selected_on": None,
-        "majority": majority(data.train.labels_N, data.train.labels_N, data.classes),
+        **often(data, data.train),
     }
     result = make_result(setup, data.train, figures, score, _own(figures, folds, results, last))
     result |= {"split": FOLDS, **folds_identity(data)}
@@ -181,16 +210,18 @@ def _conclude(
 
 def _own(figures: Result, folds: Sequence[Fold], results: Sequence[Result], last: Result) -> Result:
     """Return what `result.json` tells of a cross-validation alone."""
+    figure = score_of(last)
     scores = [
         {
             "fold": fold.number,
             "repeat": fold.repeat,
-            **{key: result[key] for key in _OF_FOLD},
+            **{key: result[key] for key in _OF_FOLD[figure]},
             "chosen": _chosen(result),
         }
         for fold, result in zip(folds, results, strict=True)
     ]
-    tops = [score["top1"] for score in scores]
+    known = [score[figure] for score in scores if score[figure] is not None]
+    thresholds = _median_thresholds(results)
     brief = {"step": last["steps"], **scalars(figures)}
     keys = ("weights", "epochs", "steps", "trainable_params", "total_params", "probe")
     tested = {} if last["split"] is None else {"test": {key: last[key] for key in _OF_TEST if key in last}}
@@ -198,8 +229,9 @@ def _own(figures: Result, folds: Sequence[Fold], results: Sequence[Result], last
         "folds": {
             "num_folds": folds[0].num_folds,
             "num_repeats": folds[0].num_repeats,
-            "top1_mean": statistics.fmean(tops),
-            "top1_sd": statistics.stdev(tops),
+            f"{figure}_mean": statistics.fmean(known) if known else None,
+            f"{figure}_sd": statistics.stdev(known) if len(known) > 1 else None,
+            **({} if thresholds is None else {"thresholds": dict(zip(figures["per_class"], thresholds, strict=True))}),
             "scores": scores,
         },
         **tested,

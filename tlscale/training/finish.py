@@ -36,6 +36,7 @@ from tlscale.training.result import (
     fitted,
     make_result,
     no_figures,
+    thresholds_unchosen,
     why_not_calibrated,
     write_result,
 )
@@ -137,20 +138,20 @@ def _all_figures(state: TrainState, figures: Figures, folder: RunFolder, split: 
         )
 
 
-def _thresholds(state: TrainState, inputs: InputPipeline) -> list[float] | None:
+def _thresholds(state: TrainState, inputs: InputPipeline) -> Sequence[float] | None:
     """Choose the thresholds of several labels on the validation images; None of one label an image."""
     data = state.setup.data
     if not data.has_several_labels:
         return None
     if data.validation is None:
-        return [DEFAULT_THRESHOLD] * len(data.classes)
+        return thresholds_unchosen(state.setup)
     try:
         with state.setup.watch("evaluate"):
             figures = state.evaluate(data.validation, inputs, several=SeveralLabels("best"))
     except BadImageError as error:  # gone since it was evaluated; the model is exported all the same
         warning = f"WARNING: all thresholds are {DEFAULT_THRESHOLD}, as a validation image cannot be read: {error}"
         state.codes_cache.console.say(warning, style="bold red")
-        return [DEFAULT_THRESHOLD] * len(data.classes)
+        return thresholds_unchosen(state.setup)
     return [row["threshold"] for row in figures["per_class"].values()]
 
 

@@ -17,15 +17,19 @@ class Part(NamedTuple):
     fold: Fold
     share: float = 1.0
     """Of the steps of the recipe: so many are made, with the learning rates that they have in the whole."""
+    thresholds: tuple[float, ...] | None = None
+    """Of several labels, for the model on all images, where none is left to choose them by."""
 
     def to_plain(self) -> dict[str, Any]:
         """Return plain values for `run.json`."""
-        return {**self.fold.to_plain(), "share": self.share}
+        thresholds = {} if self.thresholds is None else {"thresholds": list(self.thresholds)}
+        return {**self.fold.to_plain(), "share": self.share, **thresholds}
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> Part:
         """Read what `to_plain` gave."""
-        return cls(Fold.from_plain(plain), plain["share"])
+        thresholds = plain.get("thresholds")
+        return cls(Fold.from_plain(plain), plain["share"], None if thresholds is None else tuple(thresholds))
 
 
 def all_images(section: EvaluateSection) -> Fold | None:

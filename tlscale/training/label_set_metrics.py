@@ -27,6 +27,7 @@ _Z95 = 1.959963984540054
 _DRAWS = (50, 200)  # at least, at most
 _MOST_RESAMPLED = 200_000_000  # labels of all draws: seconds
 _RESAMPLING_SEED = 20_242
+_FIGURE = "mean_average_precision"
 
 
 def probabilities(logits_NC: Tensor) -> Tensor:
@@ -77,12 +78,24 @@ class LabelFigures:
     """Compute the figures of some images."""
 
     def __init__(
-        self, probabilities_NC: Floats, labels_NC: Bools, losses_N: Floats, groups_N: Ints | None = None
+        self,
+        probabilities_NC: Floats,
+        labels_NC: Bools,
+        losses_N: Floats,
+        units_N: Ints | None = None,
+        *,
+        unit: str = "groups",
     ) -> None:
-        """`groups_N`: the number of the group of each, from 0, where errors are over groups; None: over images."""
+        """Take what the figures are of.
+
+        Args:
+            units_N: the number of the group of each, from 0, or of the image where there are several answers to each:
+                errors are over these. None: each stands alone.
+            unit: what these are.
+        """
         self.probabilities_NC, self.labels_NC, self.losses_N = probabilities_NC, labels_NC, losses_N
-        self.groups_N = groups_N
-        assert groups_N is None or len(groups_N) == len(labels_NC), "each image has a group"
+        self.units_N, self._unit = units_N, unit
+        assert units_N is None or len(units_N) == len(labels_NC), "each image has a group"
 
     @property
     def num_images(self) -> int:
@@ -104,12 +117,15 @@ class LabelFigures:
         """Return the mean over the classes that any image has; None where there is none."""
         return mean_known(self.average_precisions)
 
-    def summary(self, class_names: Sequence[str], thresholds: Sequence[float] | None) -> dict[str, Any]:
+    def summary(
+        self, class_names: Sequence[str], thresholds: Sequence[float] | None, given_NC: Bools | None = None
+    ) -> dict[str, Any]:
         """Return all figures as plain JSON values; fractions 0..1.
 
         Args:
             class_names: in their order.
             thresholds: the least probability of each class; None: `DEFAULT_THRESHOLD`.
+            given_NC: the labels that the images were given, where no one threshold tells; then `threshold` is None.
 
         Returns:
             `num_images`; `mean_average_precision` (over the classes; the average precision of one is the sum over its
@@ -122,10 +138,13 @@ class LabelFigures:
             images has None for its figures, and is in no mean. `chance`: `mean_average_precision` of a network that
             never looks, the mean share of the images that have a class.
         """
-        given_NC = labels_from(torch.from_numpy(self.probabilities_NC), thresholds).numpy()
+        least: Sequence[float | None] = thresholds or [DEFAULT_THRESHOLD] * len(class_names)
+        if given_NC is None:
+            given_NC = labels_from(torch.from_numpy(self.probabilities_NC), thresholds).numpy()
+        else:
+            least = [None] * len(class_names)
         with_C, given_C = self.labels_NC.sum(axis=0), given_NC.sum(axis=0)
         hits_C = (self.labels_NC & given_NC).sum(axis=0)
-        least = thresholds or [DEFAULT_THRESHOLD] * len(class_names)
         per_class = {}
         for i, name in enumerate(class_names):
             count, given, hits = int(with_C[i]), int(given_C[i]), int(hits_C[i])
@@ -134,7 +153,7 @@ class LabelFigures:
                 "f1": 2 * hits / (count + given) if count else None,
                 "precision": hits / given if count and given else None,
                 "recall": hits / count if count else None,
-                "threshold": float(least[i]),
+                "threshold": least[i],
                 "num_images": count,
             }
         shares = [count / self.num_images for count in with_C.tolist() if count]
@@ -144,7 +163,7 @@ class LabelFigures:
             "num_images": self.num_images,
             "mean_average_precision": figure,
             "mean_average_precision_interval95": None if figure is None or error is None else _interval(figure, error),
-            **({} if self.groups_N is None else {"mean_average_precision_interval95_by": {"groups": self._num_units}}),
+            **({} if self.units_N is None else {f"{_FIGURE}_interval95_by": {self._unit: self._num_units}}),
             "loss": loss if loss is not None and math.isfinite(loss) else None,
             "macro_f1": mean_known(row["f1"] for row in per_class.values()),
             "micro_f1": _ratio(2 * int(hits_C.sum()), int(with_C.sum() + given_C.sum())),
@@ -157,9 +176,9 @@ class LabelFigures:
 
     def standard_error(self, figure: str) -> float | None:
         """Return that of `loss`, of a mean; or of `mean_average_precision`, by a bootstrap with a fixed seed."""
-        if figure == "loss" and self.groups_N is not None:
-            sums_G = np.bincount(self.groups_N, self.losses_N).astype(np.float64)
-            return error_of_ratio(sums_G, np.bincount(self.groups_N))
+        if figure == "loss" and self.units_N is not None:
+            sums_G = np.bincount(self.units_N, self.losses_N).astype(np.float64)
+            return error_of_ratio(sums_G, np.bincount(self.units_N))
         if figure == "loss":
             return error_of_mean(float(self.losses_N.sum()), float(np.square(self.losses_N).sum()), self.num_images)
         assert figure == "mean_average_precision", f"no standard error of {figure}"
@@ -168,7 +187,7 @@ class LabelFigures:
     @cached_property
     def _num_units(self) -> int:
         """The number of images, or of groups, that the error is over."""
-        return self.num_images if self.groups_N is None else int(self.groups_N.max(initial=-1)) + 1
+        return self.num_images if self.units_N is None else int(self.units_N.max(initial=-1)) + 1
 
     @cached_property
     def _error_of_map(self) -> float | None:
@@ -180,7 +199,7 @@ class LabelFigures:
         draws, found = np.random.default_rng(_RESAMPLING_SEED), []
         for _ in range(num_draws):
             counts_U = np.bincount(draws.integers(self._num_units, size=self._num_units), minlength=self._num_units)
-            counts_N = counts_U if self.groups_N is None else counts_U[self.groups_N]
+            counts_N = counts_U if self.units_N is None else counts_U[self.units_N]
             found.append(mean_known(ranking.average_precision(counts_N) for ranking in rankings))
         return float(np.std([figure for figure in found if figure is not None], ddof=1))
 

@@ -9,7 +9,8 @@ Promise: as that of `predictions`.
 | `labels` | those whose probability is their threshold or more; null where the network gave no number (NaN) |
 | `logits` | a list of C numbers, in the order of the classes: the probability of a class is the sigmoid of its own |
 
-The metadata has `task`, and the `thresholds` of the classes, besides.
+The metadata has `task`, and the `thresholds` of the classes, besides. Of a cross-validation it has no thresholds, as
+each fold chose its own.
 
 Shapes: N images of the split, B images of a batch, C classes.
 """
@@ -18,10 +19,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
@@ -85,6 +88,21 @@ def _names(
         mask=None if is_null_B is None else np.append(is_null_B, False),
     )
     return pa.ListArray.from_arrays(offsets, pa.array(classes, pa.string()).take(pa.array(numbers)))
+
+
+def label_matrix(names_N: pa.ChunkedArray, classes: Sequence[str]) -> npt.NDArray[np.bool_]:
+    """Return which classes the lists of a column name, (N, C); none where it is null."""
+    lists_N = names_N.combine_chunks()
+    numbers = pc.index_in(lists_N.flatten(), value_set=pa.array(classes, pa.string()))
+    has_NC = np.zeros((len(names_N), len(classes)), dtype=bool)
+    has_NC[pc.list_parent_indices(lists_N).to_numpy(), numbers.to_numpy()] = True
+    return has_NC
+
+
+def logit_matrix(table: pa.Table) -> npt.NDArray[np.floating[Any]]:
+    """Return the logits of a table, (N, C)."""
+    logits: npt.NDArray[np.floating[Any]] = table["logits"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    return np.array(logits).reshape(len(table), -1)
 
 
 def collect(split: ImageSplit, classes: Sequence[str], thresholds: Sequence[float] | None) -> Predictions:

@@ -24,6 +24,9 @@ from tlscale.data.sources.folds import FOLDS, Fold
 from tlscale.data.sources.open import ImageSplit
 from tlscale.storage.files import naming_disk_errors, replacing
 from tlscale.training.group_interval import interval_over_units
+from tlscale.training.label_set_loss import binary_cross_entropy
+from tlscale.training.label_set_metrics import LabelFigures, probabilities
+from tlscale.training.label_set_predictions import label_matrix, logit_matrix
 from tlscale.training.loss import cross_entropy
 from tlscale.training.metrics import Tally, summary
 from tlscale.training.prediction_figures import class_numbers, units_of
@@ -36,7 +39,8 @@ _OF_A_FOLD = ("calibrated_probability",)
 def join_predictions(files: Sequence[Path], folds: Sequence[Fold], pool: ImageSplit) -> pa.Table:
     """Return the predictions of all folds, with columns `fold` and `repeat`: repeat by repeat, in the order of `pool`.
 
-    They are without what the temperatures of folds make of their probabilities: each fold has another one.
+    They are without what the temperatures of folds make of their probabilities: each fold has another one, and so it
+    is with the thresholds of several labels, by which `labels` were given.
 
     Raises:
         RunFolderError: a file is damaged.
@@ -52,7 +56,8 @@ def join_predictions(files: Sequence[Path], folds: Sequence[Fold], pool: ImageSp
     whole = whole.take(pa.array(np.lexsort((whole["row"].to_numpy(), whole["repeat"].to_numpy()))))
     expected_N = np.tile(pool.rows_N, folds[0].num_repeats)
     assert np.array_equal(whole["row"].to_numpy(), expected_N), "every image once a repeat"
-    about = {key: value for key, value in json.loads(whole.schema.metadata[b"tlscale"]).items() if key != "calibration"}
+    metadata = json.loads(whole.schema.metadata[b"tlscale"])
+    about = {key: value for key, value in metadata.items() if key not in ("calibration", "thresholds")}
     about |= {"format": FORMAT, "split": FOLDS}
     return whole.replace_schema_metadata({"tlscale": json.dumps(about, ensure_ascii=False)})
 
@@ -79,6 +84,22 @@ def out_of_fold_figures(table: pa.Table, classes: Sequence[str], num_repeats: in
     for row in figures["per_class"].values():
         row["num_images"] //= num_repeats
     return _over_units(figures, table, classes)
+
+
+def label_set_figures(table: pa.Table, classes: Sequence[str], num_repeats: int) -> dict[str, Any]:
+    """Compute the same of several labels an image: F1 is by the labels that each fold gave by its own thresholds."""
+    logits_NC = torch.from_numpy(logit_matrix(table))
+    labels_NC, given_NC = (label_matrix(table[name], classes) for name in ("true_labels", "labels"))
+    losses_N = binary_cross_entropy(logits_NC, torch.from_numpy(labels_NC)).double().numpy()
+    unit = "groups" if "group" in table.column_names else "images"
+    stand_alone = unit == "images" and num_repeats == 1
+    units_N = None if stand_alone else units_of(table, np.ones(len(table), dtype=bool))
+    found = LabelFigures(probabilities(logits_NC).numpy(), labels_NC, losses_N, units_N, unit=unit)
+    figures = found.summary(classes, None, given_NC)
+    figures["num_images"] //= num_repeats
+    for row in figures["per_class"].values():
+        row["num_images"] //= num_repeats
+    return figures
 
 
 def count_copies_outside(table: pa.Table, digests_N: Digests, num_repeats: int) -> int:

@@ -10,7 +10,7 @@ Shapes: B images of a block, N images, M held-out images, C classes, D features.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from tlscale.codes.parts import layer_name, wanted_layers
 from tlscale.codes.probes.kept import KeptFits
 from tlscale.codes.probes.kinds import kind_of
-from tlscale.codes.probes.ranking import DEFAULT_THRESHOLD
 from tlscale.codes.probes.select import (
     Choice,
     PathRow,
@@ -62,6 +61,7 @@ from tlscale.training.result import (
     fitted,
     make_result,
     no_figures,
+    thresholds_unchosen,
     why_not_calibrated,
     write_result,
 )
@@ -199,7 +199,7 @@ class _Probe:
             select=self.select,
         )
 
-    def _thresholds(self, head: nn.Module, number_of_layer: int) -> list[float] | None:
+    def _thresholds(self, head: nn.Module, number_of_layer: int) -> Sequence[float] | None:
         """Choose those of several labels by images that the classifier was not fitted to; None of one label an image.
 
         A classifier that is fitted again, to these images as well, takes them over.
@@ -208,7 +208,7 @@ class _Probe:
         if not data.has_several_labels:
             return None
         if data.validation is None:
-            return [DEFAULT_THRESHOLD] * len(data.classes)
+            return thresholds_unchosen(self.setup)
         values_ND = self._values("validation", number_of_layer)
         figures = _figures(self.setup, head, values_ND, data.validation, None, SeveralLabels("best"))
         return [row["threshold"] for row in figures["per_class"].values()]

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tlscale import faults
+from tlscale.codes.probes.ranking import DEFAULT_THRESHOLD
 from tlscale.data.sources.folds import FOLDS
 from tlscale.data.sources.open import ImageData, ImageSplit
 from tlscale.models.calibration import Calibration
@@ -24,6 +25,8 @@ from tlscale.storage.run_folder import RunFolder
 from tlscale.tracking.redact import places_of, without_places
 from tlscale.tracking.stopwatch import with_seconds_of
 from tlscale.training.duplicates import shared_images
+from tlscale.training.evaluate import figures_of
+from tlscale.training.label_set_metrics import LabelScores
 from tlscale.training.metrics import Tally, majority, summary
 from tlscale.training.predictions import MOST_LOGITS
 from tlscale.training.setup import RunSetup, strategy_of
@@ -32,8 +35,20 @@ _LONG = ("per_class", "confusion", "pr_curves")
 """Figures that come last in the file."""
 
 
+def score_of(figures: Mapping[str, Any]) -> str:
+    """Return the key of the figure that stands for all: of one label an image, or of several."""
+    return "mean_average_precision" if figures.get("task") == "multi_label" else "top1"
+
+
+def named(score: str) -> str:
+    """Return what people call it."""
+    return {"mean_average_precision": "mAP"}.get(score, score)
+
+
 def no_figures(setup: RunSetup) -> dict[str, Any]:
     """Return the figures of no image: of a model that is scored on none."""
+    if setup.data.has_several_labels:
+        return figures_of(LabelScores(len(setup.data.classes)), setup.data.classes)[0]
     return summary(Tally(len(setup.data.classes), "cpu"), setup.data.classes)
 
 
@@ -50,11 +65,18 @@ def about_score(
         "scored_model": "before_refit" if refitted and data.test is None else "exported",
         "exported_model": "refitted_on_train_and_validation" if refitted else "fitted_on_train",
         "selected_on": "validation" if split is data.validation is not None and has_chosen else None,
-        **_often(data, split or data.train),
+        **often(data, split or data.train),
     }
 
 
-def _often(data: ImageData, split: ImageSplit) -> dict[str, Any]:
+def thresholds_unchosen(setup: RunSetup) -> Sequence[float]:
+    """Return the thresholds of several labels where there is no validation split to choose them by."""
+    given = None if setup.part is None else setup.part.thresholds
+    return given or [DEFAULT_THRESHOLD] * len(setup.data.classes)
+
+
+def often(data: ImageData, split: ImageSplit) -> dict[str, Any]:
+    """Return `majority` on a split; of several labels that they are such, as none stands for an image."""
     if data.has_several_labels:
         return {"task": "multi_label"}
     return {"majority": majority(data.train.labels_N, split.labels_N, data.classes)}

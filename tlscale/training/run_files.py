@@ -76,6 +76,7 @@ class _Fold(_Facts):
     num_repeats: Annotated[int, Field(ge=1, le=100)]
     number: Annotated[int, Field(ge=1, le=100_000)] | None
     share: Annotated[float, Field(gt=0.0, le=1.0)]
+    thresholds: list[_Share] | None = None
 
 
 class _Change(_Facts):
