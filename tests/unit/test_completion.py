@@ -1,13 +1,15 @@
-"""Completion: of words, and in a real bash by the key that people press; nothing heavy is imported."""
+"""Completion: of words, and in real shells by the key that people press; nothing heavy is imported."""
 
 from __future__ import annotations
 
+import ast
 import os
 import pty
 import re
 import shutil
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -47,42 +49,78 @@ def test_words_as_bash_cuts_them_are_completed(words):
     assert done.stdout.split() == QUESTIONS[words]
 
 
-@pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
-def test_a_tab_in_a_real_bash(tmp_path):
-    """What is typed at a terminal: a key, one of its values, an option, and a file."""
-    (tmp_path / "tlscale").write_text(f'#!/bin/sh\nexec {sys.executable} -m tlscale.cli "$@"\n')
-    (tmp_path / "tlscale").chmod(0o755)
-    (tmp_path / "only.yaml").touch()
-    (tmp_path / "rc").write_text("PS1='> '\nbind 'set bell-style none'\neval \"$(tlscale completion bash)\"\n")
-    path = f"{tmp_path}:{os.environ['PATH']}"
-    master, slave = pty.openpty()
-    bash = subprocess.Popen(
-        ["bash", "--rcfile", "rc", "-i"],
-        **dict.fromkeys(("stdin", "stdout", "stderr"), slave),
-        cwd=tmp_path,
-        env={"PATH": path, "PYTHONPATH": str(REPO), "TERM": "dumb", "HOME": str(tmp_path)},
-        start_new_session=True,
-    )
-    os.close(slave)
-    said = b""
-    try:
-        # Typed at once, and then made an argument of echo (ctrl-a goes to the begin of the line).
-        os.write(master, b"tlscale run on\toptim.layer_d\t0.5 schedule.decay=lin\t--overw\t\x01echo \r")
-        while not re.search(rb"\ntlscale .*\r\n", said):
-            said += os.read(master, 4096)
-    finally:
-        bash.kill()
-        bash.wait()
-        os.close(master)
-    (line,) = re.findall(r"\n(tlscale .*)\r\n", said.decode())
-    assert line.split() == [
-        "tlscale",
-        "run",
+RC = {
+    "bash": "PS1='> '\nbind 'set bell-style none'\neval \"$(tlscale completion bash)\"\n",
+    "zsh": "PS1='> '\nunsetopt prompt_sp beep\nautoload -Uz compinit\ncompinit -u -D\neval \"$(tlscale completion zsh)\"\n",
+    "fish": "function fish_prompt; echo '> '; end\nfunction fish_greeting; end\ntlscale completion fish | source\n",
+}
+"""What each shell reads when it starts."""
+STARTS = {
+    "bash": ["bash", "--rcfile", "rc", "-i"],
+    "zsh": ["zsh", "-o", "no_global_rcs", "-i"],  # reads .zshrc
+    "fish": ["fish", "--no-config", "--init-command", "source rc"],
+}
+TYPED = {
+    "run on\toptim.layer_d\t0.5 schedule.decay=lin\t--overw\t": [
         "only.yaml",
-        "optim.layer_decay=0.5",
-        "schedule.decay=linear",
-        "--overwrite",
-    ]
+        *("optim.layer_decay=0.5", "schedule.decay=linear", "--overwrite"),
+    ],
+    "run two\toptim.layer_d\t0.5": ["two words.yaml", "optim.layer_decay=0.5"],
+    "run three,f\toptim.layer_d\t0.5": ["three,four.yaml", "optim.layer_decay=0.5"],
+    "plan on\t--check\t": ["only.yaml", "--check-images"],
+}
+"""What is typed, with the key that completes -> the words that the shell hands on."""
+
+
+@pytest.fixture
+def desk(tmp_path):
+    """A folder with recipes, and the program of these sources."""
+    show = 'import sys; print("given", sys.argv[1:], flush=True)'
+    (tmp_path / "tlscale").write_text(f'#!/bin/sh\nexec {sys.executable} -m tlscale.cli "$@"\n')
+    (tmp_path / "show").write_text(f"#!/bin/sh\nexec {sys.executable} -c '{show}' \"$@\"\n")
+    for program in ("tlscale", "show"):
+        (tmp_path / program).chmod(0o755)
+    for recipe in ("only.yaml", "two words.yaml", "three,four.yaml"):
+        (tmp_path / recipe).touch()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "shell", [pytest.param(name, marks=pytest.mark.skipif(not shutil.which(name), reason=f"no {name}")) for name in RC]
+)
+def test_a_tab_in_a_real_shell(shell, desk):
+    """What is typed at a terminal: all at once, and then made arguments of `show` (ctrl-a goes to the line's begin)."""
+    (desk / (".zshrc" if shell == "zsh" else "rc")).write_text(RC[shell])
+    variables = {"PATH": f"{desk}:{os.environ['PATH']}", "PYTHONPATH": str(REPO), "TERM": "dumb", "HOME": str(desk)}
+    given = []
+    master, slave = pty.openpty()
+    termios.tcsetwinsize(slave, (24, 200))  # a line that is broken is shown otherwise
+    with subprocess.Popen(
+        STARTS[shell], cwd=desk, env={**variables, "ZDOTDIR": str(desk)}, preexec_fn=lambda: os.login_tty(slave)
+    ) as process:
+        os.close(slave)
+        try:
+            for line in TYPED:
+                said = b""
+                while b"> " not in said:
+                    said += os.read(master, 4096)
+                os.write(master, f"tlscale {line}\x01show \r".encode())
+                while not (words := re.search(rb"\ngiven (\[.*\])", said)):
+                    said += os.read(master, 4096)
+                given.append(ast.literal_eval(words[1].decode()))
+        finally:
+            process.kill()
+            os.close(master)
+    assert given == [["tlscale", line.split()[0], *words] for line, words in TYPED.items()]
+
+
+@pytest.mark.skipif(not shutil.which("fish"), reason="no fish")
+def test_fish_shows_all_of_a_description(desk):
+    """It may hold a comma, at which a line is cut into its kind and its value."""
+    script = CliRunner().invoke(main, ["completion", "fish"]).stdout + "complete -C 'tlscale plan --check'"
+    variables = {"PATH": f"{desk}:{os.environ['PATH']}", "PYTHONPATH": str(REPO), "HOME": str(desk)}
+    done = subprocess.run(["fish", "--no-config", "-c", script], env=variables, capture_output=True, text=True)
+    assert done.stdout.startswith("--check-images\tDecode every image first, and list those "), done
 
 
 def test_completion_imports_nothing_heavy():
