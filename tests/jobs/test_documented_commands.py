@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import glob
-import io
 import os
 import re
 import shlex
@@ -17,7 +16,6 @@ import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
-from types import SimpleNamespace
 
 import click
 import numpy as np
@@ -52,7 +50,6 @@ HERE = [
     ),
     ("README.md", "import tlscale"),
     ("docs/run_folder.md", "import pyarrow.parquet"),
-    ("docs/serve.md", "import io"),
     ("docs/strategies.md", "tlscale compare runs/*"),
     ("docs/strategies.md", "tlscale compare photos.yaml --seeds"),
 ]
@@ -80,6 +77,7 @@ NOT_HERE = {
     ("docs/serve.md", "tlscale export"): OF_TEST_EXPORT,
     ("docs/serve.md", "python classify.py"): OF_TEST_EXPORT,
     ("docs/serve.md", "import json, sys"): OF_TEST_EXPORT,
+    ("docs/serve.md", "import io"): "tests/jobs/test_serve.py::test_the_server_of_the_page_answers_as_predict_does",
     ("docs/strategies.md", "tlscale compare photos.yaml --sizes"): SIX_STRATEGIES,
     (
         "docs/strategies.md",
@@ -248,22 +246,8 @@ def run_line(line: str) -> None:
     Path(line.partition(">")[2].strip() or "said.txt").write_text(output)
 
 
-@pytest.fixture
-def fastapi(monkeypatch):
-    """What docs/serve.md takes of FastAPI, which is no dependency: a function for each address."""
-    served = {}
-
-    class App:
-        def post(self, address):
-            return lambda function: served.setdefault(address, function)
-
-    names = {"FastAPI": App, "UploadFile": io.BytesIO, "HTTPException": type("HTTPException", (Exception,), {})}
-    monkeypatch.setitem(sys.modules, "fastapi", SimpleNamespace(**names))
-    return served
-
-
 @pytest.mark.slow
-def test_own_images_word_for_word(fastapi, tmp_path, monkeypatch):
+def test_own_images_word_for_word(tmp_path, monkeypatch):
     """README's second example and what goes on from it, on pictures of 48 px; what two pages have is run once."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TLSCALE_CACHE", str(tmp_path / "cache"))
@@ -285,8 +269,6 @@ def test_own_images_word_for_word(fastapi, tmp_path, monkeypatch):
     labels = Path("labels.csv").read_text().splitlines()
     assert (labels[0], len(labels)) == ("path,label,probability,error", 13)
     assert len(Path("jobs.txt").read_text().splitlines()) == 18
-    answer = fastapi["/predict"](SimpleNamespace(file=io.BytesIO(Path("new/0.png").read_bytes())))
-    assert answer["label"] == labels[1].split(",")[1]
 
 
 def test_the_recipes_of_the_readme(tmp_path):

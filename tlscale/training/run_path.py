@@ -11,6 +11,7 @@ Shapes: B images, C classes, S image size.
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -122,10 +123,17 @@ def _scores_of_older(recipe: Recipe, info: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+_ONE_AT_A_TIME = threading.RLock()
+
+
 @contextmanager
 def computing(facts: RunFacts) -> Iterator[Processes]:
-    """Join the processes that were launched, with the settings that the run computed with, within the context."""
-    with closing(start_processes(facts.compute)) as processes:
+    """Join the processes that were launched, with the settings that the run computed with, within the context.
+
+    Of the threads of a process, such as those of a server, one at a time: settings are the process's, and the hooks
+    that read a layer are the network's.
+    """
+    with _ONE_AT_A_TIME, closing(start_processes(facts.compute)) as processes:
         choose_algorithms(processes.device, deterministic=facts.compute.deterministic)
         with naming_memory():
             yield processes

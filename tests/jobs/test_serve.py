@@ -1,0 +1,73 @@
+"""A model behind a server: many threads, one model; and the server of docs/serve.md, word for word."""
+
+import re
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import tlscale
+from tests.small_runs import REPO, put_small_folder, run_once
+
+PROBE = {
+    "probe": {"kind": "ridge"},
+    "backbone": {"name": "test_resnet", "weights": "none"},
+    "codes": {"layer": ["layer2", "layer3"], "pool": "avg"},
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return put_small_folder(tmp_path_factory.mktemp("data"), train=60, test=37)
+
+
+@pytest.fixture(scope="module")
+def run(data, tmp_path_factory):
+    return run_once(tmp_path_factory.mktemp("runs"), data, "probe", PROBE)
+
+
+@pytest.mark.slow
+def test_threads_get_the_answers_that_one_gets(run, data):
+    """A server calls a model from several threads; features of a layer are read by hooks, which all would share."""
+    images = [str(path) for path in sorted((data / "test").rglob("*.png"))]
+    model = tlscale.load(run)
+    alone = [model.predict([path]).probabilities for path in images]
+    features = [np.asarray(model.features([path], layer="layer2")) for path in images]
+    with ThreadPoolExecutor(8) as threads:
+        made = threads.map(lambda path: model.predict([path]).probabilities, images)
+        found = threads.map(lambda path: np.asarray(model.features([path], layer="layer2")), images)
+        np.testing.assert_array_equal(list(made), alone)
+        np.testing.assert_array_equal(list(found), features)
+
+
+@pytest.mark.slow
+def test_the_server_of_the_page_answers_as_predict_does(run, data, tmp_path, monkeypatch):
+    pytest.importorskip("fastapi")
+    from fastapi.testclient import TestClient
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "photos").symlink_to(run)
+    page = (REPO / "docs" / "serve.md").read_text()
+    names: dict = {}
+    exec(compile(re.search(r"```python\n(import io.*?)```", page, flags=re.DOTALL)[1], "serve.py", "exec"), names)
+    client = TestClient(names["app"])
+    paths = sorted((data / "test").rglob("*.png"))[:4]
+    picture = Image.open(paths[0])
+    for name, mode in (("clear.png", "RGBA"), ("print.jpg", "CMYK")):
+        converted = picture.convert(mode)
+        if mode == "RGBA":
+            converted.putalpha(Image.linear_gradient("L").resize(picture.size))
+        converted.save(name)
+    Image.fromarray(np.asarray(picture).astype(np.uint16) * 257).save("wide.png")
+    paths += [tmp_path / name for name in ("clear.png", "print.jpg", "wide.png")]
+    with ThreadPoolExecutor(4) as threads:
+        answers = list(threads.map(lambda path: client.post("/predict", files={"file": path.read_bytes()}), paths))
+    made = [tlscale.load(run).predict([path]) for path in paths]
+    assert [answer.status_code for answer in answers] == [200] * len(paths)
+    assert [answer.json()["label"] for answer in answers] == [one.labels[0] for one in made]
+    assert [answer.json()["probability"] for answer in answers] == [float(one.probabilities.max()) for one in made]
+    for sent in (paths[0].read_bytes()[:200], b"<html>404</html>", b""):
+        refused = client.post("/predict", files={"file": ("a.png", sent)})
+        assert (refused.status_code, bool(refused.json()["detail"])) == (422, True)
