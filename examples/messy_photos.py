@@ -34,19 +34,19 @@ def make_messy_folder(folder: Path) -> Path:
         for number in range(count):
             place = folder / label / "close" if label == "flower" and number % 8 == 0 else folder / label
             place.mkdir(parents=True, exist_ok=True)
-            _save(_crop(picture, np.random.default_rng([number, count])), place / f"IMG_{number:04}", number)
+            save_as(crop_of(picture, np.random.default_rng([number, count])), place / f"IMG_{number:04}", number)
     _make_a_mess(folder)
     return folder
 
 
-def _crop(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
+def crop_of(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
     width, height = (int(side * rng.uniform(0.35, 0.7)) for side in picture.size)
     left, top = int(rng.integers(picture.width - width)), int(rng.integers(picture.height - height))
     crop = picture.crop((left, top, left + width, top + height))
     return crop.point(lambda value: min(255, int(value * light))) if (light := rng.uniform(0.7, 1.2)) else crop
 
 
-def _save(picture: Image.Image, place: Path, number: int) -> None:
+def save_as(picture: Image.Image, place: Path, number: int) -> None:
     """Write one picture in one of ten ways."""
     match number % 10:
         case 0:
