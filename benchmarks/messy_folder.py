@@ -1,4 +1,4 @@
-"""The messy folder of examples/messy_photos.py with tlscale, fastai and Ultralytics: what a person types, and waits for.
+"""The messy folder of examples/messy_photos.py with tlscale, fastai and Ultralytics: what a person types, and waits.
 
     python benchmarks/messy_folder.py --weights tf_efficientnet_lite0.safetensors [--only NAME] [--logs FOLDER]
 

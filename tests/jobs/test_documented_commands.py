@@ -13,7 +13,6 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 from contextlib import suppress
 from pathlib import Path
 

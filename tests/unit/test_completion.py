@@ -51,7 +51,9 @@ def test_words_as_bash_cuts_them_are_completed(words):
 
 RC = {
     "bash": "PS1='> '\nbind 'set bell-style none'\neval \"$(tlscale completion bash)\"\n",
-    "zsh": "PS1='> '\nunsetopt prompt_sp beep\nautoload -Uz compinit\ncompinit -u -D\neval \"$(tlscale completion zsh)\"\n",
+    "zsh": (
+        "PS1='> '\nunsetopt prompt_sp beep\nautoload -Uz compinit\ncompinit -u -D\neval \"$(tlscale completion zsh)\"\n"
+    ),
     "fish": "function fish_prompt; echo '> '; end\nfunction fish_greeting; end\ntlscale completion fish | source\n",
 }
 """What each shell reads when it starts."""
