@@ -36,3 +36,20 @@ def test_two_processes_hold_out_what_one_does_and_go_on_with_it(tmp_path):
     held = set(one["group"].to_pylist())
     assert len(held) == result(tmp_path / "one")["top1_interval95_by"]["groups"] > 1
     assert one.num_rows == 3 * len(held)  # whole groups
+
+
+def test_two_processes_choose_by_auroc_what_one_does(tmp_path):
+    """In float64, in which they give the answers of one."""
+    scenes = put_scenes(tmp_path / "scenes", num_scenes=20, photos=3)
+    data = {"source": "folder", "path": str(scenes), "group_regex": r"scene\d+", "validation_fraction": 0.4}
+    choosing = {"evaluate": {"select": "auroc", "every": "1 steps"}, "compute": {"precision": "fp64"}}
+    place, log = tmp_path / "recipe.yaml", tmp_path / "log"
+    recipe = small_recipe(place, scenes, data=data, duration="4 steps", **choosing)
+    tlscale.run(recipe, tmp_path / "one")
+    command = REPO / "tlscale" / "run.py", place, "--out", tmp_path / "two"
+    with launch(2, *command, log=log, launcher="torchrun") as launched:
+        assert exit_code_of(launched, log) == 0, log.read_text()[-3000:]
+    one, two = (result(tmp_path / name) for name in ("one", "two"))
+    assert one["choice"] == two["choice"]
+    assert one["choice"]["select"] == "auroc"
+    assert one["choice"]["standard_error_by"]["groups"] > 1

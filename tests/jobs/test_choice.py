@@ -26,7 +26,7 @@ def recipe_of(path, idx, select, choose=None, **changes):
 def whole(idx, tmp_path_factory):
     """A run for each figure that can choose, and one that takes the best."""
     folder = tmp_path_factory.mktemp("whole")
-    for name in ("top1", "loss", "macro_f1", "balanced_accuracy", "best"):
+    for name in ("top1", "loss", "macro_f1", "balanced_accuracy", "auroc", "mean_average_precision", "best"):
         select, choose = ("top1", "best") if name == "best" else (name, None)
         tlscale.run(recipe_of(folder / f"{name}.yaml", idx, select, choose), folder / name)
     return folder
@@ -41,7 +41,7 @@ def by_hand(out, select):
     return max(step for step, (figure, _) in figures.items() if figure >= least), best
 
 
-@pytest.mark.parametrize("select", ["top1", "loss", "macro_f1", "balanced_accuracy"])
+@pytest.mark.parametrize("select", ["top1", "loss", "macro_f1", "balanced_accuracy", "auroc", "mean_average_precision"])
 def test_the_latest_within_one_standard_error_is_exported(whole, select, capsys):
     out = whole / select
     chosen, best = by_hand(out, select)
@@ -64,7 +64,7 @@ def test_some_choice_is_not_the_best_and_some_not_the_last(whole):
     assert any(chosen != last for chosen, _, last in pairs), pairs
 
 
-@pytest.mark.parametrize(("select", "step"), [("top1", 3), ("macro_f1", 8), ("loss", 13)])
+@pytest.mark.parametrize(("select", "step"), [("top1", 3), ("macro_f1", 8), ("loss", 13), ("auroc", 1)])
 def test_resumed_it_chooses_and_keeps_the_same(idx, whole, tmp_path, select, step):
     """From any checkpoint, and with few of them kept."""
     few = {"checkpoint": {"every": "3 steps", "keep": 1, "keep_best": 2}}

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import safetensors.torch
@@ -291,6 +292,23 @@ def test_class_weights_and_the_figure_that_chooses_are_the_recipes(tmp_path, cap
     (tmp_path / "weighted" / "result.json").unlink()
     again = small_recipe(tmp_path / "weighted.yaml", folder, **keys, **weighted)
     assert tlscale.run(again, tmp_path / "weighted", resume=True)["probe"] == figures["probe"]
+
+
+@pytest.mark.parametrize("select", ["auroc", "mean_average_precision"])
+def test_a_probe_is_chosen_by_the_order_of_the_images(select, tmp_path):
+    """The figure by which it is chosen is that of the result, where the validation images are scored."""
+    folder = put_small_folder(tmp_path / "data")
+    shutil.rmtree(folder / "test")
+    data = {"source": "folder", "validation_fraction": 0.4}
+    probe = {"kind": "logistic", "strengths": [10.0, 0.1, 0.001], "refit": False}
+    keys = {"data": data, "backbone": RESNET, "probe": probe, "evaluate": {"select": select}}
+    figures = tlscale.run(small_recipe(tmp_path / "r.yaml", folder, **keys), tmp_path / "run")
+    assert figures["split"] == "validation"
+    tried, key = figures["probe"]["tried"]["penultimate"], f"held_out_{select}"
+    assert len({row[key] for row in tried}) > 1
+    best = max(tried, key=lambda row: (row[key], -row["held_out_loss"]))
+    assert figures["probe"]["setting"] == best["setting"]
+    assert figures[select] == pytest.approx(figures["probe"][key], abs=1e-9)
 
 
 def test_a_probe_gives_no_class_a_weight_of_0(run):

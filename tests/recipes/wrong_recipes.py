@@ -104,12 +104,6 @@ WRONG_RECIPES: list[tuple[str, str, list[str], list[str]]] = [
         [f"{AT}:4: loss.kind: is of several labels an image", "data.task: multi_label"],
     ),
     (
-        "map_of_one_label",
-        f"{NAME}\n{DATA}\n{BACKBONE}\nevaluate: {{select: mean_average_precision}}\n",
-        [],
-        [f"{AT}:4: evaluate.select: is of several labels an image"],
-    ),
-    (
         "gamma_of_cross_entropy",
         f"{NAME}\ndata: {{source: manifest, path: p, train_split: t}}\n{BACKBONE}\nloss: {{negative_gamma: 2.0}}\n",
         [],

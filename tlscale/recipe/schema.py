@@ -304,15 +304,10 @@ def check_task(recipe: Recipe) -> None:
     Raises:
         InvalidValueError: there is such a key.
     """
-    of_several = {
-        "loss.kind": recipe.loss.kind == "asymmetric",
-        "evaluate.select": recipe.evaluate.select == "mean_average_precision",
-    }
     if recipe.data.task != "multi_label":
-        for key, is_given in of_several.items():
-            if is_given:
-                remedy = "Write another one; or data.task: multi_label, where an image has several labels."
-                raise InvalidValueError("is of several labels an image", remedy, keys=[key, "data.task"])
+        if recipe.loss.kind == "asymmetric":
+            remedy = "Write another one; or data.task: multi_label, where an image has several labels."
+            raise InvalidValueError("is of several labels an image", remedy, keys=["loss.kind", "data.task"])
         return
     unsupported = {
         "loss.kind": recipe.loss.kind == "focal",

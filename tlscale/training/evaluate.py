@@ -19,6 +19,7 @@ from tlscale.data.sources.tables import GroupNames
 from tlscale.distributed.processes import Processes
 from tlscale.distributed.signals import check_stop
 from tlscale.tracking.progress import Pace
+from tlscale.training.class_scores import ClassScores
 from tlscale.training.group_error import GroupError
 from tlscale.training.label_set_loss import binary_cross_entropy
 from tlscale.training.label_set_metrics import LabelScores
@@ -49,7 +50,7 @@ def evaluate(
     classes: Sequence[str],
     processes: Processes,
     error_of: str | None = None,
-    over_groups: GroupError | None = None,
+    of_all: GroupError | ClassScores | None = None,
     predictions: Predictions | None = None,
     several: SeveralLabels | None = None,
 ) -> dict[str, Any]:
@@ -66,7 +67,7 @@ def evaluate(
         num_images: of the split, over all processes.
         loss_fn: tells logits from auxiliary losses; the `loss` is plain cross-entropy, whatever is trained on.
         error_of: the figure whose standard error is wanted, too: one of `standard_error`, or an auxiliary loss.
-        over_groups: computes that error, of images in groups.
+        of_all: computes that error, of images in groups, or that figure as well, where it hangs on all images at once.
         predictions: takes this process's logits, image by image.
         several: images have several labels each, with these thresholds; None: they have one.
 
@@ -75,7 +76,7 @@ def evaluate(
         several labels that of `LabelFigures.summary`; the means of the auxiliary losses, and `<error_of>_se`; the same
         on every process, as is an image's error, or `Stopped`.
     """
-    counting = _Counting(len(classes), loss_fn, processes, over_groups, predictions, several)
+    counting = _Counting(len(classes), loss_fn, processes, of_all, predictions, several)
     was_training = network.training
     network.eval()
 
@@ -109,7 +110,7 @@ class _Counting:
         num_classes: int,
         loss_fn: Loss,
         processes: Processes,
-        over_groups: GroupError | None,
+        of_all: GroupError | ClassScores | None,
         predictions: Predictions | None,
         several: SeveralLabels | None,
     ) -> None:
@@ -117,7 +118,7 @@ class _Counting:
         self._plain_loss = cross_entropy if several is None else binary_cross_entropy
         self._aux = _Sums(loss_fn.aux_names, processes.device)
         self._loss_fn, self._processes, self._several = loss_fn, processes, several
-        self._over_groups, self._predictions = over_groups, predictions
+        self._of_all, self._predictions = of_all, predictions
 
     def add(self, outputs_BO: Tensor, batch: Batch) -> None:
         logits_BC = self._loss_fn.logits(outputs_BO)
@@ -125,8 +126,10 @@ class _Counting:
         losses_B, aux_losses = self._plain_loss(logits_BC, labels_B), self._loss_fn.aux_losses(outputs_BO, batch)
         self._tally.update(logits_BC, labels_B, losses_B)
         self._aux.add(aux_losses)
-        if self._over_groups is not None:
-            self._over_groups.add(batch.rows_B, labels_B, logits_BC, {"loss": losses_B, **aux_losses})
+        if isinstance(self._of_all, GroupError):
+            self._of_all.add(batch.rows_B, labels_B, logits_BC, {"loss": losses_B, **aux_losses})
+        elif self._of_all is not None:
+            self._of_all.add(batch.rows_B, labels_B, logits_BC)
         if self._predictions is not None:
             self._predictions.add(batch.rows_B, logits_BC)
 
@@ -137,8 +140,10 @@ class _Counting:
         num_images = figures["num_images"]
         figures |= self._aux.means(num_images, processes)
         figures = figures if self._predictions is None else self._predictions.over_groups(figures, processes.sum)
-        if error_of is not None and self._over_groups is not None:
-            figures[f"{error_of}_se"] = self._over_groups.error(processes.sum)
+        if isinstance(self._of_all, ClassScores):
+            figures |= self._of_all.over_all(processes.gather)
+        elif error_of is not None and self._of_all is not None:
+            figures[f"{error_of}_se"] = self._of_all.error(processes.sum)
         elif error_of is not None:
             is_aux = error_of in self._loss_fn.aux_names
             error = self._aux.error(error_of, num_images, processes) if is_aux else error_of_figure(error_of)

@@ -20,13 +20,11 @@ from torch import Tensor
 
 from tlscale.codes.probes.ranking import DEFAULT_THRESHOLD, Bools, Floats, Ranking, mean_known
 from tlscale.data.sources.tables import GroupNames, Ints, number_groups
+from tlscale.training.class_scores import error_over_rankings
 from tlscale.training.group_error import error_of_ratio
 from tlscale.training.metrics import error_of_mean
 
 _Z95 = 1.959963984540054
-_DRAWS = (50, 200)  # at least, at most
-_MOST_RESAMPLED = 200_000_000  # labels of all draws: seconds
-_RESAMPLING_SEED = 20_242
 _FIGURE = "mean_average_precision"
 
 
@@ -191,17 +189,8 @@ class LabelFigures:
 
     @cached_property
     def _error_of_map(self) -> float | None:
-        rankings = [ranking for ranking in self._rankings if ranking.num_found]
-        if self._num_units < 2 or not rankings:
-            return None
-        size = self.num_images * len(rankings)
-        num_draws = min(max(_MOST_RESAMPLED // size, _DRAWS[0]), _DRAWS[1])
-        draws, found = np.random.default_rng(_RESAMPLING_SEED), []
-        for _ in range(num_draws):
-            counts_U = np.bincount(draws.integers(self._num_units, size=self._num_units), minlength=self._num_units)
-            counts_N = counts_U if self.units_N is None else counts_U[self.units_N]
-            found.append(mean_known(ranking.average_precision(counts_N) for ranking in rankings))
-        return float(np.std([figure for figure in found if figure is not None], ddof=1))
+        units_N = np.arange(self.num_images) if self.units_N is None else self.units_N
+        return error_over_rankings(_FIGURE, self._rankings, units_N)
 
     def best_thresholds(self) -> list[float]:
         """Return for each class the threshold of the highest F1 here.

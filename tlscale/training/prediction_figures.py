@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
+from tlscale.codes.probes.class_figures import softmax_parts
 from tlscale.codes.probes.ranking import Bools, Floats, Ranking, mean_known
 from tlscale.data.sources.tables import Ints, number_groups
 from tlscale.models.calibration import Calibration
@@ -87,17 +88,11 @@ class ScoredImages:
 
     @cached_property
     def _softmax_parts(self) -> tuple[Floats, Floats]:
-        """Return the largest logit of each image, and the sum over classes of exponentials of what they are below it.
-
-        Sums are in the order of size, so that images that differ in the order of their logits alone tie.
-        """
         assert self.logits_NC is not None
         largest_N, sums_N = np.zeros(len(self.logits_NC)), np.zeros(len(self.logits_NC))
         for start in range(0, len(self.logits_NC), _CHUNK):
             part = slice(start, start + _CHUNK)
-            sorted_BC = np.sort(np.nan_to_num(self.logits_NC[part]), axis=1).astype(np.float64)
-            largest_N[part] = sorted_BC[:, -1]
-            sums_N[part] = np.exp(sorted_BC - sorted_BC[:, -1:]).sum(axis=1)
+            largest_N[part], sums_N[part] = softmax_parts(np.nan_to_num(self.logits_NC[part]))
         return largest_N, sums_N
 
     def probability(self, number: int) -> Floats:
@@ -161,7 +156,7 @@ def add_prediction_figures(figures: dict[str, Any], path: Path, *, have_chosen: 
     curves = {}
     for number, name in enumerate(images.classes):
         ranking = Ranking(images.labels_N == number, images.probability(number))
-        per_class[name] |= {"auroc": ranking.auroc, "average_precision": ranking.average_precision()}
+        per_class[name] |= {"auroc": ranking.auroc(), "average_precision": ranking.average_precision()}
         if len(images.classes) <= MOST_CURVES:
             curves[name] = ranking.curve()
     return {

@@ -59,6 +59,7 @@ from tlscale.training.idle import refuse_idle
 from tlscale.training.loss import loss_name, refuse_mixed_targets
 from tlscale.training.optimizer import check_optimizer
 from tlscale.training.predictions import MOST_LOGITS
+from tlscale.training.select_checks import with_note_on_select
 from tlscale.training.stages import Stage, apply_freezing, plan_stages, to_steps
 
 
@@ -186,6 +187,7 @@ def set_up(
         opened = partial(open_data, in_chans=recipe.backbone.in_chans, tries_images=tries_images)
         data = opened(recipe.data, recipe.seed, fold=fold, bad_images=bad_images)
     _refuse_no_images(data, fold)
+    data = with_note_on_select(recipe, data)
     check_stop("setting up")
     backbone, weights, earlier = _backbone(recipe)
     check_stop("setting up")

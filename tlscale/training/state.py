@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from tlscale import faults
 from tlscale.codes.cache import CodesCache
+from tlscale.codes.probes.class_figures import OF_SCORES
 from tlscale.data.sources.open import ImageSplit
 from tlscale.distributed.consistency import check_replicas_agree
 from tlscale.distributed.fsdp import sharded_groups
@@ -26,6 +27,7 @@ from tlscale.storage.run_folder import RunFolder
 from tlscale.tracking.console import Console
 from tlscale.training.checkpoint.optimizer_state import carry_moments
 from tlscale.training.checkpoint.run_state import snapshot, write_checkpoint
+from tlscale.training.class_scores import ClassScores
 from tlscale.training.distillation.targets import TeacherTargets
 from tlscale.training.ema import Ema
 from tlscale.training.evaluate import SeveralLabels, evaluate
@@ -100,15 +102,20 @@ class TrainState:
         `inputs` is the pipeline of the network, or of its trained part; the rest is as `evaluate.evaluate` takes it,
         but that `several` has an effect on data with several labels alone.
         """
-        classes, groups_N, over_groups = self.setup.data.classes, split.groups_N, None
-        has_several = self.setup.data.has_several_labels
+        classes, has_several = self.setup.data.classes, self.setup.data.has_several_labels
+        of_all: GroupError | ClassScores | None = None
         # Images of a group stand or fall together, and an error over images is too small by that. Where each group has
         # one image they change nothing, to the last bit.
-        if not has_several and error_of is not None and num_error_groups(groups_N) is not None:
-            assert groups_N is not None
-            over_groups = GroupError(groups_N, error_of, len(classes))
+        groups_N = split.groups_N if num_error_groups(split.groups_N) is not None else None
+        # AUROC and average precision hang on the order of all images, which no counts that add up over batches have;
+        # of several labels an image all scores are collected anyway.
+        if error_of in OF_SCORES and not has_several:
+            of_all = ClassScores(error_of, len(split), groups_N)
+        elif error_of is not None and groups_N is not None and not has_several:
+            of_all = GroupError(groups_N, error_of, len(classes))
         # Batch statistics differ by rank; a figure has to be of one network.
         self.processes.broadcast_buffers(self.network)
+        # What would be exported is evaluated: with averages, these.
         with self.averaged():
             return evaluate(
                 # Not the wrapped one: processes have batches in different numbers, and DDP would wait for the others.
@@ -120,9 +127,9 @@ class TrainState:
                 classes=classes,
                 processes=self.processes,
                 error_of=error_of,
-                over_groups=over_groups,
+                of_all=of_all,
                 predictions=predictions,
-                several=replace(several or SeveralLabels(), groups_N=groups_N) if has_several else None,
+                several=replace(several or SeveralLabels(), groups_N=split.groups_N) if has_several else None,
             )
 
     def averaged(self) -> AbstractContextManager[None]:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import average_precision_score, roc_auc_score
 from sklearn.preprocessing import StandardScaler
 
 from tlscale.codes.probes import blockwise
@@ -123,7 +124,7 @@ def test_a_class_without_images_is_never_the_answer():
         assert float(logits_NC.softmax(1)[:, 2].max()) < 1 / 200
 
 
-@pytest.mark.parametrize("select", ["top1", "loss", "macro_f1", "balanced_accuracy"])
+@pytest.mark.parametrize("select", ["top1", "loss", "macro_f1", "balanced_accuracy", "auroc", "mean_average_precision"])
 def test_the_figure_that_chooses(select):
     (codes_ND, labels_N), (held_MD, held_M) = unequal(seed=1), unequal(seed=2)
     grid = [30.0, 3.0, 0.3, 0.03, 0.003]
@@ -141,5 +142,9 @@ def test_the_figure_that_chooses(select):
             "loss": -loss,
             "macro_f1": (2 * hits_C / (images_C + answers_C)).mean(),
         }
-        figures[strength] = (float({**by, "balanced_accuracy": (hits_C / images_C).mean()}[select]), -loss)
+        shares_MC, is_class_MC = logits_MC.double().softmax(1).numpy(), np.eye(3)[held_M]
+        by["balanced_accuracy"] = (hits_C / images_C).mean()
+        by["auroc"] = roc_auc_score(held_M, shares_MC, multi_class="ovr", average="macro")
+        by["mean_average_precision"] = average_precision_score(is_class_MC, shares_MC, average="macro")
+        figures[strength] = float(by[select]), -loss
     assert found.probe.chosen.setting == max(grid, key=lambda strength: figures[strength])

@@ -39,9 +39,9 @@ def test_a_ranking_has_the_figures_of_scikit_learn_where_scores_tie(scored):
     is_class_N, scores_N = scored
     ranking = Ranking(is_class_N, scores_N)
     if is_class_N.any() and not is_class_N.all():
-        assert ranking.auroc == pytest.approx(roc_auc_score(is_class_N, scores_N), abs=1e-12)
+        assert ranking.auroc() == pytest.approx(roc_auc_score(is_class_N, scores_N), abs=1e-12)
     else:
-        assert ranking.auroc is None
+        assert ranking.auroc() is None
     if not is_class_N.any():
         assert ranking.average_precision() is ranking.curve() is None
         return

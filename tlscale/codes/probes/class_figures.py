@@ -1,14 +1,22 @@
-"""Figures by which held-out images choose a probe, as `training.metrics` defines them for results.
+"""Figures by which held-out images choose, as `training.metrics` and `ranking` define them for results.
 
 Letters: M images, C classes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
 
+from tlscale.codes.probes.ranking import Floats, Ranking, mean_known
+
 OF_CLASSES = ("macro_f1", "balanced_accuracy")
+"""Means over classes that answers give."""
+OF_SCORES = ("auroc", "mean_average_precision")
+"""Means over classes, each against the rest, that the order of the images by a class's probability gives."""
 
 
 def figure_of_classes(name: str, answers_M: Tensor, labels_M: Tensor, num_classes: int) -> float:
@@ -19,6 +27,43 @@ def figure_of_classes(name: str, answers_M: Tensor, labels_M: Tensor, num_classe
     )
     of_class_C = 2 * hits_C / (images_C + answers_C) if name == "macro_f1" else hits_C / images_C
     return float(of_class_C[images_C > 0].mean())
+
+
+def figure_by(name: str, logits_MC: Tensor, labels_M: Tensor) -> float | None:
+    """Return the figure that chooses, where it is neither top1 nor the loss; None: it is one of these."""
+    if name in OF_CLASSES:
+        return figure_of_classes(name, logits_MC.argmax(1), labels_M.to(logits_MC.device), logits_MC.shape[1])
+    if name not in OF_SCORES:
+        return None
+    figure = mean_over(name, class_rankings(probabilities(logits_MC.cpu().numpy()), labels_M.cpu().numpy()))
+    return 0.0 if figure is None else figure
+
+
+def probabilities(logits_MC: Floats) -> Floats:
+    """Return the softmax in double precision."""
+    logits_MC = np.nan_to_num(logits_MC)
+    largest_M, sums_M = softmax_parts(logits_MC)
+    shares_MC: Floats = np.exp(logits_MC.astype(np.float64) - largest_M[:, None]) / sums_M[:, None]
+    return shares_MC
+
+
+def softmax_parts(logits_MC: Floats) -> tuple[Floats, Floats]:
+    """Return the largest logit of each image, and the sum over classes of exponentials of what they are below it.
+
+    Sums are in the order of size, so that images that differ in the order of their logits alone tie.
+    """
+    sorted_MC = np.sort(logits_MC, axis=1).astype(np.float64)
+    return sorted_MC[:, -1], np.exp(sorted_MC - sorted_MC[:, -1:]).sum(axis=1)
+
+
+def class_rankings(shares_MC: Floats, labels_M: np.ndarray) -> list[Ranking]:
+    """Return how the probability of each class ranks the images."""
+    return [Ranking(labels_M == number, shares_MC[:, number]) for number in range(shares_MC.shape[1])]
+
+
+def mean_over(name: str, rankings: Sequence[Ranking]) -> float | None:
+    """Return the mean over the classes for which the figure can be told; None where there is none."""
+    return mean_known(one.auroc() if name == "auroc" else one.average_precision() for one in rankings)
 
 
 def rank_of(name: str, top1: float, loss: float, of_classes: float | None) -> tuple[float, float]:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tlscale.codes.probes.blockwise import HeadsFit, Rotation, blocks, by_class_order, is_large, to_compute
-from tlscale.codes.probes.class_figures import OF_CLASSES, figure_of_classes, rank_of
+from tlscale.codes.probes.class_figures import OF_CLASSES, OF_SCORES, figure_by, figure_of_classes, rank_of
 from tlscale.distributed.settings import cpu_threads
 from tlscale.tracking.progress import each, progress
 
@@ -162,18 +162,21 @@ class Images:
 
     def rank(self, params_QC: Tensor, select: str) -> tuple[float, float]:
         """Return a sort key by a figure, the smallest for the best; by top1 the share of wrong answers and the loss."""
-        wrong, loss, answers = 0, 0.0, []
+        wrong, loss, answers, kept = 0, 0.0, [], []
         for rows in blocks(len(self.labels_N), self.num_classes):
             logits_BC, labels_B = self.codes_NQ[rows] @ params_QC, self.labels_N[rows]
             answers.append(logits_BC.argmax(1))
             wrong += int((answers[-1] != labels_B).sum())
             loss += float(F.cross_entropy(logits_BC, labels_B, reduction="sum"))
+            kept += [logits_BC.cpu()] if select in OF_SCORES else []
         wrong_share, loss = wrong / len(self.labels_N), loss / len(self.labels_N)
         if select == "top1":
             return wrong_share, loss
         of_classes = None
         if select in OF_CLASSES:
             of_classes = figure_of_classes(select, torch.cat(answers), self.labels_N, self.num_classes)
+        elif kept:
+            of_classes = figure_by(select, torch.cat(kept), self.labels_N)
         return rank_of(select, 1 - wrong_share, loss, of_classes)
 
 

@@ -3,7 +3,8 @@
 Promise: exact, from counts: images with equal scores are taken together, in whatever order they come. The figures are
 those of scikit-learn's `roc_auc_score` and `average_precision_score`.
 
-Letters: N images, M images in the descending order of their scores, T different scores, R recalls, C classes.
+Letters: N images, M images in the descending order of their scores, T different scores, S samples, R recalls,
+C classes.
 """
 
 from __future__ import annotations
@@ -36,32 +37,22 @@ class Ranking:
         self.num_found = int(np.count_nonzero(has_N))
         """Images of the class."""
 
-    @property
     def auroc(self) -> float | None:
         """Return the share of pairs of an image of the class and another that are ranked right; of equal scores half.
 
         None where there is no such pair.
         """
-        num_others = len(self._has_M) - self.num_found
-        if not self.num_found or not num_others:
-            return None
-        others_T = np.diff(self._taken_T - self._found_T, prepend=0)
-        twice_right = (others_T * (self._found_T + np.append(0, self._found_T[:-1]))).sum()
-        return float(twice_right / 2 / self.num_found / num_others)
+        return _known(_auroc(self._found_T[None], self._taken_T[None]))
 
-    def average_precision(self, counts_N: Ints | None = None) -> float | None:
-        """Return the mean of the precision at each image of the class (not interpolated); None without such images.
+    def average_precision(self) -> float | None:
+        """Return the mean of the precision at each image of the class (not interpolated); None without such images."""
+        return _known(_average_precision(self._found_T[None], self._taken_T[None]))
 
-        `counts_N`: how often each image counts; None: once.
-        """
-        found_T, taken_T = self._found_T, self._taken_T
-        if counts_N is not None:
-            counts_M = counts_N[self._order_M]
-            found_T, taken_T = (np.cumsum(each_M)[self._last_T] for each_M in (counts_M * self._has_M, counts_M))
-        if not len(found_T) or not found_T[-1]:
-            return None
-        precision_T = found_T / np.maximum(taken_T, 1)  # where none is taken none is found
-        return float(np.sum(np.diff(found_T, prepend=0) / found_T[-1] * precision_T))
+    def drawn(self, figure: str, counts_SN: Ints) -> Floats:
+        """Return `auroc`, or another figure, of S samples, in which each image counts so often; NaN for None."""
+        counts_SM = counts_SN[:, self._order_M]
+        found_ST, taken_ST = (np.cumsum(each, axis=1)[:, self._last_T] for each in (counts_SM * self._has_M, counts_SM))
+        return (_auroc if figure == "auroc" else _average_precision)(found_ST, taken_ST)
 
     def curve(self) -> dict[str, list[float]] | None:
         """Return precision by recall at 20 points, each the highest score that finds 5, 10, ... 100 % of the class.
@@ -88,6 +79,30 @@ class Ranking:
         middle_T = np.where(middle_T > lower_T, middle_T, scores_T)  # of two neighbouring numbers it is one of them
         best = middle_T[f1_T == f1_T.max()]
         return float(best[np.abs(best - DEFAULT_THRESHOLD).argmin()])
+
+
+def _auroc(found_ST: Ints, taken_ST: Ints) -> Floats:
+    others_ST = np.diff(taken_ST - found_ST, prepend=0, axis=1)
+    before_ST = np.concatenate([np.zeros_like(found_ST[:, :1]), found_ST[:, :-1]], axis=1)
+    twice_right_S = (others_ST * (found_ST + before_ST)).sum(axis=1)
+    pairs_S = found_ST[:, -1:].sum(axis=1) * others_ST.sum(axis=1)
+    return _divided(twice_right_S / 2, pairs_S)
+
+
+def _average_precision(found_ST: Ints, taken_ST: Ints) -> Floats:
+    precision_ST = found_ST / np.maximum(taken_ST, 1)  # where none is taken none is found
+    total_S = found_ST[:, -1:].sum(axis=1)
+    sums_S = (np.diff(found_ST, prepend=0, axis=1) * precision_ST).sum(axis=1)
+    return _divided(sums_S, total_S)
+
+
+def _divided(parts_S: Floats, wholes_S: Ints) -> Floats:
+    shares_S: Floats = np.divide(parts_S, wholes_S, out=np.full(len(wholes_S), np.nan), where=wholes_S > 0)
+    return shares_S
+
+
+def _known(value_1: Floats) -> float | None:
+    return None if np.isnan(value_1[0]) else float(value_1[0])
 
 
 def mean_average_precision(scores_NC: Floats, labels_NC: Bools) -> float | None:

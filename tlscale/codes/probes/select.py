@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tlscale.codes.parts import layer_name, wanted_layers
-from tlscale.codes.probes.class_figures import OF_CLASSES, figure_of_classes, rank_of
+from tlscale.codes.probes.class_figures import figure_by, rank_of
 from tlscale.codes.probes.kinds import Fit, ProbeKind, kind_of
 from tlscale.codes.probes.ranking import mean_average_precision
 from tlscale.errors import DataError, ModelError, RecipeError
@@ -125,7 +125,7 @@ def choose(
             False: keep what was fitted to the training images alone.
         kept: what an earlier call that was stopped has finished, and what this one does.
         weigh: of the images of each class, by the labels of all images that are fitted; None: all weigh the same.
-        select: the held-out figure that chooses: top1, loss, macro_f1 or balanced_accuracy. None has weights.
+        select: the held-out figure that chooses, one of `evaluate.select`. None has weights.
 
     Raises:
         RecipeError: the kind is unknown, the grid is wrong, or there is nothing to choose by.
@@ -286,7 +286,7 @@ def _try_all(
         figures = (
             (None, None, None)
             if logits_MC is None
-            else (*_figures(logits_MC, held.labels), _figure(way.select, logits_MC, held.labels))
+            else (*_figures(logits_MC, held.labels), figure_by(way.select, logits_MC, held.labels))
             for logits_MC in fit.logits(held.codes)
         )
     scored = zip(values, figures, fit.converged, strict=True)
@@ -343,10 +343,3 @@ def _figures(logits_MC: Tensor, labels_M: Tensor) -> tuple[float, float]:
         return figure or 0.0, float(loss)
     loss = F.cross_entropy(logits_MC, labels_M)
     return float((logits_MC.argmax(1) == labels_M).double().mean()), float(loss)
-
-
-def _figure(select: str, logits_MC: Tensor, labels_M: Tensor) -> float | None:
-    """Compute the figure that chooses, where it is neither top1 nor the loss."""
-    if select not in OF_CLASSES:
-        return None
-    return figure_of_classes(select, logits_MC.argmax(1), labels_M.to(logits_MC.device), logits_MC.shape[1])

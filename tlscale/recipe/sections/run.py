@@ -73,15 +73,18 @@ class EvaluateSection(Section):
     """How often; the last step is always evaluated."""
     batch_size: int | None = Field(None, ge=1, le=10_000_000)
     """Images per process and forward pass; by default what a process takes in training."""
-    select: Literal["top1", "loss", "macro_f1", "balanced_accuracy", "mean_average_precision", "distill_loss"] = "top1"
+    select: Literal[
+        "top1", "loss", "macro_f1", "balanced_accuracy", "auroc", "mean_average_precision", "distill_loss"
+    ] = "top1"
     """The validation figure by which weights are best; `balanced_accuracy`: the mean of the classes' own accuracies;
-    `mean_average_precision`: of several labels an image, and the default there;
+    `auroc` and `mean_average_precision`: means over the classes that have validation images, each against the rest, by
+    its probability; the latter is the default of several labels an image, which have no other such figure;
     `distill_loss`: what `distill` adds to the loss. Of a probe: by which layer, pooling and strength are best."""
     choose: Literal["latest_within_se", "best"] = "latest_within_se"
     """Which weights are exported: `best`: those of the best validation figure; `latest_within_se`: the latest ones
     whose figure is within one standard error of the best, since the best of many figures of few images is best by luck.
-    The error is binomial for `top1`, that of the mean for a loss, and by bootstrap for `macro_f1`, `balanced_accuracy`
-    and `mean_average_precision`; of images in groups it is over these."""
+    The error is binomial for `top1`, that of the mean for a loss, and by bootstrap for the others; of images in groups
+    it is over these."""
     patience: int | None = Field(None, ge=1, le=10**6)
     """Stop early, when so many evaluations in a row were no better than the best one before; of several stages those of
     the last one count. The learning rate is laid out over the whole duration, wherever the run stops: with a rate that
