@@ -17,7 +17,7 @@ from typing import Any
 
 from tlscale.commands.compare_outcomes import Outcome, finished
 from tlscale.commands.compare_report import (
-    COLUMNS,
+    columns_of,
     refuse_other_images,
     table,
     to_rows,
@@ -37,7 +37,18 @@ from tlscale.commands.comparison import Comparison
 from tlscale.commands.paired_tests import paired_tests
 from tlscale.distributed.processes import start_processes
 from tlscale.distributed.signals import check_stop
-from tlscale.errors import LaunchError, RecipeError, ResumeError, RunFolderError, Stopped, TlscaleError, flag, option
+from tlscale.errors import (
+    LaunchError,
+    RecipeError,
+    ResumeError,
+    RunFolderError,
+    Stopped,
+    TlscaleError,
+    first_few,
+    flag,
+    option,
+    quoted,
+)
 from tlscale.recipe.load import as_recipe, diff_recipes, dump_recipe, load_recipe, recipe_digest
 from tlscale.recipe.schema import NO_EFFECT_BESIDE, Recipe
 from tlscale.storage.files import make_folder, naming_disk_errors, write_text
@@ -119,19 +130,21 @@ def _run_all(
     return outcomes
 
 
-def _refuse_several_labels(bases: Sequence[Recipe]) -> None:
-    """Refuse recipes of several labels an image: what is compared is top1.
+def _refuse_other_tasks(bases: Sequence[Recipe]) -> None:
+    """Refuse recipes with several labels an image beside those with one: they have no figure in common.
 
     Raises:
-        RecipeError: there is one.
+        RecipeError: there are both.
     """
-    for base in bases:
-        if base.data.task == "multi_label":
-            raise RecipeError(
-                f"'{base.name}' is of several labels an image, which are not compared",
-                key="data.task",
-                remedy="Run each recipe by itself, and compare `mean_average_precision` in its result.json",
-            )
+    several = [base.name for base in bases if base.data.task == "multi_label"]
+    others = [base.name for base in bases if base.data.task != "multi_label"]
+    if several and others:
+        raise RecipeError(
+            f"{first_few(quoted(several))} has several labels an image, and {first_few(quoted(others))} has one: they "
+            "have no figure in common",
+            key="data.task",
+            remedy="Compare recipes of one task at a time",
+        )
 
 
 def _refuse_used(root: Path) -> None:
@@ -180,7 +193,7 @@ def _bases(recipes: Sequence[Recipe | str | Path], overrides: Sequence[str]) -> 
 def _planned(plan: Plan, root: Path) -> tuple[dict[str, Recipe], list[Variant]]:
     """Derive and check all recipes, before the first one runs."""
     check_choice(plan)
-    _refuse_several_labels(plan.bases)
+    _refuse_other_tasks(plan.bases)
     labelled = labelled_recipes(plan)
     variants = list(list_variants(plan, labelled, root))
     refuse_other_data(variants)
@@ -246,7 +259,7 @@ def _conclude(
         figures = write_comparison(
             root, title, outcomes, remarks, pairs, times=lambda: watch.figures(parts=("start", "runs", "report"))
         )
-    console.table(title, COLUMNS, table(outcomes, pairs), num_keys=2)
+    console.table(title, columns_of(outcomes), table(outcomes, pairs), num_keys=2)
     for line in figures["notes"]:
         console.say(line)
     console.say(f"table: {root / 'compare.md'}   picture: {root / 'compare.png'}   figures: {root / 'compare.json'}")

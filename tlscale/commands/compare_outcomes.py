@@ -16,6 +16,7 @@ from tlscale.models.features import PENULTIMATE
 from tlscale.storage.run_folder import RunFolder
 from tlscale.tracking.metrics_log import read_metrics
 from tlscale.training.metrics import wilson
+from tlscale.training.result import score_of
 from tlscale.training.run_files import read_run_info
 
 
@@ -59,6 +60,33 @@ class Outcome:
     """Their number and that of repeats; None: no cross-validation."""
     majority: dict[str, Any] | None = None
     """`label` and `top1` of always saying the most frequent class of the training images."""
+    task: str | None = None
+    """`multi_label`: then these three are in place of `top1`, `held_out_top1` and `majority`."""
+    mean_average_precision: float | None = None
+    held_out_mean_average_precision: float | None = None
+    chance: float | None = None
+    """The mean average precision of a network that never looks."""
+
+    @property
+    def figure(self) -> str:
+        """Return the key of the figure that is compared."""
+        return score_of({"task": self.task})
+
+    @property
+    def score(self) -> float | None:
+        figure: float | None = getattr(self, self.figure)
+        return figure
+
+    @property
+    def held_out(self) -> float | None:
+        """Return the same on the images that chose the weights."""
+        figure: float | None = getattr(self, f"held_out_{self.figure}")
+        return figure
+
+    @property
+    def baseline(self) -> float | None:
+        """Return the same of an answer that learns nothing from an image."""
+        return self.chance if self.majority is None else float(self.majority["top1"])
 
 
 @dataclass(frozen=True)
@@ -75,17 +103,17 @@ class Row:
         return fmean(values) if values else None
 
     @property
-    def tops(self) -> list[float]:
-        return [run.top1 for run in self.runs if run.top1 is not None]
+    def figure(self) -> str:
+        """Return the key of the figure that is compared, the same in all rows."""
+        return self.runs[0].figure
 
     @property
-    def top1(self) -> float:
-        return fmean(self.tops)
+    def scores(self) -> list[float]:
+        return [run.score for run in self.runs if run.score is not None]
 
     @property
-    def majority_top1(self) -> float | None:
-        shares = [run.majority["top1"] for run in self.runs if run.majority is not None]
-        return fmean(shares) if shares else None
+    def score(self) -> float:
+        return fmean(self.scores)
 
     @property
     def found_codes(self) -> bool:
@@ -93,11 +121,16 @@ class Row:
 
     @property
     def low(self) -> float:
-        return min(*self.tops, fmean(run.interval95[0] for run in self.runs if run.interval95 is not None))
+        return min([*self.scores, *self._mean_end(0)])
 
     @property
     def high(self) -> float:
-        return max(*self.tops, fmean(run.interval95[1] for run in self.runs if run.interval95 is not None))
+        return max([*self.scores, *self._mean_end(1)])
+
+    def _mean_end(self, at: int) -> list[float]:
+        """Return the mean of the lower, or upper, ends of the intervals; empty where there is none, of few images."""
+        ends = [run.interval95[at] for run in self.runs if run.interval95 is not None]
+        return [fmean(ends)] if ends else []
 
 
 def finished(variant: str, size: int | None, seed: int, folder: RunFolder, result: Mapping[str, Any]) -> Outcome:
@@ -108,16 +141,17 @@ def finished(variant: str, size: int | None, seed: int, folder: RunFolder, resul
     counts, codes = record["data"]["num_images"], result.get("codes")
     whole_is_frozen = result["strategy"] not in ("finetune", "stages", "scratch")
     computed = codes["num_computed"] if codes is not None else None
-    score = _score(result, counts)
+    score, figure = _score(result, counts), score_of(result)
+    interval = score[f"{figure}_interval95"]
     return Outcome(
         variant=variant,
         size=size if size is not None else counts["train"] + counts.get("validation", 0),
         seed=seed,
         folder=str(folder.path),
         recipe_sha256=record["recipe_sha256"],
-        top1=score["top1"],
-        interval95=tuple(score["top1_interval95"]),
-        held_out_top1=_held_out_top1(folder, result),
+        error=None if score[figure] is not None else "no scored image has any of the labels",
+        interval95=None if interval is None else tuple(interval),
+        **{figure: score[figure], f"held_out_{figure}": _held_out(folder, result, figure)},
         wall_s=result["wall_s"],
         seconds=result.get("seconds"),
         trainable_params=result["trainable_params"],
@@ -129,10 +163,12 @@ def finished(variant: str, size: int | None, seed: int, folder: RunFolder, resul
         num_images=result["num_images"],
         fingerprint=record["data"]["fingerprint"],
         scored_sha256=result.get("scored_sha256"),
-        num_groups=score.get("top1_interval95_by", {}).get("groups"),
+        num_groups=score.get(f"{figure}_interval95_by", {}).get("groups"),
         selected_on=score.get("selected_on"),
         scored_model=score.get("scored_model"),
         majority=result.get("majority"),
+        task=result.get("task"),
+        chance=result["chance"][figure] if "chance" in result else None,
         folds=(result["folds"]["num_folds"], result["folds"]["num_repeats"]) if "folds" in result else None,
     )
 
@@ -156,16 +192,16 @@ def _score(result: Mapping[str, Any], counts: dict[str, int]) -> Mapping[str, An
     }
 
 
-def _held_out_top1(folder: RunFolder, result: Mapping[str, Any]) -> float | None:
-    """Return the top1 of the exported weights on the images that chose them."""
+def _held_out(folder: RunFolder, result: Mapping[str, Any], figure: str) -> float | None:
+    """Return the figure of the exported weights on the images that chose them."""
     if "probe" in result:
-        figure = result["probe"]["held_out_top1"]
-        return figure if figure is None else float(figure)
+        value = result["probe"][f"held_out_{figure}"]
+        return value if value is None else float(value)
     if result["split"] == FOLDS:
         return None  # each of its models has such a figure
     step = result["best"]["step"]
     records = [record for record in read_metrics(folder.metrics) if record.get("split") == "validation"]
-    return next((float(record["top1"]) for record in records if record["step"] == step and "top1" in record), None)
+    return next((float(record[figure]) for record in records if record["step"] == step and figure in record), None)
 
 
 def _layer(result: Mapping[str, Any]) -> str | None:

@@ -1,4 +1,4 @@
-"""Draw a comparison: accuracy by training-set size and by time, with what the most frequent class scores."""
+"""Draw a comparison: the score by training-set size and by time, with what the most frequent class scores."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from matplotlib import rc_context, rcdefaults, rcParams, ticker
 from matplotlib.axes import Axes
@@ -30,11 +30,22 @@ _STYLES = (
 _OWN_STYLE = {"codes": 0, "early_codes": 1, "mlp": 2, "head": 3, "finetune": 4, "scratch": 5}
 _FONT: Any = {"font.size": 10, "font.family": "DejaVu Sans", "svg.hashsalt": "tlscale", "svg.fonttype": "path"}
 _DPI = 200
-_MAJORITY: Any = {"color": "#555555", "linestyle": "--", "linewidth": 1.0, "label": "majority class"}
+_BASELINE: Any = {"color": "#555555", "linestyle": "--", "linewidth": 1.0}
+
+
+class _Names(NamedTuple):
+    figure: str
+    baseline: str
+
+
+_NAMES = {
+    "top1": _Names("top-1 accuracy", "majority class"),
+    "mean_average_precision": _Names("mean average precision", "chance"),
+}
 
 
 def draw(rows: Sequence[Row], paths: Sequence[Path]) -> None:
-    """Draw accuracy by training-set size and by time to files; with one size only, a line of dots for each."""
+    """Draw the score by training-set size and by time to files; with one size only, a line of dots for each."""
     sizes = sorted({row.size for row in rows})
     with rc_context():
         rcdefaults()  # the working folder may hold a `matplotlibrc` of anybody's, which can have it run LaTeX
@@ -62,7 +73,7 @@ def _plain_axes(axes: Axes) -> None:
 def _lines(rows: Sequence[Row], sizes: Sequence[int]) -> Figure:
     figure = Figure(figsize=(9.0, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    by_end = sorted(rows, key=lambda row: (-row.size, -row.top1))  # as the lines end, from the top
+    by_end = sorted(rows, key=lambda row: (-row.size, -row.score))  # as the lines end, from the top
     variants = list(dict.fromkeys(row.variant for row in by_end))
     span = math.log(max(sizes) / min(sizes))
     handles = []
@@ -71,21 +82,21 @@ def _lines(rows: Sequence[Row], sizes: Sequence[int]) -> Figure:
         colour, marker = _style(variant, variants)
         # Side by side, so that no interval hides another.
         aside = math.exp((position - (len(variants) - 1) / 2) * span * 0.014)
-        tops, bars = [row.top1 for row in own], _bars(own)
+        scores, bars = [row.score for row in own], _bars(own)
         line = {"color": colour, "marker": marker, "markersize": 5, "linewidth": 1.3, "elinewidth": 1.2}
-        drawn = left.errorbar([row.size * aside for row in own], tops, yerr=bars, **line)
-        right.errorbar([_seconds(row) for row in own], tops, yerr=bars, **(line | {"linewidth": 0.8}))
-        _hollow(right, [(_seconds(row), row.top1, row) for row in own], colour, marker, 5)
+        drawn = left.errorbar([row.size * aside for row in own], scores, yerr=bars, **line)
+        right.errorbar([_seconds(row) for row in own], scores, yerr=bars, **(line | {"linewidth": 0.8}))
+        _hollow(right, [(_seconds(row), row.score, row) for row in own], colour, marker, 5)
         handles.append(drawn)
-    shares = {size: share for size in sizes if (share := _majority(rows, size)) is not None}
+    shares = {size: share for size in sizes if (share := _baseline(rows, size)) is not None}
     if shares:
-        handles += left.plot(list(shares), list(shares.values()), **_MAJORITY)
-        variants.append(_MAJORITY["label"])
+        handles += left.plot(list(shares), list(shares.values()), **_BASELINE)
+        variants.append(_NAMES[rows[0].figure].baseline)
     for axes, label in ((left, "labelled training images"), (right, _seconds_label(rows))):
         _plain_axes(axes)
         axes.set_xscale("log")
         axes.set_xlabel(label)
-    left.set_ylabel("top-1 accuracy")
+    left.set_ylabel(_NAMES[rows[0].figure].figure)
     left.xaxis.set_major_locator(ticker.FixedLocator(list(sizes)))
     left.xaxis.set_major_formatter(ticker.FuncFormatter(lambda size, _: f"{size:,.0f}"))
     left.xaxis.set_minor_locator(ticker.NullLocator())
@@ -94,15 +105,16 @@ def _lines(rows: Sequence[Row], sizes: Sequence[int]) -> Figure:
     return figure
 
 
-def _majority(rows: Sequence[Row], size: int) -> float | None:
-    """Return the mean share of the most frequent class at a size; None where an older tlscale made all runs."""
-    shares = [row.majority_top1 for row in rows if row.size == size and row.majority_top1 is not None]
+def _baseline(rows: Sequence[Row], size: int) -> float | None:
+    """Return what the most frequent class, or chance, scores at a size; None where an older tlscale made all runs."""
+    runs = [run for row in rows if row.size == size for run in row.runs]
+    shares = [run.baseline for run in runs if run.baseline is not None]
     return fmean(shares) if shares else None
 
 
 def _bars(rows: Sequence[Row]) -> list[list[float]]:
     """Return how far the intervals go down and up, as matplotlib takes it."""
-    return [[row.top1 - row.low for row in rows], [row.high - row.top1 for row in rows]]
+    return [[row.score - row.low for row in rows], [row.high - row.score for row in rows]]
 
 
 def _seconds(row: Row) -> float:
@@ -133,25 +145,26 @@ def _log_seconds(axes: Axes, rows: Sequence[Row]) -> None:
 
 
 def _dots(rows: Sequence[Row]) -> Figure:
-    ordered = sorted(rows, key=lambda row: row.top1)
+    ordered = sorted(rows, key=lambda row: row.score)
     variants = [row.variant for row in rows]
     figure = Figure(figsize=(9.0, 1.5 + 0.42 * len(ordered)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     for height, row in enumerate(ordered):
         colour, marker = _style(row.variant, variants)
         line = {"color": colour, "marker": marker, "markersize": 7, "elinewidth": 1.6}
-        left.errorbar([row.top1], [height], xerr=_bars([row]), **line)
+        left.errorbar([row.score], [height], xerr=_bars([row]), **line)
         right.plot([_seconds(row)], [height], color=colour, marker=marker, markersize=7)
         _hollow(right, [(_seconds(row), height, row)], colour, marker, 7)
-    share = _majority(rows, ordered[0].size)
+    share = _baseline(rows, ordered[0].size)
     if share is not None:
-        figure.legend([left.axvline(share, **_MAJORITY)], [_MAJORITY["label"]], loc="outside upper left", frameon=False)
+        name = _NAMES[rows[0].figure].baseline
+        figure.legend([left.axvline(share, **_BASELINE)], [name], loc="outside upper left", frameon=False)
     for axes in (left, right):
         _plain_axes(axes)
         axes.tick_params(axis="y", length=0)
     left.set_yticks(range(len(ordered)), [row.variant for row in ordered])
     left.set_ylim(-0.6, len(ordered) - 0.4)
-    left.set_xlabel(f"top-1 accuracy with {ordered[0].size:,} labelled training images")
+    left.set_xlabel(f"{_NAMES[rows[0].figure].figure} with {ordered[0].size:,} labelled training images")
     right.set_xscale("log")
     right.set_xlabel(_seconds_label(rows))
     _log_seconds(right, rows)

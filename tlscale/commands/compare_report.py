@@ -17,9 +17,10 @@ from tlscale.commands.compare_outcomes import Outcome, Row
 from tlscale.commands.compare_plot import draw
 from tlscale.commands.paired_tests import LEVEL, Pair
 from tlscale.data.sources.folds import FOLDS
-from tlscale.errors import DataError
+from tlscale.errors import DataError, first_few, quoted
 from tlscale.storage.files import naming_disk_errors, remove_left_overs, write_text
 from tlscale.tracking.console import number
+from tlscale.training.result import named
 
 COLUMNS = (
     *("strategy", "images", "top1", "95% interval", "against the best", "held-out top1"),
@@ -27,9 +28,27 @@ COLUMNS = (
 )
 
 
+def columns_of(outcomes: Sequence[Outcome]) -> tuple[str, ...]:
+    """Return `COLUMNS` with the figure that these runs are compared by."""
+    return tuple(name.replace("top1", _figure_of(outcomes)) for name in COLUMNS)
+
+
+def _figure_of(outcomes: Sequence[Outcome]) -> str:
+    """Return what people call the figure; of runs that all failed it is that of one label an image."""
+    return named(next((outcome.figure for outcome in outcomes if outcome.error is None), "top1"))
+
+
 def refuse_other_images(outcomes: Sequence[Outcome]) -> None:
     """Refuse figures of different images, which do not compare; the `DataError` tells which runs are of what."""
     done = [outcome for outcome in outcomes if outcome.error is None]
+    several = [outcome.folder for outcome in done if outcome.task == "multi_label"]
+    if several and len(several) < len(done):
+        others = [outcome.folder for outcome in done if outcome.task != "multi_label"]
+        raise DataError(
+            f"runs with several labels an image, {first_few(quoted(several))}, have no figure in common with runs with "
+            f"one, {first_few(quoted(others))}",
+            remedy="Compare those of one task (data.task) at a time",
+        )
     by_content = all(outcome.scored_sha256 is not None for outcome in done)
     expected: dict[tuple[object, ...], str | None] = {}
     groups: dict[tuple[object, ...], list[Outcome]] = {}
@@ -59,15 +78,15 @@ def to_rows(outcomes: Sequence[Outcome]) -> list[Row]:
         if outcome.error is None:
             groups.setdefault((outcome.variant, outcome.size), []).append(outcome)
     rows = [Row(variant, size, tuple(runs)) for (variant, size), runs in groups.items()]
-    return sorted(rows, key=lambda row: (row.size, -row.top1))
+    return sorted(rows, key=lambda row: (row.size, -row.score))
 
 
 def against_best(row: Row, rows: Sequence[Row], pairs: Sequence[Pair] = ()) -> str:
     """Return `best`, or how many points less, and whether a paired test distinguishes the two."""
-    best = max((other for other in rows if other.size == row.size), key=lambda other: other.top1)
+    best = max((other for other in rows if other.size == row.size), key=lambda other: other.score)
     if row is best:
         return "best"
-    points = f"{100 * (row.top1 - best.top1):+.1f} points"
+    points = f"{100 * (row.score - best.score):+.1f} points"
     pair = next((pair for pair in pairs if pair.size == row.size and pair.joins(row.variant, best.variant)), None)
     if pair is None:
         return f"{points}, no paired test"
@@ -82,7 +101,7 @@ def table(outcomes: Sequence[Outcome], pairs: Sequence[Pair] = ()) -> list[tuple
     for size in dict.fromkeys(row.size for row in rows):
         own = [row for row in rows if row.size == size]
         cells += [_cells(row, against_best(row, own, pairs)) for row in own]
-        cells += _majority_cells(own)
+        cells += _baseline_cells(own)
     for outcome in outcomes:
         if outcome.error is not None:
             told = (outcome.variant, f"{outcome.size:,}" if outcome.size else "-", "-", "-", "failed, see below")
@@ -90,15 +109,16 @@ def table(outcomes: Sequence[Outcome], pairs: Sequence[Pair] = ()) -> list[tuple
     return cells
 
 
-def _majority_cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
-    """Return a row on the most frequent training class; none where an older tlscale made all runs."""
-    known = [run.majority for row in rows for run in row.runs if run.majority is not None]
+def _baseline_cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    """Return a row on the most frequent training class, or on chance; none where an older tlscale made all runs."""
+    known = [run.baseline for row in rows for run in row.runs if run.baseline is not None]
     if not known:
         return []
-    labels = {majority["label"] for majority in known}
+    labels = {run.majority["label"] for row in rows for run in row.runs if run.majority is not None}
     name = f"always {labels.pop()!r}" if len(labels) == 1 else "always the most frequent class"
-    share = fmean(majority["top1"] for majority in known)
-    points = f"{100 * (share - rows[0].top1):+.1f} points"
+    name = name if rows[0].figure == "top1" else "chance"
+    share = fmean(known)
+    points = f"{100 * (share - rows[0].score):+.1f} points"
     return [_filled(name, f"{rows[0].size:,}", f"{share:.4f}", "-", points)]
 
 
@@ -108,14 +128,14 @@ def _filled(*cells: str) -> tuple[str, ...]:
 
 def _cells(row: Row, verdict: str) -> tuple[str, ...]:
     layers = dict.fromkeys(run.layer for run in row.runs if run.layer is not None)
-    over_seeds = f" ({min(row.tops):.4f} to {max(row.tops):.4f})" if len(row.runs) > 1 else ""
+    over_seeds = f" ({min(row.scores):.4f} to {max(row.scores):.4f})" if len(row.runs) > 1 else ""
     return (
         row.variant,
         f"{row.size:,}",
-        f"{row.top1:.4f}{over_seeds}",
+        f"{row.score:.4f}{over_seeds}",
         f"{row.low:.4f} to {row.high:.4f}",
         verdict,
-        number(row.mean("held_out_top1")),
+        number(row.mean("held_out")),
         _count(row.mean("wall_s"), digits=1) + ("*" if row.found_codes else ""),
         _count(row.mean("trainable_params")),
         _count(row.mean("steps")),
@@ -136,8 +156,9 @@ def notes(outcomes: Sequence[Outcome], pairs: Sequence[Pair] = ()) -> list[str]:
         return ["No run came to its end.", *broken]
     rows = to_rows(outcomes)
     lines = [
-        f"top1 on {done[0].num_images:,} {_scored(done[0])}, with its 95% interval ({_interval_by(done)}): chance "
-        "in which test images were drawn. 'images': labelled training images, those held out to choose by included. "
+        f"{_figure_of(done)} on {done[0].num_images:,} {_scored(done[0])}, with its 95% interval "
+        f"({_interval_by(done)}): chance in which test images were drawn. "
+        "'images': labelled training images, those held out to choose by included. "
         "'images seen': images that went through the backbone, to compute codes or to train.",
         *_notes_on_tests(rows, pairs),
     ]
@@ -157,6 +178,8 @@ def _scored(outcome: Outcome) -> str:
 
 def _interval_by(done: Sequence[Outcome]) -> str:
     numbers = {run.num_groups for run in done}
+    if done[0].figure != "top1":
+        return "normal, by a bootstrap over " + ("images" if numbers == {None} else "groups of images")
     if numbers == {None}:
         return "Wilson"
     how = "a bootstrap over groups of images"
@@ -165,12 +188,15 @@ def _interval_by(done: Sequence[Outcome]) -> str:
 
 def _notes_on_tests(rows: Sequence[Row], pairs: Sequence[Pair]) -> list[str]:
     lines = []
-    if pairs:
-        of = (
-            "sign-flip tests over groups of images"
-            if any(pair.num_groups is not None for pair in pairs)
-            else "McNemar tests"
+    over = "groups of images" if any(pair.num_groups is not None for pair in pairs) else "images"
+    if pairs and rows[0].figure != "top1":
+        lines.append(
+            "p: of the difference of mAP on the same images by its standard error (a bootstrap with the same draws of "
+            f"{over} for both), corrected for the number of pairs of the same size (Holm). 'Not distinguishable': p is "
+            f"{LEVEL:g} or more."
         )
+    elif pairs:
+        of = f"sign-flip tests over {over}" if any(pair.num_groups is not None for pair in pairs) else "McNemar tests"
         lines.append(
             f"p: exact {of} on the same images, corrected for the number of pairs of the same size (Holm). "
             f"'Not distinguishable': p is {LEVEL:g} or more."
@@ -206,15 +232,16 @@ def _notes_on_selection(done: Sequence[Outcome]) -> list[str]:
         ]
     chosen = ", ".join(dict.fromkeys(run.variant for run in done if run.selected_on is not None))
     refitted = ", ".join(dict.fromkeys(run.variant for run in done if run.scored_model == "before_refit"))
-    lines = ["There is no test split: top1 is of validation images."]
+    figure = _figure_of(done)
+    lines = [f"There is no test split: {figure} is of validation images."]
     if chosen:
         lines.append(
             f"Of {chosen} these images have also chosen the layer, the strength or the step (selected_on: validation), "
-            "so that top1 is likely somewhat too high."
+            f"so that {figure} is likely somewhat too high."
         )
     if refitted:
         lines.append(
-            f"Of {refitted} top1 is that of the classifier before it was fitted again to training and validation "
+            f"Of {refitted} {figure} is that of the classifier before it was fitted again to training and validation "
             "images; the exported one has no score of its own."
         )
     return lines
@@ -222,7 +249,7 @@ def _notes_on_selection(done: Sequence[Outcome]) -> list[str]:
 
 def markdown(title: str, outcomes: Sequence[Outcome], extra: Sequence[str] = (), pairs: Sequence[Pair] = ()) -> str:
     """Format the table as a page."""
-    rows = [COLUMNS, ("---",) * len(COLUMNS), *table(outcomes, pairs)]
+    rows = [columns_of(outcomes), ("---",) * len(COLUMNS), *table(outcomes, pairs)]
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
     remarks = [
         line.replace("* ", "\\* ", 1) if line.startswith("* ") else line for line in (*notes(outcomes, pairs), *extra)

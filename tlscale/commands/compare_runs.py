@@ -13,7 +13,7 @@ from typing import Any
 
 from tlscale.commands.compare_outcomes import finished
 from tlscale.commands.compare_report import (
-    COLUMNS,
+    columns_of,
     refuse_other_images,
     table,
     to_plain,
@@ -62,7 +62,7 @@ def compare_runs(places: Sequence[str | os.PathLike[str]], out: Path | None, con
     ]
     refuse_other_images(outcomes)
     pairs = paired_tests(to_rows(outcomes))
-    console.table(_TITLE, COLUMNS, table(outcomes, pairs), num_keys=2)
+    console.table(_TITLE, columns_of(outcomes), table(outcomes, pairs), num_keys=2)
     if out is None:
         figures = to_plain(_TITLE, outcomes, notes, pairs)
     else:
@@ -115,8 +115,6 @@ def _read(path: Path) -> _Finished | str:
         return f"'{one_line(path)}' is not finished"
     if result["split"] is None:
         return f"'{one_line(path)}' is the model of a cross-validation, and has no score of its own"
-    if result.get("task") == "multi_label":
-        return f"'{one_line(path)}' is of several labels an image, which are not compared"
     return _Finished(folder, load_stored_recipe(folder.recipe).recipe, result)
 
 

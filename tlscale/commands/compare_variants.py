@@ -24,6 +24,7 @@ _SAME_FOR_ALL = (
     *("name", "seed", "data.source", "data.path", "data.config", "data.revision", "data.image_column"),
     *("data.label_column", "data.train_split", "data.validation_split", "data.test_split", "data.validation_fraction"),
     *("data.classes", "data.train_limit", "data.fallback", "data.on_bad_image", "data.class_folder", "data.exclude"),
+    *("data.task", "data.label_separator", "data.label_columns"),
     *("data.group_column", "data.group_regex", "data.groups_across_splits", "data.duplicates"),
     *("evaluate.folds", "evaluate.repeats"),
 )

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tlscale.commands.compare_outcomes import Outcome
-from tlscale.commands.compare_report import COLUMNS, table
+from tlscale.commands.compare_report import columns_of, table
 from tlscale.commands.paired_tests import Pair
 from tlscale.commands.run_result import escaped, html_table
 from tlscale.errors import one_line
@@ -24,25 +24,34 @@ class Comparison(dict[str, Any]):
     @property
     def table(self) -> list[dict[str, str]]:
         """Return the rows of the table, the best first: a data frame takes them as they are."""
-        return [dict(zip(COLUMNS, cells, strict=True)) for cells in self._cells()]
+        return [dict(zip(self._columns(), cells, strict=True)) for cells in self._cells()]
 
     def __repr__(self) -> str:
         failed = sum(run["error"] is not None for run in self["runs"])
         best = next((cells for cells in self._cells()), None)
-        ahead = "" if best is None or failed == len(self["runs"]) else f"; {one_line(best[0])!r} has top1 {best[2]}"
+        ahead = (
+            ""
+            if best is None or failed == len(self["runs"])
+            else f"; {one_line(best[0])!r} has {self._columns()[2]} {best[2]}"
+        )
         broken = f", {failed} failed" if failed else ""
         return f"Comparison({len(self['runs'])} runs{broken}{ahead})"
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (dict(self), self.folder)
 
+    def _outcomes(self) -> list[Outcome]:
+        return [Outcome(**run) for run in self["runs"]]
+
+    def _columns(self) -> tuple[str, ...]:
+        return columns_of(self._outcomes())
+
     def _cells(self) -> list[tuple[str, ...]]:
-        outcomes = [Outcome(**run) for run in self["runs"]]
-        return table(outcomes, [_pair(plain) for plain in self["pairs"]])
+        return table(self._outcomes(), [_pair(plain) for plain in self["pairs"]])
 
     def _repr_html_(self) -> str:
         notes = "".join(f"<p>{escaped(note)}</p>" for note in self["notes"])
-        return f"<p><b>{escaped(self['name'])}</b></p>{html_table(COLUMNS, self._cells())}{notes}"
+        return f"<p><b>{escaped(self['name'])}</b></p>{html_table(self._columns(), self._cells())}{notes}"
 
 
 def _pair(plain: Mapping[str, Any]) -> Pair:

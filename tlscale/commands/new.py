@@ -52,8 +52,8 @@ def new_file(data: str, *, backbone: str, out: str | None, console: Console) -> 
     _block(console, shown, [*describe(seen), *describe_left_out(seen), *_held_out(seen, recipe)])
     listed = f", with {len(seen.left_out):,} paths in {seen.keys['exclude']}" if seen.left_out else ""
     _block(console, "wrote", [f"{place}: {words}{listed}"])
-    compares = [] if recipe.data.task == "multi_label" else [f"tlscale compare {place}   for a choice by evidence"]
-    _block(console, "next", [f"tlscale run {place}", *compares])
+    compares = f"tlscale compare {place}   for a choice by evidence"
+    _block(console, "next", [f"tlscale run {place}", compares])
 
 
 def _write(data: str, backbone: str, out: Path | None, command: str) -> tuple[Recipe, Survey, str]:

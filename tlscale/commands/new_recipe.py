@@ -196,9 +196,8 @@ def _why(is_probe: bool, num_train: int, survey: Survey) -> list[str]:
     best = f"a probe was best with few images (up to {FEW_IMAGES:,}), fine-tuning with 1,000 and more"
     chosen = "a probe" if is_probe else "fine-tuning"
     why = [f"Strategy: {chosen}, for {num_train:,} images. Where it was measured, {best} (docs/strategies.md)."]
-    if survey.keys.get("task") == "multi_label":
-        return [*why, "It was measured with one label an image."]
-    return [*why, "`tlscale compare` on this recipe shows which is best here."]
+    of_one = ["It was measured with one label an image."] if survey.keys.get("task") == "multi_label" else []
+    return [*why, *of_one, "`tlscale compare` on this recipe shows which is best here."]
 
 
 def _probe(backbone: str, layers: list[str]) -> tuple[str, str]:

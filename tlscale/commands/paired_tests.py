@@ -4,14 +4,15 @@ Promise: two runs are paired only where the images and their true labels are the
 both runs noted it, else by path. The test is exact (McNemar 1947): of the images on which only one of the two is right,
 under equal accuracy each run has half. Over several seeds, or repeats of folds, an image counts once, for the run that
 is right more often on it. Images of a group do not stand alone: where there are groups, each group's lead may as well
-be that of the other run (a test by flipping signs), which is McNemar's where each group has one image. The p-values of
-a comparison are corrected for the number of pairs (Holm 1979, "A simple sequentially rejective multiple test
-procedure").
+be that of the other run (a test by flipping signs), which is McNemar's where each group has one image. Of several
+labels an image the test is that of `paired_label_sets`. The p-values of a comparison are corrected for the number of
+pairs (Holm 1979, "A simple sequentially rejective multiple test procedure").
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -22,8 +23,12 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+import torch
 
-from tlscale.data.sources.tables import GroupNames, number_groups
+from tlscale.commands.paired_label_sets import difference_of_maps
+from tlscale.data.sources.tables import JOINER, GroupNames, Ints, number_groups
+from tlscale.training.label_set_metrics import LabelFigures, probabilities
+from tlscale.training.label_set_predictions import label_matrix, logit_matrix
 from tlscale.training.predictions import read_predictions
 
 if TYPE_CHECKING:
@@ -44,15 +49,18 @@ class Scored:
     content: str | None
     """`scored_sha256` of the run: digest of their contents and true labels, in order; None of an older run."""
     keys: pa.Table
-    hits_N: Hits
+    hits_N: Hits | None
+    """None: of several labels."""
     groups_N: GroupNames | None = None
     """None: the run had no groups."""
     num_repeats: int = 1
     """Answers to each image."""
+    label_figures: LabelFigures | None = None
+    """Of several labels, of all answers, repeat by repeat."""
 
     def has_images_of(self, other: Scored) -> bool:
         """Report whether both runs were scored on the same images: copies of files elsewhere are the same."""
-        if self.num_repeats != other.num_repeats:
+        if self.num_repeats != other.num_repeats or (self.hits_N is None) != (other.hits_N is None):
             return False
         if self.content is not None and other.content is not None:
             return self.content == other.content
@@ -67,13 +75,16 @@ class Pair:
     first: str
     second: str
     num_images: int
-    num_first_only: int
-    """Images on which the first is right (more often), and the second is not."""
-    num_second_only: int
+    num_first_only: int | None
+    """Images on which the first is right (more often), and the second is not; None of several labels."""
+    num_second_only: int | None
     p: float
     p_corrected: float
     num_groups: int | None = None
     """None: the test is over images."""
+    difference: float | None = None
+    """Of several labels: by how much the mean average precision of the first is higher."""
+    difference_interval95: tuple[float, float] | None = None
 
     @property
     def is_distinguishable(self) -> bool:
@@ -95,17 +106,30 @@ def read_scored(folder: Path, content: str | None = None) -> Scored | None:
     path = folder / "predictions.parquet"
     if not path.is_file():
         return None
-    table = read_predictions(path, (*_KEYS, "label"), if_there=("group", "repeat")).combine_chunks()
+    table = read_predictions(path, ("path", "row"), if_there=("true_labels", "group", "repeat")).combine_chunks()
     num_repeats = pc.max(table["repeat"]).as_py() if "repeat" in table.column_names else 1
-    is_right = pc.fill_null(pc.equal(table["label"], table["true_label"]), False)
-    hits_RN = is_right.to_numpy(zero_copy_only=False).reshape(num_repeats, -1).astype(np.int64)
-    table = table.slice(0, hits_RN.shape[1])  # each repeat has the same images, in the same order
+    hits_N, figures = None, None
+    if "true_labels" in table.column_names:
+        figures = _label_figures(read_predictions(path, ("true_labels", "logits")))
+        table = table.append_column("true_label", pc.binary_join(table["true_labels"].combine_chunks(), JOINER))
+    else:
+        answers = read_predictions(path, ("label", "true_label")).combine_chunks()
+        is_right = pc.fill_null(pc.equal(answers["label"], answers["true_label"]), False)
+        hits_N = is_right.to_numpy(zero_copy_only=False).reshape(num_repeats, -1).astype(np.int64).sum(axis=0)
+        table = table.append_column("true_label", answers["true_label"])
+    table = table.slice(0, len(table) // num_repeats)  # each repeat has the same images, in the same order
     total = hashlib.sha256()
     for name in _KEYS:
         for value in table[name].to_pylist():
             total.update(f"{value}\0".encode())
     groups_N = table["group"].combine_chunks() if "group" in table.column_names else None
-    return Scored(total.hexdigest(), content, table.select(_KEYS), hits_RN.sum(axis=0), groups_N, num_repeats)
+    return Scored(total.hexdigest(), content, table.select(_KEYS), hits_N, groups_N, num_repeats, figures)
+
+
+def _label_figures(table: pa.Table) -> LabelFigures:
+    classes = json.loads(table.schema.metadata[b"tlscale"])["classes"]
+    shares_NC = probabilities(torch.from_numpy(logit_matrix(table))).numpy()
+    return LabelFigures(shares_NC, label_matrix(table["true_labels"], classes), np.zeros(len(table)))
 
 
 def paired_tests(rows: Sequence[Row]) -> list[Pair]:
@@ -128,13 +152,21 @@ def paired_tests(rows: Sequence[Row]) -> list[Pair]:
 
 
 def paired_test(size: int, first: str, second: str, runs: Sequence[tuple[Scored, Scored]]) -> Pair | None:
-    """Test two variants exactly, by the two runs of each seed; `p_corrected` is not corrected yet.
+    """Test two variants, by the two runs of each seed; `p_corrected` is not corrected yet.
 
-    Return None where no seed is there, or a seed's two runs were scored on different images.
+    The test is exact, or of several labels that of `paired_label_sets`. Return None where no seed is there, or a seed's
+    two runs were scored on different images.
     """
     if not runs or not all(one.has_images_of(other) for one, other in runs):
         return None
-    leads_N, groups_N = _leads(runs)
+    numbers, groups_N, num_images = _numbered(runs)
+    if runs[0][0].hits_N is None:
+        return _test_of_label_sets(size, first, second, runs, (numbers, groups_N, num_images))
+    leads_N = np.zeros(num_images, dtype=np.int64)
+    for (one, other), numbers_N in zip(runs, numbers, strict=True):
+        assert one.hits_N is not None
+        assert other.hits_N is not None
+        np.add.at(leads_N, numbers_N, one.hits_N - other.hits_N)
     num_first, num_second = int((leads_N > 0).sum()), int((leads_N < 0).sum())
     if groups_N is None:
         p, num_groups = exact_p(num_first, num_second), None
@@ -144,28 +176,49 @@ def paired_test(size: int, first: str, second: str, runs: Sequence[tuple[Scored,
     return Pair(size, first, second, len(leads_N), num_first, num_second, p, p, num_groups)
 
 
-def _leads(runs: Sequence[tuple[Scored, Scored]]) -> tuple[Hits, Hits | None]:
-    """Count for each image in how many seeds more the first is right than the second; and number its group."""
-    leads = [one.hits_N - other.hits_N for one, other in runs]
+def _test_of_label_sets(
+    size: int,
+    first: str,
+    second: str,
+    runs: Sequence[tuple[Scored, Scored]],
+    numbered: tuple[list[Ints], Ints | None, int],
+) -> Pair | None:
+    numbers, groups_N, num_images = numbered
+    pairs = [(one.label_figures, other.label_figures) for one, other in runs]
+    known = [(one, other) for one, other in pairs if one is not None and other is not None]
+    units = [
+        np.tile(numbers_N if groups_N is None else groups_N[numbers_N], one.num_repeats)
+        for (one, _), numbers_N in zip(runs, numbers, strict=True)
+    ]
+    num_groups = None if groups_N is None else int(groups_N.max()) + 1
+    found = difference_of_maps(known, units, num_images if num_groups is None else num_groups)
+    if found is None:
+        return None
+    p, value, interval = found.p, found.value, found.interval95
+    return Pair(size, first, second, num_images, None, None, p, p, num_groups, value, interval)
+
+
+def _numbered(runs: Sequence[tuple[Scored, Scored]]) -> tuple[list[Ints], Ints | None, int]:
+    """Return the numbers of the images of each seed, over all seeds, the group of each, and how many there are."""
     first = runs[0][0]
     if all(one.has_images_of(first) for one, _ in runs):
-        total_N: Hits = np.sum(leads, axis=0, dtype=np.int64)
         named = [run.groups_N for pair in runs for run in pair if run.groups_N is not None]
-        return total_N, number_groups(named[0]) if named else None
+        own_N = np.arange(len(first.keys), dtype=np.int64)
+        return [own_N] * len(runs), number_groups(named[0]) if named else None, len(own_N)
     # The seeds hold out other images: each that any of them has counts once.
     by_image: dict[tuple[object, ...], int] = {}
     groups: dict[tuple[object, ...], str | None] = {}
-    for (one, other), leads_N in zip(runs, leads, strict=True):
+    numbers: list[Ints] = []
+    for one, other in runs:
         columns = (one.keys[name].to_pylist() for name in _KEYS)
         keys = list(zip(*columns, strict=True))
-        for key, lead in zip(keys, leads_N.tolist(), strict=True):
-            by_image[key] = by_image.get(key, 0) + lead
+        numbers.append(np.array([by_image.setdefault(key, len(by_image)) for key in keys], dtype=np.int64))
         named = [run.groups_N for run in (one, other) if run.groups_N is not None]
         groups |= dict(zip(keys, named[0].to_pylist(), strict=True)) if named else {}
-    leads_M = np.fromiter(by_image.values(), dtype=np.int64, count=len(by_image))
     if not groups:
-        return leads_M, None
-    return leads_M, number_groups(pa.array([groups.get(key) for key in by_image], pa.large_string()))
+        return numbers, None, len(by_image)
+    names_M = pa.array([groups.get(key) for key in by_image], pa.large_string())
+    return numbers, number_groups(names_M), len(by_image)
 
 
 def exact_p(num_first: int, num_second: int) -> float:

@@ -70,7 +70,8 @@ _PENULTIMATE = "penultimate"
 NO_EFFECT_BESIDE = {
     "probe": (
         *("freeze", "adapters", "head", "duration", "drop_last", "optim", "schedule", "checkpoint"),
-        *("loss.kind", "loss.focal_gamma", "loss.logit_adjustment", "loss.label_smoothing"),
+        *("loss.kind", "loss.focal_gamma", "loss.negative_gamma", "loss.negative_margin"),
+        *("loss.logit_adjustment", "loss.label_smoothing"),
         *("data.augment", "data.sampling"),
         *("evaluate.every", "evaluate.batch_size", "evaluate.choose", "evaluate.patience"),
         *("batch_size", "compute.micro_batch_size", "compute.gradient_checkpointing", "compute.compile"),

@@ -235,6 +235,8 @@ def _untaught(plain: dict[str, Any]) -> None:
 def _probe(plain: dict[str, Any], layers: list[str]) -> None:
     _untaught(plain)
     _reset(plain, *NO_EFFECT_BESIDE["probe"], "stages")
+    if plain["data"]["task"] == "multi_label":
+        _reset(plain, "loss.class_weights")  # which a probe has with one label alone
     plain["probe"] = plain["probe"] or {"kind": "logistic"}
     plain["codes"]["layer"] = layers
     if set(layers) == {"penultimate"}:

@@ -115,6 +115,14 @@ class LabelFigures:
         """Return the mean over the classes that any image has; None where there is none."""
         return mean_known(self.average_precisions)
 
+    def drawn_mean_average_precisions(self, counts_SN: Ints) -> Floats:
+        """Return it of S samples, in which each image counts so often; NaN where a sample has no label."""
+        drawn_CS = np.stack([ranking.drawn(_FIGURE, counts_SN) for ranking in self._rankings if ranking.num_found])
+        known_CS = ~np.isnan(drawn_CS)
+        sums_S, num_S = np.where(known_CS, drawn_CS, 0.0).sum(axis=0), known_CS.sum(axis=0)
+        means_S: Floats = np.divide(sums_S, num_S, out=np.full(len(sums_S), math.nan), where=num_S > 0)
+        return means_S
+
     def summary(
         self, class_names: Sequence[str], thresholds: Sequence[float] | None, given_NC: Bools | None = None
     ) -> dict[str, Any]:

@@ -79,9 +79,9 @@ def test_exactly_one_is_best_and_a_paired_test_is_what_is_said(tops, half, p):
     verdicts = [against_best(row, rows, tests) for row in rows]
     assert verdicts.count("best") == 1
     assert verdicts[0] == "best"
-    assert rows[0].top1 == max(tops)
+    assert rows[0].score == max(tops)
     for row, verdict in zip(rows[1:], verdicts[1:], strict=True):
-        assert verdict.startswith(f"{100 * (row.top1 - max(tops)):+.1f} points")
+        assert verdict.startswith(f"{100 * (row.score - max(tops)):+.1f} points")
         assert ("not distinguishable" in verdict) == (p >= 0.05)
 
 
@@ -117,7 +117,7 @@ def test_the_picture_has_a_line_at_the_most_frequent_class(tmp_path):
 def test_over_seeds_the_mean_and_the_interval_spans_them():
     rows = to_rows([outcome(top1=0.70, seed=0), outcome(top1=0.80, seed=1)])
     assert len(rows) == 1
-    assert (rows[0].top1, min(rows[0].tops), max(rows[0].tops)) == (pytest.approx(0.75), 0.70, 0.80)
+    assert (rows[0].score, min(rows[0].scores), max(rows[0].scores)) == (pytest.approx(0.75), 0.70, 0.80)
     assert (rows[0].low, rows[0].high) == (0.70, 0.80)  # wider than the mean's 0.74 to 0.76
     cells = table([outcome(top1=0.70, seed=0), outcome(top1=0.80, seed=1)])
     assert column(cells, "top1") == ["0.7500 (0.7000 to 0.8000)"]
