@@ -99,7 +99,7 @@ class Recipe(Section):
     """Rules on the backbone's parameter names: a regex (or several) whose whole-name matches are frozen; or a list of
     `{regex: true | false}`, first match wins. The head is never matched."""
     adapters: AdaptersSection | None = None
-    """Small trained parts beside the frozen backbone."""
+    """Small trained parts next to the frozen backbone."""
     head: Head = ["linear"]
     """New layers on the pooled features, always freshly initialised: `linear` (with a width, except the last), an
     activation, `{dropout: p}`, `layernorm`, `batchnorm`."""

@@ -40,7 +40,7 @@ class DataSection(Section):
     """The same from the path below the data, such as `(patient[0-9]+)_`: the group is what the brackets match, or
     without any the whole match. It is searched for, and has to be found in every path."""
     groups_across_splits: Literal["error", "allow"] = "error"
-    """A group in two splits of the source: an error, or taken as it is, which the result then says."""
+    """A group in two splits of the source: an error, or allowed, with a note in the result."""
     exclude: str | None = Field(None, min_length=1)
     """CSV file with the columns `path` and `reason`: what is left out of a folder or a table, files or whole folders,
     as paths below that folder or that of the table. Relative to the folder tlscale is started in."""
@@ -82,7 +82,7 @@ class DataSection(Section):
     interpolation: Literal["auto", "nearest", "bilinear", "bicubic", "lanczos"] = "auto"
     """How images are resized; `auto`: as the backbone was pretrained."""
     crop_mode: Literal["auto", "center", "squash", "border"] = "auto"
-    """How an image of other proportions than `image_size` gets them: `center` cuts off what is beside the middle,
+    """How an image of other proportions than `image_size` gets them: `center` cuts out the middle,
     `squash` changes its proportions, `border` pads it with the mean color; `auto`: as the backbone was pretrained,
     mostly `center`."""
     crop_pct: float | None = Field(None, ge=0.1, le=1.0)

@@ -38,9 +38,9 @@ class BackboneSection(Section):
     """Least share of the backbone's tensors that the file of weights must hold, by name and shape. What it lacks is
     trained from random values, and must not be frozen unless this is below 0.9."""
     in_chans: int = Field(3, ge=1, le=64)
-    """Channels of the input; 1 reads images as grey, and sums pretrained first filters over their channels. Of any
-    other number than 3 images must have so many (arrays, TIFF); pretrained first filters are then repeated in their
-    order, for channels 4, 5, 6 those of 1, 2, 3, and scaled by 3 / in_chans, as timm does it."""
+    """Channels of the input; 1 reads images as grey, and sums pretrained first filters over their channels. With
+    any number but 1 and 3, images must have so many channels (arrays, TIFF), and pretrained first filters are repeated
+    in their order, for channels 4, 5, 6 those of 1, 2, 3, and scaled by 3 / in_chans, as timm does it."""
     drop_rate: float = Field(0.0, ge=0.0, lt=1.0)
     """Dropout inside the backbone, where the architecture has it."""
     drop_path_rate: float = Field(0.0, ge=0.0, lt=1.0)
@@ -80,8 +80,8 @@ class BackboneSection(Section):
 
 
 class LoraSection(Section):
-    """Low-rank adapters (Hu et al. 2021): beside a frozen weight W two small matrices A and B are trained, and the
-    layer computes with W + alpha / rank x B A. At the end they are merged into W: the model is none other than before.
+    """Low-rank adapters (Hu et al. 2021): next to a frozen weight W two small matrices A and B are trained, and the
+    layer computes with W + alpha / rank x B A. At the end they are merged into W: the architecture stays as it was.
     """
 
     layers: Annotated[str, AfterValidator(_regex)]
@@ -94,7 +94,7 @@ class LoraSection(Section):
 
 
 class AdaptersSection(Section):
-    """Small trained parts beside a frozen backbone. With them, all of the backbone's own parameters are frozen but
+    """Small trained parts next to a frozen backbone. With them, all of the backbone's own parameters are frozen but
     those that `freeze` exempts (`{'.*norm.*': false}`)."""
 
     lora: LoraSection

@@ -37,7 +37,7 @@ class ComputeSection(Section):
     """Refuse to run on any other number of processes; by default as many as the launcher started."""
     hang_timeout_s: float = Field(1800.0, ge=1.0, le=2_592_000.0)
     """Seconds without a sign of life (a step, a batch of an evaluation, a block of codes) after which a process writes
-    the stack of each of its threads to stderr and ends; so long it waits for the others, too."""
+    the stack of each of its threads to stderr and ends; also how long it waits for the others."""
 
     def without_engine(self) -> ComputeSection:
         """Return the same section for what trains nothing, which several processes do without any engine."""
@@ -64,11 +64,11 @@ class EvaluateSection(Section):
     """When the validation images are evaluated, and which weights are best; or a cross-validation."""
 
     folds: int | None = Field(None, ge=2, le=1000)
-    """Cross-validation: images of train (and of a given validation split) are dealt out to so many folds, and each is
-    scored by a run that was not fitted to it, which chooses on a validation split of its own. The result is of all of
-    them. Whole groups, each class by its share. By default none."""
+    """Cross-validation: the images of train (and of a given validation split) are divided into so many folds,
+    stratified, and no group is divided. Each fold is scored by a run that was not fitted to it, and that chooses on a
+    validation split of its own; the result is over all of these images. By default there are none."""
     repeats: int = Field(1, ge=1, le=100)
-    """So many times, each with other folds. For `folds`."""
+    """How often the cross-validation is repeated, each time with other folds. For `folds`."""
     every: PositiveDuration = Field(default_factory=lambda: parse_duration("1 epochs"))
     """How often; the last step is always evaluated."""
     batch_size: int | None = Field(None, ge=1, le=10_000_000)
