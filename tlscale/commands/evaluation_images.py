@@ -159,7 +159,7 @@ def own_split(run: FinishedRun, name: Role | None) -> Scored:
         notes.append(f"{changed}: the test images may be others as well")
     if name == "validation":
         figures["selected_on"] = "validation"
-        notes.append("these images chose the weights or the settings of the model: the figures are too good by that")
+        notes.append("these images chose the weights or the settings of the model, so the figures are too good")
     if section.on_bad_image == "skip":
         figures["num_bad_images"] = data.bad_images.counts.get(name, 0)
     if name == "train":

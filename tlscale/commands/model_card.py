@@ -160,7 +160,7 @@ def _limits(trained: TrainedModel, result: dict[str, Any], licence: str, places:
     lines = ["## Limits", "", f"- It knows these classes alone{answers}."]
     lines.append("- Figures hold for images like those scored; from another camera, place or year they may be worse.")
     if result.get("selected_on"):
-        lines.append("- The scored images also chose the weights or settings: the figures are too good by that.")
+        lines.append("- The scored images also chose the weights or settings, so the figures are too good.")
     if result.get("scored_model") == FOLDS:
         lines.append(f"- About the figures: {ABOUT_FOLDS}.")
     if result.get("scored_model") == "before_refit":

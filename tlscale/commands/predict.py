@@ -91,7 +91,7 @@ def predict_for_people(
 ) -> None:
     """Do what the command line says: `-` among the places stands for paths on standard input."""
     if out is None and wanted["resume"]:
-        remedy = "Name the file that is to go on"
+        remedy = "Name the unfinished file"
         raise DataError("only a file can be resumed", key=flag("resume"), remedy=remedy)
     if not places and images_from is None:
         raise DataError("no image was named", remedy="Name files, folders or globs; - takes paths from standard input")

@@ -251,7 +251,7 @@ def interval_text(figures: Mapping[str, Any]) -> str:
     """Return the interval of a score, and of how many groups it is made."""
     interval = figures[f"{score_of(figures)}_interval95"]
     if interval is None:
-        return "no interval, of so few images"
+        return "no interval: too few images"
     low, high = interval
     return f"95% interval {low:.4f} to {high:.4f}{over_groups(figures)}"
 

@@ -22,7 +22,7 @@ from fractions import Fraction
 import numpy as np
 import numpy.typing as npt
 
-from tlscale.data.sources.stratified_draws import draw_lots, places_in_line
+from tlscale.data.sources.stratified_draws import draw_lots, holdout_of_files, places_in_line
 from tlscale.data.sources.tables import Ints, Labels
 from tlscale.distributed.signals import check_stop
 
@@ -119,13 +119,10 @@ class LabelSetDraw:
         return label_set_subset(self.labels_NC[rows_N], rows_N, count, seed)
 
     def holdout(self, rows_N: Ints, fraction: float, seed: int) -> Ints:
-        """Return positions in `rows_N`; all rows of a file go where the first of them goes."""
-        if self.files_N is None:
-            return iterative_holdout(self.labels_NC[rows_N], rows_N, fraction, seed)
-        _, firsts, files = np.unique(self.files_N[rows_N], return_index=True, return_inverse=True)
-        order = np.sort(firsts)
-        held = order[iterative_holdout(self.labels_NC[rows_N[order]], rows_N[order], fraction, seed)]
-        return np.flatnonzero(np.isin(files.reshape(-1), files.reshape(-1)[held])).astype(np.int64)
+        def drawn(at: Ints) -> Ints:
+            return iterative_holdout(self.labels_NC[rows_N[at]], rows_N[at], fraction, seed)
+
+        return holdout_of_files(self.files_N, rows_N, drawn)
 
     def num_units(self, rows_N: Ints) -> int:
         return len(rows_N)

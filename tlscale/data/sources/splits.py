@@ -19,7 +19,7 @@ from tlscale.data.sources.label_kinds import are_numbers, separator_of
 from tlscale.data.sources.label_set_draws import LabelSetDraw
 from tlscale.data.sources.labels import REGRESSION, check_alike, is_integer, sort_labels
 from tlscale.data.sources.same_files import check_files
-from tlscale.data.sources.stratified_draws import stratified_holdout, stratified_subset
+from tlscale.data.sources.stratified_draws import holdout_of_files, stratified_holdout, stratified_subset
 from tlscale.data.sources.tables import (
     NO_LABEL,
     ImageSplit,
@@ -354,13 +354,10 @@ class _ImageDraw:
         return stratified_subset(self.labels_N[rows_N], rows_N, count, seed, keep_all_classes=True)
 
     def holdout(self, rows_N: Ints, fraction: float, seed: int) -> Ints:
-        """Return positions in `rows_N` of the held-out rows; all rows of a file go where the first of them goes."""
-        if self.files_N is None:
-            return stratified_holdout(self.labels_N[rows_N], rows_N, fraction, seed)
-        _, firsts, files = np.unique(self.files_N[rows_N], return_index=True, return_inverse=True)
-        order = np.sort(firsts)  # one row a file, ascending: without repeated files all rows
-        held = order[stratified_holdout(self.labels_N[rows_N[order]], rows_N[order], fraction, seed)]
-        return np.flatnonzero(np.isin(files.reshape(-1), files.reshape(-1)[held])).astype(np.int64)
+        def drawn(at: Ints) -> Ints:
+            return stratified_holdout(self.labels_N[rows_N[at]], rows_N[at], fraction, seed)
+
+        return holdout_of_files(self.files_N, rows_N, drawn)
 
     def num_units(self, rows_N: Ints) -> int:
         return len(rows_N)

@@ -12,6 +12,7 @@ Shape letters: N images or rows, C classes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,6 +50,22 @@ def stratified_holdout(labels_N: Ints, rows_N: Ints, fraction: float, seed: int)
     count = min(max(1, round(fraction * len(labels_N))), len(spare_N))
     order = np.lexsort((rows_N[spare_N], lots_N[spare_N], places_N.shares[spare_N]))
     return np.sort(spare_N[order[:count]]).astype(np.int64)
+
+
+def holdout_of_files(files_N: Ints | None, rows_N: Ints, holdout: Callable[[Ints], Ints]) -> Ints:
+    """Return positions in `rows_N` of the held-out rows; all rows of a file go where the first of them goes.
+
+    Args:
+        files_N: the file of each row; None: each is a file of its own.
+        rows_N: the candidates.
+        holdout: holds out some of the positions that it is given, one a file, ascending.
+    """
+    if files_N is None:
+        return holdout(np.arange(len(rows_N)))
+    _, firsts, files = np.unique(files_N[rows_N], return_index=True, return_inverse=True)
+    order = np.sort(firsts)
+    held = order[holdout(order)]
+    return np.flatnonzero(np.isin(files.reshape(-1), files.reshape(-1)[held])).astype(np.int64)
 
 
 @dataclass(frozen=True, eq=False)
