@@ -81,24 +81,27 @@ class Ranking:
         return float(best[np.abs(best - DEFAULT_THRESHOLD).argmin()])
 
 
+# The order of the operations is that of the first version, on which the last bits of figures in older results hang.
+
+
 def _auroc(found_ST: Ints, taken_ST: Ints) -> Floats:
     others_ST = np.diff(taken_ST - found_ST, prepend=0, axis=1)
     before_ST = np.concatenate([np.zeros_like(found_ST[:, :1]), found_ST[:, :-1]], axis=1)
     twice_right_S = (others_ST * (found_ST + before_ST)).sum(axis=1)
-    pairs_S = found_ST[:, -1:].sum(axis=1) * others_ST.sum(axis=1)
-    return _divided(twice_right_S / 2, pairs_S)
+    return _divided(_divided(twice_right_S / 2, found_ST[:, -1:].sum(axis=1)), others_ST.sum(axis=1))
 
 
 def _average_precision(found_ST: Ints, taken_ST: Ints) -> Floats:
     precision_ST = found_ST / np.maximum(taken_ST, 1)  # where none is taken none is found
-    total_S = found_ST[:, -1:].sum(axis=1)
-    sums_S = (np.diff(found_ST, prepend=0, axis=1) * precision_ST).sum(axis=1)
-    return _divided(sums_S, total_S)
+    shares_ST = _divided(np.diff(found_ST, prepend=0, axis=1), found_ST[:, -1:])
+    means_S: Floats = (shares_ST[:, None, :] @ precision_ST[:, :, None])[:, 0, 0]
+    return np.where(found_ST[:, -1:].sum(axis=1) > 0, means_S, np.nan)
 
 
-def _divided(parts_S: Floats, wholes_S: Ints) -> Floats:
-    shares_S: Floats = np.divide(parts_S, wholes_S, out=np.full(len(wholes_S), np.nan), where=wholes_S > 0)
-    return shares_S
+def _divided(parts: Floats | Ints, wholes: Ints) -> Floats:
+    """Divide; NaN where the whole is 0."""
+    shares: Floats = np.divide(parts, wholes, out=np.full(parts.shape, np.nan), where=wholes > 0)
+    return shares
 
 
 def _known(value_1: Floats) -> float | None:
