@@ -53,7 +53,7 @@ and shows what a run would do, without training.
 {EXAMPLE}```
 
 An editor with a YAML language server completes keys, shows what they are, and marks mistakes, where the recipe begins
-with this line ([recipe.schema.json](recipe.schema.json) lies beside this page; `tlscale recipes schema >
+with this line ([recipe.schema.json](recipe.schema.json) lies next to this page; `tlscale recipes schema >
 recipe.schema.json` writes it elsewhere):
 
 ```

@@ -31,7 +31,7 @@ def new(data: str | Path, *, backbone: str = BUNDLED, out: str | Path | None = N
         data: a folder (of class folders, with or without splits, also in other folders), a table (.csv, .tsv, .parquet)
             with a column of paths and one of labels, or `fashion_mnist`.
         backbone: a timm model; by default the small ResNet that comes with its weights.
-        out: write the recipe to this file as well. What is left out is listed in a table beside it, or in the current
+        out: write the recipe to this file as well. What is left out is listed in a table next to it, or in the current
             folder.
 
     Raises:

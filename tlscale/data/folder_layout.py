@@ -125,7 +125,7 @@ def _leave_one_kind(found: _Found) -> None:
     kept = next((kind for kind in KINDS if kind in kinds), None)
     for folder, names in list(found.images.items()):
         others = [name for name in names if kind_of_image(name) != kept]
-        found.others |= {_join(folder, name): Reason(f"{kind_of_image(name)} beside {kept}") for name in others}
+        found.others |= {_join(folder, name): Reason(f"{kind_of_image(name)} next to {kept}") for name in others}
         if len(others) == len(names):
             del found.images[folder]
         else:
@@ -178,8 +178,8 @@ def _splits(root: Path, found: _Found) -> dict[Role, str]:
         if not others:
             remedy = "Images to train on go into a folder 'train'; `tlscale evaluate RUN --data FOLDER` scores a model"
             raise DataError(f"{one_line(root)}: nothing to train on, as it holds {held} alone", remedy=remedy)
-        remedy = f"Put the class folders ({first_few(quoted(others), 3)}) into a folder 'train' beside it"
-        raise DataError(f"{one_line(root)}: class folders lie beside {held}, which is a split", remedy=remedy)
+        remedy = f"Put the class folders ({first_few(quoted(others), 3)}) into a folder 'train' next to it"
+        raise DataError(f"{one_line(root)}: class folders lie next to {held}, which is a split", remedy=remedy)
     return {role: by_role[role] for role in ROLES if role in by_role}
 
 
@@ -210,9 +210,9 @@ def _class_folder(folders_of_bases: list[list[str]]) -> tuple[ClassFolder | None
     within_classes = [folder for folder in nested if folder.parts[0] in direct]
     names = {folder.name for folder in nested}
     tops = {folder.parts[0] for folder in nested}
-    if direct:  # ash/1.jpg beside old/ash/2.jpg: 'ash' is the class of both
+    if direct:  # ash/1.jpg next to old/ash/2.jpg: 'ash' is the class of both
         is_parent = not within_classes and names <= direct
-    else:  # 2023/ash/1.jpg beside 2024/ash/2.jpg, or all/ash/1.jpg
+    else:  # 2023/ash/1.jpg next to 2024/ash/2.jpg, or all/ash/1.jpg
         is_parent = len(tops) == 1 or all(_names_of(nested, top) & _names_of(nested, *(tops - {top})) for top in tops)
     chosen: ClassFolder = "parent" if is_parent else "top"
     what = "the folder that an image lies in" if is_parent else "the topmost one"

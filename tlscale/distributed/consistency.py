@@ -53,7 +53,7 @@ def check_replicas_agree(tensors: Mapping[str, Tensor], processes: Processes, st
         raise DesyncError(
             f"the processes do not train the same network any more: after step {step}, {found}. Nothing was saved; the "
             "checkpoints before were compared in the same way. Either a device computes wrongly, or it is of another "
-            "kind than the others, or code besides the loop changed weights there",
+            "kind than the others, or code other than the loop changed weights there",
             remedy="Check the device, then resume from the last checkpoint with " + flag("resume") + ".",
         )
 

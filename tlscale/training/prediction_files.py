@@ -1,7 +1,7 @@
 """Write predictions to a file as they are made, and go on where such a file ends.
 
 Promise: a file that was stopped, killed or cut anywhere ends, once it is resumed, in the very bytes of one that was
-not. While it is unfinished a small file beside it, `FILE.unfinished`, says so, and of which model and columns it is.
+not. While it is unfinished a small file next to it, `FILE.unfinished`, says so, and of which model and columns it is.
 """
 
 from __future__ import annotations

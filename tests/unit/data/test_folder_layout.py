@@ -122,8 +122,8 @@ def test_links_in_a_circle_end(tmp_path):
 def test_masks_and_originals_beside_pictures_are_no_images(tmp_path):
     root = made(tmp_path / "photos", "ash/1.jpg", "oak/1.jpg", "ash/1.npy", "masks/1.npy")
     assert lay_out(root).left_out == {
-        "ash/1.npy": "arrays beside pictures",
-        "masks/1.npy": "arrays beside pictures",
+        "ash/1.npy": "arrays next to pictures",
+        "masks/1.npy": "arrays next to pictures",
         "masks": "a folder without an image",
     }
     assert classes_of(root) == {"ash": 1, "oak": 1}

@@ -171,7 +171,7 @@ def _refuse_classes_called_like_splits(tree: _Tree, top: list[str], section: Dat
     if called and section.train_split not in others:
         raise DataError(
             f"{one_line(tree.root)}: folders called like splits hold images and no class folders "
-            f"({first_few(quoted(called))}), and beside them lie folders called like classes "
+            f"({first_few(quoted(called))}), next to folders called like classes "
             f"({first_few(quoted(others), 3)})",
             key="data.train_split",
             remedy=f"Write data.train_split: {WHOLE} if all of them are classes, or put the images of a split into a "
