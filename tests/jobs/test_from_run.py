@@ -7,7 +7,8 @@ import torch
 
 import tlscale
 from tests.small_runs import small_recipe
-from tlscale.errors import ModelError
+from tlscale.errors import ModelError, RecipeError
+from tlscale.training.earlier_images import compare_with_earlier
 from tlscale.training.setup import set_up
 
 HEADS = {"one layer": ["linear"], "several": [{"linear": 8}, "relu", "linear"]}
@@ -71,3 +72,28 @@ def test_what_does_not_fit_is_named(changes, words, earlier, idx, tmp_path):
         set_up(recipe, world_size=1)
     assert caught.value.key == "backbone.weights"
     assert caught.value.remedy
+
+
+def test_a_run_is_not_replaced_by_one_that_starts_from_it(earlier, idx, tmp_path):
+    run, head = earlier
+    model = {path: path.read_bytes() for path in run.rglob("*.safetensors")}
+    recipe = small_recipe(tmp_path / "r.yaml", idx, head=head, duration="2 steps")
+    for weights in (f"run:{run}", str(next(path for path in model if path.parent.name == "model"))):
+        with pytest.raises(RecipeError, match="is the run that would be replaced. Write this run elsewhere"):
+            tlscale.run(recipe.with_(**{"backbone.weights": weights}), run, overwrite=True)
+    assert {path: path.read_bytes() for path in run.rglob("*.safetensors")} == model
+
+
+def test_runs_that_start_from_each_other_are_noted(idx, tmp_path):
+    """One was replaced after the other had started from it: what it was fitted to then cannot be told."""
+    base = small_recipe(tmp_path / "r.yaml", idx, duration="1 steps")
+    one, two = tmp_path / "one", tmp_path / "two"
+    tlscale.run(base, one)
+    tlscale.run(base.with_(**{"backbone.weights": f"run:{one}"}), two)
+    from_two = base.with_(**{"backbone.weights": f"run:{two}"})
+    tlscale.run(from_two, one, overwrite=True)
+    setup = set_up(from_two, world_size=1)
+    compare_with_earlier(setup)
+    (note,) = [note for note in setup.data.notes if "backbone.weights" in note]
+    assert "cannot be told" in note
+    assert "starts from itself" in note

@@ -467,6 +467,12 @@ WRONG_RECIPES: list[tuple[str, str, list[str], list[str]]] = [
         [f"{AT}:2: data.sampling: makes up for rare classes as loss.class_weights does, and both would do it twice."],
     ),
     (
+        "weights_of_no_run",
+        f"{NAME}\ndata: {{source: fashion_mnist}}\nbackbone: {{name: resnet18, weights: 'run:'}}\n",
+        [],
+        [f"{AT}:3: backbone.weights = 'run:': names no run", "Write the folder of a finished run behind it"],
+    ),
+    (
         "sampling_of_a_probe",
         f"{NAME}\ndata: {{source: fashion_mnist, sampling: balanced}}\n{BACKBONE}\nprobe: {{}}\n",
         [],

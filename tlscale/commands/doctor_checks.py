@@ -171,8 +171,13 @@ def _available_memory() -> int | None:
 
 
 def _disks() -> Iterator[Finding]:
-    root = cache_root()
-    places = {"runs": Path("runs"), "cache": root, "temporary files": Path(tempfile.gettempdir())}
+    places = {"runs": Path("runs")}
+    with suppress(TlscaleError):  # no home folder: a finding of its own
+        places["cache"] = cache_root()
+    try:
+        places["temporary files"] = Path(tempfile.gettempdir())
+    except OSError as error:
+        yield Finding("disk for temporary files", "wrong", first_line(error), _DISK_REMEDIES["temporary files"])
     for name, place in places.items():
         folder = nearest_folder(place)
         free = shutil.disk_usage(folder).free
@@ -242,8 +247,10 @@ def _accelerate() -> Iterator[Finding]:
     )
     try:
         config = yaml.safe_load(place.read_text())
+        if not isinstance(config, dict):
+            raise ValueError("it holds no settings (key: value)")
         kind, count = str(config.get("distributed_type", "NO")), int(config.get("num_processes", 1))
-    except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
         yield Finding("accelerate", "wrong", f"{shown} cannot be read: {one_line(first_line(error))}", remedy)
         return
     what = f"{shown}: `accelerate launch` starts {count} processes, {kind}"

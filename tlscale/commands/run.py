@@ -36,7 +36,7 @@ from tlscale.tracking.stopwatch import Stopwatch
 from tlscale.training.checkpoint.files import list_checkpoints
 from tlscale.training.compiler import check_compiler
 from tlscale.training.cross_validation import cross_validate
-from tlscale.training.earlier_images import compare_with_earlier
+from tlscale.training.earlier_images import compare_with_earlier, refuse_replacing_start
 from tlscale.training.fold_checks import refuse_other_images, refuse_other_part
 from tlscale.training.fold_parts import Part
 from tlscale.training.lengthening import lengthen, lengthens, other_steps, refuse_longer, settle_length
@@ -176,6 +176,8 @@ class _Start:
         bad_images = BadImages.from_plain(run_info["bad_images"]) if run_info else known
         if run_info is None and is_alone and (warning := about_secrets(recipe)):
             console.say(warning, style="bold red")
+        if mode == "overwrite" and is_alone:
+            processes.run_on_main(refuse_replacing_start, recipe, folder)
         with processes.main_first():  # what a hub has to give is fetched once
             setup = set_up(recipe, world_size=processes.world_size, part=part, bad_images=bad_images, watch=watch)
             if is_alone:

@@ -285,6 +285,8 @@ def load(run: str | Path, *, as_stored: bool = False) -> TrainedModel:
         RunFolderError: there is no model there, a damaged one, or one of a newer format.
     """
     folder = Path(run)
+    if not folder.is_dir():
+        raise RunFolderError(f"there is no folder '{run}'", remedy="Name the folder of a run")
     folder = folder / "model" if (folder / "model" / CONFIG_FILE).is_file() else folder
     path = folder / CONFIG_FILE
     if not path.is_file():

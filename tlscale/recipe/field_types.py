@@ -205,6 +205,8 @@ def run_name(name: str) -> str:
 def weights_place(weights: str) -> str:
     if not weights:
         raise InvalidValueError("empty", "Write pretrained, bundled, none or the path of a file.")
+    if weights == "run:":
+        raise InvalidValueError("names no run", "Write the folder of a finished run behind it: run:runs/NAME.")
     return weights
 
 

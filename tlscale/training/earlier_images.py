@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tlscale.data.sources.labelled import count_shared, own_images
 from tlscale.data.sources.open import BadImages, ImageSplit, open_data
-from tlscale.errors import DataError, RecipeError, TlscaleError, first_line
+from tlscale.errors import DataError, RecipeError, TlscaleError, first_line, option
 from tlscale.recipe.load import load_stored_recipe
 from tlscale.recipe.schema import Recipe
 from tlscale.storage.run_folder import RunFolder
@@ -46,6 +46,19 @@ def compare_with_earlier(setup: RunSetup, *, is_new: bool = True, reads_images: 
     if scored is not None and setup.part is None:
         notes = [note for key, folder in _earlier_runs(recipe) if (note := _note_on_seen(key, folder, scored))]
         setup.data = replace(data, notes=(*data.notes, *notes))
+
+
+def refuse_replacing_start(recipe: Recipe, folder: RunFolder) -> None:
+    """Refuse to replace a run by one that starts or learns from it.
+
+    Raises:
+        RecipeError: that is so.
+    """
+    for key, path in _earlier_runs(recipe):
+        run = _run_of(path)
+        if run is not None and run.path.resolve().is_relative_to(folder.path.resolve()):
+            remedy = "Write this run elsewhere: " + option("out", "DIR")
+            raise RecipeError(f"'{path}' is the run that would be replaced", key=key, remedy=remedy)
 
 
 def _refuse_seen(key: str, folder: Path, split: ImageSplit | None, *, reads_images: bool) -> None:
@@ -101,13 +114,17 @@ def _run_of(path: Path) -> RunFolder | None:
     return next((RunFolder(place) for place in above if RunFolder(place).run_json.is_file()), None)
 
 
-def _fitted_images(path: Path) -> Iterator[ImageSplit]:
+def _fitted_images(path: Path, later: tuple[Path, ...] = ()) -> Iterator[ImageSplit]:
     """Yield the images that a run was fitted to, and those of the runs that it started or learned from.
+
+    `later` are the runs that started or learned from it.
 
     Raises:
         TlscaleError: they are not known, or not there.
     """
     folder = _run_of(path)
+    if folder is not None and folder.path.resolve() in later:
+        raise DataError(f"'{folder.path}' starts from itself: the run that was there before is gone")
     run_info = None if folder is None else read_run_info(folder)
     if folder is None or run_info is None:
         raise DataError(f"'{path}' is no run folder, but a model alone")
@@ -121,7 +138,7 @@ def _fitted_images(path: Path) -> Iterator[ImageSplit]:
     refitted = ((read_result(folder) or {}).get("probe") or {}).get("refitted", recipe.probe is not None)
     yield from own_images(data, refitted=bool(refitted))
     for _, earlier in _earlier_runs(recipe):
-        yield from _fitted_images(earlier)
+        yield from _fitted_images(earlier, (*later, folder.path.resolve()))
 
 
 def _count_named(scored: ImageSplit, seen: Sequence[ImageSplit]) -> int:

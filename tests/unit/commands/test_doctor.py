@@ -57,6 +57,13 @@ def no_home(monkeypatch, tmp_path):
     monkeypatch.setattr(Path, "home", classmethod(fail))
 
 
+def no_temporary_files(monkeypatch, tmp_path):
+    def fail():
+        raise FileNotFoundError("No usable temporary directory found in ['/tmp']")
+
+    monkeypatch.setattr(doctor_checks.tempfile, "gettempdir", fail)
+
+
 def accelerate_says(text):
     def plant(monkeypatch, tmp_path):
         (tmp_path / "config.yaml").write_text(text)
@@ -103,6 +110,9 @@ PLANTED = {
     "no home": ("cache", no_home, "wrong", "no home folder"),
     "deepspeed": ("accelerate", accelerate_says("distributed_type: DEEPSPEED\nnum_processes: 2\n"), "wrong", "refuses"),
     "bf16": ("accelerate", accelerate_says("mixed_precision: bf16\nnum_processes: 1\n"), "wrong", "recipe must match"),
+    "text in place of settings": ("accelerate", accelerate_says("one process\n"), "wrong", "holds no settings"),
+    "no number of processes": ("accelerate", accelerate_says("num_processes: null\n"), "wrong", "cannot be read"),
+    "nowhere for temporary files": ("disks", no_temporary_files, "wrong", "No usable temporary directory"),
     "no YAML": ("accelerate", accelerate_says("a: [\n"), "wrong", "cannot be read"),
     "a hub that does not answer": ("hub", unreachable_hub, "note", "not reached"),
     "a hub that is off": ("hub", offline_hub, "note", "HF_HUB_OFFLINE"),
@@ -136,6 +146,13 @@ def test_what_is_planted_is_found_with_a_remedy(fault, monkeypatch, tmp_path):
     assert not any(words in what for what in before), "it was there before"
     assert {finding.state for finding in found} == {state}
     assert all(finding.remedy for finding in found)
+
+
+def test_a_missing_home_is_one_finding_and_other_disks_are_examined(monkeypatch, tmp_path):
+    no_home(monkeypatch, tmp_path)
+    found = [*CHECK["cache"](), *CHECK["disks"]()]
+    assert [finding.subject for finding in found if finding.state == "wrong"] == ["cache"]
+    assert {"disk for runs", "disk for temporary files"} <= {finding.subject for finding in found}
 
 
 @pytest.mark.slow

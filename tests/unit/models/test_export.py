@@ -279,7 +279,7 @@ def test_the_exported_logits_are_checked(tmp_path, monkeypatch):
 def test_no_model_there(tmp_path):
     with pytest.raises(RunFolderError, match=r"holds no model: there is no '.*config.json'. Has the run ended"):
         load(tmp_path)
-    with pytest.raises(RunFolderError, match="holds no model"):
+    with pytest.raises(RunFolderError, match="there is no folder '.*nowhere'. Name the folder of a run"):
         load(tmp_path / "nowhere")
 
 
