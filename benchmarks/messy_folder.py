@@ -3,10 +3,10 @@
     python benchmarks/messy_folder.py --weights tf_efficientnet_lite0.safetensors [--only NAME] [--logs FOLDER]
 
 From the folder to a model, to predictions for new images, to an ONNX file: each tool in the shortest way that its own
-pages show, with what this folder needs on top, found by reading the message of each attempt (`TOOLS` has them, and what
-each failed for). Every command is a process of its own, and all its seconds count. New images are 300 other crops of
-the same three photos, written in the same ten ways, and two files that are no images. Accuracy is of the 300; no answer
-is a wrong one. 224 px for all but tlscale's default way.
+pages show, and with what this folder needs on top. Every command is a process of its own, and all its seconds count,
+also those of the processors (CPU), which other work on the machine changes little, with OMP_NUM_THREADS=1 least. New
+images are 300 other crops of the same three photos, written in the same ten ways, and two files that are no images.
+Accuracy is of the 300; no answer is a wrong one. 224 px for all but tlscale's default way.
 
 `--weights` are those of `python scripts/imagenet_weights.py lite0`. Ultralytics' lie on a host of its own: here its
 network begins at random values, so that its accuracy says nothing about what it gives with them.
@@ -24,6 +24,7 @@ import argparse
 import csv
 import importlib.util
 import os
+import resource
 import shlex
 import shutil
 import subprocess
@@ -160,8 +161,8 @@ def put_new_images(folder: Path) -> dict[str, str]:
     return truth
 
 
-def run(line: str, folder: Path, log: Path, weights: Path) -> float:
-    """Run a command as a person would type it; return its seconds.
+def run(line: str, folder: Path, log: Path, weights: Path) -> tuple[float, float]:
+    """Run a command as a person would type it; return its seconds, and those of the CPU.
 
     Raises:
         SystemExit: it failed.
@@ -177,14 +178,20 @@ def run(line: str, folder: Path, log: Path, weights: Path) -> float:
     with log.open("a") as file:
         file.write(f"$ {line}\n")
         file.flush()
-        began = time.perf_counter()
+        began, before_s = time.perf_counter(), children_cpu_s()
         environment = {**os.environ, **offline, "TLSCALE_CACHE": str(folder / "cache")}
         done = subprocess.run([*programs[name], *words], cwd=folder, stdout=file, stderr=file, env=environment)
-        seconds = time.perf_counter() - began
-        file.write(f"\nexit code {done.returncode} after {seconds:.1f} s\n\n")
+        seconds, cpu_s = time.perf_counter() - began, children_cpu_s() - before_s
+        file.write(f"\nexit code {done.returncode} after {seconds:.1f} s, {cpu_s:.1f} s of CPU\n\n")
     if done.returncode:
         sys.exit(f"{line} failed:\n{log.read_text()[-3000:]}")
-    return seconds
+    return seconds, cpu_s
+
+
+def children_cpu_s() -> float:
+    """Return the CPU's seconds of all processes that were started and have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def answers(folder: Path) -> dict[str, str]:
@@ -225,7 +232,7 @@ def measure(tool: Tool, weights: Path, log: Path) -> list[str]:
         cells = [
             str(sum(map(len, (tool.model, tool.predictions, tool.export)))),
             str(sum(bool(line.strip()) for text in tool.files.values() for line in text.splitlines())),
-            *(f"{sum(seconds):.0f}" for seconds in steps),
+            *("{:.0f} ({:.0f})".format(*map(sum, zip(*seconds, strict=True))) for seconds in steps),
             f"{right} of {len(truth)}",
             f"{sum(image not in given or not given[image] for image in truth)}",
             "unchanged"
@@ -255,7 +262,7 @@ def main() -> None:
         shown = name if tool.package == "tlscale" else f"{name} {version(tool.package)}"
         rows.append(f"| {shown} | {tool.weights} | {' | '.join(cells)} |")
         print(rows[-1], flush=True)
-    head = ["tool", "weights", "commands", "lines", "s to a model", "s for predictions", "s for ONNX"]
+    head = ["tool", "weights", "commands", "lines", "s (CPU s) to a model", "for predictions", "for ONNX"]
     head += ["right", "no answer", "the folder", "the ONNX file"]
     print("\n".join([f"\n| {' | '.join(head)} |", "|---" * len(head) + "|", *rows]))
 
