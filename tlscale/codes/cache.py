@@ -31,6 +31,7 @@ from tlscale.codes.store import CodesStore
 from tlscale.data.loader import ImageCache
 from tlscale.data.sources.open import ImageSplit
 from tlscale.data.transforms import Augmenter, ImageBatch, InputPath
+from tlscale.data.views import PLAIN, View
 from tlscale.distributed.host import versions_of
 from tlscale.distributed.processes import Processes
 from tlscale.models.features import LayerCodes
@@ -69,26 +70,28 @@ class CodesCache:
         self._loaded_bytes = 0
         self.store = CodesStore(limit_bytes=round(self.spec.section.cache_gib * 2**30))
 
-    def codes(self, module: nn.Module, parts: Sequence[Part], split: ImageSplit) -> Codes:
-        """Get the codes of a split's images as evaluation sees them.
+    def codes(self, module: nn.Module, parts: Sequence[Part], split: ImageSplit, view: View = PLAIN) -> Codes:
+        """Get the codes of a split's images as evaluation sees them, or of another view of them.
 
         Raises:
             DataError: an image cannot be read, or codes are not finite.
             Stopped: the run was asked to stop; what was computed stays in the store.
         """
-        return self._get(module, parts, SplitImages(split, self.images.uncached(split), self._to_inputs), split)
+        store = self.images.uncached(split, place=view.place)
+        images = SplitImages(split, store, lambda batch: self.spec.inputs.of_views(batch, (view,))[0])
+        return self._get(module, parts, images, split, view=view)
 
     def layer_codes(
-        self, backbone: nn.Module, wanted: list[tuple[str, str]], splits: Sequence[ImageSplit]
+        self, backbone: nn.Module, wanted: list[tuple[str, str]], splits: Sequence[ImageSplit], view: View = PLAIN
     ) -> dict[str, Codes]:
-        """Get the codes of some layers, each a pair of layer and pooling, of each split, by its name.
+        """Get the codes of some layers, each a pair of layer and pooling, of each split, by its name; of a view.
 
         Raises:
             ModelError: a layer or a pooling that the backbone does not have.
         """
         backbone = backbone.to(self.processes.device)
         module, parts = LayerCodes(backbone, wanted), layer_parts(backbone, wanted)
-        return {split.name: self.codes(module, parts, split) for split in splits}
+        return {split.name: self.codes(module, parts, split, view) for split in splits}
 
     def train_views(self, module: nn.Module, parts: Sequence[Part], views: Sequence[int]) -> CodeViews:
         """Get the codes of the training images: of these augmented views of them, or of the images as they are."""
@@ -123,6 +126,7 @@ class CodesCache:
         images: AddressedImages,
         split: ImageSplit,
         augment: dict[str, float | None] | None = None,
+        view: View = PLAIN,
     ) -> Codes:
         autocasts = self.spec.precision in ("bf16", "fp16")
 
@@ -136,12 +140,12 @@ class CodesCache:
         with self.watch("codes"):
             codes = extract_codes(
                 self.store,
-                [self._key(part, augment, decoders) for part in parts],
+                [self._key(part, augment, view, decoders) for part in parts],
                 images,
                 module=compute,
                 processes=self.processes,
                 console=self.console,
-                title=split.name,
+                title=split.name if view == PLAIN else f"{split.name}, {view}",
             )
         self.num_computed += codes.num_computed
         self.cached_bytes[split.name] = self.cached_bytes.get(split.name, 0) + codes.num_bytes
@@ -149,12 +153,18 @@ class CodesCache:
         self._loaded_bytes += codes.num_bytes if fits else 0
         return codes.load() if fits else codes
 
-    def _key(self, part: Part, augment: dict[str, float | None] | None, decoders: tuple[str, ...]) -> CodesKey:
+    def _key(
+        self, part: Part, augment: dict[str, float | None] | None, view: View, decoders: tuple[str, ...]
+    ) -> CodesKey:
         spec, device = self.spec, self.processes.device
         packages = ("torch", "timm", "pillow", *(("torchvision", "numpy") if augment else ()), *decoders)
         return CodesKey(
             weights=part.weights,
-            transform={"input": spec.inputs.spec.to_plain(), **({} if augment is None else {"augment": augment})},
+            transform={
+                "input": spec.inputs.spec.to_plain(),
+                **({} if augment is None else {"augment": augment}),
+                **({} if view == PLAIN else {"view": str(view)}),
+            },
             layers=part.layers,
             pools=part.pools,
             dtype=spec.section.dtype,

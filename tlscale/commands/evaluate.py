@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,14 @@ from tlscale.commands.tables import interval_of, score_text, show_classes
 from tlscale.data.loader import ImageStore, eval_batches
 from tlscale.data.sources.tables import Role
 from tlscale.data.transforms import InputPath
+from tlscale.data.views import crop_places, views_of
 from tlscale.data.workers import default_workers
 from tlscale.distributed.device import naming_memory
 from tlscale.distributed.processes import Processes, start_processes
 from tlscale.distributed.signals import StopRequest
 from tlscale.errors import RecipeError, RunFolderError, TlscaleError, option
 from tlscale.models.export import TrainedModel, load
+from tlscale.models.views import over_views
 from tlscale.recipe.load import load_stored_recipe
 from tlscale.recipe.schema import LossSection, Recipe
 from tlscale.storage.files import make_folder, write_json
@@ -60,7 +63,23 @@ def evaluate_run(
     as_json: bool = False,
     watch: Stopwatch | None = None,
 ) -> RunResult:
-    """Do what `in_python.evaluate` says; `as_json` prints the figures as JSON rather than as tables."""
+    """Score the run's exported model.
+
+    Args:
+        overrides: changes to the run's recipe that have an effect on an evaluation, such as `data.path=DIR`.
+        data: other data, a folder or a table; short for `data.source` and `data.path`.
+        split_name: the split; by default test, else the validation of the run's own data, or all of other data.
+        name: of the evaluation's folder below `RUN/evaluations`; by default the data's.
+        out: a folder for the figures, in place of that one.
+        as_json: print the figures as JSON rather than as tables.
+
+    Returns:
+        The figures, which are also written to `figures.json` in the folder of the evaluation, next to
+        `predictions.parquet`.
+
+    Raises:
+        TlscaleError: no such run, overrides without effect, data that do not fit its classes, or none to score on.
+    """
     watch = watch or Stopwatch()
     folder = Path(run)
     if not (folder / "recipe.yaml").is_file():
@@ -107,19 +126,22 @@ def _figures(
     split = scored.split
     with watch("decode"):
         pace = Pace(len(split), f"decoding {split.name}")
-        store = processes.run_on_all(ImageStore, split, recipe.data, trained.input_spec, on_images=pace.add)
+        make = partial(ImageStore, places=crop_places(trained.views), on_images=pace.add)
+        store = processes.run_on_all(make, split, recipe.data, trained.input_spec)
     dtype = torch.float64 if recipe.compute.precision == "fp64" else torch.float32
     workers = default_workers(
         recipe.data, cached=store.cached, augmented=False, device=processes.device, processes=processes.world_size
     )
-    batch_size = recipe.evaluate.batch_size or recipe.batch_size
+    batch_size, views = recipe.evaluate.batch_size or recipe.batch_size, views_of(trained.views)
+    network = trained.model.to(processes.device, dtype)
+    inputs = InputPath(trained.input_spec, dtype, processes.device, recipe.compute.channels_last)
     with watch("evaluate"), naming_memory("evaluate.batch_size", f"Give a lower one than {batch_size}."):
         figures = evaluate(
-            trained.model.to(processes.device, dtype),
+            over_views(network, len(views), len(trained.classes), several=trained.thresholds is not None),
             eval_batches(
                 store, processes.rank, processes.world_size, batch_size, workers, pin_memory=processes.pins_memory
             ),
-            inputs=InputPath(trained.input_spec, dtype, processes.device, recipe.compute.channels_last),
+            inputs=lambda batch: inputs.of_views(batch, views),
             num_images=len(split),
             loss_fn=CrossEntropyLoss(LossSection(), None),
             classes=trained.classes,
@@ -128,7 +150,7 @@ def _figures(
             several=None if trained.thresholds is None else SeveralLabels(trained.thresholds, split.groups_N),
         )
     often = {"majority": scored.majority(trained.classes)} if trained.thresholds is None else {"task": "multi_label"}
-    return {**scored.figures, **often, **figures}
+    return {**scored.figures, **often, **({"views": list(trained.views)} if trained.views else {}), **figures}
 
 
 # --- What becomes of the figures --------------------------------------------------------------------------------------

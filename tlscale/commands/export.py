@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,7 @@ def export(
     with reporting_disk_errors():
         _refuse_foreign(target, to)
         evidence, notes = _evidence(folder, trained, [os.fspath(image) for image in images])
+        notes += [one_view_note(trained.views, to)] if trained.views else []
         for note in notes:
             print(f"tlscale: {one_line(note)}", file=sys.stderr)
         aside = _make_aside(target)
@@ -88,6 +89,15 @@ def export(
         finally:
             shutil.rmtree(aside, ignore_errors=True)
     return Path(out)
+
+
+def one_view_note(views: Sequence[str], to: str) -> str:
+    """Tell that what is exported is the network, which scores one view of an image."""
+    also = " tlscale.load(FOLDER).predict gives the mean." if to in ("timm", "hub") else ""
+    return (
+        f"the exported network scores one view of an image. The run's figures, and what its validation images chose, "
+        f"are of the mean of probabilities over views ({' x '.join(views)}).{also}"
+    )
 
 
 def _write(folder: Path, aside: Path, to: str, evidence: Evidence, notes: list[str], licence: str) -> None:

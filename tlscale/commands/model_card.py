@@ -159,6 +159,11 @@ def _limits(trained: TrainedModel, result: dict[str, Any], licence: str, places:
     answers = ", and answers with one of them whatever the image shows" if trained.thresholds is None else ""
     lines = ["## Limits", "", f"- It knows these classes alone{answers}."]
     lines.append("- Figures hold for images like those scored; from another camera, place or year they may be worse.")
+    if trained.views:
+        lines.append(
+            "- The network scores one view of an image; the figures are of the mean of probabilities over views "
+            f"({escaped(' x '.join(trained.views))}), which `tlscale.load(FOLDER).predict` gives."
+        )
     if result.get("selected_on"):
         lines.append("- The scored images also chose the weights or settings, so the figures are too good.")
     if result.get("scored_model") == FOLDS:

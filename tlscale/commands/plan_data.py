@@ -29,6 +29,7 @@ def plan_of(setup: RunSetup) -> dict[str, Any]:
         "bad_images": len(setup.bad_images),
         "notes": [*data.notes, *setup.weights.notes],
         "input": spec.to_plain(),
+        "views": [str(view) for view in setup.views],
         "augment": setup.augment,
         "backbone": {"name": recipe.backbone.name, "features": setup.code_width, "weights": str(setup.weights)},
         "teacher": None if setup.teacher is None else str(setup.teacher),

@@ -80,6 +80,7 @@ def _plan_rows(setup: RunSetup, device: str) -> list[tuple[str, str]]:
         ("classes", f"{len(data.classes)}: {', '.join(data.classes[:10])}{' ...' if len(data.classes) > 10 else ''}"),
         *([("labels", _describe_label_sets(data.train.labels_N))] if data.has_several_labels else []),
         ("input", _describe_input(spec, setup.seen_share)),
+        *([("views", describe_views(setup))] if len(setup.views) > 1 else []),
         ("augment", ", ".join(_augmentation(*item) for item in setup.augment.items()) or "none"),
         ("backbone", f"{recipe.backbone.name}, {setup.code_width} features"),
         ("weights", str(setup.weights)),
@@ -87,6 +88,14 @@ def _plan_rows(setup: RunSetup, device: str) -> list[tuple[str, str]]:
         *(_training_rows(setup, order, trained, total) if setup.stages else _probe_rows(recipe)),
         ("device", f"{device}, {recipe.compute.precision}"),
     ]
+
+
+def describe_views(setup: RunSetup) -> str:
+    """Tell how many passes an evaluation over several views takes."""
+    names, count = " x ".join(setup.view_names), len(setup.views)
+    held = [split for split in (setup.data.validation, setup.data.test) if split is not None]
+    passes = ", ".join(f"{split.name} {count * len(split):,}" for split in held)
+    return f"{count} of each evaluated image ({names}), which is as many passes: {passes}"
 
 
 def _describe_label_sets(labels_NC: Labels) -> str:
@@ -285,6 +294,8 @@ def _show_what_the_score_is_of(result: dict[str, Any], console: Console) -> None
             "is likely somewhat too high",
             style="yellow",
         )
+    if views := result.get("views"):
+        console.say(f"each answer is a mean over views of the image ({' x '.join(views)}), as in predict")
     if "folds" in result:
         console.say(
             f"{score} is of the models of the folds, each on images that it was not fitted to; the exported model was "

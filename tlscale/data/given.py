@@ -18,10 +18,11 @@ from PIL import Image, ImageFile
 
 from tlscale.data.decode import ARRAYS, EXTENSIONS, BadImageError, Pixels, decode_image
 from tlscale.data.input_spec import InputSpec
+from tlscale.data.resize import eval_transform
 from tlscale.data.sources.folder import LEFT_BY_DESKTOPS
 from tlscale.data.sources.labels import sort_labels
 from tlscale.data.sources.stores import read_image_file
-from tlscale.data.transforms import eval_transform
+from tlscale.data.views import CENTER
 from tlscale.data.workers import map_in_threads
 from tlscale.errors import one_line
 
@@ -124,8 +125,10 @@ def name_of(given: Given) -> str:
     return str(getattr(given, "filename", "") or "")
 
 
-def read_given(images: Sequence[Given], spec: InputSpec, max_pixels: int) -> tuple[list[Pixels], list[str | None]]:
-    """Read images as a run reads those that it evaluates.
+def read_given(
+    images: Sequence[Given], spec: InputSpec, max_pixels: int, places: Sequence[str] = (CENTER,)
+) -> tuple[list[Pixels], list[str | None]]:
+    """Read images as a run reads those that it evaluates, cropped at these places.
 
     Returns:
         Those that can be read, each as `eval_transform` gives it; and for each given one why it cannot, or None.
@@ -137,7 +140,7 @@ def read_given(images: Sequence[Given], spec: InputSpec, max_pixels: int) -> tup
             pixels = decode_image(
                 _raw(given, where), in_chans=spec.in_chans, max_pixels=max_pixels, where=where, reading=spec.reading
             )
-            return eval_transform(pixels, spec)
+            return eval_transform(pixels, spec, places)
         except BadImageError as error:
             return error.why
 

@@ -8,7 +8,7 @@ Shape letters: N images of a split, B images of a batch, C channels, H height, W
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tlscale.data.decode import BadImageError, Pixels, decode_image
 from tlscale.data.input_spec import InputSpec
+from tlscale.data.resize import eval_transform
 from tlscale.data.sampler import (
     BatchSplit,
     DataOrder,
@@ -31,7 +32,8 @@ from tlscale.data.sampler import (
 )
 from tlscale.data.sources.open import ImageData, ImageSplit
 from tlscale.data.sources.tables import Raw
-from tlscale.data.transforms import Augmenter, ImageBatch, eval_transform
+from tlscale.data.transforms import Augmenter, ImageBatch
+from tlscale.data.views import CENTER
 from tlscale.data.workers import load_in_order, map_in_threads
 from tlscale.distributed.signals import check_stop
 from tlscale.errors import DataError
@@ -73,6 +75,7 @@ class ImageStore:
         *,
         crops: bool = False,
         keep: bool = True,
+        places: Sequence[str] = (CENTER,),
         on_images: Callable[[int], None] | None = None,
     ) -> None:
         """
@@ -84,7 +87,7 @@ class ImageStore:
         Raises:
             DataError: an image cannot be read (at once where images are cached, else when it is used).
         """
-        self.split, self.spec, self.crops = split, spec, crops
+        self.split, self.spec, self.crops, self._places = split, spec, crops, tuple(places)
         self._section, self._keep = section, keep
         # Not an attribute: workers get the store, and could not get what shows things.
         on_images = on_images or (lambda num_images: None)
@@ -154,10 +157,10 @@ class ImageStore:
             raise bad from error
 
     def _prepare(self, row: int, raws: Mapping[int, Raw] | None = None) -> Pixels:
-        return eval_transform(self._decode(row, raws), self.spec)
+        return eval_transform(self._decode(row, raws), self.spec, self._places)
 
     def _keep_prepared(self, on_images: Callable[[int], None]) -> Pixels | None:
-        shape_CHW = self.spec.shape_CHW
+        shape_CHW = (self.spec.in_chans * len(self._places), *self.spec.image_hw)
         dtype = np.dtype(self.spec.reading.dtype)
         if len(self) * int(np.prod(shape_CHW)) * dtype.itemsize > self._section.cache_mib * _MIB:
             return None
@@ -215,6 +218,8 @@ class ImageCache:
     """Training cuts its images at random, and so needs them in their own size."""
     watch: Stopwatch
     """Measures decoding."""
+    places: Sequence[str] = (CENTER,)
+    """Where evaluation crops its images."""
     _stores: dict[str, ImageStore] = field(default_factory=dict)
 
     def train(self, num_seen: int | None = None) -> ImageStore:
@@ -237,16 +242,26 @@ class ImageCache:
         Raises:
             DataError: an image cannot be read.
         """
-        return self._store(f"{split.name}, evaluated", split)
+        return self._store(f"{split.name}, evaluated", split, places=self.places)
 
-    def uncached(self, split: ImageSplit, *, crops: bool = False) -> ImageStore:
+    def uncached(self, split: ImageSplit, *, crops: bool = False, place: str = CENTER) -> ImageStore:
         """Return a split's images as evaluation (with `crops`, training) wants them, for one pass: none is cached."""
-        return ImageStore(split, self.section.model_copy(update={"cache_mib": 0}), self.spec, crops=crops)
+        section = self.section.model_copy(update={"cache_mib": 0})
+        return ImageStore(split, section, self.spec, crops=crops, places=(place,))
 
-    def _store(self, name: str, split: ImageSplit, *, crops: bool = False, keep: bool = True) -> ImageStore:
+    def _store(
+        self,
+        name: str,
+        split: ImageSplit,
+        *,
+        crops: bool = False,
+        keep: bool = True,
+        places: Sequence[str] = (CENTER,),
+    ) -> ImageStore:
         if name not in self._stores:
             pace = Pace(len(split), f"decoding {split.name}")
-            make = partial(ImageStore, split, self.section, self.spec, crops=crops, keep=keep, on_images=pace.add)
+            how = partial(ImageStore, crops=crops, keep=keep, places=places, on_images=pace.add)
+            make = partial(how, split, self.section, self.spec)
             with self.watch("decode"), pace:
                 self._stores[name] = make()
         return self._stores[name]

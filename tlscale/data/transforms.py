@@ -1,10 +1,9 @@
-"""Transform images on their way from the decoder to the network: resize and crop, augment, normalise and mix.
+"""Transform images on their way from the decoder to the network: augment, normalise and mix; `resize` has the rest.
 
-Promise: the evaluation transform gives, pixel for pixel, what timm's own gives for the same backbone. What augmentation
-does to an image follows from its key alone (made from the seed, the epoch and the image's number), never from the
-worker, the process, the batch or the images before it; the random generators of Python, NumPy and torch are as before
-afterwards. Images stay uint8 (float32 in 0..1 where the recipe gives a range) up to the device, where `to_input`
-normalises them.
+Promise: what augmentation does to an image follows from its key alone (made from the seed, the epoch and the image's
+number), never from the worker, the process, the batch or the images before it; the random generators of Python, NumPy
+and torch are as before afterwards. Images stay uint8 (float32 in 0..1 where the recipe gives a range) up to the device,
+where `to_input` normalises them.
 
 Shape letters: B images of a batch, C channels, H height, W width, 4 the edges of a box.
 """
@@ -13,119 +12,24 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
-from tlscale.data.decode import Pixels
-from tlscale.data.input_spec import FILTERS, InputSpec
+from tlscale.data.input_spec import InputSpec
+from tlscale.data.views import PLAIN, View
 from tlscale.distributed.device import TensorBatch
 from tlscale.distributed.settings import cpu_threads
 
 Box = tuple[int, int, int, int]
-MOST_RESIZED_PIXELS = 1 << 25
-"""Larger results of a resize are cropped piece by piece."""
 _RANDAUGMENT_OPERATIONS = 2
-
-
-# -- resize and crop --------------------------------------------------------------------------------------------------
-
-
-def eval_transform(image_HWC: Pixels, spec: InputSpec) -> Pixels:
-    """Transform an image for evaluation: resize and crop it to the size of the spec, as timm does it.
-
-    Args:
-        image_HWC: as `decode_image` gives it, C as in the spec.
-
-    Returns:
-        Of the same type, of the height and width of the spec, and C; the very same array where there is nothing to do.
-    """
-    height, width = image_HWC.shape[:2]
-    target_hw = _resized_hw(height, width, spec)
-    if target_hw[0] * target_hw[1] > MOST_RESIZED_PIXELS:
-        image_HWC = _resize_strip(image_HWC, target_hw, spec)
-    elif (height, width) != target_hw:
-        image_HWC = _resize(image_HWC, target_hw, spec)
-    if image_HWC.shape[:2] != spec.image_hw:
-        image_HWC = _center_crop(_pad(image_HWC, spec), spec.image_hw)
-    return image_HWC
-
-
-def seen_share(height: int, width: int, spec: InputSpec) -> float:
-    """Return the share of an image's area that the evaluation transform shows the network."""
-    resized_hw = _resized_hw(height, width, spec)
-    shown_h, shown_w = (min(1.0, side / resized) for side, resized in zip(spec.image_hw, resized_hw, strict=True))
-    return shown_h * shown_w
-
-
-def _resized_hw(height: int, width: int, spec: InputSpec) -> tuple[int, int]:
-    """Return to which height and width an image is resized before it is cropped: those that timm resizes it to."""
-    target_h, target_w = (math.floor(side / spec.crop_pct) for side in spec.image_hw)
-    if spec.crop_mode == "squash":
-        return target_h, target_w
-    if spec.crop_mode == "border" or target_h != target_w:
-        choose = max if spec.crop_mode == "border" else min
-        ratio = choose(height / target_h, width / target_w)
-        return max(1, round(height / ratio)), max(1, round(width / ratio))
-    # timm has torchvision resize to a square, which rounds the longer side down.
-    longer = int(target_h * max(height, width) / min(height, width))
-    return (target_h, longer) if height <= width else (longer, target_h)
-
-
-def _resize(image_HWC: Pixels, target_hw: tuple[int, int], spec: InputSpec) -> Pixels:
-    def resized(pixels: Pixels) -> Pixels:
-        picture = Image.fromarray(pixels).resize((target_hw[1], target_hw[0]), FILTERS[spec.interpolation])
-        return np.asarray(picture)
-
-    if spec.in_chans == 3 and spec.range is None:
-        return resized(image_HWC)
-    # Pillow has neither other numbers of channels nor colour of more than 8 bits.
-    planes = [resized(np.ascontiguousarray(image_HWC[:, :, channel])) for channel in range(spec.in_chans)]
-    resized_HWC = planes[0][:, :, None] if len(planes) == 1 else np.stack(planes, axis=2)
-    # As 8 bits are, where a filter overshoots.
-    return resized_HWC if spec.range is None else np.clip(resized_HWC, 0.0, 1.0)
-
-
-def _resize_strip(image_HWC: Pixels, target_hw: tuple[int, int], spec: InputSpec) -> Pixels:
-    """Resize an image of 1 x 8000 pixels, say, of which the crop sees a small part, without the memory for all of it.
-
-    Returns:
-        The centre of what `_resize` gives, by the same pixels: Pillow resizes the rows first and then the columns,
-        each line for itself, and so it can be done in pieces that are cropped at once.
-    """
-    height, width = spec.image_hw
-    image_HWC = _center_crop(_resize(image_HWC, (image_HWC.shape[0], target_hw[1]), spec), (image_HWC.shape[0], width))
-    columns = max(1, MOST_RESIZED_PIXELS // (2 * target_hw[0]))
-    pieces = [image_HWC[:, start : start + columns] for start in range(0, width, columns)]
-    resized = (_resize(np.ascontiguousarray(piece), (target_hw[0], piece.shape[1]), spec) for piece in pieces)
-    return np.concatenate([_center_crop(piece, (height, piece.shape[1])) for piece in resized], axis=1)
-
-
-def _pad(image_HWC: Pixels, spec: InputSpec) -> Pixels:
-    """Pad an image that is smaller than the crop with the mean color (`border` only)."""
-    missing_h, missing_w = (max(0, side - own) for side, own in zip(spec.image_hw, image_HWC.shape[:2], strict=True))
-    if not missing_h and not missing_w:
-        return image_HWC
-    top, left = missing_h // 2, missing_w // 2
-    height, width = image_HWC.shape[:2]
-    padded = np.empty((height + missing_h, width + missing_w, spec.in_chans), image_HWC.dtype)
-    padded[:] = spec.mean_color
-    padded[top : top + height, left : left + width] = image_HWC
-    return padded
-
-
-def _center_crop(image_HWC: Pixels, size_hw: tuple[int, int]) -> Pixels:
-    # Python's rounding to even of half a pixel, because torchvision's crop, and so timm's, has it.
-    top, left = (round((side - size) / 2.0) for side, size in zip(image_HWC.shape[:2], size_hw, strict=True))
-    return np.ascontiguousarray(image_HWC[top : top + size_hw[0], left : left + size_hw[1]])
 
 
 # -- augment ----------------------------------------------------------------------------------------------------------
@@ -373,10 +277,29 @@ class InputPath:
     channels_last: bool
 
     def __call__(self, batch: ImageBatch) -> tuple[Tensor]:
+        return (self._ordered(to_input(self._moved(batch), self.spec, self.dtype)),)
+
+    def of_views(self, batch: ImageBatch, views: Sequence[View]) -> tuple[Tensor, ...]:
+        """Turn a batch into an input for each view; its images have the crops of all their places side by side."""
+        if tuple(views) == (PLAIN,):
+            return self(batch)
+        batch = self._moved(batch)
+        places = list(dict.fromkeys(view.place for view in views))
+        crops = batch.images_BCHW.chunk(len(places), dim=1)
+        inputs = {}
+        for place, crop_BCHW in zip(places, crops, strict=True):
+            # A slice has strides by which some kernels sum in another order than for images by themselves.
+            images_BCHW = crop_BCHW.clone(memory_format=torch.contiguous_format)
+            inputs[place] = to_input(replace(batch, images_BCHW=images_BCHW), self.spec, self.dtype)
+        return tuple(self._ordered(inputs[view.place].flip(view.dims)) for view in views)
+
+    def _moved(self, batch: ImageBatch) -> ImageBatch:
         if self.device.type == "cuda" and not batch.images_BCHW.is_cuda and not batch.images_BCHW.is_pinned():
             batch = batch.pin_memory()  # else the host would wait until the GPU has computed all before the copy
-        images_BCHW = to_input(batch.to(self.device, non_blocking=True), self.spec, self.dtype)
-        return (images_BCHW.contiguous(memory_format=torch.channels_last) if self.channels_last else images_BCHW,)
+        return batch.to(self.device, non_blocking=True)
+
+    def _ordered(self, images_BCHW: Tensor) -> Tensor:
+        return images_BCHW.contiguous(memory_format=torch.channels_last) if self.channels_last else images_BCHW
 
 
 @functools.lru_cache(maxsize=32)

@@ -63,6 +63,7 @@ def export_model(
     spec: InputSpec,
     fitted: Mapping[str, Any] | None = None,
     rules: DecisionRules = _NONE_CHOSEN,
+    views: Sequence[str] = (),
 ) -> str:
     """Write `config.json` and `model.safetensors` (and `head.safetensors` for any but a linear head) to `folder`.
 
@@ -76,6 +77,7 @@ def export_model(
         fitted: for `config.json`: `fitted_on`, the splits that it learned from, and `scored_on`, the split that its
             score in `result.json` is of; None where it has no score of its own.
         rules: chosen on images that the network was not fitted to; `unknown.safetensors` has what unknown images take.
+        views: `evaluate.views`, under which all of this was chosen.
 
     Returns:
         How the folder is to be loaded, in words.
@@ -92,6 +94,7 @@ def export_model(
     unknown = rules.unknown if isinstance(rules.unknown, UnknownScore) else None
     ours |= {} if rules.thresholds is None else {"task": "multi_label", "thresholds": list(rules.thresholds)}
     ours |= {} if unknown is None else {"unknown": unknown.settings.model_dump()}
+    ours |= {} if not views else {"views": list(views)}
     ours |= {} if rules.calibration is None else {"calibration": rules.calibration.model_dump()}
     ours = {"format": format_of(ours), **ours}
     files = {MODEL_FILE: body.state_dict(), **({} if whole else {HEAD_FILE: plain.head.state_dict()})}

@@ -32,14 +32,14 @@ from tlscale.models.knn import KnnHead
 from tlscale.models.tensor_checks import check_like, refuse_non_finite
 from tlscale.models.unknown import UNKNOWN_FILE, UnknownScore, UnknownSettings
 from tlscale.models.weights import filter_of
-from tlscale.recipe.field_types import POOLS, Head
+from tlscale.recipe.field_types import POOLS, VIEWS, Head
 from tlscale.storage.files import file_sha256, text_sha256
 
 # The format in which a key of `config.json` came: a version that does not know it must refuse it, not pass over it.
 # 2: other codes than what the backbone gives, or nearest neighbours. 3: several labels; a calibration; what is unknown;
-# images that are not square of 8-bit grey or RGB.
-_SINCE = {"layer": 2, "pool": 2, "task": 3, "thresholds": 3, "calibration": 3, "unknown": 3}
-FORMAT = 3
+# images that are not square of 8-bit grey or RGB. 4: answers that are means over views.
+_SINCE = {"layer": 2, "pool": 2, "task": 3, "thresholds": 3, "calibration": 3, "unknown": 3, "views": 4}
+FORMAT = 4
 MODEL_FILE = "model.safetensors"
 HEAD_FILE = "head.safetensors"
 CONFIG_FILE = "config.json"
@@ -60,6 +60,8 @@ class TrainedModel:
     calibration: Calibration | None = None
     """None: probabilities are the softmax of the logits."""
     unknown: UnknownScore | None = None
+    views: tuple[str, ...] = ()
+    """`evaluate.views`: `predict` gives the mean over these views of an image, `model` takes one."""
     scored_on: str | None = None
     """The split that its run's score is of; `folds`: that score is of other models, and this one was fitted to all
     images; None: it has no score of its own."""
@@ -120,6 +122,7 @@ class _Ours(_Settings):
     scored_on: str | None = None
     calibration: Calibration | None = None
     unknown: UnknownSettings | None = None
+    views: list[Literal[VIEWS]] = []  # type: ignore[valid-type]
     sha256: dict[str, str] | None = None
     config_sha256: str | None = None
 
@@ -305,7 +308,16 @@ def load(run: str | Path, *, as_stored: bool = False) -> TrainedModel:
         if as_stored:
             _take_as_stored(model, states)
     thresholds = None if ours.thresholds is None else tuple(ours.thresholds)
-    return TrainedModel(model.eval(), tuple(ours.classes), spec, thresholds, ours.calibration, unknown, ours.scored_on)
+    return TrainedModel(
+        model.eval(),
+        tuple(ours.classes),
+        spec,
+        thresholds,
+        ours.calibration,
+        unknown,
+        tuple(ours.views),
+        ours.scored_on,
+    )
 
 
 def fault_of_model(folder: Path) -> str | None:

@@ -90,6 +90,7 @@ AUGMENTATIONS: dict[str, Number | None] = {
 }
 # Each moves and colors an image by draws of its own: one of them.
 _POLICIES = ("trivialaugment", "trivialaugment_geometric", "randaugment")
+VIEWS = ("flip", "vertical_flip", "five_crop")
 POOLS = ("avg", "max", "avgmax", "token", "none")
 TRACKERS = ("wandb", "tensorboard", "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "trackio")
 

@@ -269,6 +269,7 @@ def _export(network: Classifier, state: TrainState, folder: RunFolder, rules: De
             spec=setup.spec,
             fitted=fitted(setup),
             rules=rules,
+            views=setup.view_names,
         )
 
 

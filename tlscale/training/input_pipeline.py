@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,11 +21,13 @@ from torch import Tensor, nn
 from tlscale.codes.batches import CodeBatch, CodeViews, eval_code_batches, train_code_batches
 from tlscale.codes.cache import CodesCache
 from tlscale.codes.parts import partition_parts
+from tlscale.codes.reader import Codes
 from tlscale.data.loader import ImageCache, ImageStore, eval_batches, train_batches
 from tlscale.data.sampler import BatchSplit, DataOrder
 from tlscale.data.sources.open import ImageData, ImageSplit
 from tlscale.data.sources.tables import Ints
 from tlscale.data.transforms import ImageBatch, InputPath
+from tlscale.data.views import PLAIN, View
 from tlscale.data.workers import default_workers
 from tlscale.distributed.processes import Processes
 from tlscale.errors import TlscaleError
@@ -48,6 +51,8 @@ class PipelineSpec:
     augment: dict[str, float | None]
     eval_batch_size: int
     inputs: InputPath
+    views: tuple[View, ...] = (PLAIN,)
+    """That an evaluation averages over."""
 
 
 class InputPipeline(Protocol):
@@ -66,6 +71,9 @@ class InputPipeline(Protocol):
 
     def eval_batches(self, split: ImageSplit) -> Iterable[Any]:
         """Give this process's share of a split."""
+
+    def eval_inputs(self, batch: Any) -> tuple[Tensor, ...]:  # noqa: ANN401 (of the pipeline's own kind)
+        """Return what `module` takes of each view, one after the other, of a batch of `eval_batches`."""
 
 
 class ImagePipeline:
@@ -128,6 +136,9 @@ class ImagePipeline:
 
     def inputs(self, batch: ImageBatch) -> tuple[Tensor, ...]:
         return self._spec.inputs(batch)
+
+    def eval_inputs(self, batch: ImageBatch) -> tuple[Tensor, ...]:
+        return self._spec.inputs.of_views(batch, self._spec.views)
 
     def eval_batches(self, split: ImageSplit) -> Iterable[ImageBatch]:
         processes, store = self._processes, self._processes.run_on_all(self._images.of, split)
@@ -225,6 +236,7 @@ class CodePipeline:
         self._parts = partition_parts(partition, network.backbone, codes_cache.spec.precision)
         self._train = codes_cache.train_views(partition.prefix, self._parts, views)
         self._evaluated: dict[str, CodeViews] = {}
+        self._plain: dict[str, Codes] = {}
         for split in (spec.data.validation, last_split):
             if split is not None:
                 self._of(split)
@@ -242,9 +254,13 @@ class CodePipeline:
         )
 
     def inputs(self, batch: CodeBatch) -> tuple[Tensor, ...]:
-        codes = batch.to(self._processes.device, non_blocking=True).codes
+        codes, values = batch.to(self._processes.device, non_blocking=True).codes, self._partition.values
+        values = values * (len(codes) // len(values))  # of each view
         # What was cached in fewer bits is converted to the dtype that the network computes in.
-        return tuple(code.to(value.dtype) for code, value in zip(codes, self._partition.values, strict=True))
+        return tuple(code.to(value.dtype) for code, value in zip(codes, values, strict=True))
+
+    def eval_inputs(self, batch: CodeBatch) -> tuple[Tensor, ...]:
+        return self.inputs(batch)
 
     def eval_batches(self, split: ImageSplit) -> Iterable[CodeBatch]:
         processes = self._processes
@@ -257,17 +273,19 @@ class CodePipeline:
         )
 
     def pooled(self, split: str, rows_N: Ints) -> Tensor:
-        """Return codes of some rows of a split, a vector an image."""
-        found = self._train if split == "train" else self._evaluated[split]
-        codes = next(iter(found.views.values()))
+        """Return codes of some rows of a split, a vector an image; of their plain view where it is evaluated."""
+        codes = next(iter(self._train.views.values())) if split == "train" else self._plain[split]
         parts = np.array_split(rows_N, -(-len(rows_N) // _POOLED))
         image_hw = self._spec.inputs.spec.image_hw
         return torch.cat([pooled_codes(codes.take(rows_B), image_hw) for rows_B in parts])
 
     def _of(self, split: ImageSplit) -> CodeViews:
         if split.name not in self._evaluated:
-            codes = self._codes_cache.codes(self._partition.prefix, self._parts, split)
-            self._evaluated[split.name] = CodeViews({0: codes}, split.labels_N)
+            codes_of = partial(self._codes_cache.codes, self._partition.prefix, self._parts, split)
+            plain, *others = [codes_of(view) for view in self._spec.views]
+            self._plain[split.name] = plain
+            joined = plain.joined_with(others) if others else plain
+            self._evaluated[split.name] = CodeViews({0: joined}, split.labels_N)
         return self._evaluated[split.name]
 
 

@@ -140,7 +140,9 @@ def read_blocks(
     `on_images` is called with a number of images when so many more are done.
     """
     pieces = [given[start : start + block] for start in range(0, len(given), block)]
-    for pixels_B, why_B in _ahead(lambda piece: read_given(piece, path.spec, path.facts.max_pixels), pieces):
+    for pixels_B, why_B in _ahead(
+        lambda piece: read_given(piece, path.spec, path.facts.max_pixels, path.places), pieces
+    ):
         errors.extend(why_B)
         if pixels_B:
             yield torch.from_numpy(stacked(pixels_B))

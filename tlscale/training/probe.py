@@ -40,6 +40,7 @@ from tlscale.models.calibration import Calibration
 from tlscale.models.classifier import CodesClassifier
 from tlscale.models.export import DecisionRules, export_model
 from tlscale.models.features import LayerCodes
+from tlscale.models.views import over_views
 from tlscale.recipe.schema import ProbeSection
 from tlscale.storage.files import naming_disk_errors
 from tlscale.storage.run_folder import RunFolder
@@ -100,6 +101,9 @@ def probe(
     with telling_of_unread_images(setup, LoopState(), folder, processes):
         codes = codes_cache.layer_codes(backbone, wanted, [data.train, *([data.validation] if data.validation else [])])
         codes |= {} if split is None or split.name in codes else codes_cache.layer_codes(backbone, wanted, [split])
+        for one in filter(None, (data.validation, data.test) if len(setup.views) > 1 else ()):
+            others = [codes_cache.layer_codes(backbone, wanted, [one], view)[one.name] for view in setup.views[1:]]
+            codes[one.name] = codes[one.name].joined_with(others)
     device = processes.device
     run_info = processes.run_on_main(begin_folder, folder, setup, processes.world_size, str(device), run_info)
     with RunLogger(setup, folder, processes, LoopState(), run_info, console) as logger:
@@ -149,8 +153,8 @@ class _Probe:
         if self.split is not None:
             predictions = collect(self.split, data.classes, thresholds)
             with setup.watch("test"):
-                values_ND = self._values(self.split.name, number_of_layer)
-                figures = _figures(setup, scored, values_ND, self.split, predictions, SeveralLabels(thresholds))
+                views = self._views(self.split.name, number_of_layer)
+                figures = _figures(setup, scored, views, self.split, predictions, SeveralLabels(thresholds))
             logger.write_evaluation(self.split.name, figures, is_best=False)
 
         calibration = self._calibration(choice, number_of_layer)
@@ -181,7 +185,7 @@ class _Probe:
         validation = setup.data.validation
         held = Predictions(validation, setup.data.classes)
         with setup.watch("test"):
-            _figures(setup, choice.probe.head, self._values("validation", number_of_layer), validation, held)
+            _figures(setup, choice.probe.head, self._views("validation", number_of_layer), validation, held)
             return calibration_by(gather_predictions(held))
 
     def _choose(self, kept: KeptFits) -> Choice:
@@ -209,21 +213,26 @@ class _Probe:
             return None
         if data.validation is None:
             return thresholds_unchosen(self.setup)
-        values_ND = self._values("validation", number_of_layer)
-        figures = _figures(self.setup, head, values_ND, data.validation, None, SeveralLabels("best"))
+        views = self._views("validation", number_of_layer)
+        figures = _figures(self.setup, head, views, data.validation, None, SeveralLabels("best"))
         return [row["threshold"] for row in figures["per_class"].values()]
 
-    def _candidates(self) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
+    def _candidates(self) -> Iterator[tuple[str, tuple[Tensor, list[Tensor]]]]:
         """Yield one layer and pooling after the other, so that one at a time is in memory."""
         kind = self.section.kind
         for at, pair in each(list(enumerate(self.wanted)), lambda item: f"probe: {kind} on {layer_name(item[1])}"):
             train_ND = self._values("train", at)
-            held_MD = train_ND[:0] if self.setup.data.validation is None else self._values("validation", at)
-            yield layer_name(pair), (train_ND, held_MD)
+            held = [train_ND[:0]] if self.setup.data.validation is None else self._views("validation", at)
+            yield layer_name(pair), (train_ND, held)
 
     def _values(self, split: str, at: int) -> Tensor:
         """Read one value of all images of a split, (N, D), to the device that the fit runs on."""
         return self.codes[split].whole(at).to(self.device)
+
+    def _views(self, split: str, at: int) -> list[Tensor]:
+        """Read one value of all images of a split, (N, D) of each view; they lie one after the other."""
+        num_views = len(self.codes[split].values) // len(self.wanted)
+        return [self._values(split, at + number * len(self.wanted)) for number in range(num_views)]
 
     def _some(self, at: int, split: str, rows_N: Ints) -> Tensor:
         """Read one value of some images of a split."""
@@ -305,6 +314,7 @@ def _export(
             spec=setup.spec,
             fitted=about,
             rules=rules,
+            views=setup.view_names,
         )
 
 
@@ -312,21 +322,21 @@ def _export(
 def _figures(
     setup: RunSetup,
     head: nn.Module,
-    codes_ND: Tensor,
+    views: Sequence[Tensor],
     split: ImageSplit,
     predictions: Predictions | None,
     several: SeveralLabels | None = None,
 ) -> dict[str, Any]:
-    """Compute all figures of the classifier on a split, and collect its predictions."""
-    has_several, classes = setup.data.has_several_labels, setup.data.classes
-    tally = LabelScores(len(classes)) if has_several else Tally(len(classes), codes_ND.device)
+    """Compute all figures of the classifier on a split by the codes of its views, and collect its predictions."""
+    has_several, classes, device = setup.data.has_several_labels, setup.data.classes, views[0].device
+    tally = LabelScores(len(classes)) if has_several else Tally(len(classes), device)
     plain_loss = binary_cross_entropy if has_several else cross_entropy
-    labels_N = torch.from_numpy(split.labels_N).to(codes_ND.device)
-    head = head.to(codes_ND.device)
-    parts = (torch.split(part, HEAD_BATCH) for part in (torch.arange(len(labels_N)), codes_ND, labels_N))
-    for positions_B, codes_BD, labels_B in zip(*parts, strict=True):
+    labels_N = torch.from_numpy(split.labels_N).to(device)
+    network = over_views(head.to(device), len(views), len(classes), several=has_several)
+    parts = (torch.split(part, HEAD_BATCH) for part in (torch.arange(len(labels_N)), labels_N, *views))
+    for positions_B, labels_B, *codes in zip(*parts, strict=True):
         check_stop("evaluating")
-        logits_BC = head(codes_BD.to(setup.dtype))
+        logits_BC = network(*(codes_BD.to(setup.dtype) for codes_BD in codes))
         tally.update(logits_BC, labels_B, plain_loss(logits_BC, labels_B))
         if predictions is not None:
             predictions.add(positions_B, logits_BC)

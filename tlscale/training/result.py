@@ -137,6 +137,7 @@ def make_result(
         "split": None if split is None else split.name,
         **score,
         "num_classes": len(setup.data.classes),
+        **({"views": list(setup.view_names)} if setup.view_names else {}),
         **{key: value for key, value in figures.items() if key not in ("step", *_LONG)},
         **own,
         **({} if setup.data.groups is None else {"groups": setup.data.groups.to_plain()}),

@@ -26,6 +26,7 @@ from tlscale.codes.blocks import fixed_threads, spec_of
 from tlscale.codes.shards import BLOCK
 from tlscale.data.sampler import eval_rows
 from tlscale.data.transforms import ImageBatch, InputPath
+from tlscale.data.views import CENTER, PLAIN, View, crop_places, views_of
 from tlscale.distributed.device import choose_algorithms, naming_memory
 from tlscale.distributed.processes import Processes, start_processes
 from tlscale.models.adapters import add_adapters, freezing_beside
@@ -36,6 +37,7 @@ from tlscale.models.knn import KnnHead
 from tlscale.models.model_folder import TrainedModel, load
 from tlscale.models.partition.partition import NoPartition, find_partition
 from tlscale.models.unknown import Floats, pooled_codes
+from tlscale.models.views import over_views
 from tlscale.recipe.load import load_stored_recipe
 from tlscale.recipe.schema import ComputeSection, DataSection, LoraSection, Recipe
 from tlscale.storage.run_folder import RunFolder
@@ -151,7 +153,11 @@ class RunPath:
         """
         self.facts, self.spec, self.num_classes = facts, trained.input_spec, len(trained.classes)
         self.calibration, self.unknown = trained.calibration, trained.unknown
-        self.thresholds = trained.thresholds
+        self.thresholds, self.places, self._num_views = (
+            trained.thresholds,
+            crop_places(trained.views),
+            _num_views(trained),
+        )
         self.batching = facts.batching if batch_size is None else Batching(batch_size)
         self._way = _way(trained, facts, processes)
         if not isinstance(self._way[0], _Frozen):  # there are no codes to tell by
@@ -177,7 +183,8 @@ class RunPath:
 
     def _scored(self, values: Values, scores: list[Floats]) -> Values:
         if self.unknown is not None:
-            scores.append(self.unknown.scores(pooled_codes(values, self.spec.image_hw)))
+            plain = values[: len(values) // self._num_views]
+            scores.append(self.unknown.scores(pooled_codes(plain, self.spec.image_hw)))
         return values
 
 
@@ -201,7 +208,8 @@ class FeaturesPath:
         else:  # timm's own model, whose classifier is no feature
             network.reset_classifier(0)  # type: ignore[operator]
         self.facts, self.spec, self.block, self._processes = facts, trained.input_spec, block, processes
-        self._codes = _Frozen(LayerCodes(network, [wanted]), inputs, facts, block)
+        self.places = (CENTER,)
+        self._codes = _Frozen(LayerCodes(network, [wanted]), inputs, facts, block=block)
 
     def __call__(self, images_BCSS: Tensor) -> Tensor:
         """Compute features (B, D), on the device, of images (uint8), which are `block` at most."""
@@ -235,15 +243,20 @@ def _joined(blocks: Sequence[Values]) -> Values:
 def _way(trained: TrainedModel, facts: RunFacts, processes: Processes) -> tuple[_First, _Then]:
     """Return what is done with each block, and then with each batch."""
     network, inputs = _ready(trained, facts, processes)
-    dtype = inputs.dtype
+    dtype, views = inputs.dtype, views_of(trained.views)
+
+    def rest(module: nn.Module, dtypes: tuple[torch.dtype, ...], *, autocasts: bool) -> _Rest:
+        return _Rest(_over_views(module, trained), inputs, dtypes * len(views), autocasts)
+
     if isinstance(network, CodesClassifier):
-        return _Frozen(network.codes, inputs, facts), _Rest(network.head, inputs, (dtype,), autocasts=False)
+        return _Frozen(network.codes, inputs, facts, views), rest(network.head, (dtype,), autocasts=False)
     parted = None if facts.frozen_by is None and not facts.is_probe else _parted(network, sample_images(inputs))
+    whole = _Whole(_over_views(network, trained), inputs, views)
     if parted is None:
-        return _as_they_are, _Whole(network, inputs)
+        return _as_they_are, whole
     if facts.is_probe:
         codes = LayerCodes(parted.backbone, [(PENULTIMATE, "avg")])
-        return _Frozen(codes, inputs, facts), _Rest(parted.head, inputs, (dtype,), autocasts=False)
+        return _Frozen(codes, inputs, facts, views), rest(parted.head, (dtype,), autocasts=False)
     freezing = facts.frozen_by or ((),)
     if facts.adapters is not None:  # new ones change nothing, and part the network where the run's did
         add_adapters(parted.backbone, facts.adapters, freezing, seed=0)
@@ -252,10 +265,19 @@ def _way(trained: TrainedModel, facts: RunFacts, processes: Processes) -> tuple[
         with processes.accelerator.autocast():
             partition = find_partition(parted.train(), sample_images(inputs))
     except NoPartition:  # an equal network all the same, up to rounding
-        return _as_they_are, _Whole(network, inputs)
+        return _as_they_are, whole
     partition.suffix.eval()
     dtypes = tuple(value.dtype for value in partition.values)
-    return _Frozen(partition.prefix, inputs, facts), _Rest(partition.suffix, inputs, dtypes, autocasts=True)
+    return _Frozen(partition.prefix, inputs, facts, views), rest(partition.suffix, dtypes, autocasts=True)
+
+
+def _num_views(trained: TrainedModel) -> int:
+    return len(views_of(trained.views))
+
+
+def _over_views(module: nn.Module, trained: TrainedModel) -> nn.Module:
+    several = trained.thresholds is not None
+    return over_views(module, _num_views(trained), len(trained.classes), several=several)
 
 
 def _ready(trained: TrainedModel, facts: RunFacts, processes: Processes) -> tuple[nn.Module, InputPath]:
@@ -314,10 +336,11 @@ class _Whole:
 
     network: nn.Module
     inputs: InputPath
+    views: tuple[View, ...]
 
     def __call__(self, values: Values, processes: Processes) -> Tensor:
         with processes.local.without_gradients(), processes.accelerator.autocast():
-            logits_BC: Tensor = self.network(*self.inputs(_batch(values[0])))
+            logits_BC: Tensor = self.network(*self.inputs.of_views(_batch(values[0]), self.views))
             return logits_BC
 
 
@@ -328,6 +351,7 @@ class _Frozen:
     module: nn.Module
     inputs: InputPath
     facts: RunFacts
+    views: tuple[View, ...] = (PLAIN,)
     block: int = BLOCK
 
     def __call__(self, images_BCSS: Tensor, processes: Processes) -> Values:
@@ -336,7 +360,8 @@ class _Frozen:
         half = self.facts.compute.precision in ("bf16", "fp16")
         autocast = processes.accelerator.autocast() if half else nullcontext()
         with torch.no_grad(), fixed_threads(), autocast:
-            values: Values = self.module(*self.inputs(_batch(filled)))
+            inputs = self.inputs.of_views(_batch(filled), self.views)
+            values: Values = tuple(value for one in inputs for value in self.module(one))
         return tuple(_stored(value, self.facts.codes_dtype, self.block)[:count] for value in values)
 
 

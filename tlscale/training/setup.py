@@ -16,6 +16,7 @@ import torch
 from tlscale.data.channel_stats import channel_stats
 from tlscale.data.decode import Reading
 from tlscale.data.input_spec import InputSpec, resolve_input, sampled_sizes
+from tlscale.data.resize import seen_share
 from tlscale.data.sampler import (
     BatchSplit,
     ClassDraw,
@@ -26,7 +27,7 @@ from tlscale.data.sampler import (
 )
 from tlscale.data.sources.folds import Fold
 from tlscale.data.sources.open import BadImages, ImageData, ImageSplit, open_data
-from tlscale.data.transforms import seen_share
+from tlscale.data.views import View, views_of
 from tlscale.distributed.signals import check_stop
 from tlscale.errors import DataError, ModelError, RecipeError
 from tlscale.models.adapters import add_adapters, is_of_adapter
@@ -61,6 +62,7 @@ from tlscale.training.optimizer import check_optimizer
 from tlscale.training.predictions import MOST_LOGITS
 from tlscale.training.select_checks import with_note_on_select
 from tlscale.training.stages import Stage, apply_freezing, plan_stages, to_steps
+from tlscale.training.view_checks import refuse_senseless_views
 
 
 @dataclass
@@ -126,6 +128,15 @@ class RunSetup:
     def frozen_params(self) -> int:
         """Parameters that no stage trains."""
         return self.total_params - self.trainable_params
+
+    @property
+    def view_names(self) -> list[str]:
+        return self.recipe.evaluate.views
+
+    @property
+    def views(self) -> tuple[View, ...]:
+        """The views of an image that an evaluation averages over; the plain one alone where the recipe names none."""
+        return views_of(self.view_names)
 
     @property
     def augment(self) -> dict[str, float | None]:
@@ -207,8 +218,8 @@ def set_up(
     stages = _plan_stages(recipe, classifier, order, spec) if recipe.probe is None else []
     stages = first_stages(stages, part.share) if stages and part is not None else stages
     setup = RunSetup(recipe, data, spec, classifier, weights, code_width, order, split, stages, teacher, watch)
-    setup.part = part
-    setup.seen_share = statistics.median(seen_share(*size, spec) for size in sizes)
+    setup.part, setup.seen_share = part, statistics.median(seen_share(*size, spec) for size in sizes)
+    refuse_senseless_views(recipe.evaluate.views, data.classes, setup.seen_share)
     if is_new or (is_new is None and bad_images is None):  # a run that began earlier goes on as it began
         _refuse_random_frozen(setup)
         refuse_idle(recipe, data, classifier, stages, order, fold)

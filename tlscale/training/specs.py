@@ -9,6 +9,7 @@ import torch
 from tlscale.codes.cache import CodesCache, CodesSpec
 from tlscale.data.loader import ImageCache
 from tlscale.data.transforms import InputPath
+from tlscale.data.views import crop_places
 from tlscale.distributed.processes import Processes
 from tlscale.tracking.console import Console
 from tlscale.training.cache_decision import CacheSpec
@@ -63,6 +64,7 @@ def pipeline_spec(setup: RunSetup, device: torch.device) -> PipelineSpec:
         # Of evaluation: per process and forward pass.
         eval_batch_size=recipe.evaluate.batch_size or setup.split.micro_batch_size,
         inputs=input_path(setup, device),
+        views=setup.views,
     )
 
 
@@ -77,7 +79,7 @@ def cache_spec(setup: RunSetup, stage: Stage, device: torch.device) -> CacheSpec
         inputs=input_path(setup, device),
         views=sorted({epoch % codes.views for epoch in epochs[: codes.views]}),
         num_train=len(data.train),
-        num_evaluated=sum(len(split) for split in (data.validation, data.test) if split is not None),
+        num_evaluated=len(setup.views) * sum(len(one) for one in (data.validation, data.test) if one is not None),
         images_seen=order.images_seen(stage.stop_step) - order.images_seen(stage.start_step),
         trains_all=stage.trains_all,
         augments=bool(setup.augment),
@@ -93,6 +95,7 @@ def open_image_cache(setup: RunSetup) -> ImageCache:
         setup.spec,
         crops="crop" in setup.augment,
         watch=setup.watch,
+        places=crop_places(setup.view_names),
     )
 
 

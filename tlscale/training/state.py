@@ -22,6 +22,7 @@ from tlscale.distributed.fsdp import sharded_groups
 from tlscale.distributed.processes import Processes
 from tlscale.models.classifier import Classifier
 from tlscale.models.freeze import is_norm
+from tlscale.models.views import over_views
 from tlscale.recipe.schema import CheckpointSection, ComputeSection, EvaluateSection, NonFiniteSection
 from tlscale.storage.run_folder import RunFolder
 from tlscale.tracking.console import Console
@@ -117,11 +118,12 @@ class TrainState:
         self.processes.broadcast_buffers(self.network)
         # What would be exported is evaluated: with averages, these.
         with self.averaged():
+            # Not the wrapped one: processes have batches in different numbers, and DDP would wait for the others.
+            network = over_views(inputs.module, len(self.setup.views), len(classes), several=has_several)
             return evaluate(
-                # Not the wrapped one: processes have batches in different numbers, and DDP would wait for the others.
-                inputs.module,
+                network,
                 inputs.eval_batches(split),
-                inputs=inputs.inputs,
+                inputs=inputs.eval_inputs,
                 num_images=len(split),
                 loss_fn=self.loss_fn,
                 classes=classes,

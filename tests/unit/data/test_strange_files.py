@@ -12,11 +12,12 @@ import pytest
 from PIL import Image
 
 from tests.recipes.wrong_data import put_folder
-from tlscale.data import decode, transforms
+from tlscale.data import decode, resize
 from tlscale.data.decode import FORMATS, BadImageError, decode_image, header_hw
 from tlscale.data.input_spec import InputSpec
+from tlscale.data.resize import eval_transform
 from tlscale.data.sources.open import open_data
-from tlscale.data.transforms import eval_transform
+from tlscale.data.views import CENTER, CORNERS
 from tlscale.errors import DataError
 from tlscale.recipe.schema import DataSection
 
@@ -134,23 +135,24 @@ def test_a_strip_is_cropped_in_pieces_to_the_same_pixels(name: str, shape, monke
     image_HWC = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     chans = shape[2]
     spec = InputSpec(32, chans, (0.5,) * chans, (0.5,) * chans, name, 0.875)
-    whole = eval_transform(image_HWC, spec)
-    monkeypatch.setattr(transforms, "MOST_RESIZED_PIXELS", 1 << 10)
-    assert np.array_equal(eval_transform(image_HWC, spec), whole)
+    places = (CENTER, *CORNERS)
+    whole = eval_transform(image_HWC, spec, places)
+    monkeypatch.setattr(resize, "MOST_RESIZED_PIXELS", 1 << 10)
+    assert np.array_equal(eval_transform(image_HWC, spec, places), whole)
 
 
 def test_the_long_side_of_a_strip_is_never_enlarged_as_a_whole(monkeypatch: pytest.MonkeyPatch):
     made = []
-    resize = transforms._resize
+    resized = resize._resize
 
     def seen(image_HWC, target_hw, spec):
         made.append(target_hw[0] * target_hw[1])
-        return resize(image_HWC, target_hw, spec)
+        return resized(image_HWC, target_hw, spec)
 
-    monkeypatch.setattr(transforms, "_resize", seen)
+    monkeypatch.setattr(resize, "_resize", seen)
     spec = InputSpec(112, 1, (0.5,), (0.5,), "bilinear", 1.0)
     assert eval_transform(np.full((1, 8000, 1), 7, np.uint8), spec).shape == (112, 112, 1)
-    assert max(made) <= transforms.MOST_RESIZED_PIXELS
+    assert max(made) <= resize.MOST_RESIZED_PIXELS
 
 
 def test_a_line_is_no_image():

@@ -58,6 +58,7 @@ WITH_DATA = {
     "data.validation_fraction": "beside a given split: test_splits",
     "codes.layer": "in training: cache_decision, test_probe_runs",
     "evaluate.select": "without validation images: test_idle",
+    "evaluate.views": "crops of images that are shown whole: test_view_checks",
 }
 PASSES = {
     "data.source": "it is always read",

@@ -11,10 +11,11 @@ Letters: N training images, M held-out images, D features, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
+import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,7 @@ from tlscale.codes.probes.class_figures import figure_by, rank_of
 from tlscale.codes.probes.kinds import Fit, ProbeKind, kind_of
 from tlscale.codes.probes.ranking import mean_average_precision
 from tlscale.errors import DataError, ModelError, RecipeError
+from tlscale.models.views import mean_of_views
 from tlscale.recipe.schema import CodesSection, ProbeSection
 
 Array: TypeAlias = Tensor | npt.NDArray[Any]
@@ -100,7 +102,7 @@ class Kept(Protocol):
 
 def choose(
     kind: str,
-    candidates: Iterable[tuple[str, tuple[Array, Array]]],
+    candidates: Iterable[tuple[str, tuple[Array, Array | Sequence[Array]]]],
     labels_N: Array,
     held_labels_M: Array,
     *,
@@ -111,14 +113,13 @@ def choose(
     weigh: Weigh | None = None,
     select: str = "top1",
 ) -> Choice:
-    """Fit a classifier to each of several sets of codes (layers, poolings), and keep the best by held-out images.
-
-    Among equals the first is kept.
+    """Fit a classifier to each of several sets of codes, and keep the best by held-out images, of equals the first.
 
     Args:
         candidates: pairs of a name and (codes_ND, held_codes_MD): float of any precision, tensors (whose device does
             the work) or arrays. Of an iterator, one at a time is in memory. M may be 0 where there is one candidate
-            and one value to try.
+            and one value to try. Of several views of the held-out images a list of codes, the plain ones first: what
+            chooses is the mean over them, and `refit` takes the first.
         labels_N: int64, 0..C-1; of several labels bool (N, C). Some class may have no image.
         grid: values of the hyper-parameter; None: the defaults of the kind.
         refit: fit the chosen setting again, to training and held-out images together, standardised by all of them.
@@ -136,12 +137,12 @@ def choose(
     best: FittedProbe | None = None
     best_name, table = "", dict[str, tuple[PathRow, ...]]()
     for name, codes in candidates:
-        train, held = _Images.of(codes[0], labels_N, "training"), _Images.of(codes[1], held_labels_M, "held-out")
+        train, held = _Images.of([codes[0]], labels_N, "training"), _held_images(codes[1], held_labels_M)
         if table and not len(held.labels):
             raise cannot_compare(next(iter(table)), name)
         assert name not in table, "names of candidates differ"
         values = row.setting.values(grid, len(train.labels), len(held.labels))
-        arrays = (train.codes, train.labels, held.codes, held.labels)
+        arrays = (train.codes, train.labels, held.codes, held.labels, *held.other_views)
         key = "" if kept is None else kept.key(kind, values, refit, arrays, way.facts(train.labels))
         found = None if kept is None else kept.find(key)
         if found is None:
@@ -218,22 +219,36 @@ def cannot_compare(first: str, second: str) -> RecipeError:
 class _Images:
     codes: Tensor  # as they came
     labels: Tensor
+    other_views: tuple[Tensor, ...] = ()
 
     @classmethod
-    def of(cls, codes: Array, labels: Array, name: str) -> _Images:
-        codes, labels = _tensor(codes), _tensor(labels)
-        assert codes.ndim == 2, f"codes are (images, features), not {tuple(codes.shape)}"
-        assert labels.shape[:1] == codes.shape[:1], f"{len(codes)} codes and labels of shape {tuple(labels.shape)}"
-        bad = int((~codes.isfinite()).any(dim=1).sum())
-        if bad:
-            raise ModelError(
-                f"the codes of {bad:,} of {len(codes):,} {name} images hold NaN or infinity",
-                remedy="Compute them in float32 (compute.precision: fp32), and check whether the weights are sound",
-            )
-        return cls(codes, labels.to(codes.device, torch.int64 if labels.ndim == 1 else torch.bool))
+    def of(cls, views: Sequence[Array], labels: Array, name: str) -> _Images:
+        labels = _tensor(labels)
+        for codes in (tensors := [_tensor(view) for view in views]):
+            assert codes.ndim == 2, f"codes are (images, features), not {tuple(codes.shape)}"
+            assert labels.shape[:1] == codes.shape[:1], f"{len(codes)} codes and labels of shape {tuple(labels.shape)}"
+            bad = int((~codes.isfinite()).any(dim=1).sum())
+            if bad:
+                raise ModelError(
+                    f"the codes of {bad:,} of {len(codes):,} {name} images hold NaN or infinity",
+                    remedy="Compute them in float32 (compute.precision: fp32), and check whether the weights are sound",
+                )
+        codes, *others = tensors
+        return cls(codes, labels.to(codes.device, torch.int64 if labels.ndim == 1 else torch.bool), tuple(others))
+
+    def logits(self, fit: Fit) -> Iterator[Tensor | None]:
+        """Yield the logits by each classifier, of several views what has their mean probability."""
+        several = self.labels.ndim == 2
+        for views in zip(*map(fit.logits, (self.codes, *self.other_views)), strict=True):
+            known = [logits_MC for logits_MC in views if logits_MC is not None]
+            yield mean_of_views(known, several=several) if len(known) == len(views) else None
 
     def __add__(self, other: _Images) -> _Images:
         return _Images(torch.cat([self.codes, other.codes]), torch.cat([self.labels, other.labels]))
+
+
+def _held_images(codes: Array | Sequence[Array], labels: Array) -> _Images:
+    return _Images.of([codes] if isinstance(codes, Tensor | np.ndarray) else codes, labels, "held-out")
 
 
 def _tensor(array: Array) -> Tensor:
@@ -287,7 +302,7 @@ def _try_all(
             (None, None, None)
             if logits_MC is None
             else (*_figures(logits_MC, held.labels), figure_by(way.select, logits_MC, held.labels))
-            for logits_MC in fit.logits(held.codes)
+            for logits_MC in held.logits(fit)
         )
     scored = zip(values, figures, fit.converged, strict=True)
     return fit, tuple(PathRow(value, top1, loss, done, more) for value, (top1, loss, more), done in scored)

@@ -174,6 +174,8 @@ def about(trained: TrainedModel, version: str, run_id: str | None) -> dict[str, 
     }
     if trained.calibration is not None:
         values["calibration"] = trained.calibration.model_dump()
+    if trained.views:
+        values["views"] = list(trained.views)
     if trained.thresholds is not None:
         values |= {"task": "multi_label", "thresholds": list(trained.thresholds)}
     return {key: json.dumps(value) for key, value in values.items()}

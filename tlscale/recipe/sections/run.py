@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from tlscale.recipe.duration import parse_duration
-from tlscale.recipe.field_types import PositiveDuration
+from tlscale.recipe.field_types import VIEWS, PositiveDuration
 from tlscale.recipe.mistakes import InvalidValueError
 from tlscale.recipe.sections.section import Section
 
@@ -69,6 +69,11 @@ class EvaluateSection(Section):
     validation split of its own; the result is over all of these images. By default there are none."""
     repeats: int = Field(1, ge=1, le=100)
     """How often the cross-validation is repeated, each time with other folds. For `folds`."""
+    views: list[Literal[VIEWS]] = []  # type: ignore[valid-type]
+    """Test-time augmentation: probabilities are means over these views of an image, next to the plain one, in each
+    evaluation and in `predict`. `flip`: left for right; `vertical_flip`; `five_crop`: the corners as well as the centre
+    of the resized image. Of several all combinations, so that `[flip, five_crop]` are the usual ten crops; the cost of
+    an evaluation is as many times as high. Where codes are cached, each view's are computed once."""
     every: PositiveDuration = Field(default_factory=lambda: parse_duration("1 epochs"))
     """How often; the last step is always evaluated."""
     batch_size: int | None = Field(None, ge=1, le=10_000_000)
@@ -94,6 +99,8 @@ class EvaluateSection(Section):
     def _check(self) -> EvaluateSection:
         if self.repeats > 1 and self.folds is None:
             raise InvalidValueError("has no effect without 'folds'", "Remove it, or write folds.", keys=["repeats"])
+        if len(set(self.views)) < len(self.views):
+            raise InvalidValueError("names a view twice", "Write each once.", keys=["views"])
         return self
 
     def of_task(self, task: str | None) -> EvaluateSection:
