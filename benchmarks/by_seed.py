@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -49,3 +51,43 @@ def against(scores: Sequence[float], reference: Sequence[float]) -> str:
         return "-"
     half = stats.t.ppf(0.975, len(gains) - 1) * gains.std(ddof=1) / len(gains) ** 0.5
     return f"{gains.mean():+.4f} ({gains.mean() - half:+.4f} to {gains.mean() + half:+.4f})"
+
+
+def arguments(doc: str | None) -> argparse.ArgumentParser:
+    """Return a parser of what `bundled_recipe` and all comparisons take."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--freeze", default=".*")
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--lr", type=float, default=5e-3)
+    return parser
+
+
+def bundled_recipe(
+    name: str, seed: int, data: dict[str, Any], loss: dict[str, Any], args: argparse.Namespace
+) -> Recipe:
+    """Return a recipe that trains the bundled network as far as `--freeze` lets it."""
+    return Recipe.model_validate(
+        {
+            "name": name,
+            "seed": seed,
+            "data": data,
+            "backbone": {"name": "resnet10t", "weights": "bundled", "in_chans": 1},
+            "freeze": args.freeze,
+            "duration": f"{args.epochs} epochs",
+            "batch_size": 64,
+            "optim": {"name": "adamw", "lr": args.lr, "weight_decay": 0.01},
+            "loss": loss,
+        }
+    )
+
+
+def show_medians(head: str, found: dict[str, list[dict[str, float]]]) -> None:
+    """Print a table: each way's medians over seeds, and how far its first figure is from that of the first way."""
+    first = next(iter(found.values()))
+    figure = next(iter(first[0]))
+    print(f"{head}\n{'|---' * (head.count('|') - 1)}|")
+    for name, rows in found.items():
+        cells = [f"{np.median([row[key] for row in rows]):.4f}" for key in rows[0]]
+        gain = "-" if rows is first else against([row[figure] for row in rows], [row[figure] for row in first])
+        print(f"| {' | '.join([name, *cells, gain])} |", flush=True)

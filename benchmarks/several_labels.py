@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from by_seed import against, cache_folder, folder_name, run_quietly
+from by_seed import arguments, bundled_recipe, cache_folder, folder_name, run_quietly, show_medians
 from PIL import Image
 
 from tlscale.data.sources.open import ImageSplit, open_data
@@ -94,29 +94,14 @@ def _grey(split: ImageSplit, row: int) -> npt.NDArray[np.uint8]:
 
 def recipe_of(folder: Path, classes: list[str], seed: int, args: argparse.Namespace, loss: dict[str, Any]) -> Recipe:
     table = {"source": "manifest", "path": str(folder / "list.csv"), "task": "multi_label", "label_separator": ";"}
-    return Recipe.model_validate(
-        {
-            "name": "several",
-            "seed": seed,
-            "data": {**table, "classes": classes, "image_size": 2 * _SIDE, "validation_fraction": 0.2},
-            "backbone": {"name": "resnet10t", "weights": "bundled", "in_chans": 1},
-            "freeze": args.freeze,
-            "duration": f"{args.epochs} epochs",
-            "batch_size": 64,
-            "optim": {"name": "adamw", "lr": args.lr, "weight_decay": 0.01},
-            "loss": loss,
-        }
-    )
+    data = {**table, "classes": classes, "image_size": 2 * _SIDE, "validation_fraction": 0.2}
+    return bundled_recipe("several", seed, data, loss, args)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=5)
+    parser = arguments(__doc__)
     parser.add_argument("--images", type=int, default=1500, help="pictures to train on and to validate")
     parser.add_argument("--test-images", type=int, default=1500)
-    parser.add_argument("--freeze", default=".*")
-    parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--lr", type=float, default=5e-3)
     args = parser.parse_args()
     cache = cache_folder("several_labels")
     found: dict[str, list[dict[str, float]]] = {name: [] for name in WAYS}
@@ -139,20 +124,10 @@ def main() -> None:
                     "micro_f1": result["micro_f1"],
                 }
             )
-    _show(found)
-
-
-def _show(found: dict[str, list[dict[str, float]]]) -> None:
-    print(
-        "| | mAP | AP of the three rarest | of the three most frequent | macro-F1 | micro-F1 | mAP against the first |"
+    show_medians(
+        "| | mAP | AP of the three rarest | of the three most frequent | macro-F1 | micro-F1 | mAP against the first |",
+        found,
     )
-    print("|---|---|---|---|---|---|---|")
-    first, *_ = found
-    plain = [figures["mean_average_precision"] for figures in found[first]]
-    for name, rows in found.items():
-        medians = [float(np.median([row[key] for row in rows])) for key in rows[0]]
-        gain = "-" if name == first else against([row["mean_average_precision"] for row in rows], plain)
-        print(f"| {name} | " + " | ".join(f"{value:.4f}" for value in medians) + f" | {gain} |", flush=True)
 
 
 if __name__ == "__main__":

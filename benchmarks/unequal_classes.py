@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from by_seed import against, cache_folder, folder_name, put_rows, run_quietly
+from by_seed import arguments, bundled_recipe, cache_folder, folder_name, put_rows, run_quietly, show_medians
 
 from tlscale.data.sources.open import open_data
 from tlscale.recipe.schema import DataSection, Recipe
@@ -53,29 +53,14 @@ def put_images(folder: Path, seed: int, most: int, ratio: float) -> list[str]:
 
 def recipe_of(folder: Path, seed: int, args: argparse.Namespace, way: dict[str, Any]) -> Recipe:
     data = {"source": "folder", "path": str(folder), "image_size": 48, "validation_fraction": 0.0}
-    return Recipe.model_validate(
-        {
-            "name": "unequal",
-            "seed": seed,
-            "data": {**data, "sampling": way.get("sampling", "natural")},
-            "backbone": {"name": "resnet10t", "weights": "bundled", "in_chans": 1},
-            "freeze": args.freeze,
-            "duration": f"{args.epochs} epochs",
-            "batch_size": 64,
-            "optim": {"name": "adamw", "lr": args.lr, "weight_decay": 0.01},
-            "loss": way.get("loss", {}),
-        }
-    )
+    data |= {"sampling": way.get("sampling", "natural")}
+    return bundled_recipe("unequal", seed, data, way.get("loss", {}), args)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=5)
+    parser = arguments(__doc__)
     parser.add_argument("--most", type=int, default=1000, help="images of the most frequent class")
     parser.add_argument("--ratio", type=float, default=100.0, help="of the most frequent class to the rarest")
-    parser.add_argument("--freeze", default=".*")
-    parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--lr", type=float, default=5e-3)
     args = parser.parse_args()
     cache = cache_folder("unequal_classes")
     found: dict[str, list[dict[str, float]]] = {name: [] for name in WAYS}
@@ -92,17 +77,8 @@ def main() -> None:
                     "frequent": float(np.mean(recalls[-3:])),
                 }
             )
-    _show(found)
-
-
-def _show(found: dict[str, list[dict[str, float]]]) -> None:
-    print("| | balanced accuracy | three rarest classes | three most frequent | against nothing, 95 % interval |")
-    print("|---|---|---|---|---|")
-    plain = [figures["balanced"] for figures in found["nothing"]]
-    for name, rows in found.items():
-        medians = [float(np.median([row[key] for row in rows])) for key in ("balanced", "rare", "frequent")]
-        gain = "-" if name == "nothing" else against([row["balanced"] for row in rows], plain)
-        print(f"| {name} | " + " | ".join(f"{value:.4f}" for value in medians) + f" | {gain} |", flush=True)
+    head = "| | balanced accuracy | three rarest classes | three most frequent | against nothing, 95 % interval |"
+    show_medians(head, found)
 
 
 if __name__ == "__main__":

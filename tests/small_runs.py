@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 import safetensors.torch
 import timm
 import torch
@@ -243,3 +244,14 @@ def run_once(folder: Path, data: Path, name: str, changes: dict) -> Path:
         changes = {**changes, "data": {"source": "folder", **changes.get("data", {})}}
         tlscale.run(small_recipe(folder / f"{out.name}.yaml", data, **changes), out)
     return out
+
+
+def runs_once(kinds: dict[str, dict]):
+    """A fixture: a function that runs a kind once, on the fixture `data`, and returns its folder."""
+
+    @pytest.fixture(scope="module")
+    def trained(data, tmp_path_factory):
+        folder = tmp_path_factory.mktemp("runs")
+        return lambda name: run_once(folder, data, name, kinds[name])
+
+    return trained

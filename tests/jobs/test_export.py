@@ -19,7 +19,7 @@ from torch import nn
 
 import tlscale
 from tests.small_models import noise
-from tests.small_runs import REPO, environment, put_small_folder, run_once, sample_images, small_recipe
+from tests.small_runs import REPO, environment, put_small_folder, runs_once, sample_images, small_recipe
 from tlscale.cli import main
 from tlscale.errors import EXIT_BAD_INPUT, EXIT_FAILED, RunFolderError
 from tlscale.models.exports import onnx_file, torch_program
@@ -46,15 +46,7 @@ def data(tmp_path_factory):
     return put_small_folder(tmp_path_factory.mktemp("data"), train=60, test=37)
 
 
-@pytest.fixture(scope="module")
-def trained(data, tmp_path_factory):
-    """Runs a kind once: its folder."""
-    folder = tmp_path_factory.mktemp("runs")
-
-    def run(name):
-        return run_once(folder, data, name, KINDS[name])
-
-    return run
+trained = runs_once(KINDS)
 
 
 def invoke(*words):

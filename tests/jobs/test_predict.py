@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 import tlscale
-from tests.small_runs import REPO, environment, put_small_folder, run_once, sample_images, small_recipe, wait_until
+from tests.small_runs import REPO, environment, put_small_folder, runs_once, sample_images, small_recipe, wait_until
 from tests.unit.data.test_given import put_odd_images
 from tlscale.cli import main
 from tlscale.errors import EXIT_BAD_INPUT, EXIT_STOPPED
@@ -69,15 +69,7 @@ def data(tmp_path_factory):
     return put_small_folder(tmp_path_factory.mktemp("data"), train=60, test=37)
 
 
-@pytest.fixture(scope="module")
-def trained(data, tmp_path_factory):
-    """Runs a strategy once: its folder."""
-    folder = tmp_path_factory.mktemp("runs")
-
-    def run(name):
-        return run_once(folder, data, name, STRATEGIES[name])
-
-    return run
+trained = runs_once(STRATEGIES)
 
 
 def invoke(*words, **options):

@@ -80,25 +80,14 @@ def compare(
     print_jobs: bool = False,
     watch: Stopwatch | None = None,
 ) -> Comparison | None:
-    """Put strategies of one recipe, several recipes or finished runs into one table and one picture.
+    """Do what `in_python.compare` says.
 
     Args:
-        recipes: recipes, or their files. One: its strategies are derived from it. Several: each is run as it is. Or
-            folders of finished runs, which are only tabulated.
-        run: runs one recipe, as `tlscale.run` does: `run(recipe, folder, resume=resume)`.
+        recipes: recipes, or their files, or folders of finished runs.
+        run: runs one recipe: `run(recipe, folder, resume=resume)`.
         overrides: `key.path=value`, of one recipe.
         strategies, backbones, sizes, seeds, changes, min_steps: see `Plan`.
-        out: a folder, with a run folder for each; by default `runs/compare_<recipe name>`. Of finished runs: for the
-            table and the picture, which by default are not written.
-        resume: keep the complete runs that are there, and resume the others.
-        print_jobs: run nothing, and print a command line for each run.
-
-    Returns:
-        What `compare.json` holds, and the folder of the comparison; None where jobs were printed.
-
-    Raises:
-        TlscaleError: wrong input, before anything runs; one or more of the runs failed, when all is written;
-            `Stopped` after a signal.
+        print_jobs: run nothing, and print a command line for each run; then None is returned.
     """
     watch = watch or Stopwatch()
     is_main = int(os.environ.get("RANK", "0")) == 0

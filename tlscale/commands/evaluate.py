@@ -63,23 +63,7 @@ def evaluate_run(
     as_json: bool = False,
     watch: Stopwatch | None = None,
 ) -> RunResult:
-    """Score the run's exported model.
-
-    Args:
-        overrides: changes to the run's recipe that have an effect on an evaluation, such as `data.path=DIR`.
-        data: other data, a folder or a table; short for `data.source` and `data.path`.
-        split_name: the split; by default test, else the validation of the run's own data, or all of other data.
-        name: of the evaluation's folder below `RUN/evaluations`; by default the data's.
-        out: a folder for the figures, in place of that one.
-        as_json: print the figures as JSON rather than as tables.
-
-    Returns:
-        The figures, which are also written to `figures.json` in the folder of the evaluation, next to
-        `predictions.parquet`.
-
-    Raises:
-        TlscaleError: no such run, overrides without effect, data that do not fit its classes, or none to score on.
-    """
+    """Do what `in_python.evaluate` says; `as_json` prints the figures as JSON rather than as tables."""
     watch = watch or Stopwatch()
     folder = Path(run)
     if not (folder / "recipe.yaml").is_file():

@@ -19,15 +19,18 @@ from tlscale.codes.probes.estimate import estimate_fit
 from tlscale.codes.probes.kinds import kind_of
 from tlscale.codes.probes.select import given_values, refuse_wrong_probe
 from tlscale.codes.store import CodesStore
-from tlscale.commands.check_images import check_images
 from tlscale.commands.plan_data import fold_rows, plan_of
 from tlscale.commands.tables import show_plan
+from tlscale.data.sources.bad_images import find_bad
+from tlscale.data.sources.open import read_source
 from tlscale.distributed.fsdp import trained_bytes, unsharded_bytes
 from tlscale.distributed.signals import check_stop
+from tlscale.errors import DataError
 from tlscale.models.features import LayerCodes
 from tlscale.models.partition.partition import Partition
-from tlscale.recipe.schema import CodesSection, ComputeSection, ProbeSection, Recipe
+from tlscale.recipe.schema import CodesSection, ComputeSection, DataSection, ProbeSection, Recipe
 from tlscale.tracking.console import Console
+from tlscale.tracking.progress import Pace
 from tlscale.tracking.stopwatch import format_duration
 from tlscale.training.cache_decision import choose_partition, refuse_codes_of_a_probe, row_bytes, sample_images
 from tlscale.training.compiler import check_compiler
@@ -60,7 +63,7 @@ def plan(recipe: Recipe, *, world_size: int, checks_images: bool = False, as_jso
     console = Console(stderr=as_json)
     with console.shows_progress():
         if checks_images:
-            check_images(recipe.data, recipe.backbone.in_chans, console)
+            _check_images(recipe.data, recipe.backbone.in_chans, console)
         if recipe.probe is None:
             refuse_codes_of_a_probe(recipe.codes)
         whole = all_images(recipe.evaluate)
@@ -83,6 +86,35 @@ def plan(recipe: Recipe, *, world_size: int, checks_images: bool = False, as_jso
         known |= _plan_stage(stage, setup, recipe.compute, tables)
     if as_json:
         click.echo(json.dumps(plain, indent=1))
+
+
+def _check_images(section: DataSection, in_chans: int, console: Console) -> None:
+    """Decode every image of all splits, on all cores, and list those that cannot be read.
+
+    A run decodes an image when it uses it: to decode all of a large data set beforehand may take longer than to train
+    on a part of it. What was found sound once, by whatever command, is not decoded again.
+
+    Raises:
+        DataError: some cannot be read, which would end a run that uses them.
+        Stopped: it was asked to stop.
+    """
+    splits = read_source(section).splits
+    num_images = sum(len(split.store) for split in splits.values())
+    pace = Pace(num_images, "checking images", console)
+    bad_images = find_bad(section, splits, in_chans=in_chans, on_images=pace.add)
+    for reason in bad_images.reasons():
+        console.say(reason)
+    if not len(bad_images):
+        console.say(f"all {num_images:,} images can be read")
+        return
+    problem = (
+        f"{len(bad_images):,} of {num_images:,} images cannot be read; the first is {next(iter(bad_images.reasons()))}"
+    )
+    if section.on_bad_image == "skip":
+        console.say(f"{problem}. A run skips them")
+        return
+    remedy = "Repair them or take them out; with skip a run leaves them out of every split, and counts them."
+    raise DataError(problem, key="data.on_bad_image", remedy=remedy)
 
 
 def _plan_probe(probe: ProbeSection, section: CodesSection, setup: RunSetup, console: Console) -> dict[str, Any]:

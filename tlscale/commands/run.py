@@ -82,16 +82,7 @@ def run(
     overwrite: bool = False,
     watch: Stopwatch | None = None,
 ) -> dict[str, Any]:
-    """Train, or fit a probe, as the recipe says; return what `result.json` holds.
-
-    Args:
-        out: the run folder; by default `runs/<recipe name>`.
-        resume: resume from the newest valid checkpoint there, or start if there is none.
-        overwrite: replace a run that is there.
-
-    Raises:
-        TlscaleError: wrong input, a run that failed, or `Stopped` after a signal, when all is saved.
-    """
+    """Do what `in_python.run` says; return what `result.json` holds."""
     watch = watch or Stopwatch()
     # -- process ------------------------------------------------------------------------------------------------
     check_compiler(recipe.compute)

@@ -68,8 +68,8 @@ def file_stamp(found: os.stat_result) -> tuple[int, int, int, int, int]:
     return device, inode, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
-def stamp_bytes(stats: Iterable[int], looked_ns: int, more: bytes = b"") -> bytes | None:
-    """Return what the index knows a file (or, with `more`, a place in it) by; None where it cannot be relied on.
+def stamp_bytes(stats: Iterable[int], looked_ns: int) -> bytes | None:
+    """Return what the index knows a file by; None where it cannot be relied on.
 
     Args:
         stats: of `file_stamp`.
@@ -79,7 +79,7 @@ def stamp_bytes(stats: Iterable[int], looked_ns: int, more: bytes = b"") -> byte
     device, inode, size, written_ns, changed_ns = map(int, stats)
     if not inode or max(written_ns, changed_ns) + _SETTLED_NS > looked_ns:
         return None
-    return b"".join(v.to_bytes(16, "little", signed=True) for v in (device, inode, size, written_ns, changed_ns)) + more
+    return b"".join(v.to_bytes(16, "little", signed=True) for v in (device, inode, size, written_ns, changed_ns))
 
 
 class ContentIndex:

@@ -89,12 +89,11 @@ def load_to_run(path: str, overrides: Sequence[str], out: str | Path | None, *, 
         return began
 
 
-def parse_recipe(text: str, name: str, overrides: Sequence[str] = ()) -> Recipe:
+def parse_recipe(text: str, name: str) -> Recipe:
     """Read a recipe from text, as `load_recipe` reads one from a file; `name` is what mistakes call it."""
     findings = Findings()
     tree = read_yaml(text, lambda line: Origin(name, line), findings)
-    changes = [change for given in overrides if (change := read_override(given, findings)) is not None]
-    return _checked(tree, changes, findings, name)
+    return _checked(tree, [], findings, name)
 
 
 def load_stored_recipe(path: str | Path, overrides: Sequence[str] = ()) -> StoredRecipe:

@@ -166,6 +166,7 @@ def _no_room(num_bytes: int, codes: CodesSection, store: CodesStore) -> str | No
 
 
 _SAMPLE_IMAGES = 8
+_TRIED_BYTES = 32 * 2**20
 
 
 def sample_images(inputs: InputPath, count: int = _SAMPLE_IMAGES) -> Tensor:
@@ -187,12 +188,12 @@ def _forward_s(module: torch.nn.Module, images_BCHW: Tensor) -> float:
     return statistics.median(seconds[1:]) / len(images_BCHW)
 
 
-def disk_bytes_per_s(root: Path, num_bytes: int = 32 * 2**20) -> float | None:
+def disk_bytes_per_s(root: Path) -> float | None:
     """Measure the disk below `root`, reading what is not in memory; None where nothing can be written there."""
     try:
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=root, prefix=".speed-") as file:
-            file.write(bytes(num_bytes))
+            file.write(bytes(_TRIED_BYTES))
             file.flush()
             os.fsync(file.fileno())
             if hasattr(os, "posix_fadvise"):
@@ -201,7 +202,7 @@ def disk_bytes_per_s(root: Path, num_bytes: int = 32 * 2**20) -> float | None:
             with open(file.name, "rb", buffering=0) as reader:
                 while reader.read(2**20):
                     pass
-            return num_bytes / (time.perf_counter() - began)
+            return _TRIED_BYTES / (time.perf_counter() - began)
     except OSError:
         return None
 

@@ -26,6 +26,7 @@ from tlscale.training.specs import pipeline_spec
 
 _FIND_ALL = "'tlscale plan RECIPE --check-images' lists all that cannot be read"
 _BLOCK = 256  # images between two looks at the clock
+_SEARCH_S = 5.0
 
 Unread = list[tuple[str, int, str]]  # split, position there, why
 
@@ -62,9 +63,9 @@ def _note_unread(folder: RunFolder, setup: RunSetup, error: BadImageError) -> Un
     return others
 
 
-def _find_more(setup: RunSetup, within_s: float = 5.0) -> Unread:
+def _find_more(setup: RunSetup) -> Unread:
     """Try training and validation images for some seconds: who has several to repair should not find one a start."""
-    end = time.monotonic() + within_s
+    end = time.monotonic() + _SEARCH_S
     bad: Unread = []
     section = pipeline_spec(setup, torch.device("cpu")).section
     max_pixels, reading = round(section.max_megapixels * 1e6), Reading.of(section)

@@ -74,10 +74,8 @@ def fit_large_ridge(codes_ND: Tensor, labels_N: Tensor, num_classes: int, streng
     return HeadsFit(tuple(heads), (True,) * len(heads))
 
 
-def best_scale(
-    scores_NC: Tensor, labels_N: Tensor, least: float = 1e-2, most: float = 1e3, weights_N: Tensor | None = None
-) -> float:
-    """Find the factor, within these bounds, by which `softmax(factor * scores)` fits the labels best; images may weigh.
+def best_scale(scores_NC: Tensor, labels_N: Tensor, weights_N: Tensor | None = None) -> float:
+    """Find the factor from 0.01 to 1,000 by which `softmax(factor * scores)` fits the labels best; images may weigh.
 
     The cross-entropy is convex in the factor. Its targets leave a doubt of 1 / (N + 2) to the other classes, which is
     Laplace's rule of succession: the next answer after N right ones out of N is right with (N + 1) / (N + 2). Without
@@ -88,7 +86,7 @@ def best_scale(
     doubt = 1 / (num_images + 2)
     targets_NC = torch.full_like(scores_NC, doubt / (num_classes - 1)).scatter_(1, labels_N[:, None], 1 - doubt)
     wanted_N = (targets_NC * scores_NC).sum(1)
-    low, high = math.log(least), math.log(most)
+    low, high = math.log(1e-2), math.log(1e3)
     for _ in range(40):
         middle = (low + high) / 2
         slopes_N = ((math.exp(middle) * scores_NC).softmax(1) * scores_NC).sum(1).sub(wanted_N)
