@@ -69,6 +69,8 @@ def test_what_cannot_be_tabulated_is_refused(runs, idx, tmp_path):
     recipe = runs.parent / "photos.yaml"
     with pytest.raises(RecipeError, match="is a folder, and .*photos.yaml' a recipe"):
         tlscale.compare([runs / "photos_s0", recipe])
+    with pytest.raises(RunFolderError, match="there is no folder '.*gone'. Name the folders of finished runs"):
+        tlscale.compare([runs / "photos_s0", runs / "gone"])
     with pytest.raises(RecipeError, match="^sizes: it has no effect on runs that are finished"):
         tlscale.compare([runs / "photos_s0"], sizes=[10])
     with pytest.raises(RunFolderError, match="no finished run among '.*begun', '.*notes'"):

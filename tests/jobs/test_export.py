@@ -373,6 +373,16 @@ def test_an_unknown_format_lists_those_there_are(trained, tmp_path):
     assert "--to: there is no 'tflite'. There are: onnx, torch-export, timm, hub" in done.stderr
 
 
+@pytest.mark.parametrize("to", ["onnx", "torch-export", "timm", "hub"])
+def test_a_disk_that_is_full_is_no_fault_of_an_exporter(to, trained, small_disk):
+    subprocess.run(["mount", "-o", "remount,size=300k", small_disk], check=True)
+    done = invoke(trained("finetune"), "--to", to, "--out", small_disk / "out")
+    assert done.exit_code == EXIT_FAILED, done.output
+    assert "No space left on device" in done.stderr
+    assert "exporter" not in done.stderr
+    assert list(small_disk.rglob("*")) == []
+
+
 # -- docs/serve.md ----------------------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,6 @@ Shape letters: R rows of a shard, B images of a batch, C channels, H height, W w
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import math
@@ -37,7 +36,7 @@ from tlscale.codes.key import FORMAT, json_digest
 from tlscale.data.content import DIGEST, Digests
 from tlscale.errors import TlscaleError
 from tlscale.storage.cache import make_cache_folder, share_with_group
-from tlscale.storage.files import file_sha256, flush, write_text
+from tlscale.storage.files import file_sha256, flush, is_full, write_text
 
 Ints = npt.NDArray[np.int64]
 Array = npt.NDArray[Any]
@@ -190,7 +189,7 @@ def _draft(folder: Path, writer: str, name: str, part: str) -> Path:
 
 def write_error(path: Path, num_bytes: int, error: OSError) -> TlscaleError:
     """Make the error of a disk that is full or fails."""
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    full = is_full(error)
     why = "the disk is full" if full else error.strerror or str(error)
     what = f"{num_bytes / 2**20:.1f} MiB of codes" if num_bytes else "codes"
     return TlscaleError(

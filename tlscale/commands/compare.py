@@ -162,6 +162,8 @@ def _run_folders(places: Sequence[Recipe | str | Path]) -> list[str | Path]:
     folders = [place for place in places if not isinstance(place, Recipe) and Path(place).is_dir()]
     if folders and len(folders) < len(places):
         other = next(place for place in places if place not in folders)
+        if not isinstance(other, Recipe) and not Path(other).exists() and Path(other).suffix not in (".yaml", ".yml"):
+            raise RunFolderError(f"there is no folder '{other}'", remedy="Name the folders of finished runs")
         raise RecipeError(
             f"'{folders[0]}' is a folder, and {other!r} a recipe: runs that are finished are only tabulated",
             remedy="Name recipes or runs, and not both",

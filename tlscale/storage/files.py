@@ -72,6 +72,11 @@ def reporting_disk_errors() -> Iterator[None]:
         raise disk_error(error) from error
 
 
+def is_full(error: OSError) -> bool:
+    """Report whether there is no room, for all or for this user."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
 def disk_error(error: OSError) -> TlscaleError:
     """Make the error of a file that cannot be read or written, for those that nobody has said more about."""
     files = " and ".join(f"'{os.fsdecode(name)}'" for name in (error.filename, error.filename2) if name is not None)
@@ -82,7 +87,7 @@ def disk_error(error: OSError) -> TlscaleError:
         return refused
     return TlscaleError(
         f"{files or 'a file'} cannot be read or written: {error.strerror or error}",
-        remedy="What is finished stays; make sure that the disk is well, and go on with the same line (run: "
+        remedy="What is finished stays; make sure that the disk is well, and go on with the same line (run, predict: "
         + flag("resume")
         + ")",
     )

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from tlscale.errors import first_sentence
 from tlscale.models.exports.check import Evidence, WrongExportError, require
 from tlscale.models.exports.network import exportable
+from tlscale.storage.files import is_full
 
 FILE = "model.onnx"
 OPSET = 18
@@ -48,6 +49,10 @@ def write_onnx(folder: Path, evidence: Evidence, about: Mapping[str, str]) -> di
             return {"exporter": name, "opset": OPSET, **evidence.compare(_session(folder / FILE))}
         except WrongExportError as error:
             failures.append(f"{name}: {error}")
+        except OSError as error:
+            if is_full(error):
+                raise
+            failures.append(f"{name}: {first_sentence(error)}")
         except Exception as error:  # each network fails in its own way, in the exporter or in ONNX Runtime
             failures.append(f"{name}: {type(error).__name__}: {first_sentence(error)}")
         for left in folder.glob(f"{FILE}*"):

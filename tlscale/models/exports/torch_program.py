@@ -5,6 +5,7 @@ Promise: what is left on the disk was loaded again and compared with the model o
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from tlscale.errors import first_sentence
 from tlscale.models.exports.check import Evidence, WrongExportError
 from tlscale.models.exports.network import exportable
 from tlscale.models.exports.onnx_file import quiet
+from tlscale.storage.files import is_full, naming_file
 
 FILE = "model.pt2"
 
@@ -34,11 +36,18 @@ def write_program(folder: Path, evidence: Evidence, about: Mapping[str, str]) ->
         with torch.no_grad(), quiet():
             free = ({0: torch.export.Dim("N", min=1)},)
             program = torch.export.export(network, (evidence.example,), dynamic_shapes=free, strict=False)
-            torch.export.save(program, path, extra_files=dict(about))
+            # Through memory: torch's own writer ends the process where the disk is full.
+            content = io.BytesIO()
+            torch.export.save(program, content, extra_files=dict(about))
+            with naming_file(path), path.open("wb") as file:
+                file.write(content.getbuffer())
+            del content
             loaded = torch.export.load(path).module()
         return evidence.compare(loaded)
     except Exception as error:  # each network fails in its own way
         path.unlink(missing_ok=True)
+        if isinstance(error, OSError) and is_full(error):
+            raise
         why = str(error) if isinstance(error, WrongExportError) else f"{type(error).__name__}: {first_sentence(error)}"
         raise WrongExportError(
             f"torch.export makes no program that gives what the run's model gives: {why}",
