@@ -129,7 +129,9 @@ def _equal(groups: list[list[Place]]) -> list[str]:
         found = [places for places in left if is_one(places)]
         left = [places for places in left if not is_one(places)]
         if found:
-            shown = " = ".join(place.path for place in found[0][:3])
+            places = found[0][:3]
+            names = [f" ({place.label!r})" if len({one.label for one in places}) > 1 else "" for place in places]
+            shown = " = ".join(f"{place.path}{name}" for place, name in zip(places, names, strict=True))
             lines.append(f"EQUAL IMAGES: {len(found):,} {what} ({shown}{', ...' if len(found) > 1 else ''})")
     return lines
 

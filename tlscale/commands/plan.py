@@ -34,7 +34,7 @@ from tlscale.tracking.progress import Pace
 from tlscale.tracking.stopwatch import format_duration
 from tlscale.training.cache_decision import choose_partition, refuse_codes_of_a_probe, row_bytes, sample_images
 from tlscale.training.compiler import check_compiler
-from tlscale.training.duplicates import shared_images
+from tlscale.training.duplicates import clashing_labels, shared_images
 from tlscale.training.earlier_images import compare_with_earlier
 from tlscale.training.fold_parts import Part, all_images
 from tlscale.training.setup import RunSetup, set_up
@@ -73,7 +73,8 @@ def plan(recipe: Recipe, *, world_size: int, checks_images: bool = False, as_jso
         if checks_images:
             for split in setup.data.splits.values():
                 split.digests()  # known by now, but of files that were written just before
-            for note in shared_images(setup.data)[1]:
+            warns = recipe.data.duplicates == "warn"
+            for note in (*shared_images(setup.data)[1], *(clashing_labels(setup.data) if warns else ())):
                 console.say(note, style="bold red")
     tables = Console(enabled=not as_json)
     show_plan(setup, tables, device=f"planned for {world_size} process{'es' if world_size > 1 else ''}")

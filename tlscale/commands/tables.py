@@ -284,7 +284,7 @@ def _over(by: Mapping[str, int] | None) -> str:
 def _show_what_the_score_is_of(result: dict[str, Any], console: Console) -> None:
     score = named(score_of(result))
     for note in result["notes"]:
-        if note.startswith(("LEAK", "DUPLICATES")):
+        if note.startswith(("LEAK", "DUPLICATES", "LABELS")):
             console.say(note, style="bold red")
     if result["selected_on"] is not None:
         chosen = "layer, pooling or strength" if "probe" in result else "the step of these weights"

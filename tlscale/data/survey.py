@@ -308,16 +308,22 @@ def _copies(equal: list[list[Place]]) -> dict[str, Reason]:
         others = {place.path: place for place in places if place.role != "test" and place.path != kept.path}
         if len({place.label for place in places}) > 1:
             other = next(place for place in places if place.label != kept.label)
-            copies |= dict.fromkeys(others, _equal_to(kept.path, ", which has another label"))
+            known = {place.path: place.label for place in places}
+            copies |= {path: _equal_to(kept.path, _UNDER_ANOTHER, (known[path], kept.label)) for path in others}
             if kept.role != "test":
-                copies[kept.path] = _equal_to(other.path, ", which has another label")
+                copies[kept.path] = _equal_to(other.path, _UNDER_ANOTHER, (kept.label, other.label))
         else:
             copies |= dict.fromkeys(others, _equal_to(kept.path))
     return copies
 
 
-def _equal_to(path: str, more: str = "") -> Reason:
-    return Reason(f"equal to {path}{more}", f"equal{more}")
+_UNDER_ANOTHER = ", which has another label"
+
+
+def _equal_to(path: str, more: str = "", labels: tuple[str, ...] = ()) -> Reason:
+    """`labels`: of the image itself and of the other, which are told where they differ."""
+    told = f" ({labels[1]!r}, and this one {labels[0]!r})" if len(set(labels)) == 2 else ""
+    return Reason(f"equal to {path}{more}{told}", f"equal{more}")
 
 
 def _classes_without(source: Source, section: DataSection, bad: dict[str, Reason]) -> dict[str, Reason]:

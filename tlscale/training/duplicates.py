@@ -1,11 +1,14 @@
-"""Tell of images that are in two splits, byte for byte, whatever their names are."""
+"""Tell of images that are in two splits, or under two labels, byte for byte, whatever their names are."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from tlscale.data.sources.duplicates import Shared, find_shared
 from tlscale.data.sources.open import ImageData
+from tlscale.data.sources.tables import label_numbers, label_text
 from tlscale.training.predictions import image_names
 
 _MOST_EXAMPLES = 5
@@ -29,6 +32,38 @@ def shared_images(data: ImageData) -> tuple[list[dict[str, Any]], list[str]]:
             f"{shared.other.name} too: {effect} (such as {' = '.join(examples[0])})"
         )
     return plain, notes
+
+
+def clashing_labels(data: ImageData) -> list[str]:
+    """Return a note where images of any splits are equal and have different labels; else nothing.
+
+    As `shared_images` it compares what was read, and reads nothing for it.
+    """
+    splits = list(data.splits.values())
+    digests_N, known_N = (np.concatenate(parts) for parts in zip(*(one.noted_digests() for one in splits), strict=True))
+    labels_N = label_numbers(np.concatenate([split.labels_N for split in splits]))
+    known = np.flatnonzero(known_N)
+    _, of_image = np.unique(digests_N[known], return_inverse=True)
+    of_image = of_image.reshape(-1)
+    least, most = np.full(len(known), np.iinfo(np.int64).max), np.full(len(known), -1)
+    np.minimum.at(least, of_image, labels_N[known])
+    np.maximum.at(most, of_image, labels_N[known])
+    clashing = (least < most)[of_image]
+    if not clashing.any():
+        return []
+    first = int(np.argmax(clashing))
+    other = int(np.flatnonzero((of_image == of_image[first]) & (labels_N[known] != labels_N[known[first]]))[0])
+    ends = np.cumsum([len(split) for split in splits])
+    told = []
+    for row in (int(known[first]), int(known[other])):
+        split = splits[int(np.searchsorted(ends, row, side="right"))]
+        at = row - int(ends[splits.index(split)]) + len(split)
+        told.append(f"{image_names(split, np.array([at]))[0]} is {label_text(split.labels_N[at], data.classes)!r}")
+    pair = " and ".join(told)
+    return [
+        f"LABELS: {int(clashing.sum()):,} of {len(labels_N):,} images are, byte for byte, there under another label "
+        f"too, and one label at most is right: {pair} (data.duplicates: drop leaves them out)"
+    ]
 
 
 def _examples(shared: Shared) -> list[list[str]]:

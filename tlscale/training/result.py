@@ -24,7 +24,7 @@ from tlscale.storage.files import naming_disk_errors, write_json
 from tlscale.storage.run_folder import RunFolder
 from tlscale.tracking.redact import places_of, without_places
 from tlscale.tracking.stopwatch import with_seconds_of
-from tlscale.training.duplicates import shared_images
+from tlscale.training.duplicates import clashing_labels, shared_images
 from tlscale.training.evaluate import figures_of
 from tlscale.training.label_set_metrics import LabelScores
 from tlscale.training.metrics import Tally, majority, summary
@@ -162,6 +162,7 @@ def write_result(
     shared, notes = shared_images(setup.data)
     result["notes"] += notes
     action, dropped = setup.recipe.data.duplicates, dict(setup.data.num_dropped)
+    result["notes"] += clashing_labels(setup.data) if action == "warn" else []
     if shared or action != "warn":
         result["duplicates"] = {"action": action, "in_two_splits": shared, "num_dropped": dropped}
     with naming_disk_errors(folder.result):
