@@ -1,6 +1,6 @@
 """Measure what averaging over views of an image (`evaluate.views`) is worth, over several seeds.
 
-    python benchmarks/views.py [--seeds 5] [--train 300] [--test 1000] [--epochs 8]
+    python benchmarks/views.py [--seeds 5] [--train 300] [--test 1000] [--epochs 8] [--ways WAY ...]
 
 Real Fashion-MNIST (`--train` of its training images and `--test` of its test images, drawn by seed), and patches of
 56 x 56 pixels of scikit-learn's two photos, whose class is which third of which photo they are from; training and test
@@ -109,12 +109,14 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=300)
     parser.add_argument("--test", type=int, default=1000)
     parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--ways", nargs="+", default=["probe", "fine-tuning", "fine-tuning, flip augmented"])
     args = parser.parse_args()
     print("| images | way | views | top1 | loss | top1 against none | loss against none | time |")
     print("|---|---|---|---|---|---|---|---|")
     counts = {"train": args.train, "test": args.test}
     for name, put in DATA.items():
-        for kind, way in ways(args.epochs).items():
+        for kind in args.ways:
+            way = ways(args.epochs)[kind]
             found: dict[str, list[dict[str, float]]] = {views: [] for views in VIEWS}
             for seed in range(args.seeds):
                 with tempfile.TemporaryDirectory() as place:
