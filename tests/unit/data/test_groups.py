@@ -224,3 +224,23 @@ def test_without_groups_a_table_of_groups_draws_as_before(tmp_path):
     plain = open_source("manifest", put_table(tmp_path, rows), 3, train_limit=30)
     assert plain.groups is None
     assert plain.validation.rows_N.tolist() == [11, 16, 35]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("caf\u00e9", "cafe\u0301"), ("p1", "p\u200b1"), ("1", "1.0"), ("p  1", "p 1"), ("p1", "p1\u3164")],
+)
+@pytest.mark.parametrize("splits", [("train", "train"), ("train", "test")])
+def test_groups_that_look_alike_are_refused(one: str, other: str, splits: tuple[str, str], tmp_path: Path):
+    """One patient in two spellings would be trained on and scored."""
+    put_patients(tmp_path)
+    names = {"patient0": (one, splits[0]), "patient1": (other, splits[1])}
+    rows = []
+    for row in patient_rows(tmp_path):
+        path, label, patient = row.split(",")
+        rows.append(",".join((path, label, *names.get(patient, (patient, "train")))))
+    table = put_table(tmp_path, rows, "path,label,patient,split")
+    with pytest.raises(DataError, match="data.group_column: .*the groups .* but two groups") as raised:
+        open_source("manifest", table, group_column="patient")
+    assert ascii(one) in str(raised.value)
+    assert ascii(other) in str(raised.value)

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.recipes.wrong_data import put_folder
+from tests.recipes.wrong_data import put_folder, put_image
 from tlscale.data.sources.labels import encode_labels, sort_labels
 from tlscale.data.sources.open import open_data
 from tlscale.errors import DataError
@@ -35,6 +35,11 @@ ALIKE = [
     ("cat", "c\u200bat"),
     ("cat", "\ufeffcat"),
     ("a b", "a\u00a0b"),
+    ("a b", "a  b"),
+    ("cat", "ca\u034ft"),
+    ("cat", "\u3164cat"),
+    ("cat", "cat\ufe0f"),
+    ("cat", "cat\U000e0101"),
     ("1", "1.0"),
     ("0", "-0"),
 ]
@@ -66,6 +71,25 @@ def test_a_missing_number_is_no_label():
     with pytest.raises(DataError, match=r"x: rows have the label 'nan' among numbers"):
         encode_labels(column, "x")
     assert encode_labels(pa.chunked_array([["nan", "ciabatta"]]), "x")[0] == ("ciabatta", "nan")
+
+
+@pytest.mark.parametrize("name", ["nan", "NaN", "NA", "<NA>", "null", "N_A", "#N_A", "NaT"])
+def test_a_class_called_as_if_it_were_missing_is_said(name: str, tmp_path: Path):
+    name = name.replace("_", "/")
+    rows = "".join(f"{label}{i}.png,{label.replace('_', '/')}\n" for label in ("x", "y") for i in range(3))
+    for label in ("x", "y"):
+        for i in range(3):
+            put_image(tmp_path / f"{label}{i}.png", grey=i)
+    (tmp_path / "t.csv").write_text("path,label\n" + rows.replace(",y\n", f",{name}\n"))
+    keys = {"source": "manifest", "path": str(tmp_path / "t.csv"), "validation_fraction": 0.0}
+    said = f"MISSING LABELS? {name!r} is a class here"
+    assert any(said in note for note in open_data(DataSection(**keys), 0).notes)
+    assert not any(said in note for note in open_data(DataSection(**keys, classes=["x", name]), 0).notes)
+
+
+def test_none_may_be_a_class(tmp_path: Path):
+    data = open_folder(put_folder(tmp_path, none=3, scratch=3))
+    assert not any("MISSING" in note for note in data.notes)
 
 
 def test_the_order_of_labels_hangs_on_nothing_but_the_labels():

@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 
 from tlscale.data.sources.grouped_draws import Units, grouped_holdout, grouped_subset, num_units_by_class
 from tlscale.data.sources.joined import JoinedStore
-from tlscale.data.sources.labels import is_text
+from tlscale.data.sources.labels import check_alike, is_text
 from tlscale.data.sources.stores import FileStore
 from tlscale.data.sources.tables import GroupNames, Ints, LabelledTable, RawStore, Role, SourceSplit, number_groups
 from tlscale.errors import DataError, first_few, one_line, quoted
@@ -163,9 +163,12 @@ def check_groups(
         pooled: images of train and validation are dealt out anew, so that groups of both are in no two splits.
 
     Raises:
-        DataError: there are some, and the recipe does not allow it.
+        DataError: there are some, and the recipe does not allow it; or two names of groups look alike.
     """
     named = {role: _names_in(table, good[role]) for role, table in tables.items() if table.groups_N is not None}
+    key = "data.group_column" if section.group_regex is None else "data.group_regex"
+    every = dict.fromkeys(name for names in named.values() for name in names)
+    check_alike(every, place, called=("groups", "groups"), key=key)  # a patient of two spellings would be on both sides
     found = []
     for one, other in combinations(named, 2):
         both = sorted(named[one].keys() & named[other].keys())

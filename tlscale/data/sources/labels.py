@@ -22,8 +22,12 @@ from tlscale.errors import DataError, first_few, quoted
 _INTEGER = re.compile(r"0|-?[1-9][0-9]{0,999}")
 _WHOLE = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.0+)?")
 _MISSING = frozenset(("nan", "na", "<na>", "n/a", "none", "null"))
+_CELLS = frozenset(("nat", "#n/a", "#value!", "#ref!"))
 REGRESSION = "Regression is not supported: divide the numbers into classes, such as 'under 18' and '18 and over'"
-_VARIATION_SELECTORS = "\ufe0e\ufe0f"
+# Characters that Unicode has shown as nothing, and that are neither controls nor formats: joiners, fillers, selectors.
+_UNSEEN = frozenset(
+    map(chr, (0x034F, 0x115F, 0x1160, 0x17B4, 0x17B5, *range(0x180B, 0x1810), 0x3164, *range(0xFE00, 0xFE10), 0xFFA0))
+) | {*map(chr, range(0xE0100, 0xE01F0))}
 
 
 def is_integer(text: str) -> bool:
@@ -37,8 +41,14 @@ def sort_labels(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(distinct, key=int) if all(map(is_integer, distinct)) else sorted(distinct))
 
 
-def check_alike(names: Iterable[str], place: str) -> None:
+def check_alike(
+    names: Iterable[str], place: str, *, called: tuple[str, str] = ("labels", "classes"), key: str | None = None
+) -> None:
     """Check that no two names look alike: they would be one class to whoever wrote them, and two to us.
+
+    Args:
+        called: what the names are, and what they name.
+        key: that they are read by.
 
     Raises:
         DataError: two differ in nothing but their Unicode form, in characters that are not seen, or as `1` and `1.0`.
@@ -49,8 +59,9 @@ def check_alike(names: Iterable[str], place: str) -> None:
         if other != name:
             are_numbers = _WHOLE.fullmatch(name) is not None
             raise DataError(
-                f"{place}: the labels {ascii(other)} and {ascii(name)} are "
-                f"{'one number' if are_numbers else 'the same to the eye'}, but two classes",
+                f"{place}: the {called[0]} {ascii(other)} and {ascii(name)} are "
+                f"{'one number' if are_numbers else 'the same to the eye'}, but two {called[1]}",
+                key=key,
                 remedy="Write them alike (in Unicode's form NFC, without invisible characters), or name them apart",
             )
 
@@ -58,9 +69,11 @@ def check_alike(names: Iterable[str], place: str) -> None:
 def _look(name: str) -> str:
     """Return what is seen of a name, the same for names that look alike."""
     if name.isascii() and name.isprintable():
-        return str(int(float(name))) if _WHOLE.fullmatch(name) and len(name) < 16 else name
+        return str(int(float(name))) if _WHOLE.fullmatch(name) and len(name) < 16 else " ".join(name.split())
     seen = (
-        sign for sign in name if unicodedata.category(sign) not in ("Cf", "Cc") and sign not in _VARIATION_SELECTORS
+        sign
+        for sign in name
+        if sign.isspace() or (unicodedata.category(sign) not in ("Cf", "Cc") and sign not in _UNSEEN)
     )
     return " ".join(unicodedata.normalize("NFC", "".join(seen)).split())
 
@@ -118,6 +131,11 @@ def _other_task(kind: pa.DataType) -> str | None:
     if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
         return "Where an image has several labels, write data.task: multi_label"
     return None
+
+
+def missing_labels(names: Iterable[str]) -> list[str]:
+    """Return the names that programs write for what is missing, and people hardly for a class."""
+    return [name for name in names if name.lower() in _MISSING - {"none"} | _CELLS]
 
 
 def _refuse_missing(names: tuple[str, ...], where: str) -> None:

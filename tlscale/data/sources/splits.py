@@ -17,7 +17,7 @@ from tlscale.data.sources.folds import Fold, describe_folds, hold_fold, pool_spl
 from tlscale.data.sources.groups import GroupedDraw, Groups, check_groups, describe_groups, notes_on_groups
 from tlscale.data.sources.label_kinds import are_numbers, separator_of
 from tlscale.data.sources.label_set_draws import LabelSetDraw
-from tlscale.data.sources.labels import REGRESSION, check_alike, is_integer, sort_labels
+from tlscale.data.sources.labels import REGRESSION, check_alike, is_integer, missing_labels, sort_labels
 from tlscale.data.sources.same_files import check_files
 from tlscale.data.sources.stratified_draws import holdout_of_files, stratified_holdout, stratified_subset
 from tlscale.data.sources.tables import (
@@ -118,6 +118,7 @@ def choose_splits(
     pooled = fold is not None
     notes += tuple(check_files(tables, source.files, good, classes, source.place, pooled=pooled))
     notes += _absences(classes, tables, good)
+    notes += () if section.classes else _missing(classes)
     notes += _few_images(classes, len(good["train"]))
     shared = check_groups(section, tables, good, source.place, pooled=pooled)
     splits = {role: ImageSplit(role, table, good[role]) for role, table in tables.items()}
@@ -235,6 +236,17 @@ def _absences(
         if has_several(table.labels_N) and (count := int((~table.labels_N[good[role]].any(axis=1)).sum())):
             notes.append(f"{role}: {count:,} of {len(good[role]):,} images have none of the labels")
     return tuple(notes)
+
+
+def _missing(classes: Sequence[str]) -> tuple[str, ...]:
+    """Return a note where a class is called as if its label were missing."""
+    missing = missing_labels(classes)
+    if not missing:
+        return ()
+    what = (
+        f"MISSING LABELS? {first_few(quoted(missing))} is a class here, and what programs write where nothing is known"
+    )
+    return (f"{what}. Take such rows out, or name the classes (data.classes)",)
 
 
 def _few_images(classes: Sequence[str], num_images: int) -> tuple[str, ...]:
