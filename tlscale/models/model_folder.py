@@ -303,7 +303,9 @@ def load(run: str | Path, *, as_stored: bool = False) -> TrainedModel:
             refuse_non_finite({name: tensor for state in states for name, tensor in state.items()}, f"'{folder}'")
         model = _build(folder, states[0])
         spec = InputSpec.from_plain(ours.input.model_dump())
-        if not ours.whole:
+        if ours.whole:
+            _check_classifiers(model, len(ours.classes))
+        else:
             model = _with_head(model, states[1], ours, spec)
         if as_stored:
             _take_as_stored(model, states)
@@ -355,6 +357,15 @@ def _build(folder: Path, state: Mapping[str, Tensor]) -> nn.Module:
     check_like(state, model.state_dict(), what)
     model.load_state_dict(state)
     return model
+
+
+def _check_classifiers(model: nn.Module, num_classes: int) -> None:
+    """Check that what the settings call the classifier is one, as scores are computed by it, apart from the rest."""
+    names, state = model.pretrained_cfg.get("classifier") or (), model.state_dict()  # type: ignore[operator, union-attr]
+    for name in (names,) if isinstance(names, str) else names:
+        weight, bias = (state.get(f"{name}.{part}") for part in ("weight", "bias"))
+        if weight is None or bias is None or weight.ndim < 2 or len(weight) != num_classes:
+            raise ModelError(f"'{CONFIG_FILE}' calls {name!r} the classifier, which is none of {num_classes} classes")
 
 
 def _as_today(state: Mapping[str, Tensor], model: nn.Module) -> Mapping[str, Tensor]:

@@ -124,6 +124,19 @@ def test_arguments_that_do_not_only_describe_a_network_do_not_reach_timm(exporte
     assert built == []
 
 
+@pytest.mark.parametrize("name", ["x", "fc.x", "bn1", "conv1", "layer1.0.conv1", "maxpool", "", ["fc", "x"]])
+def test_what_is_called_the_classifier_is_one(exported, name):
+    config = json.loads((exported / "config.json").read_text())
+    config["pretrained_cfg"]["classifier"] = name
+    (exported / "config.json").write_text(json.dumps(config))
+    without_checksums(exported)
+    if name == "":  # timm's way to say that it has none by a name
+        assert load(exported).classes == ("a", "b", "c")
+        return
+    with pytest.raises(RunFolderError, match="which is none of 3 classes"):
+        load(exported)
+
+
 @pytest.mark.parametrize("content", ["[]", '{"architecture": "test_resnet", "model_args": []}', "{"])
 def test_settings_that_are_none_are_refused(exported, content):
     (exported / "config.json").write_text(content)
