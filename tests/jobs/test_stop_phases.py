@@ -114,13 +114,14 @@ def test_a_layer_that_is_fitted_is_not_fitted_again(whole, forks, pictures, tmp_
     assert all(value.equal(exported(out)[name]) for name, value in exported(whole(changes)).items())
 
 
-@pytest.mark.parametrize("verb", sampled(["plan", "codes", "evaluate", "compare"]))
+@pytest.mark.parametrize("verb", sampled(["plan", "codes", "evaluate", "export", "compare"]))
 def test_the_other_verbs_are_stopped_too(verb, whole, forks, pictures, tmp_path):
     place = Place(tmp_path / "place", forks, pictures, TRAINS)
     words, doing = {
         "plan": (("plan", place.recipe), "scanning folders@20"),
         "codes": (("codes", place.recipe, "codes.layer=penultimate"), "computing codes"),
         "evaluate": (("evaluate", whole(TRAINS)), "evaluating"),
+        "export": (("export", whole(TRAINS), "--to", "timm", "--out", tmp_path / "out"), "scanning folders@20"),
         "compare": (
             ("compare", place.recipe, "--strategies", "scratch", "--seeds", "0,1", "--out", tmp_path / "all"),
             "comparing@2",

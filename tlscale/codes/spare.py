@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from tlscale.codes.shards import write_error
-from tlscale.storage.cache import is_forbidden, make_cache_folder, say_not_cached
+from tlscale.storage.cache import is_forbidden, is_no_folder, make_cache_folder, say_not_cached
 
 
 def obstacle(paths: Iterable[Path]) -> OSError | None:
@@ -58,7 +58,7 @@ class SpareFolder:
         try:
             make_cache_folder(self._locks)
         except OSError as error:
-            if is_forbidden(error):
+            if is_forbidden(error) or is_no_folder(error):
                 return error
             raise write_error(self._root, 0, error) from error
         return obstacle((self._root, self._locks, *places))

@@ -24,7 +24,7 @@ from tlscale.commands.model_card import write_card
 from tlscale.data.given import find_images, read_given
 from tlscale.data.loader import ImageStore, stacked
 from tlscale.data.sources.open import ImageSplit
-from tlscale.errors import DataError, RunFolderError, TlscaleError, flag, one_line, option, speaks_python
+from tlscale.errors import DataError, RunFolderError, Stopped, TlscaleError, flag, one_line, option, speaks_python
 from tlscale.models.classifier import CodesClassifier
 from tlscale.models.exports.check import Evidence, about
 from tlscale.models.exports.onnx_file import write_onnx
@@ -142,6 +142,8 @@ def _evidence(folder: Path, trained: TrainedModel, places: list[str]) -> tuple[E
         return _named(folder, trained, places), []
     try:
         return _own(folder, trained), []
+    except Stopped:
+        raise
     except TlscaleError as error:
         why = error.problem.splitlines()[0]
     spec = trained.input_spec

@@ -210,6 +210,13 @@ def sampled_sizes(table: LabelledTable, reading: Reading = PLAIN) -> list[tuple[
 
 
 def _size(table: LabelledTable, row: int, reading: Reading) -> tuple[int, int]:
+    height, width = _size_in_header(table, row, reading)
+    if min(height, width) < 1:
+        raise BadImageError.at(table.where(row), f"{width} x {height} pixels: nothing to see", None)
+    return height, width
+
+
+def _size_in_header(table: LabelledTable, row: int, reading: Reading) -> tuple[int, int]:
     where, path = table.where(row), table.file_of(row)
     if path is not None:
         try:

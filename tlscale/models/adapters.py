@@ -90,6 +90,8 @@ def add_adapters(
     named = [name for name in layers if rule.matches(name)]
     if not named:
         raise _no_layer(backbone, section, list(layers))
+    for rules in freezing:
+        _check_time(rules, [f"{name}.weight" for name in named])
     chosen = [name for name in named if not all(_freezes(rules, f"{name}.weight") for rules in freezing)]
     if not chosen:
         problem = f"'{section.layers}' names {len(named)} layers (such as '{named[0]}'), all of which 'freeze' freezes"
@@ -101,11 +103,20 @@ def add_adapters(
     return chosen
 
 
+def _check_time(rules: Sequence[Rule[bool]], names: Sequence[str]) -> None:
+    """Refuse rules that take too long, before one is matched: `match_rules` does it later."""
+    for rule in rules:
+        check_time(rule.pattern, tuple(names), "freeze")
+
+
 def freezing_beside(backbone: nn.Module, rules: Sequence[Rule[bool]]) -> Sequence[Rule[bool]]:
     """Return the rules of a stage, and behind them one that freezes all but adapters, where there are any."""
     names = [name for name, _ in backbone.named_parameters()]
+    if not any(map(is_of_adapter, names)):
+        return rules
+    _check_time(rules, names)
     left = [name for name in names if not any(rule.matches(name) for rule in rules)]
-    if not any(map(is_of_adapter, names)) or not any(map(ALL_BUT_ADAPTERS.matches, left)):
+    if not any(map(ALL_BUT_ADAPTERS.matches, left)):
         return rules
     return [*rules, ALL_BUT_ADAPTERS]
 
@@ -168,6 +179,7 @@ def _adapt(name: str, module: nn.Module, section: LoraSection) -> None:
 
 def _no_layer(backbone: nn.Module, section: LoraSection, layers: list[str]) -> ModelError:
     rule = Rule(section.layers, True)
+    check_time(section.layers, tuple(name for name, _ in backbone.named_modules()), f"{_KEY}.layers")
     others = [(name, type(module).__name__) for name, module in backbone.named_modules() if rule.matches(name)]
     if others:
         name, kind = others[0]

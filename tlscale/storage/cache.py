@@ -12,28 +12,38 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from tlscale.errors import TlscaleError
+from tlscale.errors import EXIT_BAD_INPUT, TlscaleError, is_unicode
 
 
 def cache_root() -> Path:
     """Return `$TLSCALE_CACHE`, by default `~/.cache/tlscale`: the folder of what is cached between runs.
 
     Raises:
-        TlscaleError: this user has no home folder.
+        TlscaleError: this user has no home folder, or the name of the folder is not UTF-8.
     """
     try:
-        return Path(os.environ.get("TLSCALE_CACHE") or Path.home() / ".cache" / "tlscale")
+        root = Path(os.environ.get("TLSCALE_CACHE") or Path.home() / ".cache" / "tlscale")
     except RuntimeError as error:
         raise TlscaleError(
             "there is no home folder to cache in: HOME is not set, and the system knows none of this user",
             key="TLSCALE_CACHE",
             remedy="Set TLSCALE_CACHE to a folder that you may write to, or set HOME",
         ) from error
+    if not is_unicode(str(root)):  # safetensors writes to no such place
+        refused = TlscaleError(f"'{root}' is not UTF-8", key="TLSCALE_CACHE", remedy="Set it to a folder whose name is")
+        refused.exit_code = EXIT_BAD_INPUT
+        raise refused
+    return root
 
 
 def is_forbidden(error: OSError) -> bool:
     """Report whether a folder is another user's or read-only, so that no room and no second try would help."""
     return error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+def is_no_folder(error: OSError) -> bool:
+    """Report whether something else is in the place of a folder, or none of such a name can be."""
+    return error.errno in (errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL)
 
 
 def make_cache_folder(folder: Path) -> None:

@@ -18,7 +18,7 @@ from typing import Literal
 from filelock import FileLock, Timeout
 
 from tlscale import faults
-from tlscale.errors import EXIT_BAD_INPUT, EXIT_FAILED, RunFolderError, flag, is_unicode, option
+from tlscale.errors import EXIT_BAD_INPUT, EXIT_FAILED, RunFolderError, flag, irregular, is_unicode, option
 from tlscale.storage.cache import is_forbidden
 from tlscale.storage.files import flush, left_overs, make_folder, remove_left_overs
 
@@ -26,6 +26,7 @@ Mode = Literal["fresh", "resume", "overwrite"]
 _NO_PLACE = {
     errno.ENOENT: "no folder can be made there",
     errno.EEXIST: "there is something that is no folder",
+    errno.EISDIR: "there is a folder in place of its .lock",
     errno.ENOTDIR: "a part of it is no folder",
     errno.ELOOP: "it leads through a circle of links",
     errno.ENAMETOOLONG: "the name is too long for this file system",
@@ -145,6 +146,7 @@ def claim(path: Path, mode: Mode) -> Iterator[RunFolder]:
         raise refused from error
     try:
         _refuse_foreign(folder)
+        refuse_irregular(folder)
         for written in folder.written_whole:
             remove_left_overs(written)
         if mode == "fresh" and _entries(folder):
@@ -161,6 +163,21 @@ def claim(path: Path, mode: Mode) -> Iterator[RunFolder]:
         yield folder
     finally:
         lock.release()
+
+
+def refuse_irregular(folder: RunFolder) -> None:
+    """Refuse a run in whose folder a pipe, a socket or a device is, or a link to one: reading it may never end.
+
+    Raises:
+        RunFolderError: there is one.
+    """
+    ours = (folder.checkpoints, folder.model, folder.fits)  # others may be trackers', with sockets of theirs
+    for path in (*folder.path.glob("*"), *(path for place in ours for path in place.glob("**/*"))):
+        what = None if path in (folder.stop, folder.lock) else irregular(path)
+        if what is not None and not path.is_dir():
+            raise RunFolderError(
+                f"'{path}' is {what}, and no part of a run", remedy="Remove it, or bring the file back"
+            )
 
 
 def _entries(folder: RunFolder) -> list[Path]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tlscale.data.sources.labelled import count_shared, own_images
 from tlscale.data.sources.open import BadImages, ImageSplit, open_data
-from tlscale.errors import DataError, RecipeError, TlscaleError, first_line, option
+from tlscale.errors import DataError, RecipeError, Stopped, TlscaleError, first_line, option
 from tlscale.recipe.load import load_stored_recipe
 from tlscale.recipe.schema import Recipe
 from tlscale.storage.run_folder import RunFolder
@@ -69,6 +69,8 @@ def _refuse_seen(key: str, folder: Path, split: ImageSplit | None, *, reads_imag
         count = _count_named(split, seen)
         if not count and reads_images:
             count = max(count_shared(split, one) for one in seen)
+    except Stopped:
+        raise
     except TlscaleError as error:
         problem = f"whether '{folder}' was fitted to images of these folds cannot be told: {first_line(error)}"
         raise RecipeError(f"{problem}; if it was, their score says nothing", key=key, remedy=_REMEDY) from error
@@ -80,6 +82,8 @@ def _refuse_seen(key: str, folder: Path, split: ImageSplit | None, *, reads_imag
 def _note_on_seen(key: str, folder: Path, scored: ImageSplit) -> str | None:
     try:
         count = _count_named(scored, list(_fitted_images(folder)))
+    except Stopped:
+        raise
     except TlscaleError as error:
         return f"{key}: whether it was fitted to images of {scored.name} cannot be told: {first_line(error)}"
     if not count:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter,
 
 from tlscale.data.sources.bad_images import BadImages
 from tlscale.errors import RunFolderError, flag, irregular
-from tlscale.storage.run_folder import RunFolder
+from tlscale.storage.run_folder import RunFolder, refuse_irregular
 from tlscale.training.computed import Computed
 
 _MOST_BYTES = 256 * 2**20
@@ -195,8 +195,9 @@ def read_run_info(folder: RunFolder, needed: Sequence[str] = ()) -> dict[str, An
         needed: keys that it must have, and not null.
 
     Raises:
-        RunFolderError: it is damaged.
+        RunFolderError: it is damaged, or something in the folder is no file.
     """
+    refuse_irregular(folder)
     run_info = _read(folder.run_json, _RunInfo) if folder.recipe.exists() else None
     lacking = [key for key in needed if run_info is not None and run_info.get(key) is None]
     if lacking:
@@ -208,6 +209,7 @@ def read_result(folder: RunFolder) -> dict[str, Any] | None:
     """Read `result.json`; None where the run is not complete.
 
     Raises:
-        RunFolderError: it is damaged.
+        RunFolderError: it is damaged, or something in the folder is no file.
     """
+    refuse_irregular(folder)
     return _read(folder.result, _Result)

@@ -99,6 +99,26 @@ def test_codes_of_a_cache_that_is_anothers_are_for_this_run_alone(tmp_path, capf
     assert store.spare_root(OTHERS) is None
 
 
+@pytest.mark.parametrize("what", ["file", "pipe", "circle", "device", "long"])
+def test_codes_are_for_this_run_alone_where_no_folder_can_be(what, tmp_path, capfd):
+    place = tmp_path / ("x" * 300 if what == "long" else what)
+    put_there = {
+        "file": place.touch,
+        "pipe": lambda: os.mkfifo(place),
+        "circle": lambda: place.symlink_to(place),
+        "device": lambda: place.symlink_to("/dev/null"),
+        "long": lambda: None,
+    }
+    put_there[what]()
+    store = CodesStore(place / "codes")
+    spare = CodesStore(store.spare_root([KEY]))
+    assert put(spare, range(5)) == list(range(5))
+    assert "nothing is cached in" in capfd.readouterr().err
+    store.spare.must_cache = True
+    with pytest.raises(TlscaleError, match="cannot write codes"):
+        store.spare_root([KEY])
+
+
 def test_a_limit_spares_what_is_anothers(tmp_path):
     store = CodesStore(tmp_path)
     shard_of(store, range(20), OTHERS[0])

@@ -14,9 +14,11 @@ from tests.tiff_files import BLACK_IS_ZERO, SIGNED, WHITE_IS_ZERO, Tiff
 from tlscale.data.channel_stats import channel_stats
 from tlscale.data.decode import BadImageError, Reading, decode_image, header_hw
 from tlscale.data.given import find_images
-from tlscale.data.input_spec import InputSpec, resolve_input
+from tlscale.data.input_spec import InputSpec, resolve_input, sampled_sizes
 from tlscale.data.resize import eval_transform
+from tlscale.data.sources.open import open_data
 from tlscale.data.transforms import Augmenter, normalise
+from tlscale.errors import DataError
 from tlscale.recipe.field_types import augmentation_values
 from tlscale.recipe.schema import DataSection
 
@@ -350,3 +352,24 @@ def test_a_folder_is_searched_for_arrays_where_it_has_no_pictures(tmp_path):
     Image.fromarray(np.zeros((4, 4), np.uint8)).save(tmp_path / "b.png")
     assert list(find_images([tmp_path], notes.append)) == [str(tmp_path / "b.png")]
     assert "passed over a file" in notes[0]
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 0, 3)])
+@pytest.mark.parametrize("keys", [{}, {"range": [0, 255]}])
+def test_an_image_without_pixels_is_a_bad_one(shape, keys, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.npy").write_bytes(npy(np.zeros(shape, np.uint8)))
+    data = open_data(DataSection(source="folder", path=str(tmp_path), validation_fraction=0.0, **keys), 0)
+    with pytest.raises(DataError, match=rf"none of 2 .* {shape[1]} x {shape[0]} pixels: nothing to see"):
+        sampled_sizes(data.train.table)
+    (tmp_path / "a" / "0.npy").write_bytes(npy(np.zeros((4, 6), np.uint8)))
+    assert sampled_sizes(data.train.table) == [(4, 6)]
+
+
+def test_complex_numbers_are_none_of_an_image():
+    tifffile = pytest.importorskip("tifffile")
+    file = io.BytesIO()
+    tifffile.imwrite(file, np.full((8, 8), 100 + 3j, np.complex64))
+    assert "numbers of an image" in wrong(file.getvalue())
+    assert "numbers of an image" in wrong(npy(np.full((8, 8), 100 + 3j, np.complex64)))

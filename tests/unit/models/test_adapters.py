@@ -1,13 +1,16 @@
 """LoRA: new adapters change nothing, and trained ones are merged to what they computed."""
 
 import copy
+import signal
+from functools import partial
 
 import pytest
 import timm
 import torch
 from torch import nn
 
-from tlscale.errors import ModelError
+from tests.forked import exit_code_of
+from tlscale.errors import ModelError, RecipeError
 from tlscale.models.adapters import LoraConv2d, LoraLinear, add_adapters, freezing_beside, merged, merged_weight
 from tlscale.models.freeze import freeze_parameters
 from tlscale.recipe.rules import Rule
@@ -148,3 +151,30 @@ def test_the_numbers_are_pefts(kind):
             getattr(theirs[0], f"lora_{part}")["default"].weight.copy_(getattr(mine[0], f"lora_{part}"))
         images = torch.randn(3, *([6] if isinstance(kind, nn.Linear) else [4, 9, 9]))
         torch.testing.assert_close(mine.train()(images), theirs(images), rtol=1e-5, atol=1e-6)
+
+
+ENDLESS = r"((?:[a-z0-9_]+\.?)+)+#"
+
+
+def refuse_endless(what: str) -> None:
+    model = network("test_vit")
+    layers, rules = (ENDLESS, []) if what == "layers" else (r"blocks\..*", [Rule(ENDLESS, True)])
+    section = LoraSection(layers=layers, rank=2)
+    if what == "freeze beside adapters":
+        add_adapters(model, section, [[]], seed=0)
+    match = freezing_beside if what == "freeze beside adapters" else partial(add_adapters, section=section, seed=0)
+    with pytest.raises(RecipeError, match="takes more than 0.5 s"):
+        match(model, rules) if match is freezing_beside else match(model, freezing=[rules])
+
+
+@pytest.mark.parametrize("what", ["layers", "freeze beside layers", "freeze beside adapters"])
+def test_an_expression_that_takes_for_ever_is_refused(what, monkeypatch):
+    monkeypatch.setattr("tlscale.recipe.matching.LIMIT_S", 0.5)
+    assert exit_code_of(lambda: refuse_endless(what), before=lambda: signal.alarm(60)) == 0
+
+
+def test_rules_are_not_matched_where_there_are_no_adapters():
+    """Whoever matches them later says that one takes for ever."""
+    model = network("test_vit")
+    rules = [Rule(ENDLESS, True)]
+    assert exit_code_of(lambda: freezing_beside(model, rules), before=lambda: signal.alarm(30)) == 0

@@ -84,6 +84,13 @@ def test_a_cache_is_its_groups_where_its_folder_is(tmp_path, mode):
     assert [path.stat().st_mode & 0o777 for path in made] == [0o755 | shared, 0o755 | shared, 0o644 | shared]
 
 
+def test_a_cache_whose_name_is_not_utf8_is_an_error(monkeypatch):
+    monkeypatch.setenv("TLSCALE_CACHE", "/tmp/caf\udce9")
+    with pytest.raises(TlscaleError, match="TLSCALE_CACHE: '/tmp/caf.*' is not UTF-8") as raised:
+        cache_root()
+    assert raised.value.exit_code == 2
+
+
 def test_no_home_says_what_to_set(monkeypatch):
     monkeypatch.delenv("TLSCALE_CACHE")
     monkeypatch.delenv("HOME")

@@ -12,6 +12,7 @@ from tlscale.distributed.signals import StopRequest
 from tlscale.errors import EXIT_BAD_INPUT, RunFolderError
 from tlscale.storage.files import write_json
 from tlscale.storage.run_folder import RunFolder, claim, clear, forget_stop
+from tlscale.training.run_files import read_result
 from tlscale.training.run_info import read_run_info
 
 HOLD = """
@@ -182,6 +183,28 @@ def test_places_that_cannot_be_written(tmp_path):
         with pytest.raises(RunFolderError, match="cannot write to the run folder") as raised, claim(place, "fresh"):
             pass
         assert (raised.value.exit_code, raised.value.remedy) == (2, "Give another folder: --out DIR"), place
+
+
+@pytest.mark.parametrize("put", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")], ids=["pipe", "device"])
+@pytest.mark.parametrize(
+    "name", ["metrics.jsonl", "contents.npy", "STOPPED", ".spent.json", ".fits", "model/config.json"]
+)
+def test_what_is_no_file_is_never_read(tmp_path, name, put):
+    with claim(tmp_path / "run", "fresh") as folder:
+        folder.run_json.write_text('{"tlscale": "1"}')
+        folder.model.mkdir()
+    path = folder.path / name
+    put(path)
+    for use in (lambda: claim(folder.path, "resume").__enter__(), lambda: read_result(folder)):
+        with pytest.raises(RunFolderError, match=rf"{name}' is a (named pipe|device), no regular file") as raised:
+            use()
+        assert raised.value.exit_code == 2
+    path.unlink()
+    folder.stop.symlink_to("/dev/zero")  # a request to stop may be anything
+    (folder.path / "wandb").mkdir()
+    os.mkfifo(folder.path / "wandb" / "pipe")  # of a tracker
+    with claim(folder.path, "resume"):
+        assert read_result(folder) is None
 
 
 @pytest.mark.parametrize("what", ["file", "link", "dangling link", "folder"])

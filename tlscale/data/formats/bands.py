@@ -54,6 +54,8 @@ def read_bands(raw: bytes, check_size: Callable[[int, int], None]) -> Array:
             _check_page(page, len(raw))
         orientation = int(getattr(series.keyframe.tags.get(ORIENTATION_TAG), "value", 1))
         numbers = _unpacked(series)
+    if numbers.dtype.kind not in "buif":
+        raise UnreadError(f"a TIFF of {numbers.dtype}, and no numbers of an image", "Save it as whole numbers")
     if axes == "YX":
         numbers = numbers[:, :, None]
     return upright_array(np.moveaxis(numbers, 0, 2) if axes == "SYX" else numbers, orientation)
