@@ -33,6 +33,7 @@ from tlscale.data.sources.open import ImageSplit
 from tlscale.data.sources.tables import has_several, label_text
 from tlscale.errors import DataError, option
 from tlscale.storage.files import replacing, reporting_disk_errors
+from tlscale.storage.run_folder import refuse_not_utf8
 from tlscale.training.prediction_rows import csv_line
 from tlscale.training.predictions import image_names
 
@@ -47,6 +48,7 @@ def check_file(out: Path, num_layers: int) -> None:
     Raises:
         DataError: its ending, its folder, or the number of layers for it.
     """
+    refuse_not_utf8(out)
     if out.suffix.lower() not in SUFFIXES:
         remedy = f"End it in one of {', '.join(SUFFIXES)}"
         raise DataError(f"'{out}' has no ending of a kind that is written", key=option("out"), remedy=remedy)

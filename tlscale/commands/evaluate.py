@@ -36,6 +36,7 @@ from tlscale.models.views import over_views
 from tlscale.recipe.load import load_stored_recipe
 from tlscale.recipe.schema import LossSection, Recipe
 from tlscale.storage.files import make_folder, write_json
+from tlscale.storage.run_folder import refuse_not_utf8
 from tlscale.tracking.console import Console, number, visible
 from tlscale.tracking.progress import Pace
 from tlscale.tracking.redact import places_of, without_places
@@ -154,8 +155,9 @@ def _checked_out(out: Path) -> Path:
     """Make the folder of `--out`, and check that it can be written, before any work.
 
     Raises:
-        RunFolderError: it is a run's folder, holds another file of that name, or cannot be written.
+        RunFolderError: it is a run's folder, holds another file of that name, or cannot be written to.
     """
+    refuse_not_utf8(out)
     if (out / "run.json").exists():
         remedy = "Give a folder of the evaluation's own"
         raise RunFolderError(f"'{out}' is a run folder", key=option("out"), remedy=remedy)

@@ -34,6 +34,7 @@ from tlscale.models.knn import KnnHead
 from tlscale.models.model_folder import CONFIG_FILE, TrainedModel, load
 from tlscale.recipe.load import load_stored_recipe
 from tlscale.storage.files import file_sha256, flush, make_folder, reporting_disk_errors, write_json
+from tlscale.storage.run_folder import refuse_not_utf8
 from tlscale.training.run_path import RunFacts
 
 TARGETS = ("onnx", "torch-export", "timm", "hub")
@@ -74,6 +75,7 @@ def export(
     if to not in TARGETS:
         raise DataError(f"there is no '{to}'", key=option("to"), remedy=f"There are: {', '.join(TARGETS)}")
     folder, target = Path(run), Path(os.path.abspath(out))
+    refuse_not_utf8(target)
     trained = load(folder)
     _refuse_training_codes(trained, allowed=with_training_codes)
     with reporting_disk_errors():

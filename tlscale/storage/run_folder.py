@@ -67,6 +67,18 @@ class RunFolder:
         """The files that `write_text` and `replacing` write there."""
 
 
+def refuse_not_utf8(path: Path) -> None:
+    """Refuse to write to a place whose name is not UTF-8, which safetensors, Arrow and ONNX do after all the work.
+
+    Raises:
+        RunFolderError: its name is none.
+    """
+    if not is_unicode(str(path)):
+        raise RunFolderError(
+            f"cannot write to '{path}': the name is not UTF-8", remedy="Give another place: " + option("out")
+        )
+
+
 def clear(folder: RunFolder) -> None:
     """Remove the run that is in a claimed folder.
 
@@ -119,11 +131,7 @@ def claim(path: Path, mode: Mode) -> Iterator[RunFolder]:
         RunFolderError: in use, not ours, holding a run already, or not to be written.
     """
     folder = RunFolder(path)
-    if not is_unicode(str(path)):  # at the end of the work, safetensors would not write a model there
-        raise RunFolderError(
-            f"cannot write to the run folder '{path}': the name is not UTF-8",
-            remedy="Give another folder: " + option("out", "DIR"),
-        )
+    refuse_not_utf8(path)
     try:
         make_folder(path)
         _refuse_foreign(folder)  # before the lock's file is put there

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from tlscale.errors import ResumeError, first_line, flag
 from tlscale.storage.files import flush, make_folder, replacing
+from tlscale.storage.run_folder import refuse_not_utf8
 from tlscale.training.prediction_files import FORMAT, Ends, Resumed, Unfinished, not_ours, other_images
 from tlscale.training.prediction_rows import Answers, Cell, Columns
 from tlscale.training.predictions import readable
@@ -44,6 +45,7 @@ class ParquetFile:
         return self._path.exists() and not self._mark.exists and self._is_ours()
 
     def begin(self) -> None:
+        refuse_not_utf8(self._path)
         self._mark.refuse_loss(self._path)
         if self._path.exists() and not self._is_ours():
             raise not_ours(self._path)

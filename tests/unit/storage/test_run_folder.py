@@ -180,9 +180,10 @@ def test_places_that_cannot_be_written(tmp_path):
     if os.path.isdir("/proc"):
         places.append(RunFolder(type(tmp_path)("/proc/tlscale")).path)
     for place in places:
-        with pytest.raises(RunFolderError, match="cannot write to the run folder") as raised, claim(place, "fresh"):
+        with pytest.raises(RunFolderError, match="cannot write to") as raised, claim(place, "fresh"):
             pass
-        assert (raised.value.exit_code, raised.value.remedy) == (2, "Give another folder: --out DIR"), place
+        assert raised.value.exit_code == 2, place
+        assert raised.value.remedy.startswith("Give another "), place
 
 
 @pytest.mark.parametrize("put", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")], ids=["pipe", "device"])
