@@ -29,7 +29,7 @@ from tlscale.models.features import LayerCodes
 from tlscale.models.foreign import check_model_args
 from tlscale.models.heads import build_head
 from tlscale.models.knn import KnnHead
-from tlscale.models.tensor_checks import check_like, refuse_non_finite
+from tlscale.models.tensor_checks import check_classifiers, check_like, refuse_non_finite
 from tlscale.models.unknown import UNKNOWN_FILE, UnknownScore, UnknownSettings
 from tlscale.models.weights import filter_of
 from tlscale.recipe.field_types import POOLS, VIEWS, Head
@@ -294,8 +294,7 @@ def load(run: str | Path, *, as_stored: bool = False) -> TrainedModel:
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise RunFolderError(f"'{run}' holds no model: there is no '{path}'", remedy="Has the run ended? " + _FINISH)
-    config = _read_config(path)
-    ours = config.tlscale
+    ours = _read_config(path).tlscale
     with _cannot_be_loaded(folder), torch.random.fork_rng(devices=[]):
         states = [_read_tensors(folder, file, ours) for file in ours.files]
         unknown = None if ours.unknown is None else UnknownScore.of_state(ours.unknown, states.pop())
@@ -303,9 +302,8 @@ def load(run: str | Path, *, as_stored: bool = False) -> TrainedModel:
             refuse_non_finite({name: tensor for state in states for name, tensor in state.items()}, f"'{folder}'")
         model = _build(folder, states[0])
         spec = InputSpec.from_plain(ours.input.model_dump())
-        if ours.whole:
-            _check_classifiers(model, len(ours.classes))
-        else:
+        check_classifiers(model, len(ours.classes) if ours.whole else None)
+        if not ours.whole:
             model = _with_head(model, states[1], ours, spec)
         if as_stored:
             _take_as_stored(model, states)
@@ -357,15 +355,6 @@ def _build(folder: Path, state: Mapping[str, Tensor]) -> nn.Module:
     check_like(state, model.state_dict(), what)
     model.load_state_dict(state)
     return model
-
-
-def _check_classifiers(model: nn.Module, num_classes: int) -> None:
-    """Check that what the settings call the classifier is one, as scores are computed by it, apart from the rest."""
-    names, state = model.pretrained_cfg.get("classifier") or (), model.state_dict()  # type: ignore[operator, union-attr]
-    for name in (names,) if isinstance(names, str) else names:
-        weight, bias = (state.get(f"{name}.{part}") for part in ("weight", "bias"))
-        if weight is None or bias is None or weight.ndim < 2 or len(weight) != num_classes:
-            raise ModelError(f"'{CONFIG_FILE}' calls {name!r} the classifier, which is none of {num_classes} classes")
 
 
 def _as_today(state: Mapping[str, Tensor], model: nn.Module) -> Mapping[str, Tensor]:
