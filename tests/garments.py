@@ -35,8 +35,7 @@ def put_garments(folder: Path, num_images: int = 90, *, num_test: int = 0, photo
         canvas_HW = draws.integers(0, 30, (28, 56)).astype(np.uint8)
         for place, row in enumerate(picked):
             canvas_HW[:, 28 * place : 28 * place + 28] = images_NHW[row]
-        if photos > 1:  # the noise must be seen where both garments are, too
-            canvas_HW[:2] = draws.integers(0, 255, (2, 56))
+        canvas_HW[:2] = draws.integers(0, 255, (2, 56))  # where both garments are, too
         Image.fromarray(canvas_HW).save(folder / f"{number}.png")
         label = ";".join(sorted({OF_LABEL[int(labels_N[row])] for row in picked}))
         rows.append((f"{number}.png", label, "test" if number >= num_images - num_test else "train", number // photos))

@@ -77,13 +77,14 @@ def test_figures_are_scikit_learns_on_the_saved_predictions(result):
     assert f"mAP {result['mean_average_precision']:.4f}" in repr(result)
     assert "AP" in result._repr_html_()
     assert set(result) >= {"macro_f1", "micro_f1", "subset_accuracy"}
-    assert not set(result) & {"top1", "majority", "ece"}
+    assert result["ece"] == pytest.approx(np.mean([row["ece"] for row in per_class]))
+    assert not set(result) & {"top1", "majority"}
 
 
 def test_thresholds_are_of_the_validation_images_and_in_the_model(result):
     config = json.loads((result.folder / "model" / "config.json").read_text())["tlscale"]
     model = tlscale.load(result.folder)
-    assert (config["format"], config["task"]) == (3, "multi_label")
+    assert (config["format"], config["task"]) == (4 if "calibration" in config else 3, "multi_label")
     assert model.thresholds == tuple(row["threshold"] for row in result["per_class"].values())
     assert set(model.thresholds) != {0.5}
 

@@ -42,6 +42,7 @@ from tlscale.tracking.progress import Pace
 from tlscale.tracking.redact import places_of, without_places
 from tlscale.tracking.stopwatch import Stopwatch, describe_seconds
 from tlscale.training.evaluate import SeveralLabels, evaluate
+from tlscale.training.label_set_calibration import add_label_calibration
 from tlscale.training.label_set_predictions import collect_of
 from tlscale.training.loss import CrossEntropyLoss
 from tlscale.training.prediction_figures import add_prediction_figures
@@ -192,8 +193,8 @@ def _write(
             write_predictions(target / "predictions.parquet", predictions, processes)
             chose = figures.get("selected_on") is not None
             file = target / "predictions.parquet"
-            if figures.get("task") is None:  # of several labels all are known
-                figures |= processes.run_on_main(add_prediction_figures, figures, file, have_chosen=chose)
+            add = add_prediction_figures if figures.get("task") is None else add_label_calibration
+            figures |= processes.run_on_main(add, figures, file, have_chosen=chose)
         except TlscaleError as raised:
             why = str(raised)
     figures |= watch.figures(parts=("start", "scan", "decode", "evaluate"))  # all but writing this last, small file

@@ -196,17 +196,18 @@ def show_result(result: dict[str, Any], console: Console, *, folder: Path, how_t
 def _probabilities(result: Mapping[str, Any]) -> str:
     """Tell what the probabilities that `predict` gives are worth."""
     told = result["calibration"]
-    if score_of(result) == "mean_average_precision":
-        return f"probabilities: not calibrated: {told['why']}"
     own = f"calibration error {number(result['ece'])}{interval_of(result, 'ece')}"
     if told["temperature"] is None:
         return f"probabilities: {own}, not calibrated: {told['why']}"
     chosen = f"temperature {told['temperature']:.3g}, chosen by {told['num_images']:,} validation images"
     if told["ece"] is None:
         return f"probabilities: {own} before {chosen}; after it not known, as these images chose it"
+    after = f"{number(told['ece'])}{interval_of(told, 'ece')}"
+    if "sets" not in told:  # of several labels
+        return f"probabilities: {own}, {after} with {chosen}; the mean over the classes"
     sets = told["sets"]
     return (
-        f"probabilities: {own}, {number(told['ece'])}{interval_of(told, 'ece')} with {chosen}; sets for "
+        f"probabilities: {own}, {after} with {chosen}; sets for "
         f"{sets['level']:.0%} hold the true label in {number(sets['coverage'])} of cases and "
         f"{sets['mean_size']:.2f} labels on average"
     )

@@ -45,9 +45,14 @@ class Calibration(_Chosen):
     """Logits are divided by it."""
     num_images: Annotated[int, Field(ge=1)]
     """Validation images that chose."""
-    sets: LabelSets
+    sets: LabelSets | None = None
+    """None of several labels an image."""
 
     def probabilities(self, logits_NC: Tensor) -> Tensor:
         """Return float64 (N, C), on the CPU."""
         finite_NC = torch.nan_to_num(logits_NC.cpu() if logits_NC.dtype == torch.float64 else logits_NC.cpu().float())
         return (finite_NC.double() / self.temperature).softmax(dim=1)
+
+    def label_probabilities(self, logits_NC: Tensor) -> Tensor:
+        """Return that of each class by itself, for several labels; float64 (N, C), on the CPU."""
+        return (logits_NC.cpu().double() / self.temperature).sigmoid()

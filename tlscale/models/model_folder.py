@@ -37,7 +37,7 @@ from tlscale.storage.files import file_sha256, text_sha256
 
 # The format in which a key of `config.json` came: a version that does not know it must refuse it, not pass over it.
 # 2: other codes than what the backbone gives, or nearest neighbours. 3: several labels; a calibration; what is unknown;
-# images that are not square of 8-bit grey or RGB. 4: answers that are means over views.
+# images that are not square of 8-bit grey or RGB. 4: means over views; a calibration of several labels (`format_of`).
 _SINCE = {"layer": 2, "pool": 2, "task": 3, "thresholds": 3, "calibration": 3, "unknown": 3, "views": 4}
 FORMAT = 4
 MODEL_FILE = "model.safetensors"
@@ -75,8 +75,6 @@ class _Settings(BaseModel):
 
 
 _Share = Annotated[float, Field(gt=0.0, le=2.0)]
-
-
 _Side = Annotated[int, Field(ge=1, le=2048)]
 
 
@@ -142,6 +140,8 @@ class _Ours(_Settings):
             raise ValueError("two classes have one name")
         if (self.task == "multi_label") != (self.thresholds is not None):
             raise ValueError("'task' and 'thresholds' do not go together")
+        if self.calibration is not None and (self.calibration.sets is None) != (self.task == "multi_label"):
+            raise ValueError("a calibration of several labels has no sets, and one of one label has")
         if self.thresholds is not None and len(self.thresholds) != len(self.classes):
             raise ValueError(f"{len(self.thresholds)} thresholds are not those of {len(self.classes)} classes")
         return self
@@ -197,8 +197,8 @@ class _Config(_Settings):
 
 def format_of(ours: Mapping[str, Any]) -> int:
     """Return the lowest format that has a place for what `export_model` notes: older versions load what they can."""
-    of_images = 1 if InputSpec.from_plain(ours["input"]).is_usual else 3
-    return max(of_images, *(_SINCE.get(key, 1) for key in ours))
+    least = 4 if {"calibration", "task"} <= ours.keys() else 1 if InputSpec.from_plain(ours["input"]).is_usual else 3
+    return max(least, *(_SINCE.get(key, 1) for key in ours))
 
 
 def config_digest(config: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ the number of images, D draws.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -73,7 +74,8 @@ def calibration_interval(
 
 # -- the temperature, and the sets ------------------------------------------------------------------------------------
 
-_MOST_LOGITS = 1_000_000  # that choose it: one number is known well by far fewer
+MOST_LOGITS = 1_000_000
+"""That choose a temperature: one number is known well by far fewer."""
 _MOST_STEPS = 100
 SET_LEVEL = 0.9
 """How often the set of labels of an image is to have the true one."""
@@ -105,11 +107,15 @@ def _is_told_from_one(temperature: float, labels_N: Ints, logits_NC: npt.NDArray
 
     Of a temperature that fits best, that is two standard errors of its own, as the gain grows with its square.
     """
-    rows = drawn_rows(len(logits_NC), max(_MOST_LOGITS // logits_NC.shape[1], 1))
+    rows = drawn_rows(len(logits_NC), max(MOST_LOGITS // logits_NC.shape[1], 1))
     logits = torch.from_numpy(np.nan_to_num(logits_NC[rows]).astype(np.float64))
     labels = torch.from_numpy(labels_N[rows])[:, None]
     before_N, after_N = ((logits / each).log_softmax(1).gather(1, labels)[:, 0] for each in (1.0, temperature))
-    gains_N = (after_N - before_N).numpy()
+    return gains_more_than_its_error((after_N - before_N).numpy())
+
+
+def gains_more_than_its_error(gains_N: Floats) -> bool:
+    """Return whether the mean of what each image gains is more than one standard error above 0."""
     return len(gains_N) > 1 and float(gains_N.mean()) * math.sqrt(len(gains_N)) > float(gains_N.std(ddof=1))
 
 
@@ -136,7 +142,7 @@ def choose_temperature(labels_N: Ints, logits_NC: npt.NDArray[np.floating[Any]])
     That of few images that are all answered right would be 0, and all confidence 1: as in Platt 1999, the target of the
     true class is not 1 but (N + 1) / (N + 2), and the other classes share the rest.
     """
-    rows = drawn_rows(len(logits_NC), max(_MOST_LOGITS // logits_NC.shape[1], 1))
+    rows = drawn_rows(len(logits_NC), max(MOST_LOGITS // logits_NC.shape[1], 1))
     labels_N, logits_NC = labels_N[rows], np.nan_to_num(logits_NC[rows]).astype(np.float64)
     num_images, num_classes = logits_NC.shape
     logits_NC -= logits_NC.max(axis=1, keepdims=True)
@@ -144,18 +150,28 @@ def choose_temperature(labels_N: Ints, logits_NC: npt.NDArray[np.floating[Any]])
     target = (num_images + 1) / (num_images + 2)
     targets_N = target * true_N + (1 - target) / (num_classes - 1) * (logits_NC.sum(axis=1) - true_N)
 
-    # Newton's steps within a bracket: cross-entropy is convex in the factor on the logits.
-    low, high, factor = 1 / _HOTTEST, _HOTTEST, 1.0
-    for _ in range(_MOST_STEPS):
+    def slope_and_curvature(factor: float) -> tuple[float, float]:
         shares_NC = np.exp(logits_NC * factor)
         shares_NC /= shares_NC.sum(axis=1, keepdims=True)
         mean_N = (shares_NC * logits_NC).sum(axis=1)
         slope = float((mean_N - targets_N).mean())
-        curvature = float((shares_NC * (logits_NC - mean_N[:, None]) ** 2).sum(axis=1).mean())
+        return slope, float((shares_NC * (logits_NC - mean_N[:, None]) ** 2).sum(axis=1).mean())
+
+    return 1 / least_by_newton(slope_and_curvature)
+
+
+def least_by_newton(slope_and_curvature: Callable[[float], tuple[float, float]]) -> float:
+    """Return the factor on the logits at which the cross-entropy is least: it is convex in that.
+
+    By Newton's steps within a bracket; `slope_and_curvature` gives its first and second derivative.
+    """
+    low, high, factor = 1 / _HOTTEST, _HOTTEST, 1.0
+    for _ in range(_MOST_STEPS):
+        slope, curvature = slope_and_curvature(factor)
         low, high = (low, factor) if slope > 0 else (factor, high)
         then = factor - slope / curvature if curvature > 0 else 0.0
         then = then if low < then < high else float(np.sqrt(low * high))
         if abs(then - factor) <= 1e-12 * factor:
             break
         factor = then
-    return 1 / factor
+    return factor

@@ -25,6 +25,7 @@ from tlscale.training.checkpoint.sharded import load_on_all
 from tlscale.training.evaluate import SeveralLabels, scalars
 from tlscale.training.group_error import num_error_groups
 from tlscale.training.input_pipeline import CodePipeline, ImagePipeline, InputPipeline
+from tlscale.training.label_set_calibration import add_label_calibration, label_calibration_by
 from tlscale.training.label_set_predictions import collect
 from tlscale.training.logger import RunLogger
 from tlscale.training.loop_state import LoopState
@@ -65,7 +66,9 @@ def finish(
     chosen = _take_chosen_weights(state, loop, folder)
     judged, calibration = _calibrate(state, chosen)
     unknown = processes.run_on_main(_find_unknown, state, chosen)
-    rules = DecisionRules(calibration, unknown, _thresholds(state, chosen.inputs))
+    thresholds, of_labels = _decide_labels(state, chosen.inputs)
+    calibration = calibration or of_labels
+    rules = DecisionRules(calibration, unknown, thresholds)
     # The model first: whatever becomes of the rest, the run was not for nothing.
     with state.averaged():
         network = processes.engine.gather(state.network, keep=processes.is_main)
@@ -129,36 +132,40 @@ def _score(
 
 
 def _all_figures(state: TrainState, figures: Figures, folder: RunFolder, split: ImageSplit) -> Figures:
-    """Add the figures that take all scored images at once; those of several labels have them already."""
-    if state.setup.data.has_several_labels:
-        return figures
+    """Add the figures that take all scored images at once; of several labels those with the temperature are missing."""
+    add = add_label_calibration if state.setup.data.has_several_labels else add_prediction_figures
     with state.setup.watch("test"):
-        return state.processes.run_on_main(
-            add_prediction_figures, figures, folder.predictions, have_chosen=split.name == "validation"
-        )
+        return state.processes.run_on_main(add, figures, folder.predictions, have_chosen=split.name == "validation")
 
 
-def _thresholds(state: TrainState, inputs: InputPipeline) -> Sequence[float] | None:
-    """Choose the thresholds of several labels on the validation images; None of one label an image."""
-    data = state.setup.data
+def _decide_labels(state: TrainState, inputs: InputPipeline) -> tuple[Sequence[float] | None, Calibration | None]:
+    """Choose the thresholds and the temperature of several labels on the validation images; None of one label."""
+    data, setup = state.setup.data, state.setup
     if not data.has_several_labels:
-        return None
+        return None, None
     if data.validation is None:
-        return thresholds_unchosen(state.setup)
+        return thresholds_unchosen(setup), None
+    predictions = collect(data.validation, data.classes, thresholds_unchosen(setup))
     try:
-        with state.setup.watch("evaluate"):
-            figures = state.evaluate(data.validation, inputs, several=SeveralLabels("best"))
+        with setup.watch("evaluate"):
+            several = SeveralLabels("best")
+            figures = state.evaluate(data.validation, inputs, predictions=predictions, several=several)
     except BadImageError as error:  # gone since it was evaluated; the model is exported all the same
         warning = f"WARNING: all thresholds are {DEFAULT_THRESHOLD}, as a validation image cannot be read: {error}"
         state.codes_cache.console.say(warning, style="bold red")
-        return thresholds_unchosen(state.setup)
-    return [row["threshold"] for row in figures["per_class"].values()]
+        return thresholds_unchosen(setup), None
+    thresholds = [row["threshold"] for row in figures["per_class"].values()]
+    if why_not_calibrated(data) is not None:
+        return thresholds, None
+    table = gather_predictions(predictions, state.processes)
+    return thresholds, state.processes.run_on_main(label_calibration_by, table)
 
 
 def _calibrate(state: TrainState, chosen: _Chosen) -> tuple[tuple[Figures, Predictions] | None, Calibration | None]:
     """Score the validation images, and choose the temperature by them; None where that is not done."""
     validation = state.setup.data.validation
-    if validation is None or why_not_calibrated(state.setup.data) is not None:
+    has_several = state.setup.data.has_several_labels  # whose thresholds are chosen in the same pass
+    if validation is None or has_several or why_not_calibrated(state.setup.data) is not None:
         return None, None
     try:
         judged = _score(state, chosen.inputs, validation, chosen.step, None)

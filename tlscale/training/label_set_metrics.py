@@ -20,6 +20,7 @@ from torch import Tensor
 
 from tlscale.codes.probes.ranking import DEFAULT_THRESHOLD, Bools, Floats, Ranking, mean_known
 from tlscale.data.sources.tables import GroupNames, Ints, number_groups
+from tlscale.training.calibration import calibration_error
 from tlscale.training.class_scores import error_over_rankings
 from tlscale.training.group_error import error_of_ratio
 from tlscale.training.metrics import error_of_mean
@@ -38,6 +39,21 @@ def labels_from(probabilities_NC: Tensor, thresholds: Sequence[float] | None) ->
     """Return which labels each image has, bool (N, C): those whose probability is their threshold or more."""
     least_C = probabilities_NC.new_tensor(thresholds or [DEFAULT_THRESHOLD] * probabilities_NC.shape[1])
     return probabilities_NC >= least_C  # NaN is not
+
+
+def label_calibration_error(probabilities_NC: Floats, labels_NC: Bools) -> float | None:
+    """Compute the mean over the classes that any image has of the expected calibration error of each.
+
+    That is by how far the probability of a class is off from the share of the images that have it, by bins of it.
+    Images without an answer (NaN) are left out.
+    """
+    return mean_known(_calibration_errors(probabilities_NC, labels_NC))
+
+
+def _calibration_errors(probabilities_NC: Floats, labels_NC: Bools) -> list[float | None]:
+    kept_N = ~np.isnan(probabilities_NC).any(axis=1)
+    columns = zip(probabilities_NC[kept_N].T, labels_NC[kept_N].T, strict=True)
+    return [calibration_error(shares_N, has_N) if has_N.any() else None for shares_N, has_N in columns]
 
 
 class LabelScores:
@@ -139,8 +155,9 @@ class LabelFigures:
             `mean_average_precision_interval95` (normal, by a bootstrap over images, or over groups, of which
             `mean_average_precision_interval95_by` then tells how many); `loss` (mean over images of the
             binary cross-entropy); at the thresholds `macro_f1` (mean over the classes), `micro_f1` (of all labels
-            together), `subset_accuracy` (images all of whose labels are right); `num_without_answer`; `per_class`: name
-            -> `average_precision`, `f1`, `precision`, `recall`, `threshold`, `num_images` that have it. A class without
+            together), `subset_accuracy` (images all of whose labels are right); `ece`, the mean of the calibration
+            errors of the classes; `num_without_answer`; `per_class`: name -> `average_precision`, `f1`, `precision`,
+            `recall`, `threshold`, `ece`, `num_images` that have it. A class without
             images has None for its figures, and is in no mean. `chance`: `mean_average_precision` of a network that
             never looks, the mean share of the images that have a class.
         """
@@ -151,6 +168,7 @@ class LabelFigures:
             least = [None] * len(class_names)
         with_C, given_C = self.labels_NC.sum(axis=0), given_NC.sum(axis=0)
         hits_C = (self.labels_NC & given_NC).sum(axis=0)
+        errors = _calibration_errors(self.probabilities_NC, self.labels_NC)
         per_class = {}
         for i, name in enumerate(class_names):
             count, given, hits = int(with_C[i]), int(given_C[i]), int(hits_C[i])
@@ -160,6 +178,7 @@ class LabelFigures:
                 "precision": hits / given if count and given else None,
                 "recall": hits / count if count else None,
                 "threshold": least[i],
+                "ece": errors[i],
                 "num_images": count,
             }
         shares = [count / self.num_images for count in with_C.tolist() if count]
@@ -174,6 +193,7 @@ class LabelFigures:
             "macro_f1": mean_known(row["f1"] for row in per_class.values()),
             "micro_f1": _ratio(2 * int(hits_C.sum()), int(with_C.sum() + given_C.sum())),
             "subset_accuracy": _ratio(int((self.labels_NC == given_NC).all(axis=1).sum()), self.num_images),
+            "ece": mean_known(errors),
             "num_without_answer": int(np.isnan(self.probabilities_NC).any(axis=1).sum()),
             "chance": {"mean_average_precision": mean_known(shares)},
             "per_class": per_class,

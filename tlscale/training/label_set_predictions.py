@@ -9,8 +9,9 @@ Promise: as that of `predictions`.
 | `labels` | those whose probability is their threshold or more; null where the network gave no number (NaN) |
 | `logits` | a list of C numbers, in the order of the classes: the probability of a class is the sigmoid of its own |
 
-The metadata has `task`, and the `thresholds` of the classes, besides. Of a cross-validation it has no thresholds, as
-each fold chose its own.
+The metadata has `task`, and the `thresholds` of the classes, besides; thresholds are of the sigmoid of the logits as
+they are, whatever the temperature under `calibration` makes of it for people. Of a cross-validation it has no
+thresholds, as each fold chose its own.
 
 Shapes: N images of the split, B images of a batch, C classes.
 """
@@ -73,6 +74,7 @@ class LabelSetPredictions(Predictions):
             "split": self.split.name,
             "task": "multi_label",
             "thresholds": self._thresholds,
+            **({} if self.calibration is None else {"calibration": self.calibration.model_dump()}),
         }
         return pa.table(arrays).replace_schema_metadata({"tlscale": json.dumps(about, ensure_ascii=False)})
 

@@ -188,6 +188,7 @@ def _calibration(images: ScoredImages, *, have_chosen: bool) -> dict[str, Any]:
 def _of_sets(images: ScoredImages, calibration: Calibration) -> dict[str, Any]:
     """Return the loss with the temperature, and how often the sets have the true label; image by image."""
     assert images.logits_NC is not None
+    assert calibration.sets is not None
     losses, covers, size = [0.0], [np.zeros(0, dtype=bool)], 0
     for start in range(0, len(images.labels_N), _CHUNK):
         part = slice(start, start + _CHUNK)

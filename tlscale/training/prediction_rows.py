@@ -38,7 +38,7 @@ from tlscale.data.sampler import Ints
 from tlscale.data.sources.excluded import FORMULAS
 from tlscale.data.sources.tables import Labels, label_text
 from tlscale.distributed.processes import Processes
-from tlscale.models.calibration import LabelSets
+from tlscale.models.calibration import Calibration, LabelSets
 from tlscale.training.label_set_metrics import labels_from, probabilities
 from tlscale.training.predictions import NO_ANSWER, answers
 from tlscale.training.run_path import FeaturesPath, RunPath
@@ -95,7 +95,7 @@ def answer(
     blocks = read_blocks(given, path, errors, on_images=on_images)
     outputs_BC, scores_B = path.outputs(blocks, sizes, processes)
     if path.thresholds is not None:
-        return _label_sets(outputs_BC.cpu(), errors, path.thresholds)
+        return _label_sets(outputs_BC.cpu(), errors, path.thresholds, path.calibration)
     labels_N = np.full(len(given), NO_ANSWER, np.int64)
     logits_BC, labels_B, softmax_BC = answers(outputs_BC)
     calibrated_BC = softmax_BC if path.calibration is None else path.calibration.probabilities(logits_BC)
@@ -114,13 +114,20 @@ def answer(
     return Answers(labels_N, probabilities_NC, errors, scores_N)
 
 
-def _label_sets(logits_BC: Tensor, errors: list[str | None], thresholds: Sequence[float]) -> Answers:
-    """Return the answers of several labels; the images that were read have logits."""
+def _label_sets(
+    logits_BC: Tensor, errors: list[str | None], thresholds: Sequence[float], calibration: Calibration | None
+) -> Answers:
+    """Return the answers of several labels; the images that were read have logits.
+
+    Thresholds are of the sigmoid of the logits, and what people read is with the temperature.
+    """
     sound_N = np.array([why is None for why in errors], dtype=bool)
     shares_BC = probabilities(logits_BC)
     labels_NC = np.zeros((len(errors), len(thresholds)), dtype=bool)
     labels_NC[sound_N] = labels_from(shares_BC, thresholds).numpy()
     shares_NC = np.full(labels_NC.shape, np.nan)
+    if calibration is not None:
+        shares_BC = calibration.label_probabilities(logits_BC)
     shares_NC[sound_N] = shares_BC.numpy()
     for at in np.flatnonzero(sound_N & np.isnan(shares_NC).any(axis=1)).tolist():
         errors[at] = NO_NUMBER

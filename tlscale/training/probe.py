@@ -47,6 +47,7 @@ from tlscale.storage.run_folder import RunFolder
 from tlscale.tracking.console import Console, number
 from tlscale.tracking.progress import each
 from tlscale.training.evaluate import SeveralLabels, figures_of, scalars
+from tlscale.training.label_set_calibration import add_label_calibration, label_calibration_by
 from tlscale.training.label_set_loss import binary_cross_entropy
 from tlscale.training.label_set_metrics import LabelScores
 from tlscale.training.label_set_predictions import collect
@@ -157,7 +158,7 @@ class _Probe:
                 figures = _figures(setup, scored, views, self.split, predictions, SeveralLabels(thresholds))
             logger.write_evaluation(self.split.name, figures, is_best=False)
 
-        calibration = self._calibration(choice, number_of_layer)
+        calibration = self._calibration(choice, number_of_layer, thresholds)
         with setup.watch("test"):
             unknown = unknown_by(partial(self._some, number_of_layer), data.train.labels_N, len(data.validation or ()))
         rules = DecisionRules(calibration, unknown, thresholds)
@@ -169,24 +170,27 @@ class _Probe:
             if self.split is not None:
                 predictions.calibration = calibration
                 write_predictions(folder.predictions, predictions)
-            if self.split is not None and not data.has_several_labels:
-                figures = add_prediction_figures(figures, folder.predictions, have_chosen=data.test is None)
+                add = add_label_calibration if data.has_several_labels else add_prediction_figures
+                figures = add(figures, folder.predictions, have_chosen=data.test is None)
         result = self._result(choice, chosen, figures, calibration) | result_identity(data)
         judging = None if data.test is None else self._some(number_of_layer, "test", images_to_judge(len(data.test)))
         result["unknown"] = about_unknown(unknown, judging)
         logger.sync()
         return write_result(result, folder, setup), how_to_load
 
-    def _calibration(self, choice: Choice, number_of_layer: int) -> Calibration | None:
+    def _calibration(
+        self, choice: Choice, number_of_layer: int, thresholds: Sequence[float] | None
+    ) -> Calibration | None:
         """Choose a temperature by the held-out images, where the classifier was not fitted to them."""
         setup = self.setup
         if setup.data.validation is None or why_not_calibrated(setup.data, refitted=choice.probe.refitted) is not None:
             return None
         validation = setup.data.validation
-        held = Predictions(validation, setup.data.classes)
+        held = collect(validation, setup.data.classes, thresholds)
         with setup.watch("test"):
             _figures(setup, choice.probe.head, self._views("validation", number_of_layer), validation, held)
-            return calibration_by(gather_predictions(held))
+            by = calibration_by if thresholds is None else label_calibration_by
+            return by(gather_predictions(held))
 
     def _choose(self, kept: KeptFits) -> Choice:
         data = self.setup.data

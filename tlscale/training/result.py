@@ -92,8 +92,6 @@ def fitted(setup: RunSetup, *, refitted: bool = False) -> dict[str, Any]:
 
 def why_not_calibrated(data: ImageData, *, refitted: bool = False) -> str | None:
     """Tell why no images are left to choose a temperature by; None where there are some."""
-    if data.has_several_labels:
-        return "an image has several labels"
     if data.validation is None:
         return "there is no validation split"
     if len(data.classes) > MOST_LOGITS:
@@ -117,14 +115,16 @@ def about_calibration(
         `temperature` (None: none was chosen, and `why` tells why), `num_images` of the validation split that chose it,
         `also_chose`: whether they chose the step, layer or strength before; `loss`, `ece` and `ece_interval95` with the
         temperature, on the scored images: None where these chose it; `sets`: their `level` and `threshold`, and
-        `coverage`, `coverage_interval95` and `mean_size` on the scored images.
+        `coverage`, `coverage_interval95` and `mean_size` on the scored images. Of several labels there are no sets, and
+        no interval.
     """
     if calibration is None:
         why = why_not_calibrated(setup.data, refitted=refitted) or "no validation image has an answer"
         return {"temperature": None, "why": why}
     told = figures.get("calibration", {})
-    chosen = {**calibration.model_dump(), "also_chose": has_chosen}
-    return {**chosen, **told, "sets": {**chosen["sets"], **told.get("sets", {})}}
+    chosen = {**calibration.model_dump(exclude={"sets"}), "also_chose": has_chosen}
+    sets = {} if calibration.sets is None else {"sets": {**calibration.sets.model_dump(), **told.get("sets", {})}}
+    return {**chosen, **told, **sets}
 
 
 def make_result(
