@@ -58,6 +58,15 @@ def test_a_result_is_shown_in_a_line_and_as_a_page_without_tags_of_others(made):
     assert "\x1b" not in repr(RunResult({**figures, "majority": {"label": "a\x1b[2J\n", "top1": 0.5}}, Path("x")))
 
 
+def test_a_result_without_an_interval_is_shown():
+    """Of several labels an image, with all of them in one group."""
+    figures = {"task": "multi_label", "mean_average_precision": 0.5, "mean_average_precision_interval95": None}
+    figures |= {"mean_average_precision_interval95_by": {"groups": 1}, "chance": {"mean_average_precision": 0.3}}
+    made = RunResult({**figures, "split": "test", "num_images": 6, "per_class": {}}, Path("x"))
+    assert made.interval is None
+    assert "mAP 0.5000 (no interval: too few images) on 6 test images, 0.3000 by chance" in repr(made)
+
+
 def test_a_recipe_file_is_a_recipe_everywhere(made, capsys):
     folder, _ = made
     tlscale.plan(folder / "photos.yaml")

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tlscale.commands.tables import class_columns, class_rows, over_groups
+from tlscale.commands.tables import class_columns, class_rows, interval_text
 from tlscale.data.sources.folds import FOLDS
 from tlscale.errors import one_line
 from tlscale.tracking.console import number
@@ -39,10 +39,10 @@ class RunResult(dict[str, Any]):
         return float(self["mean_average_precision"])
 
     @property
-    def interval(self) -> tuple[float, float]:
-        """Return the 95 % interval of `top1`, or of `mean_average_precision`."""
-        low, high = self[f"{score_of(self)}_interval95"]
-        return float(low), float(high)
+    def interval(self) -> tuple[float, float] | None:
+        """Return the 95 % interval of `top1`, or of `mean_average_precision`; None of too few images or groups."""
+        ends = self[f"{score_of(self)}_interval95"]
+        return None if ends is None else (float(ends[0]), float(ends[1]))
 
     @property
     def per_class(self) -> dict[str, dict[str, Any]]:
@@ -57,9 +57,8 @@ class RunResult(dict[str, Any]):
         return type(self), (dict(self), self.folder)
 
     def _score(self) -> str:
-        low, high = self.interval
         of = "" if self["split"] in ("all", FOLDS) else f"{self['split']} "
-        interval = f"{low:.4f} to {high:.4f}{over_groups(self)}"
+        interval = interval_text(self).removeprefix("95% interval ")
         by = " by models of folds" if self["split"] == FOLDS else ""
         if score_of(self) == "mean_average_precision":
             score = f"mAP {number(self['mean_average_precision'])} ({interval})"

@@ -23,6 +23,7 @@ from tlscale.recipe.schema import Recipe
 from tlscale.storage.run_folder import RunFolder
 from tlscale.training.fold_parts import Part, all_images
 from tlscale.training.run_files import read_run_info
+from tlscale.training.select_checks import with_note_on_select
 from tlscale.training.setup import RunSetup, set_up
 
 _REMOVE = "Remove it, and resume the whole with " + flag("resume") + "; or run all anew with " + flag("overwrite")
@@ -41,6 +42,7 @@ def check_folds(whole: RunSetup, world_size: int) -> None:
         check_stop("drawing folds")
         data = open_data(recipe.data, recipe.seed, fold=fold, bad_images=whole.bad_images)
         _refuse_absent(whole.data, data)
+        with_note_on_select(recipe, data)  # the note is of the fold's own run
         if recipe.probe is not None:
             refuse_wrong_probe(recipe.probe, recipe.codes, len(data.train), len(data.validation or ()))
         order = replace(whole.order, num_images=len(data.train), draw=None)

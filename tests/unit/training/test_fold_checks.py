@@ -53,3 +53,14 @@ def test_a_probe_with_nothing_to_select_by_within_a_fold_says_so(tmp_path):
     with pytest.raises(RecipeError, match="no validation split to choose by") as caught:
         set_up(recipe, world_size=1, part=Part(Fold(2, 1, 1)))
     assert caught.value.key == "evaluate.select"
+
+
+def test_a_fold_whose_validation_images_are_of_one_class_is_refused_before_the_first_begins(tmp_path):
+    images = put_coins(tmp_path / "images.parquet", {"train": 25})
+    labels = pa.array(["heads"] * 20 + ["tails"] * 5)  # three of these in one fold, and so two to hold out of
+    pq.write_table(pa.table({"image": pq.read_table(images)["image"], "label": labels}), images)
+    recipe = recipe_of(tmp_path, images, evaluate={"select": "auroc"}, validation_fraction=0.2)
+    set_up(recipe, world_size=1, part=Part(Fold(2, 1, 1)))  # the first one has both
+    with pytest.raises(DataError, match="validation images are of one class, so that auroc cannot choose") as caught:
+        check_folds(set_up(recipe, world_size=1), 1)
+    assert caught.value.key == "evaluate.select"
