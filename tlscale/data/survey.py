@@ -176,6 +176,7 @@ def _survey(keys: dict[str, Any], left_out: dict[str, Reason], notes: tuple[str,
     equal = [places for places in seen.places.values() if len(places) > 1]
     copies = _copies(equal) if seen.has_files else {}
     bad = seen.bad | copies
+    _refuse_empty_splits(source, bad)
     section = leave_out(bad | _classes_without(source, section, bad))
     splits = read_source(section).splits
     equal = [left for places in equal if len(left := [place for place in places if place.path not in copies]) > 1]
@@ -324,6 +325,20 @@ def _equal_to(path: str, more: str = "", labels: tuple[str, ...] = ()) -> Reason
     """`labels`: of the image itself and of the other, which are told where they differ."""
     told = f" ({labels[1]!r}, and this one {labels[0]!r})" if len(set(labels)) == 2 else ""
     return Reason(f"equal to {path}{more}{told}", f"equal{more}")
+
+
+def _refuse_empty_splits(source: Source, left_out: dict[str, Reason]) -> None:
+    """Refuse a split of which no image is left, and say which split that is and why."""
+    for role, split in source.splits.items():
+        paths = [_path_in(split.store, row, source.place) or "" for row in range(len(split.store))]
+        if not paths or not all(path in left_out for path in paths):
+            continue
+        without = ", or move it elsewhere: without it, some of the training images are held out"
+        raise DataError(
+            f"{source.place}: none of the {len(paths):,} {role} images can be used; the first: {one_line(paths[0])}: "
+            f"{one_line(left_out[paths[0]])}",
+            remedy=f"Give that split other images{without if role != 'train' else ''}",
+        )
 
 
 def _classes_without(source: Source, section: DataSection, bad: dict[str, Reason]) -> dict[str, Reason]:
