@@ -120,6 +120,10 @@ class Row:
         return any(run.found_codes for run in self.runs)
 
     @property
+    def has_interval(self) -> bool:
+        return any(run.interval95 is not None for run in self.runs)
+
+    @property
     def low(self) -> float:
         return min([*self.scores, *self._mean_end(0)])
 

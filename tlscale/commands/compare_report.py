@@ -133,7 +133,7 @@ def _cells(row: Row, verdict: str) -> tuple[str, ...]:
         row.variant,
         f"{row.size:,}",
         f"{row.score:.4f}{over_seeds}",
-        f"{row.low:.4f} to {row.high:.4f}",
+        f"{row.low:.4f} to {row.high:.4f}" if row.has_interval else "-",
         verdict,
         number(row.mean("held_out")),
         _count(row.mean("wall_s"), digits=1) + ("*" if row.found_codes else ""),

@@ -69,6 +69,12 @@ def test_the_best_of_each_size_and_what_is_not_distinguishable_from_it():
     ]
 
 
+def test_no_interval_is_not_one_without_a_width():
+    """Of several labels an image, with all scored images in one group."""
+    of_one_group = replace(outcome("early"), interval95=None, num_groups=1)
+    assert column(table([of_one_group, outcome("late", 0.7)]), "95% interval") == ["-", "0.6900 to 0.7100"]
+
+
 @given(
     tops=st.lists(st.floats(0.1, 0.9), min_size=1, max_size=6, unique=True), half=st.floats(0, 0.1), p=st.floats(0, 1)
 )
