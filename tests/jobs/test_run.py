@@ -23,9 +23,8 @@ from tests.small_runs import (
     tensors,
 )
 from tlscale.cli import main
-from tlscale.data.resize import eval_transform
 from tlscale.data.sources import fashion_mnist
-from tlscale.data.transforms import ImageBatch, to_input
+from tlscale.data.transforms import ImageBatch, eval_transform, to_input
 from tlscale.errors import (
     EXIT_BAD_INPUT,
     EXIT_FAILED,

@@ -17,8 +17,7 @@ from tlscale.cli import main
 from tlscale.codes.store import CodesStore
 from tlscale.data.decode import decode_image
 from tlscale.data.loader import stacked
-from tlscale.data.resize import eval_transform
-from tlscale.data.transforms import InputPath
+from tlscale.data.transforms import InputPath, eval_transform
 from tlscale.data.views import crop_places, views_of
 from tlscale.errors import RecipeError, RunFolderError
 from tlscale.models import model_folder

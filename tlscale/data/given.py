@@ -18,10 +18,10 @@ from PIL import Image, ImageFile
 
 from tlscale.data.decode import ARRAYS, EXTENSIONS, BadImageError, Pixels, decode_image
 from tlscale.data.input_spec import InputSpec
-from tlscale.data.resize import eval_transform
 from tlscale.data.sources.folder import LEFT_BY_DESKTOPS
 from tlscale.data.sources.labels import sort_labels
 from tlscale.data.sources.stores import read_image_file
+from tlscale.data.transforms import eval_transform
 from tlscale.data.views import CENTER
 from tlscale.data.workers import map_in_threads
 from tlscale.errors import one_line

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from tlscale.data.decode import BadImageError, Pixels, decode_image
 from tlscale.data.input_spec import InputSpec
-from tlscale.data.resize import eval_transform
 from tlscale.data.sampler import (
     BatchSplit,
     DataOrder,
@@ -32,7 +31,7 @@ from tlscale.data.sampler import (
 )
 from tlscale.data.sources.open import ImageData, ImageSplit
 from tlscale.data.sources.tables import Raw
-from tlscale.data.transforms import Augmenter, ImageBatch
+from tlscale.data.transforms import Augmenter, ImageBatch, eval_transform
 from tlscale.data.views import CENTER
 from tlscale.data.workers import load_in_order, map_in_threads
 from tlscale.distributed.signals import check_stop

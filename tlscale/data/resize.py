@@ -21,25 +21,14 @@ MOST_RESIZED_PIXELS = 1 << 25
 """Larger results of a resize are cropped piece by piece."""
 
 
-def eval_transform(image_HWC: Pixels, spec: InputSpec, places: Sequence[str] = (CENTER,)) -> Pixels:
-    """Transform an image for evaluation: resize and crop it to the size of the spec, as timm does it.
-
-    Args:
-        image_HWC: as `decode_image` gives it, C as in the spec.
-        places: where it is cropped, the centre or corners (`data.views`).
-
-    Returns:
-        Of the same type, of the height and width of the spec, and C, or the crops of several places side by side in C;
-        the very same array where there is nothing to do.
-    """
+def resize_and_crop(image_HWC: Pixels, spec: InputSpec, places: Sequence[str]) -> list[Pixels]:
+    """Return the parts of an image at some places, each of the height and width of the spec."""
     height, width = image_HWC.shape[:2]
     target_hw = _resized_hw(height, width, spec)
     if target_hw[0] * target_hw[1] > MOST_RESIZED_PIXELS:
-        crops = [_cropped(_resize_strip(image_HWC, target_hw, spec, place), spec, place) for place in places]
-    else:
-        resized_HWC = image_HWC if (height, width) == target_hw else _resize(image_HWC, target_hw, spec)
-        crops = [_cropped(resized_HWC, spec, place) for place in places]
-    return crops[0] if len(crops) == 1 else np.concatenate(crops, axis=2)
+        return [_cropped(_resize_strip(image_HWC, target_hw, spec, place), spec, place) for place in places]
+    resized_HWC = image_HWC if (height, width) == target_hw else _resize(image_HWC, target_hw, spec)
+    return [_cropped(resized_HWC, spec, place) for place in places]
 
 
 def _cropped(image_HWC: Pixels, spec: InputSpec, place: str) -> Pixels:

@@ -1,9 +1,10 @@
-"""Transform images on their way from the decoder to the network: augment, normalise and mix; `resize` has the rest.
+"""Transform images on their way from the decoder to the network: for an evaluation, or augment them; normalise and mix.
 
-Promise: what augmentation does to an image follows from its key alone (made from the seed, the epoch and the image's
-number), never from the worker, the process, the batch or the images before it; the random generators of Python, NumPy
-and torch are as before afterwards. Images stay uint8 (float32 in 0..1 where the recipe gives a range) up to the device,
-where `to_input` normalises them.
+Promise: the evaluation transform gives, pixel for pixel, what timm's own gives for the same backbone. What augmentation
+does to an image follows from its key alone (made from the seed, the epoch and the image's number), never from the
+worker, the process, the batch or the images before it; the random generators of Python, NumPy and torch are as before
+afterwards. Images stay uint8 (float32 in 0..1 where the recipe gives a range) up to the device, where `to_input`
+normalises them.
 
 Shape letters: B images of a batch, C channels, H height, W width, 4 the edges of a box.
 """
@@ -23,13 +24,33 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
+from tlscale.data.decode import Pixels
 from tlscale.data.input_spec import InputSpec
-from tlscale.data.views import PLAIN, View
+from tlscale.data.resize import resize_and_crop
+from tlscale.data.views import CENTER, PLAIN, View
 from tlscale.distributed.device import TensorBatch
 from tlscale.distributed.settings import cpu_threads
 
 Box = tuple[int, int, int, int]
 _RANDAUGMENT_OPERATIONS = 2
+
+
+# -- evaluate ---------------------------------------------------------------------------------------------------------
+
+
+def eval_transform(image_HWC: Pixels, spec: InputSpec, places: Sequence[str] = (CENTER,)) -> Pixels:
+    """Transform an image for evaluation: resize and crop it to the size of the spec, as timm does it.
+
+    Args:
+        image_HWC: as `decode_image` gives it, C as in the spec.
+        places: where it is cropped, the centre or corners (`data.views`).
+
+    Returns:
+        Of the same type, of the height and width of the spec, and C, or the crops of several places side by side in C;
+        the very same array where there is nothing to do.
+    """
+    crops = resize_and_crop(image_HWC, spec, places)
+    return crops[0] if len(crops) == 1 else np.concatenate(crops, axis=2)
 
 
 # -- augment ----------------------------------------------------------------------------------------------------------

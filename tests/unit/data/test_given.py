@@ -9,7 +9,7 @@ from PIL import Image
 from tlscale.data.decode import decode_image
 from tlscale.data.given import find_images, lines_of, name_of, read_given
 from tlscale.data.input_spec import InputSpec
-from tlscale.data.resize import eval_transform
+from tlscale.data.transforms import eval_transform
 
 SPEC = InputSpec(16, 3, (0.5,) * 3, (0.5,) * 3, "bilinear", 0.875)
 

@@ -22,13 +22,12 @@ from PIL import Image
 from tlscale.data.decode import BadImageError
 from tlscale.data.input_spec import InputSpec
 from tlscale.data.loader import ImageStore, eval_batches, train_batches
-from tlscale.data.resize import eval_transform
 from tlscale.data.sampler import DataOrder, split_batch_size
 from tlscale.data.sources.bad_images import find_bad_images
 from tlscale.data.sources.open import ImageSplit
 from tlscale.data.sources.stores import FileStore
 from tlscale.data.sources.tables import LabelledTable
-from tlscale.data.transforms import ImageBatch
+from tlscale.data.transforms import ImageBatch, eval_transform
 from tlscale.data.workers import default_workers, load_in_order
 from tlscale.errors import WorkerError
 from tlscale.recipe.field_types import augmentation_values

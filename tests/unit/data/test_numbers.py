@@ -15,9 +15,8 @@ from tlscale.data.channel_stats import channel_stats
 from tlscale.data.decode import BadImageError, Reading, decode_image, header_hw
 from tlscale.data.given import find_images
 from tlscale.data.input_spec import InputSpec, resolve_input, sampled_sizes
-from tlscale.data.resize import eval_transform
 from tlscale.data.sources.open import open_data
-from tlscale.data.transforms import Augmenter, normalise
+from tlscale.data.transforms import Augmenter, eval_transform, normalise
 from tlscale.errors import DataError
 from tlscale.recipe.field_types import augmentation_values
 from tlscale.recipe.schema import DataSection

@@ -15,8 +15,8 @@ from tests.recipes.wrong_data import put_folder
 from tlscale.data import decode, resize
 from tlscale.data.decode import FORMATS, BadImageError, decode_image, header_hw
 from tlscale.data.input_spec import InputSpec
-from tlscale.data.resize import eval_transform
 from tlscale.data.sources.open import open_data
+from tlscale.data.transforms import eval_transform
 from tlscale.data.views import CENTER, CORNERS
 from tlscale.errors import DataError
 from tlscale.recipe.schema import DataSection

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tlscale.data.input_spec import InputSpec, resolve_input
-from tlscale.data.resize import eval_transform, seen_share
-from tlscale.data.transforms import ImageBatch, normalise, to_input
+from tlscale.data.resize import seen_share
+from tlscale.data.transforms import ImageBatch, eval_transform, normalise, to_input
 from tlscale.errors import RecipeError
 from tlscale.recipe.image_size import height_width
 from tlscale.recipe.schema import DataSection

@@ -9,8 +9,7 @@ from torchvision.transforms import functional
 
 from tests.unit.data.test_transforms import random_image, spec_of
 from tlscale.data.loader import stacked
-from tlscale.data.resize import eval_transform
-from tlscale.data.transforms import ImageBatch, InputPath, to_input
+from tlscale.data.transforms import ImageBatch, InputPath, eval_transform, to_input
 from tlscale.data.views import CENTER, CORNERS, PLAIN, View, crop_places, views_of
 
 
