@@ -1,6 +1,7 @@
 """Run folders, checkpoints and codes that an older tlscale left still load, evaluate and resume, in another folder."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -76,8 +77,13 @@ def test_an_unfinished_run_ends_as_it_did(name, older):
 @pytest.mark.parametrize("name", REFUSED)
 def test_an_unfinished_run_that_would_end_as_another_is_refused(name, older):
     before = (older / "runs" / name / "run.json").read_text()
-    with pytest.raises(ResumeError, match=f"another training from step \\d+ on:\n  {REFUSED[name]}: "):
+    with pytest.raises(ResumeError) as refused:
         tlscale.run(recipe_of(name), f"runs/{name}", resume=True)
+    if recipe_of(name).backbone.weights == "none" and "its weights are not those" in str(refused.value):
+        # Frozen at random, by another kind of CPU: refused for that before anything else.
+        assert "on another kind of CPU" in refused.value.remedy
+    else:
+        assert re.search(f"another training from step \\d+ on:\n  {REFUSED[name]}: ", str(refused.value))
     assert (older / "runs" / name / "run.json").read_text() == before
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from tlscale.data.identity import scored_identity, used_identity
-from tlscale.errors import ResumeError, option
+from tlscale.errors import ResumeError, Text, option
 from tlscale.storage.files import naming_disk_errors, write_json
 from tlscale.storage.run_folder import RunFolder
 from tlscale.tracking.console import Console
@@ -17,6 +17,10 @@ from tlscale.training.read_contents import replaced_images
 from tlscale.training.setup import RunSetup
 
 _OTHER_DATA = "Bring them back, or start another: " + option("out", "DIR")
+_OTHER_DRAWS = (
+    "They are random, by seed, and come out otherwise on another kind of CPU and with another torch or timm. Resume it "
+    "where it began, or start another: "
+) + option("out", "DIR")
 
 
 def checked_run_info(run_info: dict[str, Any], setup: RunSetup, folder: RunFolder, console: Console) -> dict[str, Any]:
@@ -25,7 +29,8 @@ def checked_run_info(run_info: dict[str, Any], setup: RunSetup, folder: RunFolde
     Raises:
         ResumeError: its weights, data, transform or version are not those that it was started with.
     """
-    _refuse_another("weights", run_info["weights"]["sha256"], setup.weights.sha256, folder)
+    remedy = _OTHER_DRAWS if setup.weights.num_tensors == 0 else _OTHER_DATA
+    _refuse_another("weights", run_info["weights"]["sha256"], setup.weights.sha256, folder, remedy)
     if setup.teacher is not None:
         _refuse_another("teacher's weights", run_info["teacher"]["sha256"], setup.teacher.digest, folder)
     run_info = _compare_data(run_info, setup, folder, console)
@@ -113,10 +118,10 @@ def _with_repairs(
     return run_info
 
 
-def _refuse_another(what: str, then: str, now: str, folder: RunFolder) -> None:
+def _refuse_another(what: str, then: str, now: str, folder: RunFolder, remedy: Text = _OTHER_DATA) -> None:
     if then != now:
         raise ResumeError(
             f"'{folder.path}' cannot be resumed: its {what} are not those that it was started with "
             f"({then[:12]} then, {now[:12]} now)",
-            remedy=_OTHER_DATA,
+            remedy=remedy,
         )
