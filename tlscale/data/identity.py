@@ -60,7 +60,8 @@ def result_identity(data: ImageData) -> dict[str, Any]:
 
 def folds_identity(data: ImageData) -> dict[str, Any]:
     """Return both for `result.json` of a cross-validation, which scores the images that it trains on."""
-    return _figures(used_identity(data), _identity(data.classes, [data.train], "content"))
+    scored = _identity(data.classes, [data.train], "content")  # first: then the contents are known for the other, too
+    return _figures(used_identity(data), scored)
 
 
 def run_identity(data: ImageData) -> dict[str, Any]:
