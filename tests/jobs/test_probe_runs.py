@@ -282,7 +282,9 @@ def test_class_weights_and_the_figure_that_chooses_are_the_recipes(tmp_path, cap
         tlscale.run(small_recipe(tmp_path / f"{name}.yaml", folder, **keys, **more), tmp_path / name)
         for name, more in (("plain", {}), ("weighted", weighted))
     )
-    assert "balanced_accuracy" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "balanced_accuracy" in said
+    assert "after step" not in said, "a probe makes no steps"
     tried = figures["probe"]["tried"]["penultimate"]
     assert figures["probe"]["select"] == "balanced_accuracy"
     best = max(tried, key=lambda row: (row["held_out_balanced_accuracy"], -row["held_out_loss"]))
