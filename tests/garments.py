@@ -14,6 +14,8 @@ CLASSES = ("boot", "shirt", "top", "trouser")
 OF_LABEL = {9: "boot", 6: "shirt", 0: "top", 1: "trouser"}
 SEVERAL = {"source": "manifest", "task": "multi_label", "label_separator": ";", "crop_mode": "squash"}
 """Keys of `data` that read the table."""
+PROBE = {"backbone": {"name": "test_resnet", "weights": "none"}, "probe": {"kind": "logistic", "strengths": [0.1]}}
+"""Keys of a recipe that fits a probe to it."""
 
 
 def put_garments(folder: Path, num_images: int = 90, *, num_test: int = 0, photos: int = 1, seed: int = 0) -> Path:

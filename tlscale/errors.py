@@ -109,16 +109,20 @@ def kind_of_file(mode: int) -> str:
     return next((words for is_kind, words in kinds if is_kind(mode)), "a device")
 
 
+def irregular_mode(mode: int) -> str | None:
+    """Return what `st_mode` says a file is, in words, where it is no regular one."""
+    return None if stat.S_ISREG(mode) else f"{kind_of_file(mode)}, no regular file"
+
+
 def irregular(path: str | os.PathLike[str]) -> str | None:
     """Return what a file is in words where it is no regular one: reading a pipe or a device may never end.
 
     None as well where nothing is there, or cannot be looked at: opening it says why.
     """
     try:
-        mode = os.stat(path).st_mode
+        return irregular_mode(os.stat(path).st_mode)
     except (OSError, ValueError):  # ValueError: a zero in the name
         return None
-    return None if stat.S_ISREG(mode) else f"{kind_of_file(mode)}, no regular file"
 
 
 def is_unicode(text: str) -> bool:

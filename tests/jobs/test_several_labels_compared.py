@@ -8,11 +8,9 @@ import pytest
 
 import tlscale
 from tests.coins import put_coins
-from tests.garments import SEVERAL, put_garments
+from tests.garments import PROBE, SEVERAL, put_garments
 from tests.small_runs import result, small_recipe
 from tlscale.errors import DataError, RecipeError
-
-PROBE = {"backbone": {"name": "test_resnet", "weights": "none"}, "probe": {"kind": "logistic", "strengths": [0.1]}}
 
 
 @pytest.fixture(scope="module")

@@ -11,14 +11,13 @@ import torch
 from click.testing import CliRunner
 
 import tlscale
-from tests.garments import CLASSES, SEVERAL, put_garments
+from tests.garments import CLASSES, PROBE, SEVERAL, put_garments
 from tests.small_runs import result, small_recipe
 from tlscale.cli import main
 from tlscale.data.sources.tables import number_groups
 from tlscale.training.label_set_metrics import LabelFigures, probabilities
 
 KEYS = {**SEVERAL, "group_column": "patient", "validation_fraction": 0.3}
-PROBE = {"backbone": {"name": "test_resnet", "weights": "none"}, "probe": {"kind": "logistic", "strengths": [0.1]}}
 TRAINED = {"duration": "4 steps", "evaluate": {"every": "2 steps"}, "checkpoint": {"every": "2 steps", "keep": 9}}
 
 

@@ -21,13 +21,13 @@ import numpy as np
 from tlscale.codes.probes.ranking import Floats
 from tlscale.data.sources.tables import Ints
 from tlscale.distributed.signals import check_stop
+from tlscale.training.class_scores import samples_of_units
 from tlscale.training.label_set_metrics import LabelFigures
 
 _DRAWS = (200, 1000)  # at least, at most
 _MOST_RESAMPLED = 400_000_000  # labels of all draws: seconds
 _SEED = 20_243
 _LEVEL = 0.95
-_AT_ONCE = 2_000_000  # answers of samples
 Pairs = Sequence[tuple[LabelFigures, LabelFigures]]
 
 
@@ -61,15 +61,11 @@ def difference_of_maps(pairs: Pairs, units: Sequence[Ints], num_units: int) -> D
 
 def _drawn_differences(pairs: Pairs, units: Sequence[Ints], num_units: int) -> Floats:
     """Return the difference in each draw that has a label, the mean over seeds."""
-    num_answers = [one.num_images for one, _ in pairs]
     size = sum(one.labels_NC.size + other.labels_NC.size for one, other in pairs)
     num_draws = min(max(_MOST_RESAMPLED // size, _DRAWS[0]), _DRAWS[1])
-    at_once = max(_AT_ONCE // max(num_answers), 1)
-    generator, found = np.random.default_rng(_SEED), []
-    for start in range(0, num_draws, at_once):
+    found = []
+    for counts_SU in samples_of_units(num_units, num_draws, max(one.num_images for one, _ in pairs), seed=_SEED):
         check_stop("comparing")
-        drawn = (generator.integers(num_units, size=num_units) for _ in range(start, min(start + at_once, num_draws)))
-        counts_SU = np.stack([np.bincount(units_U, minlength=num_units) for units_U in drawn])
         leads_PS = np.stack(
             [
                 one.drawn_mean_average_precisions(counts_SU[:, units_N])

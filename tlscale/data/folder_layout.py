@@ -10,7 +10,6 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from stat import S_ISREG
 from typing import Literal
 
 from tlscale.data.formats.unread import Reason
@@ -25,7 +24,7 @@ from tlscale.data.sources.split_names import (
     role_of,
     role_within,
 )
-from tlscale.errors import DataError, first_few, is_unicode, kind_of_file, one_line, quoted
+from tlscale.errors import DataError, first_few, irregular_mode, is_unicode, one_line, quoted
 
 ClassFolder = Literal["top", "parent"]
 
@@ -147,8 +146,8 @@ def _problem_of(entry: os.DirEntry[str]) -> str | None:
         mode = entry.stat().st_mode
     except OSError as error:
         return f"{error.strerror or error} (a link to nowhere?)"
-    if not S_ISREG(mode):
-        return f"{kind_of_file(mode)}, no regular file"
+    if (what := irregular_mode(mode)) is not None:
+        return what
     if not is_image_name(entry.name):
         ending = os.path.splitext(entry.name)[1]
         if ending.lower() in (".heic", ".heif", ".hif"):

@@ -6,7 +6,6 @@ Promise: no image is opened, and a column that cannot be told is an error, never
 from __future__ import annotations
 
 import itertools
-import stat
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from tlscale.data.sources.manifest import FIRST_ROWS, IMAGE_COLUMNS, read_table,
 from tlscale.data.sources.paths import local_path
 from tlscale.data.sources.split_names import SPLIT_COLUMN, Role, role_of, split_keys
 from tlscale.distributed.signals import check_stop
-from tlscale.errors import DataError, first_few, kind_of_file, one_line, quoted
+from tlscale.errors import DataError, first_few, irregular_mode, one_line, quoted
 from tlscale.recipe.schema import DataSection
 
 
@@ -174,7 +173,6 @@ def rows_to_leave_out(section: DataSection) -> dict[str, Reason]:
 
 def _problem_of_file(path: Path) -> str | None:
     try:
-        mode = path.stat().st_mode
+        return irregular_mode(path.stat().st_mode)
     except OSError as error:
         return f"it cannot be read: {error.strerror or error}"
-    return None if stat.S_ISREG(mode) else f"{kind_of_file(mode)}, no regular file"

@@ -22,7 +22,7 @@ from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
 from tlscale.data.input_spec import InputSpec
-from tlscale.errors import ModelError, RunFolderError, Wording, first_sentence, flag, irregular
+from tlscale.errors import ModelError, RunFolderError, Wording, first_sentence, flag
 from tlscale.models.calibration import Calibration
 from tlscale.models.classifier import Classifier, CodesClassifier, feature_width
 from tlscale.models.features import LayerCodes
@@ -33,7 +33,7 @@ from tlscale.models.tensor_checks import check_classifiers, check_like, refuse_n
 from tlscale.models.unknown import UNKNOWN_FILE, UnknownScore, UnknownSettings
 from tlscale.models.weights import filter_of
 from tlscale.recipe.field_types import POOLS, VIEWS, Head
-from tlscale.storage.files import file_sha256, text_sha256
+from tlscale.storage.files import file_sha256, refuse_endless_file, text_sha256
 
 # The format in which a key of `config.json` came: a version that does not know it must refuse it, not pass over it.
 # 2: other codes than what the backbone gives, or nearest neighbours. 3: several labels; a calibration; what is unknown;
@@ -214,10 +214,7 @@ def _read_config(path: Path) -> _Config:
         RunFolderError: it is none of ours, is damaged, or of a newer format.
     """
     try:
-        if (what := irregular(path)) is not None:
-            raise ValueError(f"it is {what}")
-        if path.stat().st_size > _MOST_CONFIG_BYTES:
-            raise ValueError(f"it has over {_MOST_CONFIG_BYTES:,} bytes")
+        refuse_endless_file(path, _MOST_CONFIG_BYTES)
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise RunFolderError(f"'{path}' is damaged: {error}") from error

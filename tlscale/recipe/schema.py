@@ -81,7 +81,7 @@ NO_EFFECT_BESIDE = {
     ),
     "stages": ("freeze", "duration"),
 }
-_OF_ONE_LABEL = (*("data.sampling", "loss.label_smoothing", "loss.logit_adjustment"),)
+_OF_ONE_LABEL = ("data.sampling", "loss.label_smoothing", "loss.logit_adjustment")
 
 
 class Recipe(Section):

@@ -18,9 +18,22 @@ from typing import Any
 from safetensors import SafetensorError
 
 from tlscale import faults
-from tlscale.errors import EXIT_BAD_INPUT, TlscaleError, flag, quoted
+from tlscale.errors import EXIT_BAD_INPUT, TlscaleError, flag, irregular, quoted
 
 _NOT_FLUSHED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
+
+
+def refuse_endless_file(path: Path, most_bytes: int) -> None:
+    """Refuse a file whose reading as a whole may not end: a pipe, a device, or one that is too large.
+
+    Raises:
+        ValueError: it is such a file.
+        OSError: it cannot be looked at.
+    """
+    if (what := irregular(path)) is not None:
+        raise ValueError(f"it is {what}")
+    if path.stat().st_size > most_bytes:
+        raise ValueError(f"it has over {most_bytes:,} bytes")
 
 
 def file_sha256(path: Path) -> str:

@@ -74,8 +74,7 @@ def calibration_interval(
 
 # -- the temperature, and the sets ------------------------------------------------------------------------------------
 
-MOST_LOGITS = 1_000_000
-"""That choose a temperature: one number is known well by far fewer."""
+_MOST_LOGITS = 1_000_000  # that choose a temperature: one number is known well by far fewer
 _MOST_STEPS = 100
 SET_LEVEL = 0.9
 """How often the set of labels of an image is to have the true one."""
@@ -107,7 +106,7 @@ def _is_told_from_one(temperature: float, labels_N: Ints, logits_NC: npt.NDArray
 
     Of a temperature that fits best, that is two standard errors of its own, as the gain grows with its square.
     """
-    rows = drawn_rows(len(logits_NC), max(MOST_LOGITS // logits_NC.shape[1], 1))
+    rows = choosing_rows(logits_NC)
     logits = torch.from_numpy(np.nan_to_num(logits_NC[rows]).astype(np.float64))
     labels = torch.from_numpy(labels_N[rows])[:, None]
     before_N, after_N = ((logits / each).log_softmax(1).gather(1, labels)[:, 0] for each in (1.0, temperature))
@@ -136,13 +135,18 @@ def drawn_rows(num_rows: int, most: int) -> Ints:
     return np.sort(np.random.default_rng(_SEED).permutation(num_rows)[:most])
 
 
+def choosing_rows(logits_NC: npt.NDArray[np.floating[Any]]) -> Ints:
+    """Return the rows that choose a temperature."""
+    return drawn_rows(len(logits_NC), max(_MOST_LOGITS // logits_NC.shape[1], 1))
+
+
 def choose_temperature(labels_N: Ints, logits_NC: npt.NDArray[np.floating[Any]]) -> float:
     """Choose the temperature with the least cross-entropy (Guo et al. 2017) on images that were not fitted.
 
     That of few images that are all answered right would be 0, and all confidence 1: as in Platt 1999, the target of the
     true class is not 1 but (N + 1) / (N + 2), and the other classes share the rest.
     """
-    rows = drawn_rows(len(logits_NC), max(MOST_LOGITS // logits_NC.shape[1], 1))
+    rows = choosing_rows(logits_NC)
     labels_N, logits_NC = labels_N[rows], np.nan_to_num(logits_NC[rows]).astype(np.float64)
     num_images, num_classes = logits_NC.shape
     logits_NC -= logits_NC.max(axis=1, keepdims=True)

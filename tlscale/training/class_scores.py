@@ -4,13 +4,13 @@ Promise: a function of all images in the order of the split, which is the same o
 final figures, it is of images that have an answer, the mean over the classes that have images here (of AUROC, and
 others as well).
 
-Letters: N images of a split, B of a batch, C classes, G groups.
+Letters: N images of a split, B of a batch, C classes, G groups (or single images), S samples.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -54,6 +54,21 @@ class ClassScores:
         return {self._figure: mean_over(self._figure, rankings), f"{self._figure}_se": error}
 
 
+def samples_of_units(num_units: int, num_draws: int, num_images: int, *, seed: int) -> Iterator[Ints]:
+    """Yield how often each unit is drawn, (S, G), for as many of the samples at once as memory is meant for.
+
+    Args:
+        num_units: G.
+        num_draws: number of samples.
+        num_images: that the units have together.
+        seed: of the draws.
+    """
+    generator, at_once = np.random.default_rng(seed), max(_AT_ONCE // num_images, 1)
+    for start in range(0, num_draws, at_once):
+        draws = (generator.integers(num_units, size=num_units) for _ in range(start, min(start + at_once, num_draws)))
+        yield np.stack([np.bincount(drawn_G, minlength=num_units) for drawn_G in draws])
+
+
 def error_over_rankings(figure: str, rankings: Sequence[Ranking], units_N: Ints) -> float | None:
     """Return the standard error of a mean over classes by a bootstrap with a fixed seed: units are drawn whole.
 
@@ -64,14 +79,8 @@ def error_over_rankings(figure: str, rankings: Sequence[Ranking], units_N: Ints)
     num_units, num_images = int(units_N.max(initial=-1)) + 1, len(units_N)
     if num_units < 2 or not rankings:
         return None
-    num_draws = min(max(_MOST_RESAMPLED // (num_images * len(rankings)), _DRAWS[0]), _DRAWS[1])
-    generator, found = np.random.default_rng(_RESAMPLING_SEED), []
-    at_once = max(_AT_ONCE // num_images, 1)
-    for start in range(0, num_draws, at_once):
-        draws = range(start, min(start + at_once, num_draws))
-        drawn_SG = np.stack(
-            [np.bincount(generator.integers(num_units, size=num_units), minlength=num_units) for _ in draws]
-        )
+    num_draws, found = min(max(_MOST_RESAMPLED // (num_images * len(rankings)), _DRAWS[0]), _DRAWS[1]), []
+    for drawn_SG in samples_of_units(num_units, num_draws, num_images, seed=_RESAMPLING_SEED):
         figures_CS = np.stack([ranking.drawn(figure, drawn_SG[:, units_N]) for ranking in rankings])
         found += [mean_known(None if math.isnan(one) else one for one in column) for column in figures_CS.T.tolist()]
     known = [value for value in found if value is not None]

@@ -20,7 +20,7 @@ import torch
 
 from tlscale.codes.probes.ranking import Bools
 from tlscale.models.calibration import Calibration
-from tlscale.training.calibration import MOST_LOGITS, drawn_rows, gains_more_than_its_error, least_by_newton
+from tlscale.training.calibration import choosing_rows, gains_more_than_its_error, least_by_newton
 from tlscale.training.label_set_loss import binary_cross_entropy
 from tlscale.training.label_set_metrics import label_calibration_error
 from tlscale.training.label_set_predictions import label_matrix, logit_matrix
@@ -37,7 +37,7 @@ def label_calibration_by(table: pa.Table) -> Calibration | None:
     labels_NC, logits_NC = _answers(table)
     if not len(labels_NC):
         return None
-    rows = drawn_rows(len(logits_NC), max(MOST_LOGITS // logits_NC.shape[1], 1))
+    rows = choosing_rows(logits_NC)
     drawn_NC, truth_NC = logits_NC[rows].astype(np.float64), labels_NC[rows]
     temperature = choose_label_temperature(truth_NC, drawn_NC)
     before_N, after_N = (

@@ -14,7 +14,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from tlscale.data.sources.bad_images import BadImages
-from tlscale.errors import RunFolderError, flag, irregular
+from tlscale.errors import RunFolderError, flag
+from tlscale.storage.files import refuse_endless_file
 from tlscale.storage.run_folder import RunFolder, refuse_irregular
 from tlscale.training.computed import Computed
 
@@ -162,10 +163,7 @@ class _Result(_Facts):
 
 def _read(path: Path, facts: type[_Facts]) -> dict[str, Any] | None:
     try:
-        if (what := irregular(path)) is not None:
-            raise ValueError(f"it is {what}")
-        if path.stat().st_size > _MOST_BYTES:
-            raise ValueError(f"it has over {_MOST_BYTES:,} bytes")
+        refuse_endless_file(path, _MOST_BYTES)
         plain: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         facts.model_validate(plain)
     except FileNotFoundError:

@@ -153,11 +153,8 @@ class RunPath:
         """
         self.facts, self.spec, self.num_classes = facts, trained.input_spec, len(trained.classes)
         self.calibration, self.unknown = trained.calibration, trained.unknown
-        self.thresholds, self.places, self._num_views = (
-            trained.thresholds,
-            crop_places(trained.views),
-            _num_views(trained),
-        )
+        self.thresholds, self.places = trained.thresholds, crop_places(trained.views)
+        self._num_views = len(views_of(trained.views))
         self.batching = facts.batching if batch_size is None else Batching(batch_size)
         self._way = _way(trained, facts, processes)
         if not isinstance(self._way[0], _Frozen):  # there are no codes to tell by
@@ -271,13 +268,9 @@ def _way(trained: TrainedModel, facts: RunFacts, processes: Processes) -> tuple[
     return _Frozen(partition.prefix, inputs, facts, views), rest(partition.suffix, dtypes, autocasts=True)
 
 
-def _num_views(trained: TrainedModel) -> int:
-    return len(views_of(trained.views))
-
-
 def _over_views(module: nn.Module, trained: TrainedModel) -> nn.Module:
-    several = trained.thresholds is not None
-    return over_views(module, _num_views(trained), len(trained.classes), several=several)
+    several, num_views = trained.thresholds is not None, len(views_of(trained.views))
+    return over_views(module, num_views, len(trained.classes), several=several)
 
 
 def _ready(trained: TrainedModel, facts: RunFacts, processes: Processes) -> tuple[nn.Module, InputPath]:

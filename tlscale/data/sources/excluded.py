@@ -13,9 +13,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
-from tlscale.errors import DataError, first_few, irregular, one_line, quoted
+from tlscale.errors import DataError, first_few, one_line, quoted
 from tlscale.recipe.schema import DataSection
-from tlscale.storage.files import make_folder, replacing
+from tlscale.storage.files import make_folder, refuse_endless_file, replacing
 
 COLUMNS = ("path", "reason")
 FORMULAS = tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")  # the last four are those of wide scripts
@@ -52,17 +52,14 @@ def read_excluded(place: Path) -> list[tuple[str, str]]:
         DataError: no such table, or no column `path`.
     """
     try:
-        if (what := irregular(place)) is not None:
-            raise OSError(f"it is {what}")
-        if place.stat().st_size > _MOST_BYTES:
-            raise OSError(f"it has over {_MOST_BYTES:,} bytes")
+        refuse_endless_file(place, _MOST_BYTES)
         with place.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file, _any_length():
             rows = csv.DictReader(file)
             if COLUMNS[0] not in (rows.fieldnames or ()):
                 remedy = "Write path,reason into the first line, and a file into each of the others"
                 raise DataError(f"{one_line(place)} has no column 'path'", key="data.exclude", remedy=remedy)
             return [(row["path"], row.get("reason") or "") for row in rows if row["path"]]
-    except (OSError, csv.Error) as error:
+    except (OSError, ValueError, csv.Error) as error:
         why = getattr(error, "strerror", None) or error
         remedy = "Name a table with the columns path,reason, or take the key out"
         raise DataError(f"{one_line(place)} cannot be read: {why}", key="data.exclude", remedy=remedy) from None

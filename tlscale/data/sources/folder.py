@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from stat import S_ISDIR, S_ISREG
+from stat import S_ISDIR
 from typing import Literal, cast
 
 import numpy as np
@@ -43,8 +43,8 @@ from tlscale.distributed.signals import check_stop
 from tlscale.errors import (
     DataError,
     first_few,
+    irregular_mode,
     is_unicode,
-    kind_of_file,
     one_line,
     quoted,
     quoted_list,
@@ -331,8 +331,8 @@ def _stat_of_image(entry: os.DirEntry[str], *, may_be_folder: bool) -> tuple[os.
             f"{shown} has no ending of an image ({endings}); take it out of the class folder, or write it to the table "
             "of data.exclude"
         )
-    if not S_ISREG(stat.st_mode):
-        return None, f"{shown} is {kind_of_file(stat.st_mode)}, no regular file; take it out of the class folder"
+    if (what := irregular_mode(stat.st_mode)) is not None:
+        return None, f"{shown} is {what}; take it out of the class folder"
     if not is_unicode(entry.name):
         return None, _not_utf8(Path(entry.path).parent, entry.name)
     return stat, ""

@@ -7,7 +7,6 @@ Shape letters: N rows, H height, W width, 5 the numbers of a `file_stamp`.
 
 from __future__ import annotations
 
-import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import pyarrow as pa
 from tlscale.data.content import stamp_bytes
 from tlscale.data.decode import BadImageError
 from tlscale.data.sources.tables import Ints
-from tlscale.errors import kind_of_file, one_line
+from tlscale.errors import irregular_mode, one_line
 
 MOST_FILE_BYTES = 2 << 30
 """A larger file is no image of a size that is read, and reading it would fill the memory."""
@@ -35,8 +34,8 @@ def read_image_file(path: Path, where: str) -> bytes:
     """
     try:
         found = path.stat()
-        if not stat.S_ISREG(found.st_mode):
-            raise BadImageError.at(where, f"{kind_of_file(found.st_mode)}, no regular file", None)
+        if (what := irregular_mode(found.st_mode)) is not None:
+            raise BadImageError.at(where, what, None)
         if found.st_size > MOST_FILE_BYTES:
             size = f"a file of {found.st_size / 2**30:,.1f} GiB"
             raise BadImageError.at(where, f"{size} is no image; the most is {MOST_FILE_BYTES >> 30}", None)
