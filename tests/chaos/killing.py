@@ -7,15 +7,18 @@ import hashlib
 import json
 import os
 import random
+import re
 import signal
 import socket
 import time
 from collections import Counter
 from pathlib import Path
 
+import pyarrow.parquet as pq
+
 from tests.dist.many_checks import HALF_VIT
 from tests.forks import Forks
-from tests.small_runs import assert_same_runs, last_checkpoint, small_recipe
+from tests.small_runs import assert_same_runs, last_checkpoint, result, small_recipe
 
 SEED = int(os.environ.get("TLSCALE_CHAOS_SEED") or random.SystemRandom().randrange(10**6))
 KILLS: Counter[str] = Counter()  # by what was killed
@@ -51,6 +54,13 @@ RECIPES = {
         "optim": {"clip_grad_norm": 1.0, "ema_decay": 0.9},
     },
     "probed": {"probe": {"kind": "ridge"}, "codes": {"layer": ["blocks.0", "penultimate"]}},
+    # Codes of three plain splits, and of two views more of what is evaluated.
+    "viewed": {
+        "freeze": HALF_VIT,
+        "codes": {"keep": "always"},
+        "evaluate": {"every": "3 steps", "views": ["flip", "vertical_flip"]},
+    },
+    "probed views": {"probe": {"kind": "ridge"}, "evaluate": {"views": ["flip", "vertical_flip"]}},
 }
 
 
@@ -62,10 +72,11 @@ def drawing(name: str) -> random.Random:
 class Place:
     """A run's own folder, cache and log; `words` is the line that is started again and again."""
 
-    def __init__(self, folder: Path, recipe: str, data: Path) -> None:
+    def __init__(self, folder: Path, recipe: str | dict, data: Path) -> None:
+        """`recipe` is one of `RECIPES`, or what it would have there."""
         folder.mkdir(parents=True)
         self.out, self.cache, self.log = folder / "run", folder / "cache", folder / "log"
-        small_recipe(folder / "recipe.yaml", data, **RECIPES[recipe])
+        small_recipe(folder / "recipe.yaml", data, **(RECIPES[recipe] if isinstance(recipe, str) else recipe))
         self.words = ("run", folder / "recipe.yaml", "--out", self.out, "--resume")
         self.variables = {"TLSCALE_CACHE": str(self.cache)}
 
@@ -155,6 +166,23 @@ def assert_ended_as(whole: Path, out: Path) -> None:
     tops = [sorted(path.name for path in folder.iterdir()) for folder in (whole, out)]
     assert tops[0] == tops[1]
     assert list((out / "checkpoints").glob(".*")) == []
+
+
+def assert_same_answers(whole: Path, out: Path) -> None:
+    """Predictions of the images, and what the result says of them, to the last bit."""
+    assert pq.read_table(whole / "predictions.parquet").equals(pq.read_table(out / "predictions.parquet"))
+    first, second = result(whole), result(out)
+    assert first.keys() == second.keys()
+    may_differ = {"codes", "name", "run_id", "seconds"} | {name for name in first if name.endswith("_s")}
+    for name in first.keys() - may_differ:
+        assert first[name] == second[name], name
+
+
+def last_codes(place: Place, rank: int | None = None) -> str:
+    """Name the codes, such as `train` or `test, center+flip`, that its last start computed last."""
+    log = place.log if rank is None else place.log.with_name(f"log{rank}")
+    found: str = re.findall(r"^codes of ([^:]+):", log.read_text(), re.MULTILINE)[-1]
+    return found
 
 
 def wait_for(condition, timeout_s=60):

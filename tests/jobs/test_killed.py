@@ -6,7 +6,15 @@ import signal
 
 import pytest
 
-from tests.chaos.killing import Place, assert_ended_as, start_all, start_and_kill, wait_for
+from tests.chaos.killing import (
+    Place,
+    assert_ended_as,
+    assert_same_answers,
+    last_codes,
+    start_all,
+    start_and_kill,
+    wait_for,
+)
 from tests.forks import HANGS
 from tests.small_runs import logged
 from tlscale.errors import EXIT_BAD_INPUT
@@ -29,6 +37,21 @@ def test_killed_again_and_again_a_run_ends_as_one_that_was_not(forks, whole, idx
         assert start_and_kill(forks, place, "fault", fault)
     assert forks.wait(place.start(forks)) == 0, place.output()
     assert_ended_as(whole["staged"].out, place.out)
+
+
+@pytest.mark.parametrize(("kind", "first"), [("viewed", "codes.block@4"), ("probed views", "codes.block@5")])
+def test_killed_in_the_codes_of_another_view_and_resumed(forks, idx, tmp_path, kind, first):
+    """Two blocks are of training images, then one of each: the plain split, and its other views."""
+    whole, place = (Place(tmp_path / name, kind, idx) for name in ("whole", "killed"))
+    assert forks.wait(whole.start(forks)) == 0, whole.output()
+    for fault in (first, "codes.place", "codes.shard", "codes.block@2"):
+        assert start_and_kill(forks, place, "fault", fault)
+        assert last_codes(place).startswith("validation, center+")
+    assert forks.wait(place.start(forks)) == 0, place.output()
+    assert last_codes(place) == "test, center+flip+vertical_flip"
+    if kind == "viewed":
+        assert_ended_as(whole.out, place.out)
+    assert_same_answers(whole.out, place.out)
 
 
 def test_two_jobs_in_one_run_folder(forks, whole, idx, tmp_path):
