@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tlscale.distributed.signals import StopRequest
-from tlscale.errors import TlscaleError
+from tlscale.errors import TlscaleError, first_line
 from tlscale.recipe.completion import files, recipe_keys
 from tlscale.tracking.stopwatch import Stopwatch
 
@@ -79,6 +79,13 @@ def loading(*, is_long: bool = False) -> Iterator[None]:
             click.echo("loading PyTorch and timm", err=True, nl=not is_terminal)
     try:
         yield
+    except (ImportError, RuntimeError) as error:
+        if "torchvision" not in str(error):
+            raise
+        raise TlscaleError(
+            f"torchvision is not installed, or does not fit torch: {first_line(error)}",
+            remedy="`tlscale doctor` gives the line that installs the one that fits",
+        ) from error
     finally:
         if is_shown and is_terminal:
             with suppress(OSError):

@@ -7,7 +7,8 @@ from dataclasses import asdict
 
 import click
 
-from tlscale.commands.doctor_checks import Finding, examine
+from tlscale.commands.doctor_checks import examine
+from tlscale.commands.doctor_finding import Finding
 from tlscale.tracking.console import Console
 
 _MARKS = {"ok": "ok  ", "note": "note", "wrong": "WRONG"}

@@ -11,42 +11,28 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 from urllib.parse import urlsplit
 
 import torch
 import yaml
 from packaging.requirements import Requirement
 
+from tlscale.commands.doctor_disks import DISK_CHECKS
+from tlscale.commands.doctor_finding import Finding
 from tlscale.distributed.host import num_cores
-from tlscale.errors import TlscaleError, first_line, one_line, option
-from tlscale.storage.cache import cache_root, nearest_folder
+from tlscale.errors import first_line, one_line
 from tlscale.tracking.working_folder import wandb_files
 
-State = Literal["ok", "note", "wrong"]
 _GIB = 2**30
-_LEAST_DISK, _LEAST_SHARED, _LEAST_MEMORY = 5 * _GIB, 1 * _GIB, 4 * _GIB
+_LEAST_MEMORY = 4 * _GIB
 _LEAST_FILES = 1024
 _ROUND_TRIP_S = 90.0
 _REACH_S = 4.0
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What was found of one thing."""
-
-    subject: str
-    state: State
-    """`ok`; `note`: a run works, slower or with less; `wrong`: it would stop one."""
-    what: str
-    remedy: str = ""
 
 
 def examine() -> Iterator[Finding]:
@@ -70,7 +56,8 @@ def _packages() -> Iterator[Finding]:
         try:
             found = importlib.metadata.version(package.name)
         except importlib.metadata.PackageNotFoundError:
-            yield Finding(package.name, "wrong", "not installed", f"pip install '{package}'")
+            remedy = _fitting_torchvision() if package.name == "torchvision" else f"pip install '{package}'"
+            yield Finding(package.name, "wrong", "not installed", remedy)
             continue
         if not package.specifier.contains(found, prereleases=True):
             yield Finding(package.name, "wrong", f"{found}; tlscale needs {package}", f"pip install '{package}'")
@@ -82,10 +69,19 @@ def _packages() -> Iterator[Finding]:
 def _torchvision() -> Iterator[Finding]:
     """Import torchvision as timm does: one of another torch ends in an error about an operator."""
     done = subprocess.run([sys.executable, "-c", "import torchvision"], capture_output=True, text=True)
-    if done.returncode != 0:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        remedy = "Install both in one step, so that they fit: pip install --force-reinstall torch torchvision"
-        yield Finding("torchvision", "wrong", f"cannot be imported: {one_line(last)[:200]}", remedy)
+    last = one_line((done.stderr.strip().splitlines() or ["no message"])[-1])[:200]
+    if done.returncode == 0 or last.endswith("No module named 'torchvision'"):  # the latter is a finding of `_packages`
+        return
+    try:
+        versions = f"{importlib.metadata.version('torchvision')} with torch {torch.__version__} "
+    except importlib.metadata.PackageNotFoundError:
+        versions = ""
+    yield Finding("torchvision", "wrong", f"{versions}cannot be imported: {last}", _fitting_torchvision())
+
+
+def _fitting_torchvision() -> str:
+    """Return the line that installs the torchvision of this torch, and leaves torch as it is."""
+    return f"pip install torchvision 'torch=={torch.__version__.partition('+')[0]}'"
 
 
 def _devices() -> Iterator[Finding]:
@@ -168,53 +164,6 @@ def _available_memory() -> int | None:
         most, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip() for name in ("max", "current"))
         limits.append(int(most) - int(used))
     return min(limits, default=None)
-
-
-def _disks() -> Iterator[Finding]:
-    places = {"runs": Path("runs")}
-    with suppress(TlscaleError):  # no home folder: a finding of its own
-        places["cache"] = cache_root()
-    try:
-        places["temporary files"] = Path(tempfile.gettempdir())
-    except OSError as error:
-        yield Finding("disk for temporary files", "wrong", first_line(error), _DISK_REMEDIES["temporary files"])
-    for name, place in places.items():
-        folder = nearest_folder(place)
-        free = shutil.disk_usage(folder).free
-        what = f"{free / _GIB:.1f} GiB free in '{one_line(place)}'"
-        if free < _LEAST_DISK:
-            yield Finding(f"disk for {name}", "note", what, _DISK_REMEDIES[name])
-        else:
-            yield Finding(f"disk for {name}", "ok", what)
-        if problem := _cannot_write(folder, place):
-            state: State = "note" if name == "cache" else "wrong"
-            yield Finding(f"disk for {name}", state, f"'{one_line(place)}' {problem}", _DISK_REMEDIES[name])
-    shared = Path("/dev/shm")
-    if shared.is_dir() and shutil.disk_usage(shared).total < _LEAST_SHARED:
-        what = f"{shutil.disk_usage(shared).total / 2**20:.0f} MiB in /dev/shm, through which workers send images"
-        yield Finding(
-            "shared memory", "note", what, "Give the container more (docker run --shm-size=8g), or data.workers=0"
-        )
-
-
-_DISK_REMEDIES = {
-    "runs": "Write runs elsewhere (" + option("out", "DIR").shell + "), or make room",
-    "cache": "Set TLSCALE_CACHE to a folder with room that you may write to; `tlscale codes prune` makes room",
-    "temporary files": "Set TMPDIR to a folder with room that you may write to",
-}
-
-
-def _cannot_write(folder: Path, place: Path) -> str:
-    """Return why nothing can be written to a place whose nearest folder this is; empty where it can."""
-    if place.exists() and not place.is_dir():
-        return "is no folder"
-    if os.path.lexists(place) is False and any(parent.is_file() for parent in place.absolute().parents):
-        return "lies below a file"
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            return ""
-    except OSError as error:
-        return f"cannot be written to: {error.strerror or error}"
 
 
 def _limits() -> Iterator[Finding]:
@@ -353,16 +302,7 @@ def _why(text: str) -> str:
     return one_line((named or errors or ["they ended without a message"])[-1])[:300]
 
 
-def _cache() -> Iterator[Finding]:
-    try:
-        root = cache_root()
-    except TlscaleError as error:
-        yield Finding("cache", "wrong", error.problem, error.remedy or "")
-        return
-    yield Finding("cache", "ok", f"'{one_line(root)}'")
-
-
 CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
-    *(_packages, _torchvision, _devices, _cores, _memory, _cache, _disks, _limits),
+    *(_packages, _torchvision, _devices, _cores, _memory, *DISK_CHECKS, _limits),
     *(_accelerate, _hub, _wandb, _two_processes),
 )

@@ -7,12 +7,14 @@ import sys
 from collections import namedtuple
 from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
 from click.testing import CliRunner
 
 from tlscale.cli import main
-from tlscale.commands import doctor_checks
-from tlscale.commands.doctor_checks import CHECKS, Finding, examine
+from tlscale.commands import doctor_checks, doctor_disks
+from tlscale.commands.doctor_checks import CHECKS, examine
+from tlscale.commands.doctor_finding import Finding
 
 CHECK = {check.__name__.strip("_"): check for check in CHECKS}
 SLOW = ("_two_processes", "_torchvision")
@@ -31,6 +33,20 @@ def torchvision_of_another_torch(monkeypatch, tmp_path):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
 
 
+def no_torchvision(monkeypatch, tmp_path):
+    """Its files gone from what a new process imports, and its version from what is installed."""
+    found = doctor_checks.importlib.metadata.version
+
+    def version(name):
+        if name == "torchvision":
+            raise doctor_checks.importlib.metadata.PackageNotFoundError(name)
+        return found(name)
+
+    monkeypatch.setattr(doctor_checks.importlib.metadata, "version", version)
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['torchvision'] = None\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+
 def hidden_gpus(monkeypatch, tmp_path):
     program = tmp_path / "nvidia-smi"
     program.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA H100 (UUID: x)'\n")
@@ -45,7 +61,18 @@ def cache_in_a_file(monkeypatch, tmp_path):
 
 
 def full_disk(monkeypatch, tmp_path):
-    monkeypatch.setattr(doctor_checks.shutil, "disk_usage", lambda _place: Usage(2**40, 2**40, 2**20))
+    monkeypatch.setattr(doctor_disks.shutil, "disk_usage", lambda _place: Usage(2**40, 2**40, 2**20))
+
+
+def disk_of_a_gib(monkeypatch, small_disk):
+    if subprocess.run(["mount", "-o", f"remount,size={2**30}", small_disk], check=False).returncode:
+        pytest.skip("a disk cannot be made larger here")
+    monkeypatch.setenv("TLSCALE_CACHE", str(small_disk))
+
+
+def tmpdir_nowhere(monkeypatch, tmp_path):
+    monkeypatch.setenv("TMPDIR", "/nowhere")
+    monkeypatch.setattr(doctor_disks.tempfile, "tempdir", None)
 
 
 def no_home(monkeypatch, tmp_path):
@@ -61,7 +88,7 @@ def no_temporary_files(monkeypatch, tmp_path):
     def fail():
         raise FileNotFoundError("No usable temporary directory found in ['/tmp']")
 
-    monkeypatch.setattr(doctor_checks.tempfile, "gettempdir", fail)
+    monkeypatch.setattr(doctor_disks.tempfile, "gettempdir", fail)
 
 
 def accelerate_says(text):
@@ -104,6 +131,13 @@ def one_thread(monkeypatch, tmp_path):
 PLANTED = {
     "a version below the floor": ("packages", old_timm, "wrong", "0.4.12;"),
     "a torchvision of another torch": ("torchvision", torchvision_of_another_torch, "wrong", "nms does not exist"),
+    "no torchvision": ("packages", no_torchvision, "wrong", "not installed"),
+    "no TMPDIR": (
+        "disks",
+        tmpdir_nowhere,
+        "note",
+        "TMPDIR='/nowhere' is not there",
+    ),
     "hidden GPUs": ("devices", hidden_gpus, "wrong", "hidden by CUDA_VISIBLE_DEVICES"),
     "a file in place of the cache": ("disks", cache_in_a_file, "note", "is no folder"),
     "a full disk": ("disks", full_disk, "note", "0.0 GiB free"),
@@ -148,6 +182,53 @@ def test_what_is_planted_is_found_with_a_remedy(fault, monkeypatch, tmp_path):
     assert all(finding.remedy for finding in found)
 
 
+def test_a_disk_with_a_gib_left_is_found(monkeypatch, small_disk):
+    disk_of_a_gib(monkeypatch, small_disk)
+    (found,) = [finding for finding in CHECK["disks"]() if finding.subject == "disk for cache"]
+    assert (found.state, found.what) == ("note", f"1.0 GiB free in '{small_disk}'")
+    assert "prune" in found.remedy
+
+
+@pytest.mark.parametrize("name", ["TLSCALE_CACHE", "HF_HUB_CACHE"])
+def test_a_cache_that_is_read_only_is_found(name, monkeypatch, small_disk):
+    monkeypatch.setenv("TLSCALE_CACHE", str(small_disk.parent / "cache"))
+    if name == "HF_HUB_CACHE":
+        monkeypatch.setattr(huggingface_hub.constants, name, str(small_disk / "hub"))
+    else:
+        monkeypatch.setenv(name, str(small_disk))
+    before = list(CHECK["disks"]())
+    assert not any("cannot be" in finding.what for finding in before)
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    found = [finding for finding in CHECK["disks"]() if finding not in before]
+    assert [finding.state for finding in found] == ["note"]
+    assert "Read-only file system" in found[0].what
+    assert f"Set {'HF_HOME' if name == 'HF_HUB_CACHE' else name} to a folder that you may write to" in found[0].remedy
+
+
+BOUND = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", "--no-new-privs"]
+
+
+def test_a_cache_of_somebody_else_is_found(tmp_path):
+    """Root as well, in a process without the privileges that let it write everywhere."""
+    if is_root := os.geteuid() == 0:
+        (place := tmp_path / "codes").mkdir()
+        os.chown(place, 1, 1)
+    else:
+        place = Path("/usr/share")
+    program = "from tlscale.commands.doctor_disks import DISK_CHECKS as checks; print(*checks[1](), sep='\\n')"
+    done = subprocess.run(
+        [*(BOUND if is_root else ()), sys.executable, "-c", program],
+        env={**os.environ, "TLSCALE_CACHE": str(place.parent)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    (found,) = [line for line in done.stdout.splitlines() if "disk for cache" in line]
+    assert "state='note'" in found
+    assert f"cannot be written to (Permission denied, it belongs to '{place.owner()}')" in found
+    assert "remedy='Set TLSCALE_CACHE to a folder that you may write to" in found
+
+
 def test_a_missing_home_is_one_finding_and_other_disks_are_examined(monkeypatch, tmp_path):
     no_home(monkeypatch, tmp_path)
     found = [*CHECK["cache"](), *CHECK["disks"]()]
@@ -184,6 +265,19 @@ def test_no_check_stops_the_others_and_none_tells_a_secret(monkeypatch):
     assert ran.exit_code == 1
     assert told["wrong"] == sum(each["state"] == "wrong" for each in told["findings"]) >= 1
     assert secret not in ran.output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plant", [no_torchvision, torchvision_of_another_torch])
+def test_a_torchvision_that_does_not_fit_is_one_line_of_each_verb(plant, monkeypatch, tmp_path):
+    plant(monkeypatch, tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-m", "tlscale.cli", "new", "."], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("tlscale: torchvision is not installed, or does not fit torch: ")
+    assert "`tlscale doctor`" in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 def test_it_starts_without_an_accelerator():
