@@ -48,7 +48,7 @@ def measure(tree: Path, recipe: Path, workers: int) -> tuple[float, float]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         arguments = ["run", str(recipe), "--out", str(out), f"data.workers={workers}"]
-        command = [sys.executable, "-m", "tlscale.cli", *arguments]
+        command = [sys.executable, "-m", "tlscale", *arguments]
         run = subprocess.Popen(command, env=env, cwd=tree, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         seen_mib = []
         while run.poll() is None:

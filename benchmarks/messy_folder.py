@@ -169,7 +169,7 @@ def run(line: str, folder: Path, log: Path, weights: Path) -> tuple[float, float
     """
     beside = Path(sys.executable).parent
     programs = {
-        "tlscale": [sys.executable, "-m", "tlscale.cli"],
+        "tlscale": [sys.executable, "-m", "tlscale"],
         "python": [sys.executable],
         "yolo": [sys.executable, str(beside / "yolo")],
     }

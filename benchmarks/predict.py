@@ -52,7 +52,7 @@ def tlscale(*words: str, cache: Path) -> tuple[str, float]:
     """Run a command; return what it said, and the peak of its memory in MiB."""
     environment = {**os.environ, "TLSCALE_CACHE": str(cache)}
     with tempfile.TemporaryFile("w+") as log:
-        command = [sys.executable, "-m", "tlscale.cli", *words]
+        command = [sys.executable, "-m", "tlscale", *words]
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
         _, status, usage = os.wait4(process.pid, 0)
         log.seek(0)

@@ -48,7 +48,7 @@ def run(data: Path, out: Path, steps: int, batch_size: int) -> tuple[float, dict
     }
     out.mkdir(parents=True)
     (out / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
-    words = [sys.executable, "-m", "tlscale.cli", "run", str(out / "recipe.yaml"), "--out", str(out / "run")]
+    words = [sys.executable, "-m", "tlscale", "run", str(out / "recipe.yaml"), "--out", str(out / "run")]
     began_s = time.monotonic()
     with (out / "log").open("w") as log:
         subprocess.run(words, check=True, stdout=log, env={**os.environ, "PYTHONPATH": str(REPO)})

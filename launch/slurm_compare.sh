@@ -36,7 +36,7 @@ submit() {
   shift
   jobs=$(mktemp)
   trap 'rm -f "$jobs" "$jobs.then"' EXIT
-  "${PYTHON:-python3}" -m tlscale.cli compare "$@" --print-jobs >"$jobs" 2>"$jobs.then" || {
+  "${PYTHON:-python3}" -m tlscale compare "$@" --print-jobs >"$jobs" 2>"$jobs.then" || {
     local code=$?
     cat "$jobs.then" >&2
     exit "$code"
@@ -65,7 +65,7 @@ task() {
   trap 'asked=stop; kill -TERM "$run" 2>/dev/null || true' USR1
   trap 'asked=end; kill -TERM "$run" 2>/dev/null || true' TERM
   rm -f "$run_dir/STOPPED" # of an earlier start
-  "${PYTHON:-python3}" -m tlscale.cli "${words[@]}" &
+  "${PYTHON:-python3}" -m tlscale "${words[@]}" &
   run=$!
   # A signal ends a wait; the next one gets the exit code.
   code=0
@@ -93,7 +93,7 @@ case ${1:-} in
   --task) task "$2" ;;
   --table)
     read_words "$(<"$2")"
-    exec "${PYTHON:-python3}" -m tlscale.cli "${words[@]}"
+    exec "${PYTHON:-python3}" -m tlscale "${words[@]}"
     ;;
   *) submit "$@" ;;
 esac

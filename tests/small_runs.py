@@ -231,7 +231,7 @@ def environment(**changes: str) -> dict[str, str]:
 def start(*words: str, log: Path, **changes: str) -> subprocess.Popen:
     """`tlscale words...` as a process of its own, its output in the file `log`."""
     with log.open("w") as file:
-        command = [sys.executable, "-m", "tlscale.cli", *words]
+        command = [sys.executable, "-m", "tlscale", *words]
         return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment(**changes), cwd=REPO)
 
 

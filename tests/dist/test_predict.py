@@ -24,7 +24,7 @@ def test_two_processes_write_the_file_of_one(tmp_path):
     words = ["predict", str(tmp_path / "run"), "--images-from", str(tmp_path / "list"), "--all-probabilities", "--out"]
     assert CliRunner().invoke(main, [*words, str(tmp_path / "one.csv")]).exit_code == 0
     log = tmp_path / "log"
-    with launch(2, "-m", "tlscale.cli", *words, tmp_path / "two.csv", log=log, launcher="torchrun") as launched:
+    with launch(2, "-m", "tlscale", *words, tmp_path / "two.csv", log=log, launcher="torchrun") as launched:
         assert exit_code_of(launched, log) == 0, log.read_text()[-3000:]
     assert (tmp_path / "two.csv").read_bytes() == (tmp_path / "one.csv").read_bytes()
     assert len((tmp_path / "two.csv").read_text().splitlines()) == 1 + len(images)

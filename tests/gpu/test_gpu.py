@@ -89,7 +89,7 @@ def assert_same_losses(first, second, rtol: float = 1e-3, steps: int = 2) -> Non
 def command(*args: object, env=None, **options) -> subprocess.Popen:
     """Starts tlscale's command line as a process of its own."""
     own = {**os.environ, "PYTHONPATH": f"{REPO}{os.pathsep}{os.environ.get('PYTHONPATH', '')}", **(env or {})}
-    return subprocess.Popen([sys.executable, "-m", "tlscale.cli", *map(str, args)], env=own, cwd=REPO, **options)
+    return subprocess.Popen([sys.executable, "-m", "tlscale", *map(str, args)], env=own, cwd=REPO, **options)
 
 
 # -- the largest risk -------------------------------------------------------------------------------------------------

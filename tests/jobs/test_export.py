@@ -400,7 +400,7 @@ def test_the_page_on_serving_runs_word_for_word(trained, data, tmp_path):
     for name, path in zip("ab", sorted((data / "test").rglob("*.png"))[::20], strict=False):
         picture = Image.open(path).convert("RGB").resize((61, 45))
         picture.save(tmp_path / "new_photos" / f"{name}.jpg", exif=turned)
-    (tmp_path / "tlscale").write_text(f'#!/bin/sh\nexec {sys.executable} -m tlscale.cli "$@"\n')
+    (tmp_path / "tlscale").write_text(f'#!/bin/sh\nexec {sys.executable} -m tlscale "$@"\n')
     (tmp_path / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
     for name in ("tlscale", "python"):
         (tmp_path / name).chmod(0o755)

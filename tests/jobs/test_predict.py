@@ -233,7 +233,7 @@ def test_a_stopped_file_is_resumed_to_the_same_bytes(kind, trained, data, tmp_pa
     (tmp_path / "list").write_text("\n".join(paths))
     run, out = trained("finetune"), tmp_path / f"out.{kind}"
     assert invoke(run, "--images-from", tmp_path / "list", "--out", tmp_path / f"whole.{kind}").exit_code == 0
-    command = [sys.executable, "-m", "tlscale.cli", "predict", str(run), "-", "--out", str(out)]
+    command = [sys.executable, "-m", "tlscale", "predict", str(run), "-", "--out", str(out)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, env=environment()) as stopped:
         stopped.stdin.write("\n".join(paths[:300]).encode() + b"\n")
         stopped.stdin.flush()
@@ -286,7 +286,7 @@ def test_the_commands_of_the_guide_run_and_are_those_of_the_help(trained, data, 
     (tmp_path / "new_photos").mkdir()
     for name, path in zip("abc", sorted((data / "test").rglob("*.png")), strict=False):
         Image.open(path).convert("RGB").save(tmp_path / "new_photos" / f"{name}.jpg")
-    (tmp_path / "tlscale").write_text(f'#!/bin/sh\nexec {sys.executable} -m tlscale.cli "$@"\n')
+    (tmp_path / "tlscale").write_text(f'#!/bin/sh\nexec {sys.executable} -m tlscale "$@"\n')
     (tmp_path / "tlscale").chmod(0o755)
     path = f"{tmp_path}:{os.environ['PATH']}"
     subprocess.run(["bash", "-ec", blocks["bash"]], cwd=tmp_path, env=environment(PATH=path), check=True)

@@ -81,7 +81,7 @@ def test_an_array_and_a_job_after_it(place):
     code, output = submitted(place, MOST_AT_ONCE="4")
     assert code == 0, output
     assert (place / "python").read_text().split() == [
-        *("-m", "tlscale.cli", "compare", "photos.yaml", "--seeds", "0,1", "--print-jobs")
+        *("-m", "tlscale", "compare", "photos.yaml", "--seeds", "0,1", "--print-jobs")
     ]
     array, table = calls(place, "sbatch")
     assert "--array=1-2%4" in array

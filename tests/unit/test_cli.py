@@ -162,12 +162,18 @@ def test_an_error_of_a_file_is_a_message_and_no_traceback(tmp_path, monkeypatch)
     assert said == "tlscale: the working folder was removed. Change to a folder that exists\n"
 
 
+@pytest.mark.parametrize("module", ["tlscale", "tlscale.cli"])
+def test_python_m_is_the_command(module):
+    done = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, f"tlscale, version {__version__}\n"), done.stderr
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device here is always full")
 @pytest.mark.parametrize("is_all", [False, True])
 def test_output_that_is_lost_is_a_failure(is_all):
     with open("/dev/full", "w") as full:
         errors = full if is_all else subprocess.PIPE
-        command = [sys.executable, "-m", "tlscale.cli", "recipes"]
+        command = [sys.executable, "-m", "tlscale", "recipes"]
         done = subprocess.run(command, stdout=full, stderr=errors, text=True, check=False)
     assert done.returncode == EXIT_FAILED, done.stderr
     if not is_all:

@@ -78,7 +78,7 @@ TYPED = {
 def desk(tmp_path):
     """A folder with recipes, and the program of these sources."""
     show = 'import sys; print("given", sys.argv[1:], flush=True)'
-    (tmp_path / "tlscale").write_text(f'#!/bin/sh\nexec {sys.executable} -m tlscale.cli "$@"\n')
+    (tmp_path / "tlscale").write_text(f'#!/bin/sh\nexec {sys.executable} -m tlscale "$@"\n')
     (tmp_path / "show").write_text(f"#!/bin/sh\nexec {sys.executable} -c '{show}' \"$@\"\n")
     for program in ("tlscale", "show"):
         (tmp_path / program).chmod(0o755)

@@ -211,7 +211,7 @@ def options_in_text(source: str) -> list[str]:
 
 def test_errors_name_options_by_markers():
     assert {"--resume", "--out", "--min-steps", "--keep-gib"} < OPTIONS
-    at_the_prompt = {"tlscale.cli", "tlscale.cli_parts"}  # there each option is made
+    at_the_prompt = {"tlscale.cli", "tlscale.cli.parts"}  # there each option is made
     texts = {dotted(path): options_in_text(path.read_text()) for path in MODULES if dotted(path) not in at_the_prompt}
     assert {name: found for name, found in texts.items() if found} == {}
 

@@ -271,9 +271,7 @@ def test_no_check_stops_the_others_and_none_tells_a_secret(monkeypatch):
 @pytest.mark.parametrize("plant", [no_torchvision, torchvision_of_another_torch])
 def test_a_torchvision_that_does_not_fit_is_one_line_of_each_verb(plant, monkeypatch, tmp_path):
     plant(monkeypatch, tmp_path)
-    done = subprocess.run(
-        [sys.executable, "-m", "tlscale.cli", "new", "."], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-m", "tlscale", "new", "."], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr.startswith("tlscale: torchvision is not installed, or does not fit torch: ")
     assert "`tlscale doctor`" in done.stderr
