@@ -90,9 +90,13 @@ import json, os, signal, sys
 from pathlib import Path
 
 import tlscale
-from tlscale import faults
 from tlscale.cli import main
 from tlscale.errors import Stopped
+
+try:
+    from tlscale.storage import faults
+except ImportError:  # where it was until 29 November 2026
+    from tlscale import faults
 
 assert Path(tlscale.__file__).is_relative_to(sys.argv[1]), tlscale.__file__
 for name in json.loads(sys.argv[2]):

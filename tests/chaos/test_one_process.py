@@ -13,7 +13,7 @@ from tests.chaos.killing import KILLS, Place, assert_ended_as, children_of, draw
 from tests.forks import Forks
 from tests.small_runs import lines, logged, result
 from tlscale.errors import EXIT_STOPPED
-from tlscale.faults import POINTS
+from tlscale.storage.faults import POINTS
 
 pytestmark = pytest.mark.long
 NUM_TIMES, NUM_FILES = 8, 8  # runs that are killed at random; each up to three times

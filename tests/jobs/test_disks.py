@@ -8,8 +8,8 @@ import pytest
 import tlscale
 from tests.checkpoints import newest_valid
 from tests.small_runs import assert_same_runs, lines, small_recipe
-from tlscale import faults
 from tlscale.errors import EXIT_BAD_INPUT, EXIT_FAILED, RunFolderError, TlscaleError
+from tlscale.storage import faults
 from tlscale.training.checkpoint.files import list_checkpoints
 
 CHANGES = {"duration": "12 steps", "checkpoint": {"every": "2 steps"}, "evaluate": {"every": "3 steps"}}

@@ -86,7 +86,7 @@ def test_a_run_shows_a_short_plan_and_plan_the_whole_one(idx, tmp_path):
 
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_on_a_terminal_there_is_a_line_while_libraries_are_loaded(rank):
-    program = "from tlscale.cli.parts import loading\nwith loading():\n    pass\nprint('done')\n"
+    program = "from tlscale.cli_parts import loading\nwith loading():\n    pass\nprint('done')\n"
     code, shown = on_a_terminal(program, RANK=rank)
     assert code == 0
     line = b"loading PyTorch and timm\r\x1b[K" if rank == "0" else b""
@@ -96,7 +96,7 @@ def test_on_a_terminal_there_is_a_line_while_libraries_are_loaded(rank):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device here is always full")
 @pytest.mark.parametrize("stderr", ["2>/dev/full", "2>&-"])
 def test_no_standard_error_is_no_failure(stderr):
-    program = "from tlscale.cli.parts import loading\nwith loading(is_long=True):\n    print('done')\n"
+    program = "from tlscale.cli_parts import loading\nwith loading(is_long=True):\n    print('done')\n"
     line = f'exec "$0" -c "$1" {stderr}'
     done = subprocess.run(["sh", "-c", line, sys.executable, program], stdout=subprocess.PIPE, check=False)
     assert (done.returncode, done.stdout) == (0, b"done\n")

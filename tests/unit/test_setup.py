@@ -211,7 +211,7 @@ def options_in_text(source: str) -> list[str]:
 
 def test_errors_name_options_by_markers():
     assert {"--resume", "--out", "--min-steps", "--keep-gib"} < OPTIONS
-    at_the_prompt = {"tlscale.cli", "tlscale.cli.parts"}  # there each option is made
+    at_the_prompt = {"tlscale.cli", "tlscale.cli_parts"}  # there each option is made
     texts = {dotted(path): options_in_text(path.read_text()) for path in MODULES if dotted(path) not in at_the_prompt}
     assert {name: found for name, found in texts.items() if found} == {}
 
@@ -388,6 +388,13 @@ def test_make_test_floors_installs_each_floor():
 def test_torch_and_torchvision_are_a_registry_pair():
     # A local version (`+cpu`) exists in one index only, and cannot be had from the registry.
     assert "+" not in constraints()["torch"] + constraints()["torchvision"]
+
+
+def test_the_root_stays_small():
+    root = REPO / "tlscale"
+    modules = {path.name for path in root.glob("*.py")}
+    assert modules == {"__init__.py", "__main__.py", "cli.py", "cli_parts.py", "errors.py", "run.py"}
+    assert len([path for path in root.iterdir() if list(path.glob("*.py"))]) == 9
 
 
 def test_linux_only_packages_are_guarded():

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tlscale import faults
 from tlscale.codes.key import CodesKey
 from tlscale.codes.shards import BLOCK, DTYPES, Ints, ValueSpec
 from tlscale.codes.store import Bools, CodesStore, Inventory
@@ -26,6 +25,7 @@ from tlscale.distributed.device import CopyToCpu
 from tlscale.distributed.settings import cpu_threads
 from tlscale.distributed.signals import is_stopping
 from tlscale.errors import DataError, ModelError
+from tlscale.storage import faults
 
 Module = Callable[[Any], tuple[Tensor, ...]]
 Values = tuple[Tensor, ...]

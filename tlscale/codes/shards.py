@@ -31,10 +31,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tlscale import faults
 from tlscale.codes.key import FORMAT, json_digest
 from tlscale.data.content import DIGEST, Digests
 from tlscale.errors import TlscaleError
+from tlscale.storage import faults
 from tlscale.storage.cache import make_cache_folder, share_with_group
 from tlscale.storage.files import file_sha256, flush, is_full, write_text
 

@@ -20,11 +20,11 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from tlscale import faults
 from tlscale.distributed.host import num_cores
 from tlscale.distributed.signals import check_stop, signal_when_parent_dies
 from tlscale.errors import TlscaleError, WorkerError, flag
 from tlscale.recipe.schema import DataSection
+from tlscale.storage import faults
 
 
 class Pinnable(Protocol):

@@ -20,8 +20,8 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Protocol
 
-from tlscale import faults
 from tlscale.errors import Stopped, Text
+from tlscale.storage import faults
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _LOOK_EVERY_S = 0.5  # between two looks at a disk or at other processes

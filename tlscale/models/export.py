@@ -21,7 +21,6 @@ import torch
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
-from tlscale import faults
 from tlscale.data.input_spec import InputSpec
 from tlscale.errors import ModelError
 from tlscale.models.calibration import Calibration
@@ -35,6 +34,7 @@ from tlscale.models.model_folder import TrainedModel as TrainedModel  # what is 
 from tlscale.models.model_folder import load as load
 from tlscale.models.unknown import UNKNOWN_FILE, UnknownScore
 from tlscale.recipe.field_types import HeadLayer
+from tlscale.storage import faults
 from tlscale.storage.files import file_sha256, make_folder, remove_left_overs, replacing
 
 LOGITS_TOLERANCE = 1e-5

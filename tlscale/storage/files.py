@@ -17,8 +17,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from tlscale import faults
 from tlscale.errors import EXIT_BAD_INPUT, TlscaleError, flag, irregular, quoted
+from tlscale.storage import faults
 
 _NOT_FLUSHED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
 

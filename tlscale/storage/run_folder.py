@@ -17,8 +17,8 @@ from typing import Literal
 
 from filelock import FileLock, Timeout
 
-from tlscale import faults
 from tlscale.errors import EXIT_BAD_INPUT, EXIT_FAILED, RunFolderError, flag, irregular, is_unicode, option
+from tlscale.storage import faults
 from tlscale.storage.cache import is_forbidden
 from tlscale.storage.files import flush, left_overs, make_folder, remove_left_overs
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tlscale import faults
+from tlscale.storage import faults
 from tlscale.storage.files import flush, naming_disk_errors
 
 _RECORD_KEYS = ("kind", "step", "epoch", "images_seen", "time_s")

@@ -14,10 +14,10 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from tlscale import faults
 from tlscale.data.sources.tables import GroupNames
 from tlscale.distributed.processes import Processes
 from tlscale.distributed.signals import check_stop
+from tlscale.storage import faults
 from tlscale.tracking.progress import Pace
 from tlscale.training.class_scores import ClassScores
 from tlscale.training.group_error import GroupError

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from tlscale import faults
 from tlscale.distributed.processes import Processes
 from tlscale.errors import EXIT_FAILED
 from tlscale.recipe.schema import Recipe
+from tlscale.storage import faults
 from tlscale.storage.run_folder import RunFolder
 from tlscale.tracking.console import Console, number
 from tlscale.tracking.redact import REDACTED, places_of, without_places

@@ -18,10 +18,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from tlscale import faults
 from tlscale.data.content import Digests
 from tlscale.data.sources.folds import FOLDS, Fold
 from tlscale.data.sources.open import ImageSplit
+from tlscale.storage import faults
 from tlscale.storage.files import naming_disk_errors, replacing
 from tlscale.training.group_interval import interval_over_units
 from tlscale.training.label_set_loss import binary_cross_entropy

@@ -36,7 +36,6 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from tlscale import faults
 from tlscale.data.sources.joined import JoinedStore
 from tlscale.data.sources.open import ImageSplit
 from tlscale.data.sources.stores import FileStore
@@ -45,6 +44,7 @@ from tlscale.distributed.device import CopyToCpu
 from tlscale.distributed.processes import Processes
 from tlscale.errors import RunFolderError, TlscaleError, first_line
 from tlscale.models.calibration import Calibration
+from tlscale.storage import faults
 from tlscale.storage.files import naming_disk_errors, replacing
 from tlscale.training.group_interval import GroupHits
 

@@ -15,11 +15,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tlscale import faults
 from tlscale.codes.probes.ranking import DEFAULT_THRESHOLD
 from tlscale.data.sources.folds import FOLDS
 from tlscale.data.sources.open import ImageData, ImageSplit
 from tlscale.models.calibration import Calibration
+from tlscale.storage import faults
 from tlscale.storage.files import naming_disk_errors, write_json
 from tlscale.storage.run_folder import RunFolder
 from tlscale.tracking.redact import places_of, without_places

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
-from tlscale import __version__, faults
+from tlscale import __version__
 from tlscale.data.identity import run_identity
 from tlscale.distributed.host import versions_of
 from tlscale.recipe.load import dump_recipe, recipe_digest
+from tlscale.storage import faults
 from tlscale.storage.files import naming_disk_errors, write_json, write_text
 from tlscale.storage.run_folder import RunFolder, clear
 from tlscale.tracking.git_state import git_state

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from tlscale import faults
 from tlscale.codes.cache import CodesCache
 from tlscale.codes.probes.class_figures import OF_SCORES
 from tlscale.data.sources.open import ImageSplit
@@ -24,6 +23,7 @@ from tlscale.models.classifier import Classifier
 from tlscale.models.freeze import is_norm
 from tlscale.models.views import over_views
 from tlscale.recipe.schema import CheckpointSection, ComputeSection, EvaluateSection, NonFiniteSection
+from tlscale.storage import faults
 from tlscale.storage.run_folder import RunFolder
 from tlscale.tracking.console import Console
 from tlscale.training.checkpoint.optimizer_state import carry_moments

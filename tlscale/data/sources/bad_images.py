@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import PIL
 
-from tlscale import faults
 from tlscale.data.content import ContentIndex, content_digest
 from tlscale.data.decode import PLAIN, Reading, decode_image
 from tlscale.data.sources.tables import ImageSplit, RawStore, Role, SourceSplit
@@ -26,6 +25,7 @@ from tlscale.distributed.host import num_cores
 from tlscale.distributed.signals import is_stopping, stopped_by
 from tlscale.errors import DataError, Stopped
 from tlscale.recipe.schema import DataSection
+from tlscale.storage import faults
 from tlscale.storage.cache import cache_root, make_cache_folder, say_not_cached, share_with_group
 from tlscale.storage.files import replacing, text_sha256
 from tlscale.tracking.progress import Pace

@@ -25,9 +25,9 @@ from typing import Any, Literal
 import safetensors.torch
 from torch import Tensor
 
-from tlscale import faults
 from tlscale.data.content import file_stamp
 from tlscale.errors import CheckpointError, flag
+from tlscale.storage import faults
 from tlscale.storage.files import flush, flush_and_hash, make_folder, remove_left_overs, write_text
 from tlscale.training.checkpoint.tensor_file import (
     CheckpointFile,

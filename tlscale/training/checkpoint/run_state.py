@@ -12,11 +12,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from tlscale import faults
 from tlscale.distributed.processes import Processes
 from tlscale.errors import CheckpointError
 from tlscale.models.classifier import Classifier
 from tlscale.recipe.schema import CheckpointSection
+from tlscale.storage import faults
 from tlscale.training.checkpoint.files import Checkpoint, point, prune
 from tlscale.training.checkpoint.optimizer_state import pack_optimizer, unpack_optimizer
 from tlscale.training.checkpoint.sharded import save_on_all

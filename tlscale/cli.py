@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tlscale import __version__
-from tlscale.cli.parts import began_s, codes, listed, load, loading, numbers, recipes, reports_errors, takes_recipe
+from tlscale.cli_parts import began_s, codes, listed, load, loading, numbers, recipes, reports_errors, takes_recipe
 from tlscale.errors import TlscaleError
 from tlscale.recipe.completion import completion, files, recipe_keys
 from tlscale.tracking.stopwatch import Stopwatch, process_began_s
@@ -353,3 +353,6 @@ def _start(recipe: Recipe, out: str | None, at_s: float, *, resume: bool, overwr
 main.add_command(codes)
 main.add_command(recipes)
 main.add_command(completion)
+
+if __name__ == "__main__":
+    main(prog_name="tlscale")

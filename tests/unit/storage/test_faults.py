@@ -8,8 +8,8 @@ import time
 import pytest
 
 from tests.small_runs import REPO, environment
-from tlscale import faults
 from tlscale.errors import LaunchError
+from tlscale.storage import faults
 
 
 def test_the_list_is_what_is_in_the_code():
@@ -28,7 +28,7 @@ def test_what_names_no_point_is_an_error(monkeypatch, wanted):
 def killed(wanted, passes, **variables):
     """How often a process came by the point `step` before it was killed; None where it was not."""
     program = f"""
-from tlscale import faults
+from tlscale.storage import faults
 for number in range({passes}):
     print(number, flush=True)
     faults.at("step")
