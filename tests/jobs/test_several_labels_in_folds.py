@@ -164,13 +164,15 @@ def test_killed_again_and_again_it_ends_as_one_that_was_not(forks, table, tmp_pa
     variables = {"TLSCALE_CACHE": str(tmp_path / "cache")}
     assert forks.run(*words, tmp_path / "whole", log=tmp_path / "log", **variables) == 0, (tmp_path / "log").read_text()
     out = tmp_path / "killed"
-    for fault in ("record@2", "export", "result@2", "predictions", "result"):
+    for fault in ("record@2", "export", "result@2", "record", "export", "predictions", "result"):
         ended = forks.run(*words, out, log=tmp_path / "log", TLSCALE_FAULT=fault, **variables)
         assert ended == -signal.SIGKILL, (fault, (tmp_path / "log").read_text()[-3000:])
     assert forks.run(*words, out, log=tmp_path / "log", **variables) == 0, (tmp_path / "log").read_text()
     assert (out / "predictions.parquet").read_bytes() == (tmp_path / "whole" / "predictions.parquet").read_bytes()
     assert_same_bits(exported(out), exported(tmp_path / "whole"))
     assert thresholds(out) == thresholds(tmp_path / "whole")
+    assert result(out)["calibration"] == result(tmp_path / "whole")["calibration"]
+    assert tlscale.load(out).calibration == tlscale.load(tmp_path / "whole").calibration is not None
 
 
 def test_the_model_resumed_by_itself_keeps_its_thresholds(probed, tmp_path):

@@ -199,7 +199,10 @@ def _probabilities(result: Mapping[str, Any]) -> str:
     own = f"calibration error {number(result['ece'])}{interval_of(result, 'ece')}"
     if told["temperature"] is None:
         return f"probabilities: {own}, not calibrated: {told['why']}"
-    chosen = f"temperature {told['temperature']:.3g}, chosen by {told['num_images']:,} validation images"
+    by = "validation images"
+    if "folds" in result:
+        by = "images of the folds, each of which is scored with that of the others"
+    chosen = f"temperature {told['temperature']:.3g}, chosen by {told['num_images']:,} {by}"
     if told["ece"] is None:
         return f"probabilities: {own} before {chosen}; after it not known, as these images chose it"
     after = f"{number(told['ece'])}{interval_of(told, 'ece')}"

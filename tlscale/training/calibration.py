@@ -82,16 +82,18 @@ _HOTTEST = 20.0
 """Temperatures are between its inverse and it."""
 
 
-def choose_calibration(labels_N: Ints, logits_NC: npt.NDArray[np.floating[Any]]) -> Calibration | None:
+def choose_calibration(
+    labels_N: Ints, logits_NC: npt.NDArray[np.floating[Any]], groups_N: Ints | None = None
+) -> Calibration | None:
     """Choose by images that were not fitted; None where there is none.
 
-    The temperature is 1, and probabilities stay what they are, where these images do not tell it from 1: one that is
-    chosen by few of them would make good probabilities worse.
+    The temperature is 1, and probabilities stay what they are, where these images, or the groups of them, do not tell
+    it from 1: one that is chosen by few of them would make good probabilities worse.
     """
     if not len(labels_N):
         return None
     temperature = choose_temperature(labels_N, logits_NC)
-    if not _is_told_from_one(temperature, labels_N, logits_NC):
+    if not _is_told_from_one(temperature, labels_N, logits_NC, groups_N):
         temperature = 1.0
     undecided = Calibration(
         temperature=temperature, num_images=len(labels_N), sets=LabelSets(level=SET_LEVEL, threshold=0.0)
@@ -101,7 +103,9 @@ def choose_calibration(labels_N: Ints, logits_NC: npt.NDArray[np.floating[Any]])
     return undecided.model_copy(update={"sets": LabelSets(level=SET_LEVEL, threshold=threshold)})
 
 
-def _is_told_from_one(temperature: float, labels_N: Ints, logits_NC: npt.NDArray[np.floating[Any]]) -> bool:
+def _is_told_from_one(
+    temperature: float, labels_N: Ints, logits_NC: npt.NDArray[np.floating[Any]], groups_N: Ints | None
+) -> bool:
     """Return whether a temperature lowers the cross-entropy by more than one standard error of the difference.
 
     Of a temperature that fits best, that is two standard errors of its own, as the gain grows with its square.
@@ -110,12 +114,21 @@ def _is_told_from_one(temperature: float, labels_N: Ints, logits_NC: npt.NDArray
     logits = torch.from_numpy(np.nan_to_num(logits_NC[rows]).astype(np.float64))
     labels = torch.from_numpy(labels_N[rows])[:, None]
     before_N, after_N = ((logits / each).log_softmax(1).gather(1, labels)[:, 0] for each in (1.0, temperature))
-    return gains_more_than_its_error((after_N - before_N).numpy())
+    return gains_more_than_its_error((after_N - before_N).numpy(), None if groups_N is None else groups_N[rows])
 
 
-def gains_more_than_its_error(gains_N: Floats) -> bool:
-    """Return whether the mean of what each image gains is more than one standard error above 0."""
-    return len(gains_N) > 1 and float(gains_N.mean()) * math.sqrt(len(gains_N)) > float(gains_N.std(ddof=1))
+def gains_more_than_its_error(gains_N: Floats, groups_N: Ints | None = None) -> bool:
+    """Return whether the mean of what each image gains is more than one standard error above 0.
+
+    The images of a group do not stand alone: the error is of as many groups as there are.
+    """
+    if groups_N is None:
+        return len(gains_N) > 1 and float(gains_N.mean()) * math.sqrt(len(gains_N)) > float(gains_N.std(ddof=1))
+    _, units_N, sizes_U = np.unique(groups_N, return_inverse=True, return_counts=True)
+    num_units = len(sizes_U)
+    # What each group gains beyond its share of the whole.
+    beyond_U = np.bincount(units_N.reshape(-1), gains_N, num_units) - sizes_U * gains_N.mean()
+    return num_units > 1 and float(gains_N.sum()) > math.sqrt(num_units / (num_units - 1) * float(beyond_U @ beyond_U))
 
 
 def set_threshold(true_share_N: Floats) -> float:

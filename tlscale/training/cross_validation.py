@@ -1,9 +1,10 @@
 """Cross-validate: a run for each fold, a model that is fitted to all images, and one result.
 
 Chapters: folds; the model on all images; the result. Whatever is chosen for a fold (layer, strength, step) is chosen by
-images held out within what it is fitted to: its own images are scored once, and choose nothing. The model on all images
-has what most folds chose, or the median of the lengths that they chose; its score is the folds'. Each of these is a run
-in a folder of its own, so that what is complete is not done again.
+images held out within what it is fitted to: its own images are scored once, and choose nothing of it. The model on all
+images has what most folds chose, or the median of the lengths that they chose, and the temperature that the answers of
+all folds choose (`fold_calibration`); its score is the folds'. Each of these is a run in a folder of its own, so that
+what is complete is not done again.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from tlscale.codes.parts import wanted_layers
 from tlscale.codes.probes.kinds import kind_of
 from tlscale.data.identity import folds_identity
@@ -22,12 +25,14 @@ from tlscale.data.sources.open import ImageData
 from tlscale.distributed.processes import Processes
 from tlscale.distributed.signals import check_stop
 from tlscale.errors import flag
+from tlscale.models.calibration import Calibration
 from tlscale.models.model_copy import copy_model
 from tlscale.recipe.schema import Recipe
 from tlscale.storage.files import naming_disk_errors
 from tlscale.storage.run_folder import RunFolder
 from tlscale.tracking.console import Console, number
 from tlscale.training.evaluate import scalars
+from tlscale.training.fold_calibration import FITTED_TO_ALL, about_fold_calibration, choose_by_folds
 from tlscale.training.fold_checks import check_folds, refuse_other_images
 from tlscale.training.fold_parts import Part, all_images
 from tlscale.training.out_of_fold import (
@@ -44,11 +49,10 @@ from tlscale.training.setup import RunSetup
 
 Result = dict[str, Any]
 RunPart = Callable[[Recipe, Path, Part, ImageData], Result]
-_FITTED_TO_ALL = "the model was fitted to all images of the folds"
 _LONGEST_NAME = 90  # leaves room for the fold
 _OF_TEST = (
     *("num_images", "top1", "top1_interval95", "top1_interval95_by", "top5", "loss", "macro_f1", "balanced_accuracy"),
-    *("ece", "ece_interval95", "auroc", "mean_average_precision"),
+    *("ece", "ece_interval95", "calibration", "auroc", "mean_average_precision"),
     # Of several labels.
     *("task", "mean_average_precision_interval95", "mean_average_precision_interval95_by"),
     *("micro_f1", "subset_accuracy", "chance"),
@@ -95,7 +99,8 @@ def cross_validate(
         results.append(result)
     # -- the model on all images --------------------------------------------------------------------------------------
     console.say("the model, of all images", style="bold")
-    part = Part(whole, statistics.median(map(_share, results)), _median_thresholds(results))
+    calibration = processes.run_on_main(_calibration, folder, whole.folds, setup.data)
+    part = Part(whole, statistics.median(map(_share, results)), _median_thresholds(results), calibration)
     with setup.watch(FOLDS):
         last = _run(run_part, _with_choice(_of_part(recipe, whole), results), folder, part, setup, processes)
     # -- the result ---------------------------------------------------------------------------------------------------
@@ -146,6 +151,11 @@ def _median_thresholds(results: Sequence[Result]) -> tuple[float, ...] | None:
     return tuple(map(statistics.median, zip(*chosen, strict=True)))
 
 
+def _calibration(folder: RunFolder, folds: Sequence[Fold], data: ImageData) -> Calibration | None:
+    """Choose the temperature of the model on all images by the answers of the folds."""
+    return choose_by_folds(_answers(folder, folds, data))
+
+
 def _with_choice(recipe: Recipe, results: Sequence[Result]) -> Recipe:
     """Return the recipe of a probe with the layer, pooling and setting that most folds chose.
 
@@ -184,8 +194,7 @@ def _conclude(
     data = setup.data
     for fold, done in zip(folds, results, strict=True):  # an image may have been replaced while they ran
         refuse_other_images(setup.recipe, data, done, _folder_of(folder, fold))
-    files = [_folder_of(folder, fold).predictions for fold in folds]
-    table = join_predictions(files, folds, data.train)
+    table = _answers(folder, folds, data)
     write_table(folder.predictions, table)
     if data.has_several_labels:
         figures = label_set_figures(table, data.classes, folds[0].num_repeats)
@@ -198,7 +207,8 @@ def _conclude(
         "selected_on": None,
         **often(data, data.train),
     }
-    result = make_result(setup, data.train, figures, score, _own(figures, folds, results, last))
+    own = _own(figures, folds, results, last) | {"calibration": about_fold_calibration(last["calibration"], table)}
+    result = make_result(setup, data.train, figures, score, own)
     result |= {"split": FOLDS, **folds_identity(data)}
     if all((fold.get("probe") or {}).get("refitted") for fold in results):
         count = count_copies_outside(table, data.train.digests(), folds[0].num_repeats)
@@ -208,8 +218,13 @@ def _conclude(
     return write_result(result, folder, setup, [*results, last])
 
 
+def _answers(folder: RunFolder, folds: Sequence[Fold], data: ImageData) -> pa.Table:
+    """Read the predictions of all folds, each of its own images."""
+    return join_predictions([_folder_of(folder, fold).predictions for fold in folds], folds, data.train)
+
+
 def _own(figures: Result, folds: Sequence[Fold], results: Sequence[Result], last: Result) -> Result:
-    """Return what `result.json` tells of a cross-validation alone."""
+    """Return what `result.json` tells of a cross-validation alone, but for its calibration."""
     figure = score_of(last)
     scores = [
         {
@@ -237,8 +252,7 @@ def _own(figures: Result, folds: Sequence[Fold], results: Sequence[Result], last
         **tested,
         "best": brief,
         "last": brief,
-        "calibration": {"temperature": None, "why": _FITTED_TO_ALL},
-        "unknown": {"threshold": None, "why": _FITTED_TO_ALL},
+        "unknown": {"threshold": None, "why": FITTED_TO_ALL},
         **{key: last[key] for key in keys if key in last},
         # Of images that others bring, which several processes do not have in the shares of a split.
         **({"computed_scores": {**last["computed_scores"], "num_processes": 1}} if "computed_scores" in last else {}),

@@ -34,6 +34,7 @@ from tlscale.training.predictions import Predictions, gather_predictions, write_
 from tlscale.training.result import (
     about_calibration,
     about_score,
+    calibration_given,
     fitted,
     make_result,
     no_figures,
@@ -67,7 +68,7 @@ def finish(
     judged, calibration = _calibrate(state, chosen)
     unknown = processes.run_on_main(_find_unknown, state, chosen)
     thresholds, of_labels = _decide_labels(state, chosen.inputs)
-    calibration = calibration or of_labels
+    calibration = calibration_given(setup) or calibration or of_labels
     rules = DecisionRules(calibration, unknown, thresholds)
     # The model first: whatever becomes of the rest, the run was not for nothing.
     with state.averaged():

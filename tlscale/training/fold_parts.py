@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from tlscale.data.sources.folds import Fold
+from tlscale.models.calibration import Calibration
 from tlscale.recipe.schema import EvaluateSection, Recipe
 from tlscale.training.stages import Stage
 
@@ -19,17 +20,25 @@ class Part(NamedTuple):
     """Of the steps of the recipe: so many are made, with the learning rates that they have in the whole."""
     thresholds: tuple[float, ...] | None = None
     """Of several labels, for the model on all images, where none is left to choose them by."""
+    calibration: Calibration | None = None
+    """For the model on all images, likewise; None also of a run that an older version began."""
 
     def to_plain(self) -> dict[str, Any]:
         """Return plain values for `run.json`."""
         thresholds = {} if self.thresholds is None else {"thresholds": list(self.thresholds)}
-        return {**self.fold.to_plain(), "share": self.share, **thresholds}
+        calibration = {} if self.calibration is None else {"calibration": self.calibration.model_dump()}
+        return {**self.fold.to_plain(), "share": self.share, **thresholds, **calibration}
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> Part:
         """Read what `to_plain` gave."""
-        thresholds = plain.get("thresholds")
-        return cls(Fold.from_plain(plain), plain["share"], None if thresholds is None else tuple(thresholds))
+        thresholds, calibration = plain.get("thresholds"), plain.get("calibration")
+        return cls(
+            Fold.from_plain(plain),
+            plain["share"],
+            None if thresholds is None else tuple(thresholds),
+            None if calibration is None else Calibration.model_validate(calibration),
+        )
 
 
 def all_images(section: EvaluateSection) -> Fold | None:

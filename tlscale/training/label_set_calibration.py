@@ -10,6 +10,7 @@ Shape letters: N images, C classes.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +20,27 @@ import pyarrow as pa
 import torch
 
 from tlscale.codes.probes.ranking import Bools
+from tlscale.data.sources.tables import Ints
 from tlscale.models.calibration import Calibration
 from tlscale.training.calibration import choosing_rows, gains_more_than_its_error, least_by_newton
 from tlscale.training.label_set_loss import binary_cross_entropy
 from tlscale.training.label_set_metrics import label_calibration_error
 from tlscale.training.label_set_predictions import label_matrix, logit_matrix
+from tlscale.training.prediction_figures import units_of
 from tlscale.training.predictions import read_predictions
 
 Logits = npt.NDArray[np.floating[Any]]
+UNKNOWN_LABEL_FIGURES: Mapping[str, Any] = dict.fromkeys(("loss", "ece"))
+"""With a temperature, of images that have chosen it."""
 
 
 def label_calibration_by(table: pa.Table) -> Calibration | None:
     """Choose the temperature by predictions on images that were not fitted; None where no image has an answer.
 
-    It is 1 where these images do not tell it from 1: by more than one standard error of the gain in cross-entropy.
+    It is 1 where these images, or the groups of them, do not tell it from 1: by more than one standard error of the
+    gain in cross-entropy.
     """
-    labels_NC, logits_NC = _answers(table)
+    labels_NC, logits_NC, groups_N = _answers(table)
     if not len(labels_NC):
         return None
     rows = choosing_rows(logits_NC)
@@ -44,7 +50,7 @@ def label_calibration_by(table: pa.Table) -> Calibration | None:
         binary_cross_entropy(torch.from_numpy(drawn_NC / each), torch.from_numpy(truth_NC)).numpy()
         for each in (1.0, temperature)
     )
-    if not gains_more_than_its_error(before_N - after_N):
+    if not gains_more_than_its_error(before_N - after_N, None if groups_N is None else groups_N[rows]):
         temperature = 1.0
     return Calibration(temperature=temperature, num_images=len(labels_NC))
 
@@ -78,19 +84,31 @@ def add_label_calibration(figures: dict[str, Any], path: Path, *, have_chosen: b
     if plain is None:
         return figures
     calibration = Calibration.model_validate(plain)
-    told: dict[str, Any] = {"temperature": calibration.temperature, "loss": None, "ece": None}
-    labels_NC, logits_NC = _answers(table)
-    if not have_chosen and len(labels_NC):
-        logits, truth = torch.from_numpy(logits_NC.astype(np.float64)), torch.from_numpy(labels_NC)
-        loss = float(binary_cross_entropy(logits / calibration.temperature, truth).mean())
-        shares_NC = calibration.label_probabilities(torch.from_numpy(logits_NC)).numpy()
-        told |= {"loss": loss, "ece": label_calibration_error(shares_NC, labels_NC)}
-    return {**figures, "calibration": told}
+    told = UNKNOWN_LABEL_FIGURES if have_chosen else label_calibrated_figures([(table, calibration)])
+    return {**figures, "calibration": {"temperature": calibration.temperature, **told}}
 
 
-def _answers(table: pa.Table) -> tuple[Bools, Logits]:
-    """Return labels and logits of the images that have an answer."""
+def label_calibrated_figures(parts: Iterable[tuple[pa.Table, Calibration]]) -> dict[str, Any]:
+    """Compute loss and calibration error with the temperature, each table of images by one of its own."""
+    losses, shares, truths = [], [], []
+    for table, calibration in parts:
+        labels_NC, logits_NC, _ = _answers(table)
+        logits = torch.from_numpy(logits_NC.astype(np.float64))
+        losses.append(binary_cross_entropy(logits / calibration.temperature, torch.from_numpy(labels_NC)))
+        shares.append(calibration.label_probabilities(torch.from_numpy(logits_NC)).numpy())
+        truths.append(labels_NC)
+    truth_NC = np.concatenate(truths)
+    if not len(truth_NC):
+        return dict(UNKNOWN_LABEL_FIGURES)
+    return {
+        "loss": float(torch.cat(losses).mean()),
+        "ece": label_calibration_error(np.concatenate(shares), truth_NC),
+    }
+
+
+def _answers(table: pa.Table) -> tuple[Bools, Logits, Ints | None]:
+    """Return labels, logits and groups of the images that have an answer."""
     classes = json.loads(table.schema.metadata[b"tlscale"])["classes"]
     logits_NC = logit_matrix(table)
     kept_N = ~np.isnan(logits_NC).any(axis=1)
-    return label_matrix(table["true_labels"], classes)[kept_N], logits_NC[kept_N]
+    return label_matrix(table["true_labels"], classes)[kept_N], logits_NC[kept_N], units_of(table, kept_N)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -35,6 +35,12 @@ _CHUNK = 4096  # images
 MOST_CURVES = 100
 """With more classes than this no curves are told: they would be most of `result.json`."""
 
+UNKNOWN_FIGURES: Mapping[str, Any] = {
+    **dict.fromkeys(("loss", "ece", "ece_interval95")),
+    "sets": dict.fromkeys(("coverage", "coverage_interval95", "mean_size")),
+}
+"""With a temperature, of images that have chosen it."""
+
 
 @dataclass(frozen=True)
 class ScoredImages:
@@ -48,9 +54,8 @@ class ScoredImages:
     """As they were computed; None where the file has the best of each image alone."""
     groups_N: Ints | None
     """Equal for answers that do not stand alone: of one group, and over repeats of one image. None: all do."""
-    calibrated_N: Floats | None
-    """Confidence with the temperature that validation images chose; None: there is none."""
     calibration: Calibration | None
+    """What validation images chose; None: there is none."""
 
     @classmethod
     def read(cls, path: Path) -> ScoredImages:
@@ -59,7 +64,7 @@ class ScoredImages:
         Raises:
             RunFolderError: the file is damaged.
         """
-        optional = ("logits", "group", "calibrated_probability", "row", "repeat")
+        optional = ("logits", "group", "row", "repeat")
         return cls.of(read_predictions(path, ["true_label", "label", "probability"], if_there=optional))
 
     @classmethod
@@ -72,9 +77,6 @@ class ScoredImages:
         logits_NC = None
         if "logits" in table.column_names:
             logits_NC = table["logits"].combine_chunks().flatten().to_numpy().reshape(-1, len(classes))[kept_N]
-        calibrated_N = None
-        if "calibrated_probability" in table.column_names:
-            calibrated_N = table["calibrated_probability"].to_numpy()[kept_N]
         return cls(
             tuple(classes),
             labels_N[kept_N],
@@ -82,7 +84,6 @@ class ScoredImages:
             table["probability"].to_numpy()[kept_N],
             logits_NC,
             units_of(table, kept_N),
-            calibrated_N,
             Calibration.model_validate(about["calibration"]) if "calibration" in about else None,
         )
 
@@ -130,7 +131,7 @@ def calibration_by(table: pa.Table) -> Calibration | None:
     """Choose the temperature by predictions on images that were not fitted; None where no image has an answer."""
     images = ScoredImages.of(table)
     assert images.logits_NC is not None
-    return choose_calibration(images.labels_N, images.logits_NC)
+    return choose_calibration(images.labels_N, images.logits_NC, images.groups_N)
 
 
 def add_prediction_figures(figures: dict[str, Any], path: Path, *, have_chosen: bool = False) -> dict[str, Any]:
@@ -150,8 +151,8 @@ def add_prediction_figures(figures: dict[str, Any], path: Path, *, have_chosen: 
     found = {**figures, "ece_interval95": None if interval is None else list(interval)}
     if images.logits_NC is None:
         return found
-    if images.calibrated_N is not None:
-        found["calibration"] = _calibration(images, have_chosen=have_chosen)
+    if images.calibration is not None:
+        found["calibration"] = _calibration(images, images.calibration, have_chosen=have_chosen)
     per_class = {name: dict(row) for name, row in figures["per_class"].items()}
     curves = {}
     for number, name in enumerate(images.classes):
@@ -168,44 +169,47 @@ def add_prediction_figures(figures: dict[str, Any], path: Path, *, have_chosen: 
     }
 
 
-def _calibration(images: ScoredImages, *, have_chosen: bool) -> dict[str, Any]:
+def _calibration(images: ScoredImages, calibration: Calibration, *, have_chosen: bool) -> dict[str, Any]:
     """Return the temperature, and the figures with it; those of images that chose it would be too good."""
-    calibration = images.calibration
-    assert calibration is not None
-    assert images.calibrated_N is not None
     if have_chosen:
-        sets = dict.fromkeys(("coverage", "coverage_interval95", "mean_size"))
-        return {"temperature": calibration.temperature, "loss": None, "ece": None, "ece_interval95": None, "sets": sets}
-    interval = calibration_interval(images.calibrated_N, images.is_hit_N, images.groups_N)
-    return {
-        "temperature": calibration.temperature,
-        "ece": calibration_error(images.calibrated_N, images.is_hit_N),
-        "ece_interval95": None if interval is None else list(interval),
-        **_of_sets(images, calibration),
-    }
+        return {"temperature": calibration.temperature, **UNKNOWN_FIGURES}
+    figures = calibrated_figures(images, [(np.arange(len(images.labels_N)), calibration)])
+    return {"temperature": calibration.temperature, **figures}
 
 
-def _of_sets(images: ScoredImages, calibration: Calibration) -> dict[str, Any]:
-    """Return the loss with the temperature, and how often the sets have the true label; image by image."""
+def calibrated_figures(images: ScoredImages, parts: Iterable[tuple[Ints, Calibration]]) -> dict[str, Any]:
+    """Compute loss and calibration error with the temperature, and how often the sets have the true label.
+
+    `parts`: positions of images, each once, and the calibration that they are scored with.
+    """
     assert images.logits_NC is not None
-    assert calibration.sets is not None
-    losses, covers, size = [0.0], [np.zeros(0, dtype=bool)], 0
-    for start in range(0, len(images.labels_N), _CHUNK):
-        part = slice(start, start + _CHUNK)
-        logits_BC, labels_B = images.logits_NC[part], images.labels_N[part]
-        shares_BC = calibration.probabilities(torch.from_numpy(logits_BC)).numpy()
-        members_BC = calibration.sets.members(shares_BC, np.nan_to_num(logits_BC).argmax(axis=1))
-        with np.errstate(divide="ignore"):
-            losses += (-np.log(np.take_along_axis(shares_BC, labels_B[:, None], axis=1))).ravel().tolist()
-        covers.append(np.take_along_axis(members_BC, labels_B[:, None], axis=1).ravel())
-        size += int(members_BC.sum())
-    num_images, loss, covered_N = len(images.labels_N), math.fsum(losses), np.concatenate(covers)
-    sets = {
-        "coverage": int(covered_N.sum()) / num_images if num_images else None,
-        "coverage_interval95": _interval(covered_N, images.groups_N),
-        "mean_size": size / num_images if num_images else None,
+    num_images = len(images.labels_N)
+    confidence_N, is_covered_N = np.zeros(num_images), np.zeros(num_images, dtype=bool)
+    losses, size = [0.0], 0
+    for rows_P, calibration in parts:
+        assert calibration.sets is not None
+        for start in range(0, len(rows_P), _CHUNK):
+            rows_B = rows_P[start : start + _CHUNK]
+            logits_BC, labels_B1 = images.logits_NC[rows_B], images.labels_N[rows_B, None]
+            best_B = np.nan_to_num(logits_BC).argmax(axis=1)
+            shares_BC = calibration.probabilities(torch.from_numpy(logits_BC)).numpy()
+            members_BC = calibration.sets.members(shares_BC, best_B)
+            with np.errstate(divide="ignore"):
+                losses += (-np.log(np.take_along_axis(shares_BC, labels_B1, axis=1))).ravel().tolist()
+            confidence_N[rows_B] = np.take_along_axis(shares_BC, best_B[:, None], axis=1)[:, 0]
+            is_covered_N[rows_B] = np.take_along_axis(members_BC, labels_B1, axis=1)[:, 0]
+            size += int(members_BC.sum())
+    loss, interval = math.fsum(losses), calibration_interval(confidence_N, images.is_hit_N, images.groups_N)
+    return {
+        "loss": loss / num_images if num_images and math.isfinite(loss) else None,
+        "ece": calibration_error(confidence_N, images.is_hit_N),
+        "ece_interval95": None if interval is None else list(interval),
+        "sets": {
+            "coverage": int(is_covered_N.sum()) / num_images if num_images else None,
+            "coverage_interval95": _interval(is_covered_N, images.groups_N),
+            "mean_size": size / num_images if num_images else None,
+        },
     }
-    return {"loss": loss / num_images if num_images and math.isfinite(loss) else None, "sets": sets}
 
 
 def _interval(hits_N: Bools, groups_N: Ints | None) -> list[float] | None:

@@ -60,6 +60,7 @@ from tlscale.training.predictions import Predictions, gather_predictions, write_
 from tlscale.training.result import (
     about_calibration,
     about_score,
+    calibration_given,
     fitted,
     make_result,
     no_figures,
@@ -184,7 +185,7 @@ class _Probe:
         """Choose a temperature by the held-out images, where the classifier was not fitted to them."""
         setup = self.setup
         if setup.data.validation is None or why_not_calibrated(setup.data, refitted=choice.probe.refitted) is not None:
-            return None
+            return calibration_given(setup)
         validation = setup.data.validation
         held = collect(validation, setup.data.classes, thresholds)
         with setup.watch("test"):

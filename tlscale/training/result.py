@@ -52,6 +52,11 @@ def no_figures(setup: RunSetup) -> dict[str, Any]:
     return summary(Tally(len(setup.data.classes), "cpu"), setup.data.classes)
 
 
+def calibration_given(setup: RunSetup) -> Calibration | None:
+    """Return what the folds of a cross-validation chose for the model on all images."""
+    return None if setup.part is None else setup.part.calibration
+
+
 def about_score(
     setup: RunSetup, split: ImageSplit | None, *, has_chosen: bool, refitted: bool = False
 ) -> dict[str, Any]:
@@ -112,17 +117,17 @@ def about_calibration(
     """Return what `result.json` tells of the probabilities that `predict` gives.
 
     Returns:
-        `temperature` (None: none was chosen, and `why` tells why), `num_images` of the validation split that chose it,
-        `also_chose`: whether they chose the step, layer or strength before; `loss`, `ece` and `ece_interval95` with the
-        temperature, on the scored images: None where these chose it; `sets`: their `level` and `threshold`, and
-        `coverage`, `coverage_interval95` and `mean_size` on the scored images. Of several labels there are no sets, and
-        no interval.
+        `temperature` (None: none was chosen, and `why` tells why), `num_images` of the validation split, or of all
+        folds, that chose it, `also_chose`: whether they chose the step, layer or strength before; `loss`, `ece` and
+        `ece_interval95` with the temperature, on the scored images: None where these chose it; `sets`: their `level`
+        and `threshold`, and `coverage`, `coverage_interval95` and `mean_size` on the scored images. Of several labels
+        there are no sets, and no interval.
     """
     if calibration is None:
         why = why_not_calibrated(setup.data, refitted=refitted) or "no validation image has an answer"
         return {"temperature": None, "why": why}
     told = figures.get("calibration", {})
-    chosen = {**calibration.model_dump(exclude={"sets"}), "also_chose": has_chosen}
+    chosen = {**calibration.model_dump(exclude={"sets"}), "also_chose": has_chosen and calibration_given(setup) is None}
     sets = {} if calibration.sets is None else {"sets": {**calibration.sets.model_dump(), **told.get("sets", {})}}
     return {**chosen, **told, **sets}
 
