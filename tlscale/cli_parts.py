@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tlscale.distributed.signals import StopRequest
+from tlscale.distributed.signals import StopRequest, stoppable
 from tlscale.errors import TlscaleError, first_line
 from tlscale.recipe.completion import files, recipe_keys
 from tlscale.tracking.stopwatch import Stopwatch
@@ -78,7 +78,8 @@ def loading(*, is_long: bool = False) -> Iterator[None]:
         with suppress(OSError):  # nobody has to hear it
             click.echo("loading PyTorch and timm", err=True, nl=not is_terminal)
     try:
-        yield
+        with stoppable("loading PyTorch and timm"):
+            yield
     except (ImportError, RuntimeError) as error:
         if "torchvision" not in str(error):
             raise

@@ -8,9 +8,11 @@ import sys
 import pytest
 from click.testing import CliRunner
 
+import tlscale
 from tests.small_runs import put_small_folder, small_recipe
 from tests.terminals import on_a_terminal
 from tlscale.cli import main
+from tlscale.codes import near_duplicates
 from tlscale.tracking import progress
 
 TERMINAL = {"FORCE_COLOR": "1", "TERM": "xterm"}
@@ -66,6 +68,25 @@ def test_each_kind_of_long_work_has_a_bar(name, tmp_path, monkeypatch):
     for what in expected:
         assert any(re.search(what, line) for line in bars), what
     assert said.count("\x1b[?25l") == said.count("\x1b[?25h"), "the cursor is back"
+
+
+def test_python_shows_the_scan_of_new_as_a_run_does(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "_BAR_AFTER_S", 0.0)
+    for key, value in TERMINAL.items():
+        monkeypatch.setenv(key, value)
+    tlscale.new(put_small_folder(tmp_path / "pictures", train=60, test=10))
+    said = capsys.readouterr().out
+    assert re.search("looking at images .*images/s", said)
+    assert said.count("\x1b[?25l") == said.count("\x1b[?25h") > 0
+
+
+def test_a_search_for_near_duplicates_has_a_bar(tmp_path, monkeypatch):
+    monkeypatch.setattr(progress, "_BAR_AFTER_S", 0.0)
+    monkeypatch.setattr(near_duplicates, "_BLOCK", 7)
+    folder = put_small_folder(tmp_path / "pictures", train=60, test=10)
+    small_recipe(tmp_path / "r.yaml", folder, data={"source": "folder"}, **CODES)
+    said = show("codes", tmp_path / "r.yaml", "--near-duplicates", "0.9", **TERMINAL).stdout
+    assert re.search("looking for near duplicates .*images/s", said)
 
 
 def test_a_run_shows_a_short_plan_and_plan_the_whole_one(idx, tmp_path):

@@ -15,6 +15,7 @@ from torch import Tensor
 from tlscale.codes.reader import Codes
 from tlscale.data.sampler import Ints
 from tlscale.distributed.signals import check_stop
+from tlscale.tracking.progress import Pace
 
 _BLOCK = 2048
 
@@ -35,14 +36,16 @@ def near_duplicates(one: Codes, other: Codes, least: float) -> Near:
     Only the first value of the codes counts. Two blocks of images and their cosines are in memory at a time.
     """
     best_N, others_N = torch.full((len(one),), -2.0), torch.zeros(len(one), dtype=torch.int64)
-    for start, own_BD in _blocks(one):
-        stop = start + len(own_BD)
-        for other_start, theirs_BD in _blocks(other):
-            check_stop("comparing codes")
-            cosines_B, at_B = (own_BD @ theirs_BD.T).max(dim=1)
-            nearer_B = cosines_B > best_N[start:stop]
-            best_N[start:stop] = torch.where(nearer_B, cosines_B, best_N[start:stop])
-            others_N[start:stop] = torch.where(nearer_B, at_B + other_start, others_N[start:stop])
+    with Pace(len(one), "looking for near duplicates") as pace:
+        for start, own_BD in _blocks(one):
+            stop = start + len(own_BD)
+            for other_start, theirs_BD in _blocks(other):
+                check_stop("comparing codes")
+                cosines_B, at_B = (own_BD @ theirs_BD.T).max(dim=1)
+                nearer_B = cosines_B > best_N[start:stop]
+                best_N[start:stop] = torch.where(nearer_B, cosines_B, best_N[start:stop])
+                others_N[start:stop] = torch.where(nearer_B, at_B + other_start, others_N[start:stop])
+            pace.add(len(own_BD))
     # Of two equal rows the product may be a rounding below 1.
     found_M = torch.nonzero(best_N >= least - 1e-6)[:, 0]
     found_M = found_M[best_N[found_M].sort(descending=True, stable=True).indices]

@@ -39,7 +39,8 @@ def new(data: str | Path, *, backbone: str = BUNDLED, out: str | Path | None = N
         RecipeError: the file is there already.
         ModelError: no such backbone.
     """
-    recipe, _, _ = _write(str(data), backbone, None if out is None else Path(out), "tlscale.new")
+    with Console().shows_progress():
+        recipe, _, _ = _write(str(data), backbone, None if out is None else Path(out), "tlscale.new")
     return recipe
 
 
