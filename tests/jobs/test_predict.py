@@ -160,8 +160,9 @@ def test_python_takes_one_or_many_and_gives_a_frame(trained, data, tmp_path):
         ("nothing/*.png", "nothing matches 'nothing/\\*.png'"),
         (["gone.png"], "the image cannot be read: gone.png: cannot be read: No such file"),
         (3, "images: a int is no image"),
-        (torch.zeros(3, 8, 8), "images: a Tensor is no image. Give paths, images of Pillow's, or arrays"),
+        (torch.zeros(3, 8, 8), "images: a Tensor is no image. Give paths, bytes, images of Pillow's, or arrays"),
         (np.zeros((4, 4)), "float64"),
+        (b"nothing", "the image cannot be read: not an image of the formats"),
     ],
 )
 def test_errors_in_python_speak_python(images, problem, trained):

@@ -13,6 +13,7 @@ from tests.small_runs import put_small_folder, small_recipe
 from tests.terminals import on_a_terminal
 from tlscale.cli import main
 from tlscale.codes import near_duplicates
+from tlscale.errors import EXIT_STOPPED
 from tlscale.tracking import progress
 
 TERMINAL = {"FORCE_COLOR": "1", "TERM": "xterm"}
@@ -112,6 +113,24 @@ def test_on_a_terminal_there_is_a_line_while_libraries_are_loaded(rank):
     assert code == 0
     line = b"loading PyTorch and timm\r\x1b[K" if rank == "0" else b""
     assert shown == line + b"done\r\n"
+
+
+def test_ctrl_c_does_not_wait_for_libraries_to_be_loaded():
+    program = """if True:
+        import os, signal, time
+        from tlscale.cli.parts import loading, reports_errors
+
+        @reports_errors
+        def verb():
+            with loading():
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(10)
+
+        verb()
+    """
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    said = "tlscale: stopped by SIGINT while loading PyTorch and timm\n"
+    assert (done.returncode, done.stderr) == (EXIT_STOPPED, said)
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device here is always full")

@@ -1,5 +1,6 @@
 """A model behind a server: many threads, one model; and the server of docs/serve.md, word for word."""
 
+import io
 import re
 from concurrent.futures import ThreadPoolExecutor
 
@@ -51,7 +52,7 @@ def test_the_server_of_the_page_answers_as_predict_does(run, data, tmp_path, mon
     (tmp_path / "runs" / "photos").symlink_to(run)
     page = (REPO / "docs" / "serve.md").read_text()
     names: dict = {}
-    exec(compile(re.search(r"```python\n(import io.*?)```", page, flags=re.DOTALL)[1], "serve.py", "exec"), names)
+    exec(compile(re.search(r"```python\n(from fastapi.*?)```", page, flags=re.DOTALL)[1], "serve.py", "exec"), names)
     client = TestClient(names["app"])
     paths = sorted((data / "test").rglob("*.png"))[:4]
     picture = Image.open(paths[0])
@@ -68,6 +69,18 @@ def test_the_server_of_the_page_answers_as_predict_does(run, data, tmp_path, mon
     assert [answer.status_code for answer in answers] == [200] * len(paths)
     assert [answer.json()["label"] for answer in answers] == [one.labels[0] for one in made]
     assert [answer.json()["probability"] for answer in answers] == [float(one.probabilities.max()) for one in made]
-    for sent in (paths[0].read_bytes()[:200], b"<html>404</html>", b""):
+    large = (png_of(20_000, 10_000), png_of(12_000, 10_000))  # Pillow opens the second
+    for sent in (paths[0].read_bytes()[:200], b"<html>404</html>", b"", *large):
         refused = client.post("/predict", files={"file": ("a.png", sent)})
         assert (refused.status_code, bool(refused.json()["detail"])) == (422, True)
+    for body in ({"content": bytes(50_000_001)}, {"content": iter([paths[0].read_bytes()])}):
+        refused = client.post("/predict", headers={"content-type": "multipart/form-data; boundary=x"}, **body)
+        assert (refused.status_code, refused.json()["detail"][:24]) == (413, "at most 50,000,000 bytes")
+    assert client.post("/predict", files={"file": paths[0].read_bytes()}).json() == answers[0].json(), "it goes on"
+
+
+def png_of(width, height):
+    """A black image of so many pixels."""
+    file = io.BytesIO()
+    Image.new("1", (width, height)).save(file, "png")
+    return file.getvalue()

@@ -27,8 +27,8 @@ from tlscale.data.workers import map_in_threads
 from tlscale.errors import one_line
 
 InMemory = Image.Image | npt.NDArray[Any]
-Given = str | InMemory
-"""A path, or an image."""
+Given = str | bytes | InMemory
+"""A path, the bytes of an image file, or an image."""
 
 
 def find_images(
@@ -152,6 +152,8 @@ def read_given(
 def _raw(given: Given, where: str) -> bytes | InMemory:
     if isinstance(given, str):
         return read_image_file(Path(given), where)
+    if isinstance(given, bytes):
+        return given
     # What Pillow has opened and not yet decoded is its file, of which more is known than Pillow tells.
     name = getattr(given, "filename", "")
     if isinstance(given, ImageFile.ImageFile) and given.tile and name and os.path.isfile(name):

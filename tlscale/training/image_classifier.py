@@ -34,7 +34,7 @@ from tlscale.training.prediction_rows import Answers, Cell, Columns, answer, csv
 from tlscale.training.predictions import NO_ANSWER, readable
 from tlscale.training.run_path import FeaturesPath, RunFacts, RunPath, computing
 
-Images = str | os.PathLike[str] | InMemory | Iterable["str | os.PathLike[str] | InMemory"]
+Images = str | os.PathLike[str] | bytes | InMemory | Iterable["str | os.PathLike[str] | bytes | InMemory"]
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -185,9 +185,9 @@ class ImageClassifier(TrainedModel):
         """Read images and classify them, on the device and in the precision of the run.
 
         Args:
-            images: paths (of files, or of folders, which are searched through), globs, images of Pillow's, arrays
-                (H x W or H x W x C, or N of them; uint8, or any numbers where the run has `data.range`), mixed as
-                you like; or one of them.
+            images: paths (of files, or of folders, which are searched through), globs, the bytes of image files, images
+                of Pillow's, arrays (H x W or H x W x C, or N of them; uint8, or any numbers where the run has
+                `data.range`), mixed as you like; or one of them.
             batch_size: of what was trained; by default the run's own, with which the run's own test images get the
                 very bits that they got in the run.
 
@@ -306,18 +306,20 @@ def refuse_none_read(num_given: int, num_read: int, path: str, why: str | None) 
 def _each(images: Images, notes: list[str], spec: InputSpec) -> Iterator[Given]:
     if isinstance(images, str | os.PathLike):
         yield from find_images([images], notes.append)
-    elif isinstance(images, Image.Image):
+    elif isinstance(images, Image.Image | bytes):
         yield images
     elif isinstance(images, np.ndarray) and images.dtype != object:
         channels = images.shape[0 if spec.channels_first else 2] if images.ndim == 3 else None
         is_one = images.ndim < 3 or channels in (1, 3, spec.in_chans)
         yield from [images] if is_one else images
-    elif hasattr(images, "__iter__") and not isinstance(images, torch.Tensor | bytes):
+    elif hasattr(images, "__iter__") and not isinstance(images, torch.Tensor):
         for one in images:
             yield from [one] if isinstance(one, np.ndarray) else _each(one, notes, spec)
     else:
         kind = type(images).__name__
-        raise DataError(f"a {kind} is no image", key="images", remedy="Give paths, images of Pillow's, or arrays")
+        raise DataError(
+            f"a {kind} is no image", key="images", remedy="Give paths, bytes, images of Pillow's, or arrays"
+        )
 
 
 def load(run: str | os.PathLike[str]) -> ImageClassifier:

@@ -88,13 +88,15 @@ def as_a_run_reads(path):
     return eval_transform(decode_image(path.read_bytes(), in_chans=3, max_pixels=10**6, where=""), SPEC)
 
 
-@pytest.mark.parametrize("kind", ["path", "opened", "loaded", "from bytes"])
+@pytest.mark.parametrize("kind", ["path", "bytes", "opened", "loaded", "from bytes"])
 def test_images_are_read_as_a_run_reads_its_own(kind, tmp_path):
     paths = put_odd_images(tmp_path)
 
     def given(path):
         if kind == "path":
             return str(path)
+        if kind == "bytes":
+            return path.read_bytes()
         image = Image.open(path if kind != "from bytes" else io.BytesIO(path.read_bytes()))
         if kind == "loaded":
             image.load()
@@ -102,7 +104,7 @@ def test_images_are_read_as_a_run_reads_its_own(kind, tmp_path):
 
     images = [given(path) for path in paths]
     pixels, errors = read_given(images, SPEC, 10**6)
-    for image in images if kind != "path" else ():
+    for image in images if kind not in ("path", "bytes") else ():
         image.close()
     assert errors == [None] * len(paths)
     for path, own in zip(paths, pixels, strict=True):
