@@ -118,7 +118,7 @@ def test_on_a_terminal_there_is_a_line_while_libraries_are_loaded(rank):
 def test_ctrl_c_does_not_wait_for_libraries_to_be_loaded():
     program = """if True:
         import os, signal, time
-        from tlscale.cli.parts import loading, reports_errors
+        from tlscale.cli_parts import loading, reports_errors
 
         @reports_errors
         def verb():
