@@ -99,7 +99,10 @@ def test_codes_are_computed_once_for_all_folds(probed):
 def test_what_is_chosen_is_chosen_within_the_fold(probed):
     for number in range(1, 5):
         run_info = json.loads((probed / "folds" / str(number) / "run.json").read_text())
-        assert run_info["fold"] == {"num_folds": 2, "num_repeats": 2, "number": number, "share": 1.0}
+        group = f"small-{json.loads((probed / 'run.json').read_text())['id']}"
+        assert run_info["fold"] == {
+            "num_folds": 2, "num_repeats": 2, "number": number, "share": 1.0, "group": group
+        }  # fmt: skip
         sizes = run_info["data"]["num_images"]
         assert sizes["test"] == 24
         assert sizes["train"] + sizes["validation"] == 24

@@ -208,13 +208,14 @@ class _Start:
 def _same_part(part: Part | None, run_info: dict[str, Any], folder: RunFolder) -> Part | None:
     """Return the part of a cross-validation that a run is; one that is resumed alone is what it was.
 
-    It keeps the temperature that it began with: an older version chose none, and another CPU may round it otherwise.
+    It keeps the temperature that it began with, as an older version chose none, and another CPU may round it otherwise,
+    and the name by which trackers know it.
 
     Raises:
         RunFolderError: it is another one.
     """
     then = None if run_info.get("fold") is None else Part.from_plain(run_info["fold"])
-    if part is not None and (then is None or part._replace(calibration=then.calibration) != then):
+    if part is not None and (then is None or part._replace(calibration=then.calibration, group=then.group) != then):
         raise RunFolderError(
             f"'{folder.path}' holds another part of the cross-validation, or one of another length",
             remedy="Remove it, and resume the whole with " + flag("resume"),

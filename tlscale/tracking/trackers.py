@@ -22,10 +22,10 @@ from tlscale.errors import RecipeError
 from tlscale.recipe.schema import WandbSection
 from tlscale.tracking.metrics_log import MetricsFile, read_metrics
 from tlscale.tracking.redact import reason, redact
-from tlscale.tracking.wandb_tracker import WandbSession, environment, new_run_id
+from tlscale.tracking.wandb_tracker import RunGroup, WandbSession, environment, new_run_id
 from tlscale.tracking.working_folder import tracker_settings
 
-__all__ = ["MetricsFile", "Trackers", "open_trackers", "read_metrics"]
+__all__ = ["MetricsFile", "RunGroup", "Trackers", "open_trackers", "read_metrics"]
 
 # Where a tracker's package has another name than the tracker, or where one of several will do.
 _PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX")}
@@ -123,6 +123,7 @@ def open_trackers(
     config: Mapping[str, Any],
     wandb_run_id: str | None,
     is_main: bool,
+    group: RunGroup | None = None,
     seen: Mapping[str, int] | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Trackers:
@@ -133,6 +134,7 @@ def open_trackers(
         run_dir: the run folder; each tracker has a folder in it.
         config: plain values (the resolved recipe, git sha, versions, world size); redacted here.
         wandb_run_id: that of the run that is resumed; None: a new one.
+        group: the runs that W&B shows it with; the others get names alone.
         seen: on resume, kind -> the last step that was logged before (`MetricsFile.truncate_after` gives it).
         say: shows a note as soon as there is one; they are in `notes` as well.
 
@@ -149,7 +151,8 @@ def open_trackers(
     for name in names:
         if name == "wandb":
             assert wandb_run_id is not None
-            session = WandbSession(wandb or WandbSection(), run_name, run_dir, config, wandb_run_id, trackers.note)
+            section = wandb or WandbSection()
+            session = WandbSession(section, run_name, run_dir, config, wandb_run_id, trackers.note, group)
             trackers.start("W&B", session.start, environment(run_dir / "wandb"))
         elif _may_start(name, trackers):
             folder = run_dir / name

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 from tlscale.errors import EXIT_STOPPED
 from tlscale.recipe.schema import WandbSection
@@ -28,6 +28,15 @@ STEP_KEY = "trainer/step"
 
 _INIT_TIMEOUT_S = 30.0
 _FINISH_TIMEOUT_S = 300.0  # what is not uploaded by then is on the disk, and `wandb sync` takes it
+
+
+class RunGroup(NamedTuple):
+    """Show a run with others, as W&B does: those of a cross-validation."""
+
+    name: str
+    """Equal for all of them, and no others of the project."""
+    job_type: str
+    """What the run is among them."""
 
 
 def new_run_id() -> str:
@@ -62,6 +71,8 @@ class WandbSession:
     config: Mapping[str, Any]
     run_id: str
     note: Callable[[str], None]
+    group: RunGroup | None = None
+    """Unless W&B's own settings (`WANDB_RUN_GROUP`, `WANDB_JOB_TYPE`) name others."""
     name: str = "W&B"
     _run: Any = None
 
@@ -102,10 +113,13 @@ class WandbSession:
     def _init(self, mode: Literal["online", "offline"]) -> Any:  # noqa: ANN401 (wandb is not typed)
         import wandb
 
+        users = _load_settings()
         return wandb.init(
             project=redact(self.section.project),
             entity=redact(self.section.entity),
             name=redact(self.run_name),
+            group=None if self.group is None or users.run_group else redact(self.group.name),
+            job_type=None if self.group is None or users.run_job_type else self.group.job_type,
             tags=redact(self.section.tags),
             id=self.run_id,
             resume="allow",

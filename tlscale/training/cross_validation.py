@@ -31,10 +31,12 @@ from tlscale.recipe.schema import Recipe
 from tlscale.storage.files import naming_disk_errors
 from tlscale.storage.run_folder import RunFolder
 from tlscale.tracking.console import Console, number
+from tlscale.tracking.trackers import check_installed
 from tlscale.training.evaluate import scalars
 from tlscale.training.fold_calibration import FITTED_TO_ALL, about_fold_calibration, choose_by_folds
 from tlscale.training.fold_checks import check_folds, refuse_other_images
-from tlscale.training.fold_parts import Part, all_images
+from tlscale.training.fold_parts import LONGEST_NAME, Part, all_images, group_name
+from tlscale.training.logger import track_whole
 from tlscale.training.out_of_fold import (
     count_copies_outside,
     join_predictions,
@@ -49,7 +51,6 @@ from tlscale.training.setup import RunSetup
 
 Result = dict[str, Any]
 RunPart = Callable[[Recipe, Path, Part, ImageData], Result]
-_LONGEST_NAME = 90  # leaves room for the fold
 _OF_TEST = (
     *("num_images", "top1", "top1_interval95", "top1_interval95_by", "top5", "loss", "macro_f1", "balanced_accuracy"),
     *("ece", "ece_interval95", "calibration", "auroc", "mean_average_precision"),
@@ -82,30 +83,32 @@ def cross_validate(
         run_part: runs a recipe in a folder as a part of these data, or goes on with it; returns its result.
     """
     recipe = setup.recipe
+    check_installed(recipe.track)  # complete folds do not ask for it
     if run_info is None:
         with setup.watch("scan"):
             check_folds(setup, processes.world_size)
-        processes.run_on_main(begin_folder, folder, setup, processes.world_size, str(processes.device))
+        run_info = processes.run_on_main(begin_folder, folder, setup, processes.world_size, str(processes.device))
     whole = all_images(recipe.evaluate)
     assert whole is not None, "the recipe has folds"
     # -- folds: each chooses and is scored by itself ------------------------------------------------------------------
-    results = []
+    results, group = [], group_name(recipe, run_info)
     for fold in whole.folds:
         console.say(f"fold {fold}", style="bold")
         with setup.watch(FOLDS):
-            result = _run(run_part, _of_part(recipe, fold), folder, Part(fold), setup, processes)
+            result = _run(run_part, _of_part(recipe, fold), folder, Part(fold, group=group), setup, processes)
         score = score_of(result)
         console.say(f"fold {fold}: {named(score)} {number(result[score])} on {result['num_images']:,} images")
         results.append(result)
     # -- the model on all images --------------------------------------------------------------------------------------
     console.say("the model, of all images", style="bold")
     calibration = processes.run_on_main(_calibration, folder, whole.folds, setup.data)
-    part = Part(whole, statistics.median(map(_share, results)), _median_thresholds(results), calibration)
+    part = Part(whole, statistics.median(map(_share, results)), _median_thresholds(results), calibration, group)
     with setup.watch(FOLDS):
         last = _run(run_part, _with_choice(_of_part(recipe, whole), results), folder, part, setup, processes)
     # -- the result ---------------------------------------------------------------------------------------------------
     how_to_load = processes.run_on_main(_take_model, folder)
     result = processes.run_on_main(_conclude, setup, folder, whole.folds, results, last)
+    track_whole(recipe, folder, processes, run_info, result, console)
     return result, how_to_load
 
 
@@ -123,7 +126,7 @@ def _folder_of(folder: RunFolder, fold: Fold) -> RunFolder:
 def _of_part(recipe: Recipe, fold: Fold) -> Recipe:
     """Return the recipe under a name of the part's own, by which trackers tell it from the others."""
     suffix = "all" if fold.number is None else f"fold-{fold.number}"
-    return recipe.model_copy(update={"name": f"{recipe.name[:_LONGEST_NAME]}-{suffix}"})
+    return recipe.model_copy(update={"name": f"{recipe.name[:LONGEST_NAME]}-{suffix}"})
 
 
 # -- what the folds chose ---------------------------------------------------------------------------------------------

@@ -9,7 +9,11 @@ from typing import Any, NamedTuple
 from tlscale.data.sources.folds import Fold
 from tlscale.models.calibration import Calibration
 from tlscale.recipe.schema import EvaluateSection, Recipe
+from tlscale.tracking.trackers import RunGroup
 from tlscale.training.stages import Stage
+
+LONGEST_NAME = 90
+"""Of a recipe within the names of its parts: leaves room for the fold, or for an id."""
 
 
 class Part(NamedTuple):
@@ -22,12 +26,20 @@ class Part(NamedTuple):
     """Of several labels, for the model on all images, where none is left to choose them by."""
     calibration: Calibration | None = None
     """For the model on all images, likewise; None also of a run that an older version began."""
+    group: str | None = None
+    """By which trackers show all runs of the cross-validation together; None of a run that an older version began."""
+
+    @property
+    def tracked_as(self) -> RunGroup | None:
+        """Return what trackers show it as."""
+        return None if self.group is None else RunGroup(self.group, "model" if self.fold.holds_none else "fold")
 
     def to_plain(self) -> dict[str, Any]:
         """Return plain values for `run.json`."""
         thresholds = {} if self.thresholds is None else {"thresholds": list(self.thresholds)}
         calibration = {} if self.calibration is None else {"calibration": self.calibration.model_dump()}
-        return {**self.fold.to_plain(), "share": self.share, **thresholds, **calibration}
+        group = {} if self.group is None else {"group": self.group}
+        return {**self.fold.to_plain(), "share": self.share, **thresholds, **calibration, **group}
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> Part:
@@ -38,7 +50,13 @@ class Part(NamedTuple):
             plain["share"],
             None if thresholds is None else tuple(thresholds),
             None if calibration is None else Calibration.model_validate(calibration),
+            plain.get("group"),
         )
+
+
+def group_name(recipe: Recipe, run_info: Mapping[str, Any]) -> str | None:
+    """Return `Part.group` of the parts of a cross-validation, by its own `run.json`."""
+    return f"{recipe.name[:LONGEST_NAME]}-{run_info['id']}" if "id" in run_info else None
 
 
 def all_images(section: EvaluateSection) -> Fold | None:

@@ -15,9 +15,11 @@ from tlscale.storage.run_folder import RunFolder
 from tlscale.tracking.console import Console, number
 from tlscale.tracking.redact import REDACTED, places_of, without_places
 from tlscale.tracking.stopwatch import describe_seconds
-from tlscale.tracking.trackers import MetricsFile, Trackers, open_trackers
+from tlscale.tracking.trackers import MetricsFile, RunGroup, Trackers, open_trackers
 from tlscale.training.evaluate import scalars
+from tlscale.training.fold_parts import group_name
 from tlscale.training.loop_state import LoopState
+from tlscale.training.result import score_of
 from tlscale.training.setup import RunSetup
 
 _SHOWN = (
@@ -59,6 +61,7 @@ class RunLogger:
             config=_config(recipe, run_info),
             wandb_run_id=loop.wandb_run_id,
             is_main=processes.is_main,
+            group=None if setup.part is None else setup.part.tracked_as,
             seen=seen,
             say=console.say,
         )
@@ -129,9 +132,8 @@ class RunLogger:
         self._write("probe", {"codes": codes, "setting": setting, "held_out_top1": top1, "held_out_loss": loss})
 
     def write_summary(self, result: dict[str, Any]) -> None:
-        """Send the final figures to the trackers, the parts of the time included."""
-        parts = {f"seconds/{part}": spent_s for part, spent_s in result["seconds"].items()}
-        self.trackers.summary({**scalars(result), **parts})
+        """Send the final figures to the trackers."""
+        self.trackers.summary(_summary(result))
 
     def _write(self, kind: str, figures: dict[str, Any]) -> None:
         step = self._loop.step
@@ -143,6 +145,43 @@ class RunLogger:
         if self._metrics is not None:
             self._metrics.write({"kind": kind, "step": step, **where, **figures})
         self.trackers.log({f"{kind}/{key}": value for key, value in scalars({**where, **figures}).items()}, step)
+
+
+def track_whole(
+    recipe: Recipe,
+    folder: RunFolder,
+    processes: Processes,
+    run_info: dict[str, Any],
+    result: dict[str, Any],
+    console: Console,
+) -> None:
+    """Send the final figures of a cross-validation to the trackers, as a run of its own among those of its folds.
+
+    Its id is that of the cross-validation, so that one that is finished again gets no second run.
+    """
+    name = group_name(recipe, run_info)
+    trackers = open_trackers(
+        recipe.track,
+        wandb=recipe.wandb,
+        run_name=recipe.name,
+        run_dir=folder.path,
+        config=_config(recipe, run_info),
+        wandb_run_id=run_info.get("id"),
+        is_main=processes.is_main,
+        group=None if name is None else RunGroup(name, "cross-validation"),
+        say=console.say,
+    )
+    trackers.summary(_summary(result))
+    trackers.close()
+
+
+def _summary(result: dict[str, Any]) -> dict[str, float]:
+    """Return the numbers of a result: its figures, with the interval of its score, those over folds, and seconds."""
+    interval = result.get(f"{score_of(result)}_interval95")
+    ends = {} if interval is None else dict(zip(("low", "high"), interval, strict=True))
+    parts = {"interval95": ends, "folds": scalars(result.get("folds", {})), "seconds": result["seconds"]}
+    nested = {f"{part}/{key}": value for part, figures in parts.items() for key, value in figures.items()}
+    return {**scalars(result), **nested}
 
 
 def _config(recipe: Recipe, run_info: dict[str, Any]) -> dict[str, Any]:
