@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -14,6 +15,7 @@ import tlscale
 from tests.recompute import assert_follows
 from tests.small_runs import put_small_folder, result, run_once
 from tlscale.commands.evaluate import evaluate_run
+from tlscale.training.prediction_figures import UNKNOWN_FIGURES
 
 TRAINED = {"freeze": ".*", "backbone": {"name": "test_resnet"}, "duration": "20 epochs", "optim": {"lr": 0.3}}
 RUNS = {
@@ -86,6 +88,27 @@ def test_images_that_chose_it_do_not_say_what_it_is_worth(run):
     assert told["temperature"] > 0
     assert told["also_chose"]
     assert told["loss"] is told["ece"] is told["ece_interval95"] is None
+
+
+@pytest.mark.parametrize(("split", "key"), [("validation", "num_selected_on"), ("train", "num_trained_on")])
+def test_copies_of_images_that_had_a_part_do_not_say_it_either(split, key, run, tmp_path):
+    """Under other names in other folders, among images that are new."""
+    out = run("trained")
+    data = out.parent / "data"
+    own = tlscale.evaluate(out, split=split, out=tmp_path / "own").folder / "predictions.parquet"
+    paths = pq.read_table(own)["path"].to_pylist()[:20]
+    for number, place in enumerate([*(data / path for path in paths), *(data / "test").rglob("*.png")]):
+        copy = tmp_path / "new" / place.parent.name / f"{number}.png"
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(place, copy)
+    new = tlscale.evaluate(out, data=str(tmp_path / "new"))
+    assert (new["num_images"], new[key]) == (20 + 40, 20)
+    temperature = result(out)["calibration"]["temperature"]
+    assert new["calibration"] == {"temperature": temperature, **UNKNOWN_FIGURES}
+    assert "too good by those, and none are given with the temperature" in new["notes"][-1]
+    for number in range(20):
+        next((tmp_path / "new").glob(f"*/{number}.png")).unlink()
+    assert tlscale.evaluate(out, data=str(tmp_path / "new"))["calibration"]["loss"] is not None
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -116,6 +117,20 @@ def test_evaluate_gives_the_figures_of_the_run(result):
         name: pytest.approx(row, rel=1e-6, nan_ok=True) for name, row in result["per_class"].items()
     }
     assert tlscale.evaluate(result.folder, split="train")["num_images"] == 48
+
+
+def test_copies_of_images_that_chose_do_not_say_what_the_temperature_is_worth(trained, table, tmp_path):
+    own = tlscale.evaluate(trained.folder, split="validation", out=tmp_path / "own").folder
+    paths = pq.read_table(own / "predictions.parquet")["path"].to_pylist()
+    label_of = {row["path"]: row["label"] for row in rows_of(table)}
+    rows = ["path,label", *(f"{number}.png,{label_of[path]}" for number, path in enumerate(paths))]
+    (tmp_path / "list.csv").write_text("\n".join(rows))
+    for number, path in enumerate(paths):
+        shutil.copy(table.parent / path, tmp_path / f"{number}.png")
+    new = tlscale.evaluate(trained.folder, data=str(tmp_path / "list.csv"))
+    assert (new["num_selected_on"], new["num_trained_on"]) == (len(paths), 0)
+    assert (new["calibration"]["loss"], new["calibration"]["ece"]) == (None, None)
+    assert "too good by those" in new["notes"][-1]
 
 
 def test_validation_chose_the_weights_by_map(trained):

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from tlscale.commands.evaluation_images import FinishedRun, Scored, other_images, own_split, read_json
+from tlscale.commands.evaluation_images import FinishedRun, Scored, had_a_part, other_images, own_split, read_json
 from tlscale.commands.evaluation_keys import changes_for_evaluation
 from tlscale.commands.run_result import RunResult
 from tlscale.commands.tables import interval_of, score_text, show_classes
@@ -191,10 +191,9 @@ def _write(
     if why is None:
         try:
             write_predictions(target / "predictions.parquet", predictions, processes)
-            chose = figures.get("selected_on") is not None
             file = target / "predictions.parquet"
             add = add_prediction_figures if figures.get("task") is None else add_label_calibration
-            figures |= processes.run_on_main(add, figures, file, have_chosen=chose)
+            figures |= processes.run_on_main(add, figures, file, have_chosen=had_a_part(figures))
         except TlscaleError as raised:
             why = str(raised)
     figures |= watch.figures(parts=("start", "scan", "decode", "evaluate"))  # all but writing this last, small file

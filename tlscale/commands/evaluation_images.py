@@ -6,7 +6,7 @@ Promise: images that were fitted, or chose something, are never scored as if the
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -164,7 +164,7 @@ def own_split(run: FinishedRun, name: Role | None) -> Scored:
         figures["num_bad_images"] = data.bad_images.counts.get(name, 0)
     if name == "train":
         figures["num_trained_on"] = len(splits[name])
-        notes.append("the model was trained on these images")
+        notes.append("the model was trained on these images, so the figures are too good")
     if run.trained.scored_on == FOLDS:
         notes.append(ABOUT_FOLDS)
     scored = Scored(splits[name], figures, run.majority_label(data), notes)
@@ -204,9 +204,17 @@ def _trained_on(run: FinishedRun, scored: ImageSplit) -> tuple[dict[str, int | N
         return {"num_trained_on": None}, run.majority_label(data), note
     note = f"the run was trained on {num:,} of these {len(scored):,} images"
     if chose:
-        note += f", and {chose:,} of them chose its weights or settings"
+        note += f", and {chose:,} of these chose its weights, settings or temperature"
+    if num or chose:
+        note += ": the figures are too good by those"
+        note += "" if run.trained.calibration is None else ", and none are given with the temperature"
     counts: dict[str, int | None] = {"num_trained_on": num, **({"num_selected_on": chose} if chose else {})}
-    return counts, run.majority_label(data), note + (": the figures are too good by those" if num else "")
+    return counts, run.majority_label(data), note
+
+
+def had_a_part(figures: Mapping[str, Any]) -> bool:
+    """Report whether any of the scored images chose something of the model, or was fitted."""
+    return any(map(figures.get, ("selected_on", "num_selected_on", "num_trained_on")))
 
 
 def without_bad(scored: Scored, section: DataSection, in_chans: int) -> Scored:
