@@ -243,7 +243,7 @@ def test_a_stopped_file_is_resumed_to_the_same_bytes(kind, trained, data, tmp_pa
         stopped.send_signal(signal.SIGTERM)
         _, said = stopped.communicate("\n".join(paths[300:]).encode())
     assert stopped.returncode == EXIT_STOPPED, said
-    assert f"'{out}' can be resumed".encode() in said
+    assert f"The same line with --resume completes '{out}'".encode() in said
     assert begun.exists()
     done = invoke(run, "--images-from", tmp_path / "list", "--out", out)
     assert done.exit_code == EXIT_BAD_INPUT, "unfinished, and --resume was not said"

@@ -127,7 +127,7 @@ def write_rows(
         # Rows on the terminal are the progress that somebody sees there.
         shown = processes.is_main and (out is not None or not sys.stdout.isatty())
         pace = Pace(None, "predicting", Console(enabled=shown, stderr=True), every_s=_SAY_EVERY_S)
-        work = _Work(path, columns, processes, stop, stack.enter_context(pace))
+        work = _Work(path, columns, processes, stop, stack.enter_context(pace), out)
         sink = _sink(out, columns, trained, path.batching)
         if wanted.resume and processes.run_on_main(lambda: sink.is_complete):
             _say(processes, f"'{out}' is complete already")
@@ -135,13 +135,13 @@ def write_rows(
         paths = stack.enter_context(_Paths(places, images_from)) if processes.is_main else None
         try:
             processes.run_on_main(work.begin, sink, paths, resume=wanted.resume)
-            work.go_on(sink, out)
+            work.go_on(sink)
         finally:
             if processes.is_main:
                 sink.keep()
     if trained.scored_on == FOLDS:
         _say(processes, ABOUT_FOLDS)
-    _say(processes, work.summary(out))
+    _say(processes, work.summary())
 
 
 def _sink(out: Path | None, columns: Columns, trained: ImageClassifier, batching: Batching) -> Sink:
@@ -211,6 +211,7 @@ class _Work:
     processes: Processes
     stop: StopRequest
     pace: Pace
+    out: Path | None
     paths: _Paths | None = None
     images: Iterator[str] = field(default_factory=lambda: iter(()))
     num_given: int = 0
@@ -247,7 +248,7 @@ class _Work:
             notes = self.paths.notes if self.paths is not None else []
             raise DataError(first_few(notes) or "no image was found")
 
-    def go_on(self, sink: Sink, out: Path | None) -> None:
+    def go_on(self, sink: Sink) -> None:
         """Do all that is left.
 
         Raises:
@@ -260,8 +261,7 @@ class _Work:
             answered = processes.run_on_all(answer, own.paths, own.sizes, self.path, processes, self._show)
             processes.run_on_main(self._write, sink, given, processes.gather(answered))
             if processes.any(self.stop.requested):
-                where = "" if out is None else f"; '{out}' can be resumed"
-                raise Stopped(f"stopped after {self.num_given:,} images{where}")
+                raise self._stopped("")
         processes.run_on_main(self._end, sink)
 
     def _next_round(self) -> list[_Chunk]:
@@ -291,19 +291,23 @@ class _Work:
     def _show(self, num_images: int) -> None:
         # Nobody waits for minutes after a signal; several processes have to end at the same place.
         if self.stop.requested and self.path.batching.size > _LONG_CHUNK and self.processes.world_size == 1:
-            raise Stopped(f"stopped after {self.num_given:,} images and a part of a batch; a file can be resumed")
+            raise self._stopped(" and a part of a batch")
         self.pace.add(num_images * self.processes.world_size)  # they have about equal shares
+
+    def _stopped(self, rest: str) -> Stopped:
+        remedy = None if self.out is None else f"The same line with {flag('resume')} completes '{self.out}'"
+        return Stopped(f"stopped after {self.num_given:,} images{rest}", remedy=remedy)
 
     def _speed(self, num_images: int) -> str:
         return f"{num_images / max(time.monotonic() - self._began_s, 1e-9):.0f} images/s"
 
-    def summary(self, out: Path | None) -> str:
+    def summary(self) -> str:
         """Return a line on all that was done."""
         failed = self.num_given - self.num_read
         without = f", {failed:,} without an answer (column error)" if failed else ""
         if self.columns.unknown_from is not None:
             without += f", {self.num_unknown:,} unlike anything trained on (column unknown)"
-        where = "" if out is None else f" -> {out}"
+        where = "" if self.out is None else f" -> {self.out}"
         speed = self._speed(self.num_given - self.num_resumed)
         return f"{self.num_given:,} images{without}; {speed}{where}"
 

@@ -6,6 +6,7 @@ they become pixels by the functions that read a run's own images. What cannot be
 
 from __future__ import annotations
 
+import codecs
 import glob
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -58,10 +59,10 @@ def find_images(
 
 
 def lines_of(file: BinaryIO) -> Iterator[str]:
-    """Give paths from a list, one a line; empty lines are skipped."""
-    for line in file:
-        path = os.fsdecode(line.rstrip(b"\r\n"))
-        if path:
+    """Give paths from a list, one a line; lines of blanks are skipped, and the mark with which Windows begins UTF-8."""
+    for number, line in enumerate(file):
+        path = os.fsdecode((line if number else line.removeprefix(codecs.BOM_UTF8)).rstrip(b"\r\n"))
+        if path.strip():
             yield path
 
 

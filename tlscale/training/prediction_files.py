@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from tlscale.errors import ResumeError, RunFolderError, flag, one_line, option
-from tlscale.storage.files import flush, make_folder, write_json
+from tlscale.storage.cache import is_no_folder
+from tlscale.storage.files import flush, is_full, make_folder, write_json
 from tlscale.training.prediction_rows import Answers, Columns, csv_cell, csv_line, json_line
 from tlscale.training.predictions import readable
 
@@ -160,7 +161,7 @@ class TextFile:
 
     def begin(self) -> None:
         self._mark.refuse_loss(self._path)
-        make_folder(self._path.parent)
+        make_folder_of(self._path)
         if self._path.exists() and not self._is_ours():
             raise not_ours(self._path)
         self._mark.put()
@@ -182,23 +183,33 @@ class TextFile:
 
     def _kept(self, file: BinaryIO, images: Iterator[str]) -> tuple[Resumed, int]:
         """Return what stands, in whole chunks, and where in the file it ends."""
-        records = self._form.records(file)
-        if self._form.header and next(records, b"").decode() != self._form.header:
+        header = self._form.header.encode()
+        head = file.read(len(header))
+        if not header.startswith(head):
+            raise self._changed()
+        if head != header:
             return Resumed(images), 0  # cut in its first line: the columns are those of the mark
-        end = at = len(self._form.header.encode())
+        records = self._form.records(file)
+        end = at = len(header)
         kept, again = Resumed(images), list[str]()
         num_read, ends = 0, self._ends()
         until = next(ends)
         for number, record in enumerate(records, 1):
             path = next(images, None)
             if path is None or not record.startswith(self._form.start(readable(path)).encode()):
-                raise other_images(self._path, number, path)
+                is_same = path is not None and readable(path) in record.decode(errors="replace")
+                raise self._changed() if is_same else other_images(self._path, number, path)
             at, num_read = at + len(record), num_read + record.endswith(self._form.good_end.encode())
             again.append(path)
             if number == until:
                 kept, again, end, until = Resumed(images, number, num_read), [], at, next(ends)
         kept.images = chain(again, images)
         return kept, end
+
+    def _changed(self) -> ResumeError:
+        remedy = f"Bring back what was written; or, to begin anew, remove '{self._mark.path}'"
+        problem = f"'{self._path}' was changed by another program since, such as a spreadsheet that saved it"
+        return ResumeError(problem, key=flag("resume"), remedy=remedy)
 
     def write(self, paths: list[str], answers: Answers) -> None:
         assert self._file is not None
@@ -274,6 +285,22 @@ def other_images(file: Path, number: int, path: str | None) -> ResumeError:
     now = f"image {number:,} is now '{one_line(path)}'" if path is not None else f"there are now {number - 1:,} images"
     remedy = "Give the images that it was begun with, in the same order"
     return ResumeError(f"'{file}' was begun with other images: {now}", key=flag("resume"), remedy=remedy)
+
+
+def make_folder_of(file: Path) -> None:
+    """Make the folder of a file, where it is not there yet.
+
+    Raises:
+        RunFolderError: it cannot be made.
+    """
+    try:
+        make_folder(file.parent)
+    except OSError as error:
+        if is_full(error):
+            raise
+        why = "a file is in the way" if is_no_folder(error) else error.strerror or str(error)
+        problem = f"the folder '{file.parent}' cannot be made: {why}"
+        raise RunFolderError(problem, key=option("out"), remedy="Name a file in another folder") from error
 
 
 def not_ours(file: Path) -> RunFolderError:

@@ -19,7 +19,15 @@ import pyarrow.parquet as pq
 from tlscale.errors import ResumeError, first_line, flag
 from tlscale.storage.files import flush, make_folder, replacing
 from tlscale.storage.run_folder import refuse_not_utf8
-from tlscale.training.prediction_files import FORMAT, Ends, Resumed, Unfinished, not_ours, other_images
+from tlscale.training.prediction_files import (
+    FORMAT,
+    Ends,
+    Resumed,
+    Unfinished,
+    make_folder_of,
+    not_ours,
+    other_images,
+)
 from tlscale.training.prediction_rows import Answers, Cell, Columns
 from tlscale.training.predictions import readable
 
@@ -51,6 +59,7 @@ class ParquetFile:
             raise not_ours(self._path)
         for part in self._parts():
             part.unlink()
+        make_folder_of(self._path)
         make_folder(self._folder)
         self._mark.put()
 

@@ -65,7 +65,8 @@ def test_links_in_a_circle_end(tree, tmp_path):
 
 
 def test_a_list_has_a_path_a_line():
-    assert list(lines_of(io.BytesIO(b"a b.png\r\n\nc.png\n=d.png"))) == ["a b.png", "c.png", "=d.png"]
+    assert list(lines_of(io.BytesIO(b"a b.png\r\n\nc.png\n  \r\n=d.png"))) == ["a b.png", "c.png", "=d.png"]
+    assert list(lines_of(io.BytesIO(b"\xef\xbb\xbfa.png\r\n b.png \r\n"))) == ["a.png", " b.png "], "of Notepad"
 
 
 def put_odd_images(folder):

@@ -172,6 +172,42 @@ def test_what_is_resumed_is_the_same_work(kind, tmp_path):
         sink.keep()
 
 
+SAVED = {
+    "by Excel": lambda text: b"\xef\xbb\xbf" + text.replace(b"\n", b"\r\n"),
+    "as UTF-16": lambda text: text.decode().encode("utf-16"),
+    "with line ends of old Macs": lambda text: text.replace(b"\n", b"\r"),
+    "in quotes": lambda text: text.replace(PATHS[0].encode(), f'"{PATHS[0]}"'.encode()),
+    "with semicolons": lambda text: text.replace(b",", b";"),
+}
+
+
+@pytest.mark.parametrize("how", SAVED)
+def test_a_file_that_a_spreadsheet_saved_is_not_begun_anew(how, tmp_path):
+    path = tmp_path / "p.csv"
+    sink = sink_of(path)
+    sink.begin()
+    write(sink, PATHS[:8], ends=False)
+    sink.keep()
+    path.write_bytes(saved := SAVED[how](path.read_bytes()))
+    sink = sink_of(path)
+    with pytest.raises(ResumeError, match=r"changed by another program.*p\.csv\.unfinished"):
+        sink.resume(iter(PATHS))
+    sink.keep()
+    assert path.read_bytes() == saved
+
+
+@pytest.mark.parametrize("kind", [".csv", ".jsonl", ".parquet"])
+def test_a_folder_that_cannot_be_made_is_named(kind, tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder, why in (("file", "a file is in the way"), ("file/below", "a file is in the way")):
+        with pytest.raises(RunFolderError, match=f"'{tmp_path / folder}' cannot be made: {why}"):
+            sink_of(tmp_path / folder / f"p{kind}").begin()
+    sink = sink_of(tmp_path / "not" / "there" / f"p{kind}")
+    sink.begin()
+    sink.keep()
+    assert (tmp_path / "not" / "there").is_dir()
+
+
 @pytest.mark.parametrize("kind", [".csv", ".jsonl", ".parquet"])
 def test_nothing_of_others_is_replaced(kind, tmp_path):
     path = tmp_path / f"p{kind}"
