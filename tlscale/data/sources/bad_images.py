@@ -54,6 +54,11 @@ class BadImages:
         """Number of skipped images by split, without those that have none."""
         return {role: len(rows) for role, rows in self.found.items() if rows}
 
+    @property
+    def rows(self) -> dict[Role, list[int]]:
+        """Return which images are skipped, whatever the reasons: these name places, which `run.json` does not keep."""
+        return {role: [row for row, _ in rows] for role, rows in self.found.items() if rows}
+
     def reasons(self) -> Iterable[str]:
         """Yield one line an image."""
         return (f"{role} image {row}: {why}" for role, rows in self.found.items() for row, why in rows)

@@ -118,8 +118,7 @@ def open_data(
     source = read_source(section)
     known = bad_images
     bad_images, skip_notes = _bad_images(section, source, known, in_chans, tries_images=tries_images)
-    early = {} if bad_images.is_late else bad_images.found
-    bad = {role: [row for row, _ in rows] for role, rows in early.items()}
+    bad = {} if bad_images.is_late else bad_images.rows
     reads = tries_images or known is not None
     numbered = number_source(section, source, is_new=known is None)
     chosen, dropped, drop_notes = _chosen(section, numbered, seed, bad, fold, reads_images=reads)
