@@ -59,6 +59,23 @@ def grouped(recipe, tmp_path):
     return tmp_path / "grouped"
 
 
+def test_few_groups_choose_neither_sets_nor_what_is_unknown(grouped, recipe, scenes, tmp_path, capsys):
+    """However many photos they have: 10 groups are enough for sets, which take 9, and not for what is unknown (19)."""
+    told = result(grouped)
+    assert (told["calibration"]["num_images"], told["top1_interval95_by"]) == (60, {"groups": 10})
+    assert told["calibration"]["sets"]["threshold"] > 0
+    assert told["unknown"]["why"].startswith("groups of validation images are too few (19)")
+    both = {name: scenes for name in ("train", "test")}
+    for name, place in both.items():
+        shutil.copytree(place, tmp_path / "both" / name)
+    keys = {"path": str(tmp_path / "both"), "group_regex": REGEX, "groups_across_splits": "allow"}
+    few = tlscale.run(recipe("few", PROBE, **keys, validation_fraction=0.1), tmp_path / "few")
+    sets = few["calibration"]["sets"]
+    assert (sets["threshold"], sets["coverage"], sets["mean_size"]) == (0.0, 1.0, few["num_classes"])
+    assert "so few images, or groups of them (9 are needed): each set has all classes" in sets["why"]
+    assert f"sets of labels: {sets['why']}" in " ".join(capsys.readouterr().out.split())
+
+
 def counts_of(table) -> tuple[list[int], list[int]]:
     hits, images = {}, {}
     for row in table.to_pylist():

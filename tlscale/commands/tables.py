@@ -209,6 +209,8 @@ def _probabilities(result: Mapping[str, Any]) -> str:
     if "sets" not in told:  # of several labels
         return f"probabilities: {own}, {after} with {chosen}; the mean over the classes"
     sets = told["sets"]
+    if "why" in sets:
+        return f"probabilities: {own}, {after} with {chosen}; sets of labels: {sets['why']}"
     return (
         f"probabilities: {own}, {after} with {chosen}; sets for "
         f"{sets['level']:.0%} hold the true label in {number(sets['coverage'])} of cases and "

@@ -23,7 +23,10 @@ class _Chosen(BaseModel):
 
 
 class LabelSets(_Chosen):
-    """Give to each image a set of labels that has the true one as often as `level` says (split conformal)."""
+    """Give to each image a set of labels that has the true one as often as `level` says (split conformal).
+
+    Where it was chosen by groups of images, that is: to an image of a new group.
+    """
 
     level: _Share
     threshold: _Share

@@ -89,6 +89,9 @@ def choose_calibration(
 
     The temperature is 1, and probabilities stay what they are, where these images, or the groups of them, do not tell
     it from 1: one that is chosen by few of them would make good probabilities worse.
+
+    Args:
+        groups_N: equal numbers for images that do not stand alone; None: all do.
     """
     if not len(labels_N):
         return None
@@ -99,7 +102,7 @@ def choose_calibration(
         temperature=temperature, num_images=len(labels_N), sets=LabelSets(level=SET_LEVEL, threshold=0.0)
     )
     shares_NC = undecided.probabilities(torch.from_numpy(logits_NC)).numpy()
-    threshold = set_threshold(np.take_along_axis(shares_NC, labels_N[:, None], axis=1)[:, 0])
+    threshold = set_threshold(np.take_along_axis(shares_NC, labels_N[:, None], axis=1)[:, 0], groups_N)
     return undecided.model_copy(update={"sets": LabelSets(level=SET_LEVEL, threshold=threshold)})
 
 
@@ -131,14 +134,35 @@ def gains_more_than_its_error(gains_N: Floats, groups_N: Ints | None = None) -> 
     return num_units > 1 and float(gains_N.sum()) > math.sqrt(num_units / (num_units - 1) * float(beyond_U @ beyond_U))
 
 
-def set_threshold(true_share_N: Floats) -> float:
+def set_threshold(true_share_N: Floats, groups_N: Ints | None = None) -> float:
     """Return the probability that the true class of a new image reaches in a share `SET_LEVEL` of cases, at least.
 
-    With the correction for few images (Vovk et al. 2005; Sadinle et al. 2019 for this score): 0, and so all classes in
-    each set, for less than 9.
+    As Sadinle et al. 2019 for this score: 0, and so all classes in each set, for less than 9 images, or groups of them.
     """
-    rank = math.ceil((len(true_share_N) + 1) * SET_LEVEL - 1e-9)
-    return float(np.sort(true_share_N)[::-1][rank - 1]) if rank <= len(true_share_N) else 0.0
+    reached = reached_by(true_share_N, SET_LEVEL, groups_N)
+    return 0.0 if reached is None else reached
+
+
+def reached_by(scores_N: Floats, level: float, groups_N: Ints | None = None) -> float | None:
+    """Return the score that a new image reaches in a share `level` of cases, at least; None of too few images.
+
+    With the correction for few images (Vovk et al. 2005). The images of a group do not stand alone: each group weighs
+    the same, whatever its size, and the correction is that of as many images as there are groups. That holds for an
+    image of a new group (Lee, Barber and Willett 2023, hierarchical conformal prediction).
+    """
+    weights_N, num_units = np.ones(len(scores_N)), len(scores_N)
+    if groups_N is not None:
+        _, units_N, sizes_U = np.unique(groups_N, return_inverse=True, return_counts=True)
+        weights_N, num_units = 1 / sizes_U[units_N.reshape(-1)], len(sizes_U)
+    falling_N = np.argsort(-scores_N, kind="stable")
+    weight_N = np.cumsum(weights_N[falling_N])  # of the images with at least this score
+    place = int(np.searchsorted(weight_N, (num_units + 1) * level - 1e-9))
+    return float(scores_N[falling_N[place]]) if place < len(scores_N) else None
+
+
+def least_units(level: float) -> int:
+    """Return how many images, or groups of them, `reached_by` takes at least."""
+    return math.ceil(level / (1 - level) - 1e-9)
 
 
 def drawn_rows(num_rows: int, most: int) -> Ints:

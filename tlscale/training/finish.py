@@ -182,7 +182,7 @@ def _find_unknown(state: TrainState, chosen: _Chosen) -> UnknownScore | str:
     if not isinstance(inputs, CodePipeline):
         return "there are no cached codes of a frozen part"
     with state.setup.watch("test"):
-        return unknown_by(inputs.pooled, data.train.labels_N, len(data.validation or ()))
+        return unknown_by(inputs.pooled, data.train.labels_N, data.validation)
 
 
 def _tell_unknown(unknown: UnknownScore | str, chosen: _Chosen, split: ImageSplit | None) -> dict[str, Any]:

@@ -51,7 +51,8 @@ def about_fold_calibration(chosen: Mapping[str, Any], table: pa.Table) -> dict[s
         return {"temperature": None, "why": FITTED_TO_ALL}
     figures = crosswise_figures(table)
     if "sets" in chosen:
-        figures["sets"] = {key: chosen["sets"][key] for key in ("level", "threshold")} | figures["sets"]
+        own = {key: chosen["sets"][key] for key in ("level", "threshold", "why") if key in chosen["sets"]}
+        figures["sets"] = own | figures["sets"]
     return {**{key: chosen[key] for key in ("temperature", "num_images", "also_chose")}, **figures}
 
 

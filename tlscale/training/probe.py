@@ -161,7 +161,7 @@ class _Probe:
 
         calibration = self._calibration(choice, number_of_layer, thresholds)
         with setup.watch("test"):
-            unknown = unknown_by(partial(self._some, number_of_layer), data.train.labels_N, len(data.validation or ()))
+            unknown = unknown_by(partial(self._some, number_of_layer), data.train.labels_N, data.validation)
         rules = DecisionRules(calibration, unknown, thresholds)
 
         # -- export ---------------------------------------------------------------------------------------------------

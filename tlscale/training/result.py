@@ -24,6 +24,7 @@ from tlscale.storage.files import naming_disk_errors, write_json
 from tlscale.storage.run_folder import RunFolder
 from tlscale.tracking.redact import places_of, without_places
 from tlscale.tracking.stopwatch import with_seconds_of
+from tlscale.training.calibration import SET_LEVEL, least_units
 from tlscale.training.duplicates import clashing_labels, shared_images
 from tlscale.training.evaluate import figures_of
 from tlscale.training.label_set_metrics import LabelScores
@@ -33,6 +34,10 @@ from tlscale.training.setup import RunSetup, strategy_of
 
 _LONG = ("per_class", "confusion", "pr_curves")
 """Figures that come last in the file."""
+TOO_FEW_FOR_SETS = (
+    f"no threshold can be given from so few images, or groups of them ({least_units(SET_LEVEL)} are needed): "
+    "each set has all classes"
+)
 
 
 def score_of(figures: Mapping[str, Any]) -> str:
@@ -120,16 +125,18 @@ def about_calibration(
         `temperature` (None: none was chosen, and `why` tells why), `num_images` of the validation split, or of all
         folds, that chose it, `also_chose`: whether they chose the step, layer or strength before; `loss`, `ece` and
         `ece_interval95` with the temperature, on the scored images: None where these chose it; `sets`: their `level`
-        and `threshold`, and `coverage`, `coverage_interval95` and `mean_size` on the scored images. Of several labels
-        there are no sets, and no interval.
+        and `threshold` (0: each has all classes, and `why` tells why), and `coverage`, `coverage_interval95` and
+        `mean_size` on the scored images. Of several labels there are no sets, and no interval.
     """
     if calibration is None:
         why = why_not_calibrated(setup.data, refitted=refitted) or "no validation image has an answer"
         return {"temperature": None, "why": why}
     told = figures.get("calibration", {})
     chosen = {**calibration.model_dump(exclude={"sets"}), "also_chose": has_chosen and calibration_given(setup) is None}
-    sets = {} if calibration.sets is None else {"sets": {**calibration.sets.model_dump(), **told.get("sets", {})}}
-    return {**chosen, **told, **sets}
+    if calibration.sets is None:
+        return {**chosen, **told}
+    few = {} if calibration.sets.threshold else {"why": TOO_FEW_FOR_SETS}
+    return {**chosen, **told, "sets": {**calibration.sets.model_dump(), **few, **told.get("sets", {})}}
 
 
 def make_result(

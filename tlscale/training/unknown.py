@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tlscale.data.sources.tables import Ints, Labels, has_several
+from tlscale.data.sources.tables import ImageSplit, Ints, Labels, has_several, number_groups
 from tlscale.models.unknown import MOST_FEATURES, UnknownScore, UnknownSettings
-from tlscale.training.calibration import drawn_rows
+from tlscale.training.calibration import drawn_rows, least_units, reached_by
 
 RECALL = 0.95
 """The share of images of known classes that are to be known."""
@@ -40,13 +40,19 @@ def images_to_judge(num_images: int) -> Ints:
     return drawn_rows(num_images, _MOST_JUDGED)
 
 
-def fit_unknown(codes_ND: Tensor, labels_N: Ints, held_MD: Tensor) -> UnknownScore | None:
+def fit_unknown(
+    codes_ND: Tensor, labels_N: Ints, held_MD: Tensor, held_groups_M: Ints | None = None
+) -> UnknownScore | None:
     """Fit to codes of training images; None where codes are all the same or validation images are too few (19).
 
     The covariance of features of equal size is shrunk as in Ledoit and Wolf 2004: they may be more than the images.
+
+    Args:
+        held_MD: codes of the validation images that choose the threshold.
+        held_groups_M: equal numbers for those that do not stand alone, of which there are then to be 19 groups.
     """
-    rank = math.ceil((len(held_MD) + 1) * RECALL - 1e-9)
-    if rank > len(held_MD):
+    num_units = len(held_MD) if held_groups_M is None else len(np.unique(held_groups_M))
+    if num_units < least_units(RECALL):
         return None
     codes_ND = codes_ND.cpu().double()
     numbers, of_image = np.unique(labels_N, return_inverse=True)
@@ -57,8 +63,9 @@ def fit_unknown(codes_ND: Tensor, labels_N: Ints, held_MD: Tensor) -> UnknownSco
         return None
     undecided = UnknownSettings(threshold=0.0, recall=RECALL, num_images=len(held_MD))
     fitted = UnknownScore(undecided, means_CD.float(), whitening_DD.float())
-    threshold = float(np.sort(fitted.scores(held_MD))[rank - 1])
-    settings = undecided.model_copy(update={"threshold": threshold})
+    threshold = reached_by(-fitted.scores(held_MD), RECALL, held_groups_M)
+    assert threshold is not None, "there are enough"
+    settings = undecided.model_copy(update={"threshold": -threshold})
     return UnknownScore(settings, fitted.means_CD, fitted.whitening_DD)
 
 
@@ -90,21 +97,29 @@ Codes = Callable[[str, Ints], Tensor]
 """Gives pooled codes of some rows of a split, by its name."""
 
 
-def unknown_by(codes: Codes, labels_N: Labels, num_held: int) -> UnknownScore | str:
+def unknown_by(codes: Codes, labels_N: Labels, held: ImageSplit | None) -> UnknownScore | str:
     """Fit the score, or tell why not.
 
-    `codes` gives those of train and validation, and `num_held` is the number of validation images.
+    Args:
+        codes: gives those of train and validation.
+        labels_N: of the training images.
+        held: the validation split.
     """
     if has_several(labels_N):
         return "an image has several labels"
-    if not num_held:
+    if held is None or not len(held):
         return "there is no validation split"
     num_features = codes("validation", np.arange(1)).shape[1]
     if num_features > MOST_FEATURES:
         return f"the frozen codes have {num_features:,} numbers, more than {MOST_FEATURES:,}"
     rows = images_to_fit(labels_N, num_features)
-    fitted = fit_unknown(codes("train", rows), labels_N[rows], codes("validation", images_to_judge(num_held)))
-    return "validation images are too few (19), or their codes all the same" if fitted is None else fitted
+    judges = images_to_judge(len(held))
+    groups_M = None if held.groups_N is None else number_groups(held.groups_N)[judges]
+    fitted = fit_unknown(codes("train", rows), labels_N[rows], codes("validation", judges), groups_M)
+    if fitted is not None:
+        return fitted
+    few = "validation images" if groups_M is None else "groups of validation images"
+    return f"{few} are too few ({least_units(RECALL)}), or their codes all the same"
 
 
 def about_unknown(found: UnknownScore | str, scored_MD: Tensor | None) -> dict[str, Any]:

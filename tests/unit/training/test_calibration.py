@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -105,6 +107,53 @@ def test_sets_have_the_true_label_as_often_as_they_say(num_classes):
 def test_the_threshold_has_the_correction_for_few_images(count, rank):
     shares_N = np.random.default_rng(0).uniform(size=count)
     assert set_threshold(shares_N) == (0.0 if rank is None else np.sort(shares_N)[-rank])
+
+
+def alike(num_groups, draws, sizes=(1, 30)):
+    """Shares of the true class of groups of images that are mostly alike, and the groups' numbers."""
+    sizes_G = draws.integers(*sizes, num_groups)
+    groups_N = np.repeat(np.arange(num_groups), sizes_G)
+    scores_N = 2 * draws.normal(size=num_groups)[groups_N] + draws.normal(size=len(groups_N))
+    return 1 / (1 + np.exp(-scores_N)), groups_N
+
+
+@pytest.mark.parametrize(("num_groups", "most"), [(9, 0.99), (20, 0.97), (60, 0.93)])
+def test_sets_have_the_true_label_of_new_groups_as_often_as_they_say(num_groups, most):
+    """Mean over 2,000 draws of groups that choose, of sizes 1 to 29, each asked about 40 new groups."""
+    draws = np.random.default_rng(0)
+    covered = {True: [], False: []}
+    for _ in range(2000):
+        shares_N, groups_N = alike(num_groups, draws)
+        new_M, new_groups_M = alike(40, draws)
+        for has_groups, of_draws in covered.items():
+            is_in_M = new_M >= set_threshold(shares_N, groups_N if has_groups else None)
+            of_draws.append(np.mean(np.bincount(new_groups_M, is_in_M) / np.bincount(new_groups_M)))
+    error = np.std(covered[True]) / np.sqrt(2000)
+    assert 0.9 - 3 * error < np.mean(covered[True]) < most
+    assert np.mean(covered[False]) < 0.9 - 3 * error, "images of a group are taken for images that stand alone"
+
+
+def test_a_threshold_is_by_groups_and_of_single_images_what_it_was():
+    draws = np.random.default_rng(1)
+    for count in range(1, 60):
+        shares_N = draws.uniform(size=count).round(1 if count % 2 else 9)
+        rank = math.ceil((count + 1) * 0.9 - 1e-9)
+        before = float(np.sort(shares_N)[::-1][rank - 1]) if rank <= count else 0.0
+        assert set_threshold(shares_N) == set_threshold(shares_N, draws.permutation(count)) == before
+        # Each image several times, with its group, tells no more than once.
+        assert set_threshold(np.repeat(shares_N, 7), np.repeat(np.arange(count), 7)) == before
+    shares_N, groups_N = alike(8, draws)
+    assert set_threshold(shares_N, groups_N) == 0.0 < set_threshold(shares_N)
+    # One group in 21 is no more than that, whatever its size.
+    large_N, large_groups_N = np.r_[np.full(20, 0.5), np.full(10_000, 0.01)], np.r_[np.arange(20), np.full(10_000, 20)]
+    assert (set_threshold(large_N, large_groups_N), set_threshold(large_N)) == (0.5, 0.01)
+
+
+def test_the_threshold_of_a_model_is_by_the_groups_of_its_images():
+    labels_N, logits_NC = drawn(60, 4, 1.0)
+    groups_N = np.arange(60) // 10
+    assert choose_calibration(labels_N, logits_NC).sets.threshold > 0
+    assert choose_calibration(labels_N, logits_NC, groups_N).sets.threshold == 0
 
 
 def test_the_label_is_in_each_set_and_no_answer_has_none():

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
+from tlscale.data.sources.tables import ImageSplit, LabelledTable
 from tlscale.errors import ModelError
 from tlscale.models.unknown import UnknownScore, pooled_codes
 from tlscale.training.unknown import about_unknown, fit_unknown, images_to_fit, images_to_judge, unknown_by
@@ -52,6 +54,34 @@ def test_too_few_validation_images_choose_no_threshold(count, is_there):
     assert (fit_unknown(codes_ND, labels_N, drawn(count, seed=1)[0]) is not None) == is_there
 
 
+def test_known_images_of_new_groups_are_known_as_often_as_those_of_single_images():
+    """Of 300 draws of 25 groups of like images, or as many images: one new group in twenty, at most, is unknown."""
+    draws = np.random.default_rng(4)
+    codes_ND, labels_N = drawn(1000)
+    groups_N = np.repeat(np.arange(25), 8)
+    known = {True: [], False: []}
+
+    def of_groups():
+        codes_GD, _ = drawn(25, seed=int(draws.integers(1 << 30)))
+        return codes_GD[groups_N] + 0.02 * codes_ND.std(0) * torch.from_numpy(draws.normal(size=(200, 6)))
+
+    for _ in range(300):
+        held_MD, new_MD = of_groups(), of_groups()
+        for has_groups, shares in known.items():
+            found = fit_unknown(codes_ND, labels_N, held_MD, groups_N if has_groups else None)
+            shares.append((found.scores(new_MD) <= found.settings.threshold).mean())
+    error = np.std(known[True]) / np.sqrt(300)
+    assert 0.95 - 3 * error < np.mean(known[True]) < 0.98
+    assert np.mean(known[False]) < 0.95 - 3 * error
+
+
+@pytest.mark.parametrize(("count", "is_there"), [(18, False), (19, True)])
+def test_too_few_groups_of_validation_images_choose_no_threshold(count, is_there):
+    codes_ND, labels_N = drawn(300)
+    groups_M = np.repeat(np.arange(count), 5)
+    assert (fit_unknown(codes_ND, labels_N, drawn(5 * count, seed=1)[0], groups_M) is not None) == is_there
+
+
 def test_features_that_never_vary_and_more_of_them_than_images_are_no_matter():
     codes_ND, labels_N = drawn(30, num_features=40)
     codes_ND[:, 3], codes_ND[:, 4] = 7.0, 0.0
@@ -77,12 +107,21 @@ def test_why_there_is_none():
     def codes(split, rows_N):
         return torch.zeros(len(rows_N), 3000 if split == "validation" else 3)
 
+    def held(count, groups=None):
+        table = LabelledTable(None, np.arange(count) % 3, None if groups is None else pa.array(groups))
+        return ImageSplit("validation", table, np.arange(count))
+
     labels_N = np.arange(30) % 3
-    assert unknown_by(codes, labels_N, 0) == "there is no validation split"
-    assert "3,000 numbers, more than 2,048" in unknown_by(codes, labels_N, 30)
-    small = unknown_by(lambda split, rows_N: codes(split, rows_N)[:, :3], labels_N, 30)
+    assert unknown_by(codes, labels_N, None) == "there is no validation split"
+    assert "3,000 numbers, more than 2,048" in unknown_by(codes, labels_N, held(30))
+    small = unknown_by(lambda split, rows_N: codes(split, rows_N)[:, :3], labels_N, held(30))
     assert about_unknown(small, None) == {"threshold": None, "why": small}
-    assert "all the same" in small
+    assert small == "validation images are too few (19), or their codes all the same"
+    varied = drawn(200)[0]
+    two = held(30, groups=["a", "b"] * 15)
+    assert unknown_by(lambda _, rows_N: varied[rows_N], labels_N, two).startswith("groups of validation images are too")
+    alone = held(30, groups=[None] * 30)
+    assert not isinstance(unknown_by(lambda _, rows_N: varied[rows_N], labels_N, alone), str)
 
 
 def test_codes_are_pooled_over_their_positions():
