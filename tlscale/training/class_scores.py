@@ -10,15 +10,15 @@ Letters: N images of a split, B of a batch, C classes, G groups (or single image
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tlscale.codes.probes.class_figures import class_rankings, mean_over, probabilities
-from tlscale.codes.probes.ranking import Ranking, mean_known
+from tlscale.codes.probes.class_figures import ClassShares, class_rankings, mean_over
+from tlscale.codes.probes.ranking import Floats, Ranking, Samples, mean_known
 from tlscale.data.sources.tables import GroupNames, Ints, number_groups
 
 _DRAWS = (50, 200)  # at least, at most
@@ -44,14 +44,31 @@ class ClassScores:
 
     def over_all(self, gather: Callable[[Any], list[Any]]) -> dict[str, float | None]:
         """Return the figure and `<figure>_se`; of processes all call this."""
-        own = [np.concatenate([part.cpu().numpy() for part in column]) for column in zip(*self._parts, strict=True)]
-        parts = [part for part in gather(own) if part]
-        positions_N, labels_N, logits_NC = (np.concatenate(column) for column in zip(*parts, strict=True))
-        order_N = np.argsort(positions_N)
-        order_N = order_N[~np.isnan(logits_NC[order_N]).any(axis=1)]
-        rankings = class_rankings(probabilities(logits_NC[order_N]), labels_N[order_N])
-        error = error_over_rankings(self._figure, rankings, self._units_N[positions_N[order_N]])
+        own = [tuple(values.cpu().numpy() for values in part) for part in self._parts]
+        self._parts.clear()
+        positions_N, labels_N, logits_NC = _in_order([part for parts in gather(own) for part in parts])
+        del own
+        answered_N = ~np.isnan(logits_NC).any(axis=1)
+        if not answered_N.all():
+            positions_N, labels_N, logits_NC = positions_N[answered_N], labels_N[answered_N], logits_NC[answered_N]
+        shares = ClassShares(logits_NC)
+        rankings = class_rankings(shares, labels_N)
+        error = error_over_rankings(self._figure, rankings, shares, self._units_N[positions_N])
         return {self._figure: mean_over(self._figure, rankings), f"{self._figure}_se": error}
+
+
+def _in_order(parts: list[tuple[np.ndarray, ...]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Join positions, labels and logits of batches in the order of the positions; a part goes when it is copied."""
+    positions_N = np.concatenate([positions_B for positions_B, _, _ in parts])
+    place_N, end = np.argsort(np.argsort(positions_N)), len(positions_N)
+    logits_NC = np.empty((len(positions_N), parts[0][2].shape[1]), np.result_type(*(part[2].dtype for part in parts)))
+    labels_N = np.empty(len(positions_N), parts[0][1].dtype)
+    while parts:
+        _, labels_B, logits_BC = parts.pop()
+        place_B = place_N[end - len(labels_B) : end]
+        labels_N[place_B], logits_NC[place_B] = labels_B, logits_BC
+        end -= len(labels_B)
+    return np.sort(positions_N), labels_N, logits_NC
 
 
 def samples_of_units(num_units: int, num_draws: int, num_images: int, *, seed: int) -> Iterator[Ints]:
@@ -69,19 +86,24 @@ def samples_of_units(num_units: int, num_draws: int, num_images: int, *, seed: i
         yield np.stack([np.bincount(drawn_G, minlength=num_units) for drawn_G in draws])
 
 
-def error_over_rankings(figure: str, rankings: Sequence[Ranking], units_N: Ints) -> float | None:
+def error_over_rankings(
+    figure: str, rankings: Sequence[Ranking], scores: Iterable[Floats], units_N: Ints
+) -> float | None:
     """Return the standard error of a mean over classes by a bootstrap with a fixed seed: units are drawn whole.
 
-    None of one unit, or where no draw has the figure.
+    `scores` gives those of each ranking, in their order, as often as wanted. None of one unit, or where no draw has the
+    figure.
     """
-    rankings = [ranking for ranking in rankings if ranking.num_found]
+    num_classes = sum(ranking.num_found > 0 for ranking in rankings)
     _, units_N = np.unique(units_N, return_inverse=True)
     num_units, num_images = int(units_N.max(initial=-1)) + 1, len(units_N)
-    if num_units < 2 or not rankings:
+    if num_units < 2 or not num_classes:
         return None
-    num_draws, found = min(max(_MOST_RESAMPLED // (num_images * len(rankings)), _DRAWS[0]), _DRAWS[1]), []
+    num_draws, found = min(max(_MOST_RESAMPLED // (num_images * num_classes), _DRAWS[0]), _DRAWS[1]), []
     for drawn_SG in samples_of_units(num_units, num_draws, num_images, seed=_RESAMPLING_SEED):
-        figures_CS = np.stack([ranking.drawn(figure, drawn_SG[:, units_N]) for ranking in rankings])
+        samples = Samples.of(drawn_SG[:, units_N])
+        pairs = zip(rankings, scores, strict=True)
+        figures_CS = np.stack([one.drawn(figure, samples, scores_N) for one, scores_N in pairs if one.num_found])
         found += [mean_known(None if math.isnan(one) else one for one in column) for column in figures_CS.T.tolist()]
     known = [value for value in found if value is not None]
     return float(np.std(known, ddof=1)) if len(known) > 1 else None

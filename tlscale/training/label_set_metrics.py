@@ -15,10 +15,19 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tlscale.codes.probes.ranking import DEFAULT_THRESHOLD, Bools, Floats, Ranking, mean_known
+from tlscale.codes.probes.ranking import (
+    DEFAULT_THRESHOLD,
+    Bools,
+    Columns,
+    Floats,
+    Ranking,
+    Samples,
+    mean_known,
+)
 from tlscale.data.sources.tables import GroupNames, Ints, number_groups
 from tlscale.training.calibration import calibration_error
 from tlscale.training.class_scores import error_over_rankings
@@ -119,8 +128,8 @@ class LabelFigures:
     @cached_property
     def _rankings(self) -> list[Ranking]:
         """Return how each class ranks the images."""
-        scores_NC = np.nan_to_num(self.probabilities_NC, nan=-1.0)
-        return [Ranking(has_N, scores_N) for has_N, scores_N in zip(self.labels_NC.T, scores_NC.T, strict=True)]
+        pairs = zip(self.labels_NC.T, _Scores(self.probabilities_NC), strict=True)
+        return [Ranking(has_N, scores_N) for has_N, scores_N in pairs]
 
     @cached_property
     def average_precisions(self) -> list[float | None]:
@@ -133,7 +142,8 @@ class LabelFigures:
 
     def drawn_mean_average_precisions(self, counts_SN: Ints) -> Floats:
         """Return it of S samples, in which each image counts so often; NaN where a sample has no label."""
-        drawn_CS = np.stack([ranking.drawn(_FIGURE, counts_SN) for ranking in self._rankings if ranking.num_found])
+        samples, pairs = Samples.of(counts_SN), zip(self._rankings, _Scores(self.probabilities_NC), strict=True)
+        drawn_CS = np.stack([one.drawn(_FIGURE, samples, scores_N) for one, scores_N in pairs if one.num_found])
         known_CS = ~np.isnan(drawn_CS)
         sums_S, num_S = np.where(known_CS, drawn_CS, 0.0).sum(axis=0), known_CS.sum(axis=0)
         means_S: Floats = np.divide(sums_S, num_S, out=np.full(len(sums_S), math.nan), where=num_S > 0)
@@ -218,7 +228,7 @@ class LabelFigures:
     @cached_property
     def _error_of_map(self) -> float | None:
         units_N = np.arange(self.num_images) if self.units_N is None else self.units_N
-        return error_over_rankings(_FIGURE, self._rankings, units_N)
+        return error_over_rankings(_FIGURE, self._rankings, _Scores(self.probabilities_NC), units_N)
 
     def best_thresholds(self) -> list[float]:
         """Return for each class the threshold of the highest F1 here.
@@ -227,6 +237,14 @@ class LabelFigures:
         stands for a class that no image has, too.
         """
         return [ranking.best_threshold() for ranking in self._rankings]
+
+
+class _Scores(Columns):
+    """Iterate over the probabilities of the classes; below 0 where there is no answer."""
+
+    def _converted(self, values_CN: npt.NDArray[np.floating[Any]]) -> Floats:
+        scores_CN: Floats = np.nan_to_num(values_CN, nan=-1.0)
+        return scores_CN
 
 
 def _interval(figure: float, error: float) -> list[float]:

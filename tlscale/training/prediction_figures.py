@@ -12,7 +12,6 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from tlscale.codes.probes.class_figures import softmax_parts
-from tlscale.codes.probes.ranking import Bools, Floats, Ranking, mean_known
+from tlscale.codes.probes.class_figures import ClassShares, class_rankings
+from tlscale.codes.probes.ranking import Bools, Floats, mean_known
 from tlscale.data.sources.tables import Ints, number_groups
 from tlscale.models.calibration import Calibration
 from tlscale.training.calibration import calibration_error, calibration_interval, choose_calibration
@@ -87,22 +86,6 @@ class ScoredImages:
             Calibration.model_validate(about["calibration"]) if "calibration" in about else None,
         )
 
-    @cached_property
-    def _softmax_parts(self) -> tuple[Floats, Floats]:
-        assert self.logits_NC is not None
-        largest_N, sums_N = np.zeros(len(self.logits_NC)), np.zeros(len(self.logits_NC))
-        for start in range(0, len(self.logits_NC), _CHUNK):
-            part = slice(start, start + _CHUNK)
-            largest_N[part], sums_N[part] = softmax_parts(np.nan_to_num(self.logits_NC[part]))
-        return largest_N, sums_N
-
-    def probability(self, number: int) -> Floats:
-        """Return how likely a class is of each image, in double precision."""
-        assert self.logits_NC is not None
-        largest_N, sums_N = self._softmax_parts
-        shares_N: Floats = np.exp(np.nan_to_num(self.logits_NC[:, number]).astype(np.float64) - largest_N) / sums_N
-        return shares_N
-
 
 def class_numbers(names: pa.ChunkedArray, classes: Sequence[str]) -> Ints:
     """Return the number of each class by its name; `NO_ANSWER` of null."""
@@ -155,8 +138,9 @@ def add_prediction_figures(figures: dict[str, Any], path: Path, *, have_chosen: 
         found["calibration"] = _calibration(images, images.calibration, have_chosen=have_chosen)
     per_class = {name: dict(row) for name, row in figures["per_class"].items()}
     curves = {}
-    for number, name in enumerate(images.classes):
-        ranking = Ranking(images.labels_N == number, images.probability(number))
+    for name, ranking in zip(
+        images.classes, class_rankings(ClassShares(images.logits_NC), images.labels_N), strict=True
+    ):
         per_class[name] |= {"auroc": ranking.auroc(), "average_precision": ranking.average_precision()}
         if len(images.classes) <= MOST_CURVES:
             curves[name] = ranking.curve()

@@ -6,13 +6,16 @@ Letters: M images, C classes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tlscale.codes.probes.ranking import Floats, Ranking, mean_known
+from tlscale.codes.probes.ranking import Columns, Floats, Ranking, mean_known
 
+_CHUNK = 1_000_000  # logits
 OF_CLASSES = ("macro_f1", "balanced_accuracy")
 """Means over classes that answers give."""
 OF_SCORES = ("auroc", "mean_average_precision")
@@ -35,16 +38,27 @@ def figure_by(name: str, logits_MC: Tensor, labels_M: Tensor) -> float | None:
         return figure_of_classes(name, logits_MC.argmax(1), labels_M.to(logits_MC.device), logits_MC.shape[1])
     if name not in OF_SCORES:
         return None
-    figure = mean_over(name, class_rankings(probabilities(logits_MC.cpu().numpy()), labels_M.cpu().numpy()))
+    figure = mean_over(name, class_rankings(ClassShares(logits_MC.cpu().numpy()), labels_M.cpu().numpy()))
     return 0.0 if figure is None else figure
 
 
-def probabilities(logits_MC: Floats) -> Floats:
-    """Return the softmax in double precision."""
-    logits_MC = np.nan_to_num(logits_MC)
-    largest_M, sums_M = softmax_parts(logits_MC)
-    shares_MC: Floats = np.exp(logits_MC.astype(np.float64) - largest_M[:, None]) / sums_M[:, None]
-    return shares_MC
+class ClassShares(Columns):
+    """Iterate over the classes: the softmax of the images in double precision, without holding it for all."""
+
+    def __init__(self, logits_MC: npt.NDArray[np.floating[Any]]) -> None:
+        super().__init__(logits_MC)
+        self._largest_M, self._sums_M = np.zeros(len(logits_MC)), np.zeros(len(logits_MC))
+        at_once = max(_CHUNK // logits_MC.shape[1], 1)
+        for start in range(0, len(logits_MC), at_once):
+            part = slice(start, start + at_once)
+            self._largest_M[part], self._sums_M[part] = softmax_parts(np.nan_to_num(logits_MC[part]))
+
+    def _converted(self, values_CN: npt.NDArray[np.floating[Any]]) -> Floats:
+        shares_CN: Floats = np.nan_to_num(values_CN).astype(np.float64)
+        shares_CN -= self._largest_M
+        np.exp(shares_CN, out=shares_CN)
+        shares_CN /= self._sums_M
+        return shares_CN
 
 
 def softmax_parts(logits_MC: Floats) -> tuple[Floats, Floats]:
@@ -56,9 +70,9 @@ def softmax_parts(logits_MC: Floats) -> tuple[Floats, Floats]:
     return sorted_MC[:, -1], np.exp(sorted_MC - sorted_MC[:, -1:]).sum(axis=1)
 
 
-def class_rankings(shares_MC: Floats, labels_M: np.ndarray) -> list[Ranking]:
+def class_rankings(shares: ClassShares, labels_M: np.ndarray) -> list[Ranking]:
     """Return how the probability of each class ranks the images."""
-    return [Ranking(labels_M == number, shares_MC[:, number]) for number in range(shares_MC.shape[1])]
+    return [Ranking(labels_M == number, shares_M) for number, shares_M in enumerate(shares)]
 
 
 def mean_over(name: str, rankings: Sequence[Ranking]) -> float | None:
