@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from PIL import Image
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, ResNet
 
@@ -14,6 +15,8 @@ from tests.small_runs import (
     assert_same_bits,
     exported,
     largest_difference,
+    put_small_folder,
+    put_teacher,
     result,
     small_recipe,
     tensors,
@@ -234,6 +237,30 @@ def test_a_network_that_computes_with_the_batch_size_is_trained_on_images(idx, t
     state.write_text(state.read_text().replace('"keeps_codes": {"0": false}', '"keeps_codes": {"0": true}'))
     with pytest.raises(ResumeError, match="no-codes-of-what-counts: "):
         tlscale.run(recipe, out, resume=True)
+
+
+def test_an_older_student_whose_teacher_saw_another_part_of_images_is_refused(tmp_path):
+    """Where a teacher had the crop mode of its own network; of square images, and in the same mode, it is the same."""
+    teacher = {"name": "test_resnet", "weights": str(put_teacher(tmp_path / "teacher.safetensors"))}
+    distill = {"teacher": teacher, "image_size": 32, "match": {"penultimate": "penultimate"}}
+    for name, size in (("square", (28, 28)), ("wide", (44, 28))):
+        data = put_small_folder(tmp_path / f"data_{name}")
+        for path in data.rglob("*.png"):
+            Image.open(path).resize(size).save(path)
+        changes = {"data": {"source": "folder", "crop_mode": "squash"}, "distill": distill, "duration": "5 steps"}
+        recipe = small_recipe(tmp_path / f"{name}.yaml", data, **changes, **SAVED)
+        whole = tmp_path / name
+        tlscale.run(recipe, whole)
+        recorded = record_of(whole)["teacher"]
+        for mode in ("squash", "center"):
+            out = as_after(3, whole, tmp_path / f"{name}_{mode}")
+            rewrite(out, corrections=None, teacher={**recorded, "input": {**recorded["input"], "crop_mode": mode}})
+            if (name, mode) == ("wide", "center"):
+                with pytest.raises(ResumeError, match="from step 3 on:\n  teacher-with-the-students-crop: "):
+                    tlscale.run(recipe, out, resume=True)
+            else:
+                tlscale.run(recipe, out, resume=True)
+                assert_same_bits(exported(out), exported(whole))
 
 
 def test_an_older_run_without_a_step_begins_anew_with_all_corrections(idx, tmp_path):

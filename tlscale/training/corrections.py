@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from tlscale.data.input_spec import sampled_sizes
 from tlscale.errors import ResumeError, flag, option
 from tlscale.models.backbone import layer_depths
 from tlscale.models.partition.partition import NoPartition, find_partition
@@ -113,6 +114,14 @@ def _is_split_no_more(past: Past) -> bool:
     return False
 
 
+def _was_shown_otherwise(past: Past) -> bool:
+    """Return whether a teacher was shown images, not all of which are square, by a crop mode of its own."""
+    teacher, recorded, data = past.setup.teacher, past.run_info.get("teacher"), past.setup.data
+    if teacher is None or recorded is None or recorded["input"]["crop_mode"] == teacher.spec.crop_mode:
+        return False
+    return any(height != width for height, width in sampled_sizes(data.train.table, teacher.spec.reading))
+
+
 CORRECTIONS: tuple[Correction, ...] = (
     Correction(
         "weights-beside-smoothing",
@@ -144,6 +153,12 @@ CORRECTIONS: tuple[Correction, ...] = (
         "a network that counts its calls, or whose frozen part computes with the size of the batch, was trained on "
         "codes, which are not what it would compute in training; such a one is trained on images now",
         _is_split_no_more,
+    ),
+    Correction(
+        "teacher-with-the-students-crop",
+        "a teacher that was pretrained with another crop mode than the student has was shown another part of images "
+        "that are not square; it is shown the student's part now",
+        _was_shown_otherwise,
     ),
 )
 

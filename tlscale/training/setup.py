@@ -300,7 +300,8 @@ def _input_spec(
 def _teacher(recipe: Recipe, data: ImageData, spec: InputSpec) -> Teacher | None:
     if recipe.distill is None:
         return None
-    teacher = open_teacher(recipe.distill, recipe.seed, data.classes, spec)
+    crops = "crop" in augmentation_values(recipe.data.augment)
+    teacher = open_teacher(recipe.distill, recipe.seed, data.classes, spec, crops=crops)
     if recipe.compute.precision == "fp64":
         teacher.module.double()
     return teacher

@@ -66,8 +66,12 @@ class Teacher:
         return {"origin": self.origin, "sha256": self.digest, "input": self.spec.to_plain(), "layers": self.widths}
 
 
-def open_teacher(section: DistillSection, seed: int, classes: Sequence[str], student: InputSpec) -> Teacher:
+def open_teacher(
+    section: DistillSection, seed: int, classes: Sequence[str], student: InputSpec, *, crops: bool
+) -> Teacher:
     """Open the teacher that the recipe names; it sees the same part of an image as the student, at its own size.
+
+    `crops`: training images are cropped at random (`crop` in `data.augment`).
 
     Raises:
         ModelError: weights that are not available, layers that are not there, an input that the teacher cannot take.
@@ -91,14 +95,13 @@ def open_teacher(section: DistillSection, seed: int, classes: Sequence[str], stu
             crop_pct=student.crop_pct,
             range=None if student.range is None else list(student.range),
             channels_first=student.channels_first,
+            crop_mode=student.crop_mode,
         )
         sizes, in_chans = [student.image_hw], section.teacher.in_chans
         _refuse_other_channels(in_chans, student, "distill.teacher.in_chans")
         measured = student.mean, student.std
         spec = resolve_input(data, in_chans=in_chans, pretrained_cfg=cfg, sizes=sizes, measure=lambda: measured)
-        if not isinstance(student.image_size, int):  # of squares each network has its own crop, as it always was
-            spec = replace(spec, crop_mode=student.crop_mode)
-        _refuse_other_part(spec, student)
+        _refuse_other_part(spec, student, crops=crops)
         return _asked(section, backbone, None, spec, None, f"{section.teacher.name}, {report}")
     trained = load(section.run)
     if trained.thresholds is not None and section.logits > 0:
@@ -111,9 +114,10 @@ def open_teacher(section: DistillSection, seed: int, classes: Sequence[str], stu
         trained.input_spec,
         image_size=section.image_size or trained.input_spec.image_size,
         crop_pct=student.crop_pct,
+        crop_mode=student.crop_mode,
     )
     _refuse_other_channels(spec.in_chans, student, "distill.run")
-    _refuse_other_part(spec, student)
+    _refuse_other_part(spec, student, crops=crops)
     order_C = _class_order(section, trained.classes, classes) if section.logits > 0 else None
     whole = trained.model if section.logits > 0 else None
     return _asked(section, _backbone(trained.model), whole, spec, order_C, f"the run in '{section.run}'")
@@ -126,17 +130,19 @@ def _refuse_other_channels(in_chans: int, student: InputSpec, key: Text) -> None
         raise RecipeError(problem, key=key, remedy="Both are asked about the same images: take a teacher of as many")
 
 
-def _refuse_other_part(spec: InputSpec, student: InputSpec) -> None:
+def _refuse_other_part(spec: InputSpec, student: InputSpec, *, crops: bool) -> None:
     """Refuse a teacher that would be asked about another part of an image than the student sees."""
     (height, width), (student_height, student_width) = spec.image_hw, student.image_hw
-    if spec.crop_mode == student.crop_mode == "squash":  # all of it, whatever the proportions
+    shows_all = student.crop_mode == "squash"  # whatever the proportions, which random crops have all the same
+    if shows_all and not crops:
         return
     if abs(math.log(height * student_width / (width * student_height))) > _MOST_OFF:
+        other = "or take crop out of data.augment" if shows_all else "or set data.crop_mode: squash, which shows all"
         raise RecipeError(
             f"the teacher sees images of {pixels_in_words(spec.image_size)}, and the student of "
             f"{pixels_in_words(student.image_size)}: other proportions, and so another part of each image",
             key="distill.image_size",
-            remedy="Give it the student's proportions, or set data.crop_mode: squash, which shows all of an image",
+            remedy=f"Give it the student's proportions, {other}{'' if shows_all else ' of an image'}",
         )
 
 
