@@ -27,7 +27,8 @@ What becomes of what is not plain grey or RGB:
 - Arrays (`.npy`) are of uint8. DICOM is scaled to 8 bits by the window that the file has (`dicom`).
 
 That is so without a range of values, for one channel or three. With a range, numbers stay what they are stored as, in
-whatever type, until they are scaled to float32: low is 0 and high is 1, and what is beyond is clipped. Any other number
+whatever type, until they are scaled to float32: low is 0 and high is 1, and what is beyond is clipped. Grey of 1, 2 and
+4 bits is 0 to 1, 3 and 15 then, and a bad image with a range beyond. Any other number
 of channels is taken from an array, a TIFF, or an image with so many bands as it is stored; without a range of uint8.
 
 Shape letters: H height, W width, C channels.
@@ -58,6 +59,7 @@ from tlscale.data.formats.arrays import (
 from tlscale.data.formats.bands import read_bands
 from tlscale.data.formats.convert import eight_bits, grey_or_rgb, turned, upright
 from tlscale.data.formats.dicom import READS_DICOM, dicom_size, is_dicom, read_dicom
+from tlscale.data.formats.few_bits import grey_bits, in_few_bits
 from tlscale.data.formats.jpeg import DamagedError, load_jpeg
 from tlscale.data.formats.others import HEAD_BYTES, other_kind
 from tlscale.data.formats.png import PNG_START, fault_of, is_wide_colour, lacks_rows, scaled_key
@@ -238,9 +240,9 @@ def _from_array(pixels: npt.NDArray[Any], max_pixels: int) -> Image.Image:
     if pixels.ndim == 3 and pixels.shape[2] == 1:
         pixels = pixels[:, :, 0]
     if pixels.dtype != np.uint8 or not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] == 3)):
-        problem = f"an array of shape {pixels.shape} and type {pixels.dtype}"
+        expected = "expected uint8 of H x W, H x W x 1 or H x W x 3"
+        problem = f"an array of shape {pixels.shape} and type {pixels.dtype}; {expected}"
         remedy = "Other numbers: set data.range: [low, high]. Other channels: set backbone.in_chans"
-        problem += "; expected uint8 of H x W, H x W x 1 or H x W x 3"
         raise UnreadError(problem, remedy, kind="another array")
     _check_size(pixels.shape[1], pixels.shape[0], max_pixels)
     return Image.fromarray(pixels)
@@ -254,7 +256,7 @@ def _from_bytes(raw: bytes, max_pixels: int) -> Image.Image:
 def _decoded(raw: bytes, max_pixels: int) -> tuple[Image.Image, Meaning]:
     _refuse_others(raw[:HEAD_BYTES])
     try:
-        meaning = meaning_of(raw) if is_tiff(raw) else Meaning()
+        meaning = meaning_of(raw) if is_tiff(raw) else Meaning(grey_bits=grey_bits(raw))
         image = Image.open(io.BytesIO(raw), formats=FORMATS)
     except UnidentifiedImageError:
         if is_tiff(raw):
@@ -306,10 +308,9 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
         problem = f"{width} x {height} pixels: a line more than {_MOST_ASPECT:,} times as long as it is wide"
         raise UnreadError(problem, kind="a line")
     if width * height > max_pixels:
-        megapixels = (
-            f"{width * height / 1e6:.1f} megapixels, more than the {max_pixels / 1e6:.1f} of data.max_megapixels"
-        )
-        raise UnreadError(f"{width} x {height} pixels, {megapixels}", kind="too many pixels")
+        problem = f"{width} x {height} pixels, {width * height / 1e6:.1f} megapixels"
+        problem += f", more than the {max_pixels / 1e6:.1f} of data.max_megapixels"
+        raise UnreadError(problem, kind="too many pixels")
 
 
 # -- numbers as they are stored ---------------------------------------------------------------------------------------
@@ -336,7 +337,7 @@ def _numbers(raw: Raw, in_chans: int | None, max_pixels: int, reading: Reading) 
         elif raw.startswith(PNG_START) and is_wide_colour(raw):
             raise UnreadError("16-bit colour in a PNG, of which 8 bits are read", "Save it as TIFF or .npy")
         elif is_tiff(raw) and needs_bands(raw, in_chans):
-            return read_bands(raw, check_size)
+            return read_bands(raw, check_size, reading.value_range)
     if isinstance(raw, np.ndarray):
         numbers_HWC = channels_last(raw, channels_first=reading.channels_first)
         check_size(numbers_HWC.shape[1], numbers_HWC.shape[0])
@@ -357,16 +358,19 @@ def _stored(image: Image.Image, meaning: Meaning, in_chans: int | None, reading:
         bands = np.asarray(image)
         return bands if bands.ndim == 3 else bands[:, :, None]
     numbers_HWC = grey_or_rgb(image, 1 if image.mode in ("1", "L") and "transparency" not in image.info else 3)
-    if meaning.is_turned and reading.value_range is not None:
-        return turned(255 - numbers_HWC, replace(meaning, is_inverted=True), reading.value_range)
-    return as_stored(numbers_HWC, image)
+    if reading.value_range is None:
+        return as_stored(numbers_HWC, image)
+    stored_HWC = in_few_bits(as_stored(numbers_HWC, image), meaning.grey_bits, reading.value_range)
+    black = 2**meaning.grey_bits - 1  # where Pillow has turned it
+    turn = replace(meaning, is_inverted=meaning.is_turned)
+    return turned(black - stored_HWC if meaning.is_turned else stored_HWC, turn, reading.value_range)
 
 
 def _unconverted(raw: bytes | Image.Image, max_pixels: int) -> tuple[Image.Image, Meaning]:
     if isinstance(raw, bytes):
         return _decoded(raw, max_pixels)
     _check_size(raw.width, raw.height, max_pixels)
-    return raw.copy(), Meaning()
+    return raw.copy(), Meaning(grey_bits=1 if raw.mode == "1" else 8)
 
 
 def _pixels(numbers_HWC: Array, in_chans: int | None, reading: Reading) -> Pixels:

@@ -16,6 +16,7 @@ import numpy as np
 
 from tlscale.data.formats.arrays import Array
 from tlscale.data.formats.convert import ORIENTATION_TAG, upright_array
+from tlscale.data.formats.few_bits import refuse_wider_range
 from tlscale.data.formats.unread import UnreadError
 
 # Axes of tifffile -> of them, S the bands; I are pages, and Q is what nobody gave a name.
@@ -24,11 +25,14 @@ _WHITE_IS_ZERO = 0
 _CUT = "the image is damaged or cut short: parts of it are not there"
 
 
-def read_bands(raw: bytes, check_size: Callable[[int, int], None]) -> Array:
+def read_bands(
+    raw: bytes, check_size: Callable[[int, int], None], value_range: tuple[float, float] | None = None
+) -> Array:
     """Read the numbers of a TIFF, H x W x C.
 
     Args:
         check_size: called with width and height before anything is decoded.
+        value_range: what the numbers are scaled by.
 
     Raises:
         UnreadError: it cannot be read, or tifffile is not installed.
@@ -52,6 +56,7 @@ def read_bands(raw: bytes, check_size: Callable[[int, int], None]) -> Array:
             raise UnreadError(_CUT, kind="damaged")
         for page in series.pages:
             _check_page(page, len(raw))
+        refuse_wider_range(min(int(bits) for bits in np.atleast_1d(series.keyframe.bitspersample)), value_range)
         orientation = int(getattr(series.keyframe.tags.get(ORIENTATION_TAG), "value", 1))
         numbers = _unpacked(series)
     if numbers.dtype.kind not in "buif":

@@ -45,7 +45,7 @@ _FORMATS = {_UNSIGNED: "", _SIGNED: "signed ", _FLOAT: "floating point "}
 
 @dataclass(frozen=True)
 class Meaning:
-    """What the numbers of a TIFF of more than 8 bits mean."""
+    """What the numbers of a file mean, of a TIFF above all."""
 
     most: int = 65535
     """White, or black where `is_inverted`."""
@@ -54,6 +54,8 @@ class Meaning:
     """Whether Pillow has turned white and black round, of 255."""
     is_unsigned: bool = False
     """Of 32-bit integers, which Pillow takes for signed ones."""
+    grey_bits: int = 8
+    """Of grey that Pillow gives in 8 bits: how many it has in the file; for fewer Pillow scales."""
 
 
 @dataclass(frozen=True)
@@ -102,8 +104,9 @@ def meaning_of(raw: bytes) -> Meaning:
     return Meaning(
         4095 if tags.bits[0] == 12 else 65535,
         is_inverted=tags.is_inverted and tags.bits[0] > 8,
-        is_turned=tags.is_inverted and tags.bits[0] == 8,
+        is_turned=tags.is_inverted and tags.bits[0] <= 8,
         is_unsigned=tags.bits[0] == 32 and tags.formats[0] == _UNSIGNED,
+        grey_bits=min(tags.bits[0], 8) if tags.photometric in (_WHITE_IS_ZERO, _BLACK_IS_ZERO) else 8,
     )
 
 
