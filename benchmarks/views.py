@@ -111,6 +111,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--ways", nargs="+", default=["probe", "fine-tuning", "fine-tuning, flip augmented"])
     args = parser.parse_args()
+    print("Each network was chosen on plain images; a run with `evaluate.views` chooses by the mean over its views.\n")
     print("| images | way | views | top1 | loss | top1 against none | loss against none | time |")
     print("|---|---|---|---|---|---|---|---|")
     counts = {"train": args.train, "test": args.test}

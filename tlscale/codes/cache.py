@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tlscale.codes.addresses import SplitImages, ViewImages
 from tlscale.codes.batches import CodeViews
 from tlscale.codes.blocks import AddressedImages
-from tlscale.codes.decoders import decoders_of
+from tlscale.codes.decoders import decoders_of, reading_of
 from tlscale.codes.extract import extract_codes
 from tlscale.codes.key import CodesKey
 from tlscale.codes.parts import Part, layer_parts
@@ -136,11 +136,12 @@ class CodesCache:
             self.processes.local.mark_step()
             return codes
 
-        decoders = decoders_of(split, self.spec.inputs.spec)
+        spec = self.spec.inputs.spec
+        decoders, reading = decoders_of(split, spec), reading_of(split, spec)
         with self.watch("codes"):
             codes = extract_codes(
                 self.store,
-                [self._key(part, augment, view, decoders) for part in parts],
+                [self._key(part, augment, view, decoders, reading) for part in parts],
                 images,
                 module=compute,
                 processes=self.processes,
@@ -154,7 +155,12 @@ class CodesCache:
         return codes.load() if fits else codes
 
     def _key(
-        self, part: Part, augment: dict[str, float | None] | None, view: View, decoders: tuple[str, ...]
+        self,
+        part: Part,
+        augment: dict[str, float | None] | None,
+        view: View,
+        decoders: tuple[str, ...],
+        reading: dict[str, str],
     ) -> CodesKey:
         spec, device = self.spec, self.processes.device
         packages = ("torch", "timm", "pillow", *(("torchvision", "numpy") if augment else ()), *decoders)
@@ -164,6 +170,7 @@ class CodesCache:
                 "input": spec.inputs.spec.to_plain(),
                 **({} if augment is None else {"augment": augment}),
                 **({} if view == PLAIN else {"view": str(view)}),
+                **reading,
             },
             layers=part.layers,
             pools=part.pools,

@@ -6,6 +6,7 @@ Promise: of images that Pillow reads none is named, so that their codes stay whe
 from __future__ import annotations
 
 from tlscale.data.formats.dicom import READS_DICOM, is_dicom
+from tlscale.data.formats.few_bits import was_scaled
 from tlscale.data.formats.others import HEAD_BYTES
 from tlscale.data.formats.tiff import is_tiff
 from tlscale.data.input_spec import InputSpec
@@ -22,6 +23,17 @@ def decoders_of(split: ImageSplit, spec: InputSpec) -> tuple[str, ...]:
     if READS_DICOM and is_dicom(head):
         return _OF_DICOM
     return _OF_BANDS if is_tiff(head) and not spec.is_usual else ()
+
+
+def reading_of(split: ImageSplit, spec: InputSpec) -> dict[str, str]:
+    """Return what is read otherwise than once, of its first image, for the key of codes: those of then are others."""
+    if spec.range is None:
+        return {}
+    try:
+        raw = split.read(0)
+    except (OSError, DataError):  # for those who decode it to tell
+        return {}
+    return {"few_bits": "as stored"} if was_scaled(raw, spec.range) else {}
 
 
 def _head(split: ImageSplit, *, is_usual: bool) -> bytes:

@@ -22,7 +22,8 @@ from typing import Any
 
 import torch
 
-from tlscale.data.input_spec import sampled_sizes
+from tlscale.data.formats.few_bits import was_scaled
+from tlscale.data.input_spec import sampled_rows, sampled_sizes
 from tlscale.errors import ResumeError, flag, option
 from tlscale.models.backbone import layer_depths
 from tlscale.models.partition.partition import NoPartition, find_partition
@@ -122,6 +123,12 @@ def _was_shown_otherwise(past: Past) -> bool:
     return any(height != width for height, width in sampled_sizes(data.train.table, teacher.spec.reading))
 
 
+def _was_scaled_by_pillow(past: Past) -> bool:
+    """Return whether grey of 2 or 4 bits, of which a sample of images has some, is read with a range."""
+    table, value_range = past.setup.data.train.table, past.setup.spec.range
+    return value_range is not None and any(was_scaled(table.read(row), value_range) for row in sampled_rows(table))
+
+
 CORRECTIONS: tuple[Correction, ...] = (
     Correction(
         "weights-beside-smoothing",
@@ -159,6 +166,12 @@ CORRECTIONS: tuple[Correction, ...] = (
         "a teacher that was pretrained with another crop mode than the student has was shown another part of images "
         "that are not square; it is shown the student's part now",
         _was_shown_otherwise,
+    ),
+    Correction(
+        "few-bits-as-stored",
+        "grey of 2 and 4 bits was scaled to 0..255 before data.range was applied, so that all but black was white; it "
+        "is read as it is stored now",
+        _was_scaled_by_pillow,
     ),
 )
 

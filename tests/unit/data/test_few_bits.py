@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import struct
 import zlib
@@ -10,9 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import tlscale
+from tests.small_runs import as_after, small_recipe
 from tests.tiff_files import BLACK_IS_ZERO, WHITE_IS_ZERO, Tiff
 from tests.unit.data.test_numbers import decoded, encoded, expected, wrong
 from tlscale.data.decode import Reading
+from tlscale.data.formats.few_bits import was_scaled
+from tlscale.errors import ResumeError
 
 
 def png_of(bits, numbers_HW, colour=0, more=b"") -> bytes:
@@ -87,3 +92,40 @@ def test_bands_of_one_bit():
     raw = Tiff(numbers_HWC, 1, BLACK_IS_ZERO, extra=(0,) * 4, planes_apart=True).to_bytes()
     assert np.array_equal(decoded(raw, 5, Reading((0, 1))), numbers_HWC)
     assert "1 bit, numbers of 0 to 1, and data.range goes up to 2." in wrong(raw, 5, Reading((0, 2)))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_what_was_read_otherwise_once_is_known(bits):
+    """Codes of then are under another key, and runs of then are not resumed."""
+    for kind, raw in few_bits(bits)[1].items():
+        assert was_scaled(raw, (0, 2**bits - 1)) == (bits > 1), kind
+        assert not was_scaled(raw, (0, 255))
+        assert not was_scaled(raw, None)
+    assert not was_scaled(encoded(Image.fromarray(np.eye(3, dtype=np.uint8)), "PNG"), (0, 1))
+    assert not was_scaled(np.eye(3), (0, 1))
+
+
+def test_codes_and_runs_of_a_version_that_read_them_otherwise_are_not_used(tmp_path, monkeypatch):
+    monkeypatch.setenv("TLSCALE_CACHE", str(tmp_path / "cache"))
+    for row in range(40):
+        numbers_HW = np.full((32, 32), 1 + row % 3, np.int64) - np.eye(32, dtype=np.int64)
+        place = tmp_path / "data" / ("train" if row < 30 else "test") / f"c{row % 3}" / f"{row}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        numbers_HW[0, :6] = [row >> at & 1 for at in range(6)]
+        place.write_bytes(png_of(2, numbers_HW))
+    probe = {"data": {"source": "folder", "range": [0, 3]}, "probe": {"kind": "ridge"}}
+    found = tlscale.run(small_recipe(tmp_path / "p.yaml", tmp_path / "data", **probe), tmp_path / "probe")
+    assert found["codes"]["num_computed"] == 40
+    with monkeypatch.context() as before:
+        before.setattr("tlscale.codes.decoders.was_scaled", lambda raw, value_range: False)
+        again = tlscale.run(small_recipe(tmp_path / "a.yaml", tmp_path / "data", **probe), tmp_path / "again")
+    assert again["codes"]["num_computed"] == 40
+    trained = {"data": probe["data"], "duration": "3 steps", "batch_size": 8, "checkpoint": {"every": "1 steps"}}
+    recipe = small_recipe(tmp_path / "t.yaml", tmp_path / "data", **trained)
+    tlscale.run(recipe, tmp_path / "whole")
+    out = as_after(2, tmp_path / "whole", tmp_path / "run")
+    info = json.loads((out / "run.json").read_text())
+    info["corrections"].remove("few-bits-as-stored")
+    (out / "run.json").write_text(json.dumps(info))
+    with pytest.raises(ResumeError, match="few-bits-as-stored: grey of 2 and 4 bits"):
+        tlscale.run(recipe, out, resume=True)

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from tlscale.data.formats.arrays import Array
 from tlscale.data.formats.png import PNG_START
+from tlscale.data.formats.tiff import is_tiff, meaning_of
 from tlscale.data.formats.unread import UnreadError
 
 _DEPTH, _COLOUR_TYPE, _GREY = 24, 25, 0  # of a PNG: places in the file, and of the second one a value
+_MOST = 15  # of 4 bits
 _BITMAPS = (b"P1", b"P4")  # PBM
 
 
@@ -20,6 +22,20 @@ def grey_bits(raw: bytes) -> int:
         return 1
     is_grey = raw.startswith(PNG_START) and len(raw) > _COLOUR_TYPE and raw[_COLOUR_TYPE] == _GREY
     return min(raw[_DEPTH], 8) if is_grey else 8
+
+
+def was_scaled(raw: object, value_range: tuple[float, float] | None) -> bool:
+    """Return whether an image is read otherwise with this range than by versions that left it as Pillow scales it.
+
+    Of one bit they were the same, as what is beyond the range is clipped; a range of other files is refused.
+    """
+    if value_range is None or value_range[1] > _MOST or not isinstance(raw, bytes):
+        return False
+    try:
+        bits = meaning_of(raw).grey_bits if is_tiff(raw) else grey_bits(raw)
+    except UnreadError:
+        return False
+    return 1 < bits < 8
 
 
 def refuse_wider_range(bits: int, value_range: tuple[float, float] | None) -> None:
