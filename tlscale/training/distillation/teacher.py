@@ -95,12 +95,12 @@ def open_teacher(
             crop_pct=student.crop_pct,
             range=None if student.range is None else list(student.range),
             channels_first=student.channels_first,
-            crop_mode=student.crop_mode,
         )
         sizes, in_chans = [student.image_hw], section.teacher.in_chans
         _refuse_other_channels(in_chans, student, "distill.teacher.in_chans")
         measured = student.mean, student.std
         spec = resolve_input(data, in_chans=in_chans, pretrained_cfg=cfg, sizes=sizes, measure=lambda: measured)
+        spec = replace(spec, crop_mode=student.crop_mode)
         _refuse_other_part(spec, student, crops=crops)
         return _asked(section, backbone, None, spec, None, f"{section.teacher.name}, {report}")
     trained = load(section.run)
