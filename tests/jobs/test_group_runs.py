@@ -142,6 +142,34 @@ def test_a_run_is_not_resumed_with_other_groups(recipe, tmp_path, scenes):
         tlscale.run(made, tmp_path / "table", resume=True)
 
 
+def test_a_run_that_took_groups_that_look_alike_for_two_is_told_what_is_wrong_and_what_to_do(recipe, tmp_path, scenes):
+    """As an older version did. Blanks at the ends of a name have never told two groups apart."""
+    rows = [f"{path},{path.parent.name},{scene_of(path.name)}" for path in sorted(scenes.glob("*/*.png"))]
+    table, out = tmp_path / "list.csv", tmp_path / "table"
+    keys = {"source": "manifest", "path": str(table), "group_column": "scene"}
+
+    def put(other):
+        of_one = [number for number, row in enumerate(rows) if row.endswith(",scene38")]
+        lines = [row.replace(",scene38", other) if number == of_one[0] else row for number, row in enumerate(rows)]
+        table.write_text("\n".join(["path,label,scene", *lines]) + "\n")
+        (out / "result.json").unlink(missing_ok=True)
+
+    put(",scene38")
+    made = recipe("table", TRAINED, **keys)
+    first = tlscale.run(made, out)
+    put(",scene38 ")
+    assert tlscale.run(made, out, resume=True)["groups"] == first["groups"]
+    put(",scene38\u200b")
+    with pytest.raises(DataError, match=r"the groups 'scene38\\u200b' and 'scene38' are the same to the eye") as caught:
+        tlscale.run(made, out, resume=True)
+    assert caught.value.key == "data.group_column"
+    assert "Write them alike" in str(caught.value)
+    # Written alike, they are not what the older version began with, as here with another name.
+    put(",scene37")
+    with pytest.raises(ResumeError, match=r"its data are not those that it was started with .* start another"):
+        tlscale.run(made, out, resume=True)
+
+
 def test_the_error_of_what_chooses_the_weights_is_over_groups(recipe, tmp_path, capsys):
     out = tmp_path / "run"
     changes = {**TRAINED, "evaluate": {"every": "1 steps"}, "checkpoint": {"every": "1 steps", "keep": 9}}
