@@ -158,13 +158,13 @@ def codes() -> None:
     "near",
     type=click.FloatRange(0.0, 1.0, min_open=True),
     metavar="COSINE",
-    help="Show images that look like one of another split: codes with at least this cosine, such as 0.98.",
+    help="Show images that look like one of another split or fold: codes with at least this cosine, such as 0.98.",
 )
 @click.option(
     "--near-duplicates-to",
     "near_file",
     metavar="FILE",
-    help="Write those of train (or validation) to this .csv file, which data.exclude takes.",
+    help="Write those of train (or validation, or all but one of folds) to this .csv file, which data.exclude takes.",
 )
 @reports_errors
 def codes_compute(

@@ -45,7 +45,8 @@ def compute_codes(
     Args:
         out: a .parquet or .npy file that takes the codes of `codes.layer` (by default the penultimate ones), whatever
             the recipe does with them.
-        near: show images that look like one of another split: by the cosine of the first of these codes, at least this.
+        near: show images that look like one of another split, or of another fold of a cross-validation: by the cosine
+            of the first of these codes, at least this.
         near_file: a table for `data.exclude` that takes those that are not to be trained on, or chosen by, for that.
 
     Raises:
@@ -71,9 +72,10 @@ def compute_codes(
             codes = codes_cache.layer_codes(setup.classifier.backbone, wanted, splits)
             _show(codes, console)
             if near is not None:
-                pairs = processes.run_on_main(show_near, data.splits, codes, near, console)
+                lists = near_file is not None
+                found = processes.run_on_main(show_near, data, codes, near, console, lists=lists)
                 if near_file is not None:
-                    processes.run_on_main(write_near, near_file, recipe.data, data, pairs, console)
+                    processes.run_on_main(write_near, near_file, recipe.data, data, found, console)
             if out is not None:
                 processes.run_on_main(write_codes, out, splits, codes, data.classes)
         elif (targets := ask_teacher(setup, processes, codes_cache)) is not None:

@@ -1,7 +1,8 @@
-"""`tlscale codes --near-duplicates`: show images of two splits that look alike, and write a table that leaves them out.
+"""`tlscale codes --near-duplicates`: show images of two splits or folds that look alike, and write a table of them.
 
 Promise: of two images that look alike, the one that is left out is that of the split whose part in the model makes the
-figures on the other one too good: of train before validation, and never of test.
+figures on the other one too good: of train before validation, and never of test. Of images of folds, which are all
+scored, the first one stays; without the others no two look alike that folds may divide, however they are drawn then.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from tlscale.codes.near_duplicates import near_duplicates
+import numpy as np
+
+from tlscale.codes.near_duplicates import Near, near_duplicates, surplus_duplicates
 from tlscale.codes.reader import Codes
 from tlscale.data.sources.duplicates import PAIRS
 from tlscale.data.sources.excluded import COLUMNS, path_below, read_excluded, write_excluded
@@ -59,36 +62,76 @@ def _is_table(place: Path) -> bool:
 
 
 def show_near(
-    splits: Mapping[Role, ImageSplit], codes: Mapping[str, Codes], least: float, console: Console
+    data: ImageData, codes: Mapping[str, Codes], least: float, console: Console, *, lists: bool
 ) -> list[Left]:
-    """Show how many images of a split look like one of another, and the nearest of them; return what to leave out."""
-    layer, left = codes["train"].values[0].name, list[Left]()
+    """Show how many images of a split, or fold, look like one of another, and the nearest of them.
+
+    Args:
+        codes: by split.
+        least: the cosine.
+        lists: return what to leave out; else nothing is looked for that is not shown.
+    """
+    splits, left, pool = data.splits, list[Left](), None if data.folds is None else "the folds"
+
+    def say(near: Near, split: ImageSplit, called: str, where: str) -> None:
+        console.say(
+            f"{len(near.positions_M):,} of {len(split):,} images of {called} look like one {where}: the cosine of "
+            f"their codes ({codes['train'].values[0].name}) is {least:g} or more",
+            style="bold yellow" if len(near.positions_M) else None,
+        )
+
     for one, other in PAIRS:
         if one not in splits or other not in splits:
             continue
-        near = near_duplicates(codes[one], codes[other], least)
-        console.say(
-            f"{len(near.positions_M):,} of {len(splits[one]):,} images of {one} look like one of {other}: the cosine "
-            f"of their codes ({layer}) is {least:g} or more",
-            style="bold yellow" if len(near.positions_M) else None,
-        )
-        shown = slice(0, _MOST_SHOWN)
-        names = image_names(splits[one], near.positions_M[shown]), image_names(splits[other], near.others_M[shown])
-        rows = zip((f"{cosine:.4f}" for cosine in near.cosines_M[shown].tolist()), *names, strict=True)
-        if len(near.positions_M):
-            console.table(f"The nearest images of {one} and {other}", ("cosine", one, other), list(rows))
+        near, where = near_duplicates(codes[one], codes[other], least), pool or other
+        say(near, splits[one], one, f"of {where}")
+        _show(near, splits[one], splits[other], f"The nearest images of {one} and {where}", (one, where), console)
+        if lists and len(near.positions_M):
             left += _left(splits, codes, one, other, least)
+    if data.folds is not None:
+        # Equal for images that are in one fold in every repeat.
+        folds_N = np.unique(data.folds.folds_RN, axis=1, return_inverse=True)[1].reshape(-1).astype(np.int64)
+        near = near_duplicates(codes["train"], codes["train"], least, (folds_N, folds_N))
+        say(near, data.train, "the folds", "in another fold")
+        _show(near, data.train, data.train, "The nearest images of two folds", ("image", "in another fold"), console)
+        left += _left_of_folds(data, codes["train"], least, left) if lists else []
     return left
+
+
+def _show(
+    near: Near, one: ImageSplit, other: ImageSplit, title: str, columns: tuple[str, str], console: Console
+) -> None:
+    """Show the nearest pairs, each once."""
+    pairs = list(zip(near.positions_M.tolist(), near.others_M.tolist(), near.cosines_M.tolist(), strict=True))
+    if one is other:
+        pairs = list({frozenset(pair[:2]): pair for pair in reversed(pairs)}.values())[::-1]
+    if not pairs:
+        return
+    of_one, of_other, cosines = zip(*pairs[:_MOST_SHOWN], strict=True)
+    names = image_names(one, np.array(of_one)), image_names(other, np.array(of_other))
+    rows = zip((f"{cosine:.4f}" for cosine in cosines), *names, strict=True)
+    console.table(title, ("cosine", *columns), list(rows))
 
 
 def _left(
     splits: Mapping[Role, ImageSplit], codes: Mapping[str, Codes], one: Role, other: Role, least: float
 ) -> Iterator[Left]:
     """Give all images of `other` that look like one of `one`; each of the latter is near to one of them at least."""
-    near = near_duplicates(codes[other], codes[one], least)
-    names = image_names(splits[one], near.others_M)
+    yield from _reasons(near_duplicates(codes[other], codes[one], least), other, splits[one], one)
+
+
+def _left_of_folds(data: ImageData, codes: Codes, least: float, left: Sequence[Left]) -> Iterator[Left]:
+    """Give the images of folds that look like an earlier one of them, which stays."""
+    assert data.folds is not None, "there are folds"
+    gone_N = np.zeros(len(codes), dtype=bool)
+    gone_N[[one.position for one in left]] = True
+    yield from _reasons(surplus_duplicates(codes, least, data.folds.units_N, gone_N), "train", data.train, "the folds")
+
+
+def _reasons(near: Near, split: Role, other: ImageSplit, called: str) -> Iterator[Left]:
+    names = image_names(other, near.others_M)
     for position, name, cosine in zip(near.positions_M.tolist(), names, near.cosines_M.tolist(), strict=True):
-        yield Left(other, position, f"looks like {name} of {one} (cosine {cosine:.4f})")
+        yield Left(split, position, f"looks like {name} of {called} (cosine {cosine:.4f})")
 
 
 def write_near(place: Path, section: DataSection, data: ImageData, left: Sequence[Left], console: Console) -> None:
@@ -105,8 +148,14 @@ def write_near(place: Path, section: DataSection, data: ImageData, left: Sequenc
             raise DataError(problem, key=option("near-duplicates-to"), remedy="Take such rows out of the table itself")
         rows.setdefault(path_below(file, str(data.identity["place"])), reason)
     if not left:
-        console.say(f"'{place}' is not written: no two splits have images that look alike")
+        of = "two splits" if data.folds is None else "two folds, or of a fold and test,"
+        console.say(f"'{place}' is not written: no images of {of} look alike")
         return
     with naming_disk_errors(place):
         write_excluded(place, rows.items())
-    console.say(f"wrote '{place}', {len(rows):,} rows; data.exclude={place} leaves these images out")
+    then = (
+        ""
+        if data.folds is None
+        else ". Folds are drawn anew without them, so those that look alike within one are among them"
+    )
+    console.say(f"wrote '{place}', {len(rows):,} rows; data.exclude={place} leaves these images out{then}")

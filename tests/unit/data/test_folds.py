@@ -33,7 +33,7 @@ def rows_of(labels) -> np.ndarray:
 @given(st.lists(st.integers(0, 3), min_size=2, max_size=40), SEEDS, st.integers(2, 5), st.integers(1, 3), st.randoms())
 def test_without_groups_folds_are_as_even_as_they_can_be(labels, seed, num_folds, num_repeats, random):
     labels = labels + sorted(set(labels)) + [0] * num_folds  # two or more of each
-    folds_RN = draw_folds(table_of(labels), rows_of(labels), None, num_folds, num_repeats, seed)
+    folds_RN = draw_folds(table_of(labels), rows_of(labels), None, num_folds, num_repeats, seed).folds_RN
     assert folds_RN.shape == (num_repeats, len(labels))
     assert set(folds_RN.ravel()) <= set(range(num_folds))
     for folds_N in folds_RN:
@@ -44,8 +44,8 @@ def test_without_groups_folds_are_as_even_as_they_can_be(labels, seed, num_folds
         assert sizes.max() - sizes.min() <= len(set(labels))
     order = list(range(len(labels)))
     random.shuffle(order)
-    other_RN = draw_folds(table_of(labels, order=np.array(order)), rows_of(labels), None, num_folds, num_repeats, seed)
-    assert np.array_equal(other_RN, folds_RN[:, order])
+    other = draw_folds(table_of(labels, order=np.array(order)), rows_of(labels), None, num_folds, num_repeats, seed)
+    assert np.array_equal(other.folds_RN, folds_RN[:, order])
 
 
 @settings(deadline=None, max_examples=40)
@@ -54,7 +54,7 @@ def test_with_groups_each_image_is_held_once_and_no_group_is_cut(groups, seed, n
     groups = [*groups, (0, 2), (1, 2), (0, 1), (1, 1)]
     labels = [label for label, size in groups for _ in range(size)]
     names = [f"patient{number}" for number, (_, size) in enumerate(groups) for _ in range(size)]
-    folds_RN = draw_folds(table_of(labels, names), rows_of(labels), None, num_folds, 2, seed)
+    folds_RN = draw_folds(table_of(labels, names), rows_of(labels), None, num_folds, 2, seed).folds_RN
     for folds_N in folds_RN:
         assert len(set(zip(names, folds_N.tolist(), strict=True))) == len(groups)
         held = [np.flatnonzero(folds_N == fold) for fold in range(num_folds)]
@@ -63,16 +63,16 @@ def test_with_groups_each_image_is_held_once_and_no_group_is_cut(groups, seed, n
 
 def test_rows_of_one_file_are_in_one_fold_and_some_rows_may_be_missing():
     labels, files_N = [0, 1] * 10, np.arange(20) // 2
-    (folds_N,) = draw_folds(table_of(labels), np.arange(2, 20), files_N, 3, 1, 0)
+    (folds_N,) = draw_folds(table_of(labels), np.arange(2, 20), files_N, 3, 1, 0).folds_RN
     assert folds_N.shape == (18,)
     assert all(len(set(folds_N[start : start + 2])) == 1 for start in range(0, 18, 2))
 
 
 def test_repeats_are_draws_of_their_own():
     labels = [0, 1] * 20
-    folds_RN = draw_folds(table_of(labels), rows_of(labels), None, 4, 3, 7)
+    folds_RN = draw_folds(table_of(labels), rows_of(labels), None, 4, 3, 7).folds_RN
     assert len({tuple(folds_N) for folds_N in folds_RN}) == 3
-    assert np.array_equal(draw_folds(table_of(labels), rows_of(labels), None, 4, 1, 7)[0], folds_RN[0])
+    assert np.array_equal(draw_folds(table_of(labels), rows_of(labels), None, 4, 1, 7).folds_RN[0], folds_RN[0])
 
 
 def test_folds_that_cannot_be_had_are_an_error():

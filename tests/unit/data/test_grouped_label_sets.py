@@ -158,7 +158,7 @@ def test_images_without_labels_are_dealt_out_evenly():
 def test_folds_of_a_table_are_of_whole_groups_and_a_label_of_one_group_is_an_error():
     labels_NC = np.array([[1, 0], [1, 1], [0, 0], [0, 1], [1, 0], [0, 0]], dtype=bool)
     names = ["a", "a", "b", "b", "c", "d"]
-    (folds_N,) = draw_folds(table_of(labels_NC, names), np.arange(6), None, 2, 1, 0)
+    (folds_N,) = draw_folds(table_of(labels_NC, names), np.arange(6), None, 2, 1, 0).folds_RN
     assert len(set(zip(names, folds_N.tolist(), strict=True))) == 4
     labels_NC[3, 1] = False
     with pytest.raises(DataError, match=r"class 1 \(such as data/1.png\) is in one of the groups alone"):

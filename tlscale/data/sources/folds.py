@@ -77,17 +77,22 @@ class Fold:
         return cls(folds, repeats, number)
 
 
-def describe_folds(pool: ImageSplit, files_N: Ints | None, fold: Fold, seed: int) -> str:
-    """Say how many images there are in each fold.
+@dataclass(frozen=True, eq=False)
+class DrawnFolds:
+    """All folds of pooled images."""
 
-    Raises:
-        DataError: as `draw_folds`.
-    """
-    folds_RN = draw_folds(pool.table, pool.rows_N, files_N, fold.num_folds, fold.num_repeats, seed)
-    sizes = [size for folds_N in folds_RN for size in np.bincount(folds_N, minlength=fold.num_folds).tolist()]
-    times = "" if fold.num_repeats == 1 else f", {fold.num_repeats} times"
-    each = f"{min(sizes):,}" if min(sizes) == max(sizes) else f"{min(sizes):,} to {max(sizes):,}"
-    return f"folds: {len(pool):,} images, in {fold.num_folds} folds of {each} images{times} (evaluate.folds)"
+    folds_RN: Ints
+    """The fold of each image, from 0, for each repeat."""
+    units_N: Ints
+    """What no fold divides: equal for images of one group, and of one file."""
+
+    def describe(self, num_folds: int) -> str:
+        """Say how many images there are in each fold."""
+        sizes = [size for folds_N in self.folds_RN for size in np.bincount(folds_N, minlength=num_folds).tolist()]
+        num_repeats, num_images = self.folds_RN.shape
+        times = "" if num_repeats == 1 else f", {num_repeats} times"
+        each = f"{min(sizes):,}" if min(sizes) == max(sizes) else f"{min(sizes):,} to {max(sizes):,}"
+        return f"folds: {num_images:,} images, in {num_folds} folds of {each} images{times} (evaluate.folds)"
 
 
 def pool_splits(splits: Mapping[Role, ImageSplit], files: Mapping[Role, Ints | None]) -> tuple[ImageSplit, Ints | None]:
@@ -99,22 +104,36 @@ def pool_splits(splits: Mapping[Role, ImageSplit], files: Mapping[Role, Ints | N
     return ImageSplit("train", join_tables(tables), rows_N), join_files([files[part.name] for part in parts], tables)
 
 
+def hold_none(
+    splits: Mapping[Role, ImageSplit], files: Mapping[Role, Ints | None], fold: Fold, seed: int
+) -> tuple[dict[Role, ImageSplit], DrawnFolds]:
+    """Return the pooled images as train, with the test split if there is one, and all folds of the former.
+
+    Raises:
+        DataError: as `draw_folds`.
+    """
+    pool, files_N = pool_splits(splits, files)
+    others: dict[Role, ImageSplit] = {role: split for role, split in splits.items() if role == "test"}
+    drawn = draw_folds(pool.table, pool.rows_N, files_N, fold.num_folds, fold.num_repeats, seed)
+    return {"train": pool, **others}, drawn
+
+
 def hold_fold(pool: ImageSplit, files_N: Ints | None, fold: Fold, seed: int) -> tuple[ImageSplit, ImageSplit]:
     """Return what is left of pooled images, and those of a fold.
 
     Raises:
         DataError: as `draw_folds`.
     """
-    folds_RN = draw_folds(pool.table, pool.rows_N, files_N, fold.num_folds, fold.repeat, seed)
-    is_held_N = folds_RN[-1] == fold.place
+    drawn = draw_folds(pool.table, pool.rows_N, files_N, fold.num_folds, fold.repeat, seed)
+    is_held_N = drawn.folds_RN[-1] == fold.place
     held = ImageSplit("test", pool.table, pool.rows_N[is_held_N])
     return ImageSplit("train", pool.table, pool.rows_N[~is_held_N]), held
 
 
 def draw_folds(
     table: LabelledTable, rows_N: Ints, files_N: Ints | None, num_folds: int, num_repeats: int, seed: int
-) -> Ints:
-    """Return the fold of each of some rows of a table, from 0, for each repeat: (R, N).
+) -> DrawnFolds:
+    """Draw the folds of some rows of a table.
 
     Args:
         rows_N: those that there are to draw from.
@@ -146,4 +165,4 @@ def draw_folds(
         grouped_folds(labels_N, units, num_folds, derive_seed(seed, "data", "folds", repeat))
         for repeat in range(num_repeats)
     ]
-    return np.stack(draws)
+    return DrawnFolds(np.stack(draws), units.numbers_N)

@@ -23,7 +23,7 @@ from tlscale.data.sources.bad_images import BadImages, find_bad
 from tlscale.data.sources.duplicates import drop_shared
 from tlscale.data.sources.fashion_mnist import is_fashion_mnist, read_fashion_mnist
 from tlscale.data.sources.folder import is_folder_source, read_folder_source
-from tlscale.data.sources.folds import Fold
+from tlscale.data.sources.folds import DrawnFolds, Fold
 from tlscale.data.sources.groups import Groups, name_by_path
 from tlscale.data.sources.hub import is_disk_source, is_hub_source, read_disk_source, read_hub_source
 from tlscale.data.sources.idx import is_idx_source, read_idx_source
@@ -80,6 +80,8 @@ class ImageData:
     """None: the recipe names none."""
     num_dropped: Mapping[Role, int] = field(default_factory=dict)
     """Images that are left out, as another split has them."""
+    folds: DrawnFolds | None = None
+    """Of train, where it is the whole of a cross-validation."""
 
     @property
     def has_several_labels(self) -> bool:
@@ -136,6 +138,7 @@ def open_data(
         bad_images=bad_images,
         groups=chosen.groups,
         num_dropped=dropped,
+        folds=chosen.folds,
     )
 
 

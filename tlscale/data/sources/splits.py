@@ -13,7 +13,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from tlscale.data.sources.folds import Fold, describe_folds, hold_fold, pool_splits
+from tlscale.data.sources.folds import DrawnFolds, Fold, hold_fold, hold_none, pool_splits
 from tlscale.data.sources.groups import GroupedDraw, Groups, check_groups, describe_groups, notes_on_groups
 from tlscale.data.sources.label_kinds import are_numbers, separator_of
 from tlscale.data.sources.label_set_draws import LabelSetDraw
@@ -51,6 +51,8 @@ class Chosen:
     splits: Mapping[Role, ImageSplit]
     notes: tuple[str, ...]
     groups: Groups | None = None
+    folds: DrawnFolds | None = None
+    """Of the pooled images, where no fold of them is held out."""
 
 
 @dataclass(frozen=True)
@@ -124,14 +126,18 @@ def choose_splits(
     splits = {role: ImageSplit(role, table, good[role]) for role, table in tables.items()}
     draws = _draw(tables["train"], files["train"], good["train"])
     splits["train"], limited = _limit_train(section, splits["train"], draws, seed)
+    folds = None
     if fold is None:
         divided, drawn = _divide_train(section, splits, draws, classes, seed)
+    elif fold.number is None:
+        divided, folds = hold_none(splits, files, fold, seed)
+        drawn = [folds.describe(fold.num_folds)]
     else:
         divided, drawn = _divide_pool(section, splits, files, fold, classes, seed)
     draw = "validation" in divided.keys() - tables.keys() or section.train_limit is not None or pooled
     groups = describe_groups(section, tables, good, shared, draw=draw)
     notes += () if groups is None else tuple(notes_on_groups(groups, good))
-    return Chosen(classes, tables, divided, (*notes, *limited, *drawn), groups)
+    return Chosen(classes, tables, divided, (*notes, *limited, *drawn), groups, folds)
 
 
 def _with_labels(source: Source) -> tuple[dict[Role, SourceSplit], tuple[str, ...]]:
@@ -309,15 +315,13 @@ def _divide_pool(
 ) -> tuple[dict[Role, ImageSplit], list[str]]:
     """Pool train and validation, hold a fold out as the test split, and within the rest a validation split."""
     pool, files_N = pool_splits(splits, files)
-    if fold.number is None:
-        others: dict[Role, ImageSplit] = {role: split for role, split in splits.items() if role == "test"}
-        return {"train": pool, **others}, [describe_folds(pool, files_N, fold, seed)]
     train, held = hold_fold(pool, files_N, fold, seed)
     divided: dict[Role, ImageSplit] = {"train": train, "test": held}
     note = f"test: {len(held):,} images, held out as fold {fold} (evaluate.folds)"
     if section.validation_fraction == 0.0:
         return divided, [note, "no validation split is held out within the fold (data.validation_fraction: 0)"]
     draw = _draw(train.table, files_N, train.rows_N)
+    assert fold.number is not None, "a fold is held out"
     inner_seed = derive_seed(seed, "data", "folds", "validation", fold.number)
     divided, notes = _hold_out(section, divided, draw, classes, inner_seed)
     return divided, [note, *notes]
