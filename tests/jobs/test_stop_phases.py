@@ -114,7 +114,7 @@ def test_a_layer_that_is_fitted_is_not_fitted_again(whole, forks, pictures, tmp_
     assert all(value.equal(exported(out)[name]) for name, value in exported(whole(changes)).items())
 
 
-@pytest.mark.parametrize("verb", sampled(["plan", "codes", "evaluate", "export", "compare"]))
+@pytest.mark.parametrize("verb", sampled(["plan", "codes", "evaluate", "export", "exporter", "compare"]))
 def test_the_other_verbs_are_stopped_too(verb, whole, forks, pictures, tmp_path):
     place = Place(tmp_path / "place", forks, pictures, TRAINS)
     words, doing = {
@@ -122,12 +122,15 @@ def test_the_other_verbs_are_stopped_too(verb, whole, forks, pictures, tmp_path)
         "codes": (("codes", place.recipe, "codes.layer=penultimate"), "computing codes"),
         "evaluate": (("evaluate", whole(TRAINS)), "evaluating"),
         "export": (("export", whole(TRAINS), "--to", "timm", "--out", tmp_path / "out"), "scanning folders@20"),
+        "exporter": (("export", whole(TRAINS), "--to", "onnx", "--out", tmp_path / "out"), "exporting"),
         "compare": (
             ("compare", place.recipe, "--strategies", "scratch", "--seeds", "0,1", "--out", tmp_path / "all"),
             "comparing@2",
         ),
     }[verb]
     assert place.is_stopped(place(*words, TLSCALE_FAULT_STOP=doing), doing)
+    if verb == "exporter":
+        assert not any((tmp_path / "out").glob("*")), "nothing is half there"
     if verb == "compare":
         (first,) = (tmp_path / "all").glob("*/result.json")
         written_ns = first.stat().st_mtime_ns

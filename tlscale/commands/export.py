@@ -24,6 +24,7 @@ from tlscale.commands.model_card import write_card
 from tlscale.data.given import find_images, read_given
 from tlscale.data.loader import ImageStore, stacked
 from tlscale.data.sources.open import ImageSplit
+from tlscale.distributed.signals import check_stop, stoppable
 from tlscale.errors import DataError, RunFolderError, Stopped, TlscaleError, flag, one_line, option, speaks_python
 from tlscale.models.classifier import CodesClassifier
 from tlscale.models.exports.check import Evidence, about
@@ -86,8 +87,12 @@ def export(
             print(f"tlscale: {one_line(note)}", file=sys.stderr)
         aside = _make_aside(target)
         try:
-            _write(folder, aside, to, evidence, notes, licence)
+            with stoppable("exporting"):
+                _write(folder, aside, to, evidence, notes, licence)
             _put_in_place(aside, target)
+        except TlscaleError:
+            check_stop("exporting")  # an exporter may have taken the stop for a failure of its own
+            raise
         finally:
             shutil.rmtree(aside, ignore_errors=True)
     return Path(out)
