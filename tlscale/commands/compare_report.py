@@ -222,7 +222,16 @@ def _note_on_folds(done: Sequence[Outcome]) -> list[str]:
 
 
 def _notes_on_selection(done: Sequence[Outcome]) -> list[str]:
-    """Note what the scores of runs without a test split are of."""
+    """Note what the scores of runs without a test split are of, and which of them are too good."""
+    lent = ", ".join(dict.fromkeys(run.variant for run in done if run.selected_on == "earlier_run"))
+    earlier = [
+        f"Of {lent} some of these images have chosen a run that it starts or learns from (selected_on: earlier_run), "
+        f"so that {_figure_of(done)} is likely somewhat too high."
+    ]
+    return [*_notes_on_split(done), *(earlier if lent else [])]
+
+
+def _notes_on_split(done: Sequence[Outcome]) -> list[str]:
     if done[0].split == "test":
         return []
     if done[0].split == FOLDS:
@@ -230,7 +239,7 @@ def _notes_on_selection(done: Sequence[Outcome]) -> list[str]:
             "Each image is answered by models of folds, which were not fitted to it and for which it chose nothing.",
             *_note_on_folds(done),
         ]
-    chosen = ", ".join(dict.fromkeys(run.variant for run in done if run.selected_on is not None))
+    chosen = ", ".join(dict.fromkeys(run.variant for run in done if run.selected_on == "validation"))
     refitted = ", ".join(dict.fromkeys(run.variant for run in done if run.scored_model == "before_refit"))
     figure = _figure_of(done)
     lines = [f"There is no test split: {figure} is of validation images."]

@@ -11,10 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tlscale.data.decode import Reading
 from tlscale.data.sources.bad_images import find_bad_images
 from tlscale.data.sources.folds import ABOUT_FOLDS, FOLDS
-from tlscale.data.sources.labelled import count_shared, open_labelled, own_images
+from tlscale.data.sources.labelled import are_shared, open_labelled, own_images
 from tlscale.data.sources.open import BadImages, ImageData, ImageSplit, open_data
 from tlscale.data.sources.tables import Role
 from tlscale.distributed.processes import Processes
@@ -23,6 +25,7 @@ from tlscale.models.export import TrainedModel
 from tlscale.recipe.schema import DataSection, Recipe
 from tlscale.storage.files import text_sha256
 from tlscale.storage.run_folder import RunFolder
+from tlscale.training.earlier_images import count_earlier
 from tlscale.training.fold_parts import fold_of
 from tlscale.training.metrics import majority
 from tlscale.training.run_files import read_result, read_run_info
@@ -167,7 +170,8 @@ def own_split(run: FinishedRun, name: Role | None) -> Scored:
         notes.append("the model was trained on these images, so the figures are too good")
     if run.trained.scored_on == FOLDS:
         notes.append(ABOUT_FOLDS)
-    scored = Scored(splits[name], figures, run.majority_label(data), notes)
+    earlier, more = _in_earlier(run, splits[name], name)
+    scored = Scored(splits[name], {**figures, **earlier}, run.majority_label(data), [*notes, *more])
     return (
         without_bad(scored, section, run.trained.input_spec.in_chans) if section.on_bad_image == "error" else scored
     )  # else the run noted them
@@ -185,7 +189,8 @@ def other_images(
         found = open_labelled(section, run.trained.classes, name=name, named=named)
     counts, label, note = processes.run_on_main(_trained_on, run, found.split)
     about = {"split": found.of, "source": section.source, "data": data_name(section), "own": False}
-    scored = Scored(found.split, {**about, **counts}, label, [*found.notes, note])
+    earlier, more = processes.run_on_main(_in_earlier, run, found.split, found.of)
+    scored = Scored(found.split, {**about, **counts, **earlier}, label, [*found.notes, note, *more])
     return without_bad(scored, section, run.trained.input_spec.in_chans)
 
 
@@ -196,8 +201,9 @@ def _trained_on(run: FinishedRun, scored: ImageSplit) -> tuple[dict[str, int | N
         data = run.open_data("train")
         if not run.has_trained_on(data):
             raise DataError("its data are not those that it was trained on")
-        num = sum(count_shared(scored, split) for split in own_images(data, refitted=refitted))
-        chose = 0 if refitted or data.validation is None else count_shared(scored, data.validation)
+        fitted_N = np.any([are_shared(scored, split) for split in own_images(data, refitted=refitted)], axis=0)
+        num = int(fitted_N.sum())
+        chose = 0 if refitted or data.validation is None else int(are_shared(scored, data.validation).sum())
     except DataError as error:
         first = str(error).splitlines()[0]
         note = f"whether the run was trained on any of these images cannot be told: {first}"
@@ -215,6 +221,13 @@ def _trained_on(run: FinishedRun, scored: ImageSplit) -> tuple[dict[str, int | N
 def had_a_part(figures: Mapping[str, Any]) -> bool:
     """Report whether any of the scored images chose something of the model, or was fitted."""
     return any(map(figures.get, ("selected_on", "num_selected_on", "num_trained_on")))
+
+
+def _in_earlier(run: FinishedRun, scored: ImageSplit, name: str) -> tuple[dict[str, Any], list[str]]:
+    """Count images that had a part in the runs that this one started or learned from; with notes."""
+    found = count_earlier(run.recipe, scored, name)
+    figures = {"earlier_runs": [one.to_plain() for one in found]} if found else {}
+    return figures, [note for one in found for note in one.notes()]
 
 
 def without_bad(scored: Scored, section: DataSection, in_chans: int) -> Scored:

@@ -69,7 +69,7 @@ def plan(recipe: Recipe, *, world_size: int, checks_images: bool = False, as_jso
         whole = all_images(recipe.evaluate)
         first = None if whole is None else Part(whole.folds[0])  # of equal ones
         setup = set_up(recipe, world_size=world_size, part=first, tries_images=False)
-        compare_with_earlier(setup, reads_images=False)
+        compare_with_earlier(setup, reads_images=checks_images)
         if checks_images:
             for split in setup.data.splits.values():
                 split.digests()  # known by now, but of files that were written just before

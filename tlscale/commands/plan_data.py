@@ -28,6 +28,7 @@ def plan_of(setup: RunSetup) -> dict[str, Any]:
         "classes": list(data.classes),
         "bad_images": len(setup.bad_images),
         "notes": [*data.notes, *setup.weights.notes],
+        "earlier_runs": [one.to_plain() for one in setup.earlier],
         "input": spec.to_plain(),
         "views": [str(view) for view in setup.views],
         "augment": setup.augment,

@@ -180,8 +180,7 @@ class _Start:
             processes.run_on_main(refuse_replacing_start, recipe, folder)
         with processes.main_first():  # what a hub has to give is fetched once
             setup = set_up(recipe, world_size=processes.world_size, part=part, bad_images=bad_images, watch=watch)
-            if is_alone:
-                compare_with_earlier(setup, is_new=run_info is None)
+            compare_with_earlier(setup, is_new=run_info is None, is_whole=part is None)
             if whole is not None:
                 refuse_other_part(whole, setup.data, folder)
 

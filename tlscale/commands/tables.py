@@ -292,7 +292,7 @@ def _show_what_the_score_is_of(result: dict[str, Any], console: Console) -> None
     for note in result["notes"]:
         if note.startswith(("LEAK", "DUPLICATES", "LABELS")):
             console.say(note, style="bold red")
-    if result["selected_on"] is not None:
+    if result["selected_on"] == "validation":
         chosen = "layer, pooling or strength" if "probe" in result else "the step of these weights"
         chosen += " and the thresholds" if score == "mAP" else ""
         console.say(

@@ -45,7 +45,7 @@ from tlscale.training.out_of_fold import (
     write_table,
 )
 from tlscale.training.prediction_figures import add_prediction_figures
-from tlscale.training.result import make_result, named, often, score_of, write_result
+from tlscale.training.result import chose_earlier, make_result, named, often, score_of, write_result
 from tlscale.training.run_info import begin_folder
 from tlscale.training.setup import RunSetup
 
@@ -207,7 +207,7 @@ def _conclude(
     score = {
         "scored_model": FOLDS,
         "exported_model": "fitted_on_all",
-        "selected_on": None,
+        "selected_on": chose_earlier(setup, None),
         **often(data, data.train),
     }
     own = _own(figures, folds, results, last) | {"calibration": about_fold_calibration(last["calibration"], table)}

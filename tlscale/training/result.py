@@ -5,7 +5,8 @@
   `folds`: the score is of the models of a cross-validation, each on images that it was not fitted to.
 - `exported_model`: `fitted_on_train`, `refitted_on_train_and_validation`, or `fitted_on_all` images of the folds.
 - `selected_on`: `validation` where there is no test split and the scored images have chosen the step, layer, pooling
-  or strength, so that the score is likely somewhat too high; else null.
+  or strength, so that the score is likely somewhat too high; `earlier_run` where some of them chose a run that this
+  one starts or learns from; else null.
 - `majority`: `label`, the most frequent class of the training images, and `top1`, its share of the scored images. Of
   several labels there is none, and `chance` in its place.
 """
@@ -71,12 +72,19 @@ def about_score(
     classifier was fitted again, to the validation images too.
     """
     data = setup.data
+    own = "validation" if split is data.validation is not None and has_chosen else None
     return {
         "scored_model": "before_refit" if refitted and data.test is None else "exported",
         "exported_model": "refitted_on_train_and_validation" if refitted else "fitted_on_train",
-        "selected_on": "validation" if split is data.validation is not None and has_chosen else None,
+        "selected_on": own or chose_earlier(setup, split),
         **often(data, split or data.train),
     }
+
+
+def chose_earlier(setup: RunSetup, split: ImageSplit | None) -> str | None:
+    """Return `earlier_run` where scored images chose a run that this one starts or learns from; None: none did."""
+    scored = FOLDS if split is None else split.name
+    return "earlier_run" if any(one.num_chose for one in setup.earlier if one.scored == scored) else None
 
 
 def thresholds_unchosen(setup: RunSetup) -> Sequence[float]:
@@ -153,6 +161,7 @@ def make_result(
         **{key: value for key, value in figures.items() if key not in ("step", *_LONG)},
         **own,
         **({} if setup.data.groups is None else {"groups": setup.data.groups.to_plain()}),
+        **({"earlier_runs": [one.to_plain() for one in setup.earlier]} if setup.earlier else {}),
         "is_sample": setup.data.is_sample,
         "notes": without_places(list(setup.data.notes), places_of(setup.recipe)),
         "num_bad_images": len(setup.bad_images),

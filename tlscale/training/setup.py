@@ -55,6 +55,7 @@ from tlscale.tracking.trackers import check_installed
 from tlscale.training.distillation.loss import labels_teach
 from tlscale.training.distillation.student import Student
 from tlscale.training.distillation.teacher import Teacher, open_teacher
+from tlscale.training.earlier_counts import EarlierImages
 from tlscale.training.fold_parts import Part, all_images, first_stages
 from tlscale.training.idle import refuse_idle
 from tlscale.training.loss import loss_name, refuse_mixed_targets
@@ -84,6 +85,8 @@ class RunSetup:
     """Share of a typical training image that the network is shown in an evaluation."""
     part: Part | None = None
     """Of a cross-validation: the run of a fold, or of the model on all images. None: the whole, or none."""
+    earlier: tuple[EarlierImages, ...] = ()
+    """Scored images that had a part in the runs that this one starts or learns from."""
 
     @property
     def bad_images(self) -> BadImages:

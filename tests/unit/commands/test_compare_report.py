@@ -238,6 +238,15 @@ def test_a_probe_that_an_older_version_scored_on_what_it_was_fitted_to_has_the_s
         assert (found.scored_model, found.selected_on) == ("before_refit", "validation")
 
 
+def test_runs_whose_scored_images_chose_their_start_are_named_whatever_split_is_scored(tmp_path):
+    for split in ("test", "folds", "validation"):
+        runs = [outcome(split=split), outcome("codes", split=split, selected_on="earlier_run")]
+        write_comparison(tmp_path, "Some runs", runs)
+        page = (tmp_path / "compare.md").read_text()
+        assert "Of codes some of these images have chosen a run that it starts or learns from" in page
+        assert "the layer, the strength or the step" not in page
+
+
 # -- files ------------------------------------------------------------------------------------------------------------
 
 

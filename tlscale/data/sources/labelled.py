@@ -12,15 +12,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
-from tlscale.data.content import content_digest
 from tlscale.data.sources.joined import join_tables
 from tlscale.data.sources.labels import is_integer
 from tlscale.data.sources.open import ImageData, read_source
 from tlscale.data.sources.split_names import ScoredSection
 from tlscale.data.sources.splits import name_labels, number_labels
 from tlscale.data.sources.tables import ImageSplit, LabelledTable, Role, Source, SourceSplit
-from tlscale.data.workers import map_in_threads
 from tlscale.errors import DataError
 from tlscale.recipe.schema import DataSection
 
@@ -102,29 +101,35 @@ def _joined(name: Role, tables: Sequence[LabelledTable], splits: Sequence[Source
     return ImageSplit(name, join_tables(tables), np.flatnonzero(~unlabelled_N).astype(np.int64))
 
 
-def count_shared(scored: ImageSplit, other: ImageSplit) -> int:
-    """Count the images of `scored` that are in `other` too, by content.
+def are_shared(scored: ImageSplit, other: ImageSplit, *, reads: bool = True) -> npt.NDArray[np.bool_]:
+    """Tell which of the images of `scored` are in `other` too, by content.
 
-    Files of `other` are read only where one of `scored` has their size.
+    Args:
+        reads: read what no earlier run has read; of `other` only where one of `scored` has the size of the file.
+            Else only contents that are known, or in memory, are compared.
 
     Raises:
         DataError: an image is not there.
     """
-    doing = "comparing images with those of the run"
-    digests = list(map_in_threads(lambda i: _read_digest(scored, i), range(len(scored)), doing))
-    sizes = {size for size, _ in digests}
+    wanted_K = None
+    if reads:
+        scored.digests()
+        sizes = {_size(scored, i) for i in range(len(scored))}
+        sizes_K = [_file_size(other, i) for i in range(len(other))]
+        wanted_K = np.array([size is None or size in sizes for size in sizes_K], dtype=bool)
+        other.digests(wanted_K)
+    digests_N, known_N = scored.known_digests()
+    others_K, others_known_K = other.known_digests()
+    shared_N: npt.NDArray[np.bool_] = known_N & np.isin(digests_N, others_K[others_known_K])
+    return shared_N
 
-    def digest(i: int) -> bytes | None:
-        size = _file_size(other, i)
-        return None if size is not None and size not in sizes else _read_digest(other, i)[1]
 
-    others = set(map_in_threads(digest, range(len(other)), doing))
-    return sum(digest in others for _, digest in digests)
-
-
-def _read_digest(split: ImageSplit, i: int) -> tuple[int, bytes]:
+def _size(split: ImageSplit, i: int) -> int:
+    size = _file_size(split, i)
+    if size is not None:
+        return size
     raw = split.read(i)
-    return len(raw) if isinstance(raw, bytes) else raw.nbytes, content_digest(raw)
+    return len(raw) if isinstance(raw, bytes) else raw.nbytes
 
 
 def _file_size(split: ImageSplit, i: int) -> int | None:
