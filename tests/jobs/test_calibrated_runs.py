@@ -15,6 +15,7 @@ import tlscale
 from tests.recompute import assert_follows
 from tests.small_runs import put_small_folder, result, run_once
 from tlscale.commands.evaluate import evaluate_run
+from tlscale.models import model_folder
 from tlscale.training.prediction_figures import UNKNOWN_FIGURES
 
 TRAINED = {"freeze": ".*", "backbone": {"name": "test_resnet"}, "duration": "20 epochs", "optim": {"lr": 0.3}}
@@ -24,6 +25,11 @@ RUNS = {
     "no test split": TRAINED,
     "no validation": TRAINED,
     "refitted": {"probe": {"kind": "ridge"}, "backbone": {"name": "test_resnet"}},
+    "layer": {
+        "probe": {"kind": "ridge"},
+        "backbone": {"name": "test_resnet"},
+        "codes": {"layer": "layer2", "pool": "avg"},
+    },
     "half": {**TRAINED, "freeze": r"(conv1|bn1|layer[12])\..*", "codes": {"keep": "always"}},
     "whole": {"duration": "1 epochs"},
     "too sure": {"duration": "60 epochs", "optim": {"lr": 5e-3}, "evaluate": {"every": "60 epochs"}},
@@ -132,7 +138,7 @@ def test_without_images_that_were_not_fitted_none_is_chosen(name, why, run, caps
 def test_predict_tells_what_is_unlike_the_training_images(name, run, tmp_path, capsys):
     out = run(name)
     told = result(out)["unknown"]
-    assert {key: told[key] for key in ("threshold", "recall", "num_images")} == config_of(out)["unknown"]
+    assert told.items() >= config_of(out)["unknown"].items()
     assert told["bytes"] < (out / "model" / "unknown.safetensors").stat().st_size < told["bytes"] + 500
     noise = np.random.default_rng(0).integers(0, 256, (3, 28, 28), np.uint8)
     for number, image in enumerate(noise):
@@ -172,3 +178,45 @@ def test_a_file_that_tells_what_is_unknown_is_checked_and_goes_along(run, tmp_pa
     path.write_bytes(path.read_bytes()[:-1] + b"\x01")
     with pytest.raises(tlscale.TlscaleError, match=r"unknown\.safetensors' is not the file that was exported"):
         tlscale.load(tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize("name", ["refitted", "layer", "trained"])
+def test_a_folder_without_its_run_tells_it_or_says_that_it_does_not(name, run, tmp_path, capsys):
+    """The model's folder in the run has the run; an export has it of probes alone, and else says so, too."""
+    out, images = run(name), run(name).parent / "data" / "test"
+    expected = tlscale.load(out).predict(images)
+    assert expected.unknown is not None
+    inside = tlscale.load(out / "model").predict(images)
+    assert inside.unknown == expected.unknown
+    np.testing.assert_array_equal(inside.probabilities, expected.probabilities)
+    tlscale.export(out, to="timm", out=tmp_path / "elsewhere")
+    noted = "which the exported folder does not tell" in capsys.readouterr().err
+    alone = tlscale.load(tmp_path / "elsewhere").predict(images)
+    said = "the model's score of unknown images is not computed" in capsys.readouterr().err
+    tlscale.predict(tmp_path / "elsewhere", images, tmp_path / "rows.csv")
+    said_again = "the model's score of unknown images is not computed" in capsys.readouterr().err
+    has_column = "unknown" in (tmp_path / "rows.csv").read_text().splitlines()[0].split(",")
+    if name == "trained":
+        assert (alone.unknown, has_column, noted, said, said_again) == (None, False, True, True, True)
+    else:
+        assert (alone.unknown, has_column) == (expected.unknown, True)
+        assert (noted, said, said_again) == (False, False, False)
+
+
+def test_an_older_version_refuses_what_tells_the_layer(run, monkeypatch):
+    assert config_of(run("refitted"))["unknown"]["layer"] == "penultimate"
+    monkeypatch.setattr(model_folder, "FORMAT", 4)
+    with pytest.raises(tlscale.TlscaleError, match="has format 5, this tlscale reads up to 4"):
+        tlscale.load(run("refitted"))
+
+
+@pytest.mark.slow  # exporters take seconds
+def test_an_exported_network_says_that_it_does_not_tell_what_is_unknown(run, tmp_path, capsys):
+    import onnx
+
+    tlscale.export(run("refitted"), to="onnx", out=tmp_path / "onnx")
+    props = {prop.key: json.loads(prop.value) for prop in onnx.load(tmp_path / "onnx" / "model.onnx").metadata_props}
+    own = config_of(run("refitted"))["unknown"]
+    assert props["unknown"].items() >= {**own, "computed": False}.items()
+    assert "unknown.safetensors" in props["unknown"]["note"]
+    assert "does not compute the score of unknown images" in capsys.readouterr().err

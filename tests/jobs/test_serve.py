@@ -1,15 +1,21 @@
 """A model behind a server: many threads, one model; and the server of docs/serve.md, word for word."""
 
 import io
+import json
 import re
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import tlscale
-from tests.small_runs import REPO, put_small_folder, run_once
+from tests.garments import PROBE as PROBE_OF_SEVERAL
+from tests.garments import SEVERAL, put_garments
+from tests.small_runs import REPO, put_small_folder, run_once, small_recipe
 
 PROBE = {
     "probe": {"kind": "ridge"},
@@ -77,6 +83,47 @@ def test_the_server_of_the_page_answers_as_predict_does(run, data, tmp_path, mon
         refused = client.post("/predict", headers={"content-type": "multipart/form-data; boundary=x"}, **body)
         assert (refused.status_code, refused.json()["detail"][:24]) == (413, "at most 50,000,000 bytes")
     assert client.post("/predict", files={"file": paths[0].read_bytes()}).json() == answers[0].json(), "it goes on"
+
+
+@pytest.mark.slow
+def test_several_labels_are_served_as_predict_gives_them(tmp_path, monkeypatch):
+    """`classify.py` and the server of the page; what the former does not do it refuses."""
+    pytest.importorskip("fastapi")
+    import onnx
+    from fastapi.testclient import TestClient
+
+    monkeypatch.chdir(tmp_path)
+    table = put_garments(tmp_path / "data", 60)
+    keys = {"data": SEVERAL, **PROBE_OF_SEVERAL}
+    keys["probe"] = {**PROBE_OF_SEVERAL["probe"], "refit": False}
+    tlscale.run(small_recipe(tmp_path / "r.yaml", table, **keys), "runs/photos")
+    model = tlscale.load("runs/photos")
+    paths = sorted(map(str, (tmp_path / "data").glob("*.png")))[:20]
+    made = model.predict(paths)
+    assert {len(labels) for labels in made.labels} >= {0, 1}
+    page = (REPO / "docs" / "serve.md").read_text()
+    (tmp_path / "classify.py").write_text(re.search(r"```python\n(import json.*?)```", page, flags=re.DOTALL)[1])
+    tlscale.export("runs/photos", to="onnx", out="onnx")
+    command = [sys.executable, "classify.py", "onnx/model.onnx", *paths]
+    rows = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    shares = [dict(zip(model.classes, of_one, strict=True)) for of_one in made.probabilities.tolist()]
+    for row, path, labels, of_one in zip(rows, paths, made.labels, shares, strict=True):
+        assert row.split("\t")[:2] == [path, "|".join(labels)]
+        found = [float(share) for share in row.split("\t")[2].split("|") if share]
+        assert found == pytest.approx([of_one[label] for label in labels], abs=1e-4)
+    names: dict = {}
+    exec(compile(re.search(r"```python\n(from fastapi.*?)```", page, flags=re.DOTALL)[1], "serve.py", "exec"), names)
+    for path, labels, of_one in zip(paths[:3], made.labels, shares, strict=False):
+        answer = TestClient(names["app"]).post("/predict", files={"file": Path(path).read_bytes()}).json()
+        assert answer["label"] == list(labels)
+        assert answer["probability"] == pytest.approx([of_one[label] for label in labels], abs=1e-6)
+    for key, value in (("views", ["flip"]), ("new", 1)):
+        changed = onnx.load("onnx/model.onnx")
+        changed.metadata_props.add(key=key, value=json.dumps(value))
+        onnx.save(changed, "changed.onnx")
+        done = subprocess.run([*command[:2], "changed.onnx", *paths], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout) == (1, ""), key
+        assert "serve the run by tlscale" in done.stderr
 
 
 def png_of(width, height):

@@ -27,12 +27,13 @@ from tlscale.data.sources.open import ImageSplit
 from tlscale.distributed.signals import check_stop, stoppable
 from tlscale.errors import DataError, RunFolderError, Stopped, TlscaleError, flag, one_line, option, speaks_python
 from tlscale.models.classifier import CodesClassifier
-from tlscale.models.exports.check import Evidence, about
+from tlscale.models.exports.check import NO_UNKNOWN, Evidence, about
 from tlscale.models.exports.onnx_file import write_onnx
 from tlscale.models.exports.timm_folder import write_timm
 from tlscale.models.exports.torch_program import write_program
 from tlscale.models.knn import KnnHead
 from tlscale.models.model_folder import CONFIG_FILE, TrainedModel, load
+from tlscale.models.unknown import UnknownSettings
 from tlscale.recipe.load import load_stored_recipe
 from tlscale.storage.files import file_sha256, flush, make_folder, reporting_disk_errors, write_json
 from tlscale.storage.run_folder import refuse_not_utf8
@@ -83,6 +84,7 @@ def export(
         _refuse_foreign(target, to)
         evidence, notes = _evidence(folder, trained, [os.fspath(image) for image in images])
         notes += [one_view_note(trained.views, to)] if trained.views else []
+        notes += [] if trained.unknown is None else unknown_notes(trained, trained.unknown.settings, to)
         for note in notes:
             print(f"tlscale: {one_line(note)}", file=sys.stderr)
         aside = _make_aside(target)
@@ -105,6 +107,18 @@ def one_view_note(views: Sequence[str], to: str) -> str:
         f"the exported network scores one view of an image. The run's figures, and what its validation images chose, "
         f"are of the mean of probabilities over views ({' x '.join(views)}).{also}"
     )
+
+
+def unknown_notes(trained: TrainedModel, settings: UnknownSettings, to: str) -> list[str]:
+    """Tell where the score of unknown images, which the run has, is not computed from what is exported."""
+    if to not in ("timm", "hub"):
+        return [NO_UNKNOWN]
+    if isinstance(trained.model, CodesClassifier) or settings.layer is not None:
+        return []
+    return [
+        "the score of unknown images takes the features of the part that the run froze, which the exported folder does "
+        "not tell: tlscale predict RUN gives the column unknown, the folder does not."
+    ]
 
 
 def _write(folder: Path, aside: Path, to: str, evidence: Evidence, notes: list[str], licence: str) -> None:

@@ -124,6 +124,8 @@ def write_rows(
         stop = stack.enter_context(StopRequest())
         path = RunPath(trained, trained.facts, processes)
         columns = replace(columns, unknown_from=trained.columns(path).unknown_from)
+        if path.note is not None:
+            _say(processes, path.note)
         # Rows on the terminal are the progress that somebody sees there.
         shown = processes.is_main and (out is not None or not sys.stdout.isatty())
         pace = Pace(None, "predicting", Console(enabled=shown, stderr=True), every_s=_SAY_EVERY_S)

@@ -93,7 +93,7 @@ def export_model(
     ours |= fitted or {}
     unknown = rules.unknown if isinstance(rules.unknown, UnknownScore) else None
     ours |= {} if rules.thresholds is None else {"task": "multi_label", "thresholds": list(rules.thresholds)}
-    ours |= {} if unknown is None else {"unknown": unknown.settings.model_dump()}
+    ours |= {} if unknown is None else {"unknown": unknown.settings.model_dump(exclude_none=True)}
     ours |= {} if not views else {"views": list(views)}
     ours |= {} if rules.calibration is None else {"calibration": rules.calibration.model_dump()}
     ours = {"format": format_of(ours), **ours}

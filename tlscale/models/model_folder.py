@@ -38,8 +38,9 @@ from tlscale.storage.files import file_sha256, refuse_endless_file, text_sha256
 # The format in which a key of `config.json` came: a version that does not know it must refuse it, not pass over it.
 # 2: other codes than what the backbone gives, or nearest neighbours. 3: several labels; a calibration; what is unknown;
 # images that are not square of 8-bit grey or RGB. 4: means over views; a calibration of several labels (`format_of`).
+# 5: the layer that tells what is unknown, where it is the penultimate one (`format_of`).
 _SINCE = {"layer": 2, "pool": 2, "task": 3, "thresholds": 3, "calibration": 3, "unknown": 3, "views": 4}
-FORMAT = 4
+FORMAT = 5
 MODEL_FILE = "model.safetensors"
 HEAD_FILE = "head.safetensors"
 CONFIG_FILE = "config.json"
@@ -198,6 +199,7 @@ class _Config(_Settings):
 def format_of(ours: Mapping[str, Any]) -> int:
     """Return the lowest format that has a place for what `export_model` notes: older versions load what they can."""
     least = 4 if {"calibration", "task"} <= ours.keys() else 1 if InputSpec.from_plain(ours["input"]).is_usual else 3
+    least = 5 if "layer" in ours.get("unknown", ()) else least
     return max(least, *(_SINCE.get(key, 1) for key in ours))
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -39,6 +39,9 @@ class UnknownSettings(BaseModel):
     """The share of images of known classes that are not, by the threshold."""
     num_images: Annotated[int, Field(ge=1)]
     """Validation images that chose the threshold."""
+    layer: Literal["penultimate"] | None = None
+    """Whose codes it is of, where the network alone does not tell that; None: those of its `layer`, or of the part that
+    the run froze."""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ Shapes: N images, C classes, D features.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -24,7 +25,7 @@ from tlscale.data.given import Given, InMemory, find_images, name_of
 from tlscale.data.input_spec import InputSpec
 from tlscale.data.sources.folds import FOLDS
 from tlscale.distributed.processes import Processes
-from tlscale.errors import DataError, ModelError, TlscaleError, first_few, option, speaks_python
+from tlscale.errors import DataError, ModelError, TlscaleError, first_few, one_line, option, speaks_python
 from tlscale.models import model_folder
 from tlscale.models.features import PENULTIMATE
 from tlscale.models.model_folder import TrainedModel
@@ -70,7 +71,8 @@ class Predictions:
     def unknown(self) -> list[bool | None] | None:
         """Tell which images are unlike those of training; 5 % of images of known classes are taken for such.
 
-        None of a model that cannot tell, and of an image that has no answer.
+        None of a model that cannot tell (where it came with a score that its folder does not suffice for, that is said
+        on standard error), and of an image that has no answer.
         """
         if self._columns.unknown_from is None:
             return None
@@ -252,6 +254,8 @@ class ImageClassifier(TrainedModel):
         key = batch_size, processes.device, [(id(tensor), tensor._version) for tensor in tensors]
         if not self._last or self._last[0] != key:
             self._last[:] = key, RunPath(self, self.facts, processes, batch_size=batch_size)
+            if processes.is_main and self._last[1].note is not None:
+                print(f"tlscale: {one_line(self._last[1].note)}", file=sys.stderr)
         path: RunPath = self._last[1]
         return path
 

@@ -160,12 +160,13 @@ class _Probe:
             logger.write_evaluation(self.split.name, figures, is_best=False)
 
         calibration = self._calibration(choice, number_of_layer, thresholds)
+        chosen = self.wanted[number_of_layer]
         with setup.watch("test"):
-            unknown = unknown_by(partial(self._some, number_of_layer), data.train.labels_N, data.validation)
+            codes = partial(self._some, number_of_layer)
+            unknown = unknown_by(codes, data.train.labels_N, data.validation, layer=chosen[0])
         rules = DecisionRules(calibration, unknown, thresholds)
 
         # -- export ---------------------------------------------------------------------------------------------------
-        chosen = self.wanted[number_of_layer]
         with setup.watch("export"):
             how_to_load = _export(setup, choice, chosen, folder, rules)
             if self.split is not None:

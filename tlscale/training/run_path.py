@@ -46,6 +46,10 @@ from tlscale.training.probe import HEAD_BATCH
 from tlscale.training.run_files import read_result, read_run_info
 
 _LEAST_CHUNK = 256  # images
+_NO_CODES = (
+    "the model's score of unknown images is not computed (no column unknown): it takes the features of the part that "
+    "the run froze, which this folder does not tell. Name the run's folder"
+)
 Values = tuple[Tensor, ...]
 
 
@@ -99,8 +103,12 @@ class RunFacts:
             TlscaleError: a file of the run is damaged.
         """
         folder = RunFolder(run)
+        if not folder.recipe.is_file() and run.resolve().name == "model":  # that of a run, which knows its own way
+            above = RunFolder(run.resolve().parent)
+            folder = above if above.recipe.is_file() and above.run_json.is_file() else folder
         if not folder.recipe.is_file():
             return cls(run, ComputeSection())
+        run = folder.path
         recipe = load_stored_recipe(folder.recipe).recipe
         # The processes that predict are as many as there are.
         compute = recipe.compute.without_engine().model_copy(update={"num_processes": None})
@@ -157,8 +165,10 @@ class RunPath:
         self._num_views = len(views_of(trained.views))
         self.batching = facts.batching if batch_size is None else Batching(batch_size)
         self._way = _way(trained, facts, processes)
-        if not isinstance(self._way[0], _Frozen):  # there are no codes to tell by
-            self.unknown = None
+        self.note: str | None = None
+        """For people: why there is no score of unknown images, though the model came with one."""
+        if self.unknown is not None and not isinstance(self._way[0], _Frozen):  # there are no codes to tell by
+            self.unknown, self.note = None, _NO_CODES
 
     def outputs(
         self, blocks: Iterable[Tensor], sizes: Sequence[int], processes: Processes
@@ -241,17 +251,19 @@ def _way(trained: TrainedModel, facts: RunFacts, processes: Processes) -> tuple[
     """Return what is done with each block, and then with each batch."""
     network, inputs = _ready(trained, facts, processes)
     dtype, views = inputs.dtype, views_of(trained.views)
+    # Without its run a model tells by itself whether it is a probe, where that matters.
+    is_probe = facts.is_probe or (trained.unknown is not None and trained.unknown.settings.layer == PENULTIMATE)
 
     def rest(module: nn.Module, dtypes: tuple[torch.dtype, ...], *, autocasts: bool) -> _Rest:
         return _Rest(_over_views(module, trained), inputs, dtypes * len(views), autocasts)
 
     if isinstance(network, CodesClassifier):
         return _Frozen(network.codes, inputs, facts, views), rest(network.head, (dtype,), autocasts=False)
-    parted = None if facts.frozen_by is None and not facts.is_probe else _parted(network, sample_images(inputs))
+    parted = None if facts.frozen_by is None and not is_probe else _parted(network, sample_images(inputs))
     whole = _Whole(_over_views(network, trained), inputs, views)
     if parted is None:
         return _as_they_are, whole
-    if facts.is_probe:
+    if is_probe:
         codes = LayerCodes(parted.backbone, [(PENULTIMATE, "avg")])
         return _Frozen(codes, inputs, facts, views), rest(parted.head, (dtype,), autocasts=False)
     freezing = facts.frozen_by or ((),)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tlscale.data.sources.tables import ImageSplit, Ints, Labels, has_several, number_groups
+from tlscale.models.features import PENULTIMATE
 from tlscale.models.unknown import MOST_FEATURES, UnknownScore, UnknownSettings
 from tlscale.training.calibration import drawn_rows, least_units, reached_by
 
@@ -97,13 +99,16 @@ Codes = Callable[[str, Ints], Tensor]
 """Gives pooled codes of some rows of a split, by its name."""
 
 
-def unknown_by(codes: Codes, labels_N: Labels, held: ImageSplit | None) -> UnknownScore | str:
+def unknown_by(
+    codes: Codes, labels_N: Labels, held: ImageSplit | None, *, layer: str | None = None
+) -> UnknownScore | str:
     """Fit the score, or tell why not.
 
     Args:
         codes: gives those of train and validation.
         labels_N: of the training images.
         held: the validation split.
+        layer: of a probe, whose codes it is fitted to.
     """
     if has_several(labels_N):
         return "an image has several labels"
@@ -116,10 +121,12 @@ def unknown_by(codes: Codes, labels_N: Labels, held: ImageSplit | None) -> Unkno
     judges = images_to_judge(len(held))
     groups_M = None if held.groups_N is None else number_groups(held.groups_N)[judges]
     fitted = fit_unknown(codes("train", rows), labels_N[rows], codes("validation", judges), groups_M)
-    if fitted is not None:
+    if fitted is None:
+        few = "validation images" if groups_M is None else "groups of validation images"
+        return f"{few} are too few ({least_units(RECALL)}), or their codes all the same"
+    if layer != PENULTIMATE:
         return fitted
-    few = "validation images" if groups_M is None else "groups of validation images"
-    return f"{few} are too few ({least_units(RECALL)}), or their codes all the same"
+    return replace(fitted, settings=fitted.settings.model_copy(update={"layer": layer}))
 
 
 def about_unknown(found: UnknownScore | str, scored_MD: Tensor | None) -> dict[str, Any]:
@@ -131,4 +138,4 @@ def about_unknown(found: UnknownScore | str, scored_MD: Tensor | None) -> dict[s
         return {"threshold": None, "why": found}
     known = None if scored_MD is None else float((found.scores(scored_MD) <= found.settings.threshold).mean())
     num_features = int(found.means_CD.shape[1])
-    return {**found.settings.model_dump(), "num_features": num_features, "bytes": found.num_bytes, "known": known}
+    return {**found.settings.model_dump(exclude_none=True), "num_features": num_features, "bytes": found.num_bytes, "known": known}

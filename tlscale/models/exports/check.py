@@ -26,6 +26,10 @@ from tlscale.models.knn import KnnHead
 from tlscale.models.model_folder import TrainedModel
 
 TOLERANCE = 1e-4
+NO_UNKNOWN = (
+    "This file does not compute the score of unknown images, which takes features of a frozen layer: tlscale predict "
+    "RUN does, by unknown.safetensors in the run's model/."
+)
 EXAMPLE = 2
 """Images of the batch that exporters follow; exports are checked in batches of other sizes."""
 BATCH_SIZES = (7, 1)
@@ -174,6 +178,9 @@ def about(trained: TrainedModel, version: str, run_id: str | None) -> dict[str, 
     }
     if trained.calibration is not None:
         values["calibration"] = trained.calibration.model_dump()
+    if trained.unknown is not None:
+        settings = trained.unknown.settings.model_dump(exclude_none=True)
+        values["unknown"] = {**settings, "computed": False, "note": NO_UNKNOWN}
     if trained.views:
         values["views"] = list(trained.views)
     if trained.thresholds is not None:
