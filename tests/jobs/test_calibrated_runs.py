@@ -220,3 +220,19 @@ def test_an_exported_network_says_that_it_does_not_tell_what_is_unknown(run, tmp
     assert props["unknown"].items() >= {**own, "computed": False}.items()
     assert "unknown.safetensors" in props["unknown"]["note"]
     assert "does not compute the score of unknown images" in capsys.readouterr().err
+
+
+def test_the_card_tells_how_images_are_read_and_which_probabilities_its_figures_are_of(run, tmp_path):
+    out = run("too sure")
+    tlscale.export(out, to="hub", out=tmp_path / "hub")
+    card = (tmp_path / "hub" / "README.md").read_text().split("## Recipe")[0]
+    figures, model = result(out), tlscale.load(out)
+    assert "crop_mode center, crop_pct" in card
+    assert f"range 0 to 255 is scaled to 0..1, then mean {model.input_spec.mean[0]:.6g}" in card
+    assert f"calibration error of the uncalibrated probabilities (softmax of the logits): {figures['ece']:.4f}" in card
+    told = figures["calibration"]
+    assert f"calibration error with the temperature: {told['ece']:.4f}" in card
+    assert f"- temperature {model.calibration.temperature:.6g}, chosen by {told['num_images']} images" in card
+    assert f"a calibrated probability of {model.calibration.sets.threshold:.6g} or more" in card
+    assert f"of the scored images {told['sets']['coverage']:.4f} were" in card
+    assert "calibration error 0." not in card

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from click.testing import CliRunner
-from sklearn.metrics import average_precision_score, f1_score
+from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 
 import tlscale
 from tests.garments import CLASSES, SEVERAL, put_garments
@@ -72,6 +72,10 @@ def test_figures_are_scikit_learns_on_the_saved_predictions(result):
     assert result["mean_average_precision"] == pytest.approx(average_precision_score(truth_NC, shares_NC))
     assert [row["threshold"] for row in per_class] == about["thresholds"]
     assert result["num_images"] == 30
+    assert [row["auroc"] for row in per_class] == pytest.approx(roc_auc_score(truth_NC, shares_NC, average=None))
+    assert result["auroc"] == pytest.approx(roc_auc_score(truth_NC, shares_NC))
+    assert list(result["pr_curves"]) == list(CLASSES)
+    assert all(row["recall_interval95"][0] <= row["recall"] <= row["recall_interval95"][1] for row in per_class)
     low, high = result.interval
     assert low < result["mean_average_precision"] < high
     assert result["chance"]["mean_average_precision"] == pytest.approx(truth_NC.mean())
@@ -113,9 +117,10 @@ def test_predict_gives_the_labels_of_the_run(result, table, tmp_path):
 def test_evaluate_gives_the_figures_of_the_run(result):
     found = tlscale.evaluate(result.folder)
     assert found["mean_average_precision"] == pytest.approx(result["mean_average_precision"])
-    assert found["per_class"] == {
-        name: pytest.approx(row, rel=1e-6, nan_ok=True) for name, row in result["per_class"].items()
-    }
+    for name, row in result["per_class"].items():
+        again = dict(found["per_class"][name])
+        assert again.pop("recall_interval95") == row["recall_interval95"]
+        assert again == pytest.approx({key: row[key] for key in again}, rel=1e-6, nan_ok=True)
     assert tlscale.evaluate(result.folder, split="train")["num_images"] == 48
 
 

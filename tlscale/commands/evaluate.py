@@ -42,7 +42,7 @@ from tlscale.tracking.progress import Pace
 from tlscale.tracking.redact import places_of, without_places
 from tlscale.tracking.stopwatch import Stopwatch, describe_seconds
 from tlscale.training.evaluate import SeveralLabels, evaluate
-from tlscale.training.label_set_calibration import add_label_calibration
+from tlscale.training.label_set_figures import add_label_figures
 from tlscale.training.label_set_predictions import collect_of
 from tlscale.training.loss import CrossEntropyLoss
 from tlscale.training.prediction_figures import add_prediction_figures
@@ -192,7 +192,7 @@ def _write(
         try:
             write_predictions(target / "predictions.parquet", predictions, processes)
             file = target / "predictions.parquet"
-            add = add_prediction_figures if figures.get("task") is None else add_label_calibration
+            add = add_prediction_figures if figures.get("task") is None else add_label_figures
             figures |= processes.run_on_main(add, figures, file, have_chosen=had_a_part(figures))
         except TlscaleError as raised:
             why = str(raised)

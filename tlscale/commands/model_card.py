@@ -12,6 +12,7 @@ from typing import Any
 
 from tlscale.commands.evaluation_images import data_name
 from tlscale.commands.tables import over_groups
+from tlscale.data.input_spec import InputSpec
 from tlscale.data.sources.folds import ABOUT_FOLDS, FOLDS
 from tlscale.errors import DataError, one_line, option
 from tlscale.models.model_folder import TrainedModel
@@ -60,6 +61,7 @@ def write_card(run: Path, folder: Path, trained: TrainedModel, *, whole: bool, l
         _use(whole),
         _data(trained, recipe, info),
         _figures(trained, result),
+        _probabilities(trained, result),
         _limits(trained, result, licence, [] if recipe is None else places_of(recipe)),
         _recipe(recipe),
     ]
@@ -85,8 +87,45 @@ def _data(trained: TrainedModel, recipe: Recipe | None, info: dict[str, Any]) ->
         lines.append(f"- source: {escaped(recipe.data.source)}, {escaped(data_name(recipe.data)['name'])}")
     counts = (info.get("data") or {}).get("num_images") or {}
     lines += [f"- {escaped(split)}: {count:,} images" for split, count in counts.items()]
-    lines.append(f"- input: {spec.in_chans} x {size_in_words(spec.image_size)}, {escaped(spec.interpolation)}")
+    lines += _input(spec)
     lines.append(f"- {len(trained.classes):,} classes, in the order of the logits (all of them: `config.json`)")
+    return "\n".join(lines)
+
+
+def _input(spec: InputSpec) -> list[str]:
+    """Return how images are prepared."""
+    crop = f"{escaped(spec.interpolation)}, crop_mode {escaped(spec.crop_mode)}, crop_pct {spec.crop_pct:g}"
+    low, high = (0, 255) if spec.range is None else spec.range
+    mean, std = (", ".join(f"{value:.6g}" for value in values) for values in (spec.mean, spec.std))
+    return [
+        f"- input: {spec.in_chans} x {size_in_words(spec.image_size)}; {crop}",
+        f"- values: range {low:g} to {high:g} is scaled to 0..1, then mean {mean} and std {std} of the channels",
+    ]
+
+
+def _probabilities(trained: TrainedModel, result: dict[str, Any]) -> str:
+    """Return what makes probabilities and sets of the logits, and what these are worth."""
+    chosen, told = trained.calibration, result.get("calibration") or {}
+    function = "softmax" if trained.thresholds is None else "sigmoid"
+    lines = ["## Probabilities", ""]
+    if plain := _share(result.get("ece")):
+        lines.append(f"- calibration error of the uncalibrated probabilities ({function} of the logits): {plain}")
+    if chosen is None:
+        return "\n".join([*lines, "- temperature: none was chosen"])
+    people = "" if trained.thresholds is None else ", for people alone: the thresholds are of the logits as they are"
+    cooled = _share(told.get("ece")) or "not known, as no images but those that chose it were scored"
+    lines += [
+        f"- temperature {chosen.temperature:.6g}, chosen by {chosen.num_images:,} images: divide the logits by it "
+        f"before the {function}{people}",
+        f"- calibration error with the temperature: {cooled}",
+    ]
+    if (sets := chosen.sets) is not None:
+        found = _share((told.get("sets") or {}).get("coverage"))
+        worth = f"; of the scored images {found} were" if found else ""
+        lines.append(
+            f"- set of labels: the classes with a calibrated probability of {sets.threshold:.6g} or more, and the "
+            f"likeliest; the true label is to be in it for {sets.level:.0%} of images like those that chose it{worth}"
+        )
     return "\n".join(lines)
 
 
@@ -110,7 +149,6 @@ def _figures(trained: TrainedModel, result: dict[str, Any]) -> str:
         for name, key in (
             ("macro-F1", "macro_f1"),
             ("balanced accuracy", "balanced_accuracy"),
-            ("calibration error", "ece"),
         )
     ]
     if told := [f"{name} {value:.4f}" for name, value in others if isinstance(value, float)]:

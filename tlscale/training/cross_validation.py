@@ -36,6 +36,7 @@ from tlscale.training.evaluate import scalars
 from tlscale.training.fold_calibration import FITTED_TO_ALL, about_fold_calibration, choose_by_folds
 from tlscale.training.fold_checks import check_folds, refuse_other_images
 from tlscale.training.fold_parts import LONGEST_NAME, Part, all_images, group_name
+from tlscale.training.label_set_figures import add_label_figures
 from tlscale.training.logger import track_whole
 from tlscale.training.out_of_fold import (
     count_copies_outside,
@@ -201,6 +202,7 @@ def _conclude(
     write_table(folder.predictions, table)
     if data.has_several_labels:
         figures = label_set_figures(table, data.classes, folds[0].num_repeats)
+        figures = add_label_figures(figures, folder.predictions)
     else:
         figures = out_of_fold_figures(table, data.classes, folds[0].num_repeats)
         figures = add_prediction_figures(figures, folder.predictions)

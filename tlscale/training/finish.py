@@ -25,7 +25,8 @@ from tlscale.training.checkpoint.sharded import load_on_all
 from tlscale.training.evaluate import SeveralLabels, scalars
 from tlscale.training.group_error import num_error_groups
 from tlscale.training.input_pipeline import CodePipeline, ImagePipeline, InputPipeline
-from tlscale.training.label_set_calibration import add_label_calibration, label_calibration_by
+from tlscale.training.label_set_calibration import label_calibration_by
+from tlscale.training.label_set_figures import add_label_figures
 from tlscale.training.label_set_predictions import collect
 from tlscale.training.logger import RunLogger
 from tlscale.training.loop_state import LoopState
@@ -134,7 +135,7 @@ def _score(
 
 def _all_figures(state: TrainState, figures: Figures, folder: RunFolder, split: ImageSplit) -> Figures:
     """Add the figures that take all scored images at once; of several labels those with the temperature are missing."""
-    add = add_label_calibration if state.setup.data.has_several_labels else add_prediction_figures
+    add = add_label_figures if state.setup.data.has_several_labels else add_prediction_figures
     with state.setup.watch("test"):
         return state.processes.run_on_main(add, figures, folder.predictions, have_chosen=split.name == "validation")
 

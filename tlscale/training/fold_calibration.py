@@ -59,7 +59,7 @@ def about_fold_calibration(chosen: Mapping[str, Any], table: pa.Table) -> dict[s
 def crosswise_figures(table: pa.Table) -> dict[str, Any]:
     """Return the figures with a temperature and sets, each fold's by those that the other folds chose.
 
-    As `add_prediction_figures` has them under `calibration`, or of several labels `add_label_calibration`. They are
+    As `add_prediction_figures` has them under `calibration`, or of several labels `add_label_figures`. They are
     None where the answers of one fold alone have chosen.
     """
     has_several = _has_several(table)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,6 @@ from tlscale.training.label_set_loss import binary_cross_entropy
 from tlscale.training.label_set_metrics import label_calibration_error
 from tlscale.training.label_set_predictions import label_matrix, logit_matrix
 from tlscale.training.prediction_figures import units_of
-from tlscale.training.predictions import read_predictions
 
 Logits = npt.NDArray[np.floating[Any]]
 UNKNOWN_LABEL_FIGURES: Mapping[str, Any] = dict.fromkeys(("loss", "ece"))
@@ -69,23 +67,6 @@ def choose_label_temperature(labels_NC: Bools, logits_NC: npt.NDArray[np.float64
         return slope, float((logits_NC**2 * shares_NC * (1 - shares_NC)).mean())
 
     return 1 / least_by_newton(slope_and_curvature)
-
-
-def add_label_calibration(figures: dict[str, Any], path: Path, *, have_chosen: bool) -> dict[str, Any]:
-    """Return the figures with the loss and the calibration error with the temperature, where the file notes one.
-
-    Both are None where the images `have_chosen` it.
-
-    Raises:
-        RunFolderError: the file is damaged.
-    """
-    table = read_predictions(path, ("true_labels", "labels", "logits"))
-    plain = json.loads(table.schema.metadata[b"tlscale"]).get("calibration")
-    if plain is None:
-        return figures
-    calibration = Calibration.model_validate(plain)
-    told = UNKNOWN_LABEL_FIGURES if have_chosen else label_calibrated_figures([(table, calibration)])
-    return {**figures, "calibration": {"temperature": calibration.temperature, **told}}
 
 
 def label_calibrated_figures(parts: Iterable[tuple[pa.Table, Calibration]]) -> dict[str, Any]:

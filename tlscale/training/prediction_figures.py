@@ -136,19 +136,24 @@ def add_prediction_figures(figures: dict[str, Any], path: Path, *, have_chosen: 
         return found
     if images.calibration is not None:
         found["calibration"] = _calibration(images, images.calibration, have_chosen=have_chosen)
-    per_class = {name: dict(row) for name, row in figures["per_class"].items()}
+    rankings = class_rankings(ClassShares(images.logits_NC), images.labels_N)
+    return {**found, **ranked(figures["per_class"], images.classes, rankings)}
+
+
+def ranked(
+    per_class: Mapping[str, Mapping[str, Any]], classes: Sequence[str], rankings: Iterable[Ranking]
+) -> dict[str, Any]:
+    """Return the figures by the order in which each class ranks the images, and the rows of classes with theirs."""
+    rows = {name: dict(row) for name, row in per_class.items()}
     curves = {}
-    for name, ranking in zip(
-        images.classes, class_rankings(ClassShares(images.logits_NC), images.labels_N), strict=True
-    ):
-        per_class[name] |= {"auroc": ranking.auroc(), "average_precision": ranking.average_precision()}
-        if len(images.classes) <= MOST_CURVES:
+    for name, ranking in zip(classes, rankings, strict=True):
+        rows[name] |= {"auroc": ranking.auroc(), "average_precision": ranking.average_precision()}
+        if len(classes) <= MOST_CURVES:
             curves[name] = ranking.curve()
     return {
-        **found,
-        "auroc": mean_known([row["auroc"] for row in per_class.values()]),
-        "mean_average_precision": mean_known([row["average_precision"] for row in per_class.values()]),
-        "per_class": per_class,
+        "auroc": mean_known([row["auroc"] for row in rows.values()]),
+        "mean_average_precision": mean_known([row["average_precision"] for row in rows.values()]),
+        "per_class": rows,
         **({"pr_curves": curves} if curves else {}),
     }
 
@@ -190,12 +195,12 @@ def calibrated_figures(images: ScoredImages, parts: Iterable[tuple[Ints, Calibra
         "ece_interval95": None if interval is None else list(interval),
         "sets": {
             "coverage": int(is_covered_N.sum()) / num_images if num_images else None,
-            "coverage_interval95": _interval(is_covered_N, images.groups_N),
+            "coverage_interval95": share_interval(is_covered_N, images.groups_N),
             "mean_size": size / num_images if num_images else None,
         },
     }
 
 
-def _interval(hits_N: Bools, groups_N: Ints | None) -> list[float] | None:
+def share_interval(hits_N: Bools, groups_N: Ints | None) -> list[float] | None:
     """Return the 95% interval of a share, over groups where there are any."""
     return wilson(int(hits_N.sum()), len(hits_N)) if groups_N is None else interval_over_units(groups_N, hits_N)

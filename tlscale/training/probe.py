@@ -47,7 +47,8 @@ from tlscale.storage.run_folder import RunFolder
 from tlscale.tracking.console import Console, number
 from tlscale.tracking.progress import each
 from tlscale.training.evaluate import SeveralLabels, figures_of, scalars
-from tlscale.training.label_set_calibration import add_label_calibration, label_calibration_by
+from tlscale.training.label_set_calibration import label_calibration_by
+from tlscale.training.label_set_figures import add_label_figures
 from tlscale.training.label_set_loss import binary_cross_entropy
 from tlscale.training.label_set_metrics import LabelScores
 from tlscale.training.label_set_predictions import collect
@@ -172,7 +173,7 @@ class _Probe:
             if self.split is not None:
                 predictions.calibration = calibration
                 write_predictions(folder.predictions, predictions)
-                add = add_label_calibration if data.has_several_labels else add_prediction_figures
+                add = add_label_figures if data.has_several_labels else add_prediction_figures
                 figures = add(figures, folder.predictions, have_chosen=data.test is None)
         result = self._result(choice, chosen, figures, calibration) | result_identity(data)
         judging = None if data.test is None else self._some(number_of_layer, "test", images_to_judge(len(data.test)))

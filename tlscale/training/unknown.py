@@ -138,4 +138,5 @@ def about_unknown(found: UnknownScore | str, scored_MD: Tensor | None) -> dict[s
         return {"threshold": None, "why": found}
     known = None if scored_MD is None else float((found.scores(scored_MD) <= found.settings.threshold).mean())
     num_features = int(found.means_CD.shape[1])
-    return {**found.settings.model_dump(exclude_none=True), "num_features": num_features, "bytes": found.num_bytes, "known": known}
+    settings = found.settings.model_dump(exclude_none=True)
+    return {**settings, "num_features": num_features, "bytes": found.num_bytes, "known": known}

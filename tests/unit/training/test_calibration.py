@@ -11,7 +11,7 @@ from scipy.optimize import minimize_scalar
 
 from tlscale.models.calibration import Calibration, LabelSets
 from tlscale.training.calibration import choose_calibration, choose_temperature, drawn_rows, set_threshold
-from tlscale.training.prediction_figures import _interval
+from tlscale.training.prediction_figures import share_interval
 from tlscale.training.prediction_rows import _joined
 
 
@@ -211,6 +211,6 @@ def test_what_chooses_is_of_all_classes_where_these_take_turns():
 
 def test_the_coverage_of_groups_that_agree_is_known_by_their_number():
     covered_N, groups_N = np.repeat([1, 1, 1, 0], 50), np.repeat(np.arange(4), 50)
-    low, high = _interval(covered_N, groups_N)
-    alone_low, alone_high = _interval(covered_N, None)
+    low, high = share_interval(covered_N, groups_N)
+    alone_low, alone_high = share_interval(covered_N, None)
     assert low < alone_low < alone_high < high
