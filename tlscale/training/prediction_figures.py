@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 import torch
 
 from tlscale.codes.probes.class_figures import ClassShares, class_rankings
-from tlscale.codes.probes.ranking import Bools, Floats, mean_known
+from tlscale.codes.probes.ranking import Bools, Floats, Ranking, mean_known
 from tlscale.data.sources.tables import Ints, number_groups
 from tlscale.models.calibration import Calibration
 from tlscale.training.calibration import calibration_error, calibration_interval, choose_calibration
