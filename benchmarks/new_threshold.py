@@ -2,9 +2,10 @@
 
     python benchmarks/new_threshold.py [--only digits] [--sizes 250 500] [--seeds 5]
 
-Both recipes are those that `tlscale new` writes for the data, image size and validation share included; the same
-labelled images for both, chosen by the seed. Fashion-MNIST is scored on its 10,000 test images, the digits of
-scikit-learn and the icons of Debian's oxygen-icon-theme (see bundled_transfer.py) on the half that is not labelled.
+Both recipes are those that `tlscale new` writes for so many images of the data, image size, validation share and batch
+size included; the same labelled images for both, chosen by the seed. Fashion-MNIST is scored on its 10,000 test images,
+the digits of scikit-learn and the icons of Debian's oxygen-icon-theme (see bundled_transfer.py) on the half that is not
+labelled.
 Prints Markdown: accuracy of both, and the difference over the seeds with its 95 % interval by Student's t.
 """
 
@@ -24,18 +25,22 @@ import tlscale
 from tlscale.commands import new_recipe
 from tlscale.recipe.schema import Recipe
 
-SIZES = {"fashion_mnist": (125, 250, 500, 1000, 2000, 5000), "digits": (125, 250, 500, 850), "icons": (125, 250, 350)}
+SIZES = {
+    "fashion_mnist": (125, 250, 350, 500, 1000, 2000, 5000),
+    "digits": (125, 250, 350, 500, 850),
+    "icons": (125, 250),
+}
 
 
 def recipes_of(data: str) -> dict[str, Recipe]:
     """Return what `tlscale new` writes for few and for many images."""
-    made, chosen = {}, new_recipe.FEW_IMAGES
+    made, chosen = {}, new_recipe.MOST_PROBED
     for name, most in (("probe", 10**9), ("fine-tuning", 0)):
-        new_recipe.FEW_IMAGES = most
+        new_recipe.MOST_PROBED = {**chosen, "bundled": most}
         try:
             made[name] = tlscale.new(data)
         finally:
-            new_recipe.FEW_IMAGES = chosen
+            new_recipe.MOST_PROBED = chosen
     assert made["probe"].probe is not None
     assert made["fine-tuning"].probe is None
     return made
@@ -57,7 +62,10 @@ def main() -> None:
                 top1s: dict[str, list[float]] = {strategy: [] for strategy in recipes}
                 for seed in range(options.seeds):
                     for strategy, recipe in recipes.items():
-                        wanted = recipe.with_(seed=seed, **{"data.train_limit": size})
+                        by_number = new_recipe.keys_by_number(size)
+                        if strategy == "probe":
+                            del by_number["batch_size"]
+                        wanted = recipe.with_(seed=seed, **{"data.train_limit": size}, **by_number)
                         out = Path(folder) / f"{name}_{size}_{seed}_{strategy}"
                         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                             top1s[strategy].append(tlscale.run(wanted, out)["top1"])

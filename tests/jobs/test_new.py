@@ -120,11 +120,14 @@ def test_a_table_and_splits_and_many_images(tmp_path, monkeypatch):
     assert recipe.evaluate.folds == 5
     (tmp_path / "few.csv").write_text("\n".join(["photo,species", *rows[1:5], *rows[6:]]) + "\n")
     assert new("few.csv").evaluate.folds is None  # four of ash: a fold would have none
-    monkeypatch.setattr("tlscale.commands.new_recipe.FEW_IMAGES", 5)
+    monkeypatch.setattr("tlscale.commands.new_recipe.MOST_PROBED", {"bundled": 5, "other": 500})
     recipe = new("mine.csv", out="tuned.yaml")
-    assert recipe.evaluate.folds is None
     assert recipe.probe is None
     assert recipe.freeze
+    assert (recipe.evaluate.folds, recipe.data.validation_fraction) == (5, 0.2)  # few enough to be scored by folds
+    monkeypatch.setattr("tlscale.commands.new_recipe.FEW_IMAGES", 5)
+    recipe = new("mine.csv", out="held_out.yaml")
+    assert (recipe.evaluate.folds, recipe.data.validation_fraction) == (None, 0.1)
 
 
 OTHERS = [pytest.param(name, marks=pytest.mark.long) for name in ("vit_tiny_patch16_224", "convnext_atto")]
@@ -138,6 +141,7 @@ def test_another_backbone_has_its_own_layers_and_freezing(backbone, tmp_path, mo
     assert recipe.backbone.weights == "pretrained"
     assert len(recipe.codes.layer) > 2
     monkeypatch.setattr("tlscale.commands.new_recipe.FEW_IMAGES", 5)
+    monkeypatch.setattr("tlscale.commands.new_recipe.MOST_PROBED", {"bundled": 500, "other": 5})
     recipe = new(photos, backbone=backbone, out="tuned.yaml")
     small = {"backbone.weights": "none", "duration": "1 steps", "data.image_size": 224 if "vit" in backbone else 32}
     tuned = tlscale.load_recipe("tuned.yaml", [f"{key}={value}" for key, value in small.items()])

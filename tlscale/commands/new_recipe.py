@@ -20,10 +20,16 @@ from tlscale.recipe.yaml_text import write_yaml
 
 BUNDLED = "resnet10t"
 FEW_IMAGES = 500
-"""Up to so many training images a probe was best, from 1,000 on fine-tuning; between the two nothing was measured."""
+"""Up to so many training images a fifth is held out to choose by, and without a test split all are scored by folds: of
+500 a held-out fifth gives an interval of 16 points at an accuracy of 0.8, and all of them one of 7."""
 NUM_FOLDS = 5
-"""Of up to `FEW_IMAGES` images without a test split. Of 500 a held-out fifth gives an interval of 16 points at an
-accuracy of 0.8, and all of them by folds one of 7; for that a probe takes a second a fold, and fine-tuning six runs."""
+MOST_PROBED = {"bundled": 200, "other": 500}
+"""Up to so many training images a probe is written, and above them fine-tuning. For the bundled network the two were
+compared at 60 to 1,000 images (benchmarks/new_threshold.py), for another one at 100 and 1,000 (docs/strategies.md)."""
+_MEASURED = {
+    "bundled": "With this network each of probe and fine-tuning was better on one data set at 125 images, and fine-tuning from 250 on",
+    "other": "Where it was measured, a probe was best at 100 images, and fine-tuning at 1,000",
+}
 _MOST_CLASSES = 8  # in a line
 _MOST_REASONS = 8
 _WIDTH = 110
@@ -32,6 +38,12 @@ _MOST_LONG, _SHORTEST_PX = 6, 32
 _LEAST_PX, _MOST_PX = 48, 96  # of the bundled network, which was pretrained at 48
 _PROBED = {"layer": ["layer2", "layer3", "layer4"], "pool": ["avg", "max"]}
 _EARLY = r"(conv1|bn1|layer[12])\..*"
+
+
+def keys_by_number(num_train: int) -> dict[str, Any]:
+    """Return keys whose value follows from the number of training images: the share held out, and the batch size."""
+    few = num_train <= FEW_IMAGES
+    return {"data.validation_fraction": 0.2 if few else 0.1, "batch_size": 32 if num_train < 5000 else 128}
 
 
 def recipe_name(place: str) -> str:
@@ -54,14 +66,15 @@ def recipe_text(
         command: that was typed.
     """
     num_train = survey.num_images["train"]
-    is_probe = num_train <= FEW_IMAGES
+    network_kind = "bundled" if backbone == BUNDLED else "other"
+    is_probe, is_few = num_train <= MOST_PROBED[network_kind], num_train <= FEW_IMAGES
     # Each fold has images of each class.
-    has_folds = is_probe and set(survey.counts) == {"train"} and min(survey.counts["train"].values()) >= NUM_FOLDS
+    has_folds = is_few and set(survey.counts) == {"train"} and min(survey.counts["train"].values()) >= NUM_FOLDS
     data, comment = _data_keys(survey, backbone, num_train, has_folds=has_folds)
     network = {"name": backbone, **({"weights": "bundled"} if backbone == BUNDLED else {})}
     strategy, words = _probe(backbone, layers[0]) if is_probe else _fine_tuning(backbone, layers[1], num_train)
     parts = [
-        _comment([f"Written by `{command}`.", "", *describe(survey), "", *_why(is_probe, num_train, survey)]),
+        _comment([f"Written by `{command}`.", "", *describe(survey), "", *_why(is_probe, network_kind, survey)]),
         write_yaml({"name": name}),
         _comment(comment),
         write_yaml({"data": data}),
@@ -162,7 +175,7 @@ def _data_keys(survey: Survey, backbone: str, num_train: int, *, has_folds: bool
         shown = f"crop_mode: the usual centre crop would show {share:.0%} of a typical image, squash shows all"
         comment += [f"{shown}; border does without changing its proportions."]
     if "validation" not in survey.counts:
-        keys["validation_fraction"] = 0.2 if num_train <= FEW_IMAGES else 0.1
+        keys["validation_fraction"] = keys_by_number(num_train)["data.validation_fraction"]
         of = "what a fold is trained on" if has_folds else "the training images"
         held = f"validation_fraction: this share of {of} is held out to choose by"
         is_scored = "test" not in survey.counts and not has_folds
@@ -194,10 +207,10 @@ def _groups_to_uncomment(survey: Survey) -> str:
     return f"  # {line.strip()}\n"
 
 
-def _why(is_probe: bool, num_train: int, survey: Survey) -> list[str]:
-    best = f"a probe was best with few images (up to {FEW_IMAGES:,}), fine-tuning with 1,000 and more"
+def _why(is_probe: bool, network_kind: str, survey: Survey) -> list[str]:
     chosen = "a probe" if is_probe else "fine-tuning"
-    why = [f"Strategy: {chosen}, for {num_train:,} images. Where it was measured, {best} (docs/strategies.md)."]
+    for_images = f"for {survey.num_images['train']:,} images"
+    why = [f"Strategy: {chosen}, {for_images}. {_MEASURED[network_kind]} (docs/strategies.md)."]
     of_one = ["It was measured with one label an image."] if survey.keys.get("task") == "multi_label" else []
     return [*why, *of_one, "`tlscale compare` on this recipe shows which is best here."]
 
@@ -227,7 +240,7 @@ def _fine_tuning(backbone: str, rule: str | None, num_train: int) -> tuple[str, 
     text = _comment(["freeze: a regular expression on whole parameter names; what it matches is computed once."])
     text += write_yaml(frozen) if frozen else ""
     text += write_yaml({"head": [{"linear": 256}, "relu", {"dropout": 0.2}, "linear"]})
-    text += write_yaml({"duration": "10 epochs", "batch_size": 32 if num_train < 5000 else 128})
+    text += write_yaml({"duration": "10 epochs", "batch_size": keys_by_number(num_train)["batch_size"]})
     text += write_yaml({"optim": {"name": "adamw", "lr": 1e-3, "weight_decay": 0.05}})
     text += write_yaml({"schedule": {"warmup": "10%", "decay": "cosine"}})
     return text, f"the upper layers of {backbone} are fine-tuned"
