@@ -26,8 +26,8 @@ from tlscale.commands import new_recipe
 from tlscale.recipe.schema import Recipe
 
 SIZES = {
-    "fashion_mnist": (125, 250, 350, 500, 1000, 2000, 5000),
-    "digits": (125, 250, 350, 500, 850),
+    "fashion_mnist": (60, 125, 250, 350, 500, 1000),
+    "digits": (60, 125, 250, 350, 500, 850),
     "icons": (125, 250),
 }
 
