@@ -76,7 +76,10 @@ NOT_HERE = {
     ("docs/serve.md", "tlscale export"): OF_TEST_EXPORT,
     ("docs/serve.md", "python classify.py"): OF_TEST_EXPORT,
     ("docs/serve.md", "import json, sys"): OF_TEST_EXPORT,
-    ("docs/serve.md", "from fastapi import"): "tests/jobs/test_serve.py::test_the_server_of_the_page_answers_as_predict_does",
+    (
+        "docs/serve.md",
+        "from fastapi import",
+    ): "tests/jobs/test_serve.py::test_the_server_of_the_page_answers_as_predict_does",
     ("docs/strategies.md", "tlscale compare photos.yaml --sizes"): SIX_STRATEGIES,
     (
         "docs/strategies.md",

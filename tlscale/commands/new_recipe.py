@@ -27,7 +27,7 @@ MOST_PROBED = {"bundled": 200, "other": 500}
 """Up to so many training images a probe is written, and above them fine-tuning. For the bundled network the two were
 compared at 60 to 1,000 images (benchmarks/new_threshold.py), for another one at 100 and 1,000 (docs/strategies.md)."""
 _MEASURED = {
-    "bundled": "With this network each of probe and fine-tuning was better on one data set at 125 images, and fine-tuning from 250 on",
+    "bundled": "With this network each was better once at 125 images, and fine-tuning from 250 on",
     "other": "Where it was measured, a probe was best at 100 images, and fine-tuning at 1,000",
 }
 _MOST_CLASSES = 8  # in a line
