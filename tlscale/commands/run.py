@@ -178,8 +178,9 @@ class _Start:
             console.say(warning, style="bold red")
         if mode == "overwrite" and is_alone:
             processes.run_on_main(refuse_replacing_start, recipe, folder)
+        opened = partial(set_up, recipe, world_size=processes.world_size, part=part, bad_images=bad_images)
         with processes.main_first():  # what a hub has to give is fetched once
-            setup = set_up(recipe, world_size=processes.world_size, part=part, bad_images=bad_images, watch=watch)
+            setup = opened(watch=watch, began=None if run_info is None else run_info.get("input"))
             compare_with_earlier(setup, is_new=run_info is None, is_whole=part is None)
             if whole is not None:
                 refuse_other_part(whole, setup.data, folder)

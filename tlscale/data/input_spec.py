@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -182,9 +182,9 @@ def _per_channel(values: list[float] | tuple[float, ...], in_chans: int) -> tupl
     return (sum(values) / len(values),) * in_chans
 
 
-def sampled_rows(table: LabelledTable) -> list[int]:
-    """Return at most `MOST_HEADERS` rows, evenly spaced over the table."""
-    rows = np.linspace(0, len(table) - 1, min(MOST_HEADERS, len(table))).round().astype(np.int64)
+def sampled_rows(images: Sized) -> list[int]:
+    """Return at most `MOST_HEADERS` rows of a table, or positions in a split, evenly spaced over it."""
+    rows = np.linspace(0, len(images) - 1, min(MOST_HEADERS, len(images))).round().astype(np.int64)
     return [int(row) for row in np.unique(rows)]
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from tlscale.data.channel_stats import channel_stats
+from tlscale.data.channel_stats import Began, channels_of
 from tlscale.data.decode import Reading
 from tlscale.data.input_spec import InputSpec, resolve_input, sampled_sizes
 from tlscale.data.resize import seen_share
@@ -179,6 +179,7 @@ def set_up(
     is_new: bool | None = None,
     tries_images: bool = True,
     watch: Stopwatch | None = None,
+    began: Began = None,
 ) -> RunSetup:
     """Open the data, build the model, match the rules, do the arithmetic.
 
@@ -187,6 +188,7 @@ def set_up(
         bad_images: those that an earlier start of this run found; None: find them, where the recipe says to skip them.
         is_new: the run begins now; None: where the bad images are not known.
         tries_images: decode images to find those; else all are taken as sound.
+        began: `input` of `run.json`, by which an earlier start keeps the mean of channels that it measured.
 
     Raises:
         TlscaleError: whatever is wrong, of the kind that says where.
@@ -202,11 +204,10 @@ def set_up(
         data = opened(recipe.data, recipe.seed, fold=fold, bad_images=bad_images)
     _refuse_no_images(data, fold)
     data = with_note_on_select(recipe, data)
-    check_stop("setting up")
     backbone, weights, earlier = _backbone(recipe)
     check_stop("setting up")
     sizes = sampled_sizes(data.train.table, Reading.of(recipe.data))
-    spec = _input_spec(recipe, data.train, sizes, backbone)
+    spec = _input_spec(recipe, data.train, sizes, backbone, began)
     teacher = _teacher(recipe, data, spec)
     if recipe.adapters is not None:
         add_adapters(backbone, recipe.adapters.lora, recipe.freezing, seed=recipe.seed)
@@ -218,8 +219,7 @@ def set_up(
     # A probe takes no steps: its batches are of its own making.
     batch_size = recipe.batch_size if recipe.probe is None else world_size
     split = split_batch_size(batch_size, world_size, recipe.compute.micro_batch_size)
-    stages = _plan_stages(recipe, classifier, order, spec) if recipe.probe is None else []
-    stages = first_stages(stages, part.share) if stages and part is not None else stages
+    stages = _plan_stages(recipe, classifier, order, spec, part) if recipe.probe is None else []
     setup = RunSetup(recipe, data, spec, classifier, weights, code_width, order, split, stages, teacher, watch)
     setup.part, setup.seen_share = part, statistics.median(seen_share(*size, spec) for size in sizes)
     refuse_senseless_views(recipe.evaluate.views, data.classes, setup.seen_share)
@@ -240,6 +240,7 @@ def _class_draw(section: DataSection, labels_N: Ints, seed: int) -> ClassDraw | 
 
 def _backbone(recipe: Recipe) -> tuple[torch.nn.Module, WeightsReport, TrainedModel | None]:
     """Build the backbone; where its weights are those of a finished run, return that run's model as well."""
+    check_stop("setting up")
     build = start_from_run if recipe.backbone.from_run else build_backbone
     backbone, weights, *earlier = build(recipe.backbone, image_size=recipe.data.image_size, seed=recipe.seed)
     return backbone, weights, earlier[0] if earlier else None
@@ -271,7 +272,9 @@ def _refuse_no_images(data: ImageData, fold: Fold | None) -> None:
         raise DataError("there is nothing to evaluate on: no test split, and data.validation_fraction is 0")
 
 
-def _plan_stages(recipe: Recipe, classifier: Classifier, order: DataOrder, spec: InputSpec) -> list[Stage]:
+def _plan_stages(
+    recipe: Recipe, classifier: Classifier, order: DataOrder, spec: InputSpec, part: Part | None
+) -> list[Stage]:
     whole_run = StageSection(freeze=recipe.freeze, duration=recipe.duration)
     stages = plan_stages(recipe.stages, whole_run, recipe.optim, recipe.schedule, classifier, order)
     _refuse_idle_rates(recipe.backbone, stages)
@@ -280,7 +283,7 @@ def _plan_stages(recipe: Recipe, classifier: Classifier, order: DataOrder, spec:
         apply_freezing(classifier, max(stages, key=lambda stage: len(stage.trained)))
         enable_gradient_checkpointing(classifier, in_chans=spec.in_chans, image_size=spec.image_size)
         apply_freezing(classifier, stages[0])
-    return stages
+    return stages if part is None else first_stages(stages, part.share)
 
 
 def _refuse_idle_rates(backbone: BackboneSection, stages: list[Stage]) -> None:
@@ -292,11 +295,11 @@ def _refuse_idle_rates(backbone: BackboneSection, stages: list[Stage]) -> None:
 
 
 def _input_spec(
-    recipe: Recipe, train: ImageSplit, sizes: list[tuple[int, int]], backbone: torch.nn.Module
+    recipe: Recipe, train: ImageSplit, sizes: list[tuple[int, int]], backbone: torch.nn.Module, began: Began
 ) -> InputSpec:
     cfg: dict[str, Any] = backbone.pretrained_cfg  # type: ignore[assignment]
     in_chans = recipe.backbone.in_chans
-    measure = partial(channel_stats, train.table, recipe.data, in_chans)
+    measure = channels_of(train, recipe.data, in_chans, began)
     return resolve_input(recipe.data, in_chans=in_chans, pretrained_cfg=cfg, sizes=sizes, measure=measure)
 
 
