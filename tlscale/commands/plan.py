@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -22,7 +23,8 @@ from tlscale.codes.store import CodesStore
 from tlscale.commands.plan_data import fold_rows, plan_of
 from tlscale.commands.tables import show_plan
 from tlscale.data.sources.bad_images import find_bad
-from tlscale.data.sources.open import read_source
+from tlscale.data.sources.folds import Fold
+from tlscale.data.sources.open import ImageData, open_data, read_source
 from tlscale.distributed.fsdp import trained_bytes, unsharded_bytes
 from tlscale.distributed.signals import check_stop
 from tlscale.errors import DataError
@@ -34,8 +36,9 @@ from tlscale.tracking.progress import Pace
 from tlscale.tracking.stopwatch import format_duration
 from tlscale.training.cache_decision import choose_partition, refuse_codes_of_a_probe, row_bytes, sample_images
 from tlscale.training.compiler import check_compiler
-from tlscale.training.duplicates import clashing_labels, shared_images
+from tlscale.training.duplicates import clashing_labels, count_copies_in_folds, note_on_folds, shared_images
 from tlscale.training.earlier_images import compare_with_earlier
+from tlscale.training.fold_checks import open_folds
 from tlscale.training.fold_parts import Part, all_images
 from tlscale.training.setup import RunSetup, set_up
 from tlscale.training.specs import cache_spec, input_path
@@ -66,20 +69,18 @@ def plan(recipe: Recipe, *, world_size: int, checks_images: bool = False, as_jso
             _check_images(recipe.data, recipe.backbone.in_chans, console)
         if recipe.probe is None:
             refuse_codes_of_a_probe(recipe.codes)
-        whole = all_images(recipe.evaluate)
-        first = None if whole is None else Part(whole.folds[0])  # of equal ones
-        setup = set_up(recipe, world_size=world_size, part=first, tries_images=False)
-        compare_with_earlier(setup, reads_images=checks_images)
-        if checks_images:
-            for split in setup.data.splits.values():
-                split.digests()  # known by now, but of files that were written just before
-            warns = recipe.data.duplicates == "warn"
-            for note in (*shared_images(setup.data)[1], *(clashing_labels(setup.data) if warns else ())):
-                console.say(note, style="bold red")
+        folds = all_images(recipe.evaluate)
+        first = None if folds is None else Part(folds.folds[0])  # of equal ones
+        # What a run compares and leaves out is so here as well, where all images are read.
+        setup = set_up(recipe, world_size=world_size, part=first, tries_images=checks_images)
+        whole = None if folds is None else _all_of_folds(setup, folds, tries_images=checks_images)
+        _compare_with_earlier(setup, whole, reads_images=checks_images)
+        for note in _notes_on_copies(setup, whole) if checks_images else ():
+            console.say(note, style="bold red")
     tables = Console(enabled=not as_json)
     show_plan(setup, tables, device=f"planned for {world_size} process{'es' if world_size > 1 else ''}")
     if setup.part is not None:
-        tables.table("Cross-validation", ("what", "how"), fold_rows(setup, setup.part.fold))
+        tables.table("Cross-validation", ("what", "how"), fold_rows(setup, setup.part.fold, whole))
     plain = plan_of(setup)
     if recipe.probe is not None:
         plain["probe"] = _plan_probe(recipe.probe, recipe.codes, setup, tables)
@@ -116,6 +117,39 @@ def _check_images(section: DataSection, in_chans: int, console: Console) -> None
         return
     remedy = "Repair them or take them out; with skip a run leaves them out of every split, and counts them."
     raise DataError(problem, key="data.on_bad_image", remedy=remedy)
+
+
+def _all_of_folds(setup: RunSetup, folds: Fold, *, tries_images: bool) -> ImageData:
+    """Open all images of a cross-validation, whose first fold the setup is of."""
+    recipe, known = setup.recipe, setup.bad_images if tries_images else None
+    return open_data(recipe.data, recipe.seed, fold=folds, bad_images=known, tries_images=tries_images)
+
+
+def _compare_with_earlier(setup: RunSetup, whole: ImageData | None, *, reads_images: bool) -> None:
+    """Compare what the run will score; of a cross-validation `whole`, all its images."""
+    scored = setup if whole is None else replace(setup, data=whole, part=None)
+    first = len(scored.data.notes)
+    compare_with_earlier(scored, reads_images=reads_images)
+    if whole is not None:
+        setup.data = replace(setup.data, notes=(*setup.data.notes, *scored.data.notes[first:]))
+
+
+def _notes_on_copies(setup: RunSetup, whole: ImageData | None) -> Iterator[str]:
+    """Give the notes of the run on equal images, all of which are read.
+
+    Args:
+        whole: of a cross-validation all images.
+    """
+    recipe, data = setup.recipe, whole or setup.data
+    for split in data.splits.values():
+        split.digests()  # known by now, but of files that were written just before
+    if whole is not None:
+        refits = recipe.probe is not None and recipe.probe.refit
+        parts = (part for _, part in open_folds(recipe, whole))
+        yield from note_on_folds(count_copies_in_folds(whole, parts, refits=refits))
+    yield from shared_images(data)[1]
+    if recipe.data.duplicates == "warn":
+        yield from clashing_labels(data)
 
 
 def _plan_probe(probe: ProbeSection, section: CodesSection, setup: RunSetup, console: Console) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from tlscale import __version__
 from tlscale.data.sources.folds import Fold
+from tlscale.data.sources.open import ImageData
 from tlscale.training.setup import RunSetup, strategy_of
 from tlscale.training.stages import Stage, to_steps
 
@@ -59,8 +60,9 @@ def _folds(setup: RunSetup, fold: Fold) -> dict[str, Any]:
     }
 
 
-def fold_rows(setup: RunSetup, fold: Fold) -> list[tuple[str, str]]:
+def fold_rows(setup: RunSetup, fold: Fold, whole: ImageData | None) -> list[tuple[str, str]]:
     """Return rows for people on a cross-validation, whose first fold the rest of the plan is of."""
+    given = None if whole is None else whole.test
     folds, data = _folds(setup, fold), setup.data
     assert data.test is not None, "a fold is held out"
     times = "" if fold.num_repeats == 1 else f", {fold.num_repeats} times"
@@ -71,6 +73,7 @@ def fold_rows(setup: RunSetup, fold: Fold) -> list[tuple[str, str]]:
         ("folds", f"{fold.num_folds} of {folds['images']:,} images{times}"),
         ("each", f"{len(data.train):,} to train on{chosen}, {len(data.test):,} held out to be scored"),
         ("model", f"on all {folds['images']:,}, with what most folds chose, or the median of their lengths"),
+        *([] if given is None else [("test", f"the given split of {len(given):,}, scored once by this model")]),
         ("cost", cost + steps),
     ]
 

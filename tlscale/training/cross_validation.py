@@ -32,6 +32,7 @@ from tlscale.storage.files import naming_disk_errors
 from tlscale.storage.run_folder import RunFolder
 from tlscale.tracking.console import Console, number
 from tlscale.tracking.trackers import check_installed
+from tlscale.training.duplicates import note_on_folds
 from tlscale.training.evaluate import scalars
 from tlscale.training.fold_calibration import FITTED_TO_ALL, about_fold_calibration, choose_by_folds
 from tlscale.training.fold_checks import check_folds, refuse_other_images
@@ -219,7 +220,9 @@ def _conclude(
         count = count_copies_outside(table, data.train.digests(), folds[0].num_repeats)
     else:
         count = _in_train(results)
-    result["notes"] += _leak(count)
+    result["notes"] += note_on_folds(count)
+    if data.test is not None:
+        data.test.digests()  # the model on all images was scored on them: copies in train are noted below
     return write_result(result, folder, setup, [*results, last])
 
 
@@ -282,13 +285,3 @@ def _in_train(results: Sequence[Result]) -> int:
     """Count images that are, byte for byte, among the training images of their fold."""
     shared = [one for result in results for one in result.get("duplicates", {}).get("in_two_splits", ())]
     return sum(one["num_images"] for one in shared if one["splits"] == ["test", "train"])
-
-
-def _leak(count: int) -> list[str]:
-    """Say how many answers are on images that are, byte for byte, in what their fold's model was fitted to."""
-    if not count:
-        return []
-    return [
-        f"LEAK: {count:,} answers are on images that are, byte for byte, among those that their fold's model was "
-        "fitted to: figures are too good (data.duplicates: drop keeps equal images in one fold)"
-    ]

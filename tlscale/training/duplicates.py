@@ -1,12 +1,17 @@
-"""Tell of images that are in two splits, or under two labels, byte for byte, whatever their names are."""
+"""Tell of images that are in two splits, or under two labels, byte for byte, whatever their names are.
+
+Shape letters: N rows of pooled images.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
 from tlscale.data.sources.duplicates import Shared, find_shared
+from tlscale.data.sources.labelled import own_images
 from tlscale.data.sources.open import ImageData
 from tlscale.data.sources.tables import label_numbers, label_text
 from tlscale.training.predictions import image_names
@@ -32,6 +37,33 @@ def shared_images(data: ImageData) -> tuple[list[dict[str, Any]], list[str]]:
             f"{shared.other.name} too: {effect} (such as {' = '.join(examples[0])})"
         )
     return plain, notes
+
+
+def count_copies_in_folds(whole: ImageData, parts: Iterable[ImageData], *, refits: bool) -> int:
+    """Count the answers that a cross-validation will give on images that their fold's model is fitted to, too.
+
+    Args:
+        whole: all its images, whose contents are known.
+        parts: the images of each fold, with those that it holds as test.
+        refits: the model is fitted to validation images as well.
+    """
+    digests_N = whole.train.table.noted_digests(np.arange(len(whole.train.table)))[0]
+    count = 0
+    for part in parts:
+        assert part.test is not None, "a fold is held out"
+        fitted = np.concatenate([split.rows_N for split in own_images(part, refitted=refits)])
+        count += int(np.isin(digests_N[part.test.rows_N], digests_N[fitted]).sum())
+    return count
+
+
+def note_on_folds(count: int) -> list[str]:
+    """Say how many answers are on images that are, byte for byte, in what their fold's model is fitted to."""
+    if not count:
+        return []
+    return [
+        f"LEAK: {count:,} answers are on images that are, byte for byte, among those that their fold's model was "
+        "fitted to: figures are too good (data.duplicates: drop keeps equal images in one fold)"
+    ]
 
 
 def clashing_labels(data: ImageData) -> list[str]:

@@ -6,7 +6,7 @@ same images under the same labels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 from tlscale.codes.probes.select import refuse_wrong_probe
 from tlscale.data.identity import scored_identity, used_identity
 from tlscale.data.sampler import least_in_a_pass
+from tlscale.data.sources.folds import Fold
 from tlscale.data.sources.open import BadImages, ImageData, open_data
 from tlscale.data.sources.tables import class_counts
 from tlscale.distributed.signals import check_stop
@@ -29,18 +30,28 @@ from tlscale.training.setup import RunSetup, set_up
 _REMOVE = "Remove it, and resume the whole with " + flag("resume") + "; or run all anew with " + flag("overwrite")
 
 
+def open_folds(recipe: Recipe, whole: ImageData) -> Iterator[tuple[Fold, ImageData]]:
+    """Open the images of each fold, without those that the whole skips.
+
+    Raises:
+        DataError: a fold cannot be drawn.
+    """
+    every = all_images(recipe.evaluate)
+    assert every is not None, "the recipe has folds"
+    for fold in every.folds:
+        check_stop("drawing folds")
+        yield fold, open_data(recipe.data, recipe.seed, fold=fold, bad_images=whole.bad_images)
+
+
 def check_folds(whole: RunSetup, world_size: int) -> None:
     """Draw all folds, and set up those in which something else may go wrong than in the others.
 
     Raises:
         TlscaleError: a fold cannot be drawn, trained or chosen by.
     """
-    recipe, every = whole.recipe, all_images(whole.recipe.evaluate)
-    assert every is not None, "the recipe has folds"
+    recipe = whole.recipe
     _refuse_limit(whole)
-    for fold in every.folds:
-        check_stop("drawing folds")
-        data = open_data(recipe.data, recipe.seed, fold=fold, bad_images=whole.bad_images)
+    for fold, data in open_folds(recipe, whole.data):
         _refuse_absent(whole.data, data)
         with_note_on_select(recipe, data)  # the note is of the fold's own run
         if recipe.probe is not None:
