@@ -385,6 +385,16 @@ def test_make_test_floors_installs_each_floor():
     assert pinned["pytest"] == constraints()["pytest"]
 
 
+NOT_INSTALLED = {"peft": "brings all of transformers along", "torch_xla": "that of `make test-xla`"}
+
+
+def test_what_tests_would_be_skipped_without_is_in_an_extra():
+    text = "".join(path.read_text() for path in (REPO / "tests").rglob("*.py"))
+    names = set(re.findall(r'importorskip\("([a-z0-9_]+)', text))
+    assert names > {"torchmetrics", "mapie", *NOT_INSTALLED}
+    assert {normal({"sklearn": "scikit-learn"}.get(name, name)) for name in names - set(NOT_INSTALLED)} <= set(wanted())
+
+
 def test_torch_and_torchvision_are_a_registry_pair():
     # A local version (`+cpu`) exists in one index only, and cannot be had from the registry.
     assert "+" not in constraints()["torch"] + constraints()["torchvision"]

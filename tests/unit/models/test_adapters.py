@@ -139,7 +139,7 @@ def test_a_depthwise_convolution_is_left_alone():
 
 @pytest.mark.parametrize("kind", [nn.Linear(6, 5), nn.Conv2d(4, 6, 3, stride=2, padding=1)])
 def test_the_numbers_are_pefts(kind):
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft")  # in no extra: it brings all of transformers along
     torch.manual_seed(0)
     mine = nn.Sequential(copy.deepcopy(kind))
     add_adapters(mine, LoraSection(layers="0", rank=3, alpha=6.0), [()], seed=0)

@@ -164,7 +164,6 @@ def test_the_label_is_in_each_set_and_no_answer_has_none():
 
 
 def test_mapie_chooses_the_same_threshold_and_sets():
-    """Run it with MAPIE on the path: `pip install --no-deps --target DIR mapie`."""
     classification = pytest.importorskip("mapie.classification")
     from sklearn.base import BaseEstimator, ClassifierMixin
 

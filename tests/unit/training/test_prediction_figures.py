@@ -72,7 +72,6 @@ def test_all_figures_are_those_of_scikit_learn_on_the_saved_logits(num_classes, 
 
 
 def test_torchmetrics_has_the_same_figures(tmp_path):
-    """Run it with torchmetrics on the path: `pip install --no-deps --target DIR torchmetrics lightning-utilities`."""
     theirs = pytest.importorskip("torchmetrics.functional.classification")
     figures, path = written(tmp_path, 200, 4)
     found, images = add_prediction_figures(figures, path), ScoredImages.read(path)
