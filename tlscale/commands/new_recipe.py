@@ -71,7 +71,8 @@ def recipe_text(
     # Each fold has images of each class.
     has_folds = is_few and set(survey.counts) == {"train"} and min(survey.counts["train"].values()) >= NUM_FOLDS
     data, comment = _data_keys(survey, backbone, num_train, has_folds=has_folds)
-    network = {"name": backbone, **({"weights": "bundled"} if backbone == BUNDLED else {})}
+    network: dict[str, Any] = {"name": backbone, **({"weights": "bundled"} if backbone == BUNDLED else {})}
+    network |= {} if survey.in_chans is None else {"in_chans": survey.in_chans}
     strategy, words = _probe(backbone, layers[0]) if is_probe else _fine_tuning(backbone, layers[1], num_train)
     parts = [
         _comment([f"Written by `{command}`.", "", *describe(survey), "", *_why(is_probe, network_kind, survey)]),

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from tlscale.codes.parts import layer_name
 from tlscale.data.input_spec import SMALL_SHARE, InputSpec
 from tlscale.data.sampler import DataOrder
 from tlscale.data.sources.folds import ABOUT_FOLDS
 from tlscale.data.sources.tables import Labels
-from tlscale.errors import flag
+from tlscale.data.stored_numbers import bits_of
+from tlscale.errors import DataError, flag
 from tlscale.models.features import PENULTIMATE
 from tlscale.recipe.image_size import size_in_words
 from tlscale.recipe.schema import Recipe
@@ -25,6 +29,7 @@ from tlscale.training.setup import RunSetup, strategy_of
 from tlscale.training.stages import Stage, to_steps
 
 _WORST_SHOWN = 5
+_FILES_OF_BITS = 8
 _IN_SHORT = ("strategy", "data", "backbone", "weights", "teacher", "trainable", "batch", "steps", "probe", "device")
 _FIGURES = {"top1": ("accuracy", "accuracy"), "mean_average_precision": ("average_precision", "AP")}
 """The figure that stands for all, to that of a class, and its title."""
@@ -80,6 +85,7 @@ def _plan_rows(setup: RunSetup, device: str) -> list[tuple[str, str]]:
         ("classes", f"{len(data.classes)}: {', '.join(data.classes[:10])}{' ...' if len(data.classes) > 10 else ''}"),
         *([("labels", _describe_label_sets(data.train.labels_N))] if data.has_several_labels else []),
         ("input", _describe_input(spec, setup.seen_share)),
+        ("numbers", _describe_numbers(setup)),
         *([("views", describe_views(setup))] if len(setup.views) > 1 else []),
         ("augment", ", ".join(_augmentation(*item) for item in setup.augment.items()) or "none"),
         ("backbone", f"{recipe.backbone.name}, {setup.code_width} features"),
@@ -111,6 +117,22 @@ def _describe_input(spec: InputSpec, seen_share: float) -> str:
         f"{spec.crop_mode} (shows {seen_share:.0%} of a typical image), mean {_numbers(spec.mean)}, "
         f"std {_numbers(spec.std)}"
     )
+
+
+def _describe_numbers(setup: RunSetup) -> str:
+    """Return in how many bits some of the training images are stored, and what becomes of their numbers."""
+    table, value_range = setup.data.train.table, setup.spec.range
+    rows = np.unique(np.linspace(0, len(table) - 1, _FILES_OF_BITS).astype(int)).tolist()
+    bits = dict.fromkeys(["not known"])
+    with suppress(DataError):  # a file that is gone is told by who reads it
+        bits = dict.fromkeys(bits_of(table.read(row)) for row in rows)
+    stored = " and ".join(bits) + (f" (by {len(rows)} training images)" if len(table) > len(rows) else "")
+    if value_range is not None:
+        low, high = value_range
+        return f"{stored}; data.range: {low:g} is black and {high:g} is white"
+    wide = any(name.startswith("16") for name in bits)
+    scaled = "; 16 bits are scaled to 8, by which 65,535 is white: data.range sets another white" if wide else ""
+    return f"{stored}{scaled}"
 
 
 def _training_rows(setup: RunSetup, order: DataOrder, trained: int, total: int) -> list[tuple[str, str]]:

@@ -168,7 +168,7 @@ def decode_image(raw: Raw, *, in_chans: int | None, max_pixels: int, where: str,
             return grey_or_rgb(_opened(raw, max_pixels, reading), in_chans)
         if reading.value_range is None and in_chans is None:
             return _with_any_channels(raw, max_pixels, reading)
-        return _pixels(_numbers(raw, in_chans, max_pixels, reading), in_chans, reading)
+        return _pixels(numbers_of(raw, in_chans, max_pixels, reading), in_chans, reading)
     except OtherChannelsError as error:
         raise BadImageError.at(where, error.reason, None) from None
     except UnreadError as error:
@@ -322,10 +322,10 @@ def _with_any_channels(raw: Raw, max_pixels: int, reading: Reading) -> Pixels:
     except UnreadError:
         if isinstance(raw, bytes) and not (is_tiff(raw) or raw.startswith(NPY_START)):
             raise
-    return _pixels(_numbers(raw, None, max_pixels, reading), None, reading)
+    return _pixels(numbers_of(raw, None, max_pixels, reading), None, reading)
 
 
-def _numbers(raw: Raw, in_chans: int | None, max_pixels: int, reading: Reading) -> Array:
+def numbers_of(raw: Raw, in_chans: int | None, max_pixels: int, reading: Reading) -> Array:
     """Return the numbers of an image, H x W x C, in the type that they are stored in."""
     check_size = partial(_check_size, max_pixels=max_pixels)
     if isinstance(raw, bytes):

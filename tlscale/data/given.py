@@ -143,7 +143,7 @@ def read_given(
             )
             return eval_transform(pixels, spec, places)
         except BadImageError as error:
-            return error.why
+            return getattr(error.why, "of_model", error.why)
 
     read_B = list(map_in_threads(read, images))
     pixels_B = [pixels for pixels in read_B if not isinstance(pixels, str)]

@@ -11,20 +11,21 @@ from __future__ import annotations
 import io
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from tlscale.data.content import content_digest
 from tlscale.data.decode import FORMATS, BadImageError, decode_image
 from tlscale.data.folder_layout import lay_out, tables_in
 from tlscale.data.formats.arrays import NPY_START
 from tlscale.data.formats.dicom import is_dicom
+from tlscale.data.formats.tiff import is_tiff
 from tlscale.data.formats.unread import Reason
 from tlscale.data.group_hint import GroupHint, hint_by_column, hint_by_path
 from tlscale.data.sources.excluded import path_below, write_excluded
@@ -33,6 +34,7 @@ from tlscale.data.sources.paths import local_path
 from tlscale.data.sources.split_names import WHOLE, split_keys
 from tlscale.data.sources.stores import FileStore
 from tlscale.data.sources.tables import RawStore, Role, Source, SourceSplit, label_text
+from tlscale.data.stored_numbers import OTHER_NUMBERS, Numbers, Stored, is_wide_grey, numbers_for, stored_numbers
 from tlscale.data.table_layout import column_names, guess_columns, guess_task, name_splits, rows_to_leave_out
 from tlscale.data.workers import map_in_threads
 from tlscale.errors import DataError, one_line, option
@@ -65,6 +67,8 @@ class Survey:
     equal: list[list[Place]]
     """Images with equal content, two or more each, without those of `left_out`."""
     notes: tuple[str, ...]
+    in_chans: int | None = None
+    """Channels, where images are neither grey nor RGB."""
     groups: GroupHint | None = None
     """That images may be in, several of one patient or scene."""
 
@@ -105,6 +109,8 @@ class _Look:
     size: tuple[int, int] = (0, 0)
     is_grey: bool = False
     problem: Reason | None = None
+    stored: Stored | None = None
+    """Its own numbers, where they are not plainly of 8 bits."""
 
 
 @dataclass
@@ -118,9 +124,26 @@ class _Seen:
     bad: dict[str, Reason] = field(default_factory=dict)
     num_bad: int = 0
     has_files: bool = False
+    others: list[tuple[_Look, Place, bool]] = field(default_factory=list)
+    """Images whose numbers are not plainly of 8 bits: how they are read hangs on all of them."""
+
+    def settle(self) -> Numbers | None:
+        """Choose how those others are read, and add them."""
+        stored = [(look.stored, place) for look, place, _ in self.others if look.stored is not None]
+        of_training = [one for one, place in stored if place.role == "train"]
+        numbers = numbers_for([one for one, _ in stored], len(self.sizes), of_training)
+        for look, place, is_file in self.others:
+            assert look.stored is not None
+            if numbers is not None:
+                look = replace(look, size=numbers.hw_of(look.stored), problem=numbers.why_not(look.stored))
+            self.add(replace(look, stored=None), place, is_file=is_file)
+        return numbers
 
     def add(self, look: _Look, place: Place, *, is_file: bool) -> None:
         self.has_files |= is_file
+        if look.stored is not None:
+            self.others.append((look, place, is_file))
+            return
         if look.problem is not None:
             self.num_bad += 1
             if is_file:
@@ -167,6 +190,12 @@ def _survey(keys: dict[str, Any], left_out: dict[str, Reason], notes: tuple[str,
     source = read_source(section)
     notes = (*notes, *source.notes)
     seen = _look_at_all(source, section)
+    num_dark = sum(look.problem is None for look, _, _ in seen.others)
+    numbers = seen.settle()
+    keys |= {} if numbers is None else numbers.keys
+    notes = (*notes, *(() if numbers is None else numbers.about))
+    if numbers is None and 0 < num_dark < len(seen.sizes):
+        notes = (*notes, f"{num_dark:,} images are grey of 16 bits and others of 8: numbers of 16 bits are scaled to 8")
     if not seen.sizes:
         first: tuple[str, str] = next(iter(seen.bad.items()), ("", "no image"))
         raise DataError(f"{source.place}: none of {seen.num_bad:,} images can be read; the first: {': '.join(first)}")
@@ -191,6 +220,7 @@ def _survey(keys: dict[str, Any], left_out: dict[str, Reason], notes: tuple[str,
         num_bad=seen.num_bad,
         equal=equal,
         notes=notes,
+        in_chans=None if numbers is None else numbers.in_chans,
         groups=_group_hint(section, splits.values()),
     )
 
@@ -286,16 +316,27 @@ def _look(store: RawStore, max_pixels: int, row: int) -> _Look:
         raw = store.read(row)
         pixels_HWC = decode_image(raw, in_chans=3, max_pixels=max_pixels, where=where)
     except DataError as error:
-        return _Look(problem=error.why if isinstance(error, BadImageError) else Reason(error.problem))
+        problem = error.why if isinstance(error, BadImageError) else Reason(error.problem)
+        stored = stored_numbers(raw, max_pixels) if problem.kind in OTHER_NUMBERS else None
+        if stored is None:
+            return _Look(problem=problem)
+        return _Look(content_digest(raw), _format(raw), problem=problem, stored=stored)
     height, width = pixels_HWC.shape[:2]
     few_HWC = pixels_HWC[::_GREY_STRIDE, ::_GREY_STRIDE].astype(np.int16)
-    return _Look(content_digest(raw), _format(raw), (height, width), is_grey=bool((np.ptp(few_HWC, axis=2) <= 2).all()))
+    is_grey = bool((np.ptp(few_HWC, axis=2) <= 2).all())
+    stored = stored_numbers(raw, max_pixels, is_grey_16=True) if is_wide_grey(raw) else None
+    return _Look(content_digest(raw), _format(raw), (height, width), is_grey, stored=stored)
 
 
 def _format(raw: Any) -> str:  # noqa: ANN401 (bytes or an array)
     if not isinstance(raw, bytes) or raw.startswith(NPY_START):
         return "array"
-    return "DICOM" if is_dicom(raw) else Image.open(io.BytesIO(raw), formats=FORMATS).format or "?"
+    if is_dicom(raw):
+        return "DICOM"
+    try:
+        return Image.open(io.BytesIO(raw), formats=FORMATS).format or "?"
+    except UnidentifiedImageError:
+        return "TIFF" if is_tiff(raw) else "?"  # of many bands
 
 
 def _copies(equal: list[list[Place]]) -> dict[str, Reason]:

@@ -167,7 +167,7 @@ def test_channels_come_last_unless_it_is_said():
     assert np.array_equal(decoded(npy(np.moveaxis(bands, 2, 0)), 5, first), expected(bands))
     assert "set data.channels_first: true" in wrong(npy(np.moveaxis(bands, 2, 0)), 5)
     said = wrong(npy(bands), 3)
-    assert "it has 5 channels (6 x 7 x 5), and backbone.in_chans is 3" in said
+    assert "it has 5 channels (6 x 7 x 5), and the network takes 3" in said
     assert said.endswith("Set backbone.in_chans: 5, if all images have so many")  # and no word of skipping them
     assert decoded(npy(bands), None).shape == (6, 7, 5)
     assert header_hw(io.BytesIO(npy(bands)), "here") == (6, 7)

@@ -90,7 +90,7 @@ def wrong_channels(shape: Shape, in_chans: int, channels_first: bool) -> OtherCh
     hint = f"Set backbone.in_chans: {count}, if all images have so many"
     if not channels_first and shape[0] == in_chans:
         hint = "If channels come first in arrays, set data.channels_first: true"
-    problem = f"it has {many} ({_words(shape)}), and backbone.in_chans is {in_chans}"
+    problem = f"it has {many} ({_words(shape)}), and the network takes {in_chans}"
     return OtherChannelsError(problem, hint, kind="other channels")
 
 

@@ -36,6 +36,13 @@ def dicom_size(file: BinaryIO) -> tuple[int, int]:
     return int(tags.Rows), int(tags.Columns)
 
 
+def bits_stored(raw: bytes) -> int:
+    """Return in how many bits a pixel is stored."""
+    import pydicom
+
+    return int(pydicom.dcmread(io.BytesIO(raw), stop_before_pixels=True, specific_tags=["BitsStored"]).BitsStored)
+
+
 def read_dicom(
     raw: bytes, check_size: Callable[[int, int], None], value_range: tuple[float, float] | None = None
 ) -> Array:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import re
+
 from tlscale.errors import render
+
+_KEY = re.compile(r"\b(data|backbone)\.[a-z]")
 
 
 class Reason(str):
     """Say in words why an image cannot be used, and of what kind that is: what differs in numbers or names is one."""
 
     kind: str
+    of_model: str
+    """Without a remedy that names a key of a recipe: who gives images to a model has none to change."""
 
-    def __new__(cls, text: str, kind: str = "") -> Reason:
+    def __new__(cls, text: str, kind: str = "", of_model: str | None = None) -> Reason:
         """Take a text; it is its own kind where none is given."""
         reason = super().__new__(cls, text)
-        reason.kind = kind or text
+        reason.kind, reason.of_model = kind or text, of_model or text
         return reason
 
 
@@ -22,7 +28,7 @@ class UnreadError(Exception):
 
     def __init__(self, problem: str, remedy: str | None = None, *, kind: str = "") -> None:
         super().__init__(render(problem, remedy=remedy))
-        self.reason = Reason(str(self), kind)
+        self.reason = Reason(str(self), kind, problem if _KEY.search(remedy or "") else None)
 
 
 class OtherChannelsError(UnreadError):
