@@ -6,6 +6,8 @@ path of the file. The command-line tests use the same table: exit 2, this messag
 
 from __future__ import annotations
 
+from tests.recipes.wrong_values import value_rows
+
 AT = "{AT}"
 NAME, DATA, BACKBONE = "name: a", "data: {source: fashion_mnist}", "backbone: {name: resnet18}"
 SEVERAL = "data: {source: manifest, path: p, task: multi_label}"
@@ -921,3 +923,4 @@ WRONG_RECIPES: list[tuple[str, str, list[str], list[str]]] = [
         ],
     ),
 ]
+WRONG_RECIPES += value_rows()
