@@ -97,7 +97,7 @@ def test_images_that_chose_it_do_not_say_what_it_is_worth(run):
 
 
 @pytest.mark.parametrize(("split", "key"), [("validation", "num_selected_on"), ("train", "num_trained_on")])
-def test_copies_of_images_that_had_a_part_do_not_say_it_either(split, key, run, tmp_path):
+def test_copies_of_images_that_had_a_part_do_not_say_it_either(split, key, run, tmp_path, capsys):
     """Under other names in other folders, among images that are new."""
     out = run("trained")
     data = out.parent / "data"
@@ -112,6 +112,9 @@ def test_copies_of_images_that_had_a_part_do_not_say_it_either(split, key, run, 
     temperature = result(out)["calibration"]["temperature"]
     assert new["calibration"] == {"temperature": temperature, **UNKNOWN_FIGURES}
     assert "too good by those, and none are given with the temperature" in new["notes"][-1]
+    assert "60 images of new (too good: some of them had a part in the model): top1" in " ".join(
+        capsys.readouterr().out.split()
+    )
     for number in range(20):
         next((tmp_path / "new").glob(f"*/{number}.png")).unlink()
     assert tlscale.evaluate(out, data=str(tmp_path / "new"))["calibration"]["loss"] is not None

@@ -61,7 +61,7 @@ def counts(num_trained_on, num_selected_on, key="backbone.weights", scored="test
     return {"key": key, "scored": scored, "num_trained_on": num_trained_on, "num_selected_on": num_selected_on}
 
 
-def test_copies_of_images_that_the_start_was_fitted_to_are_a_leak(earlier, put, tmp_path):
+def test_copies_of_images_that_the_start_was_fitted_to_are_a_leak(earlier, put, tmp_path, capsys):
     run, data, _, fitted = earlier
     figures = tlscale.run(starting(tmp_path, put(fitted[:9]), run), tmp_path / "run")
     assert (figures["earlier_runs"], figures["selected_on"]) == ([counts(9, 0)], None)
@@ -73,6 +73,7 @@ def test_copies_of_images_that_the_start_was_fitted_to_are_a_leak(earlier, put, 
     on_theirs = tlscale.evaluate(tmp_path / "run", data=str(data))
     assert (on_theirs["num_trained_on"], on_theirs["earlier_runs"]) == (0, [counts(48, 12, scored="all")])
     assert "LEAK: 12 of these 60 images chose" in on_theirs["notes"][-1]
+    assert "(too good: some of them had a part in the model)" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("key", ["backbone.weights", "distill.run"])

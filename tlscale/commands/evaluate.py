@@ -228,10 +228,13 @@ def _show(figures: dict[str, Any], notes: Sequence[str], *, as_json: bool) -> No
     show_classes(figures, console)
     console.say(f"seconds: {describe_seconds(figures)}")
     of = f"{figures['split']} images" if figures["split"] != "all" else f"images of {figures['data']['name']}"
-    chose = " (they chose the model)" if figures.get("selected_on") else ""
+    part = " (they chose the model)" if figures.get("selected_on") else ""
+    in_earlier = any(one["num_trained_on"] or one["num_selected_on"] for one in figures.get("earlier_runs", ()))
+    if not part and (had_a_part(figures) or in_earlier):
+        part = " (too good: some of them had a part in the model)"
     others = [("loss", "loss"), ("macro-F1", "macro_f1"), ("balanced accuracy", "balanced_accuracy"), ("ECE", "ece")]
     if score_of(figures) == "mean_average_precision":
         others = [("loss", "loss"), ("macro-F1", "macro_f1"), ("micro-F1", "micro_f1")]
     told = ", ".join(f"{name} {number(figures[key])}{interval_of(figures, key)}" for name, key in others)
     auroc = f", AUROC {number(figures['auroc'])}" if figures.get("auroc") is not None else ""
-    console.say(f"{figures['num_images']:,} {of}{chose}: {score_text(figures)}, {told}{auroc}", style="bold")
+    console.say(f"{figures['num_images']:,} {of}{part}: {score_text(figures)}, {told}{auroc}", style="bold")
