@@ -7,8 +7,10 @@ exporters, and each is wrong or fails for networks that the other exports well: 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import io
 import logging
+import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -28,6 +30,7 @@ OPSET = 18
 """That in which torch's new exporter writes natively; ONNX Runtime reads it from version 1.14 on."""
 _MOST_BYTES = 1_900_000_000  # of one file; the format ends at 2 GiB, and then tensors have a file of their own
 _BIG_FILE = f"{FILE}.data"
+_STDOUT = 1
 Exporter = Callable[[nn.Module, Tensor, Path], None]
 
 
@@ -127,8 +130,34 @@ def quiet() -> Iterator[None]:
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), _no_standard_output():
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.disable(before)
+
+
+@contextlib.contextmanager
+def _no_standard_output() -> Iterator[None]:
+    """Send to nowhere what C++ writes to standard output: where torch fails it shows its whole graph there."""
+    try:
+        kept = os.dup(_STDOUT)
+    except OSError:  # there is none
+        yield
+        return
+    _flush_c()
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, _STDOUT)
+    try:
+        yield
+    finally:
+        _flush_c()
+        os.dup2(kept, _STDOUT)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def _flush_c() -> None:
+    """Write what C holds back of a pipe or a file, which else comes out later."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # a system whose library is not found so
+        ctypes.CDLL(None).fflush(None)
