@@ -64,7 +64,7 @@ def extract_codes(
         Stopped: it was asked to stop; what is computed by then stays.
         TlscaleError: the disk is full, the codes exceed the limit, or a process does not see the store's folder.
     """
-    say, num_computed = _once(console.say), 0
+    say, tell, num_computed = _once(console.say), console.detail, 0
     ids_N, known_N = processes.run_on_main(images.known)
     ids_N = checked_ids(ids_N).copy()
     name = "" if known_N.all() else processes.run_on_main(images.name)
@@ -77,7 +77,7 @@ def extract_codes(
             break
         with processes.watchdog.watching(), _sole_writer(store, keys, request, processes, say):
             work = Extraction(store, keys, images, module, request, ids_N, known_N.copy())
-            num_computed += _compute(work, processes, say, title)
+            num_computed += _compute(work, processes, say, tell, title)
             known_N[:] = True
             codes = _reopened(work, processes, say)
     if codes is None:
@@ -86,7 +86,7 @@ def extract_codes(
     codes.num_computed = num_computed
     if not num_computed:
         size = f"{len(codes):,} images x {codes.row_bytes:,} bytes"
-        say(f"codes of {title}: found in the cache, {size}, in '{codes.path}'")
+        tell(f"codes of {title}: found in the cache, {size}, in '{codes.path}'")
     return codes
 
 
@@ -190,7 +190,9 @@ def _sole_writer(
         store.release(locks)
 
 
-def _compute(work: Extraction, processes: Processes, say: Callable[[str], None], title: str) -> int:
+def _compute(
+    work: Extraction, processes: Processes, say: Callable[[str], None], tell: Callable[[str], None], title: str
+) -> int:
     """Compute what is missing, each process its shards; return the number of images, over all processes."""
     store, known_ids = work.store, work.ids_N[work.known_N]
     work.inventories = processes.run_on_main(
@@ -210,7 +212,7 @@ def _compute(work: Extraction, processes: Processes, say: Callable[[str], None],
             (num_missing if may_be_there else num_wanted) * work.row_bytes, num_missing * work.row_bytes
         )
     )
-    say(f"codes of {title}: {_announced(work, len(todo_P), may_be_there=may_be_there)}")
+    tell(f"codes of {title}: {_announced(work, len(todo_P), may_be_there=may_be_there)}")
     began_s, pace = time.monotonic(), Pace(len(todo_P), f"codes of {title}", every_s=_REPORT_EVERY_S)
 
     def on_block(num_images: int) -> None:
@@ -226,7 +228,7 @@ def _compute(work: Extraction, processes: Processes, say: Callable[[str], None],
     if num_computed := len(work.done):
         took_s = max(time.monotonic() - began_s, 1e-9)
         speed = f"{num_computed / took_s:.0f} images/s"
-        say(f"codes of {title}: {num_computed:,} images computed in {format_duration(took_s)}, {speed}")
+        tell(f"codes of {title}: {num_computed:,} images computed in {format_duration(took_s)}, {speed}")
     return num_computed
 
 

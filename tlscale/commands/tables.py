@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from tlscale.codes.parts import layer_name
 from tlscale.data.input_spec import SMALL_SHARE, InputSpec
 from tlscale.data.sampler import DataOrder
 from tlscale.data.sources.folds import ABOUT_FOLDS
@@ -241,14 +240,9 @@ def _probabilities(result: Mapping[str, Any]) -> str:
 
 
 def _show_folds(result: dict[str, Any], console: Console) -> None:
-    """Show the score of each fold and what was chosen for it, and that of a test split."""
+    """Show the mean over folds, each of which has had its line, and the score of a test split."""
     folds = result["folds"]
     score, name = score_of(result), named(score_of(result))
-    rows = [
-        (one["fold"], f"{one['num_images']:,}", number(one[score]), number(one["loss"]), _chosen(one))
-        for one in folds["scores"]
-    ]
-    console.table("Folds", ("fold", "images", name, "loss", "chosen within it"), rows)
     mean, spread = number(folds[f"{score}_mean"]), number(folds[f"{score}_sd"])
     console.say(f"mean of the folds: {name} {mean}, from fold to fold ± {spread} (standard deviation)")
     if (test := result.get("test")) is not None:
@@ -257,13 +251,6 @@ def _show_folds(result: dict[str, Any], console: Console) -> None:
             "exported model",
             style="bold",
         )
-
-
-def _chosen(score: dict[str, Any]) -> str:
-    chosen = score["chosen"]
-    if "step" in chosen:
-        return f"step {chosen['step']:,} of {chosen['of']:,}"
-    return f"{layer_name((chosen['layer'], chosen['pool']))}, {chosen['setting']:g}"
 
 
 def _without_looking(figures: Mapping[str, Any]) -> tuple[str, str, str]:

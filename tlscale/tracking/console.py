@@ -32,6 +32,7 @@ from tlscale.tracking.progress import BAR_WIDTH, REFRESHES_PER_S, Work, showing
 from tlscale.tracking.stopwatch import format_duration
 from tlscale.tracking.table_text import tables_that_fit
 
+_LINE_EVERY_S = 30.0  # of a part of longer work, where there are no bars
 _RATE_WINDOW = 32  # intervals between updates over which the rate for the ETA is the median
 
 
@@ -42,6 +43,11 @@ def visible(text: object, encoding: str = "utf-8", spell: Callable[[object], str
         spell: `own_lines` for messages, which may have several lines; `one_line` for names.
     """
     return spell(text).encode(encoding, "backslashreplace").decode(encoding)
+
+
+def _in_a_cell(text: object) -> str:
+    """Return text of others as one line of a width that is known: a tab has none."""
+    return one_line(text).replace("\t", "\\t")
 
 
 def number(value: float | None) -> str:
@@ -118,6 +124,9 @@ class Console:
         self._live: Live | None = None
         self._trains = False
         self._work: Work | None = None
+        self._part: str | None = None
+        self._noted: set[str] = set()  # in any part
+        self._said_s = clock()
 
     @property
     def has_bars(self) -> bool:
@@ -130,13 +139,27 @@ class Console:
         self.end_work()
         self._total_steps, self._figures, self._drawn_at = total_steps, None, -math.inf
         if self.has_bars:
-            self._go_live()
+            self._go_live(transient=self._part is not None)
         self._trains = True
         self._eta = _Eta(step, self._clock())
         try:
             yield self
         finally:
             self._end()
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Show of a part of longer work, within this context, what differs from part to part.
+
+        A message is shown behind the part's name, and once, whichever parts have it; warnings each time. Bars vanish
+        when they are done. Tables are not shown, nor what `detail` is given, but for a line now and then where there
+        are no bars.
+        """
+        self._part, self._said_s = name, self._clock()
+        try:
+            yield
+        finally:
+            self._part = None
 
     def _go_live(self, *, transient: bool = False) -> None:
         # No refresh thread: `update` draws, so a fork never finds rich's locks taken. Data on standard output stay
@@ -201,7 +224,7 @@ class Console:
         self._eta.update(step, now)
         self._figures = _Figures(step, loss, lr, images_per_s, epoch, best)
         if self._live is None or not self._trains:
-            self._print(Text("  ".join([self._steps_text(self._figures), *self._figure_texts(self._figures)])))
+            self.detail("  ".join([self._steps_text(self._figures), *self._figure_texts(self._figures)]))
         elif now - self._drawn_at >= 1 / REFRESHES_PER_S or step >= self._total_steps:
             self._drawn_at = now
             self._live.update(self._render(), refresh=True)
@@ -214,6 +237,15 @@ class Console:
         """
         if not self._enabled:
             return
+        if self._part is not None:
+            if style is None and text in self._noted:
+                return
+            self._noted.add(text)
+        self._show(text, style, indent)
+
+    def _show(self, text: str, style: str | None = None, indent: int = 0) -> None:
+        text = text if self._part is None else f"{self._part}: {text}"
+        self._said_s = self._clock()
         shown = visible(text, self._console.encoding)
         if indent and self._console.is_terminal and indent < self._console.width // 2:
             wrap = partial(
@@ -221,6 +253,13 @@ class Console:
             )
             shown = "\n".join(map(wrap, shown.split("\n")))
         self._print(Text(shown, style=style or ""))
+
+    def detail(self, text: str) -> None:
+        """Print a line on work that goes as it should, as `say` does; within a `part` only where nobody saw any."""
+        if self._part is None:
+            self.say(text)
+        elif self._enabled and not self.has_bars and self._clock() - self._said_s >= _LINE_EVERY_S:
+            self._show(text)
 
     def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, num_keys: int = 1) -> None:
         """Print a table (above the display), as wide as the terminal at most; elsewhere as 80 columns, or $COLUMNS.
@@ -231,11 +270,11 @@ class Console:
         Args:
             num_keys: so many columns begin each of several tables.
         """
-        if not self._enabled:
+        if not self._enabled or self._part is not None:
             return
         encoding = self._console.encoding
-        cells = [[visible(cell, encoding, one_line) for cell in row] for row in rows]
-        heads = [visible(name, encoding, one_line) for name in columns]
+        cells = [[visible(cell, encoding, _in_a_cell) for cell in row] for row in rows]
+        heads = [visible(name, encoding, _in_a_cell) for name in columns]
         screen = self._console
         breaks_words = screen.is_terminal
         for width, table in tables_that_fit(

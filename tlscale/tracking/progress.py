@@ -64,7 +64,7 @@ class Screen(Protocol):
     @property
     def has_bars(self) -> bool: ...
 
-    def say(self, text: str) -> None: ...
+    def detail(self, text: str) -> None: ...
 
     def show_work(self, work: Work) -> None: ...
 
@@ -131,7 +131,7 @@ class Pace:
             return now_s + 1 / REFRESHES_PER_S
         if now_s - self._said_s >= self._every_s:
             self._said_s = now_s
-            console.say(f"{self._what}: {rest}")
+            console.detail(f"{self._what}: {rest}")
         return self._said_s + self._every_s
 
     def _rest(self, rate: float) -> str:
@@ -148,7 +148,7 @@ showing: list[Screen] = []
 def progress(text: str) -> None:
     """Show a line on long work, on the console that `shows_progress`, if there is one."""
     if showing:
-        showing[-1].say(text)
+        showing[-1].detail(text)
 
 
 def each(items: Sequence[T], describe: Callable[[T], str]) -> Iterator[T]:
@@ -158,7 +158,7 @@ def each(items: Sequence[T], describe: Callable[[T], str]) -> Iterator[T]:
         if console is not None and console.has_bars:
             console.show_work(Work(describe(item), number - 1, len(items), f"{number} of {len(items)}"))
         elif console is not None:
-            console.say(f"{describe(item)} ({number} of {len(items)})")
+            console.detail(f"{describe(item)} ({number} of {len(items)})")
         yield item
     if console is not None and console.has_bars:
         console.end_work()

@@ -17,7 +17,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from tlscale.codes.parts import wanted_layers
+from tlscale.codes.parts import layer_name, wanted_layers
 from tlscale.codes.probes.kinds import kind_of
 from tlscale.data.identity import folds_identity
 from tlscale.data.sources.folds import FOLDS, Fold
@@ -31,6 +31,7 @@ from tlscale.recipe.schema import Recipe
 from tlscale.storage.files import naming_disk_errors
 from tlscale.storage.run_folder import RunFolder
 from tlscale.tracking.console import Console, number
+from tlscale.tracking.stopwatch import format_duration
 from tlscale.tracking.trackers import check_installed
 from tlscale.training.duplicates import note_on_folds
 from tlscale.training.evaluate import scalars
@@ -95,18 +96,16 @@ def cross_validate(
     # -- folds: each chooses and is scored by itself ------------------------------------------------------------------
     results, group = [], group_name(recipe, run_info)
     for fold in whole.folds:
-        console.say(f"fold {fold}", style="bold")
-        with setup.watch(FOLDS):
+        with console.part(f"fold {fold}"), setup.watch(FOLDS):
             result = _run(run_part, _of_part(recipe, fold), folder, Part(fold, group=group), setup, processes)
-        score = score_of(result)
-        console.say(f"fold {fold}: {named(score)} {number(result[score])} on {result['num_images']:,} images")
+        console.say(f"fold {fold}: {_in_a_line(result)}")
         results.append(result)
     # -- the model on all images --------------------------------------------------------------------------------------
-    console.say("the model, of all images", style="bold")
     calibration = processes.run_on_main(_calibration, folder, whole.folds, setup.data)
     part = Part(whole, statistics.median(map(_share, results)), _median_thresholds(results), calibration, group)
-    with setup.watch(FOLDS):
+    with console.part("the model of all images"), setup.watch(FOLDS):
         last = _run(run_part, _with_choice(_of_part(recipe, whole), results), folder, part, setup, processes)
+    console.say(f"the model of all images: {_chosen_in_words(last)}, in {format_duration(last['wall_s'])}")
     # -- the result ---------------------------------------------------------------------------------------------------
     how_to_load = processes.run_on_main(_take_model, folder)
     result = processes.run_on_main(_conclude, setup, folder, whole.folds, results, last)
@@ -273,6 +272,20 @@ def _chosen(result: Result) -> Result:
     if "probe" in result:
         return {key: result["probe"][key] for key in ("layer", "pool", "setting")}
     return {"step": result["best"]["step"], "of": _num_steps(result)}
+
+
+def _in_a_line(result: Result) -> str:
+    """Tell the figures of a fold, what was chosen within it, and its seconds."""
+    score = score_of(result)
+    figures = f"{named(score)} {number(result[score])}  loss {number(result['loss'])}  {result['num_images']:,} images"
+    return f"{figures}, by {_chosen_in_words(result)}, in {format_duration(result['wall_s'])}"
+
+
+def _chosen_in_words(result: Result) -> str:
+    chosen = _chosen(result)
+    if "step" in chosen:
+        return f"step {chosen['step']:,} of {chosen['of']:,}"
+    return f"{layer_name((chosen['layer'], chosen['pool']))}, {chosen['setting']:g}"
 
 
 def _codes(results: Sequence[Result]) -> Result | None:

@@ -321,8 +321,8 @@ def open_pipeline(
     if decided is not False:
         choice = agree_on_partition(network, caching, processes, codes_cache.store, force_cache=bool(decided))
     if choice.partition is None:
-        codes_cache.console.say(f"{title}images through the whole network: {choice.why}")
+        codes_cache.console.detail(f"{title}images through the whole network: {choice.why}")
         images = codes_cache.images
         return ImagePipeline(spec, processes, network, images, targets, image_views, num_seen, last_split), False
-    codes_cache.console.say(f"{title}{choice.partition.describe()}; {choice.why}")
+    codes_cache.console.detail(f"{title}{choice.partition.describe()}; {choice.why}")
     return CodePipeline(spec, processes, network, choice.partition, codes_cache, caching.views, last_split), True

@@ -87,7 +87,7 @@ class RunLogger:
         self._window_images += num_images
         if not self._has_trained:
             self._has_trained = True
-            self._console.say(f"first step after {describe_seconds(self._watch.this_start())}")
+            self._console.detail(f"first step after {describe_seconds(self._watch.this_start())}")
         faults.at("step")
 
     def write_training(self, loss: float, lr: float, grad_norm: Tensor | None) -> None:
@@ -116,7 +116,7 @@ class RunLogger:
         shown = "  ".join(f"{key} {number(figures[key])}{errors.get(key, '')}" for key in keys)
         when = f" after step {self._loop.step}" if self._loop.step else ""  # a probe makes no steps
         rank = "best so far" if self._loop.chosen is None else "within one standard error of the best"
-        self._console.say(f"{split}{when}: {shown}{f'  ({rank})' if is_best else ''}")
+        self._console.detail(f"{split}{when}: {shown}{f'  ({rank})' if is_best else ''}")
         faults.at("evaluated")
 
     def write_skipped(self, count: int, most: int) -> None:

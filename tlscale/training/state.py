@@ -215,7 +215,7 @@ def _shard(state: TrainState, module: nn.Module) -> None:
         # The parameters are other objects now: the optimizer is built again, of shards.
         groups = sharded_groups(stage.groups, state.network.rule_names())
         state.optimizer, state.ema = stage.build_optimizer(groups), _averages(setup, stage)
-        state.codes_cache.console.say(
+        state.codes_cache.console.detail(
             f"fsdp2: {setup.trainable_params:,} trained parameters sharded over {processes.world_size} processes, "
             f"{num_blocks} blocks unsharded one after the other"
         )
