@@ -13,6 +13,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -49,6 +50,7 @@ HERE = [
     ),
     ("README.md", "import tlscale"),
     ("docs/run_folder.md", "import pyarrow.parquet"),
+    ("docs/guide.md", "ACCELERATE_USE_CPU=true torchrun"),
     ("docs/strategies.md", "tlscale compare runs/*"),
     ("docs/strategies.md", "tlscale compare photos.yaml --seeds"),
 ]
@@ -167,8 +169,8 @@ def parse(words: list[str]) -> None:
         rest = [*context._protected_args, *context.args]
         if not isinstance(command, click.Group) or not rest:
             break
-        command = command.resolve_command(context, rest)[1] or pytest.fail(f"no command: {rest}")
-        rest = rest[1:]
+        _, found, rest = command.resolve_command(context, rest)
+        command = found or pytest.fail(f"no command: {rest}")
     given = [value for name in ("words", "overrides") for value in context.params.get(name) or ()]
     keys = [text.partition("=")[0] for text in given if re.match(r"[a-z_.]+=", text)]
     keys += [text.split(".", 1)[1].partition("=")[0] for text in context.params.get("changes") or ()]
@@ -187,6 +189,9 @@ def check_words(words: list[str]) -> None:
     elif name.endswith("accelerate"):
         launched = launch_command_parser().parse_args(words[2:])
         check_words([launched.training_script, *launched.training_script_args])
+    elif name == "torchrun":
+        assert words[1:6] == ["--standalone", "--nproc-per-node", "2", "-m", "tlscale"], words
+        parse(words[6:])
     elif name == "make":
         assert re.search(rf"^{words[1]}:", (REPO / "Makefile").read_text(), re.MULTILINE), words
     elif name == "bash" or name.startswith("scripts/"):
@@ -244,7 +249,10 @@ def run_line(line: str) -> None:
         assert done.exit_code == 0, f"{line}\n{done.output}"
         output = done.stdout
     else:
-        output = subprocess.run(words, check=True, capture_output=True, text=True).stdout
+        variables = dict(re.findall(r"(?:^|(?<= ))([A-Z_]+)=(\S*)", line.partition(words[0])[0]))
+        words = [sys.executable, "-m", "torch.distributed.run", *words[1:]] if words[0] == "torchrun" else words
+        env = {**os.environ, "PYTHONPATH": str(REPO), **variables}
+        output = subprocess.run(words, check=True, capture_output=True, text=True, env=env).stdout
     Path(line.partition(">")[2].strip() or "said.txt").write_text(output)
 
 
@@ -264,10 +272,11 @@ def test_own_images_word_for_word(tmp_path, monkeypatch):
                 done.add(line)
         for block in (block for block in blocks(page, "python") if block.startswith(first)):
             exec(compile(block, page, "exec"), {})
-    assert len(done) == 9
+    assert len(done) == 10
     assert {path.name for path in Path("runs").iterdir()} >= {"photos", "again"}
     assert list(Path("runs/photos/evaluations").glob("*/figures.json"))
     assert os.path.exists("onnx/model.onnx")
+    assert len(Path("new_labels.csv").read_text().splitlines()) == 37, "by two processes"
     labels = Path("labels.csv").read_text().splitlines()
     assert (labels[0], len(labels)) == ("path,label,probability,error", 13)
     assert len(Path("jobs.txt").read_text().splitlines()) == 18

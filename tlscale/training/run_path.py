@@ -11,6 +11,7 @@ Shapes: B images, C classes, S image size.
 from __future__ import annotations
 
 import copy
+import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
@@ -28,6 +29,7 @@ from tlscale.data.sampler import eval_rows
 from tlscale.data.transforms import ImageBatch, InputPath
 from tlscale.data.views import CENTER, PLAIN, View, crop_places, views_of
 from tlscale.distributed.device import choose_algorithms, naming_memory
+from tlscale.distributed.host import num_cores
 from tlscale.distributed.processes import Processes, start_processes
 from tlscale.models.adapters import add_adapters, freezing_beside
 from tlscale.models.classifier import Classifier, CodesClassifier
@@ -111,16 +113,27 @@ class RunFacts:
         run = folder.path
         recipe = load_stored_recipe(folder.recipe).recipe
         # The processes that predict are as many as there are.
-        compute = recipe.compute.without_engine().model_copy(update={"num_processes": None})
+        info = read_run_info(folder) or {}
+        own = {"num_processes": None, "threads": _threads(recipe, info)}
+        compute = recipe.compute.without_engine().model_copy(update=own)
         max_pixels = round(recipe.data.max_megapixels * 1e6)
         if recipe.probe is not None:
             return cls(run, compute, recipe.codes.dtype, max_pixels, is_probe=True, batching=Batching(HEAD_BATCH))
-        info, result = read_run_info(folder) or {}, read_result(folder) or {}
+        result = read_result(folder) or {}
         scores = result.get("computed_scores") or _scores_of_older(recipe, info)
         batching = Batching(scores["batch_size"], result.get("num_images", 0), scores["num_processes"])
         frozen_by = tuple(map(tuple, recipe.freezing)) if scores["on_codes"] else None
         lora = None if recipe.adapters is None else recipe.adapters.lora
         return cls(run, compute, recipe.codes.dtype, max_pixels, frozen_by=frozen_by, adapters=lora, batching=batching)
+
+
+def _threads(recipe: Recipe, info: dict[str, Any]) -> int | None:
+    """Return the CPU threads that the run computed with, as sums hang on them; None where there are fewer cores."""
+    then = info.get("threads")
+    if recipe.compute.threads is not None or not isinstance(then, int) or info.get("device") != "cpu":
+        return recipe.compute.threads
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return then if 1 <= then * local <= num_cores() else None
 
 
 def _scores_of_older(recipe: Recipe, info: dict[str, Any]) -> dict[str, Any]:
