@@ -164,12 +164,14 @@ def test_several_recipes_are_run_as_they_are(idx, tmp_path):
         ({"changes": ["head.seed=4"]}, "on other images"),
         ({"min_steps": 5}, "--min-steps: it lengthens runs at the sizes of --sizes"),
         ({"sizes": [100, 0]}, "--sizes: 0 is not a whole number of at least 1"),
+        ({"sizes": [40, 100_000]}, "--sizes: 100,000 is more than the 96 training images there are"),
+        ({"sizes": [3]}, "--sizes: 3 is less than one image for each of the 10 classes"),
         ({"seeds": [-1]}, "--seeds: -1 is not a whole number of at least 0"),
     ],
     ids=str,
 )
 def test_what_is_wrong_is_found_before_anything_runs(recipe_file, tmp_path, options, message):
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises((RecipeError, DataError), match=message):
         compare([recipe_file], run=tlscale.run, out=tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
 

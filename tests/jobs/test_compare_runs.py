@@ -13,7 +13,7 @@ from click.testing import CliRunner
 import tlscale
 from tests.small_runs import put_small_idx, small_recipe
 from tlscale.cli import main
-from tlscale.errors import EXIT_BAD_INPUT, DataError, RecipeError, RunFolderError
+from tlscale.errors import EXIT_BAD_INPUT, RecipeError, RunFolderError
 from tlscale.recipe.load import load_recipe
 
 pytestmark = pytest.mark.slow  # six runs
@@ -65,6 +65,39 @@ def test_recipes_of_one_name_are_told_apart(runs, tmp_path):
     assert [label.rpartition("/")[2] for label in labels] == ["photos_s0", "photos_s0", "other"]
 
 
+def test_a_folder_of_other_projects_and_stray_files_has_a_table_for_each(runs, tmp_path, monkeypatch):
+    """By a glob that no shell has expanded, from both doors."""
+    everything = tmp_path / "runs"
+    shutil.copytree(runs, everything)
+    shutil.rmtree(everything / "begun")
+    data = put_small_idx(tmp_path / "data", train=40, test=20)
+    recipe = small_recipe(tmp_path / "r.yaml", data, **PROBE)
+    tlscale.run(recipe, everything / "elsewhere")
+    (everything / "notes.txt").write_text("mine")
+    (everything / "broken").mkdir()
+    shutil.copytree(everything / "other_s0", everything / "broken", dirs_exist_ok=True)
+    (everything / "broken" / "run.json").write_text("{")
+    monkeypatch.chdir(tmp_path)
+    found = tlscale.compare("runs/*", out="table")
+    first, second = found.tables
+    assert [Path(run["folder"]).name for run in first["runs"]] == ["elsewhere"]
+    assert [Path(run["folder"]).name for run in second["runs"]] == ["other_s0", "photos_s0", "photos_s1"]
+    assert [pair["num_images"] for pair in found["pairs"]] == [37]
+    assert len(found.table) == len(first.table) + len(second.table)
+    assert len(found["runs"]) == 4
+    passed = [note for note in found["notes"] if note.startswith("Passed over: ")]
+    assert [note.split("'")[1] for note in passed] == ["runs/broken", "runs/notes", "runs/notes.txt"]
+    assert json.loads(Path("table/compare.json").read_text()) == found
+    assert "37 test images" in Path("table/table_2/compare.md").read_text()
+    assert (repr(found), found._repr_html_().count("<table>")) == ("Comparison(4 runs in 2 tables)", 2)
+    done = invoke("compare", "runs/*")
+    assert done.exit_code == 0, done.output
+    assert done.stdout.count("Comparison of runs, ") == 2
+    assert "Passed over: 'runs/notes.txt' is a file." in done.stdout
+    with pytest.raises(RunFolderError, match=r"nothing matches 'gone/\*'"):
+        tlscale.compare("gone/*")
+
+
 def test_what_cannot_be_tabulated_is_refused(runs, idx, tmp_path):
     recipe = runs.parent / "photos.yaml"
     with pytest.raises(RecipeError, match="is a folder, and .*photos.yaml' a recipe"):
@@ -77,10 +110,6 @@ def test_what_cannot_be_tabulated_is_refused(runs, idx, tmp_path):
         tlscale.compare([runs / "begun", runs / "notes"])
     with pytest.raises(RunFolderError, match="^out: .* is a run folder"):
         tlscale.compare([runs / "photos_s0"], out=runs / "photos_s1")
-    data = put_small_idx(tmp_path / "data", train=40, test=20)
-    tlscale.run(small_recipe(tmp_path / "r.yaml", data, **PROBE), tmp_path / "elsewhere")
-    with pytest.raises(DataError, match=r"not evaluated on the same images[\s\S]*20 images[\s\S]*elsewhere"):
-        tlscale.compare([runs / "photos_s0", tmp_path / "elsewhere"])
     done = invoke("compare", runs / "photos_s0", "optim.lr=1")
     assert (done.exit_code, "key=value: it has no effect" in done.stderr) == (EXIT_BAD_INPUT, True)
 

@@ -6,6 +6,7 @@ ordinary run in a folder of its own, so `--resume` resumes those that are not co
 
 from __future__ import annotations
 
+import glob
 import os
 import shlex
 import sys
@@ -32,6 +33,7 @@ from tlscale.commands.compare_variants import (
     labelled_recipes,
     list_variants,
     refuse_other_data,
+    refuse_wrong_sizes,
 )
 from tlscale.commands.comparison import Comparison
 from tlscale.commands.paired_tests import paired_tests
@@ -92,6 +94,7 @@ def compare(
     watch = watch or Stopwatch()
     is_main = int(os.environ.get("RANK", "0")) == 0
     console = Console(enabled=is_main)
+    recipes = _expanded(recipes)
     if folders := _run_folders(recipes):
         _refuse_idle(overrides, strategies, backbones, sizes, seeds, changes, min_steps, resume, print_jobs)
         return compare_runs(folders, Path(out) if out is not None and is_main else None, console)
@@ -153,22 +156,42 @@ def _refuse_used(root: Path) -> None:
         raise RunFolderError(f"'{root}' is not empty", remedy=remedy)
 
 
+def _expanded(places: Sequence[Recipe | str | Path]) -> list[Recipe | str | Path]:
+    """Expand globs, as `predict` does: a shell leaves one in quotes as it is, and Python any.
+
+    Raises:
+        RunFolderError: nothing matches one.
+    """
+    found: list[Recipe | str | Path] = []
+    for place in places:
+        if isinstance(place, Recipe) or not glob.has_magic(os.fspath(place)) or os.path.lexists(place):
+            found.append(place)
+        elif matches := sorted(glob.glob(os.path.expanduser(place), recursive=True)):
+            found += matches
+        else:
+            raise RunFolderError(f"nothing matches '{place}'", remedy="Name recipes, or the folders of finished runs")
+    return found
+
+
 def _run_folders(places: Sequence[Recipe | str | Path]) -> list[str | Path]:
-    """Return the places where they are folders, and none where they are recipes.
+    """Return the places where one is a folder, with other files than recipes; none where they are recipes.
 
     Raises:
         RecipeError: some are recipes, and some are not.
+        RunFolderError: one is not there.
     """
     folders = [place for place in places if not isinstance(place, Recipe) and Path(place).is_dir()]
-    if folders and len(folders) < len(places):
-        other = next(place for place in places if place not in folders)
-        if not isinstance(other, Recipe) and not Path(other).exists() and Path(other).suffix not in (".yaml", ".yml"):
+    if not folders:
+        return []
+    for other in places:
+        if isinstance(other, Recipe) or Path(other).suffix in (".yaml", ".yml"):
+            raise RecipeError(
+                f"'{folders[0]}' is a folder, and {other!r} a recipe: runs that are finished are only tabulated",
+                remedy="Name recipes or runs, and not both",
+            )
+        if not os.path.lexists(other):
             raise RunFolderError(f"there is no folder '{other}'", remedy="Name the folders of finished runs")
-        raise RecipeError(
-            f"'{folders[0]}' is a folder, and {other!r} a recipe: runs that are finished are only tabulated",
-            remedy="Name recipes or runs, and not both",
-        )
-    return folders
+    return [place for place in places if not isinstance(place, Recipe)]
 
 
 def _refuse_idle(*given: object) -> None:
@@ -176,7 +199,7 @@ def _refuse_idle(*given: object) -> None:
     names = ("key=value", "strategies", "backbones", "sizes", "seeds", "set", "min-steps", "resume", "print-jobs")
     for name, value in zip(names, given, strict=True):
         if value not in (None, False) and value != () and value != []:
-            key = name if "=" in name else option(name)
+            key = name if "=" in name else option(name, argument="changes" if name == "set" else "")
             raise RecipeError("it has no effect on runs that are finished", key=key, remedy="Take it out")
 
 
@@ -199,6 +222,7 @@ def _planned(plan: Plan, root: Path) -> tuple[dict[str, Recipe], list[Variant]]:
     labelled = labelled_recipes(plan)
     variants = list(list_variants(plan, labelled, root))
     refuse_other_data(variants)
+    refuse_wrong_sizes(plan, variants)
     return labelled, variants
 
 

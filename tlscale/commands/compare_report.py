@@ -38,6 +38,20 @@ def _figure_of(outcomes: Sequence[Outcome]) -> str:
     return named(next((outcome.figure for outcome in outcomes if outcome.error is None), "top1"))
 
 
+def same_images(one: Outcome, other: Outcome) -> bool:
+    """Report whether figures of two runs compare: of the same images, by the same figure.
+
+    Held-out images follow from the size and the seed, so that those of the same data compare.
+    """
+    if (one.task, one.split) != (other.task, other.split):
+        return False
+    is_known = one.scored_sha256 is not None and other.scored_sha256 is not None
+    if is_known and (one.split == "test" or (one.size, one.seed) == (other.size, other.seed)):
+        return one.scored_sha256 == other.scored_sha256
+    of_test = one.split != "test" or one.num_images == other.num_images
+    return one.fingerprint == other.fingerprint and of_test
+
+
 def refuse_other_images(outcomes: Sequence[Outcome]) -> None:
     """Refuse figures of different images, which do not compare; the `DataError` tells which runs are of what."""
     done = [outcome for outcome in outcomes if outcome.error is None]

@@ -1,31 +1,33 @@
 """Put finished runs side by side, wherever and whenever they ran: nothing is run here.
 
-Runs of one recipe with several seeds are one row, as in a comparison that ran them.
+Runs of one recipe with several seeds are one row, as in a comparison that ran them. Runs that were scored on other
+images, or are of another task, have a table of their own.
 """
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tlscale.commands.compare_outcomes import finished
+from tlscale.commands.compare_outcomes import Outcome, finished
 from tlscale.commands.compare_report import (
     columns_of,
-    refuse_other_images,
+    same_images,
     table,
     to_plain,
     to_rows,
     write_comparison,
 )
-from tlscale.commands.comparison import Comparison
+from tlscale.commands.comparison import Comparison, together
 from tlscale.commands.paired_tests import paired_tests
-from tlscale.errors import RunFolderError, first_few, one_line, option, quoted
+from tlscale.errors import RunFolderError, TlscaleError, first_few, one_line, option, quoted
 from tlscale.recipe.load import load_stored_recipe, recipe_digest
 from tlscale.recipe.schema import Recipe
-from tlscale.storage.files import make_folder, naming_disk_errors
+from tlscale.storage.files import make_folder, naming_disk_errors, write_text
 from tlscale.storage.run_folder import RunFolder
 from tlscale.tracking.console import Console
 from tlscale.training.run_files import read_result
@@ -34,14 +36,13 @@ _TITLE = "Comparison of runs"
 
 
 def compare_runs(places: Sequence[str | os.PathLike[str]], out: Path | None, console: Console) -> Comparison:
-    """Tabulate finished runs; those that are not finished, and other folders, are passed over with a note.
+    """Tabulate finished runs, those of the same scored images together; what is none is passed over with a note.
 
     Args:
-        places: their folders.
-        out: a folder for the table and the picture; None: they are shown alone.
+        places: their folders, perhaps with other files and folders among them.
+        out: a folder for the table and the picture, with a folder for each of several; None: they are shown alone.
 
     Raises:
-        DataError: they were scored on different images.
         RunFolderError: none of them is finished, or `out` is a run folder.
     """
     if out is not None and RunFolder(out).run_json.exists():
@@ -50,30 +51,60 @@ def compare_runs(places: Sequence[str | os.PathLike[str]], out: Path | None, con
         )
     found = [_read(Path(place)) for place in dict.fromkeys(os.fspath(place) for place in places)]
     runs = [run for run in found if not isinstance(run, str)]
-    notes = [f"Passed over: {run}." for run in found if isinstance(run, str)]
+    passed_over = [f"Passed over: {run}." for run in found if isinstance(run, str)]
     if not runs:
         remedy = "Name folders of finished runs, or recipe files"
         raise RunFolderError(
             f"no finished run among {first_few(quoted(os.fspath(place) for place in places))}", remedy=remedy
         )
-    outcomes = [
-        finished(label, run.recipe.data.train_limit, run.recipe.seed, run.folder, run.result)
-        for label, run in zip(_labels(runs), runs, strict=True)
-    ]
-    refuse_other_images(outcomes)
+    by_images = _by_images(runs)
+    if len(by_images) == 1:
+        figures = _tabulate(_TITLE, runs, out, console, passed_over)
+        return Comparison(figures, out)
+    tables = []
+    for number, some in enumerate(by_images, start=1):
+        folder = None if out is None else out / f"table_{number}"
+        tables.append(_tabulate(f"{_TITLE}, {number} of {len(by_images)}", some, folder, console))
+    notes = [f"{len(tables)} tables, as runs on other images, or of another task, do not compare.", *passed_over]
+    for line in notes:
+        console.say(line)
+    figures = together(_TITLE, notes, tables)
+    if out is not None:
+        with naming_disk_errors(out):
+            write_text(out / "compare.json", json.dumps(figures, indent=2, allow_nan=False) + "\n")
+    return Comparison(figures, out)
+
+
+def _tabulate(
+    title: str, runs: Sequence[_Finished], out: Path | None, console: Console, remarks: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Show runs on the same images in one table; return what `compare.json` holds of it."""
+    outcomes = [replace(run.outcome, variant=label) for label, run in zip(_labels(runs), runs, strict=True)]
     pairs = paired_tests(to_rows(outcomes))
-    console.table(_TITLE, columns_of(outcomes), table(outcomes, pairs), num_keys=2)
+    console.table(title, columns_of(outcomes), table(outcomes, pairs), num_keys=2)
     if out is None:
-        figures = to_plain(_TITLE, outcomes, notes, pairs)
+        figures = to_plain(title, outcomes, remarks, pairs)
     else:
         with naming_disk_errors(out):
             make_folder(out)
-        figures = write_comparison(out, _TITLE, outcomes, notes, pairs)
+        figures = write_comparison(out, title, outcomes, remarks, pairs)
     for line in figures["notes"]:
         console.say(line)
     if out is not None:
         console.say(f"table: {out / 'compare.md'}   picture: {out / 'compare.png'}   figures: {out / 'compare.json'}")
-    return Comparison(figures, out)
+    return figures
+
+
+def _by_images(runs: Sequence[_Finished]) -> list[list[_Finished]]:
+    """Divide runs by the images that they were scored on, and by the figure that they have in common."""
+    tables: list[list[_Finished]] = []
+    for run in runs:
+        known = next((some for some in tables if any(same_images(run.outcome, one.outcome) for one in some)), None)
+        if known is None:
+            tables.append([run])
+        else:
+            known.append(run)
+    return tables
 
 
 @dataclass(frozen=True)
@@ -82,7 +113,8 @@ class _Finished:
 
     folder: RunFolder
     recipe: Recipe
-    result: dict[str, Any]
+    outcome: Outcome
+    """Under the name of its folder."""
 
     @property
     def size(self) -> int | None:
@@ -104,18 +136,21 @@ class _Finished:
 def _read(path: Path) -> _Finished | str:
     """Read a run; why it is passed over, where it is none that is finished."""
     folder = RunFolder(path)
+    if not path.is_dir():
+        return f"'{one_line(path)}' is a file"
     if not (folder.recipe.is_file() and folder.run_json.is_file()):
         inside = next((f"; name those in it: '{path}/'*" for _ in path.glob("*/run.json")), "")
         return f"'{one_line(path)}' is no run folder{inside}"
     try:
         result = read_result(folder)
-    except RunFolderError as error:
-        return str(error)
-    if result is None:
-        return f"'{one_line(path)}' is not finished"
-    if result["split"] is None:
-        return f"'{one_line(path)}' is the model of a cross-validation, and has no score of its own"
-    return _Finished(folder, load_stored_recipe(folder.recipe).recipe, result)
+        if result is None:
+            return f"'{one_line(path)}' is not finished"
+        if result["split"] is None:
+            return f"'{one_line(path)}' is the model of a cross-validation, and has no score of its own"
+        recipe = load_stored_recipe(folder.recipe).recipe
+        return _Finished(folder, recipe, finished(path.name, recipe.data.train_limit, recipe.seed, folder, result))
+    except TlscaleError as error:
+        return f"'{one_line(path)}' cannot be read: {error}"
 
 
 def _labels(runs: Sequence[_Finished]) -> list[str]:

@@ -16,6 +16,7 @@ from tlscale.models.features import early_layers
 from tlscale.recipe.load import diff_recipes, override_recipe
 from tlscale.recipe.schema import BackboneSection, Recipe
 from tlscale.recipe.strategies import at_size, derive, fit_to_size, strategies_of, with_backbone, with_seed
+from tlscale.training.fold_parts import all_images
 
 MIN_STEPS = 200
 """Least steps of a training run at a size of `--sizes`."""
@@ -91,14 +92,20 @@ def check_choice(plan: Plan) -> None:
         wrong = [number for number in numbers if number is not None and number < least]
         if wrong:
             raise RecipeError(f"{wrong[0]} is not a whole number of at least {least}", key=option(name))
+    if plan.min_steps is not None and plan.min_steps < 0:
+        raise RecipeError(f"{plan.min_steps} is not a whole number of at least 0", key=option("min-steps"))
     if plan.min_steps is not None and not plan.sizes:
         no_sizes = "it lengthens runs at the sizes of " + option("sizes") + ", and there are none"
         raise RecipeError(no_sizes, key=option("min-steps"), remedy="Take it out")
 
 
 def change_of(text: str) -> Wording:
-    """Name a change of one variant, as it was given."""
-    return option("set", text, argument=f"changes=['{text}']")
+    """Write a change of one variant, as it is given."""
+    return Wording(f"--set {text}", f"changes=['{text}']")
+
+
+def _key_of_change(text: str) -> Wording:
+    return Wording(f"--set {text}", "changes")
 
 
 def labelled_recipes(plan: Plan) -> dict[str, Recipe]:
@@ -163,7 +170,7 @@ def _changes_by_label(labelled: dict[str, Recipe], changes: Sequence[str]) -> di
             word = change.partition(".")[0]
             raise RecipeError(
                 f"there is no '{word}' in this comparison",
-                key=change_of(change),
+                key=_key_of_change(change),
                 remedy=sentences(
                     suggestion(word, labelled),
                     f"Write NAME.key.path=value, where NAME is one of: {', '.join(labelled)}",
@@ -179,11 +186,37 @@ def _changed(recipe: Recipe, label: str, overrides: Sequence[str]) -> Recipe:
     for key, old, new in diff_recipes(recipe, changed):
         if key in _SAME_FOR_ALL:
             raise RecipeError(
-                f"{old!r} -> {new!r} would compare '{label}' on other images",
-                key=change_of(f"{label}.{key}"),
+                f"{new!r} in place of {old!r} for {key} would compare '{label}' on other images",
+                key=_key_of_change(f"{label}.{key}"),
                 remedy="Change the recipe, for all of them",
             )
     return changed
+
+
+def refuse_wrong_sizes(plan: Plan, variants: Sequence[Variant]) -> None:
+    """Refuse sizes that the images cannot have, such as more than there are; the data are opened once for each.
+
+    Raises:
+        DataError: of one of the sizes.
+    """
+    tried: set[int] = set()
+    for variant in variants if plan.sizes else ():
+        size, recipe = variant.recipe.data.train_limit, variant.recipe
+        if size is None or size in tried:
+            continue
+        tried.add(size)
+        try:
+            open_data(
+                recipe.data,
+                recipe.seed,
+                fold=all_images(recipe.evaluate),
+                tries_images=False,
+                in_chans=recipe.backbone.in_chans,
+            )
+        except DataError as error:
+            if error.key == "data.train_limit":
+                raise error.recast(DataError, option("sizes")) from error
+            raise
 
 
 def refuse_other_data(variants: Sequence[Variant]) -> None:

@@ -19,6 +19,7 @@ from tlscale.commands.compare_report import (
     markdown,
     notes,
     refuse_other_images,
+    same_images,
     table,
     to_rows,
     write_comparison,
@@ -67,6 +68,42 @@ def test_the_best_of_each_size_and_what_is_not_distinguishable_from_it():
         *("best", "-1.5 points, not distinguishable (p 0.05)", "-30.0 points (p < 0.0001)"),
         *("best", "-4.0 points (p 0.012)", "-5.0 points, no paired test"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_same"),
+    [
+        ({}, True),
+        ({"seed": 1, "size": 5}, True),
+        ({"scored_sha256": "b"}, False),
+        ({"task": "multi_label"}, False),
+        ({"split": "validation"}, False),
+        ({"scored_sha256": None}, True),
+        ({"scored_sha256": None, "fingerprint": "other"}, False),
+        ({"scored_sha256": None, "num_images": 7}, False),
+    ],
+    ids=str,
+)
+def test_test_images_are_the_same_by_content(changes, is_same):
+    one = replace(outcome(), split="test", scored_sha256="a", fingerprint="f", num_images=9)
+    assert same_images(one, replace(one, **changes)) == is_same
+    assert same_images(replace(one, **changes), one) == is_same
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_same"),
+    [
+        ({"seed": 1, "scored_sha256": "b"}, True),
+        ({"size": 5, "scored_sha256": "b"}, True),
+        ({"scored_sha256": "b"}, False),
+        ({"fingerprint": "a copy elsewhere"}, True),
+        ({"seed": 1, "scored_sha256": "b", "fingerprint": "other data"}, False),
+    ],
+    ids=str,
+)
+def test_held_out_images_of_other_seeds_and_sizes_are_of_the_same_data(changes, is_same):
+    one = replace(outcome(), split="validation", scored_sha256="a", fingerprint="f", num_images=9)
+    assert same_images(one, replace(one, **changes)) == is_same
 
 
 def test_no_interval_is_not_one_without_a_width():
