@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import glob
 import os
 import sys
 from collections.abc import Sequence
@@ -12,7 +13,18 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tlscale import __version__
-from tlscale.cli_parts import began_s, codes, listed, load, loading, numbers, recipes, reports_errors, takes_recipe
+from tlscale.cli_parts import (
+    began_s,
+    codes,
+    listed,
+    load,
+    load_to_start,
+    loading,
+    numbers,
+    recipes,
+    reports_errors,
+    takes_recipe,
+)
 from tlscale.errors import TlscaleError
 from tlscale.recipe.completion import completion, files, recipe_keys
 from tlscale.tracking.stopwatch import Stopwatch, process_began_s
@@ -101,9 +113,14 @@ def run(recipe: str, overrides: Sequence[str], out: str | None, resume: bool, ov
     """Train (or fit a probe) as RECIPE says, evaluate, and write a model.
 
     Exit codes: 0 done, 1 failed, 2 wrong recipe or data, 75 stopped by a signal after saving.
+
+    \b
+    Examples:
+      tlscale run photos.yaml
+      tlscale run photos.yaml optim.lr=3e-4 --out runs/photos_3e-4
     """
     at_s = began_s()
-    loaded = load(recipe, overrides, out, resume=resume)
+    loaded = load_to_start(recipe, overrides, out, resume=resume, overwrite=overwrite)
     _start(loaded, out, at_s, resume=resume, overwrite=overwrite)
 
 
@@ -143,9 +160,14 @@ def probe(recipe: str, overrides: Sequence[str], out: str | None, resume: bool, 
     """Fit RECIPE's probe: a classifier on codes, without training; the same as `run`.
 
     From a recipe without `probe:` it takes data, backbone and codes, and fits a logistic regression.
+
+    \b
+    Examples:
+      tlscale probe photos.yaml
+      tlscale probe photos.yaml probe.kind=ridge --out runs/photos_ridge
     """
     at_s = began_s()
-    loaded = load(recipe, overrides, out, resume=resume)
+    loaded = load_to_start(recipe, overrides, out, resume=resume, overwrite=overwrite)
     if loaded.probe is None:
         from tlscale.recipe.strategies import as_probe
 
@@ -287,7 +309,7 @@ def compare(words: Sequence[str], seeds: list[int | None], **options: Any) -> No
 
     stop_with_launcher()
     given = [seed for seed in seeds if seed is not None]
-    overrides = [word for word in words if "=" in word and not os.path.exists(word)]
+    overrides = [word for word in words if "=" in word and not os.path.exists(word) and not glob.glob(word)]
     places = [word for word in words if word not in overrides]
     start(places, run=run_one, overrides=overrides, seeds=given, watch=Stopwatch(at_s), **options)
 
@@ -340,8 +362,6 @@ def doctor(as_json: bool) -> None:
 
 
 def _start(recipe: Recipe, out: str | None, at_s: float, *, resume: bool, overwrite: bool) -> None:
-    if resume and overwrite:
-        raise click.UsageError("--resume resumes a run, --overwrite replaces it: give one of them")
     with loading(is_long=True):
         from tlscale.commands.run import run as start
         from tlscale.distributed.signals import stop_with_launcher

@@ -99,10 +99,19 @@ def began_s() -> float:
     return time.monotonic() if at_s is None else float(at_s)
 
 
-def load(recipe: str, overrides: Sequence[str], out: str | None = None, *, resume: bool = False) -> Recipe:
+def load(recipe: str, overrides: Sequence[str]) -> Recipe:
+    """Read a recipe with overrides."""
+    from tlscale.recipe.load import load_recipe
+
+    return load_recipe(recipe, overrides)
+
+
+def load_to_start(recipe: str, overrides: Sequence[str], out: str | None, *, resume: bool, overwrite: bool) -> Recipe:
     """Read a recipe with overrides, as `load_to_run` does."""
     from tlscale.recipe.load import load_to_run
+    from tlscale.storage.run_folder import refuse_both
 
+    refuse_both(resume=resume, overwrite=overwrite)
     return load_to_run(recipe, overrides, out, resume=resume)
 
 
@@ -195,7 +204,13 @@ def codes_compute(
 @codes.command("list")
 @reports_errors
 def codes_list() -> None:
-    """List the cached codes, those used last first."""
+    """List the cached codes, those used last first.
+
+    \b
+    Examples:
+      tlscale codes list
+      TLSCALE_CACHE=/shared/cache tlscale codes list
+    """
     from tlscale.commands.codes import list_codes
 
     list_codes()
@@ -205,7 +220,13 @@ def codes_list() -> None:
 @click.argument("digest", required=False)
 @reports_errors
 def codes_verify(digest: str | None) -> None:
-    """Read every cached byte (or those of the entry DIGEST) and compare it with what was written."""
+    """Read every cached byte (or those of the entry DIGEST) and compare it with what was written.
+
+    \b
+    Examples:
+      tlscale codes verify
+      tlscale codes verify 72304d74a367
+    """
     from tlscale.commands.codes import verify_codes
 
     verify_codes(digest)
@@ -222,7 +243,13 @@ def codes_verify(digest: str | None) -> None:
 @click.option("--all", "everything", is_flag=True, help="Remove all cached codes.")
 @reports_errors
 def codes_prune(digests: tuple[str, ...], keep_gib: float | None, everything: bool) -> None:
-    """Remove cached codes: those named by the first digits of their DIGEST, or by --keep-gib or --all."""
+    """Remove cached codes: those named by the first digits of their DIGEST, or by --keep-gib or --all.
+
+    \b
+    Examples:
+      tlscale codes prune --keep-gib 10
+      tlscale codes prune 72304d74a367
+    """
     if sum([bool(digests), keep_gib is not None, everything]) != 1:
         raise click.UsageError("name digests, or give one of --keep-gib and --all")
     from tlscale.commands.codes import prune_codes
@@ -234,7 +261,13 @@ def codes_prune(digests: tuple[str, ...], keep_gib: float | None, everything: bo
 @click.pass_context
 @reports_errors
 def recipes(context: click.Context) -> None:
-    """List the recipes that ship with tlscale; `copy` one to change it."""
+    """List the recipes that ship with tlscale; `copy` one to change it.
+
+    \b
+    Examples:
+      tlscale recipes
+      tlscale recipes copy lite0_codes_fmnist
+    """
     if context.invoked_subcommand is not None:
         return
     from tlscale.recipe.shipped import recipe_summary, shipped_recipes
@@ -246,7 +279,13 @@ def recipes(context: click.Context) -> None:
 @recipes.command("schema")
 @reports_errors
 def recipes_schema() -> None:
-    """Print the JSON Schema of recipes, for editors."""
+    """Print the JSON Schema of recipes, for editors.
+
+    \b
+    Examples:
+      tlscale recipes schema > recipe.schema.json
+      tlscale recipes schema | python -m json.tool
+    """
     from tlscale.recipe.editor_schema import editor_schema
 
     click.echo(json.dumps(editor_schema(), indent=1))
@@ -263,7 +302,13 @@ def _shipped(_context: click.Context, _param: click.Parameter, incomplete: str) 
 @click.argument("path", required=False)
 @reports_errors
 def recipes_copy(name: str, path: str | None) -> None:
-    """Copy the shipped recipe NAME to PATH (by default NAME.yaml here)."""
+    """Copy the shipped recipe NAME to PATH (by default NAME.yaml here).
+
+    \b
+    Examples:
+      tlscale recipes copy lite0_codes_fmnist
+      tlscale recipes copy resnet_fmnist photos.yaml
+    """
     from tlscale.recipe.shipped import copy_recipe
 
     click.echo(f"copied to {copy_recipe(name, path or f'{name}.yaml')}")

@@ -211,7 +211,7 @@ class RecipeError(TlscaleError):
         return error
 
     def __str__(self) -> str:
-        lines = [str(mistake) for mistake in self.mistakes[:_MOST_SHOWN]]
+        lines = [mistake.shown(in_python=self.in_python) for mistake in self.mistakes[:_MOST_SHOWN]]
         if len(self.mistakes) > _MOST_SHOWN:
             lines.append(f"and {len(self.mistakes) - _MOST_SHOWN:,} more")
         if len(lines) > 1:

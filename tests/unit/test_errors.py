@@ -95,7 +95,10 @@ def test_mistakes_of_a_recipe_are_data(tmp_path):
     assert (of_lr.problem, of_lr.remedy) == ("must be a number from 1e-12 to 1e+38", None)
     assert (of_seed.key, of_seed.problem, of_seed.remedy) == ("seeed", "unknown key", "Did you mean 'seed'?")
     assert (of_duration.origin.where, of_duration.origin.line) == ("command line: duration=5", 0)
-    assert str(caught.value).splitlines() == ["3 mistakes in the recipe:", *map(str, caught.value.mistakes)]
+    lines = str(caught.value).splitlines()
+    assert lines == ["3 mistakes in the recipe:", str(of_lr), str(of_seed), of_duration.shown(in_python=True)]
+    assert lines[3].startswith("overrides: duration=5: ")
+    assert str(of_duration).startswith("command line: duration=5: ")
     file.write_text("name: a\ndata: {source: fashion_mnist}\nbackbone: {name: resnet18}\noptim: {lr: x}\n")
     with pytest.raises(RecipeError) as caught:
         load_recipe(file)

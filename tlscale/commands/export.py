@@ -25,7 +25,7 @@ from tlscale.data.given import find_images, read_given
 from tlscale.data.loader import ImageStore, stacked
 from tlscale.data.sources.open import ImageSplit
 from tlscale.distributed.signals import check_stop, stoppable
-from tlscale.errors import DataError, RunFolderError, Stopped, TlscaleError, flag, one_line, option, speaks_python
+from tlscale.errors import DataError, RunFolderError, Stopped, TlscaleError, one_line, option, speaks_python
 from tlscale.models.classifier import CodesClassifier
 from tlscale.models.exports.check import NO_UNKNOWN, Evidence, about
 from tlscale.models.exports.onnx_file import write_onnx
@@ -149,7 +149,7 @@ def _refuse_training_codes(trained: TrainedModel, *, allowed: bool) -> None:
         raise DataError(
             f"nearest neighbours are found among the training images: the export would carry the features of all "
             f"{num:,} ({width:,} numbers each), from which something of the images may be told",
-            key=flag("with-training-codes"),
+            key=option("with-training-codes"),
             remedy="Switch it on where whoever gets the export may have them, or fit another probe (probe.kind=ridge)",
         )
 

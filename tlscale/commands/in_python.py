@@ -16,9 +16,10 @@ from tlscale.commands import run as run_command
 from tlscale.commands.comparison import Comparison
 from tlscale.commands.run_result import RunResult
 from tlscale.data.sources.tables import Role
-from tlscale.errors import speaks_python
+from tlscale.errors import RecipeError, speaks_python
 from tlscale.recipe.load import as_recipe, load_to_run
 from tlscale.recipe.schema import Recipe
+from tlscale.storage.run_folder import refuse_both
 from tlscale.training import image_classifier
 from tlscale.training.image_classifier import ImageClassifier
 
@@ -38,6 +39,8 @@ def plan(recipe: RecipeOrFile, *, processes: int | None = None, check_images: bo
         TlscaleError: the recipe, its data or its weights are wrong, or images that were checked cannot be read.
     """
     recipe = as_recipe(recipe)
+    if processes is not None and processes < 1:
+        raise RecipeError(f"{processes} is no number of processes", key="processes", remedy="Give 1 or more")
     world_size = processes or recipe.compute.num_processes or 1
     plan_command.plan(recipe, world_size=world_size, checks_images=check_images)
 
@@ -64,6 +67,7 @@ def run(
     Raises:
         TlscaleError: wrong input, a run that failed, or `Stopped` after a signal, when all is saved.
     """
+    refuse_both(resume=resume, overwrite=overwrite)
     folder = None if out is None else Path(out)
     if not isinstance(recipe, Recipe):
         recipe = load_to_run(os.fspath(recipe), (), folder, resume=resume)

@@ -68,6 +68,7 @@ def predict(
         TlscaleError: no such run, nothing found, or not one image can be read; with `out` also `Stopped`.
     """
     if out is None:
+        _refuse_idle(top_k=top_k != 1, all_probabilities=all_probabilities, resume=resume)
         return load(run).predict(images)
     places = [images] if isinstance(images, str | os.PathLike) else images
     if not isinstance(places, Iterable) or not all(isinstance(place, str | os.PathLike) for place in places):
@@ -75,6 +76,14 @@ def predict(
     wanted = _Wanted(top_k, all_probabilities, resume=resume)
     write_rows(run, [os.fspath(place) for place in places], Path(out), wanted)  # type: ignore[arg-type]
     return Path(out)
+
+
+def _refuse_idle(**given: bool) -> None:
+    """Refuse arguments that choose what a file holds, where none is written."""
+    for name, is_given in given.items():
+        if is_given:
+            remedy = "Name a file (out)" + ("" if name == "resume" else ", or give it to to_csv or to_pandas")
+            raise DataError("it is of a file, and none is written", key=name, remedy=remedy)
 
 
 @dataclass(frozen=True)
@@ -92,7 +101,7 @@ def predict_for_people(
     """Do what the command line says: `-` among the places stands for paths on standard input."""
     if out is None and wanted["resume"]:
         remedy = "Name the unfinished file"
-        raise DataError("only a file can be resumed", key=flag("resume"), remedy=remedy)
+        raise DataError("only a file can be resumed", key=option("resume"), remedy=remedy)
     if not places and images_from is None:
         raise DataError("no image was named", remedy="Name files, folders or globs; - takes paths from standard input")
     write_rows(run, places, None if out is None else Path(out), _Wanted(**wanted), images_from)  # type: ignore[arg-type]
@@ -171,6 +180,7 @@ class _Paths(ExitStack):
     def __init__(self, places: Sequence[str], images_from: str | None) -> None:
         super().__init__()
         self.notes: list[str] = []
+        self._is_shown = False
         found = (self._of(place) for place in places)
         lists = [] if images_from is None else [self._listed(images_from)]
         self.images: Iterator[str] = chain(chain.from_iterable(found), *lists)
@@ -192,7 +202,22 @@ class _Paths(ExitStack):
     def _note(self, text: str) -> None:
         if len(self.notes) < 10:  # a list may name a million
             self.notes.append(text)
-            print(f"tlscale: {visible(text)}", file=sys.stderr)
+            if self._is_shown:
+                self._show(text)
+
+    @staticmethod
+    def _show(text: str) -> None:
+        print(f"tlscale: {visible(text)}", file=sys.stderr)
+
+    def show_notes(self) -> None:
+        """Show what was not found so far, and from now on at once: where nothing is found the error has it."""
+        for text in self.notes:
+            self._show(text)
+        self._is_shown = True
+
+    def nothing_found(self) -> DataError:
+        """Make the error of places that hold no image."""
+        return DataError((not self._is_shown and first_few(self.notes)) or "no image was found")
 
 
 @dataclass(frozen=True)
@@ -235,20 +260,18 @@ class _Work:
         self.paths, self.images = paths, paths.images
         if not resume:
             first = next(self.images, None)  # before a file is made, or replaced
-            self._refuse_nothing(first)
-            self.images = chain([first] if first is not None else [], self.images)
+            if first is None:
+                raise paths.nothing_found()
+            paths.show_notes()
+            self.images = chain([first], self.images)
             sink.begin()
             return
+        paths.show_notes()
         resumed = sink.resume(self.images)
         self.images, self.num_given, self.num_read = resumed.images, resumed.num_rows, resumed.num_read
         self.num_resumed, done = self.num_given, 0
         while done < self.num_given:
             done += sum(next(self.chunks))
-
-    def _refuse_nothing(self, first: str | None) -> None:
-        if first is None:
-            notes = self.paths.notes if self.paths is not None else []
-            raise DataError(first_few(notes) or "no image was found")
 
     def go_on(self, sink: Sink) -> None:
         """Do all that is left.
@@ -286,7 +309,8 @@ class _Work:
 
     def _end(self, sink: Sink) -> None:
         if self.num_given == 0:
-            self._refuse_nothing(None)
+            assert self.paths is not None
+            raise self.paths.nothing_found()
         sink.end()
         refuse_none_read(self.num_given, self.num_read, *self.first_error)
 
@@ -297,8 +321,8 @@ class _Work:
         self.pace.add(num_images * self.processes.world_size)  # they have about equal shares
 
     def _stopped(self, rest: str) -> Stopped:
-        remedy = None if self.out is None else f"The same line with {flag('resume')} completes '{self.out}'"
-        return Stopped(f"stopped after {self.num_given:,} images{rest}", remedy=remedy)
+        remedy = None if self.out is None else flag("resume") + f" completes '{self.out}'"
+        return Stopped(f"stopped after {_images(self.num_given)}{rest}", remedy=remedy)
 
     def _speed(self, num_images: int) -> str:
         return f"{num_images / max(time.monotonic() - self._began_s, 1e-9):.0f} images/s"
@@ -311,7 +335,11 @@ class _Work:
             without += f", {self.num_unknown:,} unlike anything trained on (column unknown)"
         where = "" if self.out is None else f" -> {self.out}"
         speed = self._speed(self.num_given - self.num_resumed)
-        return f"{self.num_given:,} images{without}; {speed}{where}"
+        return f"{_images(self.num_given)}{without}; {speed}{where}"
+
+
+def _images(count: int) -> str:
+    return f"{count:,} image{'s' * (count != 1)}"
 
 
 def _say(processes: Processes, text: str) -> None:

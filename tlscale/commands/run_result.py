@@ -30,25 +30,41 @@ class RunResult(dict[str, Any]):
 
     @property
     def top1(self) -> float:
-        """Return the share of the scored images that are answered right; of several labels an image there is none."""
-        return float(self["top1"])
+        """Return the share of the scored images that are answered right.
+
+        Raises:
+            AttributeError: the images have several labels each; `mean_average_precision` stands in its place.
+        """
+        return float(self._figure("top1"))
 
     @property
     def mean_average_precision(self) -> float:
-        """Return `mean_average_precision`, of several labels an image; of one label there is none."""
-        return float(self["mean_average_precision"])
+        """Return that of several labels an image.
+
+        Raises:
+            AttributeError: the images have one label each, or no image has any; `top1` is that of one label.
+        """
+        return float(self._figure("mean_average_precision"))
 
     @property
     def interval(self) -> tuple[float, float] | None:
         """Return the 95 % interval of `top1`, or of `mean_average_precision`; None of too few images or groups."""
-        ends = self[f"{score_of(self)}_interval95"]
+        ends = self.get(f"{score_of(self)}_interval95")
         return None if ends is None else (float(ends[0]), float(ends[1]))
 
     @property
     def per_class(self) -> dict[str, dict[str, Any]]:
         """Return the figures of each class, by its name."""
-        by_name: dict[str, dict[str, Any]] = self["per_class"]
+        by_name: dict[str, dict[str, Any]] = self._figure("per_class")
         return by_name
+
+    def _figure(self, name: str) -> Any:  # noqa: ANN401 (as JSON has it)
+        """Return a figure; an AttributeError names what there is in its place, so that `hasattr` can be asked."""
+        if (value := self.get(name)) is None:
+            score = score_of(self)
+            there = "" if name == score or self.get(score) is None else f"; there is {score!r}"
+            raise AttributeError(f"these figures have no {name!r}{there}", name=name, obj=self)
+        return value
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({one_line(self.folder)!r}: {self._score()})"

@@ -24,7 +24,7 @@ from tlscale.data.sources.split_names import (
     role_of,
     role_within,
 )
-from tlscale.errors import DataError, first_few, irregular_mode, is_unicode, one_line, quoted
+from tlscale.errors import DataError, Wording, first_few, irregular_mode, is_unicode, one_line, quoted
 
 ClassFolder = Literal["top", "parent"]
 
@@ -175,8 +175,11 @@ def _splits(root: Path, found: _Found) -> dict[Role, str]:
         others = [name for name in tops if name not in named and found.below(name) + found.images.get(name, [])]
         held = first_few(quoted(named))
         if not others:
-            remedy = "Images to train on go into a folder 'train'; `tlscale evaluate RUN --data FOLDER` scores a model"
-            raise DataError(f"{one_line(root)}: nothing to train on, as it holds {held} alone", remedy=remedy)
+            scores = Wording("`tlscale evaluate RUN --data FOLDER`", "tlscale.evaluate(run, data=folder)")
+            raise DataError(
+                f"{one_line(root)}: nothing to train on, as it holds {held} alone",
+                remedy="Images to train on go into a folder 'train'; " + scores + " scores a model",
+            )
         remedy = f"Put the class folders ({first_few(quoted(others), 3)}) into a folder 'train' next to it"
         raise DataError(f"{one_line(root)}: class folders lie next to {held}, which is a split", remedy=remedy)
     return {role: by_role[role] for role in ROLES if role in by_role}

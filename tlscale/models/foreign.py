@@ -21,7 +21,7 @@ import timm
 import torch
 from torch import Tensor
 
-from tlscale.errors import ModelError
+from tlscale.errors import ModelError, RunFolderError, Wording
 
 # Of the arguments that timm's functions take, those that do not describe a network: places, what to load and how, and
 # what has it wrap or change what it builds.
@@ -39,6 +39,8 @@ _WORD = re.compile(r"[A-Za-z0-9_.+-]{0,64}")
 _MOST = {"num_classes": 10_000_000, "img_size": 4096, "depth": 1000, "depths": 1000, "layers": 1000}
 _MOST_NUMBER = 65_536
 _MOST_ITEMS = 64
+_FOR_OTHERS = (("model.onnx", "an ONNX file", "ONNX Runtime"), ("model.pt2", "a program of torch.export", "torch"))
+_FINISH = Wording("(tlscale run ... --resume)", "(tlscale.run(..., resume=True))")
 _PICKLES = (".pth", ".pt", ".bin", ".tar")
 
 
@@ -172,3 +174,12 @@ def _is_plain(value: Any, most: int, depth: int = 0) -> bool:  # noqa: ANN401
         case list():
             return depth < 2 and len(value) <= _MOST_ITEMS and all(_is_plain(item, most, depth + 1) for item in value)
     return False
+
+
+def no_model(run: Path, config: Path) -> RunFolderError:
+    """Make the error of a folder without a model that we load: an export for other programs, or no finished run."""
+    for file, what, reader in _FOR_OTHERS:
+        if (run / file).is_file():
+            problem = f"'{run}' is an export, {what}, which {reader} reads: nothing here can be loaded as a run"
+            return RunFolderError(problem, remedy="Name the run that it was made of, or an export to timm or hub")
+    return RunFolderError(f"'{run}' holds no model: there is no '{config}'", remedy="Has the run ended? " + _FINISH)

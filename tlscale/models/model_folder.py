@@ -22,11 +22,11 @@ from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
 from tlscale.data.input_spec import InputSpec
-from tlscale.errors import ModelError, RunFolderError, Wording, first_sentence, flag
+from tlscale.errors import ModelError, RunFolderError, first_sentence, flag
 from tlscale.models.calibration import Calibration
 from tlscale.models.classifier import Classifier, CodesClassifier, feature_width
 from tlscale.models.features import LayerCodes
-from tlscale.models.foreign import check_model_args
+from tlscale.models.foreign import check_model_args, no_model
 from tlscale.models.heads import build_head
 from tlscale.models.knn import KnnHead
 from tlscale.models.tensor_checks import check_classifiers, check_like, refuse_non_finite
@@ -45,7 +45,6 @@ MODEL_FILE = "model.safetensors"
 HEAD_FILE = "head.safetensors"
 CONFIG_FILE = "config.json"
 _CHANGED = "It is damaged, or was changed: copy it again from where it is whole, or run the recipe again with "
-_FINISH = Wording("(tlscale run ... --resume)", "(tlscale.run(..., resume=True))")
 _MOST_CONFIG_BYTES = 64 * 2**20  # a million classes
 
 
@@ -292,7 +291,7 @@ def load(run: str | Path, *, as_stored: bool = False) -> TrainedModel:
     folder = folder / "model" if (folder / "model" / CONFIG_FILE).is_file() else folder
     path = folder / CONFIG_FILE
     if not path.is_file():
-        raise RunFolderError(f"'{run}' holds no model: there is no '{path}'", remedy="Has the run ended? " + _FINISH)
+        raise no_model(Path(run), path)
     ours = _read_config(path).tlscale
     with _cannot_be_loaded(folder), torch.random.fork_rng(devices=[]):
         states = [_read_tensors(folder, file, ours) for file in ours.files]

@@ -15,7 +15,7 @@ from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tlscale.errors import RecipeError, irregular, is_unicode, sentences
+from tlscale.errors import RecipeError, irregular, is_unicode, sentences, speaks_python
 from tlscale.recipe.idle import find_idle
 from tlscale.recipe.mistakes import Findings, Mistake, Origin
 from tlscale.recipe.overrides import Override, read_override
@@ -45,6 +45,7 @@ class StoredRecipe(NamedTuple):
     notes: list[str]
 
 
+@speaks_python
 def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, resumed: bool = False) -> Recipe:
     """Read a recipe file, apply overrides, check all of it and fill in the defaults.
 

@@ -34,6 +34,8 @@ class Origin:
 
     where: str
     line: int = 0
+    in_python: str | None = None
+    """What Python's callers read in place of `where`; None: the same."""
 
     def __str__(self) -> str:
         return f"{self.where}:{self.line}" if self.line else self.where
@@ -59,8 +61,13 @@ class Mistake:
 
     def __str__(self) -> str:
         """Render it in one line; what the user wrote is in it, so line breaks and terminal codes are escaped."""
+        return self.shown(in_python=False)
+
+    def shown(self, *, in_python: bool) -> str:
+        """Render it as `str` does, or as a caller in Python reads it."""
         about = self.key if self.value is None else f"{self.key} = {self.value}"
-        said = f"{self.origin}: {render(self.problem, about, self.remedy)}"
+        origin = self.origin.in_python if in_python and self.origin.in_python is not None else self.origin
+        said = f"{origin}: {render(self.problem, about, self.remedy)}"
         return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in said)
 
 

@@ -26,15 +26,19 @@ class Override:
     value: Node
 
 
-def read_override(text: str, findings: Findings, prefix: str = "command line: ") -> Override | None:
+def read_override(text: str, findings: Findings, prefix: str | None = None) -> Override | None:
     """Read one override, `key.path=value`; return None when it is wrong, which `findings` then has.
 
     Args:
-        prefix: what stands before `text` where a mistake in it is reported.
+        prefix: what stands before `text` where a mistake in it is reported; by default how it was given.
     """
     key_text, equals, value_text = text.partition("=")
     key_text, value_text = key_text.strip(), value_text.strip()
-    origin = Origin(f"{prefix}{key_text}=..." if SECRET.search(text) else f"{prefix}{text}")
+    shown = f"{key_text}=..." if SECRET.search(text) else text
+    if prefix is None:
+        origin = Origin(f"command line: {shown}", in_python=f"overrides: {shown}")
+    else:
+        origin = Origin(f"{prefix}{shown}")
     if not is_unicode(text):
         findings.add(origin, "not UTF-8 text", "Rename the file or folder that it names, such as with convmv.")
         return None

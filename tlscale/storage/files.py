@@ -106,6 +106,24 @@ def disk_error(error: OSError) -> TlscaleError:
     )
 
 
+def refuse_no_place(path: Path, key: str) -> None:
+    """Refuse the name of a file that cannot be written there, whatever the disk.
+
+    Raises:
+        TlscaleError: its folder is not there, or a folder has its name.
+    """
+    problem = None
+    if not path.parent.is_dir():
+        what = "a file is in the way of" if path.parent.exists() else "there is no"
+        problem = f"{what} folder '{path.parent}'", "Make it first, or name a file in another one"
+    elif path.is_dir():
+        problem = f"'{path}' is a folder", "Name a file in it"
+    if problem is not None:
+        refused = TlscaleError(problem[0], key=key, remedy=problem[1])
+        refused.exit_code = EXIT_BAD_INPUT
+        raise refused
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Give a temporary file to write to, which replaces `path` when it is on the disk, and never if writing fails."""

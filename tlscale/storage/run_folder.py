@@ -118,6 +118,17 @@ def forget_stop(folder: RunFolder) -> bool:
     return True
 
 
+def refuse_both(*, resume: bool, overwrite: bool) -> None:
+    """Refuse to resume a run and to replace it, in one.
+
+    Raises:
+        RunFolderError: both are wanted.
+    """
+    if resume and overwrite:
+        problem = flag("resume") + " resumes a run, " + flag("overwrite") + " replaces it"
+        raise RunFolderError(problem, remedy="Give one of them")
+
+
 @contextmanager
 def claim(path: Path, mode: Mode) -> Iterator[RunFolder]:
     """Hold the folder for this job.

@@ -30,7 +30,7 @@ from tlscale.models import model_folder
 from tlscale.models.features import PENULTIMATE
 from tlscale.models.model_folder import TrainedModel
 from tlscale.recipe.image_size import size_in_words
-from tlscale.storage.files import replacing, reporting_disk_errors
+from tlscale.storage.files import refuse_no_place, replacing, reporting_disk_errors
 from tlscale.training.prediction_rows import Answers, Cell, Columns, answer, csv_line, read_blocks
 from tlscale.training.predictions import NO_ANSWER, readable
 from tlscale.training.run_path import FeaturesPath, RunFacts, RunPath, computing
@@ -89,6 +89,7 @@ class Predictions:
         unread = f", {failed:,} without an answer" if failed else ""
         return f"Predictions({len(self):,} image{'s' * (len(self) != 1)}{unread}; {shown or 'no label'})"
 
+    @speaks_python
     def to_pandas(self, *, top_k: int = 1, all_probabilities: bool = False) -> Any:  # noqa: ANN401 (a DataFrame)
         """Make a data frame of the columns that the command writes.
 
@@ -102,6 +103,7 @@ class Predictions:
         columns = checked_columns(self._columns, top_k, all_probabilities=all_probabilities)
         return pandas.DataFrame(list(self._rows(columns)), columns=columns.names)
 
+    @speaks_python
     def to_csv(self, path: str | os.PathLike[str], *, top_k: int = 1, all_probabilities: bool = False) -> None:
         """Write them as the command does: to a file that is complete, or not there.
 
@@ -109,9 +111,11 @@ class Predictions:
             TlscaleError: the file cannot be written, or more labels are wanted than there are classes.
         """
         columns = checked_columns(self._columns, top_k, all_probabilities=all_probabilities)
+        file_to = Path(path)
+        refuse_no_place(file_to, "path")
         with (
             reporting_disk_errors(),
-            replacing(Path(path)) as aside,
+            replacing(file_to) as aside,
             aside.open("w", encoding="utf-8", newline="") as file,
         ):
             file.write(csv_line(columns.names))

@@ -16,7 +16,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
-from tlscale.errors import ResumeError, RunFolderError, flag, one_line, option
+from tlscale.errors import ResumeError, RunFolderError, one_line, option
 from tlscale.storage.cache import is_no_folder
 from tlscale.storage.files import flush, is_full, make_folder, write_json
 from tlscale.training.prediction_rows import Answers, Columns, csv_cell, csv_line, json_line
@@ -209,7 +209,7 @@ class TextFile:
     def _changed(self) -> ResumeError:
         remedy = f"Bring back what was written; or, to begin anew, remove '{self._mark.path}'"
         problem = f"'{self._path}' was changed by another program since, such as a spreadsheet that saved it"
-        return ResumeError(problem, key=flag("resume"), remedy=remedy)
+        return ResumeError(problem, key=option("resume"), remedy=remedy)
 
     def write(self, paths: list[str], answers: Answers) -> None:
         assert self._file is not None
@@ -277,14 +277,14 @@ class Unfinished:
         if names:
             remedy = f"Give what it was begun with; or, to begin anew, remove '{self.path}'"
             problem = f"'{file}' cannot be resumed: it was begun with another {', another '.join(names)}"
-            raise ResumeError(problem, key=flag("resume"), remedy=remedy)
+            raise ResumeError(problem, key=option("resume"), remedy=remedy)
 
 
 def other_images(file: Path, number: int, path: str | None) -> ResumeError:
     """Make the error of a file that was begun with other images."""
     now = f"image {number:,} is now '{one_line(path)}'" if path is not None else f"there are now {number - 1:,} images"
     remedy = "Give the images that it was begun with, in the same order"
-    return ResumeError(f"'{file}' was begun with other images: {now}", key=flag("resume"), remedy=remedy)
+    return ResumeError(f"'{file}' was begun with other images: {now}", key=option("resume"), remedy=remedy)
 
 
 def make_folder_of(file: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tlscale.errors import ResumeError, first_line, flag
+from tlscale.errors import ResumeError, first_line, option
 from tlscale.storage.files import flush, make_folder, replacing
 from tlscale.storage.run_folder import refuse_not_utf8
 from tlscale.training.prediction_files import (
@@ -102,7 +102,7 @@ class ParquetFile:
 
     def _lost(self, part: Path, why: str) -> ResumeError:
         remedy = f"Bring it back; or, to begin anew, remove '{self._folder}'"
-        return ResumeError(f"'{part}' cannot be used: {why}", key=flag("resume"), remedy=remedy)
+        return ResumeError(f"'{part}' cannot be used: {why}", key=option("resume"), remedy=remedy)
 
     def _compare(self, paths: Iterable[str], images: Iterator[str]) -> None:
         for number, then in enumerate(paths, self._num_written + 1):

@@ -5,14 +5,15 @@
 | `path` | as it was given or found; bytes of a name that are no UTF-8 are escaped |
 | `label`, `probability` | the most likely class, and how likely; empty where there is no answer |
 | `label_2`, `probability_2`, ... | the next ones, where more than one is wanted |
-| `labels` | of a model of several labels in place of those: all that it has, joined by `|`; empty also where none |
+| `labels` | of a model of several labels in place of those: all that it has, joined by a bar; empty also where none |
 | `set` | where the model has a calibration: classes joined by a bar, one of them the true one in 90 % of cases |
 | `unknown` | where the model can tell: whether the image is unlike those of training |
 | `p_<class>` | how likely each class is, where all are wanted, and for several labels |
 | `error` | why there is no answer; else empty |
 
-Promise: a text of others is a text in every reader. In CSV a cell that begins with what a spreadsheet takes for a
-formula has an apostrophe before it, and one with a comma, a quote or a line break is quoted.
+Promise: a text of others is a text in every reader. A bar within a joined name has a backslash before it. In CSV a cell
+that begins with what a spreadsheet takes for a formula has an apostrophe before it, and one with a comma, a quote or a
+line break is quoted.
 
 Shapes: N images, C classes, K most likely of them, S image size.
 """
@@ -36,7 +37,7 @@ from tlscale.data.given import Given, read_given
 from tlscale.data.loader import stacked
 from tlscale.data.sampler import Ints
 from tlscale.data.sources.excluded import FORMULAS
-from tlscale.data.sources.tables import Labels, label_text
+from tlscale.data.sources.tables import Labels, joined_labels, label_text
 from tlscale.distributed.processes import Processes
 from tlscale.models.calibration import Calibration, LabelSets
 from tlscale.training.label_set_metrics import labels_from, probabilities
@@ -213,7 +214,7 @@ class Columns:
             for label, probability in zip(labels, best, strict=True):
                 row += [None, None] if why is not None else [self.classes[label], probability]
             if self.sets is not None:
-                row.append(None if why is not None else _joined(self.classes[number] for number in members))
+                row.append(None if why is not None else joined_labels(self.classes[number] for number in members))
             if self.unknown_from is not None:
                 row.append(unknown)
             yield [*row, *(each if why is None else None for each in every), why]
@@ -253,8 +254,3 @@ def csv_cell(cell: Cell) -> str:
 def json_line(names: Sequence[str], cells: Sequence[Cell]) -> str:
     """Write a row as a JSON object."""
     return json.dumps(dict(zip(names, cells, strict=True)), ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def _joined(labels: Iterable[str]) -> str:
-    """Join labels so that they can be told apart again: a bar in a name has a backslash before it."""
-    return "|".join(label.replace("\\", "\\\\").replace("|", "\\|") for label in labels)

@@ -16,7 +16,7 @@ from tlscale.data.decode import BadImageError, Reading
 from tlscale.data.identity import used_identity
 from tlscale.data.sources.bad_images import find_bad_images
 from tlscale.distributed.processes import Processes
-from tlscale.errors import DataError, Text, flag
+from tlscale.errors import DataError, Text, Wording, flag
 from tlscale.storage.files import naming_disk_errors, write_json
 from tlscale.storage.run_folder import RunFolder
 from tlscale.training.loop_state import LoopState
@@ -24,7 +24,9 @@ from tlscale.training.run_info import read_run_info
 from tlscale.training.setup import RunSetup
 from tlscale.training.specs import pipeline_spec
 
-_FIND_ALL = "'tlscale plan RECIPE --check-images' lists all that cannot be read"
+_FIND_ALL = Wording("'tlscale plan RECIPE --check-images'", "tlscale.plan(recipe, check_images=True)") + (
+    " lists all that cannot be read"
+)
 _BLOCK = 256  # images between two looks at the clock
 _SEARCH_S = 5.0
 
@@ -85,8 +87,8 @@ def _unread_image(error: DataError, others: Unread, loop: LoopState, folder: Run
     also = f". {len(others):,} more, the first being {others[0][2]}" if others else ""
     saved = f"Up to step {loop.step} all is saved in '{folder.path}': repair" if loop.step else "Repair"
     what = "the images" if others else "the image"
-    then = f" goes on; {_FIND_ALL}. skip, in a run of its own, trains without them."
-    remedy = f"{saved} {what}, and " + flag("resume") + then
+    then = _FIND_ALL + ". skip, in a run of its own, trains without them."
+    remedy = f"{saved} {what}, and " + flag("resume") + " goes on; " + then
     return _about_image(error, error.problem + also, remedy)
 
 
@@ -95,7 +97,11 @@ def unread_test_image(error: DataError, folder: RunFolder) -> DataError:
     remedy = (
         f"The model is in '{folder.model}', its figures are not written. Repair the image, or take it out, and "
         + flag("resume")
-        + f" (or 'tlscale evaluate {folder.path}') computes them; {_FIND_ALL}."
+        + " (or "
+        + Wording(f"'tlscale evaluate {folder.path}'", f"tlscale.evaluate('{folder.path}')")
+        + ") computes them; "
+        + _FIND_ALL
+        + "."
     )
     return _about_image(error, error.problem, remedy)
 

@@ -225,7 +225,7 @@ def test_all_mistakes_are_sorted_by_line_and_told_once(recipe_file):
     lines = message(file, "batch_size=0", "loss.label_smoothing=2").splitlines()
     assert lines[0] == "6 mistakes in the recipe:"
     assert [line.split(":")[1] for line in lines[1:5]] == ["4", "5", "6", "8"]
-    assert [line.split(":")[0] for line in lines[5:]] == ["command line"] * 2
+    assert [line.split(":")[0] for line in lines[5:]] == ["overrides"] * 2
 
 
 @pytest.mark.parametrize(
@@ -374,7 +374,7 @@ def test_an_override_is_right_or_a_recipe_error(recipe_file, override):
         said = dump_recipe(load_recipe(file, [override]))
     except RecipeError as error:
         said = str(error)
-    assert "command line: " in said or said.startswith("name: ")
+    assert "overrides: " in said or said.startswith("name: ")
 
 
 KEYS = st.sampled_from([*all_keys(), "optim.lrr", "lr", "api_key", "data.pth", "loss.class_weights.a"])

@@ -11,7 +11,7 @@ Shape letters: N rows of a table or images of a split, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -87,8 +87,13 @@ def label_numbers(labels_N: Labels) -> Ints:
 
 
 def label_text(label: Any, names: Sequence[str]) -> str:  # noqa: ANN401 (a number, or a row of booleans)
-    """Return the label of one image as text; several are joined by `JOINER`."""
-    return names[label] if np.ndim(label) == 0 else JOINER.join(names[i] for i in np.flatnonzero(label).tolist())
+    """Return the label of one image as text; several are joined by `joined_labels`."""
+    return names[label] if np.ndim(label) == 0 else joined_labels(names[i] for i in np.flatnonzero(label).tolist())
+
+
+def joined_labels(labels: Iterable[str]) -> str:
+    """Join labels so that they can be told apart again: a bar in a name has a backslash before it."""
+    return JOINER.join(label.replace("\\", "\\\\").replace(JOINER, f"\\{JOINER}") for label in labels)
 
 
 def class_counts(labels_N: Labels, num_classes: int) -> Ints:
