@@ -137,9 +137,9 @@ WRONG = {
     ("compare", "backbones"): {"recipes": "RECIPE", "backbones": ["no_such_net"]},
     ("compare", "sizes"): {"recipes": "RECIPE", "sizes": [0]},
     ("compare", "seeds"): {"recipes": "RECIPE", "seeds": [-1]},
-    ("compare", "changes"): {"recipes": "RECIPE", "strategies": ["codes"], "changes": ["x.y=1"]},
+    ("compare", "changes"): {"recipes": "RECIPE", "strategies": ["scratch"], "changes": ["x.y=1"]},
     ("compare", "min_steps"): {"recipes": "RECIPE", "min_steps": 3},
-    ("compare", "out"): {"recipes": "RECIPE", "strategies": ["codes"], "out": "DATA"},
+    ("compare", "out"): {"recipes": "RECIPE", "strategies": ["scratch"], "out": "DATA"},
     ("compare", "resume"): {"recipes": ["RUN"], "resume": True},
 }
 """By function and argument: a call in which this argument is wrong. Words in capitals are places of the fixture."""
@@ -211,6 +211,7 @@ def test_what_python_is_told_names_arguments(case, places):
     with pytest.raises(TlscaleError) as caught:
         getattr(tlscale, function)(**given)
     check_words_of(caught.value)
+    assert caught.value.key in (None, argument) or "." in caught.value.key, "or a key of the recipe"
 
 
 @pytest.mark.parametrize("verb", ["run", "probe"])

@@ -201,8 +201,10 @@ def options_in_text(source: str) -> list[str]:
             meant |= {id(item) for item in node.elts}
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             meant |= {id(argument) for argument in node.args if node.func.id == "Wording"}
-        if isinstance(node, ast.FormattedValue) and "option(" in (made := ast.unparse(node.value)):
-            found.append(f"{node.lineno} {made} in an f-string")
+        if isinstance(node, ast.FormattedValue):
+            made = ast.unparse(node.value)
+            if "option(" in made or ("flag(" in made and not made.endswith(".shell")):
+                found.append(f"{node.lineno} {made} in an f-string")
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in meant:
             named = re.findall(r"(?<![\w-])--[a-z-]+", re.sub(r"'tlscale [^']*'|`tlscale [^`]*`", "", node.value))
             found += [f"{node.lineno} {name}" for name in named if name in OPTIONS]

@@ -101,11 +101,11 @@ def check_choice(plan: Plan) -> None:
 
 def change_of(text: str) -> Wording:
     """Write a change of one variant, as it is given."""
-    return Wording(f"--set {text}", f"changes=['{text}']")
+    return Wording(option("set", text).shell, f"changes=['{text}']")
 
 
 def _key_of_change(text: str) -> Wording:
-    return Wording(f"--set {text}", "changes")
+    return Wording(option("set", text).shell, "changes")
 
 
 def labelled_recipes(plan: Plan) -> dict[str, Recipe]:

@@ -177,7 +177,7 @@ def _names(names: list[str]) -> str:
 def show_result(result: dict[str, Any], console: Console, *, folder: Path, how_to_load: str) -> None:
     """Show the final figures, and where everything is."""
     if result["split"] is None:  # of a cross-validation, resumed by itself
-        console.say(f"{ABOUT_FOLDS}. The whole is resumed by {flag('resume')} as well")
+        console.say(f"{ABOUT_FOLDS}. The whole is resumed by {flag('resume').shell} as well")
         console.say(f"model: {folder / 'model'}; load it with {how_to_load}")
         return
     if "folds" in result:
