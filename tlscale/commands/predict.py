@@ -25,6 +25,7 @@ from tlscale.models.model_folder import CONFIG_FILE
 from tlscale.storage.files import file_sha256, reporting_disk_errors
 from tlscale.tracking.console import Console, visible
 from tlscale.tracking.progress import Pace
+from tlscale.training.batching import Batching
 from tlscale.training.image_classifier import (
     ImageClassifier,
     Images,
@@ -35,7 +36,7 @@ from tlscale.training.image_classifier import (
 )
 from tlscale.training.prediction_files import SUFFIXES, Screen, Sink, TextFile, TextFormat
 from tlscale.training.prediction_rows import Answers, Columns, answer
-from tlscale.training.run_path import Batching, RunPath, computing
+from tlscale.training.run_path import RunPath, computing
 
 _SAY_EVERY_S = 10.0  # where there is no terminal
 _LONG_CHUNK = 1024  # images; a shorter one is finished when a signal comes

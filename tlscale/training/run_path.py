@@ -25,7 +25,6 @@ from torch import Tensor, nn
 
 from tlscale.codes.blocks import fixed_threads, spec_of
 from tlscale.codes.shards import BLOCK
-from tlscale.data.sampler import eval_rows
 from tlscale.data.transforms import ImageBatch, InputPath
 from tlscale.data.views import CENTER, PLAIN, View, crop_places, views_of
 from tlscale.distributed.device import choose_algorithms, naming_memory
@@ -43,42 +42,16 @@ from tlscale.models.views import over_views
 from tlscale.recipe.load import load_stored_recipe
 from tlscale.recipe.schema import ComputeSection, DataSection, LoraSection, Recipe
 from tlscale.storage.run_folder import RunFolder
+from tlscale.training.batching import Batching
 from tlscale.training.cache_decision import sample_images
 from tlscale.training.probe import HEAD_BATCH
 from tlscale.training.run_files import read_result, read_run_info
 
-_LEAST_CHUNK = 256  # images
 _NO_CODES = (
     "the model's score of unknown images is not computed (no column unknown): it takes the features of the part that "
     "the run froze, which this folder does not tell. Name the run's folder"
 )
 Values = tuple[Tensor, ...]
-
-
-@dataclass(frozen=True)
-class Batching:
-    """Tell how many images go through what was trained at once, from the first one that is given on."""
-
-    size: int = 64
-    num_scored: int = 0
-    """Images of the scored split, where several processes had a share of it each."""
-    num_processes: int = 1
-
-    def sizes(self) -> Iterator[int]:
-        """Give the images of each batch, without end."""
-        for rank in range(self.num_processes if self.num_processes > 1 else 0):
-            yield from map(len, eval_rows(self.num_scored, rank, self.num_processes, self.size))
-        while True:
-            yield self.size
-
-    def chunks(self) -> Iterator[list[int]]:
-        """Give the batches that are read, answered and written as one, without end."""
-        chunk: list[int] = []
-        for size in self.sizes():
-            chunk.append(size)
-            if sum(chunk) >= _LEAST_CHUNK:
-                yield chunk
-                chunk = []
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tlscale.data.sampler import eval_rows
-from tlscale.training.run_path import Batching
+from tlscale.training.batching import Batching
 
 
 @given(st.integers(1, 40), st.integers(0, 500), st.integers(2, 6))
