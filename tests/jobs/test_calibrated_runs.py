@@ -62,7 +62,7 @@ def test_the_temperature_goes_from_validation_to_every_place(name, run, capsys):
     chosen = config_of(out)["calibration"]
     assert (chosen["temperature"], chosen["num_images"]) == (told["temperature"], told["num_images"])
     assert chosen["sets"].items() < told["sets"].items()
-    assert (config_of(out)["format"], told["num_images"]) == (3, 24)
+    assert (config_of(out)["format"], told["num_images"]) == (5 if name == "probe" else 3, 24)
     table = pq.read_table(out / "predictions.parquet")
     assert json.loads(table.schema.metadata[b"tlscale"])["calibration"] == chosen
     made = tlscale.load(out).predict(out.parent / "data" / "test")
