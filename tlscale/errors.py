@@ -87,6 +87,11 @@ def one_line(text: object) -> str:
     return _OBEYED.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), str(text))
 
 
+def counted(count: int, noun: str) -> str:
+    """Return a number with what is counted: `1 group`, `2,000 groups`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def first_line(error: BaseException) -> str:
     """Return what a library says in one line of at most 200 characters."""
     lines = str(error).strip().splitlines()

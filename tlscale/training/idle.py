@@ -6,10 +6,14 @@ Promise: only what differs from its default was asked for.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import PurePath
 
+from tlscale.data.decode import ARRAYS
 from tlscale.data.sampler import DataOrder
 from tlscale.data.sources.folds import Fold
+from tlscale.data.sources.joined import JoinedStore
 from tlscale.data.sources.open import ImageData
+from tlscale.data.sources.stores import FileStore
 from tlscale.data.sources.tables import class_counts
 from tlscale.errors import RecipeError
 from tlscale.models.classifier import Classifier
@@ -32,7 +36,8 @@ def refuse_idle(
     Raises:
         RecipeError: there is one.
     """
-    found = [*_of_groups(recipe, data), *_of_classes(recipe, data)] if fold is None or fold.holds_none else []
+    is_whole = fold is None or fold.holds_none
+    found = [*_of_groups(recipe, data), *_of_arrays(recipe, data), *_of_classes(recipe, data)] if is_whole else []
     has_fold = fold is None or not fold.holds_none
     if not stages and has_fold and data.validation is None and asks_for(recipe, "evaluate.select"):
         found.append(("evaluate.select", "there is no validation split to choose by"))
@@ -49,6 +54,16 @@ def _of_groups(recipe: Recipe, data: ImageData) -> Iterator[tuple[str, str]]:
     key = "data.groups_across_splits"
     if data.groups is not None and len(data.groups.counts) == 1 and asks_for(recipe, key):
         yield key, "the source has one split, and what is drawn of it cuts no group"
+
+
+def _of_arrays(recipe: Recipe, data: ImageData) -> Iterator[tuple[str, str]]:
+    stores = [split.table.store for split in data.splits.values()]
+    parts = [part for store in stores for part in (store.parts if isinstance(store, JoinedStore) else [store])]
+    paths = [store.paths_N for store in parts if isinstance(store, FileStore)]
+    if len(paths) < len(parts) or not asks_for(recipe, "data.channels_first"):
+        return  # what is not in files of its own may be an array
+    if not any(PurePath(path).suffix.lower() in ARRAYS for paths_N in paths for path in paths_N.to_pylist()):
+        yield "data.channels_first", f"none of the images is an array ({', '.join(sorted(ARRAYS))})"
 
 
 def _of_classes(recipe: Recipe, data: ImageData) -> Iterator[tuple[str, str]]:

@@ -173,6 +173,23 @@ def test_a_group_in_two_splits_is_allowed_on_request_and_said(tmp_path):
     assert data.identity["groups"]["num_groups"] == {"train": 12, "test": 12}
 
 
+def test_one_group_is_no_groups_and_a_permission_that_nothing_needs_is_told(tmp_path):
+    put_patients(tmp_path)
+    rows = [f"{row},{'test' if 'patient0' in row else 'train'}" for row in patient_rows(tmp_path)]
+    table = put_table(tmp_path, rows, "path,label,patient,split")
+    idle = "groups: none is in two splits, so that data.groups_across_splits: allow changes nothing"
+    data = open_source("manifest", table, group_column="patient", groups_across_splits="allow")
+    assert idle in data.notes
+    assert any(" in 1 group (data.group_column" in note for note in data.notes)
+    rows = [row.replace(",test", ",train") if "_0" in row else row for row in rows]
+    put_image(tmp_path / "a" / "alone.png")
+    table = put_table(tmp_path, [*rows, "./a/alone.png,a,,test"], "path,label,patient,split")
+    data = open_source("manifest", table, group_column="patient", groups_across_splits="allow")
+    assert idle not in data.notes
+    assert any(note.startswith("LEAK: 1 group is in both train and test") for note in data.notes)
+    assert any("; 1 image without one is a group" in note for note in data.notes)
+
+
 def test_rows_of_one_file_join_their_groups(tmp_path):
     put_patients(tmp_path)
     rows = patient_rows(tmp_path)

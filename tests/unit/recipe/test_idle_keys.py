@@ -56,6 +56,7 @@ REFUSED = {
 WITH_DATA = {
     "data.validation_split": "a name that is not there: test_split_names",
     "data.validation_fraction": "beside a given split: test_splits",
+    "data.channels_first": "of images that are no arrays: test_idle",
     "codes.layer": "in training: cache_decision, test_probe_runs",
     "evaluate.select": "without validation images: test_idle",
     "evaluate.views": "crops of images that are shown whole: test_view_checks",
@@ -75,7 +76,6 @@ PASSES = {
     "data.crop_mode": "images may be square",
     "data.crop_pct": "images may be of the backbone's size",
     "data.range": "images may have 8 bits",
-    "data.channels_first": "it tells how arrays are to be read",
     "data.mean": "what is given may be what the backbone has",
     "data.std": "what is given may be what the backbone has",
     "data.cache_mib": "a limit",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from tests.recipes.wrong_data import put_folder
@@ -95,6 +96,20 @@ def test_groups_of_one_split_are_in_no_two(more, tmp_path, equal):
     with pytest.raises(RecipeError, match="the source has one split") as caught:
         set_up(small_recipe(tmp_path / "r.yaml", equal, data=data, **more), world_size=1)
     assert caught.value.key == "data.groups_across_splits"
+
+
+@pytest.mark.parametrize("more", [{}, {"evaluate": {"folds": 2}}], ids=["plain", "folds"])
+def test_channels_come_first_in_arrays_alone(more, tmp_path, equal):
+    data = {**FOLDER, "channels_first": True, "validation_fraction": 0.0 if more else 0.2}
+    with pytest.raises(RecipeError, match=r"no effect: none of the images is an array \(.npy\)") as caught:
+        set_up(small_recipe(tmp_path / "r.yaml", equal, data=data, **more), world_size=1)
+    assert caught.value.key == "data.channels_first"
+    for file in equal.rglob("*.png"):
+        place = tmp_path / "arrays" / file.parent.name / f"{file.stem}.npy"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        np.save(place, np.zeros((1, 8, 8), np.uint8))
+    recipe = small_recipe(tmp_path / "r.yaml", tmp_path / "arrays", data=data, **more)
+    assert set_up(recipe, world_size=1).spec.channels_first
 
 
 def test_what_chooses_a_probe_needs_validation_images(tmp_path, idx):

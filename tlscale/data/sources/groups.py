@@ -23,7 +23,7 @@ from tlscale.data.sources.joined import JoinedStore
 from tlscale.data.sources.labels import check_alike, is_text
 from tlscale.data.sources.stores import FileStore
 from tlscale.data.sources.tables import GroupNames, Ints, LabelledTable, RawStore, Role, SourceSplit, number_groups
-from tlscale.errors import DataError, first_few, one_line, quoted
+from tlscale.errors import DataError, counted, first_few, one_line, quoted
 from tlscale.recipe.matching import check_time
 from tlscale.recipe.schema import DataSection
 
@@ -177,9 +177,10 @@ def check_groups(
     if found and section.groups_across_splits == "error":
         shared, row, other_row = found[0]
         one, other = shared.splits
+        are = "is" if shared.num_groups == 1 else "are"
         raise DataError(
-            f"{place}: {shared.num_groups:,} group{'s are' if shared.num_groups > 1 else ' is'} in both {one} and "
-            f"{other}, such as {shared.example!r} ({tables[one].where(row)} and {tables[other].where(other_row)})",
+            f"{place}: {counted(shared.num_groups, 'group')} {are} in both {one} and {other}, such as "
+            f"{shared.example!r} ({tables[one].where(row)} and {tables[other].where(other_row)})",
             key="data.groups_across_splits",
             remedy="Divide the images by group. Or write allow to take them as they are, which the result then says",
         )
@@ -216,19 +217,28 @@ def describe_groups(
     return Groups(f"data.{key}: {getattr(section, key)}", counts, alone, shared, draw)
 
 
-def notes_on_groups(groups: Groups, good: Mapping[Role, Ints]) -> list[str]:
-    """Return what a person should know of them; `good` are the rows that are not left out."""
+def notes_on_groups(groups: Groups, good: Mapping[Role, Ints], across_splits: str) -> list[str]:
+    """Return what a person should know of them.
+
+    Args:
+        good: the rows that are not left out.
+        across_splits: `data.groups_across_splits`.
+    """
     notes = []
     for role, count in groups.counts.items():
         alone = groups.alone[role]
-        note = f"{role}: {len(good[role]):,} images in {count:,} groups ({groups.by})"
-        notes.append(note + (f"; {alone:,} images without one are a group each" if alone else ""))
+        of_its_own = "is a group" if alone == 1 else "are a group each"
+        note = f"{role}: {counted(len(good[role]), 'image')} in {counted(count, 'group')} ({groups.by})"
+        notes.append(note + (f"; {counted(alone, 'image')} without one {of_its_own}" if alone else ""))
     if groups.counts and all(groups.counts[role] + groups.alone[role] == len(good[role]) for role in groups.counts):
         notes.append("groups: each has one image, so that they change nothing")
+    if across_splits == "allow" and not groups.shared:
+        notes.append("groups: none is in two splits, so that data.groups_across_splits: allow changes nothing")
     for one in groups.shared:
         first, second = one.splits
+        are = "is" if one.num_groups == 1 else "are"
         notes.append(
-            f"LEAK: {one.num_groups:,} groups are in both {first} and {second}, such as {one.example!r} "
+            f"LEAK: {counted(one.num_groups, 'group')} {are} in both {first} and {second}, such as {one.example!r} "
             f"(data.groups_across_splits: allow): figures on {second} are too good"
         )
     return notes

@@ -32,7 +32,7 @@ from tlscale.data.sources.tables import (
     class_counts,
     has_several,
 )
-from tlscale.errors import DataError, first_few, quoted, suggestion
+from tlscale.errors import DataError, counted, first_few, quoted, suggestion
 from tlscale.recipe.schema import DataSection
 from tlscale.recipe.seeds import derive_seed
 from tlscale.recipe.sources import SOURCES
@@ -136,7 +136,7 @@ def choose_splits(
         divided, drawn = _divide_pool(section, splits, files, fold, classes, seed)
     draw = "validation" in divided.keys() - tables.keys() or section.train_limit is not None or pooled
     groups = describe_groups(section, tables, good, shared, draw=draw)
-    notes += () if groups is None else tuple(notes_on_groups(groups, good))
+    notes += () if groups is None else tuple(notes_on_groups(groups, good, section.groups_across_splits))
     return Chosen(classes, tables, divided, (*notes, *limited, *drawn), groups, folds)
 
 
@@ -349,7 +349,7 @@ def _hold_out(
             remedy="Bring a validation split, more images, or set data.validation_fraction: 0",
         )
     held_N = rows_N[held]
-    of = "" if draw.unit == "image" else f" in {draw.num_units(held_N):,} {draw.unit}s"
+    of = "" if draw.unit == "image" else f" in {counted(draw.num_units(held_N), draw.unit)}"
     notes = [f"validation: {len(held_N):,} images{of} held out of train, stratified (data.validation_fraction)"]
     single = [classes[i] for i in draw.classes_of_one(rows_N)]
     if single:
