@@ -322,7 +322,7 @@ class _Work:
         self.pace.add(num_images * self.processes.world_size)  # they have about equal shares
 
     def _stopped(self, rest: str) -> Stopped:
-        remedy = None if self.out is None else flag("resume") + f" completes '{self.out}'"
+        remedy = None if self.out is None else "The same line with " + flag("resume") + f" completes '{self.out}'"
         return Stopped(f"stopped after {_images(self.num_given)}{rest}", remedy=remedy)
 
     def _speed(self, num_images: int) -> str:
