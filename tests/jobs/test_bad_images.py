@@ -198,6 +198,6 @@ def test_an_image_of_other_channels_than_the_network_takes_is_left_out(tmp_path,
     for _ in range(2):  # by the pixels, and by what was found then
         found = set_up(recipe, world_size=1).data.bad_images.found["train"]
         assert [row for row, _ in found] == [2]
-        assert f"backbone.in_chans is {in_chans}" in found[0][1] or in_chans == 3
+        assert f"the network takes {in_chans}" in found[0][1] or in_chans == 3
     output = CliRunner().invoke(main, ["plan", str(tmp_path / "recipe.yaml"), "--check-images"]).output
     assert "1 of 12 images cannot be read" in output

@@ -9,10 +9,10 @@ import pytest
 import torch
 from scipy.optimize import minimize_scalar
 
+from tlscale.data.sources.tables import joined_labels
 from tlscale.models.calibration import Calibration, LabelSets
 from tlscale.training.calibration import choose_calibration, choose_temperature, drawn_rows, set_threshold
 from tlscale.training.prediction_figures import share_interval
-from tlscale.training.prediction_rows import _joined
 
 
 def drawn(count, num_classes, temperature, seed=0):
@@ -198,7 +198,7 @@ def test_mapie_chooses_the_same_threshold_and_sets():
 
 
 def test_a_set_can_be_read_back_where_a_name_has_a_bar():
-    assert _joined(["a|b", "c", "d\\"]) == "a\\|b|c|d\\\\"
+    assert joined_labels(["a|b", "c", "d\\"]) == "a\\|b|c|d\\\\"
 
 
 def test_what_chooses_is_of_all_classes_where_these_take_turns():
