@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,7 +78,9 @@ def loading(*, is_long: bool = False) -> Iterator[None]:
         with suppress(OSError):  # nobody has to hear it
             click.echo("loading PyTorch and timm", err=True, nl=not is_terminal)
     try:
-        with stoppable("loading PyTorch and timm"):
+        # A launcher stops the others as soon as one process refuses what is wrong: the main one is still to report it.
+        is_alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+        with stoppable("loading PyTorch and timm") if is_alone else nullcontext():
             yield
     except (ImportError, RuntimeError) as error:
         if "torchvision" not in str(error):

@@ -55,7 +55,12 @@ def close_to(figures):
     return {k: pytest.approx(v, rel=1e-9, abs=1e-11) if isinstance(v, float) else v for k, v in figures.items()}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+FIRST = ("images", "sharded codes")
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[] if kind in FIRST else pytest.mark.long) for kind in KINDS]
+)
 def test_two_processes_answer_as_one(kind, forks, idx, tmp_path):
     one, two = place_of(kind, tmp_path / "runs", idx)
     assert forks.wait(one.start(forks)) == 0, one.output()

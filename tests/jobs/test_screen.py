@@ -13,7 +13,7 @@ from tests.small_runs import put_small_folder, small_recipe
 from tests.terminals import on_a_terminal
 from tlscale.cli import main
 from tlscale.codes import near_duplicates
-from tlscale.errors import EXIT_STOPPED
+from tlscale.errors import EXIT_BAD_INPUT, EXIT_STOPPED
 from tlscale.tracking import progress
 
 TERMINAL = {"FORCE_COLOR": "1", "TERM": "xterm"}
@@ -131,6 +131,27 @@ def test_ctrl_c_does_not_wait_for_libraries_to_be_loaded():
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     said = "tlscale: stopped by SIGINT while loading PyTorch and timm\n"
     assert (done.returncode, done.stderr) == (EXIT_STOPPED, said)
+
+
+def test_the_main_process_reports_what_another_has_refused_before():
+    """Its launcher stops it then, while it is still loading."""
+    program = """if True:
+        import os, signal, time
+        from tlscale.cli_parts import loading, reports_errors
+        from tlscale.errors import LaunchError
+
+        @reports_errors
+        def verb():
+            with loading():
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(2)
+            raise LaunchError("the launcher asks for something else")
+
+        verb()
+    """
+    launched = {**os.environ, "RANK": "0", "WORLD_SIZE": "2"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, env=launched)
+    assert (done.returncode, done.stderr) == (EXIT_BAD_INPUT, "tlscale: the launcher asks for something else\n")
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device here is always full")

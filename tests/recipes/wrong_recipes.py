@@ -308,7 +308,7 @@ WRONG_RECIPES: list[tuple[str, str, list[str], list[str]]] = [
         GOOD + "distill: {run: r, match: {layer1: layer1}}\n",
         ["data.augment=[mixup]"],
         [
-            "overrides: data.augment=[mixup]: data.augment: mixup is not supported with 'distill',",
+            "command line: data.augment=[mixup]: data.augment: mixup is not supported with 'distill',",
             "whose teacher is queried for one image at a time. Remove it.",
         ],
     ),
@@ -317,7 +317,7 @@ WRONG_RECIPES: list[tuple[str, str, list[str], list[str]]] = [
         GOOD + "distill: {run: r, match: {layer1: layer1}}\n",
         ["data.augment=[flip]"],
         [
-            "overrides: data.augment=[flip]: data.augment:",
+            "command line: data.augment=[flip]: data.augment:",
             "needs codes.views of at least 2 with 'distill'. Write codes.views:",
             "so many augmented views of each image are shown to the teacher, once, and to the student, one an epoch.",
         ],
@@ -601,7 +601,7 @@ WRONG_RECIPES: list[tuple[str, str, list[str], list[str]]] = [
         "override_in_list",
         GOOD + "stages: [{duration: 1 epochs}]\n",
         ["stages.lr=1.0"],
-        [f"overrides: stages.lr=1.0: stages: is a list in {AT}:4. Write all of it: stages=[{{...}}]."],
+        [f"command line: stages.lr=1.0: stages: is a list in {AT}:4. Write all of it: stages=[{{...}}]."],
     ),
     (
         "codes_views",
@@ -640,7 +640,7 @@ WRONG_RECIPES: list[tuple[str, str, list[str], list[str]]] = [
         "secret_override",
         GOOD + "track: [wandb]\n",
         ["wandb.api_key=hunter2"],
-        ["overrides: wandb.api_key=...: wandb.api_key: keys and"],
+        ["command line: wandb.api_key=...: wandb.api_key: keys and"],
     ),
     # values
     (
@@ -856,27 +856,27 @@ WRONG_RECIPES: list[tuple[str, str, list[str], list[str]]] = [
         "override_form",
         GOOD,
         ["optim.lr"],
-        ["overrides: optim.lr: not an override. Write key.path=value, such as optim.lr=1e-3."],
+        ["command line: optim.lr: not an override. Write key.path=value, such as optim.lr=1e-3."],
     ),
     (
         "override_value",
         GOOD,
         ["optim.lr=fast"],
-        ["overrides: optim.lr=fast: optim.lr = 'fast': must be a number from 1e-12 to 1e+38"],
+        ["command line: optim.lr=fast: optim.lr = 'fast': must be a number from 1e-12 to 1e+38"],
     ),
     (
         "override_unknown",
         GOOD,
         ["optim.lrr=1"],
-        ["overrides: optim.lrr=1: optim.lrr: unknown key. Did you mean 'lr'"],
+        ["command line: optim.lrr=1: optim.lrr: unknown key. Did you mean 'lr'"],
     ),
-    ("override_section", GOOD, ["optm.lr=1"], ["overrides: optm.lr=1: optm: unknown key. Did you mean 'optim'?"]),
+    ("override_section", GOOD, ["optm.lr=1"], ["command line: optm.lr=1: optm: unknown key. Did you mean 'optim'?"]),
     (
         "override_through_scalar",
         GOOD,
         ["optim.lr.x=1"],
         [
-            "overrides: optim.lr.x=1: optim.lr: takes a number from 1e-12 to 1e+38 and has no keys below it.",
+            "command line: optim.lr.x=1: optim.lr: takes a number from 1e-12 to 1e+38 and has no keys below it.",
             "Write optim.lr=...",
         ],
     ),
@@ -885,7 +885,7 @@ WRONG_RECIPES: list[tuple[str, str, list[str], list[str]]] = [
         GOOD + "loss: {class_weights: balanced}\n",
         ["loss.class_weights.cat=2"],
         [
-            f"overrides: loss.class_weights.cat=2: loss.class_weights: is 'balanced' in {AT}:4.",
+            f"command line: loss.class_weights.cat=2: loss.class_weights: is 'balanced' in {AT}:4.",
             "Write loss.class_weights={...}.",
         ],
     ),
@@ -893,16 +893,16 @@ WRONG_RECIPES: list[tuple[str, str, list[str], list[str]]] = [
         "override_empty",
         GOOD,
         ["seed="],
-        ["overrides: seed=: no value. Write seed=null for none, or omit the override."],
+        ["command line: seed=: no value. Write seed=null for none, or omit the override."],
     ),
-    ("override_dashes", GOOD, ["--seed=1"], ["overrides: --seed=1: an override has no dashes. Write seed=..."]),
-    ("override_yaml", GOOD, ["head=[relu"], ["overrides: head=[relu: not valid YAML"]),
-    ("override_null", GOOD, ["seed=null"], ["overrides: seed=null: seed = null: must be a whole number"]),
+    ("override_dashes", GOOD, ["--seed=1"], ["command line: --seed=1: an override has no dashes. Write seed=..."]),
+    ("override_yaml", GOOD, ["head=[relu"], ["command line: head=[relu: not valid YAML"]),
+    ("override_null", GOOD, ["seed=null"], ["command line: seed=null: seed = null: must be a whole number"]),
     (
         "override_cross",
         GOOD,
         ["data.source=folder"],
-        ["overrides: data.source=folder: data.path: missing for source 'folder'. Write where it is."],
+        ["command line: data.source=folder: data.path: missing for source 'folder'. Write where it is."],
     ),
     # several at once, across fields, sections and places
     (
@@ -919,7 +919,7 @@ WRONG_RECIPES: list[tuple[str, str, list[str], list[str]]] = [
             f"{AT}:5: duration: 5% is a share of nothing. Write epochs, steps or images.",
             f"{AT}:6: schedule.step_every: missing with decay=step. Write both 'step_every' and 'step_factor'.",
             f"{AT}:7: wandb: has no effect unless wandb is tracked. Write track: [wandb].",
-            "overrides: seed=x: seed = 'x': must be a whole number from 0 to 2^63-1",
+            "command line: seed=x: seed = 'x': must be a whole number from 0 to 2^63-1",
         ],
     ),
 ]
