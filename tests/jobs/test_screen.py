@@ -115,27 +115,9 @@ def test_on_a_terminal_there_is_a_line_while_libraries_are_loaded(rank):
     assert shown == line + b"done\r\n"
 
 
-def test_ctrl_c_does_not_wait_for_libraries_to_be_loaded():
-    program = """if True:
-        import os, signal, time
-        from tlscale.cli_parts import loading, reports_errors
-
-        @reports_errors
-        def verb():
-            with loading():
-                os.kill(os.getpid(), signal.SIGINT)
-                time.sleep(10)
-
-        verb()
-    """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    said = "tlscale: stopped by SIGINT while loading PyTorch and timm\n"
-    assert (done.returncode, done.stderr) == (EXIT_STOPPED, said)
-
-
-def test_the_main_process_reports_what_another_has_refused_before():
-    """Its launcher stops it then, while it is still loading."""
-    program = """if True:
+def stopped_while_loading(name, loading_s, **variables):
+    """The exit code and the message of a verb that gets a signal while it loads, and refuses to go on after that."""
+    program = f"""if True:
         import os, signal, time
         from tlscale.cli_parts import loading, reports_errors
         from tlscale.errors import LaunchError
@@ -143,15 +125,25 @@ def test_the_main_process_reports_what_another_has_refused_before():
         @reports_errors
         def verb():
             with loading():
-                os.kill(os.getpid(), signal.SIGTERM)
-                time.sleep(2)
+                os.kill(os.getpid(), signal.{name})
+                time.sleep({loading_s})
             raise LaunchError("the launcher asks for something else")
 
         verb()
     """
-    launched = {**os.environ, "RANK": "0", "WORLD_SIZE": "2"}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, env=launched)
-    assert (done.returncode, done.stderr) == (EXIT_BAD_INPUT, "tlscale: the launcher asks for something else\n")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=os.environ | variables)
+    return done.returncode, done.stderr
+
+
+def test_ctrl_c_does_not_wait_for_libraries_to_be_loaded():
+    said = "tlscale: stopped by SIGINT while loading PyTorch and timm\n"
+    assert stopped_while_loading("SIGINT", 10) == (EXIT_STOPPED, said)
+
+
+def test_the_main_process_reports_what_another_has_refused_before():
+    """Its launcher stops it then, while it is still loading."""
+    said = "tlscale: the launcher asks for something else\n"
+    assert stopped_while_loading("SIGTERM", 2, RANK="0", WORLD_SIZE="2") == (EXIT_BAD_INPUT, said)
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device here is always full")

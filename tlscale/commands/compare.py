@@ -6,7 +6,6 @@ ordinary run in a folder of its own, so `--resume` resumes those that are not co
 
 from __future__ import annotations
 
-import glob
 import os
 import shlex
 import sys
@@ -37,6 +36,7 @@ from tlscale.commands.compare_variants import (
 )
 from tlscale.commands.comparison import Comparison
 from tlscale.commands.paired_tests import paired_tests
+from tlscale.data.given import matches_of
 from tlscale.distributed.processes import start_processes
 from tlscale.distributed.signals import check_stop
 from tlscale.errors import (
@@ -157,19 +157,17 @@ def _refuse_used(root: Path) -> None:
 
 
 def _expanded(places: Sequence[Recipe | str | Path]) -> list[Recipe | str | Path]:
-    """Expand globs, as `predict` does: a shell leaves one in quotes as it is, and Python any.
+    """Expand globs, as `predict` does.
 
     Raises:
         RunFolderError: nothing matches one.
     """
     found: list[Recipe | str | Path] = []
     for place in places:
-        if isinstance(place, Recipe) or not glob.has_magic(os.fspath(place)) or os.path.lexists(place):
-            found.append(place)
-        elif matches := sorted(glob.glob(os.path.expanduser(place), recursive=True)):
-            found += matches
-        else:
+        matches = None if isinstance(place, Recipe) else matches_of(os.fspath(place))
+        if matches == []:
             raise RunFolderError(f"nothing matches '{place}'", remedy="Name recipes, or the folders of finished runs")
+        found += [place] if matches is None else matches
     return found
 
 

@@ -28,8 +28,8 @@ What becomes of what is not plain grey or RGB:
 
 That is so without a range of values, for one channel or three. With a range, numbers stay what they are stored as, in
 whatever type, until they are scaled to float32: low is 0 and high is 1, and what is beyond is clipped. Grey of 1, 2 and
-4 bits is 0 to 1, 3 and 15 then, and a bad image with a range beyond. Any other number
-of channels is taken from an array, a TIFF, or an image with so many bands as it is stored; without a range of uint8.
+4 bits is 0 to 1, 3 and 15 then, and a bad image with a range beyond. Any other number of channels is taken from an
+array, a TIFF, or an image with so many bands as it is stored; without a range of uint8.
 
 Shape letters: H height, W width, C channels.
 """
@@ -53,6 +53,7 @@ from tlscale.data.formats.arrays import (
     channels_last,
     height_width_of,
     npy_shape,
+    other_numbers,
     read_npy,
     wrong_channels,
 )
@@ -243,7 +244,7 @@ def _from_array(pixels: npt.NDArray[Any], max_pixels: int) -> Image.Image:
         expected = "expected uint8 of H x W, H x W x 1 or H x W x 3"
         problem = f"an array of shape {pixels.shape} and type {pixels.dtype}; {expected}"
         remedy = "Other numbers: set data.range: [low, high]. Other channels: set backbone.in_chans"
-        raise UnreadError(problem, remedy, kind="another array")
+        raise UnreadError(problem, remedy, kind="another array", of_recipe=True)
     _check_size(pixels.shape[1], pixels.shape[0], max_pixels)
     return Image.fromarray(pixels)
 
@@ -386,9 +387,7 @@ def _pixels(numbers_HWC: Array, in_chans: int | None, reading: Reading) -> Pixel
 
 def _as_bytes(numbers_HWC: Array) -> Pixels:
     if numbers_HWC.dtype != np.uint8:
-        low, high = numbers_HWC.min(), numbers_HWC.max()
-        problem = f"numbers of {numbers_HWC.dtype} from {low:g} to {high:g}, and no telling which is white"
-        raise UnreadError(problem, "Set data.range: [low, high], the same for all images", kind="other numbers")
+        raise other_numbers(numbers_HWC)
     return np.array(numbers_HWC)
 
 

@@ -48,14 +48,20 @@ def find_images(
         place = os.fspath(given)
         if os.path.isdir(place):
             yield from _Search(place, note).images()
-        elif expand and glob.has_magic(place) and not os.path.lexists(place):
-            matches = sorted(glob.glob(os.path.expanduser(place), recursive=True))
+        elif expand and (matches := matches_of(place)) is not None:
             if not matches:
                 note(f"nothing matches '{place}'")
             for match in matches:
                 yield from find_images([match], note)
         else:
             yield place
+
+
+def matches_of(place: str) -> list[str] | None:
+    """Return what a glob matches, which a shell leaves as it is in quotes; None of a name that is none, or is there."""
+    if not glob.has_magic(place) or os.path.lexists(place):
+        return None
+    return sorted(glob.glob(os.path.expanduser(place), recursive=True))
 
 
 def lines_of(file: BinaryIO) -> Iterator[str]:

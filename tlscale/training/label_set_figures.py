@@ -15,10 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from tlscale.codes.probes.ranking import Ranking
 from tlscale.models.calibration import Calibration
 from tlscale.training.label_set_calibration import UNKNOWN_LABEL_FIGURES, label_calibrated_figures
-from tlscale.training.label_set_metrics import probabilities
+from tlscale.training.label_set_metrics import label_rankings, probabilities
 from tlscale.training.label_set_predictions import label_matrix, logit_matrix
 from tlscale.training.prediction_figures import ranked, share_interval, units_of
 from tlscale.training.predictions import read_predictions
@@ -37,8 +36,7 @@ def add_label_figures(figures: dict[str, Any], path: Path, *, have_chosen: bool 
     table = read_predictions(path, ("true_labels", "labels", "logits"), if_there=("group", "row", "repeat"))
     about = json.loads(table.schema.metadata[b"tlscale"])
     has_NC, given_NC = (label_matrix(table[name], about["classes"]) for name in ("true_labels", "labels"))
-    scores_NC = np.nan_to_num(probabilities(torch.from_numpy(logit_matrix(table))).numpy(), nan=-1.0)
-    rankings = (Ranking(has_N, scores_N) for has_N, scores_N in zip(has_NC.T, scores_NC.T, strict=True))
+    rankings = label_rankings(has_NC, probabilities(torch.from_numpy(logit_matrix(table))).numpy())
     found = {**figures, **ranked(figures["per_class"], about["classes"], rankings)}
     units_N = units_of(table, np.ones(len(table), dtype=bool))
     for name, has_N, given_N in zip(about["classes"], has_NC.T, given_NC.T, strict=True):

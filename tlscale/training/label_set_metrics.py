@@ -127,9 +127,7 @@ class LabelFigures:
 
     @cached_property
     def _rankings(self) -> list[Ranking]:
-        """Return how each class ranks the images."""
-        pairs = zip(self.labels_NC.T, _Scores(self.probabilities_NC), strict=True)
-        return [Ranking(has_N, scores_N) for has_N, scores_N in pairs]
+        return label_rankings(self.labels_NC, self.probabilities_NC)
 
     @cached_property
     def average_precisions(self) -> list[float | None]:
@@ -237,6 +235,12 @@ class LabelFigures:
         stands for a class that no image has, too.
         """
         return [ranking.best_threshold() for ranking in self._rankings]
+
+
+def label_rankings(labels_NC: Bools, probabilities_NC: Floats) -> list[Ranking]:
+    """Return how each class ranks the images; one without an answer is behind all others."""
+    pairs = zip(labels_NC.T, _Scores(probabilities_NC), strict=True)
+    return [Ranking(has_N, scores_N) for has_N, scores_N in pairs]
 
 
 class _Scores(Columns):

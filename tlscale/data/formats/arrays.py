@@ -91,7 +91,14 @@ def wrong_channels(shape: Shape, in_chans: int, channels_first: bool) -> OtherCh
     if not channels_first and shape[0] == in_chans:
         hint = "If channels come first in arrays, set data.channels_first: true"
     problem = f"it has {many} ({_words(shape)}), and the network takes {in_chans}"
-    return OtherChannelsError(problem, hint, kind="other channels")
+    return OtherChannelsError(problem, hint, kind="other channels", of_recipe=True)
+
+
+def other_numbers(numbers: Array) -> UnreadError:
+    """Return the error of numbers that are not of 8 bits, where there is no range to scale them by."""
+    problem = f"numbers of {numbers.dtype} from {numbers.min():g} to {numbers.max():g}, and no telling which is white"
+    remedy = "Set data.range: [low, high], the same for all images"
+    return UnreadError(problem, remedy, kind="other numbers", of_recipe=True)
 
 
 def _words(shape: Shape) -> str:

@@ -136,7 +136,7 @@ def _windowed(numbers_HW: Array, tags: Any) -> npt.NDArray[np.uint8]:  # noqa: A
         return numbers_HW
     else:
         problem = f"a DICOM of {tags.BitsStored} bits without a window, and no telling which number is white"
-        raise UnreadError(problem, "Set data.range: [low, high]", kind="other numbers")
+        raise UnreadError(problem, "Set data.range: [low, high]", kind="other numbers", of_recipe=True)
     return np.asarray(np.rint(np.clip(shares_HW, 0.0, 1.0) * 255), dtype=np.uint8)
 
 

@@ -17,7 +17,13 @@ _BITMAPS = (b"P1", b"P4")  # PBM
 
 
 def grey_bits(raw: bytes) -> int:
-    """Return how many bits the grey of a PNG or PBM has; 8 where it has more, or colours, and of other files."""
+    """Return how many bits the grey of a PNG, PBM or TIFF has; 8 where it has more, or colours, and of other files.
+
+    Raises:
+        UnreadError: of a TIFF that is not read.
+    """
+    if is_tiff(raw):
+        return meaning_of(raw).grey_bits
     if raw.startswith(_BITMAPS):
         return 1
     is_grey = raw.startswith(PNG_START) and len(raw) > _COLOUR_TYPE and raw[_COLOUR_TYPE] == _GREY
@@ -32,10 +38,9 @@ def was_scaled(raw: object, value_range: tuple[float, float] | None) -> bool:
     if value_range is None or value_range[1] > _MOST or not isinstance(raw, bytes):
         return False
     try:
-        bits = meaning_of(raw).grey_bits if is_tiff(raw) else grey_bits(raw)
+        return 1 < grey_bits(raw) < 8
     except UnreadError:
         return False
-    return 1 < bits < 8
 
 
 def refuse_wider_range(bits: int, value_range: tuple[float, float] | None) -> None:
@@ -50,6 +55,7 @@ def refuse_wider_range(bits: int, value_range: tuple[float, float] | None) -> No
             f"{bits} bit{'s' * (bits > 1)}, numbers of 0 to {most}, and data.range goes up to {value_range[1]:g}",
             "Save it with 8 bits, as numbers of that range; or set data.range to the numbers that all files have",
             kind=f"{bits} bits",
+            of_recipe=True,
         )
 
 

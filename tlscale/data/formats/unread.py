@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import re
-
 from tlscale.errors import render
-
-_KEY = re.compile(r"\b(data|backbone)\.[a-z]")
 
 
 class Reason(str):
@@ -26,9 +22,10 @@ class Reason(str):
 class UnreadError(Exception):
     """Raised with what is wrong with an image, its kind, and what to do about it where something can be done."""
 
-    def __init__(self, problem: str, remedy: str | None = None, *, kind: str = "") -> None:
+    def __init__(self, problem: str, remedy: str | None = None, *, kind: str = "", of_recipe: bool = False) -> None:
+        """Take them; `of_recipe` is a remedy that changes a key of a recipe."""
         super().__init__(render(problem, remedy=remedy))
-        self.reason = Reason(str(self), kind, problem if _KEY.search(remedy or "") else None)
+        self.reason = Reason(str(self), kind, problem if of_recipe else None)
 
 
 class OtherChannelsError(UnreadError):
