@@ -21,9 +21,10 @@ from PIL import Image
 from tlscale.data.decode import FORMATS, Raw, Reading, numbers_of
 from tlscale.data.formats.arrays import NPY_START, read_npy
 from tlscale.data.formats.dicom import bits_stored, is_dicom
+from tlscale.data.formats.few_bits import grey_bits
 from tlscale.data.formats.tiff import UNREAD_TIFF, is_tiff
 from tlscale.data.formats.unread import Reason
-from tlscale.errors import DataError
+from tlscale.errors import DataError, counted
 
 OTHER_NUMBERS = frozenset(("another array", "other numbers", UNREAD_TIFF))
 """Kinds of reasons why an image is not read as 8 bits, though it may be sound."""
@@ -98,6 +99,8 @@ def bits_of(raw: Any) -> str:  # noqa: ANN401 (bytes or an array)
         if is_dicom(raw):
             return f"{bits_stored(raw)} bits"
         mode = Image.open(io.BytesIO(raw), formats=FORMATS).mode
+        if mode in ("1", "L"):
+            return counted(grey_bits(raw), "bit")
     except Exception:  # of many bands, say
         stored = stored_numbers(raw, _MOST_LOOKED_AT)
         return "not known" if stored is None else bits_of(np.zeros(0, stored.dtype))

@@ -17,6 +17,7 @@ from tests.tiff_files import BLACK_IS_ZERO, WHITE_IS_ZERO, Tiff
 from tests.unit.data.test_numbers import decoded, encoded, expected, wrong
 from tlscale.data.decode import Reading
 from tlscale.data.formats.few_bits import was_scaled
+from tlscale.data.stored_numbers import bits_of
 from tlscale.errors import ResumeError
 
 
@@ -71,6 +72,13 @@ def test_few_bits_in_a_range_of_other_files_are_refused(bits):
     told = rf"here: {bits} bits?, numbers of 0 to {2**bits - 1}, and data.range goes up to 255: Save it with 8 bits"
     for kind, raw in by_kind.items():
         assert re.match(told, wrong(raw, reading=Reading((0, 255))).replace(". Save", ": Save")), kind
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_a_plan_tells_how_few_they_are(bits):
+    for kind, raw in few_bits(bits)[1].items():
+        if isinstance(raw, bytes):
+            assert bits_of(raw) == f"{bits} bit{'s' * (bits > 1)}", kind
 
 
 def test_few_bits_with_a_transparent_grey_lie_over_white():
